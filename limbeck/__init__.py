@@ -1,0 +1,62 @@
+"""limbeck distils large language models.
+
+    prompts ──► responses ──► teachers ──► objectives ──► student ──► evaluation ──► report
+     Prompt      Response      Signal       (N,) values    weights     Scores        report.html
+
+`limbeck.run("quickstart")` plays the story. `limbeck.flow` has the nouns on the arrows; start reading there.
+Names are imported when first used, so that `import limbeck` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.api import load, run
+    from limbeck.config import Recipe
+    from limbeck.flow import DenseSignal, Head, LimbeckError, Response, Sampling, TopKSignal
+    from limbeck.objectives import OBJECTIVES, Temperature, build_objective, fused_distillation_loss
+
+_HOMES = {
+    "load": "limbeck.api",
+    "run": "limbeck.api",
+    "Recipe": "limbeck.config",
+    "DenseSignal": "limbeck.flow",
+    "Head": "limbeck.flow",
+    "LimbeckError": "limbeck.flow",
+    "Response": "limbeck.flow",
+    "Sampling": "limbeck.flow",
+    "TopKSignal": "limbeck.flow",
+    "OBJECTIVES": "limbeck.objectives",
+    "Temperature": "limbeck.objectives",
+    "build_objective": "limbeck.objectives",
+    "fused_distillation_loss": "limbeck.objectives",
+}
+
+__all__ = [
+    "OBJECTIVES",
+    "DenseSignal",
+    "Head",
+    "LimbeckError",
+    "Recipe",
+    "Response",
+    "Sampling",
+    "Temperature",
+    "TopKSignal",
+    "build_objective",
+    "fused_distillation_loss",
+    "load",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,143 @@
+"""What a person sees while a run works: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+PLAIN_INTERVAL_S = 15.0
+
+
+class Meter(Protocol):
+    """Counts work done in one stage."""
+
+    def advance(self, amount: float, note: str = "") -> None: ...
+
+
+class Console(Protocol):
+    """Where a run says what it does."""
+
+    def say(self, line: str) -> None: ...
+
+    def warn(self, line: str) -> None: ...
+
+    def meter(self, label: str, total: float, unit: str, done: float = 0) -> AbstractContextManager[Meter]: ...
+
+
+@dataclass
+class _PlainMeter:
+    label: str
+    total: float
+    unit: str
+    done: float
+    started: float = field(default_factory=lambda: time.monotonic())
+    spoken: float = field(default_factory=lambda: time.monotonic())
+    fresh: float = 0.0
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.done += amount
+        self.fresh += amount
+        now = time.monotonic()
+        if now - self.spoken >= PLAIN_INTERVAL_S:
+            self.spoken = now
+            print(self.line(now, note), file=sys.stderr, flush=True)
+
+    def line(self, now: float, note: str = "") -> str:
+        rate = self.fresh / max(now - self.started, 1e-9)
+        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        share = 100 * self.done / self.total if self.total else 100.0
+        parts = [f"{self.label}: {share:.0f} %", f"{rate:,.0f} {self.unit}/s", f"{format_seconds(left)} left", note]
+        return " · ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class PlainConsole:
+    """Lines on standard error: for logs, pipes and batch systems."""
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def warn(self, line: str) -> None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def meter(self, label: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
+        yield _PlainMeter(label, total, unit, done)
+
+
+@dataclass(frozen=True)
+class QuietConsole:
+    """Says nothing but warnings: for the Python API and for ranks other than the first."""
+
+    def say(self, line: str) -> None:
+        del line
+
+    def warn(self, line: str) -> None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def meter(self, label: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
+        yield _SilentMeter()
+
+
+class _SilentMeter:
+    def advance(self, amount: float, note: str = "") -> None:
+        del amount, note
+
+
+class RichConsole:
+    """A live bar with rate and time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console as Terminal
+
+        self._terminal = Terminal(stderr=True, highlight=False)
+
+    def say(self, line: str) -> None:
+        self._terminal.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        self._terminal.print(f"warning: {line}", style="yellow", markup=False)
+
+    @contextmanager
+    def meter(self, label: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        with Progress(*columns, console=self._terminal, transient=True, expand=True) as progress:
+            task = progress.add_task(label, total=total, completed=int(done), rate="", note="")
+            plain = _PlainMeter(label, total, unit, done)
+
+            class Live:
+                def advance(self, amount: float, note: str = "") -> None:
+                    plain.fresh += amount
+                    rate = plain.fresh / max(time.monotonic() - plain.started, 1e-9)
+                    progress.update(task, advance=amount, rate=f"{rate:,.0f} {unit}/s", note=note)
+
+            yield Live()
+
+
+def default_console() -> Console:
+    """Rich in a terminal, plain lines elsewhere."""
+    return RichConsole() if sys.stderr.isatty() else PlainConsole()
+
+
+def format_seconds(seconds: float) -> str:
+    """3.2 s, 4 min 05 s, 2 h 10 min."""
+    if seconds == float("inf"):
+        return "unknown time"
+    if round(seconds) < 60:
+        return f"{seconds:.1f} s" if round(seconds, 1) < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
