@@ -1,0 +1,66 @@
+"""Whether prompts fit: the model's window holds prompt and answer together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from limbeck.flow import LimbeckError, TokenPrompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitting:
+    """The prompts that fit, in the order given, and the ids of those that were dropped.
+
+    Attributes:
+        limit: the most tokens a prompt may have.
+    """
+
+    kept: tuple[TokenPrompt, ...]
+    dropped: tuple[str, ...]
+    limit: int
+
+
+def check_lengths(
+    prompts: Sequence[TokenPrompt],
+    *,
+    window: int,
+    max_new_tokens: int,
+    max_prompt_tokens: int | None = None,
+    too_long: Literal["error", "drop"] = "error",
+) -> Fitting:
+    """Refuse or drop the prompts that leave no room for their answer.
+
+    Args:
+        window: the model's context in tokens; a prompt may have at most window - max_new_tokens of them.
+        max_prompt_tokens: a lower limit of the caller's.
+        too_long: "error" stops at the first; "drop" leaves them out and says which.
+
+    Raises:
+        LimbeckError: a prompt that is too long (naming it, its length, the limit and the remedy), a window with no room
+            for any prompt, or a split that had prompts and lost them all.
+    """
+    if too_long not in ("error", "drop"):
+        raise LimbeckError(f"too_long is {too_long!r}, expected error or drop")
+    room = window - max_new_tokens
+    if room < 1:
+        raise LimbeckError(
+            f"max_new_tokens is {max_new_tokens} and the window {window} tokens, so no prompt fits; lower it"
+        )
+    limit = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
+    long = [prompt for prompt in prompts if len(prompt.ids) > limit]
+    if long and too_long == "error":
+        bound = f"window {window} - max_new_tokens {max_new_tokens}" if limit == room else "max_prompt_tokens"
+        more = f", and {len(long) - 1} more are too long" if len(long) > 1 else ""
+        raise LimbeckError(
+            f"prompt {long[0].id} has {len(long[0].ids)} tokens, expected at most {limit} ({bound}){more}; "
+            "lower max_new_tokens, shorten the prompts, or set prompts.too_long to drop"
+        )
+    kept = tuple(prompt for prompt in prompts if len(prompt.ids) <= limit)
+    for split in sorted({prompt.split for prompt in prompts} - {prompt.split for prompt in kept}):
+        raise LimbeckError(
+            f"every {split} prompt has more than {limit} tokens, so dropping the long ones leaves none; "
+            "lower max_new_tokens or give shorter prompts"
+        )
+    return Fitting(kept=kept, dropped=tuple(prompt.id for prompt in long), limit=limit)

@@ -1,0 +1,205 @@
+"""Rows of a source, one by one, each with the place an error message names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from glob import glob
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.flow import LimbeckError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRow:
+    """A row and where it stands, such as "data.jsonl, line 7"."""
+
+    row: Mapping[str, Any]
+    where: str
+
+
+def rows_of(source: str, dataset_split: str = "train", dataset_config: str | None = None) -> Iterator[PlacedRow]:
+    """All rows of a source (see `load_prompts`), lazily.
+
+    Raises:
+        LimbeckError: nothing there, nothing in it, or not readable, naming file and line.
+    """
+    empty = True
+    for row in _dispatch(source, dataset_split, dataset_config):
+        empty = False
+        yield row
+    if empty:
+        raise LimbeckError(f"{source} holds no rows, expected at least two prompts; check the path or the split")
+
+
+def source_digest(source: str) -> str | None:
+    """Sha256 (hex) of the bytes a local source holds, file by file in order; None for a hub id.
+
+    What a stage that reads prompts is fingerprinted by, so that an edited file makes a new run of the stage.
+    """
+    if source == "builtin":
+        return hashlib.sha256(_builtin()).hexdigest()
+    found = _local(source)
+    if not found:
+        return None
+    digest = hashlib.sha256()
+    for path in found:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                data = file.read_bytes()
+                digest.update(f"{file.name}\n{len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def _builtin() -> bytes:
+    return files("limbeck.prompts").joinpath("builtin.jsonl").read_bytes()
+
+
+def _is_pattern(source: str) -> bool:
+    return any(char in source for char in "*?[")
+
+
+def _local(source: str) -> list[Path]:
+    """The file, the folder or the files of a pattern that a source names; nothing for what is not here."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return [path]
+    return [Path(match) for match in sorted(glob(str(path), recursive=True))] if _is_pattern(source) else []
+
+
+def _dispatch(source: str, split: str, config: str | None) -> Iterator[PlacedRow]:
+    if source == "builtin":
+        return _read_json_lines(_builtin(), "the built-in set")
+    found = _local(source)
+    if len(found) == 1 and found[0].is_dir():
+        return _read_folder(found[0], split)
+    if found:
+        return _read_files(found)
+    if source.startswith((".", "/", "~")) or Path(source).suffix in _SUFFIXES or _is_pattern(source):
+        raise LimbeckError(f"{source} does not exist; give a file or folder, a hub id, or builtin")
+    return _read_hub(source, split, config)
+
+
+def _read_folder(path: Path, split: str) -> Iterator[PlacedRow]:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _read_saved(path, split)
+    found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    if not found:
+        raise LimbeckError(
+            f"{path} holds neither a saved data set nor {', '.join(_SUFFIXES)} files; give the folder or file that does"
+        )
+    return _read_files(found)
+
+
+def _read_files(paths: Iterable[Path]) -> Iterator[PlacedRow]:
+    for path in paths:
+        yield from _read_file(path)
+
+
+def _read_file(path: Path) -> Iterator[PlacedRow]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    if path.suffix not in _SUFFIXES:
+        raise LimbeckError(f"{path} is not one of {', '.join(_SUFFIXES)}; convert it to one JSON object a line")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LimbeckError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    is_array = path.suffix == ".json" and data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    yield from (_read_json_array if is_array else _read_json_lines)(data, str(path))
+
+
+def _read_json_lines(data: bytes, name: str) -> Iterator[PlacedRow]:
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            where = f"{name}, line {number}"
+            yield _placed(_parse(line, where, 1), where)
+
+
+def _read_json_array(data: bytes, name: str) -> Iterator[PlacedRow]:
+    for number, row in enumerate(_parse(data.removeprefix(b"\xef\xbb\xbf"), name, None), start=1):
+        yield _placed(row, f"{name}, row {number}")
+
+
+def _parse(data: bytes, where: str, lines: int | None) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise LimbeckError(f"{where} is not UTF-8 (byte {error.start}); convert the file") from None
+    except json.JSONDecodeError as error:
+        place = f"{where}, column {error.colno}" if lines else f"{where}, line {error.lineno}, column {error.colno}"
+        raise LimbeckError(
+            f"{place}: malformed JSON ({error.msg}), expected one object a line, or an array of objects in a .json file"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise LimbeckError(f"{where}: unreadable JSON ({error}), expected an object with text fields") from None
+
+
+def _placed(row: Any, where: str) -> PlacedRow:
+    if not isinstance(row, Mapping):
+        raise LimbeckError(f"{where}: expected a JSON object with named fields, got {type(row).__name__}")
+    return PlacedRow(row, where)
+
+
+def _read_parquet(path: Path) -> Iterator[PlacedRow]:
+    import pyarrow.parquet
+    from pyarrow import ArrowException
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield PlacedRow(row, f"{path}, row {number}")
+    except (ArrowException, OSError) as error:
+        raise LimbeckError(f"{path} is no readable parquet file ({_one_line(error)}); write it again") from None
+
+
+def _read_saved(path: Path, split: str) -> Iterator[PlacedRow]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise LimbeckError(f"{path} is no readable data set folder ({_one_line(error)}); save it again") from None
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise LimbeckError(
+                f"{path} has the splits {', '.join(map(str, saved))}, not {split!r}; set prompts.dataset_split"
+            )
+        saved = saved[split]
+    yield from _read_dataset(saved, str(path))
+
+
+def _read_hub(name: str, split: str, config: str | None) -> Iterator[PlacedRow]:
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(name, config, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LimbeckError(
+            f"{name} is neither a local file or folder nor a data set the hub gives ({_one_line(error)}); "
+            "check the name, prompts.dataset_config, prompts.dataset_split, and the network or login"
+        ) from None
+    yield from _read_dataset(loaded, name)
+
+
+def _read_dataset(dataset: Dataset, name: str) -> Iterator[PlacedRow]:
+    for number, row in enumerate(dataset, start=1):
+        yield _placed(row, f"{name}, row {number}")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,170 @@
+"""Prompts from the built-in set, from files and from `datasets`, each once, split by a hash of its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from limbeck.flow import LimbeckError, Message, Prompt, Split
+from limbeck.prompts.formats import Example, Mapped, family_of, instruction_example, read_row, rename_fields
+from limbeck.prompts.rows import PlacedRow, rows_of
+
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """Prompts in the order of their ids (a hash: no order of the file survives), with the count of what was read.
+
+    Attributes:
+        rows: rows of the source.
+        duplicates: examples dropped because their prompt had been read before.
+        limited: prompts left out by `limit`.
+    """
+
+    source: str
+    prompts: tuple[Prompt, ...]
+    rows: int
+    duplicates: int
+    limited: int
+
+    def of(self, split: Split) -> tuple[Prompt, ...]:
+        """The prompts of one split."""
+        return tuple(prompt for prompt in self.prompts if prompt.split == split)
+
+    @property
+    def with_completion(self) -> int:
+        """Prompts that carry a reference answer."""
+        return sum(prompt.completion is not None for prompt in self.prompts)
+
+    def counts(self) -> dict[str, int]:
+        """For the run's record and the console."""
+        split = Counter(prompt.split for prompt in self.prompts)
+        return {
+            "rows": self.rows,
+            "duplicates": self.duplicates,
+            "limited": self.limited,
+            "train": split["train"],
+            "heldout": split["heldout"],
+            "with_completion": self.with_completion,
+        }
+
+
+def load_prompts(
+    source: str,
+    *,
+    heldout_fraction: float,
+    limit: int | None = None,
+    split_seed: int = 0,
+    fields: Mapping[Mapped, str] | None = None,
+    dataset_split: str = "train",
+    dataset_config: str | None = None,
+) -> PromptSet:
+    """Read a source and split it into training and held-out prompts.
+
+    Two rows whose prompts differ in nothing but white space are one prompt: the first is kept. The split of a prompt is
+    a function of its content, `split_seed` and `heldout_fraction` alone, so no prompt is ever in both splits, and rows
+    that are added, removed or reordered move no other row; a larger fraction only moves prompts to held-out.
+
+    Args:
+        source: "builtin"; a .jsonl, .json or .parquet file, a glob of them or a folder of them; a folder written by
+            `datasets.save_to_disk`; a hub id.
+        heldout_fraction: expected share of the held-out prompts, in (0, 1).
+        limit: keep the prompts with the smallest hashes, so many; a smaller limit keeps a subset.
+        fields: for data in none of the known formats, its own names of `prompt`, and of `completion` and `category`.
+        dataset_split, dataset_config: the part of a `datasets` source, in its own words.
+
+    Raises:
+        LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
+            formats, a blank prompt, a split without prompts.
+    """
+    if not 0.0 < heldout_fraction < 1.0:
+        raise LimbeckError(f"heldout_fraction is {heldout_fraction}, expected a share between 0 and 1, both excluded")
+    if limit is not None and limit < 2:
+        raise LimbeckError(f"limit is {limit}, expected at least 2 prompts: one to train on, one held out")
+    if fields is not None and "prompt" not in fields:
+        raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
+    rows, examples = _read(rows_of(source, dataset_split, dataset_config), fields)
+    if source == BUILTIN:
+        examples = [instruction_example(example.text or "", category=example.category) for example in examples]
+    unique = _unique(examples, heldout_fraction, split_seed)
+    prompts = tuple(sorted(unique, key=lambda prompt: prompt.id))[:limit]
+    loaded = PromptSet(
+        source=source,
+        prompts=prompts,
+        rows=rows,
+        duplicates=len(examples) - len(unique),
+        limited=len(unique) - len(prompts),
+    )
+    _require_both_splits(loaded, heldout_fraction)
+    return loaded
+
+
+def _read(rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None) -> tuple[int, list[Example]]:
+    examples: list[Example] = []
+    first: PlacedRow | None = None
+    expected = ""
+    count = 0
+    for placed in rows:
+        row = placed.row if fields is None else rename_fields(placed.row, fields, placed.where)
+        family = family_of(row, placed.where)
+        if first is None:
+            first, expected = placed, family
+        elif family != expected:
+            raise LimbeckError(
+                f"{placed.where}: got the format {family!r} after {expected!r} in {first.where}; "
+                "put rows of different formats into different sources"
+            )
+        examples.extend(read_row(row, family, placed.where))
+        count += 1
+    return count, examples
+
+
+def _unique(examples: Iterable[Example], heldout_fraction: float, split_seed: int) -> list[Prompt]:
+    prompts: dict[str, Prompt] = {}
+    for example in examples:
+        content = canonical_content(example)
+        if content not in prompts:
+            prompts[content] = Prompt(
+                id=content_id(content),
+                messages=example.messages,
+                text=example.text,
+                instruction=example.instruction,
+                completion=example.completion,
+                split=split_of(content, heldout_fraction, split_seed),
+                category=example.category,
+            )
+    return list(prompts.values())
+
+
+def canonical_content(prompt: Example | Prompt) -> str:
+    """What a prompt says, whatever its format: its turns with runs of white space made one. A text is one user turn."""
+    turns = prompt.messages or (Message(role="user", content=prompt.text or ""),)
+    return json.dumps([[turn.role, " ".join(turn.content.split())] for turn in turns], ensure_ascii=False)
+
+
+def content_id(content: str) -> str:
+    """The id of a prompt: 16 hex digits of the sha256 of its canonical content."""
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def split_of(content: str, heldout_fraction: float, split_seed: int = 0) -> Split:
+    """The split of a prompt: its own uniform number from sha256, against the fraction.
+
+    The hash is salted, so that the split says nothing about the id, by which prompts are ordered and limited.
+    """
+    digest = hashlib.sha256(f"split {split_seed}\n{content}".encode()).digest()
+    return "heldout" if int.from_bytes(digest[:8], "big") < heldout_fraction * 2**64 else "train"
+
+
+def _require_both_splits(loaded: PromptSet, heldout_fraction: float) -> None:
+    counts = loaded.counts()
+    for split in ("train", "heldout"):
+        if not counts[split]:
+            raise LimbeckError(
+                f"{loaded.source}: {len(loaded.prompts)} prompts at heldout_fraction {heldout_fraction} leave none for "
+                f"{split}; give more prompts, or change heldout_fraction or split_seed"
+            )
