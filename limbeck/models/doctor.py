@@ -1,0 +1,99 @@
+"""`limbeck doctor TEACHER STUDENT`: can this pair be distilled, and what should one know about it first?"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from limbeck.models.vocabulary import VocabularyCard, VocabularyReport, compare, describe
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+_VERDICTS = {
+    "same": "yes: the same tokens, heads without padding",
+    "same_padded": "yes: the same tokens; padded head rows get no mass",
+    "different": "not yet: different tokens (distilling across tokenizers is not supported)",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorReport:
+    """Both cards and their comparison."""
+
+    teacher: VocabularyCard
+    student: VocabularyCard
+    vocabulary: VocabularyReport
+
+    @property
+    def distillable(self) -> bool:
+        return self.vocabulary.verdict != "different"
+
+
+def doctor(
+    teacher: str,
+    student: str,
+    *,
+    teacher_revision: str | None = None,
+    student_revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> DoctorReport:
+    """Examine a pair by configuration, tokenizer and weight-file headers; no weights are loaded.
+
+    Raises:
+        LimbeckError: one of the two is no model, or cannot be reached.
+    """
+    first = describe(teacher, revision=teacher_revision, trust_remote_code=trust_remote_code)
+    second = describe(student, revision=student_revision, trust_remote_code=trust_remote_code)
+    return DoctorReport(teacher=first, student=second, vocabulary=compare(first, second))
+
+
+def rows(report: DoctorReport) -> list[tuple[str, str, str]]:
+    """What is compared: (label, teacher, student)."""
+    shown: list[tuple[str, Callable[[VocabularyCard], str]]] = [
+        ("model", lambda card: card.name),
+        ("architecture", lambda card: card.architecture),
+        ("token ids", lambda card: f"{card.vocab_size:,}"),
+        ("head rows", lambda card: f"{card.head_rows:,} ({card.head_rows - card.vocab_size:,} padding)"),
+        ("added tokens", lambda card: f"{len(card.added):,}"),
+        *((role.removesuffix("_token"), functools.partial(_token, role=role)) for role in report.teacher.roles),
+        ("chat template", _template),
+        ("context", lambda card: f"{card.context_length:,}" if card.context_length else "not stated"),
+        ("stored as", lambda card: card.dtype),
+    ]
+    return [(label, show(report.teacher), show(report.student)) for label, show in shown]
+
+
+def render(report: DoctorReport) -> Group:
+    """The report for `rich.console.Console.print`, which makes it plain where there is no terminal."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "teacher", "student"):
+        table.add_column(title, overflow="fold")
+    for label, left, right in rows(report):
+        style = None if left == right or label in ("model", "architecture") else "yellow"
+        table.add_row(label, escape(left), escape(right), style=style)
+    found = report.vocabulary
+    verdict = Text(
+        f"Can be distilled? {_VERDICTS[found.verdict]}", style="bold green" if report.distillable else "bold red"
+    )
+    lines = [Text(f"- {line}", style="red") for line in found.differences]
+    lines += [Text(f"- {line}") for line in found.notes]
+    if report.distillable:
+        lines.append(Text(f"Objectives run over {found.vocab_size:,} token ids."))
+    return Group(table, Text(), verdict, *lines)
+
+
+def _token(card: VocabularyCard, role: str) -> str:
+    held = card.roles[role]
+    return "none" if held is None else f"{held[0]} ({held[1]})"
+
+
+def _template(card: VocabularyCard) -> str:
+    return "none" if card.chat_template is None else f"{len(card.chat_template):,} characters"

@@ -1,0 +1,256 @@
+"""Loading a causal language model and its tokenizer, quietly, from safetensors, with its provenance."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from limbeck.flow import LimbeckError
+from limbeck.models.assets import Progress
+from limbeck.models.dequantised import gguf_config, gguf_model, gguf_tokenizer
+from limbeck.models.fingerprints import model_fingerprint, tokenizer_fingerprint
+from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.models.sources import Source, resolve
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
+_DROPOUT = re.compile(r"(^|_)(dropout|pdrop|layerdrop|drop)(_|$)")
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What a model is and where it came from.
+
+    Attributes:
+        location: resolved path, or the hub id.
+        revision: the hub's commit.
+        fingerprint: sha256 of configuration and weights as they lay on disk.
+        parameters: tied weights counted once.
+    """
+
+    name: str
+    kind: str
+    location: str
+    revision: str | None
+    fingerprint: str
+    tokenizer_fingerprint: str
+    architecture: str
+    parameters: int
+    license: str | None
+
+    def record(self) -> dict[str, str | int | None]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready for use: eval mode, no dropout anywhere."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    provenance: Provenance
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load a model and its tokenizer by asset name, local directory, GGUF file or hub id, on the CPU.
+
+    Raises:
+        LimbeckError: one line for everything that is wrong with the name, the files or the options.
+    """
+    kind = as_dtype(dtype)
+    source = resolve(name, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+    config = source_config(source, trust_remote_code=trust_remote_code)
+    tokenizer = source_tokenizer(source, trust_remote_code=trust_remote_code)
+    if source.gguf is not None:
+        model = gguf_model(source.gguf, dtype=kind, attn_implementation=attn_implementation)
+        without_dropout(model.config)
+    else:
+        model = _from_safetensors(source, without_dropout(config), kind, attn_implementation, trust_remote_code)
+    silence_dropout(model)
+    provenance = Provenance(
+        name=source.name,
+        kind=source.kind,
+        location=source.name.removeprefix("hub:") if source.kind == "hub" else str(source.gguf or source.directory),
+        revision=source.revision,
+        fingerprint=model_fingerprint(source),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        architecture=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        license=source.license,
+    )
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, provenance=provenance)
+
+
+def load_tokenizer(
+    name: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer alone. Fetches no weights from the hub.
+
+    Raises:
+        LimbeckError: as `load_model`.
+    """
+    source = resolve(name, revision=revision, weights=False, trust_remote_code=trust_remote_code, progress=progress)
+    return source_tokenizer(source, trust_remote_code=trust_remote_code)
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name.
+
+    Raises:
+        LimbeckError: a name that is none of float32, bfloat16, float16.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise LimbeckError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def source_config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration, checked to be a causal language model's.
+
+    Raises:
+        LimbeckError: unknown architecture, encoder, encoder-decoder, or custom code that was not allowed.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    if source.gguf is not None:
+        config = gguf_config(source.gguf)
+    else:
+        try:
+            with quiet_transformers():
+                config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+        except (*_LOADING_ERRORS, StrictDataclassError) as error:
+            raise _explained(source, error, "its config.json cannot be read") from error
+    _require_causal(source, config)
+    return config
+
+
+def _require_causal(source: Source, config: PretrainedConfig) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = list(config.architectures or [])
+    known = {cls for cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(cls, str)}
+    custom = "auto_map" in config.__dict__ and "AutoModelForCausalLM" in config.__dict__["auto_map"]
+    # BERT-like encoders have a causal class too, of use only where the configuration says decoder.
+    encoder = config.model_type in ("bert", "roberta", "xlm-roberta", "electra", "camembert", "data2vec-text", "ernie")
+    if (
+        config.is_encoder_decoder
+        or (named and not custom and not known & set(named))
+        or (encoder and not config.to_dict().get("is_decoder", False))
+    ):
+        what = named[0] if named else config.model_type
+        raise LimbeckError(
+            f"{source.name} is a {what}, not a causal language model; teacher and student must predict the next token"
+        )
+
+
+def source_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the model.
+
+    Raises:
+        LimbeckError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if source.gguf is not None:
+        return gguf_tokenizer(source.gguf)
+    custom = trust_remote_code and any(source.directory.glob("*.py"))
+    if not custom and not any(any(source.directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise LimbeckError(
+            f"{source.name} has no tokenizer ({source.directory / 'tokenizer.json'} is missing); "
+            "save one there with tokenizer.save_pretrained"
+        )
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Rust tokenizers raise nothing narrower
+        raise _explained(source, error, "its tokenizer cannot be read") from error
+
+
+def _from_safetensors(
+    source: Source, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.directory,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (*_LOADING_ERRORS, SafetensorError) as error:
+        raise _explained(source, error, "it cannot be loaded") from error
+    model, info = loaded
+    # transformers fills gaps with random weights and goes on; a teacher must not be partly random.
+    if missing := sorted(info["missing_keys"]):
+        raise LimbeckError(
+            f"{source.name} lacks {len(missing)} of its weights ({missing[0]}, ...); "
+            "download it again, or check that config.json belongs to these weights"
+        )
+    return model
+
+
+def _explained(source: Source, error: BaseException, what: str) -> LimbeckError:
+    said = one_line(error)
+    if "trust_remote_code" in str(error):
+        return LimbeckError(
+            f"{source.name} brings its own Python code, which is not run unless you trust it; "
+            "read it, then set trust_remote_code=true"
+        )
+    if "attention implementation" in said:
+        return LimbeckError(f"{source.name}: {said.split('. ')[0]}; set attn_implementation=eager")
+    if isinstance(error, ImportError):
+        return LimbeckError(
+            f"{source.name}: {what}: {said}; install what is missing or choose attn_implementation=sdpa"
+        )
+    return LimbeckError(f"{source.name}: {what}: {said}; check the files or download them again")
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Set every dropout probability of a configuration (and those nested in it) to 0, in place."""
+    for key, value in list(config.__dict__.items()):
+        if isinstance(value, float | int) and not isinstance(value, bool) and _DROPOUT.search(key):
+            setattr(config, key, type(value)(0))
+    for nested in {id(part): part for part in _nested_configs(config)}.values():
+        without_dropout(nested)
+    return config
+
+
+def _nested_configs(config: PretrainedConfig) -> list[Any]:
+    return [config.__dict__[name] for name in config.sub_configs if config.__dict__.get(name) is not None]
+
+
+def silence_dropout(model: torch.nn.Module) -> None:
+    """Set the probability of every dropout module to 0: distillation compares two deterministic functions."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,247 @@
+"""Do two models speak the same tokens? Decides whether, and over how many ids, a pair can be distilled.
+
+Head widths say little: the Qwen2.5 family has one tokenizer and heads of 151936 and 152064 rows, while two models of
+equal width may name entirely different tokens. What counts is the map from token to id.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from limbeck.flow import LimbeckError
+from limbeck.models.fingerprints import backend_rules
+from limbeck.models.sources import Source, resolve
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from limbeck.models.loading import LoadedModel
+
+Verdict = Literal["same", "same_padded", "different"]
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_SHOWN = 5
+_UNLIMITED = 10**9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyCard:
+    """What a model and its tokenizer say about tokens, read without the weights.
+
+    Attributes:
+        ids: token to id, added tokens included.
+        added: the added tokens, by id.
+        splits: how text becomes tokens (normalisation, pre-tokenisation, merges), as one comparable string.
+        roles: bos, eos, pad and unk token as text and id; None where there is none.
+        head_rows: rows of the output embedding, padding included.
+        context_length: the model's window in tokens; None when it states none.
+    """
+
+    name: str
+    architecture: str
+    ids: dict[str, int]
+    added: dict[int, str]
+    roles: dict[str, tuple[str, int] | None]
+    splits: str
+    chat_template: str | None
+    head_rows: int
+    context_length: int | None
+    dtype: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Real token ids: the highest one plus 1."""
+        return max(self.ids.values()) + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyReport:
+    """The comparison of a teacher with a student.
+
+    Attributes:
+        vocab_size: the ids both share; what objectives run over. 0 when the vocabularies differ.
+        differences: what makes the pair impossible, one sentence each.
+        notes: what differs without harm, or deserves a look.
+    """
+
+    verdict: Verdict
+    vocab_size: int
+    differences: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def real_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The highest token id plus 1, added tokens included. Rows of a head from there on are padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def describe(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> VocabularyCard:
+    """The card of a model by name, from configuration, tokenizer and the headers of the weight files.
+
+    Raises:
+        LimbeckError: as `limbeck.models.loading.load_model`.
+    """
+    from limbeck.models.loading import source_config, source_tokenizer
+
+    source = resolve(name, revision=revision, weights=False, trust_remote_code=trust_remote_code)
+    config = source_config(source, trust_remote_code=trust_remote_code)
+    tokenizer = source_tokenizer(source, trust_remote_code=trust_remote_code)
+    rows, dtype = (None, "quantised GGUF") if source.gguf is not None else _stored_head(source)
+    return _card(source.name, config, tokenizer, rows, dtype)
+
+
+def describe_loaded(loaded: LoadedModel) -> VocabularyCard:
+    """The card of a loaded model."""
+    head = loaded.model.get_output_embeddings()
+    rows = None if head is None else int(head.weight.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
+    dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    return _card(loaded.provenance.name, loaded.model.config, loaded.tokenizer, rows, dtype)
+
+
+def _card(
+    name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: int | None, dtype: str | None
+) -> VocabularyCard:
+    text = config.get_text_config()
+    fields, ids = text.to_dict(), tokenizer.get_vocab()
+    roles: dict[str, tuple[str, int] | None] = dict.fromkeys(_ROLES)
+    for role in _ROLES:
+        if token := tokenizer.special_tokens_map.get(role):
+            roles[role] = (str(token), ids[str(token)])
+    window = fields.get("max_position_embeddings") or fields.get("n_positions") or tokenizer.model_max_length
+    return VocabularyCard(
+        name=name,
+        architecture=(config.architectures or [config.model_type])[0],
+        ids=ids,
+        added={index: str(token) for index, token in tokenizer.added_tokens_decoder.items()},
+        roles=roles,
+        splits=_splitting_rules(tokenizer),
+        chat_template=_template(tokenizer),
+        head_rows=rows or int(fields["vocab_size"]),
+        context_length=window if isinstance(window, int) and window < _UNLIMITED else None,
+        dtype=dtype or str(fields.get("dtype") or "unknown").removeprefix("torch."),
+    )
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template: Any = tokenizer.chat_template
+    return json.dumps(template, sort_keys=True) if isinstance(template, dict) else template
+
+
+def _splitting_rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How text becomes tokens, apart from the vocabulary itself: two models can share ids and split differently."""
+    if not tokenizer.is_fast:
+        return type(tokenizer).__name__
+    rules = backend_rules(tokenizer)
+    model = rules["model"]
+    parts = [rules["normalizer"], rules["pre_tokenizer"], model["type"], model.get("merges")]
+    return json.dumps(parts, sort_keys=True)
+
+
+def _stored_head(source: Source) -> tuple[int | None, str | None]:
+    """Rows and dtype of the output embedding from the safetensors headers; None where they are not at hand."""
+    for path in sorted(source.directory.glob("*.safetensors")):
+        header = _safetensors_header(path)
+        for name, entry in header.items():
+            if name.endswith(("lm_head.weight", "embed_tokens.weight", "wte.weight", "embed_out.weight")):
+                return int(entry["shape"][0]), _DTYPE_NAMES.get(entry["dtype"], entry["dtype"])
+    return None, None
+
+
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header: an eight-byte little-endian length, then that many bytes (safetensors format)."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8 or (length := struct.unpack("<Q", prefix)[0]) > path.stat().st_size:
+            raise LimbeckError(f"{path} is cut short or no safetensors file; download it again")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header
+
+
+def compare(teacher: VocabularyCard, student: VocabularyCard) -> VocabularyReport:
+    """Whether every id means the same token to both, and what else differs."""
+    differences = _token_differences(teacher, student)
+    for card in (teacher, student):
+        if card.vocab_size > card.head_rows:
+            differences.append(
+                f"{card.name} has {card.vocab_size} token ids but a head of {card.head_rows} rows; "
+                "its tokenizer does not belong to it"
+            )
+    padded = teacher.head_rows != teacher.vocab_size or student.head_rows != student.vocab_size
+    verdict: Verdict = "different" if differences else ("same_padded" if padded else "same")
+    return VocabularyReport(
+        verdict=verdict,
+        vocab_size=0 if differences else teacher.vocab_size,
+        differences=tuple(differences),
+        notes=tuple(_notes(teacher, student)),
+    )
+
+
+def require_same(teacher: VocabularyCard, student: VocabularyCard) -> int:
+    """The number of ids objectives run over.
+
+    Raises:
+        LimbeckError: the vocabularies differ; names what differs.
+    """
+    report = compare(teacher, student)
+    if report.verdict == "different":
+        raise LimbeckError(
+            f"teacher {teacher.name} and student {student.name} have different tokens: "
+            f"{'; '.join(report.differences)}. Distilling across tokenizers is not supported yet; "
+            "choose a pair of one model family"
+        )
+    return report.vocab_size
+
+
+def _token_differences(teacher: VocabularyCard, student: VocabularyCard) -> list[str]:
+    if teacher.ids == student.ids:
+        return []
+    by_id_teacher = {index: token for token, index in teacher.ids.items()}
+    by_id_student = {index: token for token, index in student.ids.items()}
+    moved = sorted(i for i in by_id_teacher.keys() & by_id_student.keys() if by_id_teacher[i] != by_id_student[i])
+    found = []
+    if moved:
+        shown = ", ".join(f"{i} is {by_id_teacher[i]!r} / {by_id_student[i]!r}" for i in moved[:_SHOWN])
+        found.append(f"{len(moved)} ids name different tokens (teacher / student: {shown})")
+    for here, there, who in ((by_id_teacher, by_id_student, "teacher"), (by_id_student, by_id_teacher, "student")):
+        only = sorted(here.keys() - there.keys())
+        if only:
+            shown = ", ".join(f"{i} {here[i]!r}" for i in only[:_SHOWN])
+            found.append(f"{len(only)} ids only the {who} has ({shown})")
+    return found
+
+
+def _notes(teacher: VocabularyCard, student: VocabularyCard) -> list[str]:
+    notes = []
+    if teacher.head_rows != student.head_rows or teacher.head_rows != teacher.vocab_size:
+        notes.append(
+            f"heads have {teacher.head_rows} and {student.head_rows} rows for {teacher.vocab_size} ids; "
+            "the rows above are padding and get no mass"
+        )
+    if teacher.ids == student.ids and teacher.splits != student.splits:
+        notes.append("the tokenizers split text by different rules; the teacher's will be used for the prompts")
+    for role in _ROLES:
+        if teacher.roles[role] != student.roles[role]:
+            notes.append(f"{role} is {_role(teacher, role)} for the teacher, {_role(student, role)} for the student")
+    if teacher.chat_template != student.chat_template:
+        notes.append(f"chat templates differ ({_has(teacher)} / {_has(student)}); the prompts follow the teacher's")
+    if teacher.context_length != student.context_length:
+        notes.append(f"context lengths differ: {teacher.context_length} and {student.context_length} tokens")
+    if teacher.dtype != student.dtype:
+        notes.append(f"weights are stored as {teacher.dtype} and {student.dtype}")
+    return notes
+
+
+def _role(card: VocabularyCard, role: str) -> str:
+    held = card.roles[role]
+    return "none" if held is None else f"{held[0]!r} ({held[1]})"
+
+
+def _has(card: VocabularyCard) -> str:
+    return "none" if card.chat_template is None else f"{len(card.chat_template)} characters"
