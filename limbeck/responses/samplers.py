@@ -1,0 +1,270 @@
+"""Samplers: who writes the responses. Here the one that runs a model in this process.
+
+`LocalSampler` defines what it is fast at by the naive line it replaces: ``model.generate(do_sample=True, ...)``. It
+draws from the same distribution, with three differences: each row has its own random numbers, so that a response does
+not depend on the rows beside it; finished rows cost nothing; batches are made of prompts of similar length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from limbeck import onednn
+from limbeck.flow import Author, LimbeckError, Response, Sampling, TokenPrompt
+from limbeck.models.heads import causal_model, decoder_of, head_of
+from limbeck.responses.decoding import Draft, Writer, row_uniforms, write
+from limbeck.responses.packed import PackedLinears
+from limbeck.responses.stops import StopStrings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingProgress:
+    """How far a call of the sampler is. Responses and tokens of batches that were skipped are not counted as done."""
+
+    responses_done: int
+    responses_total: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A finished batch.
+
+    Attributes:
+        indices: where its prompts stand in the list the sampler was given.
+        responses: one for each index, in the same order.
+        hidden: on request, for each response the final hidden states that predicted its ids, float32
+            (response ids, D). Projected by the model's head they are the author's own logits.
+    """
+
+    indices: tuple[int, ...]
+    responses: tuple[Response, ...]
+    hidden: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSampler:
+    """Samples from a transformers model in this process (flow.Sampler).
+
+    A response depends on the model, the prompt's ids and id, the author and the `Sampling`. In exact arithmetic it
+    depends on nothing else; in float32 the shape of a batch moves logits in their last bits, so batches are a
+    function of the list of prompts and the settings alone, and skipping finished ones (`done`) leaves the others as
+    they were, bit for bit.
+
+    Attributes:
+        model: a transformers causal language model, or PEFT around one.
+        eos_token_ids: any of them ends a response and stays in its ids.
+        vocab_size: number of real token ids; padded slots of the head are never drawn.
+        tokenizer: needed only for stop strings.
+        batch_size: rows at most.
+        cache_gib: keys and values of a batch at most; longer prompts make smaller batches.
+        packed_gib: weights laid out for oneDNN while sampling in float32 on a CPU, at most; 0 saves the memory and
+        costs
+            about a fifth of the speed of small batches.
+        keep_logp: keep the log-probability at temperature 1 of each id in `Response.logp`.
+        on_progress: called after every step.
+    """
+
+    model: nn.Module
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    vocab_size: int
+    author: Author
+    tokenizer: PreTrainedTokenizerBase | None = None
+    batch_size: int = 48
+    cache_gib: float = 2.0
+    packed_gib: float = 2.0
+    keep_logp: bool = False
+    on_progress: Callable[[SamplingProgress], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise LimbeckError(f"batch_size is {self.batch_size}, expected at least 1: set it to the rows that fit")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise LimbeckError(
+                f"pad_token_id is {self.pad_token_id}, expected an id below vocab_size {self.vocab_size}: "
+                "any real token will do, the end-of-sequence token for example"
+            )
+
+    def respond(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
+        """Answer every prompt, in the order given.
+
+        Raises:
+            LimbeckError: see `respond_in_batches`.
+        """
+        responses: list[Response | None] = [None] * len(prompts)
+        for answered in self.respond_in_batches(prompts, sampling):
+            for index, response in zip(answered.indices, answered.responses, strict=True):
+                responses[index] = response
+        return [response for response in responses if response is not None]
+
+    def respond_in_batches(
+        self,
+        prompts: Sequence[TokenPrompt],
+        sampling: Sampling,
+        *,
+        done: Collection[int] = (),
+        capture_hidden: bool = False,
+    ) -> Iterator[Answered]:
+        """Answer the prompts batch by batch, longest prompts first, so that each batch can be kept once it is there.
+
+        Args:
+            done: indices of prompts answered before. A batch is skipped when all of its indices are among them, else it
+                is sampled whole, so that a resumed run repeats what an uninterrupted one would have written.
+            capture_hidden: also hand over the hidden states that predicted the responses.
+
+        Raises:
+            LimbeckError: an empty prompt, ids outside the vocabulary, a prompt that leaves no room for
+                `max_new_tokens` in the model's window, stop strings without a tokenizer, impossible sampling settings,
+                or (while sampling) logits that are NaN or infinite.
+        """
+        self._check(prompts, sampling)
+        batches = [batch for batch in self.plan(prompts, sampling) if not set(batch) <= set(done)]
+        total, finished, tokens = sum(len(batch) for batch in batches), 0, 0
+
+        def count(drawn: int, ended: int) -> None:
+            nonlocal finished, tokens
+            finished, tokens = finished + ended, tokens + drawn
+            if self.on_progress is not None:
+                self.on_progress(SamplingProgress(responses_done=finished, responses_total=total, tokens=tokens))
+
+        linears = (
+            PackedLinears(self.model, rows=self.batch_size, packed_gib=self.packed_gib) if onednn.available() else None
+        )
+        for batch in batches:
+            yield self._answer(prompts, batch, sampling, capture_hidden, count, linears or nullcontext())
+
+    def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]:
+        """The batches, as indices into the list of prompts: a function of the prompts' lengths and the settings."""
+        slots_at_most = int(self.cache_gib * 2**30 / self._cache_bytes_per_token())
+        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].ids), index))
+        batches = []
+        while order:
+            slots = len(prompts[order[0]].ids) + sampling.max_new_tokens
+            rows = max(1, min(self.batch_size, slots_at_most // slots))
+            batches.append(tuple(order[:rows]))
+            order = order[rows:]
+        return batches
+
+    def _answer(
+        self,
+        prompts: Sequence[TokenPrompt],
+        batch: tuple[int, ...],
+        sampling: Sampling,
+        capture_hidden: bool,
+        on_step: Callable[[int, int], None],
+        linears: AbstractContextManager[object],
+    ) -> Answered:
+        drafts = [
+            Draft(
+                index=index,
+                prompt=prompts[index],
+                uniforms=row_uniforms(sampling, self.author, prompts[index].id),
+            )
+            for index in batch
+        ]
+        with _evaluating(self.model), linears:
+            write(
+                self._writer(sampling),
+                drafts,
+                sampling,
+                keep_logp=self.keep_logp,
+                keep_hidden=capture_hidden,
+                on_step=on_step,
+            )
+        # Stacked outside inference mode: the student's autograd graph may hold on to them.
+        hidden = tuple(torch.stack(draft.hidden) for draft in drafts) if capture_hidden else None
+        return Answered(
+            indices=batch, responses=tuple(self._response(draft, sampling) for draft in drafts), hidden=hidden
+        )
+
+    def _response(self, draft: Draft, sampling: Sampling) -> Response:
+        assert draft.stop is not None
+        return Response(
+            prompt_id=draft.prompt.id,
+            author=self.author,
+            prompt_ids=draft.prompt.ids,
+            response_ids=tuple(draft.ids),
+            stop=draft.stop,
+            sampling=sampling,
+            split=draft.prompt.split,
+            logp=tuple(draft.logp) if self.keep_logp else None,
+        )
+
+    def _writer(self, sampling: Sampling) -> Writer:
+        stops = None
+        if sampling.stop:
+            assert self.tokenizer is not None
+            stops = StopStrings(self.tokenizer, sampling.stop)
+        return Writer(
+            decoder=decoder_of(self.model),
+            head=head_of(self.model, self.vocab_size, verify=False),
+            config=causal_model(self.model).config,
+            eos_token_ids=frozenset(self.eos_token_ids),
+            pad_token_id=self.pad_token_id,
+            stops=stops,
+        )
+
+    def _cache_bytes_per_token(self) -> int:
+        config = causal_model(self.model).config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * head_size * causal_model(self.model).dtype.itemsize
+
+    def _check(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> None:
+        _check_settings(sampling)
+        if sampling.stop and self.tokenizer is None:
+            raise LimbeckError(
+                f"stop strings {sampling.stop!r} were given without a tokenizer to read the text with: pass tokenizer="
+            )
+        window = getattr(causal_model(self.model).config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for prompt in prompts:
+            if not prompt.ids:
+                raise LimbeckError(f"prompt {prompt.id!r} has no tokens, expected at least one: drop it from the set")
+            if min(prompt.ids) < 0 or max(prompt.ids) >= self.vocab_size:
+                raise LimbeckError(
+                    f"prompt {prompt.id!r} holds ids from {min(prompt.ids)} to {max(prompt.ids)}, expected 0 to "
+                    f"{self.vocab_size - 1}: tokenise it with this model's own tokenizer"
+                )
+            if window is not None and len(prompt.ids) + sampling.max_new_tokens > window:
+                raise LimbeckError(
+                    f"prompt {prompt.id!r} has {len(prompt.ids)} tokens and max_new_tokens is "
+                    f"{sampling.max_new_tokens}, expected at most {window} together (the model's window): "
+                    "shorten the prompt or max_new_tokens"
+                )
+
+
+def _check_settings(sampling: Sampling) -> None:
+    limits = {
+        "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
+        "temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
+        "top_p": (0 < sampling.top_p <= 1, "a mass in (0, 1]"),
+        "top_k": (sampling.top_k >= 0, "0 (the whole vocabulary) or more"),
+        "stop": (all(sampling.stop), "strings that are not empty"),
+    }
+    for name, (fine, expected) in limits.items():
+        if not fine:
+            raise LimbeckError(
+                f"sampling.{name} is {getattr(sampling, name)!r}, expected {expected}: correct the recipe"
+            )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own mode again (frozen parts may differ from the rest)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
