@@ -1,0 +1,48 @@
+"""Objectives: what compares the student with the teacher, token by token.
+
+An objective is a frozen dataclass whose fields are its options. To add one: write the dataclass, add one line to
+`OBJECTIVES`; the tests, the benchmark, the command line and the documentation's table run over the registry.
+"""
+
+from __future__ import annotations
+
+from limbeck.objectives.difficulty import focus_weights, tail_weights, token_difficulty
+from limbeck.objectives.fused import FusedLoss, fused_distillation_loss
+from limbeck.objectives.hidden import HiddenPair
+from limbeck.objectives.registry import OBJECTIVES, build_objective
+from limbeck.objectives.support import sampled_signal, topk_signal
+from limbeck.objectives.temperature import AdaptiveTemperature, Temperature, TemperatureSchedule
+from limbeck.objectives.tiles import logit_tiles
+from limbeck.objectives.values import (
+    csd,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    token_values,
+)
+
+__all__ = [
+    "OBJECTIVES",
+    "AdaptiveTemperature",
+    "FusedLoss",
+    "HiddenPair",
+    "Temperature",
+    "TemperatureSchedule",
+    "build_objective",
+    "csd",
+    "focus_weights",
+    "forward_kl",
+    "fused_distillation_loss",
+    "jensen_shannon",
+    "logit_tiles",
+    "reverse_kl",
+    "sampled_signal",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tail_weights",
+    "token_difficulty",
+    "token_values",
+    "topk_signal",
+]

@@ -1,0 +1,171 @@
+"""The elementwise work on a block of logits: values and gradient of an objective, compiled where a compiler exists."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from limbeck.flow import LOG_ZERO, LimbeckError, Objective, Rows, Support, TemperatureScale
+from limbeck.objectives.heads import Finish
+from limbeck.objectives.sums import row_leaves
+from limbeck.objectives.support import restrict
+from limbeck.objectives.temperature import scaled
+
+Compile = Literal["auto", "on", "off"]
+Block = dict[str, Tensor]
+# Below this the elementwise work is too small a part to pay for seconds of compilation.
+COMPILE_FROM_VOCAB = 16384
+# The working set of a block: small enough for the caches, large enough to feed every thread.
+BLOCK_BYTES = 4 << 20
+MEASURES: tuple[str, ...] = ("student_entropy", "teacher_entropy", "forward_kl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """What is done with a block. Equal bodies share one compilation for each shape.
+
+    A block is a dict of tensors whose first dimension is the token: `student` (products of hidden states and weight;
+    the gradient overwrites it), `teacher` (products too) or the columns of a sparse signal, `student_tau`,
+    `teacher_tau`, `weight`, `label` and `option.NAME`.
+
+    Attributes:
+        measure: also give entropies at temperature and the forward KL at temperature 1 (`MEASURES`).
+    """
+
+    objective: Objective
+    support: Support
+    scale: TemperatureScale
+    student_finish: Finish
+    teacher_finish: Finish
+    with_grad: bool
+    measure: bool
+
+    @property
+    def values(self) -> int:
+        """How many values a token gets."""
+        return sum(1 for _ in row_leaves(self.objective)) + (len(MEASURES) if self.measure else 0)
+
+    def __call__(self, block: Block) -> Tensor:
+        """Values of the parts, then the measures, each (N,); the weighted gradient is left in `student`."""
+        logits_NV = self.student_finish.logits(block["student"])
+        whole = self._rows(logits_NV, block)
+        seen, spread = restrict(self.support, whole, block)
+        values, seen_grad, whole_grad = [], None, None
+        for weight, part in row_leaves(self.objective):
+            if "teacher" in part.reads:
+                value_N, grad = scaled(part, seen)
+                seen_grad = weight * grad if seen_grad is None else seen_grad + weight * grad
+            else:
+                value_N, grad = scaled(part, whole)
+                whole_grad = weight * grad if whole_grad is None else whole_grad + weight * grad
+            values.append(value_N)
+        if self.measure:
+            values += measures(seen)
+        if self.with_grad:
+            # Last of all: the logits may be the products themselves, which the gradient overwrites.
+            grads = [g for g in (whole_grad, None if seen_grad is None else spread(seen_grad)) if g is not None]
+            grad_NV = grads[0] if len(grads) == 1 else grads[0] + grads[1]
+            block["student"].copy_(grad_NV * block["weight"] * self.student_finish.slope(logits_NV))
+        return torch.stack(values)
+
+    def _rows(self, logits_NV: Tensor, block: Block) -> Rows:
+        dense = block.get("teacher")
+        # Where nobody reads a teacher, or it is sparse, the whole rows hold a uniform one that takes no memory.
+        teacher_NV = (
+            logits_NV.new_zeros(1, 1).expand_as(logits_NV) if dense is None else self.teacher_finish.logits(dense)
+        )
+        return Rows(
+            student_logits_NK=logits_NV,
+            teacher_logits_NK=teacher_NV,
+            student_tau_N1=block["student_tau"],
+            teacher_tau_N1=block["teacher_tau"],
+            scale=self.scale,
+            label_N=block.get("label"),
+            token_options={name.removeprefix("option."): t for name, t in block.items() if name.startswith("option.")},
+        )
+
+
+def measures(rows: Rows) -> list[Tensor]:
+    """Entropies of student and teacher at their temperatures; KL(teacher || student) at 1, comparable across runs."""
+    log_q_NK, log_p_NK = (
+        t.log_softmax(-1).clamp_min(LOG_ZERO) for t in (rows.student_logits_NK, rows.teacher_logits_NK)
+    )
+    forward_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1)
+    return [-(rows.q_NK * rows.log_q_NK).sum(-1), -(rows.p_NK * rows.log_p_NK).sum(-1), forward_N]
+
+
+def block_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of a block: a power of two within the byte budget of the caches; a GPU takes a tile whole."""
+    if device.type != "cpu":
+        return 256
+    rows = max(4, BLOCK_BYTES // (vocab_size * dtype.itemsize))
+    return min(256, 1 << (rows.bit_length() - 1))
+
+
+@cache
+def compiler_available(device_type: str) -> bool:
+    """Whether Inductor can build for this device: a C++ compiler and Python's headers, or Triton on a GPU."""
+    if device_type == "cpu":
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        return header.exists() and shutil.which(os.environ.get("CXX", "g++")) is not None
+    from torch.utils._triton import has_triton
+
+    return has_triton()
+
+
+def resolve_compile(option: Compile, vocab_size: int, device: torch.device) -> bool:
+    """Whether to compile. Depends on the environment, the option and the model, never on data or time.
+
+    Raises:
+        LimbeckError: for an unknown option, or "on" where no compiler is found.
+    """
+    if option not in ("auto", "on", "off"):
+        raise LimbeckError(f"compile={option!r}: expected auto, on or off")
+    if option == "on" and not compiler_available(device.type):
+        raise LimbeckError(
+            f"compile='on' but no compiler was found for {device.type}: install g++, or use 'auto' or 'off'"
+        )
+    if option == "auto":
+        return vocab_size >= COMPILE_FROM_VOCAB and compiler_available(device.type)
+    return option == "on"
+
+
+def run_body(body: Body, block: Block, compiled: bool) -> Tensor:
+    """Apply a body to a block. A compiled body wants blocks of one size, so that it is built once."""
+    if not compiled:
+        return body(block)
+    layout = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in sorted(block.items()))
+    return compiled_body(body, layout)([block[name] for name, *_ in layout])
+
+
+@cache
+def compiled_body(body: Body, layout: tuple[tuple, ...]) -> Callable[[list[Tensor]], Tensor]:
+    """Trace a body on example tensors of this layout and build it with Inductor: a few seconds, once a process."""
+    names = [name for name, *_ in layout]
+
+    def flat(*tensors: Tensor) -> tuple[Tensor]:
+        return (body(dict(zip(names, tensors, strict=True))),)
+
+    examples = [torch.ones(shape, dtype=dtype, device=device) for _, shape, dtype, device in layout]
+    with torch.no_grad(), warnings.catch_warnings():
+        # Inductor's own imports use what torch deprecates elsewhere: nothing a user could act on.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch._inductor.compile_fx import compile_fx
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        kernel: Callable[..., list[Tensor]] = compile_fx(make_fx(flat)(*examples), examples)  # pyright: ignore
+
+    def call(tensors: list[Tensor]) -> Tensor:
+        return kernel(*tensors)[0]
+
+    return call

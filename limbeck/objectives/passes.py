@@ -1,0 +1,100 @@
+"""One pass over all tiles: products, bodies, and the gradients collected on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limbeck import onednn
+from limbeck.flow import Head
+from limbeck.objectives.bodies import Block, Body, run_body
+from limbeck.objectives.heads import Projection
+from limbeck.objectives.tiles import Tiling
+
+# Which of hidden states, head weight and head bias want a gradient.
+Wanted = tuple[bool, bool, bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grads:
+    """Accumulators in the working dtype; None where no gradient is wanted."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+    @classmethod
+    def allocate(cls, hidden_ND: Tensor, head: Head, wanted: Wanted, dtype: torch.dtype) -> Grads:
+        sources = (hidden_ND, head.weight_VD, head.bias_V)
+        hidden, weight, bias = (
+            torch.zeros(t.shape, dtype=dtype, device=t.device) if t is not None and want else None
+            for t, want in zip(sources, wanted, strict=True)
+        )
+        return cls(hidden_ND=hidden, weight_VD=weight, bias_V=bias)
+
+    def add(self, tokens: slice, grad_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
+        """Add a tile: its gradient in the products, its hidden states, and the head's weight."""
+        vocab, exact = weight_VD.shape[0], weight_VD.dtype == grad_NV.dtype
+        if self.bias_V is not None:
+            self.bias_V[:vocab].add_(grad_NV.sum(0))
+        # In half precision the products take the dtype of the model, as autograd's would; their sum does not.
+        grad_NV, hidden_ND = grad_NV.to(weight_VD.dtype), hidden_ND.to(weight_VD.dtype)
+        if self.hidden_ND is not None:
+            fits = onednn.fits(grad_NV, weight_VD)
+            self.hidden_ND[tokens] = onednn.product(grad_NV, weight_VD.T) if fits else grad_NV @ weight_VD
+        if self.weight_VD is None:
+            return
+        if exact:
+            self.weight_VD[:vocab].addmm_(grad_NV.T, hidden_ND)
+        else:
+            self.weight_VD[:vocab].add_(grad_NV.T @ hidden_ND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Everything a pass needs but the tokens. `teacher` is None for a sparse signal, or none."""
+
+    student: Projection
+    teacher: Projection | None
+    body: Body
+    tiling: Tiling
+    compiled: bool
+
+    def run(
+        self, student_ND: Tensor, teacher_ND: Tensor | None, columns: Block, wanted: Wanted, head: Head
+    ) -> tuple[Tensor, Grads]:
+        """Values (parts and measures, N) and gradients of all tokens."""
+        student_ND = student_ND.detach()
+        shape, dtype = (self.tiling.tile_rows, self.student.vocab_size), self.student.dtype
+        logits = {"student": torch.empty(shape, dtype=dtype, device=student_ND.device)}
+        if self.teacher is not None:
+            logits["teacher"] = torch.empty_like(logits["student"])
+        grads = Grads.allocate(student_ND, head, wanted, dtype)
+        values_PN = torch.empty(self.body.values, self.tiling.tokens, dtype=dtype, device=student_ND.device)
+        for tokens in self.tiling.tiles():
+            count = tokens.stop - tokens.start
+            self.student.into(student_ND[tokens], logits["student"][:count])
+            if self.teacher is not None:
+                assert teacher_ND is not None
+                self.teacher.into(teacher_ND[tokens].detach(), logits["teacher"][:count])
+            self._blocks(logits, {name: column[tokens] for name, column in columns.items()}, values_PN[:, tokens])
+            if self.body.with_grad:
+                grads.add(tokens, logits["student"][:count], student_ND[tokens], self.student.weight_VD)
+        return values_PN, grads
+
+    def _blocks(self, logits: Block, columns: Block, values_PN: Tensor) -> None:
+        """Run the body over the blocks of a tile; a compiled one gets its last block filled up with idle tokens."""
+        count = values_PN.shape[1]
+        for start in range(0, count, self.tiling.block_rows):
+            stop = min(start + self.tiling.block_rows, count)
+            block = {name: column[start:stop] for name, column in columns.items()}
+            idle = start + self.tiling.block_rows - stop if self.compiled else 0
+            if idle:
+                block = {name: torch.cat([c, c[-1:].expand(idle, *c.shape[1:])]) for name, c in block.items()}
+            for name, buffer in logits.items():
+                buffer[stop : stop + idle].zero_()
+                block[name] = buffer[start : stop + idle]
+            # Copied, not kept: what a compiled body returns may be a corner of a buffer as large as the block.
+            values_PN[:, start:stop] = run_body(self.body, block, self.compiled)[:, : stop - start]

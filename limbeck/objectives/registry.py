@@ -1,0 +1,108 @@
+"""The registry of objectives, and the door that builds one from a name and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from limbeck.flow import HiddenObjective, LimbeckError, Objective
+from limbeck.objectives.adaptive import AdaptiveKL, EntropyGate, TailAwareKL, TokenwiseKL
+from limbeck.objectives.divergences import AlphaBeta, ForwardKL, Jeffreys, ReverseKL, SymmetricKL, TotalVariation
+from limbeck.objectives.hidden import HiddenMatching
+from limbeck.objectives.mixtures import TAID, AlphaMixture, JensenShannon, SkewKL, SkewReverseKL
+from limbeck.objectives.scores import CSD, DirectLogit, LogitStandardization
+from limbeck.objectives.sums import AnyObjective, CrossEntropy, WeightedSum
+
+# The values are frozen dataclasses that implement `Objective` or `HiddenObjective`; their fields are read, hence Any.
+OBJECTIVES: dict[str, type[Any]] = {
+    "fkl": ForwardKL,
+    "rkl": ReverseKL,
+    "symmetric_kl": SymmetricKL,
+    "jeffreys": Jeffreys,
+    "js": JensenShannon,
+    "skl": SkewKL,
+    "srkl": SkewReverseKL,
+    "tv": TotalVariation,
+    "ab": AlphaBeta,
+    "akl": AdaptiveKL,
+    "todi": TokenwiseKL,
+    "taid": TAID,
+    "amid": AlphaMixture,
+    "tad": TailAwareKL,
+    "eopd": EntropyGate,
+    "csd": CSD,
+    "dld": DirectLogit,
+    "lskd": LogitStandardization,
+    "hidden": HiddenMatching,
+    "ce": CrossEntropy,
+    "sum": WeightedSum,
+}
+
+
+def build_objective(name: str, **options: object) -> AnyObjective:
+    """The objective of this name with these options.
+
+    An option that is itself an objective may be a name or a mapping (``{"name": "js", "beta": 0.1}``); the parts of a
+    sum are mappings with a `weight` beside (1 if left out).
+
+    Raises:
+        LimbeckError: for an unknown name or option, with the nearest known one, or a value of the wrong kind.
+    """
+    if name not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise LimbeckError(f"objective {name!r} is unknown{nearest(name, OBJECTIVES)}: choose from {known}")
+    fields = {field.name: field for field in dataclasses.fields(OBJECTIVES[name])}
+    for option in options:
+        if option not in fields:
+            has = f"it has {', '.join(fields)}" if fields else "it has no options"
+            raise LimbeckError(f"objective {name!r} has no option {option!r}{nearest(option, fields)}: {has}")
+    return OBJECTIVES[name](**{option: _read(name, fields[option], value) for option, value in options.items()})
+
+
+def _read(name: str, field: dataclasses.Field, value: object) -> object:
+    """An option's value, objectives built, numbers checked."""
+    if name == "sum" and field.name == "parts":
+        return _read_parts(value)
+    default = field.default if field.default is not dataclasses.MISSING else None
+    if default is None:
+        return _read_objective(f"{name} {field.name}", value)
+    kind = type(default)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+        raise LimbeckError(f"{name} {field.name}={value!r}: expected a {kind.__name__}, such as {default!r}")
+    return float(value) if kind is float and isinstance(value, int) else value
+
+
+def _read_objective(where: str, value: object) -> AnyObjective:
+    if isinstance(value, (Objective, HiddenObjective)):
+        return value
+    if isinstance(value, str):
+        return build_objective(value)
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return build_objective(**value)
+    raise LimbeckError(f"{where}={value!r}: expected the name of an objective, or a mapping with a name and options")
+
+
+def _read_parts(value: object) -> tuple[tuple[float, AnyObjective], ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise LimbeckError(f"sum parts={value!r}: expected a list, such as [{{name: fkl, weight: 0.5}}, {{name: ce}}]")
+    parts = []
+    for part in value:
+        if isinstance(part, Mapping):
+            weight = part.get("weight", 1.0)
+            inner = _read_objective("sum part", {key: option for key, option in part.items() if key != "weight"})
+        elif isinstance(part, (tuple, list)) and len(part) == 2:
+            weight, inner = part[0], _read_objective("sum part", part[1])
+        else:
+            weight, inner = 1.0, _read_objective("sum part", part)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise LimbeckError(f"sum part {inner.name!r} has weight {weight!r}: expected a number")
+        parts.append((float(weight), inner))
+    return tuple(parts)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (nearest: x)' where a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (nearest: {close[0]!r})" if close else ""

@@ -1,0 +1,203 @@
+"""Supports: on which entries of the vocabulary student and teacher are compared, and the way back to all of them.
+
+    full         every token (the teacher by hidden states)
+    topk_renorm  the teacher's k tokens, both sides renormalised over them: says nothing of the mass outside
+    topk_tail    the k tokens and one class for all others: a true divergence, at most the full one
+    sampled      an importance-weighted sample of the teacher: unbiased for forward KL only
+
+Sums over kept tokens without either remedy (raw top-k) are not offered: forward they drive the tail to zero, reverse
+they push mass out of the kept tokens whatever the teacher says.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from limbeck.flow import DenseSignal, LimbeckError, Objective, Rows, SampledSignal, Signal, Support, TopKSignal
+from limbeck.objectives.temperature import Temperature
+
+Spread = Callable[[Tensor], Tensor]
+Columns = dict[str, Tensor]
+
+
+def resolve_support(
+    signal: Signal | None, support: Support | None, objective: Objective, temperature: Temperature
+) -> Support:
+    """The support of a signal, and whether the objective and the temperature go with it.
+
+    Raises:
+        LimbeckError: where the signal cannot give the support, or the objective is not defined on it.
+    """
+    possible: dict[type, tuple[Support, ...]] = {
+        DenseSignal: ("full",),
+        TopKSignal: ("topk_tail", "topk_renorm"),
+        SampledSignal: ("sampled",),
+    }
+    choices = ("full",) if signal is None else possible[type(signal)]
+    chosen = choices[0] if support is None else support
+    if chosen not in choices:
+        raise LimbeckError(
+            f"support {chosen!r} of a {type(signal).__name__}: it gives {' or '.join(choices)}; "
+            "make a top-k signal of hidden states with topk_signal"
+        )
+    if chosen not in objective.supports:
+        raise LimbeckError(
+            f"objective {objective.name!r} is not defined on support {chosen!r}: "
+            f"it needs {', '.join(sorted(objective.supports))}"
+        )
+    if chosen == "topk_renorm" and temperature.largest > 1:
+        warnings.warn(
+            f"topk_renorm at temperature {temperature.largest:g}: the mass outside the top k grows with it and is not "
+            "distilled; use topk_tail",
+            stacklevel=3,
+        )
+    return chosen
+
+
+def signal_columns(
+    signal: TopKSignal | SampledSignal, support: Support, teacher_tau_N1: Tensor, vocab_size: int
+) -> Columns:
+    """What the rows of a sparse signal are made of, one row a token, checked."""
+    tokens, kept = signal.ids_NK.shape
+    if teacher_tau_N1.shape[0] != tokens:
+        raise LimbeckError(
+            f"{teacher_tau_N1.shape[0]} student tokens but a signal of {tokens}: both need the same positions"
+        )
+    if signal.logp_NK.shape != (tokens, kept) or signal.log_z_NG.shape != (tokens, len(signal.temperatures)):
+        raise LimbeckError(
+            f"signal with ids {(tokens, kept)}, logp {tuple(signal.logp_NK.shape)}, "
+            f"log_z {tuple(signal.log_z_NG.shape)}: expected (N, K), (N, K) and (N, {len(signal.temperatures)})"
+        )
+    if signal.ids_NK.numel() and not 0 <= int(signal.ids_NK.min()) <= int(signal.ids_NK.max()) < vocab_size:
+        raise LimbeckError(f"the signal has ids beyond the student's {vocab_size} tokens: both need one vocabulary")
+    dtype, device = teacher_tau_N1.dtype, teacher_tau_N1.device
+    columns = {"ids": signal.ids_NK.to(device), "logp": signal.logp_NK.to(device=device, dtype=dtype)}
+    if support == "topk_renorm":
+        return columns
+    log_z_N1 = log_z_of(signal, teacher_tau_N1)
+    if isinstance(signal, SampledSignal):
+        drawn_NK = signal.count_NK.to(device=device, dtype=dtype)
+        log_weight_NK = (
+            columns["logp"] / teacher_tau_N1 - log_z_N1 - signal.log_proposal_NK.to(device=device, dtype=dtype)
+        )
+        share_NK = drawn_NK / drawn_NK.sum(-1, keepdim=True)
+        columns["estimate"] = torch.where(drawn_NK > 0, share_NK * log_weight_NK.exp(), 0.0)
+    return columns | {"log_z": log_z_N1}
+
+
+def log_z_of(signal: TopKSignal | SampledSignal, teacher_tau_N1: Tensor) -> Tensor:
+    """log sum_v p_v^(1/tau) of each token, from the grid of the cache; zero at temperature 1 by definition.
+
+    Raises:
+        LimbeckError: for a temperature the cache does not hold.
+    """
+    log_z_NG = signal.log_z_NG.to(teacher_tau_N1)
+    found_N1 = torch.full_like(teacher_tau_N1, torch.nan)
+    found_N1 = torch.where(teacher_tau_N1 == 1, 0.0, found_N1)
+    for column, tau in enumerate(signal.temperatures):
+        held_N1 = (teacher_tau_N1 / tau - 1).abs() < 1e-5
+        found_N1 = torch.where(held_N1, log_z_NG[:, column : column + 1], found_N1)
+    if bool(found_N1.isnan().any()):
+        off = float(teacher_tau_N1[found_N1.isnan()][0])
+        held = ", ".join(f"{tau:g}" for tau in signal.temperatures) or "1 alone"
+        raise LimbeckError(
+            f"temperature {off:g} is not in the cache, which holds {held}: capture it with that temperature, "
+            "or use support topk_renorm"
+        )
+    return found_N1
+
+
+def restrict(support: Support, rows: Rows, columns: Columns) -> tuple[Rows, Spread]:
+    """The rows an objective sees on a support, and how its gradient goes back to the whole vocabulary."""
+    if support == "full":
+        return rows, lambda grad_NV: grad_NV
+    if support == "sampled":
+        return _sampled(rows, columns), lambda grad_NV: grad_NV
+    ids_NK, logp_NK = columns["ids"], columns["logp"]
+    whole_NV = rows.student_logits_NK
+    kept_NK = whole_NV.gather(-1, ids_NK)
+    if support == "topk_renorm" or ids_NK.shape[-1] == whole_NV.shape[-1]:
+        inner = replace(rows, student_logits_NK=kept_NK, teacher_logits_NK=logp_NK)
+        return inner, lambda grad_NK: torch.zeros_like(whole_NV).scatter_add(-1, ids_NK, grad_NK)
+    return _with_tail(rows, ids_NK, logp_NK, columns["log_z"])
+
+
+def _with_tail(rows: Rows, ids_NK: Tensor, logp_NK: Tensor, log_z_N1: Tensor) -> tuple[Rows, Spread]:
+    """The kept tokens and one class for the rest: its logit is tau times the log-sum-exp of the rest over tau."""
+    whole_NV, kept = rows.student_logits_NK, ids_NK.shape[-1]
+    rest_NV = whole_NV.scatter(-1, ids_NK, -torch.inf) / rows.student_tau_N1
+    log_rest_N1 = rest_NV.logsumexp(-1, keepdim=True)
+    student_NK = torch.cat([whole_NV.gather(-1, ids_NK), rows.student_tau_N1 * log_rest_N1], dim=-1)
+    tempered_NK = logp_NK / rows.teacher_tau_N1 - log_z_N1
+    # What rounding leaves of the tail of a confident teacher is noise of either sign: never less than its own size.
+    noise = kept * torch.finfo(tempered_NK.dtype).eps
+    tail_N1 = (1 - tempered_NK.exp().sum(-1, keepdim=True)).clamp_min(noise).log()
+    teacher_NK = rows.teacher_tau_N1 * torch.cat([tempered_NK, tail_N1], dim=-1)
+
+    def spread(grad_NK: Tensor) -> Tensor:
+        share_NV = torch.where(torch.isfinite(rest_NV), (rest_NV - log_rest_N1).exp(), 0.0)
+        rest_grad_NV = grad_NK[:, kept:] * share_NV
+        return rest_grad_NV.scatter_add(-1, ids_NK, grad_NK[:, :kept])
+
+    return replace(rows, student_logits_NK=student_NK, teacher_logits_NK=teacher_NK), spread
+
+
+def _sampled(rows: Rows, columns: Columns) -> Rows:
+    nothing_NV = torch.zeros_like(rows.student_logits_NK)
+    log_p_NK = columns["logp"] / rows.teacher_tau_N1 - columns["log_z"]
+    estimate_NV = nothing_NV.scatter_add(-1, columns["ids"], columns["estimate"])
+    log_p_NK = torch.where(columns["estimate"] > 0, log_p_NK, 0.0)
+    return replace(rows, estimate=(estimate_NV, nothing_NV.scatter_add(-1, columns["ids"], log_p_NK)))
+
+
+def topk_signal(logits_NV: Tensor, k: int, temperatures: tuple[float, ...] = (1.0,)) -> TopKSignal:
+    """The teacher's k most likely tokens, with the exact normaliser of every temperature of the grid.
+
+    Raises:
+        LimbeckError: for a k or a temperature that makes no sense.
+    """
+    if not 1 <= k <= logits_NV.shape[-1]:
+        raise LimbeckError(f"top-k with k={k} of {logits_NV.shape[-1]} tokens: expected 1 to {logits_NV.shape[-1]}")
+    log_p_NV, log_z_NG = _capture(logits_NV, temperatures)
+    logp_NK, ids_NK = log_p_NV.topk(k, dim=-1)
+    return TopKSignal(ids_NK=ids_NK, logp_NK=logp_NK, temperatures=temperatures, log_z_NG=log_z_NG)
+
+
+def sampled_signal(
+    logits_NV: Tensor, draws: int, temperatures: tuple[float, ...] = (1.0,), generator: torch.Generator | None = None
+) -> SampledSignal:
+    """A sample of the teacher: `draws` tokens a position, drawn from its own distribution, equal ones counted.
+
+    Raises:
+        LimbeckError: for no draws, or a temperature that makes no sense.
+    """
+    if draws < 1:
+        raise LimbeckError(f"a sample of {draws} draws: expected at least one; RS-KD takes about 50")
+    log_p_NV, log_z_NG = _capture(logits_NV, temperatures)
+    drawn_NR = log_p_NV.exp().multinomial(draws, replacement=True, generator=generator).sort(dim=-1).values
+    first_NR = torch.ones_like(drawn_NR, dtype=torch.bool)
+    first_NR[:, 1:] = drawn_NR[:, 1:] != drawn_NR[:, :-1]
+    count_NR = (drawn_NR.unsqueeze(-1) == drawn_NR.unsqueeze(-2)).sum(-1) * first_NR
+    logp_NR = log_p_NV.gather(-1, drawn_NR)
+    return SampledSignal(
+        ids_NK=drawn_NR,
+        count_NK=count_NR,
+        logp_NK=logp_NR,
+        log_proposal_NK=logp_NR,
+        temperatures=temperatures,
+        log_z_NG=log_z_NG,
+    )
+
+
+def _capture(logits_NV: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    for tau in temperatures:
+        if not (math.isfinite(tau) and tau > 0):
+            raise LimbeckError(f"temperature {tau} of the cache's grid: expected positive numbers")
+    log_p_NV = (logits_NV.float() if logits_NV.itemsize < 4 else logits_NV).log_softmax(-1)
+    return log_p_NV, torch.cat([(log_p_NV / tau).logsumexp(-1, keepdim=True) for tau in temperatures], dim=-1)
