@@ -1,0 +1,197 @@
+"""The blocks of a model: finding them, leaving some out for a while, and building the model without them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.flow import LimbeckError
+from limbeck.models.heads import causal_model, decoder_of
+from limbeck.models.loading import without_dropout
+from limbeck.models.quiet import one_line, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_PROBE_TOKENS = 6
+_TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of a model's blocks, and its name inside the model.
+
+    Raises:
+        LimbeckError: the model has no list of as many modules as its configuration has layers.
+    """
+    inner = causal_model(model)
+    depth = inner.config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in inner.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+    ]
+    if not found:
+        raise LimbeckError(
+            f"{type(inner).__name__} has no list of {depth} blocks; depth pruning does not know this architecture"
+        )
+    return min(found, key=lambda item: item[0].count("."))
+
+
+@contextlib.contextmanager
+def left_out(
+    blocks: Sequence[nn.Module],
+    removed: Sequence[int],
+    *,
+    as_tuple: bool,
+    start: tuple[int, Tensor] | None = None,
+) -> Iterator[None]:
+    """Let some blocks hand on what they get. Their places stay, so that everything tied to a block's number holds.
+
+    Args:
+        as_tuple: the blocks put out (hidden, attention weights) instead of hidden states alone.
+        start: a block and the hidden states (B, T, D) it puts out; those before it are skipped too.
+    """
+    first = -1 if start is None else start[0]
+    skipped = {*removed, *range(first + 1)}
+    before = {i: blocks[i].__dict__.get("forward") for i in skipped}
+    for i in skipped:
+        blocks[i].forward = _hand_on(start[1] if start is not None and i == first else None, as_tuple)
+    try:
+        yield
+    finally:
+        for i, forward in before.items():
+            del blocks[i].forward
+            if forward is not None:
+                blocks[i].forward = forward
+
+
+def _hand_on(put_out: Tensor | None, as_tuple: bool) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
+        # Masks, positions and caches are for blocks that compute.
+        del args, kwargs
+        out = hidden_states if put_out is None else put_out
+        return (out, None) if as_tuple else out
+
+    return forward
+
+
+def last_block_output(blocks: Sequence[nn.Module], run: Callable[[], object]) -> Any:
+    """What the last block puts out while `run` is called: hidden states, or a tuple that starts with them."""
+    outs: list[Any] = []
+    hook = blocks[-1].register_forward_hook(lambda module, args, out: outs.append(out))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return outs[0]
+
+
+def depth_prune(model: nn.Module, keep: Sequence[int], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A new model on the CPU with copies of the blocks in `keep` and of everything else. `model` is left untouched.
+
+    The configuration follows (number of layers, fields that describe every block), so that the result can be saved and
+    loaded like any other model, and generates with a cache. The result is checked against `model` with the other blocks
+    left out.
+
+    Args:
+        keep: block numbers, ascending.
+        dtype: of the new model; None keeps the old one's.
+
+    Raises:
+        LimbeckError: `keep` is not a list of ascending block numbers, or the architecture does not survive the cut.
+    """
+    inner = causal_model(model)
+    name, blocks = decoder_blocks(inner)
+    kept = list(keep)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(blocks):
+        raise LimbeckError(f"blocks to keep are {kept}; expected ascending numbers from 0 to {len(blocks) - 1}")
+    config = without_dropout(pruned_config(inner.config, kept))
+    state = {}
+    for key, value in inner.state_dict().items():
+        if key.startswith(f"{name}."):
+            number, rest = key.removeprefix(f"{name}.").split(".", 1)
+            if int(number) not in kept:
+                continue
+            key = f"{name}.{kept.index(int(number))}.{rest}"
+        state[key] = value.detach().to("cpu", copy=True)
+    pruned = _assembled(inner, config, state, dtype or inner.dtype)
+    if pruned.generation_config is not None and inner.generation_config is not None:
+        pruned.generation_config = copy.deepcopy(inner.generation_config)
+    _check_cut(inner, pruned, [i for i in range(len(blocks)) if i not in kept])
+    return pruned.eval()
+
+
+def _assembled(
+    inner: PreTrainedModel, config: PretrainedConfig, state: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    try:
+        with quiet_transformers():
+            loaded: Any = type(inner).from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                attn_implementation=inner.config._attn_implementation,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise LimbeckError(f"{type(inner).__name__} cannot be depth-pruned: {one_line(error)}") from error
+    pruned, info = loaded
+    if strange := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise LimbeckError(
+            f"{type(inner).__name__} cannot be depth-pruned: its blocks differ from what its configuration says "
+            f"after the cut ({strange[0]})"
+        )
+    return pruned
+
+
+def per_layer_fields(config: PretrainedConfig) -> tuple[str, ...]:
+    """Names of the configuration fields that hold one entry for every block (layer_types and the like)."""
+    depth = config.num_hidden_layers
+    return tuple(
+        key for key, value in config.to_dict().items() if isinstance(value, list | tuple) and len(value) == depth
+    )
+
+
+def pruned_config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfig:
+    """A copy of the configuration for the blocks in `keep`."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    entries = {key: getattr(text, key) for key in per_layer_fields(text)}
+    text.num_hidden_layers = len(keep)
+    for key, value in entries.items():
+        setattr(text, key, type(value)(value[i] for i in keep))
+    return config
+
+
+@torch.no_grad()
+def _check_cut(inner: PreTrainedModel, pruned: PreTrainedModel, removed: list[int]) -> None:
+    """The pruned model must equal the whole one with the same blocks left out."""
+    blocks = list(decoder_blocks(inner)[1])
+    ids_BT = torch.arange(_PROBE_TOKENS)[None] % inner.config.get_text_config().vocab_size
+    there_BT = ids_BT.to(inner.device)
+    was_training = inner.training
+    inner.eval()
+
+    def run() -> Tensor:
+        return decoder_of(inner)(input_ids=there_BT, use_cache=False).last_hidden_state
+
+    try:
+        as_tuple = isinstance(last_block_output(blocks, run), tuple)
+        with left_out(blocks, removed, as_tuple=as_tuple):
+            expected_BTD = run().float().cpu()
+    finally:
+        inner.train(was_training)
+    got_BTD = decoder_of(pruned.eval())(input_ids=ids_BT, use_cache=False).last_hidden_state.float()
+    loose = max(_TOLERANCE.get(dtype, 1e-4) for dtype in (inner.dtype, pruned.dtype))
+    gap, size = (got_BTD - expected_BTD).abs().max().item(), expected_BTD.abs().max().item()
+    if not gap <= loose * size:
+        raise LimbeckError(
+            f"{type(inner).__name__} cannot be depth-pruned: without the same blocks it computes something else "
+            f"(hidden states differ by {gap:.2g} of {size:.2g}); name another architecture or student.init"
+        )

@@ -1,0 +1,302 @@
+"""The student: as loaded, depth-pruned or with fresh weights; in full or through LoRA adapters; saved for everybody."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from limbeck import onednn
+from limbeck.flow import LimbeckError, TokenBatch
+from limbeck.models.assets import Progress
+from limbeck.models.loading import (
+    LoadedModel,
+    Provenance,
+    as_dtype,
+    load_model,
+    source_config,
+    source_tokenizer,
+    without_dropout,
+)
+from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.models.sources import resolve
+from limbeck.models.vocabulary import real_vocab_size
+from limbeck.student.blocks import depth_prune, per_layer_fields
+from limbeck.student.pruning import BlockChoice, Criterion, choose_blocks
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Init = Literal["pretrained", "depth_prune", "scratch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """Low-rank adapters (Hu et al. 2021): ``W + (lora_alpha / r) * B @ A`` with A, B trained and W frozen.
+
+    Attributes:
+        target_modules: names of the layers to adapt; empty for every linear layer but the output head.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentSpec:
+    """What the student is made of.
+
+    Attributes:
+        init: "pretrained": as loaded; "depth_prune": `model` without some blocks; "scratch": its architecture with
+            fresh weights.
+        model: asset, directory, GGUF file or hub id; None takes the teacher. With "scratch" a directory with nothing
+            but config.json and a tokenizer will do.
+        layers: blocks to keep with "depth_prune".
+        keep: the blocks to keep by number; empty lets `choose_blocks` measure them.
+        config: changes to the model configuration with "scratch" (num_hidden_layers, hidden_size, ...).
+        freeze_embeddings: leave input and output embeddings as they are.
+        seed: of fresh weights and adapters.
+    """
+
+    init: Init = "pretrained"
+    model: str | None = None
+    revision: str | None = None
+    layers: int | None = None
+    keep: tuple[int, ...] = ()
+    criterion: Criterion = "greedy_kl"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    lora: LoraSpec | None = None
+    freeze_embeddings: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Student:
+    """A student ready to be trained: on the CPU, in eval mode, without dropout.
+
+    Attributes:
+        model: a transformers model, or a PEFT model around one.
+        source: what it was loaded from; None with fresh weights.
+        blocks: which blocks were kept and why; None unless depth-pruned by measurement.
+        parameters: of the student as it will be saved, tied weights counted once, adapters not counted.
+        trainable: parameters that get gradients.
+        teacher_parameters: None without a teacher.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    source: Provenance | None
+    blocks: BlockChoice | None
+    parameters: int
+    trainable: int
+    teacher_parameters: int | None
+
+    @property
+    def share_of_teacher(self) -> float | None:
+        """Student parameters over teacher parameters."""
+        return None if self.teacher_parameters is None else self.parameters / self.teacher_parameters
+
+
+def build_student(
+    spec: StudentSpec,
+    *,
+    teacher: LoadedModel | None = None,
+    calibration: Sequence[TokenBatch] = (),
+    progress: Progress | None = None,
+) -> Student:
+    """Make the student a spec describes. The teacher is left untouched.
+
+    Args:
+        teacher: needed where `spec.model` is None; also the reference for the parameter share.
+        calibration: batches of responses with their prompts; needed by "depth_prune" unless `spec.keep` is given.
+
+    Raises:
+        LimbeckError: options that contradict each other, an unknown configuration field, a model that cannot be had.
+    """
+    _check(spec, teacher)
+    blocks, source = None, None
+    if spec.init == "scratch":
+        model, tokenizer = _from_scratch(spec, teacher)
+    else:
+        start = _start(spec, teacher, progress)
+        source, tokenizer, model = start.provenance, start.tokenizer, start.model
+        if spec.init == "depth_prune":
+            keep: Sequence[int] = spec.keep
+            if not keep:
+                assert spec.layers is not None
+                blocks = choose_blocks(
+                    model,
+                    calibration,
+                    spec.layers,
+                    vocab_size=real_vocab_size(tokenizer),
+                    criterion=spec.criterion,
+                    progress=progress,
+                )
+                keep = blocks.keep
+            model = depth_prune(model, keep, dtype=as_dtype(spec.dtype))
+    parameters = _count(model)
+    if spec.freeze_embeddings:
+        for embedding in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+            embedding.requires_grad_(False)
+    trained = _with_adapters(model, spec) if spec.lora is not None else model
+    if spec.gradient_checkpointing:
+        _checkpoint_gradients(model)
+    return Student(
+        model=trained.eval(),
+        tokenizer=tokenizer,
+        source=source,
+        blocks=blocks,
+        parameters=parameters,
+        trainable=sum(p.numel() for p in trained.parameters() if p.requires_grad),
+        teacher_parameters=None if teacher is None else _count(teacher.model),
+    )
+
+
+def _check(spec: StudentSpec, teacher: LoadedModel | None) -> None:
+    if spec.model is None and teacher is None:
+        raise LimbeckError("student.model is not set and there is no teacher to take it from; name a model")
+    if spec.init not in ("pretrained", "depth_prune", "scratch"):
+        raise LimbeckError(f"student.init is {spec.init!r}; expected pretrained, depth_prune or scratch")
+    if spec.init == "depth_prune" and (spec.layers is None) == (not spec.keep):
+        raise LimbeckError(
+            "student.init=depth_prune needs either student.layers (how many blocks) or student.keep (which), "
+            f"got layers={spec.layers} and keep={list(spec.keep)}"
+        )
+    if spec.init != "depth_prune" and (spec.layers is not None or spec.keep):
+        raise LimbeckError(f"student.layers and student.keep belong to init=depth_prune, not to init={spec.init}")
+    if spec.init != "scratch" and spec.config:
+        raise LimbeckError(f"student.config belongs to init=scratch, not to init={spec.init}; leave it out")
+
+
+def _start(spec: StudentSpec, teacher: LoadedModel | None, progress: Progress | None) -> LoadedModel:
+    """The weights to start from. Pruning only reads them, so it can share the teacher's where the precision agrees."""
+    if spec.model is None:
+        assert teacher is not None
+        same = teacher.model.dtype == as_dtype(spec.dtype)
+        if spec.init == "depth_prune" and same:
+            return teacher
+    return load_model(
+        spec.model if spec.model is not None else _teacher(teacher).provenance.name,
+        dtype=spec.dtype,
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+        revision=spec.revision if spec.model is not None else _teacher(teacher).provenance.revision,
+        progress=progress,
+    )
+
+
+def _teacher(teacher: LoadedModel | None) -> LoadedModel:
+    assert teacher is not None
+    return teacher
+
+
+def _from_scratch(spec: StudentSpec, teacher: LoadedModel | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM
+
+    if spec.model is None:
+        config, tokenizer = _teacher(teacher).model.config, _teacher(teacher).tokenizer
+    else:
+        source = resolve(spec.model, revision=spec.revision, weights=False, trust_remote_code=spec.trust_remote_code)
+        config = source_config(source, trust_remote_code=spec.trust_remote_code)
+        tokenizer = source_tokenizer(source, trust_remote_code=spec.trust_remote_code)
+    config = without_dropout(changed_config(config, spec.config))
+    try:
+        with quiet_transformers(), torch.random.fork_rng():
+            torch.manual_seed(spec.seed)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=as_dtype(spec.dtype),
+                attn_implementation=spec.attn_implementation,
+                trust_remote_code=spec.trust_remote_code,
+            )
+    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError, ImportError) as error:
+        if "attention implementation" in str(error):
+            raise LimbeckError(f"{one_line(error).split('. ')[0]}; set student.attn_implementation=eager") from error
+        raise LimbeckError(
+            f"no model can be built from student.config={dict(spec.config)}: {one_line(error)}; make the sizes fit"
+        ) from error
+    return model, tokenizer
+
+
+def changed_config(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
+    """A copy of a configuration with some fields changed; fields that describe every block follow a new depth.
+
+    Raises:
+        LimbeckError: a field the architecture does not have (the nearest is named), or a value it refuses.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    fields = config.to_dict()
+    names = {**dict.fromkeys(fields), **dict.fromkeys(config.attribute_map)}
+    for key in changes:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise LimbeckError(f"student.config.{key}: {type(config).__name__} has no such field{hint}")
+    own = {config.attribute_map.get(key, key): value for key, value in changes.items()}
+    if own.get(config.attribute_map.get("num_hidden_layers", "num_hidden_layers")) is not None:
+        # The class writes these lists anew for the new depth.
+        fields = {key: value for key, value in fields.items() if key not in per_layer_fields(config)}
+    # One head's width is stored beside the sizes it follows from.
+    if {"hidden_size", "num_attention_heads"} & own.keys() and "head_dim" not in own and fields.get("head_dim"):
+        derived = fields["hidden_size"] // fields["num_attention_heads"]
+        if fields["head_dim"] == derived:
+            del fields["head_dim"]
+    try:
+        return type(config).from_dict({**fields, **own})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise LimbeckError(f"student.config={dict(changes)} is refused: {one_line(error)}") from error
+
+
+def _with_adapters(model: PreTrainedModel, spec: StudentSpec) -> nn.Module:
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    assert spec.lora is not None
+    lora = spec.lora
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.lora_dropout,
+        # "all-linear" leaves the output head out.
+        target_modules=list(lora.target_modules) or "all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft asks transformers by names that transformers has renamed; nothing the user could change.
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.manual_seed(spec.seed)
+            return get_peft_model(model, config)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise LimbeckError(
+            f"LoRA cannot be put on {list(lora.target_modules)}: {one_line(error)}; "
+            f"the linear layers are {', '.join(linear)}"
+        ) from error
+
+
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass. Takes effect in train mode, as transformers has it."""
+    # Renamed in transformers 5.2x; the old name warns there.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False, "context_fn": onednn.checkpoint_contexts})
+    except ValueError as error:
+        raise LimbeckError(f"gradient_checkpointing: {one_line(error)}; switch it off") from error
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

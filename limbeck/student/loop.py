@@ -1,0 +1,356 @@
+"""The training loop: one optimizer step after another, on accelerate.
+
+A step is: its rows, cut into micro-batches; each micro-batch's teacher signal and student hidden states; the
+objective's per-token values, weighted with 1 / (valid tokens of the whole step, over all ranks and accumulation steps);
+backward; clip; update. The order of the data, the learning rate and the divisor are functions of the step number, so a
+run that continues from a checkpoint is the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from limbeck import onednn
+from limbeck.config import TrainSection
+from limbeck.console import Console, Meter, QuietConsole
+from limbeck.flow import LimbeckError, Response, Signal, Teacher, TokenBatch
+from limbeck.models.heads import head_of
+from limbeck.models.hidden import hidden_states
+from limbeck.objectives import Temperature, fused_distillation_loss
+from limbeck.objectives.registry import AnyObjective
+from limbeck.student import checkpoints, schedules
+from limbeck.student.batches import Plan, collate, micro_batches
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class NonFiniteError(LimbeckError):
+    """The loss or its gradient is NaN or infinite; raised before the weights are touched."""
+
+
+class Interrupted(Exception):
+    """The loop was asked to stop and has written a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopContext:
+    """What the loop reports to, and where it may stop.
+
+    Attributes:
+        checkpoints: folder for checkpoints.
+        metrics: JSON lines, one a logging step.
+        console: where progress is shown.
+        should_stop: asked after each step; True writes a checkpoint and raises `Interrupted`.
+    """
+
+    checkpoints: Path
+    metrics: Path
+    console: Console = field(default_factory=QuietConsole)
+    should_stop: Callable[[], bool] = lambda: False
+    tracker_config: dict[str, Any] = field(default_factory=dict)
+    run_name: str = "limbeck"
+
+
+class StudentLoss(nn.Module):
+    """Student and objective in one module, so that wrappers (DDP, FSDP) see one forward from ids to loss."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: AnyObjective,
+        temperature: Temperature,
+        *,
+        vocab_size: int,
+        compile: Literal["auto", "on", "off"],
+    ):
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.temperature = temperature
+        self.vocab_size = vocab_size
+        self.compile_body: Literal["auto", "on", "off"] = compile
+
+    def forward(self, batch: TokenBatch, signal: Signal, weight_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the per-token values, and their plain sum (detached) for the log."""
+        hidden_ND = hidden_states(self.student, batch)
+        head = head_of(self.student, self.vocab_size, verify=False)
+        out = fused_distillation_loss(
+            hidden_ND,
+            head,
+            signal,
+            self.objective,
+            temperature=self.temperature,
+            weight_N=weight_N,
+            label_N=batch.labels_N,
+            compile=self.compile_body,
+        )
+        return out.loss, out.value_N.detach().sum()
+
+
+def train(
+    student: nn.Module,
+    responses: Sequence[Response],
+    teacher: Teacher,
+    objective: AnyObjective,
+    *,
+    temperature: Temperature,
+    settings: TrainSection,
+    vocab_size: int,
+    pad_id: int,
+    context: LoopContext,
+) -> nn.Module:
+    """Train the student in place and return it; continues from the newest checkpoint where there is one.
+
+    Args:
+        responses: training rows; the rows of `teacher` signals are their positions in this list.
+        vocab_size: real token ids of the pair.
+
+    Raises:
+        NonFiniteError: NaN or inf in a loss or gradient, naming the step.
+        Interrupted: `context.should_stop` said so; a checkpoint of the finished step is on disk.
+    """
+    if not responses:
+        raise LimbeckError("got no responses to train on; expected at least one, check the prompts and their lengths")
+    accelerator = _accelerator(settings, context)
+    step_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    plan = Plan.of(responses, step_rows=step_rows, seed=settings.seed)
+    total = schedules.total_steps(settings, plan.steps_per_epoch)
+    rate_of = schedules.learning_rate(settings, total)
+    student.train()
+    loss_module = StudentLoss(student, objective, temperature, vocab_size=vocab_size, compile=settings.compile)
+    optimizer = _adamw(student, settings)
+    model, optimizer = accelerator.prepare(loss_module, optimizer)
+    run = _Run(accelerator, model, loss_module, optimizer, plan, responses, teacher, settings, pad_id, context, total)
+    progress = run.resume()
+    try:
+        run.play(progress, rate_of)
+    finally:
+        # Not accelerate's end_training: that would also end the process group, which is the launcher's.
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    student.eval()
+    return student
+
+
+@dataclass
+class _Progress:
+    """How far a run has come. All of it is in the checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    epoch_steps: tuple[int, list[tuple[int, ...]]] = (-1, [])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of a running loop."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    module: StudentLoss
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    responses: Sequence[Response]
+    teacher: Teacher
+    settings: TrainSection
+    pad_id: int
+    context: LoopContext
+    total: int
+
+    def play(self, progress: _Progress, rate_of: Callable[[int], float]) -> None:
+        """All steps that are left, with checkpoints on the way."""
+        tokens = self.plan.total_tokens(self.total)
+        with self.context.console.meter("train", tokens, "tokens", progress.tokens) as meter:
+            while progress.step < self.total:
+                stop = self.step(progress, rate_of(progress.step), meter)
+                due = progress.step % self.settings.save_steps == 0
+                if (stop or due) and progress.step < self.total:
+                    self.save(progress)
+                    if stop:
+                        raise Interrupted(f"stopped after step {progress.step} of {self.total}")
+
+    def step(self, progress: _Progress, rate: float, meter: Meter) -> bool:
+        """One optimizer step and its metrics; advances `progress` and says whether any rank was asked to stop."""
+        started = time.perf_counter()
+        self._seed(progress.step)
+        rows = self._rows(progress)
+        tokens = self.plan.step_tokens(rows)
+        value_sum = torch.zeros((), device=self.accelerator.device)
+        micros = micro_batches(
+            rows,
+            rows_per_device=self.settings.per_device_train_batch_size,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+        for i, micro in enumerate(micros):
+            # DDP averages over ranks, the step sums over them: hence the factor.
+            value_sum += self._backward(
+                micro, weight=self.accelerator.num_processes / tokens, last=i == len(micros) - 1, rows=rows
+            )
+        # Ranks must agree to stop at the same step, so the wish travels with the loss.
+        wish = torch.tensor(float(self.context.should_stop()), device=value_sum.device)
+        summed, stop = self.accelerator.reduce(torch.stack([value_sum, wish]), reduction="sum").tolist()  # type: ignore[union-attr]
+        loss = summed / tokens
+        grad_norm = self._clip()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            last = checkpoints.newest(self.context.checkpoints)
+            raise NonFiniteError(
+                f"step {progress.step + 1}: loss {loss}, gradient norm {grad_norm}; expected finite numbers. "
+                f"The last good checkpoint is {last or 'the start'}; lower train.learning_rate, or use float32"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        progress.step += 1
+        progress.tokens += tokens
+        progress.seconds += seconds
+        metrics = {
+            "step": progress.step,
+            "epoch": round(progress.step / self.plan.steps_per_epoch, 4),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "tokens": progress.tokens,
+            "tokens_per_s": round(tokens / seconds, 1),
+            "seconds": round(progress.seconds, 3),
+            "padding": round(self._padding(rows), 4),
+        }
+        self._record(progress, metrics)
+        meter.advance(tokens, f"step {progress.step}/{self.total}, loss {loss:.3f}")
+        return stop > 0
+
+    def _seed(self, step: int) -> None:
+        """Random numbers (dropout) depend on seed, step and rank alone, never on what ran before."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        set_seed((self.settings.seed * 1_000_003 + step * ranks + rank) % 2**32)
+
+    def _rows(self, progress: _Progress) -> tuple[int, ...]:
+        epoch, index = divmod(progress.step, self.plan.steps_per_epoch)
+        if progress.epoch_steps[0] != epoch:
+            progress.epoch_steps = (epoch, self.plan.epoch(epoch))
+        return progress.epoch_steps[1][index]
+
+    def _backward(self, micro: tuple[int, ...], *, weight: float, last: bool, rows: tuple[int, ...]) -> Tensor:
+        """Backward of one micro-batch. An empty one runs on a row of weight 0: all ranks meet in the backward."""
+        batch = collate(self.responses, micro or rows[-1:], pad_id=self.pad_id)
+        signal = self.teacher.signal(batch)
+        batch = batch.to(self.accelerator.device)
+        weight_N = torch.full_like(batch.labels_N, weight if micro else 0.0, dtype=torch.float32)
+        with nullcontext() if last else self.accelerator.no_sync(self.model), onednn.linears():
+            loss, value_sum = self.model(batch, signal, weight_N)
+            self.accelerator.backward(loss)
+        return value_sum if micro else torch.zeros_like(value_sum)
+
+    def _clip(self) -> float:
+        limit = self.settings.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.module.student.parameters(), limit)
+        return float(norm)  # type: ignore[arg-type]
+
+    def _padding(self, rows: tuple[int, ...]) -> float:
+        """Share of the step's positions that are padding."""
+        size = self.settings.per_device_train_batch_size
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        area = sum(max(self.plan.lengths[r] for r in chunk) * len(chunk) for chunk in chunks)
+        return 1 - sum(self.plan.lengths[r] for r in rows) / area
+
+    def _record(self, progress: _Progress, metrics: dict[str, Any]) -> None:
+        """Metrics to metrics.jsonl and the trackers at logging steps."""
+        due = progress.step % self.settings.logging_steps == 0 or progress.step == self.total
+        if due and self.accelerator.is_main_process:
+            with self.context.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        if due:
+            self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=progress.step)
+
+    def save(self, progress: _Progress) -> None:
+        checkpoints.save(
+            self.context.checkpoints,
+            progress.step,
+            model=self.module.student,
+            optimizer=self.optimizer.optimizer,  # type: ignore[attr-defined]
+            state={"tokens": progress.tokens, "seconds": progress.seconds},
+            keep=self.settings.save_total_limit,
+        )
+
+    def resume(self) -> _Progress:
+        """Where to start: the newest checkpoint, or the beginning. Later lines of metrics.jsonl are dropped."""
+        newest = checkpoints.newest(self.context.checkpoints)
+        progress = _Progress()
+        if newest is not None:
+            state = checkpoints.restore(newest, model=self.module.student, optimizer=self.optimizer.optimizer)  # type: ignore[attr-defined]
+            progress = _Progress(step=state["step"], tokens=state["tokens"], seconds=state["seconds"])
+        if self.accelerator.is_main_process:
+            _keep_metrics(self.context.metrics, progress.step)
+        return progress
+
+
+def _keep_metrics(path: Path, step: int) -> None:
+    from limbeck.rundir import write_text
+
+    kept: list[str] = []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            # A killed process may leave half a last line; it belongs to a step that is done again.
+            if line.endswith("}") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _accelerator(settings: TrainSection, context: LoopContext) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(tracker) for tracker in get_available_trackers()]
+    missing = [name for name in settings.report_to if name not in available]
+    if missing:
+        raise LimbeckError(
+            f"train.report_to names {missing[0]!r}, which is not installed or unknown; "
+            f"installed here: {', '.join(available) or 'none'}"
+        )
+    # accelerate keeps the first precision of a process for good; a second run in it may ask for another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        # Without being told, accelerate takes the ranks of a machine without accelerators for runs of their own.
+        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
+        mixed_precision="bf16" if settings.bf16 else "no",
+        log_with=list(settings.report_to) or None,
+        project_dir=str(context.checkpoints.parent / "trackers") if settings.report_to else None,
+    )
+    if settings.report_to:
+        accelerator.init_trackers(context.run_name, config=context.tracker_config)
+    return accelerator
+
+
+def _adamw(student: nn.Module, settings: TrainSection) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone, as TrainingArguments' optimizer does."""
+    trainable = [p for p in student.parameters() if p.requires_grad]
+    if not trainable:
+        raise LimbeckError("the student has no trainable weights; check student.lora.target_modules")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        fused=True,
+    )

@@ -1,0 +1,111 @@
+"""Saving a student so that anybody's transformers loads it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from limbeck.flow import LimbeckError
+from limbeck.models.heads import causal_model
+from limbeck.models.quiet import one_line, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_student(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | Path, *, keep_adapter: bool = False
+) -> Path:
+    """Write a directory that plain `AutoModelForCausalLM.from_pretrained(directory)` loads. The model is not changed.
+
+    Adapters are merged into the weights; `keep_adapter` writes them unmerged to `directory/adapter` as well. The
+    directory appears whole: what stood there before is replaced at the end.
+
+    Raises:
+        LimbeckError: the disk is full or not writable, or the adapter cannot be merged.
+    """
+    from peft import PeftModel
+
+    directory = Path(directory)
+    inner = causal_model(model)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            with quiet_transformers():
+                inner.save_pretrained(work, state_dict=merged_state(model))
+                _plain(tokenizer).save_pretrained(work)
+                if keep_adapter and isinstance(model, PeftModel):
+                    model.save_pretrained(str(work / "adapter"))
+            work.chmod(0o777 & ~_umask())
+            _replace(work, directory)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise LimbeckError(
+            f"cannot write the student to {directory}: {one_line(error)}; free space or choose another directory"
+        ) from error
+    return directory
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain model a LoRA model is equal to: ``W + scaling * B @ A``. Nothing is changed in place.
+
+    Raises:
+        LimbeckError: an adapter other than plain LoRA.
+    """
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    inner = causal_model(model)
+    state = inner.state_dict()
+    for name, module in inner.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            trained = module.modules_to_save[module.active_adapters[0]].state_dict()
+            state = _without(state, name) | {f"{name}.{key}": value for key, value in trained.items()}
+        elif isinstance(module, BaseTunerLayer):
+            if not isinstance(module, LoraLinear) or module.lora_variant or module.merged:
+                raise LimbeckError(f"cannot merge the adapter at {name} ({type(module).__name__}); use plain LoRA")
+            base = module.get_base_layer().state_dict()
+            delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
+            base["weight"] = (base["weight"].float() + delta).to(base["weight"].dtype)
+            state = _without(state, name) | {f"{name}.{key}": value for key, value in base.items()}
+    return state
+
+
+def _without(state: dict[str, Tensor], module: str) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith(f"{module}.")}
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy without the padding and truncation of its last call, which would be saved with it."""
+    plain = copy.deepcopy(tokenizer)
+    if plain.is_fast:
+        backend: Any = plain.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        backend.no_padding()
+        backend.no_truncation()
+    return plain
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _replace(work: Path, directory: Path) -> None:
+    """Put `work` in place of `directory`. A directory cannot be overwritten by a rename, so the old one steps aside."""
+    if not directory.exists():
+        work.rename(directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+    directory.rename(old / directory.name)
+    work.rename(directory)
+    shutil.rmtree(old)
