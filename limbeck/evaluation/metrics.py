@@ -1,0 +1,75 @@
+"""The metrics of the evaluation: what each is called, its unit, which way is better, and what it means.
+
+A new metric is one entry here and a value of that name in the rows its group measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """How a metric is to be read.
+
+    Attributes:
+        unit: empty for shares and other pure numbers.
+        better: "lower", "higher", "match" (the nearer to the teacher's own value the better), or "context" for a value
+            of the teacher alone.
+        teacher: the metric that holds the teacher's own value of the same quantity, where there is one.
+        teacher_value: what the teacher would score against itself, where that is a constant.
+    """
+
+    label: str
+    unit: str
+    better: Literal["lower", "higher", "match", "context"]
+    meaning: str
+    teacher: str | None = None
+    teacher_value: float | None = None
+
+
+NATS = "nats/token"
+
+METRICS: dict[str, Metric] = {
+    "forward_kl": Metric(
+        label="Forward KL", unit=NATS, better="lower", teacher_value=0.0,
+        meaning="KL(teacher ‖ student): how much of what the teacher would say the student misses",
+    ),
+    "reverse_kl": Metric(
+        label="Reverse KL", unit=NATS, better="lower", teacher_value=0.0,
+        meaning="KL(student ‖ teacher): how much the student says that the teacher would not",
+    ),
+    "total_variation": Metric(
+        label="Total variation", unit="", better="lower", teacher_value=0.0,
+        meaning="half the sum of |p - q|: the probability mass that lies on the wrong tokens",
+    ),
+    "acceptance": Metric(
+        label="Expected acceptance", unit="", better="higher", teacher_value=1.0,
+        meaning="1 - total variation: the share of draft tokens the teacher would accept in speculative decoding",
+    ),
+    "top1_agreement": Metric(
+        label="Top-1 agreement", unit="", better="higher", teacher_value=1.0,
+        meaning="share of positions where both models rank the same token first",
+    ),
+    "student_entropy": Metric(
+        label="Entropy", unit=NATS, better="match", teacher="teacher_entropy",
+        meaning="uncertainty of the next-token distribution; best where it equals the teacher's",
+    ),
+    "teacher_entropy": Metric(
+        label="Teacher entropy", unit=NATS, better="context",
+        meaning="uncertainty of the teacher's next-token distribution",
+    ),
+    "student_nll": Metric(
+        label="Negative log-likelihood", unit=NATS, better="lower", teacher="teacher_nll",
+        meaning="surprise at the tokens of the held-out responses",
+    ),
+    "teacher_nll": Metric(
+        label="Teacher negative log-likelihood", unit=NATS, better="context",
+        meaning="the teacher's surprise at the tokens of the held-out responses",
+    ),
+    "rouge_l": Metric(
+        label="ROUGE-L", unit="F1", better="higher", teacher_value=1.0,
+        meaning="longest common subsequence of the greedy answers of student and teacher, as F1 over stemmed words",
+    ),
+}  # fmt: skip
