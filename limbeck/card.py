@@ -1,0 +1,180 @@
+"""The model card: README.md of the student, with the metadata the hub reads and what was measured.
+
+Like the report it is made from the files of the run directory alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from limbeck.report.evidence import evidence
+from limbeck.report.run import Run, number, read_run, score, value_at
+from limbeck.report.words import count, duration, headline, megabytes, name_of, setting, share, share_of_teacher
+
+# Only these have a meaning of their own on the hub; a path or a file name would be taken for somebody's repository.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+OBJECTIVES = {"fkl": "forward KL", "rkl": "reverse KL", "csd": "concrete score distillation"}
+
+
+def write_card(
+    run_dir: Path, *, base_model: str | None = None, license: str | None = None, datasets: Sequence[str] = ()
+) -> Path:
+    """Write `student/README.md` from the files of a run directory.
+
+    Args:
+        base_model: hub id of the model the student's weights began as; without it, the recipe's name for that model
+            where it is a hub id, else none is declared.
+        license: of the base model, as a hub license id; left out of the metadata where unknown.
+        datasets: hub ids of the data sets the prompts came from; without them, the recipe's source where it is one.
+
+    Raises:
+        LimbeckError: `run_dir` is not a run directory.
+    """
+    run = read_run(run_dir)
+    path = run_dir / "student" / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(card(run, base_model=base_model, license=license, datasets=datasets), encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def card(run: Run, *, base_model: str | None = None, license: str | None = None, datasets: Sequence[str] = ()) -> str:
+    """The text of the card; see `write_card`."""
+    import jinja2
+    import yaml
+
+    base = base_model or _hub_id(_origin(run))
+    source = _hub_id(value_at(run.recipe, "prompts.source"))
+    front = metadata(run, base_model=base, license=license, datasets=datasets or ([source] if source else ()))
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["cell"] = _cell
+    template = environment.from_string((files("limbeck.report") / "templates" / "card.md.j2").read_text("utf-8"))
+    body = template.render(
+        name=name_of(run),
+        headline=headline(run),
+        base=base,
+        teacher=value_at(run.recipe, "teacher.model"),
+        origin=_origin(run),
+        method=_method(run),
+        evidence=evidence(run),
+        examples=next((int(s["n"]) for s in _after(run).values() if number(s, "n") is not None), None),
+        training=_training(run),
+        versions=value_at(run.provenance, "versions") or {},
+        revision=run.provenance.get("code_revision"),
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}"
+
+
+def metadata(run: Run, *, base_model: str | None, license: str | None, datasets: Sequence[str]) -> dict[str, Any]:
+    """The front matter, in the hub's terms."""
+    front: dict[str, Any] = {}
+    if base_model:
+        front |= {"base_model": base_model, "base_model_relation": "finetune"}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if license:
+        front["license"] = license
+    if datasets:
+        front["datasets"] = list(datasets)
+    front["tags"] = ["limbeck", "distillation", "knowledge-distillation"]
+    if run.student.get("kept_blocks"):
+        front["tags"].append("pruned")
+    results = [
+        {"type": line.name, "name": f"{line.label} ({line.unit})" if line.unit else line.label, "value": value}
+        for line in evidence(run)
+        if (value := number(_after(run).get(line.name, {}), "mean")) is not None
+    ]
+    if results:
+        source = str(value_at(run.recipe, "prompts.source") or "prompts of the run")
+        front["model-index"] = [
+            {
+                "name": name_of(run),
+                "results": [
+                    {
+                        "task": {"type": "text-generation", "name": "Agreement with the teacher"},
+                        "dataset": {"type": source, "name": f"held-out prompts of {source}"},
+                        "metrics": results,
+                    }
+                ],
+            }
+        ]
+    return front
+
+
+def _origin(run: Run) -> Any:
+    """The model the student's weights began as, None for fresh weights."""
+    if value_at(run.recipe, "student.init") == "scratch":
+        return None
+    return value_at(run.recipe, "student.model") or value_at(run.recipe, "teacher.model")
+
+
+def _hub_id(name: Any) -> str | None:
+    if not isinstance(name, str):
+        return None
+    bare = name.removeprefix("hub:")
+    return bare if _HUB_ID.fullmatch(bare) and (bare != name or not Path(name).exists()) else None
+
+
+def _after(run: Run) -> Mapping[str, Mapping[str, Any]]:
+    names = value_at(run.scores, "after")
+    found = {name: score(run, "after", name) for name in names} if isinstance(names, Mapping) else {}
+    return {name: value for name, value in found.items() if value}
+
+
+def _method(run: Run) -> list[str]:
+    """How the student was made, a sentence each."""
+    said = []
+    kept, layers = run.student.get("kept_blocks"), number(run.student, "teacher_layers")
+    if isinstance(kept, list) and layers:
+        blocks = ", ".join(str(block) for block in kept)
+        said.append(f"The student is the starting model with {len(kept)} of its {layers:.0f} blocks kept ({blocks}).")
+    own, ratio = number(run.student, "parameters"), share_of_teacher(run.student)
+    if own:
+        size = number(run.student, "size_mb")
+        said.append(
+            f"It has {count(own)} parameters"
+            + (f", {share(ratio)} of the teacher's" if ratio else "")
+            + (f", {megabytes(size)} on disk." if size else ".")
+        )
+    source, author = value_at(run.recipe, "prompts.source"), value_at(run.recipe, "responses.author")
+    if source and author:
+        drawn = [
+            f"{label} {setting(number(run.recipe, f'responses.{key}'))}"
+            for key, label in (("temperature", "sampling temperature"), ("top_p", "top-p"))
+            if number(run.recipe, f"responses.{key}") is not None
+        ]
+        written = f"sampled from the teacher ({', '.join(drawn)})" if author == "teacher" else f"by the {author}"
+        said.append(f"Prompts: {source}. Responses: {written}.")
+    objective = value_at(run.recipe, "objective.name")
+    if objective:
+        shown = OBJECTIVES.get(str(objective), str(objective))
+        said.append(
+            f"Objective: {shown} (`{objective}`) at temperature "
+            f"{setting(number(run.recipe, 'objective.temperature') or 1.0)}, per response token."
+        )
+    return said
+
+
+def _training(run: Run) -> list[tuple[str, str]]:
+    train = value_at(run.recipe, "train")
+    rows = [(f"`{k}`", _plain(v)) for k, v in train.items()] if isinstance(train, Mapping) else []
+    if run.steps:
+        last = run.steps[-1]
+        rows.append(("steps taken", f"{last['step']:,.0f}"))
+        rows += [("tokens in the loss", f"{tokens:,.0f}") for tokens in [number(last, "tokens")] if tokens is not None]
+        rows += [("time in the loop", duration(spent)) for spent in [number(last, "seconds")] if spent is not None]
+    return rows
+
+
+def _plain(value: Any) -> str:
+    return setting(value) if isinstance(value, float) else "none" if value in (None, [], ()) else str(value)
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

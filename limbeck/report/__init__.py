@@ -1,0 +1,10 @@
+"""The last stage: everything a run directory holds, on one page that works offline, and as one picture.
+
+Both read files of the run directory and nothing else, so that the report of any run can be made again at any time, by
+anybody who was sent the directory. A run that is not finished still gets its page, which says what is missing.
+"""
+
+from limbeck.report.page import write_report
+from limbeck.report.picture import write_picture
+
+__all__ = ["write_picture", "write_report"]

@@ -1,0 +1,233 @@
+"""report.html: one file, no request to anywhere, readable without scripts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from limbeck.report import words
+from limbeck.report.charts import HEIGHT, WIDTH, charts
+from limbeck.report.evidence import evidence
+from limbeck.report.run import Run, number, read_run, score, value_at
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run directory from the files in it, whatever of them is there.
+
+    Raises:
+        LimbeckError: `run_dir` is not a run directory.
+    """
+    path = run_dir / "report.html"
+    text = render(read_run(run_dir))
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def render(run: Run) -> str:
+    """The page of a run. Every text from the run is escaped by the template engine."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("limbeck.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(
+        duration=words.duration, memory=words.memory, count=words.count, figure=words.figure, megabytes=words.megabytes
+    )
+    templates = files("limbeck.report") / "templates"
+    style, script = ((templates / name).read_text(encoding="utf-8") for name in ("style.css", "hover.js"))
+    curves = charts(run)
+    return environment.get_template("report.html.j2").render(
+        style=style,
+        script=script,
+        run=run,
+        name=words.name_of(run),
+        headline=words.headline(run),
+        story=_story(run),
+        tiles=_tiles(run),
+        charts=curves,
+        drawing=(WIDTH, HEIGHT),
+        points={chart.name: chart.points for chart in curves},
+        evidence=evidence(run),
+        examples=_examples(run),
+        confidence=number(run.scores, "confidence") or 0.95,
+        samples=[_sample(row) for row in run.samples],
+        anatomy=_anatomy(run),
+        sizes=_sizes(run),
+        stages=_stages(run),
+        provenance=_provenance(run),
+    )
+
+
+def _story(run: Run) -> list[tuple[str, str]]:
+    """What was done, as short facts from the recipe."""
+    facts = []
+    for label, keys in (
+        ("teacher", ("teacher.model",)),
+        ("student", ("student.model", "student.init")),
+        ("prompts", ("prompts.source", "prompts.path")),
+        ("responses by", ("responses.author",)),
+        ("objective", ("objective.name",)),
+        ("temperature", ("objective.temperature",)),
+        ("epochs", ("train.num_train_epochs",)),
+        ("seed", ("train.seed", "seed")),
+    ):
+        found = next((value for key in keys if (value := value_at(run.recipe, key)) is not None), None)
+        if found is not None and not isinstance(found, Mapping | list):
+            facts.append((label, words.setting(found) if isinstance(found, float) else str(found)))
+    return facts
+
+
+def _tiles(run: Run) -> list[dict[str, str]]:
+    """The figures one looks for first: value, label, and a remark."""
+    tiles = []
+    ratio = words.share_of_teacher(run.student)
+    if ratio is not None:
+        own = words.count(number(run.student, "parameters"))
+        tiles.append({"value": words.share(ratio), "label": "of the teacher's parameters", "remark": f"{own} remain"})
+    for metric, label, digits in (
+        ("forward_kl", "forward KL, nats/token", 3),
+        ("top1_agreement", "top-1 agreement", 3),
+        ("rouge_l", "ROUGE-L to the teacher", 3),
+    ):
+        before, after = score(run, "before", metric), score(run, "after", metric)
+        if after:
+            remark = f"from {words.figure(before['mean'], digits)}" if before else "not measured before training"
+            tiles.append({"value": words.figure(after["mean"], digits), "label": label, "remark": remark})
+    seconds = [row["seconds"] for row in _stages(run) if row["seconds"] is not None]
+    if seconds:
+        remark = f"{len(seconds)} stage{'' if len(seconds) == 1 else 's'}"
+        tiles.append({"value": words.duration(sum(seconds)), "label": "in all", "remark": remark})
+    peaks = [(p, str(s["stage"])) for s in run.stages if (p := number(s, "peak_memory_mib")) is not None]
+    if peaks:
+        peak, stage = max(peaks)
+        tiles.append({"value": words.memory(peak), "label": "peak memory", "remark": f"in {stage}"})
+    return tiles
+
+
+def _examples(run: Run) -> int | None:
+    for part in ("after", "before"):
+        for found in (value_at(run.scores, part) or {}).values():
+            if isinstance(found, Mapping) and number(found, "n") is not None:
+                return int(found["n"])
+    return None
+
+
+def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
+    answers = [
+        {"who": who, "label": label, "text": str(row[who]), "rouge": number(row, f"rouge_{who}")}
+        for who, label in (("teacher", "Teacher"), ("before", "Student before"), ("after", "Student after"))
+        if row.get(who) is not None
+    ]
+    return {"prompt": str(row.get("prompt", "")), "answers": answers}
+
+
+def _anatomy(run: Run) -> list[dict[str, Any]]:
+    """One cell a block of the teacher: kept or not, and how much it was found to matter."""
+    kept, total = run.student.get("kept_blocks"), number(run.student, "teacher_layers")
+    if not isinstance(kept, list) or total is None:
+        return []
+    scores = run.student.get("block_scores")
+    scores = scores if isinstance(scores, list) and len(scores) == int(total) else [None] * int(total)
+    finite = [s for s in scores if isinstance(s, int | float)]
+    top = max([*finite, 0]) or 1.0
+    order = run.student.get("removed_blocks")
+    order = {block: turn for turn, block in enumerate(order, start=1)} if isinstance(order, list) else {}
+    cells = []
+    for block, value in enumerate(scores):
+        stays = block in kept
+        remark = f"block {block}: {'kept' if stays else 'removed'}"
+        if block in order:
+            remark += f", taken out as number {order[block]}"
+        if isinstance(value, int | float):
+            remark += f", influence {words.figure(value)}"
+        height = round(100 * (max(0.0, value) / top) ** 0.5, 1) if isinstance(value, int | float) else None
+        cells.append({"block": block, "kept": stays, "height": height, "remark": remark})
+    return cells
+
+
+def _sizes(run: Run) -> list[dict[str, Any]]:
+    """Teacher and student side by side: parameters, megabytes, blocks."""
+    rows = []
+    for label, teacher, own, form in (
+        ("Parameters", number(run.student, "teacher_parameters"), number(run.student, "parameters"), words.count),
+        ("On disk", number(run.student, "teacher_size_mb"), number(run.student, "size_mb"), words.megabytes),
+        ("Blocks", number(run.student, "teacher_layers"), _kept(run), words.count),
+    ):
+        if own is not None:
+            rows.append(
+                {
+                    "label": label,
+                    "teacher": "" if teacher is None else form(teacher),
+                    "student": form(own),
+                    "share": None if not teacher else round(100 * own / teacher, 1),
+                }
+            )
+    return rows
+
+
+def _kept(run: Run) -> float | None:
+    kept = run.student.get("kept_blocks")
+    return float(len(kept)) if isinstance(kept, list) else None
+
+
+def _stages(run: Run) -> list[dict[str, Any]]:
+    # While the report is written its own stage has begun, but there is nothing to say about it.
+    rows = [stage for stage in run.stages if stage["stage"] != "report" or stage.get("done") is not False]
+    seconds = [number(stage, "seconds") or 0.0 for stage in rows]
+    longest = max([*seconds, 0.0]) or 1.0
+    return [
+        {
+            "name": str(stage["stage"]),
+            "seconds": number(stage, "seconds"),
+            "width": round(100 * spent / longest, 2),
+            "share": words.share(spent / sum(seconds)) if sum(seconds) else "",
+            "tokens": number(stage, "tokens"),
+            "tokens_per_s": number(stage, "tokens_per_s"),
+            "peak_memory_mib": number(stage, "peak_memory_mib"),
+            "started": _moment(stage.get("started")),
+            "unfinished": stage.get("done") is False,
+            "fingerprint": str(stage.get("fingerprint", ""))[:12],
+        }
+        for stage, spent in zip(rows, seconds, strict=True)
+    ]
+
+
+def _moment(value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return str(value)[:16].replace("T", " ") if value else ""
+
+
+def _provenance(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Groups of (dotted key, value); what is not nested comes first, as a group without a name."""
+    plain, groups = [], []
+    for key, value in run.provenance.items():
+        if isinstance(value, Mapping):
+            groups.append((str(key), _flat(value)))
+        else:
+            plain.append((str(key), _plain(value)))
+    return ([("", plain)] if plain else []) + groups
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        rows += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, _plain(value))]
+    return rows
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_plain(item) for item in value)
+    return "yes" if value is True else "no" if value is False else "none" if value is None else str(value)

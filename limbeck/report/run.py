@@ -1,0 +1,177 @@
+"""Reading a run directory, whole or half finished: what is there, and what is missing or broken."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.flow import LimbeckError
+
+# In the order of the story. Each with what its absence means to the reader.
+FILES = {
+    "recipe.resolved.yaml": "the recipe was not written down",
+    "provenance.json": "versions, seeds and fingerprints are not recorded",
+    "student/student.json": "there is no finished student",
+    "metrics.jsonl": "training has not logged a step",
+    "samples.jsonl": "there are no sample answers",
+    "scores.json": "the student has not been evaluated",
+}
+STORY = ("prompts", "responses", "signal", "student", "evaluation", "report")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the files of a run directory say. A missing file is an empty value here and an entry in `missing`.
+
+    Attributes:
+        recipe_text: the resolved recipe as written; `recipe` is the same, parsed.
+        stages: the manifests, in the order in which the stages were started.
+        steps: one mapping a logging step of the training.
+        missing: file to what its absence means.
+        broken: one sentence for each file, or part of one, that could not be read.
+    """
+
+    directory: Path
+    recipe_text: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    student: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[Mapping[str, Any], ...] = ()
+    steps: tuple[Mapping[str, Any], ...] = ()
+    samples: tuple[Mapping[str, Any], ...] = ()
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    broken: tuple[str, ...] = ()
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read what is there.
+
+    Raises:
+        LimbeckError: `run_dir` is no directory, or holds no file of a run.
+    """
+    if not run_dir.is_dir():
+        raise LimbeckError(f"{run_dir} is no directory; expected a run directory: give the one `limbeck run` wrote")
+    broken: list[str] = []
+    texts = {name: _text(run_dir, name, broken) for name in FILES}
+    stages = _stages(run_dir, broken)
+    if not stages and not any(texts.values()):
+        raise LimbeckError(
+            f"{run_dir} holds none of {', '.join(FILES)}; expected a run directory: give the one `limbeck run` wrote"
+        )
+    return Run(
+        directory=run_dir,
+        recipe_text=texts["recipe.resolved.yaml"],
+        recipe=_yaml(texts["recipe.resolved.yaml"], broken),
+        provenance=_object(texts["provenance.json"], "provenance.json", broken),
+        student=_object(texts["student/student.json"], "student/student.json", broken),
+        stages=stages,
+        steps=tuple(
+            row for row in _lines(texts["metrics.jsonl"], "metrics.jsonl", broken) if number(row, "step") is not None
+        ),
+        samples=tuple(_lines(texts["samples.jsonl"], "samples.jsonl", broken)),
+        scores=_object(texts["scores.json"], "scores.json", broken),
+        missing={name: what for name, what in FILES.items() if not (run_dir / name).is_file()},
+        broken=tuple(broken),
+    )
+
+
+def number(mapping: Mapping[str, Any], key: str) -> float | None:
+    """The finite number under a key, or None. A dotted key looks into nested mappings."""
+    value = value_at(mapping, key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def value_at(mapping: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key, or None."""
+    value: Any = mapping
+    for name in key.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return None
+        value = value[name]
+    return value
+
+
+def score(run: Run, part: str, metric: str) -> Mapping[str, Any] | None:
+    """A score with a finite mean, or None."""
+    found = value_at(run.scores, f"{part}.{metric}")
+    return found if isinstance(found, Mapping) and number(found, "mean") is not None else None
+
+
+def _text(run_dir: Path, name: str, broken: list[str]) -> str:
+    path = run_dir / name
+    if not path.is_file():
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        broken.append(f"{name} cannot be read: {error}")
+        return ""
+
+
+def _object(text: str, name: str, broken: list[str]) -> Mapping[str, Any]:
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        broken.append(f"{name} is not JSON: {error}")
+        return {}
+    if not isinstance(value, dict):
+        broken.append(f"{name} holds a {type(value).__name__} where an object belongs")
+        return {}
+    return value
+
+
+def _lines(text: str, name: str, broken: list[str]) -> list[Mapping[str, Any]]:
+    rows, bad = [], []
+    for count, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad.append(count)
+    if bad:
+        broken.append(
+            f"{name}: line {', '.join(map(str, bad[:5]))}{' …' if len(bad) > 5 else ''} left out, not an object"
+        )
+    return rows
+
+
+def _yaml(text: str, broken: list[str]) -> Mapping[str, Any]:
+    import yaml
+
+    if not text:
+        return {}
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        broken.append(f"recipe.resolved.yaml is not YAML: {' '.join(str(error).split())}")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _stages(run_dir: Path, broken: list[str]) -> tuple[Mapping[str, Any], ...]:
+    rows = []
+    for path in sorted((run_dir / "stages").glob("*.json")):
+        name = f"stages/{path.name}"
+        row = _object(_text(run_dir, name, broken), name, broken)
+        if row:
+            rows.append({"stage": path.stem, **row})
+
+    def order(row: Mapping[str, Any]) -> tuple[int, str]:
+        stage = str(row["stage"])
+        return (STORY.index(stage) if stage in STORY else len(STORY), str(row.get("started", "")))
+
+    return tuple(sorted(rows, key=order))
