@@ -1,0 +1,48 @@
+"""The Python API: load a recipe, play it, get the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.config import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from limbeck.console import Console
+    from limbeck.story import Run
+
+
+def load(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Recipe:
+    """A recipe from a shipped name, a YAML file, a run directory or a mapping, with `section.key=value` changes."""
+    if not isinstance(recipe, Mapping):
+        resolved = Path(recipe) / "recipe.resolved.yaml"
+        if resolved.exists():
+            # A run that was started elsewhere, or moved: it continues where it lies now.
+            return load_recipe(resolved, [f"output_dir={json.dumps(str(recipe))}", *overrides])
+    return load_recipe(recipe, overrides)
+
+
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *overrides: str,
+    update: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Play a recipe from prompts to report; what is done in its directory is not done again.
+
+    Args:
+        recipe: what `load` takes, or what it gave.
+        overrides: `section.key=value` changes.
+        update: redo what was made from other inputs instead of refusing.
+        console: where progress goes; standard error unless given.
+
+    Raises:
+        LimbeckError: anything a person can mend, in one line.
+    """
+    from limbeck.stages import STAGES
+    from limbeck.story import Run, play
+
+    chosen = recipe if isinstance(recipe, Recipe) else load(recipe, *overrides)
+    return Run(play(chosen, stages=STAGES, console=console, update=update).root)

@@ -1,0 +1,236 @@
+"""The command line: the story as one verb, its stages as one verb each, and the looking-up around it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from limbeck.flow import LimbeckError
+
+app = typer.Typer(
+    name="limbeck",
+    help="Distil a large language model: prompts, responses, teacher, student, evaluation, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# typer keeps the class of every mistake on the command line private; this is its public child's parent.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, a YAML file, or a run directory.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. train.max_steps=20.")
+]
+Update = Annotated[
+    bool, typer.Option("--update", help="Redo what other inputs made in this directory; the old moves aside.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point: errors a person can mend are one line and exit code 2; Ctrl-C is 130, SIGTERM 143."""
+    try:
+        # Not `app()`: typer would turn an interruption into a silent exit and a wrong option into a page of help.
+        with typer.main.get_command(app).make_context("limbeck", sys.argv[1:]) as context:
+            context.command.invoke(context)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except _USAGE_ERROR as error:
+        _fail(_usage_line(error))
+    except KeyboardInterrupt as interrupt:
+        if "--debug" in sys.argv:
+            raise
+        print("\nstopped; what is finished is on disk, and the same command continues", file=sys.stderr)
+        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+    except BrokenPipeError:
+        # Whoever read the output has gone (`limbeck objectives | head`). Python must not try to flush it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        line = None if "--debug" in sys.argv else _line_of(error)
+        if line is None:
+            raise
+        _fail(line)
+
+
+def _line_of(error: Exception) -> str | None:
+    from limbeck.failures import explain
+
+    return explain(error)
+
+
+def _usage_line(error: Any) -> str:
+    """A mistake in the command itself: its message and where to read on."""
+    where = error.ctx.command_path if error.ctx is not None else "limbeck"
+    said = error.format_message().strip()
+    if "\n" in said:
+        # The help page that a bare command asks for.
+        print(said)
+        sys.exit(2)
+    return f"{said[0].lower()}{said[1:].rstrip('.')}; see `{where} --help`"
+
+
+def _fail(message: str) -> None:
+    print(f"limbeck: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _play(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> None:
+    from limbeck.api import load
+    from limbeck.stages import STAGES
+    from limbeck.story import play
+
+    loaded = load(recipe, *(overrides or []))
+    run = play(loaded, stages=STAGES, until=verb, update=update)
+    print(run.report if verb == "report" else run.root)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"limbeck {version_of('limbeck')}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")] = False,
+    update: Update = False,
+    debug: Debug = False,
+) -> None:
+    """Play the whole story: prompts, responses, teacher's signal, training, evaluation, report."""
+    del debug
+    if print_config:
+        from limbeck.api import load
+        from limbeck.config import build_objective, to_yaml
+
+        loaded = load(recipe, *(overrides or []))
+        build_objective(loaded)
+        print(to_yaml(loaded), end="")
+        return
+    _play(recipe, overrides, "report", update)
+
+
+@app.command()
+def prompts(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
+    """Read the prompts and split them into training and held-out."""
+    del debug
+    _play(recipe, overrides, "prompts", update)
+
+
+@app.command()
+def respond(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
+    """Up to the responses: sample them from the teacher, or take those of the data."""
+    del debug
+    _play(recipe, overrides, "respond", update)
+
+
+@app.command()
+def teach(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
+    """Up to the teacher's signal on every response token."""
+    del debug
+    _play(recipe, overrides, "teach", update)
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
+    """Up to the trained student."""
+    del debug
+    _play(recipe, overrides, "train", update)
+
+
+@app.command()
+def evaluate(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
+    """Up to the scores of the student before and after training, on held-out prompts."""
+    del debug
+    _play(recipe, overrides, "evaluate", update)
+
+
+@app.command()
+def report(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Write the report of a run as far as it has come."""
+    del debug
+    from limbeck.api import load
+    from limbeck.report import write_report
+
+    directory = load(recipe, *(overrides or [])).directory
+    if not (directory / "recipe.resolved.yaml").exists():
+        raise LimbeckError(f"{directory} is no run directory yet; start it with `limbeck run {recipe}`")
+    print(write_report(directory))
+
+
+@app.command()
+def objectives() -> None:
+    """List the objectives with their options."""
+    from dataclasses import MISSING, fields
+
+    from limbeck.objectives import OBJECTIVES
+
+    for name, objective in OBJECTIVES.items():
+        summary = (objective.__doc__ or "").strip().splitlines()[0]
+        print(f"{name:<24} {summary}")
+        for option in fields(objective):
+            default = "" if option.default is MISSING else f" = {option.default!r}"
+            print(f"{'':<24}   {option.name}: {option.type}{default}")
+
+
+@app.command()
+def doctor(
+    teacher: Annotated[str, typer.Argument(help="Name, directory, hub id or GGUF file.")],
+    student: Annotated[str, typer.Argument(help="Name, directory, hub id or GGUF file.")],
+    debug: Debug = False,
+) -> None:
+    """Say whether and how a pair can be distilled: tokenizers, vocabularies, heads, windows, templates."""
+    del debug
+    from rich.console import Console
+
+    from limbeck.models.doctor import doctor as examine
+    from limbeck.models.doctor import render
+
+    found = examine(teacher, student)
+    Console().print(render(found))
+    if not found.distillable:
+        raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
+    template: Annotated[str, typer.Option("--from", help="Shipped recipe to start from.")] = "quickstart",
+) -> None:
+    """Write a recipe of your own to start from."""
+    from importlib import resources
+
+    from limbeck.config import load_recipe
+
+    if path.exists():
+        raise LimbeckError(f"{path} exists; name another file, or delete it first")
+    load_recipe(template)
+    text = (resources.files("limbeck") / "recipes" / f"{template}.yaml").read_text("utf-8")
+    path.write_text(text, "utf-8")
+    print(f"wrote {path}; play it with: limbeck run {path}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    import json
+
+    from limbeck.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,51 @@
+"""What is wrong with a recipe, in words: the key, what it got, what was expected, the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+def explain(error: ValidationError, known: Sequence[str]) -> str:
+    """One line for up to four mistakes; the alternatives a value could have been are one mistake."""
+    lines: dict[str, str] = {}
+    for mistake in error.errors():
+        # Pydantic marks alternatives and keys with parts of its own.
+        parts = [str(p) for p in mistake["loc"] if not str(p).startswith(("literal[", "constrained-", "[key]"))]
+        path = ".".join(parts)
+        lines[path] = f"{lines[path]}, or {_lower(mistake['msg'])}" if path in lines else _explain(mistake, path, known)
+    return "; ".join(list(lines.values())[:4])
+
+
+def _explain(mistake: Any, path: str, known: Sequence[str]) -> str:
+    if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {path!r}{nearest(path, known)}"
+    if mistake["type"] in ("missing", "missing_argument"):
+        return f"{path} is missing; add it to the recipe or give it as {path}=..."
+    if mistake["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{path} is {short(mistake['input'])}; expected a section with keys"
+    return f"{path}: got {short(mistake['input'])}; {_lower(mistake['msg'])}"
+
+
+def short(value: object) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
+
+
+def _lower(message: str) -> str:
+    return message[0].lower() + message[1:]
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """'; did you mean X?' where a known key is close, else nothing."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        # The right name in the wrong section, or a bare name: compare last parts alone.
+        leaves = {name.rpartition(".")[2]: name for name in known}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)]
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,219 @@
+"""The run directory: atomic writes, the lock, and one manifest a finished stage.
+
+    recipe.resolved.yaml  provenance.json  prompts.jsonl  responses/  signal/  checkpoints/  metrics.jsonl  student/
+    scores/  scores.json  samples.jsonl  report.html  stages/NAME.json
+
+A stage is done when its manifest exists; the manifest holds the fingerprint of everything the stage read. Whatever is
+written appears under its final name only when it is whole, so a kill at any moment leaves finished things finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.flow import LimbeckError
+
+Json = dict[str, Any]
+
+
+def fingerprint(value: Any) -> str:
+    """Sha256 (hex) of a JSON-able value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        # On a full disk half a file would take the room that the next one needs.
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise LimbeckError(f"{path} is damaged ({error}); delete it and run the same command again") from None
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `path` when the block ends without an error, and vanishes with one.
+
+    A folder that stood there before steps aside under another name until the new one is in place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        replaced = path.with_name(f".{path.name}.replaced.partial")
+        if path.exists():
+            path.replace(replaced)
+        partial.replace(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# Names under which writers of a run directory keep what is not whole yet.
+_UNFINISHED = (".*.partial", "*.part", ".student-*")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Where a run lives. Construct with `open_run`."""
+
+    root: Path
+
+    @property
+    def prompts(self) -> Path:
+        return self.root / "prompts.jsonl"
+
+    @property
+    def responses(self) -> Path:
+        return self.root / "responses"
+
+    @property
+    def signal(self) -> Path:
+        return self.root / "signal"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def student(self) -> Path:
+        return self.root / "student"
+
+    @property
+    def scores(self) -> Path:
+        return self.root / "scores"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.resolved.yaml"
+
+    def manifest_path(self, stage: str) -> Path:
+        return self.root / "stages" / f"{stage}.json"
+
+    def manifest(self, stage: str) -> Json | None:
+        """The record of a finished (or begun, see `finished`) stage."""
+        path = self.manifest_path(stage)
+        return read_json(path) if path.exists() else None
+
+    def done(self, stage: str) -> bool:
+        """Whether the stage is done, for whatever inputs."""
+        record = self.manifest(stage)
+        return record is not None and record["done"]
+
+    def finished(self, stage: str, print_: str) -> bool:
+        """Whether the stage is done for exactly these inputs."""
+        record = self.manifest(stage)
+        return record is not None and record["done"] and record["fingerprint"] == print_
+
+    @contextmanager
+    def locked(self, warn: Callable[[str], None]) -> Iterator[None]:
+        """Keep a second run out of the directory. The lock dies with the process, so a kill never leaves it behind.
+
+        Args:
+            warn: told where the file system has no locks.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise LimbeckError(
+                    f"{self.root} is in use by another run ({file.read().strip() or 'starting'}); "
+                    "wait for it, or give this one its own output_dir=..."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                warn(f"the file system of {self.root} has no locks; make sure that no second run uses it")
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
+
+    def sweep(self) -> None:
+        """Remove what a killed run left half written. Only under the lock: a living run's files look the same."""
+        for pattern in _UNFINISHED:
+            for left in sorted(self.root.rglob(pattern)):
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink(missing_ok=True)
+
+    def set_aside(self, stage: str, outputs: tuple[Path, ...]) -> Path | None:
+        """Move the outputs of a superseded stage to superseded/, so that nothing finished is lost.
+
+        Safe to kill: the manifest is marked as not done before the first move and goes last, so that what remains is
+        never taken for a finished stage, nor for the beginning of another one.
+
+        Returns:
+            where they are now; None where there was nothing.
+        """
+        present = [path for path in outputs if path.exists()]
+        record = self.manifest(stage)
+        if not present and record is None:
+            return None
+        print_ = record["fingerprint"][:8] if record else "unknown"
+        name = f"{stage}-{print_}-{time.strftime('%Y%m%dT%H%M%S')}"
+        folder, number = self.root / "superseded", 1
+        while (folder / name).exists():
+            number += 1
+            name = f"{name.partition('_')[0]}_{number}"
+        target = folder / name
+        if record is not None:
+            write_json(target / f"{stage}.json", record)
+            write_json(self.manifest_path(stage), record | {"done": False})
+        target.mkdir(parents=True, exist_ok=True)
+        for path in present:
+            path.replace(target / path.name)
+        self.manifest_path(stage).unlink(missing_ok=True)
+        return target

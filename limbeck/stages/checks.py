@@ -1,0 +1,130 @@
+"""What is refused before any stage has worked: mistakes that can be seen without loading a model.
+
+A wrong pair, objective or tracker would otherwise come to light after the teacher has sampled for hours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from limbeck import config
+from limbeck.flow import DenseSignal, Head, LimbeckError
+from limbeck.models.loading import load_tokenizer, source_config
+from limbeck.models.sources import resolve
+from limbeck.models.vocabulary import require_same
+from limbeck.objectives import Temperature, fused_distillation_loss
+from limbeck.prompts.templates import resolve_template
+from limbeck.story import Story
+from limbeck.student.build import changed_config
+
+
+def temperature_of(recipe: config.Recipe) -> Temperature:
+    """The loss temperature that a recipe asks for."""
+    section = recipe.objective
+    return Temperature(
+        loss=section.temperature,
+        teacher=section.teacher_temperature,
+        student=section.student_temperature,
+        scale=section.temperature_scale,
+    )
+
+
+def check_responses(story: Story) -> None:
+    """The teacher is a model, and the template is one that its tokenizer has.
+
+    Raises:
+        LimbeckError: no such teacher, or no such template.
+    """
+    section = story.recipe.teacher
+    _resolvable(section.model, section.revision)
+    window = story.window
+    if window is not None and window <= story.recipe.responses.max_new_tokens:
+        raise LimbeckError(
+            f"responses.max_new_tokens is {story.recipe.responses.max_new_tokens} and the window of the pair {window} "
+            "tokens, so no prompt fits; lower it"
+        )
+    if story.recipe.prompts.template == "chat":
+        tokenizer = load_tokenizer(
+            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+        resolve_template("chat", tokenizer, ())
+
+
+def check_student(story: Story) -> None:
+    """The student can be made and speaks the teacher's tokens; objective and trackers exist.
+
+    Raises:
+        LimbeckError: anything else.
+    """
+    _check_objective(story)
+    _check_trackers(story.recipe.train.report_to)
+    section = story.recipe.student
+    if section.model is not None and section.init != "scratch":
+        _resolvable(section.model, section.revision)
+    if story.student_card is not None:
+        require_same(story.teacher_card, story.student_card)
+    _check_anatomy(story)
+
+
+def _resolvable(model: str, revision: str | None) -> None:
+    # Of a model that is not here yet only the small files: the weights are fetched when a stage needs them.
+    resolve(model, revision=revision, weights=Path(model).expanduser().exists())
+
+
+def _check_objective(story: Story) -> None:
+    """Let the objective judge three tokens: whatever it cannot be combined with, it says now."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, vocabulary = 3, 4, 7
+    student_ND, teacher_ND = torch.randn(2, tokens, width, generator=generator)
+    head = Head(weight_VD=torch.randn(vocabulary, width, generator=generator), vocab_size=vocabulary)
+    fused_distillation_loss(
+        student_ND,
+        head,
+        DenseSignal(hidden_ND=teacher_ND, head=head),
+        config.build_objective(story.recipe),
+        temperature=temperature_of(story.recipe),
+        label_N=torch.arange(tokens),
+        compile="off",
+    )
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    if not names:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise LimbeckError(
+                f"train.report_to names {name!r}, which is not installed or unknown; "
+                f"installed here: {', '.join(available) or 'none'}"
+            )
+
+
+def _check_anatomy(story: Story) -> None:
+    """Depth and configuration of the student against what the model it begins as has."""
+    section, teacher = story.recipe.student, story.recipe.teacher
+    name, revision, trust = (
+        (section.model, section.revision, section.trust_remote_code)
+        if section.model is not None
+        else (teacher.model, teacher.revision, teacher.trust_remote_code)
+    )
+    source = resolve(name, revision=revision, weights=False, trust_remote_code=trust)
+    there = source_config(source, trust_remote_code=trust)
+    if section.init == "scratch":
+        changed_config(there, section.config)
+    if section.init != "depth_prune":
+        return
+    depth: int = there.get_text_config().num_hidden_layers
+    if section.layers is not None and not 2 <= section.layers < depth:
+        raise LimbeckError(
+            f"student.layers is {section.layers}; {name} has {depth} blocks, so expected 2 to {depth - 1}"
+        )
+    if section.keep and list(section.keep) != sorted(set(section.keep) & set(range(depth))):
+        raise LimbeckError(
+            f"student.keep is {list(section.keep)}; {name} has {depth} blocks, so expected ascending numbers from 0 "
+            f"to {depth - 1}"
+        )

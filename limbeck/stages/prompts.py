@@ -1,0 +1,44 @@
+"""Stage 1: read the prompts and split them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from limbeck.prompts.record import write_prompts
+from limbeck.prompts.rows import source_digest
+from limbeck.prompts.sources import load_prompts
+from limbeck.rundir import Json
+from limbeck.story import Stage, Story
+
+
+def _prompt_inputs(story: Story) -> Json:
+    section = asdict(story.recipe.prompts)
+    for later in ("template", "too_long", "control_tokens"):
+        del section[later]
+    return section | {"content": source_digest(story.recipe.prompts.source)}
+
+
+def _play_prompts(story: Story) -> Json:
+    section = story.recipe.prompts
+    loaded = load_prompts(
+        section.source,
+        heldout_fraction=section.eval_fraction,
+        limit=section.limit,
+        split_seed=section.split_seed,
+        fields=section.fields,
+        dataset_split=section.dataset_split,
+        dataset_config=section.dataset_config,
+    )
+    write_prompts(story.run.prompts, loaded.prompts)
+    counts = loaded.counts()
+    story.console.say(f"prompts: {counts['train']} to train on, {counts['heldout']} held out")
+    return counts
+
+
+STAGE = Stage(
+    name="prompts",
+    verb="prompts",
+    inputs=_prompt_inputs,
+    play=_play_prompts,
+    outputs=lambda run: (run.prompts,),
+)

@@ -1,0 +1,21 @@
+"""Stage 6: the page that shows what was kept."""
+
+from __future__ import annotations
+
+from limbeck.report import write_report
+from limbeck.rundir import Json
+from limbeck.story import Stage, Story
+
+
+def _play_report(story: Story) -> Json:
+    story.console.say(f"report: {write_report(story.run.root)}")
+    return {}
+
+
+STAGE = Stage(
+    name="report",
+    verb="report",
+    inputs=lambda story: {},
+    play=_play_report,
+    outputs=lambda run: (run.report,),
+)

@@ -1,0 +1,181 @@
+"""Stage 2: the responses the student learns from, sampled or taken from the data."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from limbeck.flow import Author, LimbeckError, Response, Sampling, Split, TokenPrompt
+from limbeck.models.loading import LoadedModel
+from limbeck.models.vocabulary import real_vocab_size
+from limbeck.prompts.lengths import check_lengths
+from limbeck.prompts.record import read_prompts
+from limbeck.prompts.templates import TemplateName, encode_prompts, encode_responses, end_token_ids, resolve_template
+from limbeck.responses.records import read_responses, write_responses
+from limbeck.responses.samplers import LocalSampler, SamplingProgress
+from limbeck.rundir import Json
+from limbeck.stages.checks import check_responses
+from limbeck.story import Stage, Story
+from limbeck.teachers.store import write_shard
+
+
+def _response_inputs(story: Story) -> Json:
+    prompts = story.recipe.prompts
+    section = asdict(story.recipe.responses)
+    chosen = {"template": prompts.template, "too_long": prompts.too_long, "control_tokens": prompts.control_tokens}
+    captured = {"signal": asdict(story.recipe.signal)} if story.recipe.responses.author == "teacher" else {}
+    return section | chosen | captured | {"teacher": teacher_inputs(story), "window": story.window}
+
+
+def teacher_inputs(story: Story) -> Json:
+    section = story.recipe.teacher
+    return {"weights": story.teacher_fingerprint, "dtype": section.dtype, "attention": section.attn_implementation}
+
+
+def _play_responses(story: Story) -> Json:
+    run, section = story.run, story.recipe.responses
+    prompts = read_prompts(run.prompts)
+    teacher = story.load_teacher()
+    template = resolve_template(story.recipe.prompts.template, teacher.tokenizer, prompts)
+    asked, dropped = _token_prompts(story, teacher, prompts, template)
+    if section.author == "data":
+        kept = {prompt.id for prompt in asked}
+        responses = encode_responses(
+            [p for p in prompts if p.id in kept],
+            teacher.tokenizer,
+            template,
+            max_new_tokens=section.max_new_tokens,
+            control_tokens=story.recipe.prompts.control_tokens,
+        )
+    else:
+        responses = _sample(story, teacher, asked, template)
+    for split in ("train", "heldout"):
+        if all(_is_empty(r) for r in responses if r.split == split):
+            raise LimbeckError(
+                f"all {split} responses are empty: the {section.author} ended every answer at once; "
+                "check prompts.template, or the teacher"
+            )
+    write_responses(run.responses / f"{section.author}.jsonl", responses)
+    return {
+        "template": template,
+        "responses": len(responses),
+        "empty": sum(_is_empty(r) for r in responses),
+        "dropped_too_long": len(dropped),
+        "ended": sum(r.stop != "length" for r in responses),
+        "tokens": sum(len(r.response_ids) for r in responses),
+    }
+
+
+def _is_empty(response: Response) -> bool:
+    """Nothing, or nothing but the end."""
+    return len(response.response_ids) <= (response.stop == "eos")
+
+
+def _token_prompts(
+    story: Story, teacher: LoadedModel, prompts: Sequence[Any], template: TemplateName
+) -> tuple[tuple[TokenPrompt, ...], tuple[str, ...]]:
+
+    section = story.recipe.prompts
+    encoded = encode_prompts(prompts, teacher.tokenizer, template, control_tokens=section.control_tokens)
+    fitting = check_lengths(
+        encoded,
+        window=story.window or sys.maxsize,
+        max_new_tokens=story.recipe.responses.max_new_tokens,
+        too_long=section.too_long,
+    )
+    if fitting.dropped:
+        story.console.warn(f"{len(fitting.dropped)} prompts are longer than {fitting.limit} tokens and were dropped")
+    return fitting.kept, fitting.dropped
+
+
+def _sample(story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName) -> list[Response]:
+    """The teacher's answers, batch by batch; a batch that is on disk is not sampled again.
+
+    While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.
+    """
+    section, folder = story.recipe.responses, story.run.responses / "batches"
+    sampling = Sampling(
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        stop=section.stop,
+        seed=section.seed,
+    )
+    dtype = getattr(torch, story.recipe.signal.dtype)
+    sampler = sampler_for(teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
+    plan = sampler.plan(asked, sampling)
+    paths = {rows: folder / f"{number:05d}.jsonl" for number, rows in enumerate(plan)}
+    done = [row for rows in plan if paths[rows].exists() for row in rows]
+    answers: dict[int, Response] = {}
+    with sampling_meter(story, "respond", len(asked), len(done)) as watched:
+        watching = replace(sampler, on_progress=watched)
+        for batch in watching.respond_in_batches(asked, sampling, done=done, capture_hidden=story.recipe.signal.cache):
+            path = paths[batch.indices]
+            with story.stop.deferred():
+                if batch.hidden is not None:
+                    hidden = dict(zip(batch.indices, batch.hidden, strict=True))
+                    write_shard(path.with_suffix(".safetensors"), hidden, dtype=dtype)
+                write_responses(path, batch.responses)
+            story.stop.heed()
+    for rows, path in paths.items():
+        answers |= dict(zip(rows, read_responses(path), strict=True))
+    return [answers[i] for i in range(len(asked))]
+
+
+def sampler_for(model: Any, tokenizer: Any, template: TemplateName, author: Author, batch_size: int) -> LocalSampler:
+    """A sampler for any model of the run; answers end where the template ends them."""
+    return LocalSampler(
+        model=model,
+        eos_token_ids=end_token_ids(tokenizer, template),
+        pad_token_id=pad_token_id(tokenizer),
+        vocab_size=real_vocab_size(tokenizer),
+        tokenizer=tokenizer,
+        author=author,
+        batch_size=batch_size,
+    )
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Any real token pads as well as another, since nothing ever attends to it or is scored on it."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+@contextmanager
+def sampling_meter(
+    story: Story, label: str, responses: int, done: int = 0
+) -> Iterator[Callable[[SamplingProgress], None]]:
+    """A bar over answers that also says how many tokens are written a second."""
+    started = time.monotonic()
+    with story.console.meter(label, responses, "answers", done) as meter:
+        ended = 0
+
+        def watch(progress: SamplingProgress) -> None:
+            nonlocal ended
+            rate = progress.tokens / max(time.monotonic() - started, 1e-9)
+            meter.advance(progress.responses_done - ended, f"{rate:,.0f} tokens/s")
+            ended = progress.responses_done
+
+        yield watch
+
+
+def load_responses(story: Story, split: Split) -> dict[int, Response]:
+    """The non-empty responses of a split by their row in the file, which is also their row in the signal."""
+    every = read_responses(story.run.responses / f"{story.recipe.responses.author}.jsonl")
+    return {row: r for row, r in enumerate(every) if r.split == split and r.response_ids}
+
+
+STAGE = Stage(
+    name="responses",
+    verb="respond",
+    check=check_responses,
+    inputs=_response_inputs,
+    play=_play_responses,
+    outputs=lambda run: (run.responses,),
+)

@@ -1,0 +1,103 @@
+"""Stage 3: what the teacher says of every response token, written once."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.flow import Teacher
+from limbeck.models.heads import head_of
+from limbeck.models.vocabulary import real_vocab_size
+from limbeck.rundir import Json
+from limbeck.stages.responses import load_responses, teacher_inputs
+from limbeck.story import Stage, Story
+from limbeck.student.batches import collate
+from limbeck.teachers.local import LocalTeacher
+from limbeck.teachers.store import StoredTeacher, write_head, write_shard
+
+# Rows of one shard of the signal, the unit that is redone after an interruption, and of one forward pass.
+SHARD_ROWS = 64
+JUDGE_ROWS = 16
+
+
+def _signal_inputs(story: Story) -> Json:
+    return asdict(story.recipe.signal) | {"teacher": teacher_inputs(story)}
+
+
+def _play_signal(story: Story) -> Json:
+    if not story.recipe.signal.cache:
+        return {"cached": False}
+
+    run = story.run
+    loaded = story.load_teacher()
+    head = head_of(loaded.model, real_vocab_size(loaded.tokenizer))
+    write_head(run.signal, head)
+    captured = sorted((run.responses / "batches").glob("[0-9]*.safetensors"))
+    for path in captured:
+        target = run.signal / path.name
+        if not target.exists():
+            _link(path, target)
+    tokens = 0 if captured else _judge(story, LocalTeacher(loaded.model, head))
+    size = sum(path.stat().st_size for path in run.signal.iterdir())
+    return {"cached": True, "captured_while_sampling": bool(captured), "tokens": tokens, "mib": size >> 20}
+
+
+def _link(path: Path, target: Path) -> None:
+    """Give a shard a second name; where the file system knows one name a file, a copy."""
+    try:
+        target.hardlink_to(path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
+            raise
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.copyfile(path, partial)
+        partial.replace(target)
+
+
+def _judge(story: Story, teacher: LocalTeacher) -> int:
+    """One pass of the teacher over all responses, a shard at a time; shards on disk are not judged again."""
+    responses = load_responses(story, "train") | load_responses(story, "heldout")
+    dtype = getattr(torch, story.recipe.signal.dtype)
+    rows = sorted(responses, key=lambda row: (-responses[row].length, row))
+    tokens = sum(len(r.response_ids) for r in responses.values())
+    with story.console.meter("teach", tokens, "tokens") as meter:
+        for number in range(0, len(rows), SHARD_ROWS):
+            path = story.run.signal / f"{number // SHARD_ROWS:05d}.safetensors"
+            shard = rows[number : number + SHARD_ROWS]
+            if not path.exists():
+                hidden: dict[int, Any] = {}
+                for start in range(0, len(shard), JUDGE_ROWS):
+                    micro = shard[start : start + JUDGE_ROWS]
+                    batch = collate(responses, micro, pad_id=0)
+                    parts = teacher.signal(batch).hidden_ND.split([len(responses[r].response_ids) for r in micro])
+                    hidden |= dict(zip(micro, parts, strict=True))
+                write_shard(path, hidden, dtype=dtype)
+            meter.advance(sum(len(responses[row].response_ids) for row in shard))
+    return tokens
+
+
+def open_teacher(story: Story, rows: Sequence[int]) -> Teacher:
+    """The teacher for training and evaluation: what is on disk, or the model itself where the recipe keeps nothing.
+
+    Args:
+        rows: row on disk of each response of the list that batches are made of.
+    """
+    if story.recipe.signal.cache:
+        return StoredTeacher.open(story.run.signal, rows=rows, device=story.device)
+    loaded = story.load_teacher()
+    return LocalTeacher(loaded.model, head_of(loaded.model, real_vocab_size(loaded.tokenizer)))
+
+
+STAGE = Stage(
+    name="signal",
+    verb="teach",
+    inputs=_signal_inputs,
+    play=_play_signal,
+    outputs=lambda run: (run.signal,),
+)

@@ -1,0 +1,178 @@
+"""Stage 4: build the student and train it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from limbeck import config
+from limbeck.models.fingerprints import model_fingerprint, weight_files
+from limbeck.models.loading import source_config
+from limbeck.models.sources import resolve
+from limbeck.models.vocabulary import real_vocab_size
+from limbeck.objectives.sums import row_leaves
+from limbeck.rundir import Json, read_json, write_json
+from limbeck.stages.checks import check_student, temperature_of
+from limbeck.stages.responses import load_responses, pad_token_id
+from limbeck.stages.signal import open_teacher
+from limbeck.story import Stage, Story, flatten
+from limbeck.student.batches import collate
+from limbeck.student.build import LoraSpec, Student, StudentSpec, build_student
+from limbeck.student.loop import Interrupted, LoopContext, train
+from limbeck.student.saving import save_student
+
+# So many answers show which blocks matter; more would cost more time than they would change.
+CALIBRATION_RESPONSES = 24
+
+
+def _student_inputs(story: Story) -> Json:
+    recipe = story.recipe
+    train = asdict(recipe.train)
+    for neutral in ("save_steps", "save_total_limit", "logging_steps", "report_to"):
+        del train[neutral]
+    section = recipe.student
+    weights = None
+    if section.model is not None:
+        # Fresh weights need no old ones: a configuration and a tokenizer will do.
+        weights = model_fingerprint(
+            resolve(section.model, revision=section.revision, weights=section.init != "scratch")
+        )
+    return {"student": asdict(section), "weights": weights, "objective": asdict(recipe.objective), "train": train}
+
+
+def build_initial_student(story: Story) -> Student:
+    """The student before training. Which blocks are kept is measured once and remembered in the run directory."""
+    run, blocks = story.run, story.run.root / "blocks.json"
+    spec = _student_spec(story)
+    teacher = story.load_teacher()
+    if story.rank and spec.init == "depth_prune" and not spec.keep:
+        # One rank measures for all: what two machines measure may differ in the last bit and in a block.
+        wait_for(blocks)
+    if blocks.exists():
+        spec = replace(spec, keep=tuple(read_json(blocks)["keep"]), layers=None)
+    responses = list(load_responses(story, "train").values())[:CALIBRATION_RESPONSES]
+    calibration = [collate(responses, range(len(responses)), pad_id=0)]
+    student = build_student(spec, teacher=teacher, calibration=calibration, progress=story.console.say)
+    if student.blocks is not None and not blocks.exists():
+        write_json(run.root / "blocks.json", asdict(student.blocks))
+    student.model.to(story.device)  # type: ignore[arg-type]
+    return student
+
+
+def wait_for(path: Path) -> None:
+    """Until the first rank has written it; the launcher ends this rank if that one fails."""
+    while not path.exists():
+        time.sleep(0.2)
+
+
+def _student_spec(story: Story) -> StudentSpec:
+    section = story.recipe.student
+    lora = section.lora
+    return StudentSpec(
+        init=section.init,
+        model=section.model,
+        revision=section.revision,
+        layers=section.layers,
+        keep=section.keep,
+        config=section.config,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+        freeze_embeddings=section.freeze_embeddings,
+        lora=LoraSpec(**asdict(lora)) if lora else None,
+        gradient_checkpointing=story.recipe.train.gradient_checkpointing,
+        seed=story.recipe.train.seed,
+    )
+
+
+def _play_student(story: Story) -> Json:
+    recipe, run = story.recipe, story.run
+    by_row = load_responses(story, "train")
+    objective, temperature = config.build_objective(recipe), temperature_of(recipe)
+    student = build_initial_student(story)
+    # Dropout inside adapters draws from torch's own generator.
+    torch.manual_seed(recipe.train.seed)
+    with story.stop.deferred() as should_stop:
+        try:
+            trained = train(
+                student.model,
+                list(by_row.values()),
+                open_teacher(story, list(by_row)),
+                objective,
+                temperature=temperature,
+                settings=recipe.train,
+                vocab_size=real_vocab_size(student.tokenizer),
+                pad_id=pad_token_id(student.tokenizer),
+                context=LoopContext(
+                    checkpoints=run.checkpoints,
+                    metrics=run.metrics,
+                    console=story.console,
+                    should_stop=should_stop,
+                    tracker_config=_tracker_config(recipe),
+                    run_name=recipe.name,
+                ),
+            )
+        except Interrupted as stopped:
+            story.console.say(f"train: {stopped}")
+            raise KeyboardInterrupt(story.stop.number) from stopped
+    if story.rank:
+        return {}
+    save_student(trained, student.tokenizer, run.student)
+    write_json(run.student / "student.json", _student_record(story, student))
+    last = json.loads(run.metrics.read_text("utf-8").splitlines()[-1])
+    return {
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "loop_tokens_per_s": last["tokens"] / last["seconds"],
+        "temperature": {part.name: temperature.record(part) for _, part in row_leaves(objective)},
+    }
+
+
+def _tracker_config(recipe: config.Recipe) -> Json:
+    """The recipe as flat scalars, which is what trackers take."""
+    flat = flatten(config.as_tree(recipe))
+    return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat.items()}
+
+
+def _student_record(story: Story, student: Student) -> Json:
+    """student.json: size and anatomy, for the report and the model card."""
+    section, folder = story.recipe.teacher, story.run.student
+    source = resolve(section.model, revision=section.revision)
+    return {
+        "init": story.recipe.student.init,
+        "parameters": student.parameters,
+        "trainable": student.trainable,
+        "share": student.share_of_teacher,
+        "size_mb": sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6,
+        "teacher_size_mb": sum(path.stat().st_size for path in weight_files(source)) / 1e6,
+        "teacher_parameters": student.teacher_parameters,
+        "teacher_layers": getattr(source_config(source), "num_hidden_layers", None),
+    } | _anatomy(story.run.root / "blocks.json")
+
+
+def _anatomy(blocks: Path) -> Json:
+    """Which blocks of the teacher were kept and how much each had mattered, where blocks were cut."""
+    if not blocks.exists():
+        return {}
+    measured = read_json(blocks)
+    return {
+        "kept_blocks": measured["keep"],
+        "removed_blocks": measured["removed"],
+        "block_scores": measured["influence"] or None,
+        "kl_path": measured["path"] or None,
+        "criterion": measured["criterion"],
+    }
+
+
+STAGE = Stage(
+    name="student",
+    verb="train",
+    check=check_student,
+    inputs=_student_inputs,
+    play=_play_student,
+    outputs=lambda run: (run.student, run.checkpoints, run.metrics, run.root / "blocks.json"),
+)

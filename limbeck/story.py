@@ -1,0 +1,406 @@
+"""The story: six stages played in order into one run directory, each addressed by a fingerprint of its inputs.
+
+A stage that is done for these inputs is not done again. A directory made from other inputs is refused, or brought up
+to date on request; what is superseded is moved aside, never deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck import config
+from limbeck.config import Recipe
+from limbeck.console import Console, QuietConsole, default_console, format_seconds
+from limbeck.failures import in_one_line
+from limbeck.flow import LimbeckError
+from limbeck.rundir import Json, RunDirectory, fingerprint, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from limbeck.models.loading import LoadedModel
+    from limbeck.models.vocabulary import VocabularyCard
+
+# Keys that change nothing that is written but metrics and checkpoints; two runs may differ in them and be the same run.
+NEUTRAL_KEYS = ("output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One arrow of the story.
+
+    Attributes:
+        check: refuses what can be known to fail before any stage has worked: no models are loaded, nothing is written.
+        inputs: what the stage reads of recipe and world, JSON-able; with the stages before it makes the fingerprint.
+        play: does the work and returns what its manifest records beside time and memory.
+        outputs: what is moved aside when the stage is superseded.
+    """
+
+    name: str
+    verb: str
+    inputs: Callable[[Story], Json]
+    play: Callable[[Story], Json]
+    outputs: Callable[[RunDirectory], tuple[Path, ...]]
+    check: Callable[[Story], None] = lambda story: None
+
+
+@dataclass
+class StopWish:
+    """Ctrl-C and SIGTERM. While `deferred`, the first one is only remembered, so that a step or a write can finish."""
+
+    number: int = 0
+    _depth: int = 0
+
+    @property
+    def wished(self) -> bool:
+        return self.number != 0
+
+    @contextmanager
+    def deferred(self) -> Iterator[Callable[[], bool]]:
+        """Yields the question whether to stop; whoever asks it ends in order. See `heed`."""
+        self._depth += 1
+        try:
+            yield lambda: self.wished
+        finally:
+            self._depth -= 1
+
+    def heed(self) -> None:
+        """Stop here if that was wished meanwhile.
+
+        Raises:
+            KeyboardInterrupt: with the signal's number.
+        """
+        if self.wished:
+            raise KeyboardInterrupt(self.number)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals inside the block; only possible in the main thread."""
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        del frame
+        again, self.number = self.wished, number
+        if again or not self._depth:
+            raise KeyboardInterrupt(number)
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+@dataclass
+class Story:
+    """A recipe being played. Models are loaded when a stage first needs them."""
+
+    recipe: Recipe
+    console: Console = field(default_factory=QuietConsole)
+    stop: StopWish = field(default_factory=StopWish)
+
+    @cached_property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.recipe.directory)
+
+    @property
+    def rank(self) -> int:
+        """This process's number under a launcher; the first, 0, does everything but train on its own."""
+        return int(os.environ.get("RANK", "0"))
+
+    @cached_property
+    def device(self) -> torch.device:
+        import torch
+
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    @cached_property
+    def teacher_card(self) -> VocabularyCard:
+        """What the teacher says about its tokens, without its weights."""
+        from limbeck.models.vocabulary import describe
+
+        section = self.recipe.teacher
+        return describe(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+    @cached_property
+    def student_card(self) -> VocabularyCard | None:
+        """The same of the model the student begins as; None where that is the teacher."""
+        from limbeck.models.vocabulary import describe
+
+        section = self.recipe.student
+        if section.model is None:
+            return None
+        return describe(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that fit both models, prompt and answer together; None where neither states a limit."""
+        student = self.student_card.context_length if self.student_card else self.teacher_card.context_length
+        student = self.recipe.student.config.get("max_position_embeddings", student)
+        limits = [limit for limit in (self.teacher_card.context_length, student) if limit is not None]
+        return min(limits, default=None)
+
+    @cached_property
+    def teacher_fingerprint(self) -> str:
+        from limbeck.models.fingerprints import model_fingerprint
+        from limbeck.models.sources import resolve
+
+        section = self.recipe.teacher
+        return model_fingerprint(resolve(section.model, revision=section.revision, progress=self.console.say))
+
+    def load_teacher(self) -> LoadedModel:
+        """The teacher, loaded afresh: stages let go of it when they end, so that it never sits beside what follows."""
+        from limbeck.models.loading import load_model
+
+        section = self.recipe.teacher
+        loaded = load_model(
+            section.model,
+            dtype=section.dtype,
+            attn_implementation=section.attn_implementation,
+            trust_remote_code=section.trust_remote_code,
+            revision=section.revision,
+            progress=self.console.say,
+        )
+        loaded.model.to(self.device)  # type: ignore[arg-type]
+        return loaded
+
+    def fingerprints(self, stages: Sequence[Stage]) -> dict[str, str]:
+        """The fingerprint of every stage: its own inputs and, through the chain, those of all stages before it."""
+        prints: dict[str, str] = {}
+        before = ""
+        for stage in stages:
+            before = prints[stage.name] = fingerprint(
+                {"stage": stage.name, "inputs": stage.inputs(self), "after": before}
+            )
+        return prints
+
+
+def play(
+    recipe: Recipe,
+    *,
+    stages: Sequence[Stage],
+    until: str | None = None,
+    console: Console | None = None,
+    update: bool = False,
+) -> RunDirectory:
+    """Play a recipe; stages that are done are passed over.
+
+    Args:
+        stages: the whole story, in order.
+        until: verb of the last stage to play; None plays them all.
+        update: in a directory made from other inputs, set aside and redo what differs instead of refusing.
+
+    Raises:
+        LimbeckError: anything a person can mend, in one line.
+        KeyboardInterrupt: stopped by a signal; everything finished is on disk.
+    """
+    console = console or default_console()
+    wanted = stages[: 1 + [stage.verb for stage in stages].index(until or stages[-1].verb)]
+    with in_one_line():
+        story = Story(recipe, console)
+        if story.rank:
+            return _follow(replace(story, console=QuietConsole()), wanted)
+        run = story.run
+        _check_directory(run)
+        if update or any(not run.done(stage.name) for stage in wanted):
+            for stage in stages:
+                stage.check(story)
+        with story.stop.installed(), run.locked(console.warn):
+            _play_all(story, stages, wanted, update)
+    return run
+
+
+def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], update: bool) -> None:
+    run, recipe = story.run, story.recipe
+    prints = story.fingerprints(stages)
+    stale = [stage for stage in stages if _is_stale(run, stage, prints)]
+    if stale and not update:
+        raise LimbeckError(_refusal(story, stale[0]))
+    run.sweep()
+    for stage in stale:
+        target = run.set_aside(stage.name, stage.outputs(run))
+        story.console.say(f"{stage.name}: made from other inputs; moved to {target}")
+    write_text(run.recipe, config.to_yaml(recipe))
+    write_json(run.root / "provenance.json", provenance(story, prints))
+    for stage in wanted:
+        _play_stage(story, stage, prints[stage.name])
+
+
+def _play_stage(story: Story, stage: Stage, print_: str) -> None:
+    run, console = story.run, story.console
+    if run.finished(stage.name, print_):
+        console.say(f"{stage.name}: done earlier")
+        return
+    begun = run.manifest(stage.name)
+    if begun is None and (orphans := run.set_aside(stage.name, stage.outputs(run))) is not None:
+        console.warn(f"{stage.name}: files without a record of what they were made from; moved to {orphans}")
+    earlier_s = begun["seconds"] if begun else 0.0
+    started = time.time()
+    record: Json = {"stage": stage.name, "fingerprint": print_, "done": False, "seconds": earlier_s}
+    record["started"] = begun["started"] if begun else time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started))
+    write_json(run.manifest_path(stage.name), record)
+    reset_peak_memory()
+    try:
+        record |= stage.play(story)
+        record["done"] = True
+    finally:
+        # Also after an interruption: the time it took so far is part of the cost of the run.
+        record["seconds"] = round(earlier_s + time.time() - started, 2)
+        record["peak_memory_mib"] = peak_memory_mib()
+        if record.get("tokens"):
+            record["tokens_per_s"] = round(record["tokens"] / max(record["seconds"], 1e-9), 1)
+        write_json(run.manifest_path(stage.name), record)
+    detail = f", {record['tokens']:,} tokens" if record.get("tokens") else ""
+    console.say(f"{stage.name}: done in {format_seconds(record['seconds'])}{detail}")
+    story.stop.heed()
+
+
+def _follow(story: Story, stages: Sequence[Stage]) -> RunDirectory:
+    """What ranks other than the first do: train beside it, and wait while it does the rest."""
+    run = story.run
+    prints = story.fingerprints(stages)
+    for stage in stages:
+        if stage.name == "student" and not run.finished(stage.name, prints[stage.name]):
+            with story.stop.installed():
+                stage.play(story)
+        while not run.finished(stage.name, prints[stage.name]):
+            time.sleep(0.5)
+    return run
+
+
+def _is_stale(run: RunDirectory, stage: Stage, prints: dict[str, str]) -> bool:
+    record = run.manifest(stage.name)
+    return record is not None and record["fingerprint"] != prints[stage.name]
+
+
+def _check_directory(run: RunDirectory) -> None:
+    root = run.root
+    if root.exists() and not root.is_dir():
+        raise LimbeckError(f"{root} is a file; name a directory with output_dir=...")
+    known = run.recipe.exists() or (root / ".lock").exists()
+    if root.is_dir() and not known and any(root.iterdir()):
+        raise LimbeckError(f"{root} holds files that are no run of limbeck; name another directory with output_dir=...")
+
+
+def _refusal(story: Story, stage: Stage) -> str:
+    import yaml
+
+    run = story.run
+    remedy = (
+        "name another directory with output_dir=..., or add --update to redo what depends on it "
+        "(the old results move to superseded/)"
+    )
+    if run.recipe.exists():
+        # As it stands, not as this version of limbeck would read it.
+        there = flatten(yaml.safe_load(run.recipe.read_text("utf-8")) or {})
+        here = flatten(config.as_tree(story.recipe))
+        keys = [k for k in {**there, **here} if there.get(k) != here.get(k) and k not in NEUTRAL_KEYS]
+        if keys:
+            listed = "; ".join(f"{k} is {there.get(k)!r} there and {here.get(k)!r} here" for k in keys[:3])
+            more = f" and {len(keys) - 3} more keys differ" if len(keys) > 3 else ""
+            return f"{run.root} was made by another recipe: {listed}{more}; {remedy}"
+    return f"{run.root}: the inputs of its {stage.name} have changed since (a data file, a model or limbeck); {remedy}"
+
+
+def flatten(tree: Json, prefix: str = "") -> Json:
+    """Nested mappings as one, with dotted keys."""
+    flat: Json = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def provenance(story: Story, prints: dict[str, str]) -> Json:
+    """What made this run: versions, code revision, machine, fingerprints, seeds. No names of people or hosts."""
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    recipe = story.recipe
+    packages = ("limbeck", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "rouge-score")
+    return {
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "code_revision": code_revision(),
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "device": str(story.device),
+            "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+        },
+        "fingerprints": {"teacher": story.teacher_fingerprint} | {f"stage {name}": p for name, p in prints.items()},
+        "seeds": {"responses": recipe.responses.seed, "train": recipe.train.seed, "split": recipe.prompts.split_seed},
+    }
+
+
+def code_revision() -> str | None:
+    """The git commit of limbeck's own source, where it runs from a checkout."""
+    import subprocess
+
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def reset_peak_memory() -> None:
+    """Start a new high-water mark, so that each stage has its own (Linux; elsewhere the process's mark is kept)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory_mib() -> int:
+    """High-water mark of this process's resident memory."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) // 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 * 1024) if sys.platform == "darwin" else peak // 1024
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as the Python API returns it."""
+
+    directory: Path
+
+    @property
+    def student(self) -> Path:
+        """Folder of the student, for `AutoModelForCausalLM.from_pretrained`."""
+        return self.directory / "student"
+
+    @property
+    def report(self) -> Path:
+        return self.directory / "report.html"
+
+    @property
+    def scores(self) -> Any:
+        """The content of scores.json: {"before": ..., "after": ...}."""
+        return read_json(self.directory / "scores.json")
