@@ -1,0 +1,99 @@
+"""Two processes on the CPU (gloo) do what one does: the same updates, one set of files, one decision to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from limbeck.student.build import StudentSpec, build_student
+from tests.student.play import (
+    identical,
+    largest_gap,
+    metrics,
+    play,
+    settings,
+    tiny_lora,
+    tiny_model,
+    tiny_responses,
+    weights,
+)
+from tests.tiny_pair import write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory) -> Path:
+    """The folder in which two processes have played every scenario of worker.py."""
+    folder = tmp_path_factory.mktemp("two")
+    write_model(folder / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(2):
+        env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "tests.distributed.worker", str(folder)]
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        ends = [rank.communicate(timeout=400)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(end[-3000:] for end in ends)
+    return folder
+
+
+def ended(played: Path, name: str, rank: int = 0) -> dict[str, Tensor]:
+    return load_file(played / name / f"rank{rank}.safetensors")
+
+
+def alone(name: str, played: Path, folder: Path) -> dict[str, Tensor]:
+    """The same run in this process."""
+    (folder / name).mkdir()
+    if name == "short":
+        chosen = settings(max_steps=None, num_train_epochs=2.0)
+        return weights(play(tiny_model(1), folder / name, chosen, responses=tiny_responses(11)))
+    student = {
+        "tied": lambda: tiny_model(1),
+        "untied": lambda: tiny_model(1, tied=False),
+        "lora": lambda: tiny_lora(1),
+        "recomputed": lambda: build_student(StudentSpec(model=str(played / "model"))).model,
+    }[name]
+    return weights(play(student(), folder / name, settings()))
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "short", "lora", "recomputed"])
+def test_two_processes_make_the_update_of_one(played, tmp_path, name):
+    expected = alone(name, played, tmp_path)
+    assert largest_gap(expected, ended(played, name)) < 1e-6
+    assert identical(ended(played, name, 0), ended(played, name, 1))
+    for one, two in zip(metrics(tmp_path / name), metrics(played / name), strict=True):
+        assert (one["step"], one["tokens"], one["learning_rate"]) == (two["step"], two["tokens"], two["learning_rate"])
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+def test_a_wish_on_one_rank_stops_both_and_both_continue_bit_for_bit(played):
+    assert identical(ended(played, "straight"), ended(played, "continued"))
+    assert identical(ended(played, "continued", 0), ended(played, "continued", 1))
+    assert [line["step"] for line in metrics(played / "continued")] == [1, 2, 3, 4, 5]
+    assert [p.name for p in (played / "continued" / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_nan_on_one_rank_stops_both_before_the_update(played):
+    for rank in range(2):
+        message = json.loads((played / f"messages-rank{rank}.json").read_text())["poisoned"]
+        assert message.startswith("step 3:") and "step-000002" in message
+        kept = load_file(played / "poisoned" / "checkpoints" / "step-000002" / "model.safetensors")
+        end = ended(played, "poisoned", rank)
+        assert identical(kept, {name: end[name] for name in kept})

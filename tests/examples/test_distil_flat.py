@@ -1,0 +1,76 @@
+"""The flat twin and the package are the same algorithm: their losses agree, step by step."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from limbeck.config import TrainSection
+from limbeck.flow import Response
+from limbeck.models.heads import head_of
+from limbeck.objectives import Temperature, build_objective
+from limbeck.student.blocks import depth_prune
+from limbeck.student.loop import LoopContext, train
+from limbeck.teachers.local import LocalTeacher
+
+VOCABULARY = 97
+KEEP = (0, 1, 3)
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def flat() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "examples" / "distil_flat.py"
+    spec = importlib.util.spec_from_file_location("distil_flat", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["distil_flat"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_losses_of_flat_twin_and_package_agree(flat: ModuleType, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    teacher = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(27):
+        ids = torch.randint(1, VOCABULARY, (6 + i % 11,), generator=generator).tolist()
+        rows.append((ids[:4], ids[4:]))
+    theirs = list(flat.train(flat.cut(teacher, KEEP), teacher, rows, steps=STEPS))
+
+    responses = [
+        Response(prompt_id=str(i), author="teacher", prompt_ids=tuple(p), response_ids=tuple(r), stop="length")
+        for i, (p, r) in enumerate(rows)
+    ]
+    metrics = tmp_path / "metrics.jsonl"
+    train(
+        depth_prune(copy.deepcopy(teacher), KEEP),
+        responses,
+        LocalTeacher(teacher, head_of(teacher, VOCABULARY)),
+        build_objective("fkl"),
+        temperature=Temperature(loss=flat.TEMPERATURE),
+        settings=TrainSection(max_steps=STEPS, learning_rate=flat.LEARNING_RATE, compile="off"),
+        vocab_size=VOCABULARY,
+        pad_id=0,
+        context=LoopContext(checkpoints=tmp_path / "checkpoints", metrics=metrics),
+    )
+    import json
+
+    ours = [json.loads(line)["loss"] for line in metrics.read_text("utf-8").splitlines()]
+    assert len(theirs) == STEPS
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert theirs[-1] != pytest.approx(theirs[0], rel=1e-2), (
+        "the weights must have moved for the comparison to mean much"
+    )

@@ -1,0 +1,228 @@
+"""Loading by directory and GGUF file; every way a local model can be wrong gets one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers.utils import logging
+
+from limbeck.flow import LimbeckError
+from limbeck.models.loading import load_model, load_tokenizer
+
+from .tiny import DEPTH, save_gguf, save_tiny, tiny_model, tiny_tokenizer
+
+IDS_BT = torch.tensor([[5, 6, 7, 8, 9, 3]])
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "llama")
+
+
+def test_a_directory(llama: Path) -> None:
+    loaded = load_model(llama)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(IDS_BT).logits, tiny_model()(IDS_BT).logits)
+    assert loaded.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert not loaded.model.training
+    record = loaded.provenance.record()
+    assert record["kind"] == "directory"
+    assert record["location"] == str(llama)
+    assert record["architecture"] == "LlamaForCausalLM"
+    assert record["parameters"] == sum(p.numel() for p in tiny_model().parameters())
+    json.dumps(record)
+
+
+def test_dtype_and_attention_are_followed(llama: Path) -> None:
+    model = load_model(llama, dtype="bfloat16", attn_implementation="eager").model
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+
+
+def test_dropout_is_off_in_configuration_and_modules(tmp_path: Path) -> None:
+    for family in ("llama", "gpt2"):
+        model = load_model(save_tiny(tmp_path / family, family)).model.train()
+        dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+        assert set(dropouts) <= {0.0}
+        with torch.no_grad():
+            assert torch.equal(model(IDS_BT).logits, model(IDS_BT).logits)
+    assert load_model(tmp_path / "llama").model.config.attention_dropout == 0.0
+
+
+def test_the_fingerprint_is_of_the_content(llama: Path, tmp_path: Path) -> None:
+    first = load_model(llama).provenance
+    llama.rename(tmp_path / "moved")
+    moved = load_model(tmp_path / "moved").provenance
+    assert (moved.fingerprint, moved.tokenizer_fingerprint) == (first.fingerprint, first.tokenizer_fingerprint)
+    weights = load_file(tmp_path / "moved" / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+    changed = load_model(tmp_path / "moved").provenance
+    assert changed.fingerprint != first.fingerprint
+    assert changed.tokenizer_fingerprint == first.tokenizer_fingerprint
+
+
+def test_padding_of_the_last_call_is_not_part_of_a_tokenizer(llama: Path) -> None:
+    from limbeck.models.fingerprints import tokenizer_fingerprint
+
+    tokenizer = load_tokenizer(llama)
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["w1", "w1 w2"], padding=True, truncation=True, max_length=1)
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.chat_template = "other"
+    assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_loading_is_quiet_and_leaves_the_settings(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_model(llama)
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_a_gguf_file_equals_the_model_it_was_made_from_and_can_be_saved(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original = tiny_model()
+    loaded = load_model(save_gguf(tmp_path / "tiny.gguf", original))
+    assert capfd.readouterr() == ("", "")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(IDS_BT).logits, original(IDS_BT).logits, rtol=1e-4, atol=1e-5)
+    assert loaded.provenance.kind == "gguf"
+    loaded.model.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        assert torch.equal(again(IDS_BT).logits, loaded.model(IDS_BT).logits)
+
+
+def refused(name: str | Path, expected: str) -> None:
+    with pytest.raises(LimbeckError, match=expected) as caught:
+        load_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_is_not_there() -> None:
+    refused("./nowhere/at/all", "no such directory or file")
+
+
+def test_a_misspelt_asset() -> None:
+    refused("smollm2-135m-instuct", r"did you mean smollm2-135m-instruct\?")
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    refused(tmp_path, "no config.json; give a directory written by save_pretrained")
+
+
+def test_an_adapter_directory(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, "LoRA adapter; merge it")
+
+
+def test_a_folder_with_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    refused(tmp_path, "give the file some.gguf")
+
+
+def test_pickled_weights_are_refused(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    refused(llama, r"only pickled weights \(pytorch_model.bin\)")
+
+
+def test_no_weights(llama: Path) -> None:
+    (llama / "model.safetensors").unlink()
+    refused(llama, "no .safetensors weights")
+
+
+def test_weights_cut_short(llama: Path) -> None:
+    weights = llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(llama, "cannot be loaded")
+
+
+def test_weights_that_do_not_fill_the_model(llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    refused(llama, "lacks 1 of its weights .model.layers.1.mlp.up_proj.weight")
+
+
+def test_weights_of_another_size(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    refused(llama, "cannot be loaded")
+
+
+def test_an_unknown_architecture(llama: Path) -> None:
+    (llama / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
+    refused(llama, "config.json cannot be read")
+
+
+def test_a_field_of_the_wrong_type(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    refused(llama, "config.json cannot be read: .*'hidden_size'.*expected int, got str")
+
+
+def test_an_attention_the_architecture_has_not(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "gemma2")
+    refused(tmp_path, "does not support an attention implementation.*; set attn_implementation=eager")
+    load_model(tmp_path, attn_implementation="eager")
+
+
+def test_broken_json(llama: Path) -> None:
+    (llama / "config.json").write_text("{")
+    refused(llama, "config.json cannot be read")
+
+
+def test_custom_code_is_not_run(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    code = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (llama / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": code}))
+    (llama / "mine.py").write_text("raise SystemExit('this code ran')")
+    refused(llama, "trust_remote_code=true")
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    sizes: Any = {"hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "intermediate_size": 48}
+    BertForMaskedLM(BertConfig(vocab_size=48, **sizes)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    refused(tmp_path, "BertForMaskedLM, not a causal language model")
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    refused(tmp_path, "has no tokenizer")
+
+
+def test_a_broken_tokenizer(llama: Path) -> None:
+    (llama / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nothing"}}')
+    refused(llama, "tokenizer cannot be read")
+
+
+def test_a_gguf_architecture_nobody_knows(tmp_path: Path) -> None:
+    model = tiny_model()
+    refused(save_gguf(tmp_path / "odd.gguf", model, architecture="nosucharch"), "cannot be converted: .*nosucharch")
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "notes.gguf").write_text("hello")
+    refused(tmp_path / "notes.gguf", "no GGUF file")
+
+
+def test_a_damaged_gguf(tmp_path: Path) -> None:
+    (tmp_path / "half.gguf").write_bytes(b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 40)
+    refused(tmp_path / "half.gguf", "cannot be converted")
+
+
+def test_a_dtype_that_is_none(llama: Path) -> None:
+    with pytest.raises(LimbeckError, match="'int4' is not one of float32, bfloat16, float16"):
+        load_model(llama, dtype="int4")
+
+
+def test_a_revision_of_a_local_model(llama: Path) -> None:
+    with pytest.raises(LimbeckError, match="only hub models have revisions"):
+        load_model(llama, revision="main")

@@ -1,0 +1,61 @@
+"""The hunt for NaN: extreme logits, one-hot teachers, impossible tokens, zero probabilities, in float32 and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from limbeck.objectives.temperature import scaled
+from tests.objectives.cases import CASES, make_rows
+
+# Squares of 1e30 are infinite in float32: a value may be infinite, a gradient and a NaN may not.
+finite = st.floats(-(2.0**50), 2.0**50, width=32)
+usual = st.floats(-60, 60, width=32)
+logit = st.one_of(usual, usual, finite, st.sampled_from([0.0, -0.0, 1e4, -1e4, 88.0, -104.0]))
+V = 6
+
+
+def rows_of(draw, impossible: bool):
+    entry = st.one_of(logit, st.just(-float("inf"))) if impossible else logit
+    row = st.lists(entry, min_size=V, max_size=V).filter(lambda r: any(x > -1e30 for x in r))
+    return draw(row)
+
+
+@st.composite
+def pairs(draw):
+    impossible = draw(st.booleans())
+    student, teacher = rows_of(draw, impossible), rows_of(draw, impossible)
+    # At least one token both models can say: the others have no ground to be compared on.
+    common = draw(st.integers(0, V - 1))
+    student[common] = student[common] if student[common] > -1e30 else 0.0
+    teacher[common] = teacher[common] if teacher[common] > -1e30 else 0.0
+    return student, teacher, common
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@settings(max_examples=150, deadline=None)
+@given(pair=pairs(), tau=st.sampled_from([0.5, 1.0, 2.0, 5.0]))
+def test_no_finite_input_gives_nan(dtype, pair, tau):
+    student, teacher, label = pair
+    for name, objective in CASES.items():
+        rows = make_rows(
+            torch.tensor([student], dtype=dtype), torch.tensor([teacher], dtype=dtype), torch.tensor([label]), tau
+        )
+        value_N, grad_NV = scaled(objective, rows)
+        assert not value_N.isnan().any(), (name, student, teacher)
+        assert grad_NV.isfinite().all(), (name, student, teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_hot_teacher(dtype):
+    teacher = torch.full((1, V), -1e9, dtype=dtype)
+    teacher[0, 2] = 0.0
+    student = torch.randn(1, V, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for name, objective in CASES.items():
+        value_N, grad_NV = scaled(objective, make_rows(student, teacher, torch.tensor([2])))
+        assert value_N.isfinite().all() and grad_NV.isfinite().all(), name
+    value_N, grad_NV = scaled(CASES["fkl()"], make_rows(student, teacher))
+    torch.testing.assert_close(value_N, -student.log_softmax(-1)[:, 2])
+    torch.testing.assert_close(grad_NV, student.softmax(-1) - teacher.softmax(-1))

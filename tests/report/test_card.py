@@ -1,0 +1,99 @@
+"""The model card: metadata that the hub's own parser reads back, and figures that are those of the run."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+
+from limbeck.card import write_card
+from limbeck.flow import LimbeckError
+from tests.report.synthetic import KEPT, write_run
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "quickstart", steps=40)
+
+
+def read(path):
+    card = ModelCard.load(path)
+    assert isinstance(card.data, ModelCardData)
+    return card
+
+
+def test_the_hub_reads_every_figure_back(run_dir):
+    card = read(write_card(run_dir, base_model="owner/base", license="apache-2.0", datasets=["owner/prompts"]))
+    data = card.data.to_dict()
+    assert data["base_model"] == "owner/base" and data["base_model_relation"] == "finetune"
+    assert data["library_name"] == "transformers" and data["license"] == "apache-2.0"
+    assert data["datasets"] == ["owner/prompts"] and {"distillation", "limbeck", "pruned"} <= set(data["tags"])
+    scores = json.loads((run_dir / "scores.json").read_text())["after"]
+    results = {result.metric_type: result for result in card.data["eval_results"]}
+    assert {"forward_kl", "reverse_kl", "top1_agreement", "acceptance", "rouge_l"} <= set(results)
+    assert "teacher_entropy" not in results
+    for name, result in results.items():
+        assert result.metric_value == scores[name]["mean"]
+        assert result.task_type == "text-generation" and result.dataset_name == "held-out prompts of builtin"
+    assert results["forward_kl"].metric_name == "Forward KL (nats/token)"
+
+
+def test_the_text_names_what_matters(run_dir):
+    text = read(write_card(run_dir)).text
+    for phrase in (
+        "92M of 135M parameters (68 %)",
+        "`smollm2-135m-instruct`",
+        "forward KL (`fkl`) at temperature 2",
+        f"18 of its 30 blocks kept ({', '.join(map(str, KEPT))})",
+        "sampling temperature 0.8",
+        "Prompts: builtin",
+        "AutoModelForCausalLM.from_pretrained",
+        "| Forward KL | nats/token | 0 |",
+        "learning_rate",
+        "torch 2.13.0",
+        "## Limits",
+    ):
+        assert phrase in text, phrase
+    assert "/tmp" not in text and str(run_dir) not in text
+
+
+def test_names_that_are_no_hub_ids_are_not_declared(run_dir, tmp_path, monkeypatch):
+    assert "base_model" not in read(write_card(run_dir)).data.to_dict()
+    other = write_run(tmp_path / "run", steps=30)
+    recipe = (other / "recipe.resolved.yaml").read_text()
+    (other / "recipe.resolved.yaml").write_text(recipe.replace("smollm2-135m-instruct", "owner/model-1.0"))
+    assert read(write_card(other)).data["base_model"] == "owner/model-1.0"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "model-1.0").mkdir(parents=True)
+    assert "base_model" not in read(write_card(other)).data.to_dict()
+
+
+def test_a_student_of_its_own_kind(tmp_path):
+    run_dir = write_run(tmp_path / "run", steps=30)
+    recipe = (run_dir / "recipe.resolved.yaml").read_text()
+    (run_dir / "recipe.resolved.yaml").write_text(recipe.replace("init: depth_prune", "model: owner/small"))
+    card = read(write_card(run_dir))
+    assert card.data["base_model"] == "owner/small" and "The student began as `owner/small`" in card.text
+    (run_dir / "recipe.resolved.yaml").write_text(recipe.replace("init: depth_prune", "init: scratch"))
+    card = read(write_card(run_dir))
+    assert "base_model" not in card.data.to_dict() and "fresh weights" in card.text
+
+
+def test_without_scores_it_says_so_and_claims_nothing(tmp_path):
+    run_dir = write_run(tmp_path / "run", steps=30)
+    (run_dir / "scores.json").unlink()
+    card = read(write_card(run_dir))
+    assert "has not been evaluated" in card.text and card.data["eval_results"] is None
+
+
+def test_odd_names_cannot_break_the_front_matter(tmp_path):
+    run_dir = write_run(tmp_path / "run", steps=30)
+    name = "a: [b]\n---\n# <script> | 'x\" 日本"
+    (run_dir / "recipe.resolved.yaml").write_text(f"name: {json.dumps(name)}\n")
+    card = read(write_card(run_dir))
+    assert card.data["model_name"] == name
+    assert "<script>" not in card.text
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path):
+    with pytest.raises(LimbeckError, match="expected a run directory"):
+        write_card(tmp_path)

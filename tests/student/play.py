@@ -1,0 +1,162 @@
+"""A tiny pair in memory and responses of random length: a training run takes a fraction of a second."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from limbeck.config import TrainSection
+from limbeck.flow import DenseSignal, Response, Teacher, TokenBatch
+from limbeck.models.heads import head_of
+from limbeck.objectives import Temperature, build_objective
+from limbeck.student.loop import LoopContext, train
+from limbeck.teachers.local import LocalTeacher
+
+# The heads have three rows more than there are ids.
+VOCAB, HEAD_ROWS = 101, 104
+
+
+def tiny_model(
+    seed: int, *, family: str = "llama", tied: bool = True, width: int = 32, layers: int = 2
+) -> PreTrainedModel:
+    """A random model, sharp enough that teacher and student disagree."""
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=HEAD_ROWS,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def tiny_lora(seed: int, *, dropout: float = 0.0) -> nn.Module:
+    """The same under LoRA adapters whose first update is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft asks transformers for an attribute by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(seed)
+        spec = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, init_lora_weights="gaussian")
+        return get_peft_model(tiny_model(seed), spec)
+
+
+def tiny_responses(count: int = 22, *, seed: int = 0) -> list[Response]:
+    """Responses whose lengths differ by a factor of ten, so that a wrong normalisation shows."""
+    draw = random.Random(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, VOCAB) for _ in range(draw.randint(low, high)))
+
+    return [
+        Response(prompt_id=str(i), author="teacher", prompt_ids=ids(1, 6), response_ids=ids(1, 15), stop="length")
+        for i in range(count)
+    ]
+
+
+def tiny_teacher(*, width: int = 48) -> LocalTeacher:
+    """A wider model than the student."""
+    model = tiny_model(7, width=width, tied=False)
+    return LocalTeacher(model, head_of(model, VOCAB))
+
+
+def settings(**changes: Any) -> TrainSection:
+    """Five optimizer steps of eight rows over two epochs of which the last step is short."""
+    chosen: dict[str, Any] = {
+        "max_steps": 5,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+        "compile": "off",
+        "save_steps": 1000,
+    }
+    return TrainSection(**(chosen | changes))
+
+
+def play(
+    student: nn.Module,
+    folder: Path,
+    chosen: TrainSection,
+    *,
+    responses: Sequence[Response] | None = None,
+    teacher: Teacher | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> nn.Module:
+    """Train through the public door, with checkpoints and metrics in `folder`."""
+    return train(
+        student,
+        tiny_responses() if responses is None else responses,
+        teacher or tiny_teacher(),
+        build_objective("fkl"),
+        temperature=Temperature(loss=2.0),
+        settings=chosen,
+        vocab_size=VOCAB,
+        pad_id=0,
+        context=LoopContext(
+            checkpoints=folder / "checkpoints", metrics=folder / "metrics.jsonl", should_stop=should_stop
+        ),
+    )
+
+
+class FailingTeacher:
+    """Judges like the tiny teacher until its `last` call is over; then raises, or says NaN."""
+
+    def __init__(self, last: int, *, nan: bool = False):
+        self.teacher, self.left, self.nan = tiny_teacher(), last, nan
+
+    def signal(self, batch: TokenBatch) -> DenseSignal:
+        self.left -= 1
+        signal = self.teacher.signal(batch)
+        if self.left >= 0:
+            return signal
+        if not self.nan:
+            raise ConnectionAbortedError("killed")
+        return replace(signal, hidden_ND=torch.full_like(signal.hidden_ND, float("nan")))
+
+
+def stop_after(step: int) -> Callable[[], bool]:
+    """Wish to stop when asked for the `step`-th time."""
+    asked = iter(range(1, 1_000_000))
+    return lambda: next(asked) == step
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def largest_gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference between any two weights of the same name."""
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether all bits agree."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]

@@ -1,0 +1,123 @@
+"""Hidden states on disk: exact, found by row, refused where they belong to other responses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from limbeck.flow import DenseSignal, Head, LimbeckError, Response
+from limbeck.models.heads import head_of
+from limbeck.student.batches import collate
+from limbeck.teachers.local import LocalTeacher
+from limbeck.teachers.store import StoredTeacher, read_head, write_head, write_shard
+from tests.student.play import HEAD_ROWS, VOCAB, tiny_model, tiny_responses
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> LocalTeacher:
+    model = tiny_model(3, tied=False)
+    return LocalTeacher(model, head_of(model, VOCAB))
+
+
+def judged(teacher: LocalTeacher, responses: list[Response], row: int) -> DenseSignal:
+    return teacher.signal(collate(responses, [row], pad_id=0))
+
+
+def store(folder: Path, teacher: LocalTeacher, responses: list[Response], *, dtype=torch.float32) -> None:
+    """Two shards; row 100 + i on disk is response i."""
+    write_head(folder, teacher.head)
+    for shard, rows in enumerate((range(0, 9), range(9, len(responses)))):
+        hidden = {100 + row: judged(teacher, responses, row).hidden_ND for row in rows}
+        write_shard(folder / f"{shard:05d}.safetensors", hidden, dtype=dtype)
+
+
+def opened(folder: Path, rows: list[int]) -> StoredTeacher:
+    return StoredTeacher.open(folder, rows=rows, device=CPU)
+
+
+def test_what_was_written_is_read_exactly(tmp_path, teacher):
+    responses = tiny_responses()
+    store(tmp_path, teacher, responses)
+    # The list of training holds every other response of the disk, backwards.
+    chosen = list(range(len(responses)))[::-2]
+    stored = opened(tmp_path, [100 + row for row in chosen])
+    signal = stored.signal(collate([responses[row] for row in chosen], [4, 0, 7], pad_id=0))
+    expected = [judged(teacher, responses, chosen[row]).hidden_ND for row in (4, 0, 7)]
+    assert torch.equal(signal.hidden_ND, torch.cat(expected))
+    assert torch.equal(signal.head.weight_VD, teacher.head.weight_VD[:VOCAB])
+    assert signal.head.vocab_size == VOCAB and len(teacher.head.weight_VD) == HEAD_ROWS
+
+
+def test_half_precision_comes_back_in_the_heads_precision(tmp_path, teacher):
+    responses = tiny_responses(12)
+    store(tmp_path, teacher, responses, dtype=torch.bfloat16)
+    signal = opened(tmp_path, [103]).signal(collate([responses[3]], [0], pad_id=0))
+    expected = judged(teacher, responses, 3).hidden_ND
+    assert signal.hidden_ND.dtype == torch.float32
+    assert torch.equal(signal.hidden_ND, expected.bfloat16().float())
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, HEAD_ROWS)])
+def test_the_head_comes_back_without_its_padding(tmp_path, bias):
+    head = Head(weight_VD=torch.randn(HEAD_ROWS, 8), bias_V=bias, scale=0.25, softcap=30.0, vocab_size=VOCAB)
+    write_head(tmp_path, head)
+    read = read_head(tmp_path)
+    assert torch.equal(read.weight_VD, head.weight_VD[:VOCAB])
+    assert (read.scale, read.softcap, read.vocab_size) == (0.25, 30.0, VOCAB)
+    assert (read.bias_V is None) == (bias is None)
+    if read.bias_V is not None and bias is not None:
+        assert torch.equal(read.bias_V, bias[:VOCAB])
+
+
+def test_a_row_that_is_not_there_is_named(tmp_path, teacher):
+    responses = tiny_responses(12)
+    store(tmp_path, teacher, responses)
+    with pytest.raises(LimbeckError, match=r"no hidden states for response 7.*limbeck teach"):
+        opened(tmp_path, [7]).signal(collate(responses, [0], pad_id=0))
+
+
+def test_hidden_states_of_other_responses_are_refused(tmp_path, teacher):
+    responses = tiny_responses(12)
+    store(tmp_path, teacher, responses)
+    longer = replace(responses[0], response_ids=(*responses[0].response_ids, 5))
+    with pytest.raises(LimbeckError, match="made from other responses") as error:
+        opened(tmp_path, [100]).signal(collate([longer], [0], pad_id=0))
+    assert "\n" not in str(error.value)
+
+
+def test_rows_of_the_wrong_lengths_are_refused_even_where_their_sum_fits(tmp_path, teacher):
+    responses = tiny_responses(12)
+    store(tmp_path, teacher, responses)
+    one, two = next(
+        (i, j) for i in range(12) for j in range(12) if len(responses[i].response_ids) < len(responses[j].response_ids)
+    )
+    # The rows are exchanged, so that each gets the other's states.
+    swapped = opened(tmp_path, [100 + two, 100 + one])
+    with pytest.raises(LimbeckError, match="made from other responses"):
+        swapped.signal(collate([responses[one], responses[two]], [0, 1], pad_id=0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_teacher_that_is_not_finite_is_refused_and_nothing_written(tmp_path, bad):
+    hidden_TD = torch.ones(3, 4)
+    hidden_TD[1, 2] = bad
+    with pytest.raises(LimbeckError, match=r"not finite on response 8.*float32"):
+        write_shard(tmp_path / "00000.safetensors", {7: torch.ones(2, 4), 8: hidden_TD}, dtype=torch.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_states_that_overflow_the_stored_precision_are_refused(tmp_path):
+    with pytest.raises(LimbeckError, match=r"signal\.dtype"):
+        write_shard(tmp_path / "00000.safetensors", {0: torch.full((2, 4), 1e6)}, dtype=torch.float16)
+
+
+def test_a_partial_shard_is_not_read(tmp_path, teacher):
+    responses = tiny_responses(12)
+    store(tmp_path, teacher, responses)
+    (tmp_path / ".00002.safetensors.partial").write_bytes(b"half")
+    assert len(opened(tmp_path, [100]).shards) == 12

@@ -1,0 +1,129 @@
+"""What a person sees: plain lines in a log, a bar in a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from limbeck import console
+from limbeck.console import PlainConsole, QuietConsole, RichConsole, default_console, format_seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.7, "1 min 00 s"),
+        (60, "1 min 00 s"),
+        (245, "4 min 05 s"),
+        (3599.6, "1 h 00 min"),
+        (7800, "2 h 10 min"),
+        (float("inf"), "unknown time"),
+    ],
+)
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(console.time, "monotonic", made.monotonic)
+    return made
+
+
+class TestPlain:
+    def test_a_line_now_and_then(self, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+        with PlainConsole().meter("train", 1000, "tokens", 200) as meter:
+            clock.now += 10
+            meter.advance(100)
+            assert capsys.readouterr().err == ""
+            clock.now += 10
+            meter.advance(100, "step 2")
+            # 400 of 1000 are there; 200 of them took 20 s, so 600 more take 60.
+            assert capsys.readouterr().err == "train: 40 % · 10 tokens/s · 1 min 00 s left · step 2\n"
+            clock.now += 1
+            meter.advance(1)
+            assert capsys.readouterr().err == ""
+
+    def test_nothing_to_do(self, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+        with PlainConsole().meter("train", 0, "tokens") as meter:
+            clock.now += 100
+            meter.advance(0)
+        assert capsys.readouterr().err == "train: 100 % · 0 tokens/s · unknown time left\n"
+
+    def test_words(self, capsys: pytest.CaptureFixture[str]) -> None:
+        PlainConsole().say("[bold] is no markup")
+        PlainConsole().warn("careful")
+        said = capsys.readouterr()
+        assert said.err == "[bold] is no markup\nwarning: careful\n" and said.out == ""
+
+    def test_quiet(self, capsys: pytest.CaptureFixture[str]) -> None:
+        quiet = QuietConsole()
+        quiet.say("nothing")
+        with quiet.meter("train", 10, "tokens") as meter:
+            meter.advance(5)
+        quiet.warn("careful")
+        assert capsys.readouterr().err == "warning: careful\n"
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Standard error is a terminal; the descriptor reads what it shows."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        yield ours
+    os.close(ours)
+
+
+def read_until(screen: int, last: str) -> str:
+    """What a terminal shows up to some last words. One read may return less than has been written."""
+    shown = b""
+    while last.encode() not in shown and select.select([screen], [], [], 10)[0]:
+        shown += os.read(screen, 1 << 16)
+    return shown.decode()
+
+
+class TestTerminal:
+    def test_bar(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with terminal(monkeypatch) as screen:
+            chosen = default_console()
+            assert isinstance(chosen, RichConsole)
+            with chosen.meter("train [x]", 100, "tokens", 20) as meter:
+                chosen.say("between [bold] lines")
+                for _ in range(4):
+                    time.sleep(0.02)
+                    meter.advance(20, "step 1/4, loss 1.234")
+            chosen.warn("careful")
+            sys.stderr.flush()
+            shown = read_until(screen, "warning: careful")
+        for part in ("train [x]", "tokens/s", "100%", "loss 1.234", "between [bold] lines", "warning: careful"):
+            assert part in shown
+
+    def test_not_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        assert isinstance(default_console(), PlainConsole)

@@ -1,0 +1,215 @@
+"""The story engine: stages in order, done once, stopped and continued in order; failures as one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import limbeck
+from limbeck.config import load_recipe
+from limbeck.failures import explain, in_one_line
+from limbeck.flow import LimbeckError
+from limbeck.rundir import Json, RunDirectory, read_json, write_text
+from limbeck.story import Stage, StopWish, Story, flatten, play
+from tests.tiny_pair import TinyPair, write_model
+
+
+class TestStopWish:
+    def test_at_once(self) -> None:
+        stop, before = StopWish(), signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt) as caught, stop.installed():
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.value.args == (signal.SIGTERM,)
+        assert signal.getsignal(signal.SIGINT) is before
+
+    def test_deferred_then_heeded(self, capsys: pytest.CaptureFixture[str]) -> None:
+        stop, finished = StopWish(), []
+        with pytest.raises(KeyboardInterrupt), stop.installed():
+            with stop.deferred() as wished, stop.deferred():
+                assert not wished()
+                signal.raise_signal(signal.SIGINT)
+                assert wished()
+                finished.append("the write")
+            stop.heed()
+        assert finished == ["the write"]
+        assert "stopping after this step" in capsys.readouterr().err
+
+    def test_second_time_at_once(self) -> None:
+        stop = StopWish()
+        with pytest.raises(KeyboardInterrupt), stop.installed(), stop.deferred():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        StopWish().heed()
+
+    def test_outside_the_main_thread(self) -> None:
+        before, entered = signal.getsignal(signal.SIGINT), []
+
+        def other() -> None:
+            with StopWish().installed():
+                entered.append(signal.getsignal(signal.SIGINT) is before)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert entered == [True]
+
+
+class Trace:
+    """Stages that write one file each and count how often they were played."""
+
+    def __init__(self) -> None:
+        self.played: list[str] = []
+        self.fail: dict[str, BaseException] = {}
+        self.values = {"one": 1, "two": 1, "three": 1}
+
+    def stage(self, name: str) -> Stage:
+        def work(story: Story) -> Json:
+            self.played.append(name)
+            if name in self.fail:
+                raise self.fail.pop(name)
+            write_text(story.run.root / f"{name}.txt", str(self.values[name]))
+            return {"tokens": 10}
+
+        return Stage(
+            name=name,
+            verb=name,
+            inputs=lambda story: {"value": self.values[name]},
+            play=work,
+            outputs=lambda run: (run.root / f"{name}.txt",),
+        )
+
+    def play(self, tiny: TinyPair, root: Path, until: str | None = None, update: bool = False) -> RunDirectory:
+        recipe = load_recipe(tiny.tree(root))
+        return play(recipe, stages=[self.stage(name) for name in self.values], until=until, update=update)
+
+
+class TestPlaying:
+    def test_once_each(self, tiny: TinyPair, tmp_path: Path) -> None:
+        trace = Trace()
+        trace.play(tiny, tmp_path / "run", until="two")
+        assert trace.played == ["one", "two"]
+        run = trace.play(tiny, tmp_path / "run")
+        assert trace.played == ["one", "two", "three"]
+        record = run.manifest("three")
+        assert record is not None and record["done"] and record["tokens_per_s"] > 0 and record["peak_memory_mib"] > 0
+
+    def test_time_of_interrupted_attempts_counts(
+        self, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trace, clock = Trace(), iter(range(1000, 9000, 10))
+        monkeypatch.setattr("limbeck.story.time.time", lambda: float(next(clock)))
+        trace.fail["two"] = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            trace.play(tiny, tmp_path / "run")
+        first = read_json(tmp_path / "run" / "stages" / "two.json")
+        assert not first["done"] and first["seconds"] == 10
+        trace.play(tiny, tmp_path / "run")
+        second = read_json(tmp_path / "run" / "stages" / "two.json")
+        assert second["done"] and second["seconds"] == 20 and second["started"] == first["started"]
+
+    def test_update_redoes_what_depends_on_it(self, tiny: TinyPair, tmp_path: Path) -> None:
+        trace, root = Trace(), tmp_path / "run"
+        trace.play(tiny, root)
+        trace.values["two"] = 2
+        with pytest.raises(LimbeckError, match="the inputs of its two have changed"):
+            trace.play(tiny, root)
+        # Also by a verb that would only read what comes before: its recipe would be recorded as that of all.
+        with pytest.raises(LimbeckError, match="--update"):
+            trace.play(tiny, root, until="one")
+        trace.played.clear()
+        trace.play(tiny, root, until="two", update=True)
+        assert trace.played == ["two"]
+        assert (root / "two.txt").read_text() == "2" and not (root / "three.txt").exists()
+        kept = {path.name: path.read_text() for path in (root / "superseded").rglob("*.txt")}
+        assert kept == {"two.txt": "1", "three.txt": "1"}
+
+    def test_files_of_unknown_origin_are_not_built_upon(self, tiny: TinyPair, tmp_path: Path) -> None:
+        trace, root = Trace(), tmp_path / "run"
+        trace.play(tiny, root)
+        (root / "stages" / "three.json").unlink()
+        (root / "three.txt").write_text("somebody's")
+        trace.play(tiny, root)
+        assert (root / "three.txt").read_text() == "1"
+        assert [path.read_text() for path in (root / "superseded").rglob("three.txt")] == ["somebody's"]
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/file"), "cannot use /run/file: No space left"),
+            (SafetensorError("I/O error: File too large (os error 27)"), "File too large; free some space"),
+            (MemoryError(), "out of memory; lower train.per_device"),
+            (torch.OutOfMemoryError("tried to allocate 2 GiB\nand more"), "allocate 2 GiB and more.*batch_size"),
+        ],
+    )
+    def test_failures_are_one_line(self, tiny: TinyPair, tmp_path: Path, error: Exception, words: str) -> None:
+        trace = Trace()
+        trace.fail["two"] = error
+        with pytest.raises(LimbeckError, match=words) as caught:
+            trace.play(tiny, tmp_path / "run")
+        assert caught.value.__cause__ is error and "\n" not in str(caught.value)
+        trace.play(tiny, tmp_path / "run")
+        assert trace.played == ["one", "two", "two", "three"]
+
+
+class TestFailures:
+    def test_of_a_real_allocation(self) -> None:
+        with pytest.raises(LimbeckError, match="out of memory"), in_one_line():
+            torch.empty(1 << 50, dtype=torch.uint8)
+
+    def test_damaged_weights(self, tmp_path: Path) -> None:
+        from safetensors.torch import load_file
+
+        (tmp_path / "a.safetensors").write_bytes(b"12345678{")
+        with pytest.raises(LimbeckError, match="damaged"), in_one_line():
+            load_file(tmp_path / "a.safetensors")
+
+    @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), KeyError("x")])
+    def test_own_faults_keep_their_traceback(self, error: Exception) -> None:
+        assert explain(error) is None
+        with pytest.raises(type(error)), in_one_line():
+            raise error
+
+    def test_own_lines_pass(self) -> None:
+        line = LimbeckError("a line")
+        with pytest.raises(LimbeckError) as caught, in_one_line():
+            raise line
+        assert caught.value is line
+
+
+def test_window_is_the_smaller_one(tiny: TinyPair, tmp_path: Path) -> None:
+    student = write_model(tmp_path / "student", window=64, layers=2)
+    section = {"model": str(student), "init": "pretrained", "layers": None}
+    windows: list[Callable[[], int | None]] = []
+    for sections in (
+        {},
+        {"student": section},
+        {"student": section | {"init": "scratch", "config": {"max_position_embeddings": 32}}},
+    ):
+        story = Story(load_recipe(tiny.tree(tmp_path / "run", **sections)))
+        windows.append(lambda story=story: story.window)
+    assert [window() for window in windows] == [128, 64, 32]
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [2], "e": {}}
+
+
+def test_python_api(tiny: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From Python: a mapping in, the run out, errors as one exception."""
+    recipe = tiny.tree(tmp_path / "run", train={"max_steps": 2})
+    done = limbeck.run(recipe)
+    assert done.student.is_dir() and done.report.is_file() and {"before", "after"} <= set(done.scores)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(LimbeckError, match=r"train\.max_steps is 2 there and 3 here"):
+        limbeck.run(recipe, "train.max_steps=3")
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(done.student).config.num_hidden_layers == 2
