@@ -115,9 +115,16 @@ class ResponsesSection:
 @dataclass(config=_STRICT, kw_only=True)
 class SignalSection:
     cache: bool = True
-    """Write the teacher's hidden states to disk once; false runs the teacher beside the student in every epoch."""
+    """Write the teacher's signal to disk once; false runs the teacher beside the student in every epoch."""
     dtype: Dtype = "float32"
     """Precision of the cached hidden states."""
+    support: Literal["full", "topk_renorm", "topk_tail", "sampled"] = "full"
+    """What training sees of the teacher: every token (by hidden states), its k most likely tokens renormalised or with
+    one class for all others, or a sample of it."""
+    k: Count = 64
+    """Tokens kept of each position with a top-k support; draws with a sampled one."""
+    temperatures: tuple[Positive, ...] = ()
+    """Loss temperatures a sparse signal is exact for; empty takes the objective's."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -132,6 +139,13 @@ class ObjectiveSection:
     student_temperature: Positive | None = None
     temperature_scale: Literal["none", "tau", "tau2", "auto"] | Positive = "auto"
     """Factor on the loss; auto is the one that keeps gradients comparable over temperatures."""
+    temperature_end: Positive | None = None
+    """Where the temperature of the loss arrives at the end of training; null leaves it where it is."""
+    temperature_shape: Literal["linear", "cosine"] = "cosine"
+    """The way there."""
+    temperature_adapt: NonNegative | None = None
+    """One temperature a token around the loss temperature, by how far apart the two models are there (AdaKD's strength,
+    0.5 in the paper); null gives all tokens the same."""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -286,6 +300,7 @@ def _check_consistency(recipe: Recipe) -> None:
     reserved = sorted({*_AXES, "options"} & recipe.objective.options.keys())
     if reserved:
         raise LimbeckError(f"objective.options holds {reserved[0]!r}; write it as objective.{reserved[0]}")
+    _check_axes(recipe)
     student = recipe.student
     if student.init == "pretrained" and student.model is None:
         raise LimbeckError("student.model is missing; name a model, or set student.init=depth_prune to cut the teacher")
@@ -295,6 +310,36 @@ def _check_consistency(recipe: Recipe) -> None:
         raise LimbeckError(f"student.layers and student.keep belong to init depth_prune, not to init {student.init}")
     if student.init != "scratch" and student.config:
         raise LimbeckError(f"student.config belongs to init scratch, not to init {student.init}")
+
+
+def _check_axes(recipe: Recipe) -> None:
+    """Temperature and support: what excludes what."""
+    objective, signal = recipe.objective, recipe.signal
+    apart = next((s for s in ("teacher_temperature", "student_temperature") if getattr(objective, s) is not None), None)
+    for moving in ("temperature_end", "temperature_adapt"):
+        if apart is not None and getattr(objective, moving) is not None:
+            raise LimbeckError(f"objective.{moving} moves both sides at once; remove objective.{apart}")
+    if signal.support == "full":
+        if signal.temperatures:
+            raise LimbeckError("signal.temperatures belongs to a sparse signal.support; the full one knows them all")
+        return
+    if not signal.cache:
+        raise LimbeckError(
+            f"signal.support={signal.support} is what is kept on disk, but signal.cache is false; "
+            "set signal.cache=true or signal.support=full"
+        )
+    if objective.temperature_end is not None and signal.support != "topk_renorm":
+        raise LimbeckError(
+            f"objective.temperature_end moves the temperature off the grid that signal.support={signal.support} holds; "
+            "use signal.support=full or topk_renorm"
+        )
+
+
+def signal_temperatures(recipe: Recipe) -> tuple[float, ...]:
+    """The loss temperatures that a sparse signal of this recipe is made for."""
+    objective = recipe.objective
+    teacher = objective.temperature if objective.teacher_temperature is None else objective.teacher_temperature
+    return tuple(sorted({*recipe.signal.temperatures} or {teacher}))
 
 
 def build_objective(recipe: Recipe) -> Any:

@@ -134,6 +134,11 @@ class TokenBatch:
     labels_N: Tensor
     rows: tuple[int, ...]
 
+    @property
+    def sequence_N(self) -> Tensor:
+        """The row of the batch that each position of the loss belongs to, int64."""
+        return self.loss_mask_BT.nonzero()[:, 0]
+
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on another device."""
         return replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,12 @@ SUM = {"name": "sum", "parts": [{"name": "csd", "weight": 0.5}, {"name": "ce"}, 
         ({"name": "rkl", "temperature": 2.0, "temperature_scale": "none"}, {"rkl": 1.0}),
         ({"name": "csd", "first": "teacher", "temperature": 2.0}, {"csd": 1.0}),
         (SUM, {"csd": 1.0}),
+        ({"name": "tad", "per_sequence": True}, {"tad": 1.0}),
+        ({"name": "fkl", "temperature": 2.0, "temperature_adapt": 0.5}, {"fkl": None}),
     ],
 )
 def test_the_resolved_factor_is_recorded(
-    limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, objective: dict, factors: dict[str, float]
+    limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, objective: dict, factors: dict[str, float | None]
 ) -> None:
     run = tmp_path / "run"
     tree = tiny.tree(run, train={"max_steps": 2}, evaluate={"groups": ["fidelity"]})
@@ -35,3 +38,97 @@ def test_the_resolved_factor_is_recorded(
     assert done.code == 0, done.stderr
     recorded = json.loads((run / "stages" / "student.json").read_text("utf-8"))["temperature"]
     assert {name: recorded[name]["factor"] for name in factors} == factors
+
+
+def played(limbeck: CommandServer, tiny: TinyPair, run: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """Play a recipe for four steps; the lines of its metrics."""
+    sections.setdefault("train", {"max_steps": 4})
+    done = limbeck.run("run", tiny.recipe(run, evaluate={"groups": ["fidelity"]}, **sections))
+    assert done.code == 0, done.stderr
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_temperature_that_moves(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+    moving = {"temperature": 4.0, "temperature_end": 1.0, "temperature_shape": "linear"}
+    lines = played(limbeck, tiny, tmp_path / "run", objective=moving)
+    assert [line["temperature"] for line in lines] == pytest.approx([4.0, 3.0, 2.0, 1.0])
+    recorded = json.loads((tmp_path / "run" / "stages" / "student.json").read_text("utf-8"))["temperature"]["fkl"]
+    assert (recorded["student"], recorded["student_end"], recorded["factor"], recorded["factor_end"]) == (4, 1, 16, 1)
+
+
+def test_each_step_says_what_can_be_compared_over_runs(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+    parts = [{"name": "fkl", "weight": 0.5}, {"name": "ce"}]
+    lines = played(limbeck, tiny, tmp_path / "run", objective={"name": "sum", "parts": parts, "temperature": 2.0})
+    for line in lines:
+        assert line["loss"] == pytest.approx(0.5 * line["loss/fkl"] + line["loss/ce"], rel=1e-4)
+        assert line["student_entropy"] > 0 and line["teacher_entropy"] > 0 and line["forward_kl"] > 0
+    # The loss is at temperature 2, the measure at 1.
+    assert lines[0]["forward_kl"] != pytest.approx(lines[0]["loss/fkl"], rel=1e-2)
+
+
+@pytest.mark.parametrize("support", ["topk_tail", "topk_renorm", "sampled"])
+def test_sparse_supports(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, support: str) -> None:
+    from safetensors import safe_open
+
+    run = tmp_path / "run"
+    lines = played(limbeck, tiny, run, signal={"support": support, "k": 5}, objective={"temperature": 1.0})
+    assert all(line["loss"] == line["loss"] for line in lines)
+    splits = [json.loads(line)["split"] for line in (run / "responses" / "teacher.jsonl").read_text().splitlines()]
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in (run / "signal").glob("[0-9]*.safetensors"):
+        with safe_open(path, framework="pt") as shard:
+            stored |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+    for row, split in enumerate(splits):
+        # Held-out rows stay whole, since evaluation is over the whole vocabulary; training rows hold five tokens.
+        assert (f"row-{row:07d}" in stored) == (split == "heldout")
+        assert (stored.get(f"row-{row:07d}.ids", (0, 5))[1], f"row-{row:07d}.ids" in stored) == (5, split == "train")
+
+
+def test_all_tokens_kept_is_the_full_support(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+    full = played(limbeck, tiny, tmp_path / "full", signal={"cache": False})
+    kept = played(limbeck, tiny, tmp_path / "kept", signal={"support": "topk_tail", "k": 300})
+    for one, other in zip(full, kept, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"signal": {"support": "topk_tail", "cache": False}}, ("signal.support=topk_tail", "signal.cache=true")),
+        ({"signal": {"support": "topk_tail", "k": 100000}}, ("signal.k is 100000", "300")),
+        ({"signal": {"temperatures": [2.0]}}, ("signal.temperatures", "full")),
+        ({"signal": {"support": "sampled"}, "objective": {"name": "rkl"}}, ("'rkl'", "'sampled'")),
+        (
+            {"signal": {"support": "topk_tail", "temperatures": [3.0]}},
+            ("temperature 2 is not in the cache", "topk_renorm"),
+        ),
+        (
+            {"signal": {"support": "topk_tail"}, "objective": {"temperature_end": 1.0}},
+            ("objective.temperature_end", "signal.support=full"),
+        ),
+        (
+            {"objective": {"temperature_end": 1.0, "teacher_temperature": 2.0, "temperature_scale": "none"}},
+            ("objective.temperature_end", "remove objective.teacher_temperature"),
+        ),
+        ({"signal": {"support": "topk_tail"}, "objective": {"temperature_adapt": 0.5}}, ("adapt", "sparse")),
+        ({"signal": {"support": "topk_tail"}, "objective": {"name": "tad"}}, ("'tad'", "'topk_tail'")),
+    ],
+)
+def test_axes_that_exclude_each_other(
+    limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, sections: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    refused = limbeck.run("run", tiny.recipe(tmp_path / "run", **sections))
+    assert refused.code == 2, refused.stderr
+    for word in words:
+        assert word in refused.error_line
+    assert not (tmp_path / "run" / "responses").exists()
+
+
+def test_a_projection_is_learned_where_widths_differ(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    narrow = {"init": "scratch", "layers": None, "config": {"hidden_size": 16, "num_hidden_layers": 1}}
+    objective = {"name": "hidden", "kind": "mse", "temperature": 1.0}
+    lines = played(limbeck, tiny, tmp_path / "run", student=narrow, objective=objective, train={"max_steps": 12})
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert AutoConfig.from_pretrained(tmp_path / "run" / "student").hidden_size == 16

@@ -174,7 +174,7 @@ class TinyPair:
             "evaluate": {"max_new_tokens": 8, "samples": 2},
         }
         for name, section in sections.items():
-            tree[name] = {**tree[name], **section}
+            tree[name] = {**tree.get(name, {}), **section}
         return tree
 
     def recipe(self, output: Path, **sections: dict[str, Any]) -> Path:

@@ -6,11 +6,11 @@ An objective is a frozen dataclass whose fields are its options. To add one: wri
 
 from __future__ import annotations
 
-from limbeck.objectives.difficulty import focus_weights, tail_weights, token_difficulty
+from limbeck.objectives.difficulty import tail_weights, token_difficulty
 from limbeck.objectives.fused import FusedLoss, fused_distillation_loss
 from limbeck.objectives.hidden import HiddenPair
 from limbeck.objectives.registry import OBJECTIVES, build_objective
-from limbeck.objectives.support import sampled_signal, topk_signal
+from limbeck.objectives.sparse import SparseForm, sampled_signal, topk_signal
 from limbeck.objectives.temperature import AdaptiveTemperature, Temperature, TemperatureSchedule
 from limbeck.objectives.tiles import logit_tiles
 from limbeck.objectives.values import (
@@ -28,11 +28,11 @@ __all__ = [
     "AdaptiveTemperature",
     "FusedLoss",
     "HiddenPair",
+    "SparseForm",
     "Temperature",
     "TemperatureSchedule",
     "build_objective",
     "csd",
-    "focus_weights",
     "forward_kl",
     "fused_distillation_loss",
     "jensen_shannon",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -92,13 +93,15 @@ class TokenwiseKL(Divergence):
 class TailAwareKL(RowObjective):
     """Forward KL in two parts, the second weighed: KL over {top k, tail} + w P_tail KL(tail of p || tail of q).
 
-    Tail-aware decomposition (TAD), arXiv 2602.20816. The paper takes w = beta over the mean tail mass of the sequence:
-    give it a token, as `tail_weight`, from `limbeck.objectives.tail_weights`.
+    Tail-aware decomposition (TAD), arXiv 2602.20816. The paper takes w = beta over the mean tail mass of the sequence,
+    with k = 10 and beta = 2: `per_sequence`.
     Limits: w = 1 is forward KL for every k, w = 0 the KL with a tail bucket.
 
     Attributes:
         k: tokens of the head: the teacher's most likely.
         tail_weight: w, not negative; a token option too.
+        per_sequence: take w = tail_weight / (mean tail mass of the token's sequence). The fused loss measures it; plain
+            functions need it as a token option, from `limbeck.objectives.tail_weights`.
     """
 
     name = "tad"
@@ -107,15 +110,21 @@ class TailAwareKL(RowObjective):
 
     k: int = 10
     tail_weight: float = 2.0
+    per_sequence: bool = False
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise LimbeckError(f"tad k={self.k}: expected at least one token")
-        if self.tail_weight < 0:
+        if not 0 <= self.tail_weight < math.inf:
             raise LimbeckError(f"tad tail_weight={self.tail_weight}: expected zero or more; 1 is forward KL")
 
     def value_and_grad(self, rows: Rows) -> tuple[Tensor, Tensor]:
         weight = rows.option(self.name, "tail_weight", self.tail_weight)
+        if self.per_sequence and not isinstance(weight, Tensor):
+            raise LimbeckError(
+                "tad per_sequence=True without the weights of the tokens: the fused loss measures them where tad "
+                "stands by itself or once in a sum; else give token_options={'tail_weight': tail_weights(...)}"
+            )
         tail_NK = tail_of(rows.log_p_NK, self.k)
         log_p_tail_N1, log_q_tail_N1 = (_log_mass(t, tail_NK) for t in (rows.log_p_NK, rows.log_q_NK))
         p_tail_N1 = log_p_tail_N1.exp()
@@ -163,6 +172,13 @@ class EntropyGate:
     def __post_init__(self) -> None:
         if self.mode not in get_args(GateMode):
             raise LimbeckError(f"eopd mode={self.mode!r}: expected one of {', '.join(get_args(GateMode))}")
+        if math.isnan(self.threshold):
+            raise LimbeckError("eopd threshold=nan: expected nats, such as 0.8")
+        for where, inner in (("base", self.base), ("gated", self.gated)):
+            if not isinstance(inner, Objective) or "hidden" in inner.reads:
+                raise LimbeckError(
+                    f"eopd {where}={inner.name!r}: expected a function of the two rows, such as fkl or rkl"
+                )
 
     @property
     def reads(self) -> frozenset[str]:

@@ -75,7 +75,9 @@ class Body:
             # Last of all: the logits may be the products themselves, which the gradient overwrites.
             grads = [g for g in (whole_grad, None if seen_grad is None else spread(seen_grad)) if g is not None]
             grad_NV = grads[0] if len(grads) == 1 else grads[0] + grads[1]
-            block["student"].copy_(grad_NV * block["weight"] * self.student_finish.slope(logits_NV))
+            grad_NV = grad_NV * block["weight"] * self.student_finish.slope(logits_NV)
+            # Left out whatever it is: zero times a NaN would not be zero.
+            block["student"].copy_(torch.where(block["weight"] == 0, 0.0, grad_NV))
         return torch.stack(values)
 
     def _rows(self, logits_NV: Tensor, block: Block) -> Rows:

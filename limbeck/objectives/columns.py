@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from limbeck.flow import DenseSignal, LimbeckError, Objective, Signal, Support
 from limbeck.objectives.heads import Projection
-from limbeck.objectives.sums import IGNORED, WeightedSum, row_leaves
+from limbeck.objectives.sums import IGNORED, WeightedSum, nested
 from limbeck.objectives.support import Columns, signal_columns
 from limbeck.objectives.temperature import Temperature
 
@@ -60,16 +62,23 @@ def label_columns(objective: Objective, label_N: Tensor | None, weight_N: Tensor
 
 def option_columns(objective: WeightedSum, options: Mapping[str, Tensor], weight_N: Tensor) -> Columns:
     """Options given a token, under the names the objective knows."""
-    known = [name for _, part in row_leaves(objective) for f in part.token_fields for name in (f, f"{part.name}.{f}")]
+    known: dict[str, list[Any]] = {}
+    for part in nested(objective):
+        for field in fields(cast(Any, part)):
+            if isinstance(part, Objective) and field.name in part.token_fields:
+                for name in (field.name, f"{part.name}.{field.name}"):
+                    known.setdefault(name, []).append(part)
     columns = {}
     for name, option_N in options.items():
         if name not in known:
-            has = f"it has {', '.join(sorted(set(known)))}" if known else "it has none"
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
             raise LimbeckError(f"token option {name!r} is unknown to this objective: {has}")
         _one_a_token(f"token option {name!r}", option_N, weight_N.shape[0])
-        share = not name.endswith("tail_weight")
-        if not bool(((option_N >= 0) & ((option_N <= 1) | (not share))).all()):
-            raise LimbeckError(f"token option {name!r} out of range: expected {'[0, 1]' if share else 'zero or more'}")
+        if option_N.numel():
+            for part in known[name]:
+                # The objective knows its own range: it refuses the ends if it would refuse them as a number.
+                for end in (float(option_N.min()), float(option_N.max())):
+                    replace(part, **{name.rpartition(".")[2]: end})
         columns[f"option.{name}"] = option_N.detach().to(device=weight_N.device, dtype=weight_N.dtype)
     return columns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from limbeck.flow import DenseSignal, Head, LimbeckError
+from limbeck.flow import DenseSignal, Head
 from limbeck.objectives.adaptive import tail_of
 from limbeck.objectives.bodies import block_rows
 from limbeck.objectives.tiles import TILE_BYTES, logit_tiles
@@ -26,20 +26,6 @@ def token_difficulty(
             roots = [(t.log_softmax(-1) / 2).exp() for t in (student, teacher)]
             values.append(((roots[0] - roots[1]) ** 2).sum(-1).div(2).sqrt())
     return torch.cat([v.to(values[-1].dtype) for v in values])
-
-
-def focus_weights(difficulty_N: Tensor, fraction: float) -> Tensor:
-    """1 on the hardest fraction of the tokens, 0 on the others (the token focus of AdaKD).
-
-    Raises:
-        LimbeckError: for a fraction outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise LimbeckError(f"focus on a fraction of {fraction} of the tokens: expected a number in (0, 1]")
-    kept = max(1, round(fraction * difficulty_N.numel())) if difficulty_N.numel() else 0
-    weight_N = torch.zeros_like(difficulty_N)
-    weight_N[difficulty_N.topk(kept).indices] = 1.0
-    return weight_N
 
 
 @torch.no_grad()

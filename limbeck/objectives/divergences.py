@@ -18,6 +18,8 @@ from limbeck.flow import LimbeckError, Rows
 ANY_SUPPORT = frozenset({"full", "topk_renorm", "topk_tail"})
 # Above this a ratio of probabilities stands still: e^60 times any vocabulary is still a float32.
 LOG_RATIO_CAP = 60.0
+# Closer to zero than this a power of the alpha-beta divergence is its limit.
+AB_LIMIT = 1e-3
 
 
 class RowObjective(ABC):
@@ -160,7 +162,8 @@ class AlphaBeta(Divergence):
     confident ones do.
     Limits: (1, 0) forward KL, (0, 1) reverse KL, (.5, .5) four times one minus Bhattacharyya, (1, 1) half the squared
     error; a = 0, b = 0 and a + b = 0 by their own formulas. Only a + b = 1 keeps its size over temperatures and
-    vocabularies. With negative powers a ratio of probabilities counts as e^60 at most.
+    vocabularies. With negative powers a ratio of probabilities counts as e^60 at most. A power, or a sum of both,
+    within 0.001 of zero is taken as zero: the quotient would be lost in float32.
 
     Attributes:
         alpha, beta: the powers a and b.
@@ -186,7 +189,8 @@ class AlphaBeta(Divergence):
         return f"ab with alpha + beta = {total:g} changes its size with tau and vocabulary: use a sum of 1"
 
     def pointwise(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        a, b = self.alpha, self.beta
+        a, b = (0.0 if abs(power_) < AB_LIMIT else power_ for power_ in (self.alpha, self.beta))
+        b = -a if abs(a + b) < AB_LIMIT else b
         log_p_NK, log_q_NK = rows.log_p_NK, rows.log_q_NK
         if a == 0 and b == 0:
             gap_NK = log_q_NK - log_p_NK

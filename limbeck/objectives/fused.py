@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limbeck.flow import DenseSignal, Head, LimbeckError, SampledSignal, Signal, Support
+from limbeck.flow import DenseSignal, Head, LimbeckError, Objective, SampledSignal, Signal, Support
+from limbeck.objectives.adaptive import TailAwareKL
 from limbeck.objectives.bodies import MEASURES, Body, Compile, resolve_compile
 from limbeck.objectives.columns import label_columns, option_columns, token_columns, token_weights, weighted
-from limbeck.objectives.difficulty import token_difficulty
+from limbeck.objectives.difficulty import tail_weights, token_difficulty
 from limbeck.objectives.heads import Finish, Projection, gather_head, prepare_projection
 from limbeck.objectives.hidden import HiddenPair, projected
 from limbeck.objectives.passes import Grads, Pass, Wanted
-from limbeck.objectives.sums import AnyObjective, WeightedSum, hidden_leaves, row_leaves
+from limbeck.objectives.sums import AnyObjective, WeightedSum, hidden_leaves, nested, part_names, row_leaves
 from limbeck.objectives.support import resolve_support
 from limbeck.objectives.temperature import Temperature
 from limbeck.objectives.tiles import TILE_BYTES, check_pair, plan_tiles
@@ -51,6 +52,7 @@ def fused_distillation_loss(
     support: Support | None = None,
     weight_N: Tensor | None = None,
     label_N: Tensor | None = None,
+    sequence_N: Tensor | None = None,
     hidden_pairs: Sequence[HiddenPair] = (),
     token_options: Mapping[str, Tensor] | None = None,
     measure: bool = False,
@@ -79,6 +81,7 @@ def fused_distillation_loss(
         weight_N: weight of each token; None is 1/N. Normalise over the whole optimizer step here; a weight for each
             sequence is `weight_B[sequence_N]`.
         label_N: the token that followed each position, for objectives that read labels; -100 counts as zero.
+        sequence_N: the sequence each token belongs to, int64 from 0, for objectives that measure whole sequences.
         hidden_pairs: states of chosen layers, for objectives that read hidden states; by default the last ones.
         token_options: options of the objective given a token, such as {"alpha": alpha_N} or {"skl.alpha": alpha_N}.
         measure: also measure entropies and the forward KL at temperature 1.
@@ -100,7 +103,7 @@ def fused_distillation_loss(
             temperature=temperature or Temperature(),
             support=support,
             label_N=label_N,
-            token_options=token_options or {},
+            token_options=_sequence_options(rows, signal, sequence_N) | dict(token_options or {}),
             measure=measure,
             tile_bytes=tile_bytes,
             compile=compile,
@@ -109,11 +112,13 @@ def fused_distillation_loss(
     if hidden:
         pairs = hidden_pairs or _last_hidden(student_hidden_ND, signal)
         for weight, part in hidden:
-            value_N = torch.stack([part.value(*projected(pair)) for pair in pairs]).mean(0).to(weight_N.dtype)
+            value_N = torch.stack([part.value(*projected(pair, len(weight_N))) for pair in pairs]).mean(0)
+            value_N = value_N.to(weight_N.dtype)
             loss = loss + weight * weighted(weight_N, value_N)
             values.append(value_N.detach())
     value_N = reduce(torch.add, (weight * value_N for (weight, _), value_N in zip(rows + hidden, values, strict=True)))
-    return FusedLoss(loss=loss, value_N=value_N, parts=_named(rows + hidden, values), measures=measured)
+    parts = dict(zip(part_names(rows + hidden), values, strict=True))
+    return FusedLoss(loss=loss, value_N=value_N, parts=parts, measures=measured)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,8 +145,9 @@ def _row_loss(
     if isinstance(signal, DenseSignal):
         signal = replace(signal, head=gather_head(signal.head))
     temperature = _adapted(hidden_ND, head, signal, settings)
-    for _, part in row_leaves(objective):
-        temperature.check(part)
+    for part in nested(objective):
+        if isinstance(part, Objective):
+            temperature.check(part)
     support = resolve_support(signal, settings.support, objective, temperature)
     teacher = None
     if isinstance(signal, DenseSignal):
@@ -206,21 +212,29 @@ def _adapted(hidden_ND: Tensor, head: Head, signal: Signal | None, settings: _Se
     return Temperature(loss=temperature.adapt.tau(temperature.loss, difficulty_N), scale=temperature.scale)
 
 
+def _sequence_options(
+    rows: Sequence[tuple[float, Objective]], signal: Signal | None, sequence_N: Tensor | None
+) -> dict[str, Tensor]:
+    """Options that a part wants measured over the sequences of its tokens."""
+    options: dict[str, Tensor] = {}
+    tails = [part for _, part in rows if isinstance(part, TailAwareKL)]
+    if len(tails) > 1 and any(part.per_sequence for part in tails):
+        raise LimbeckError("tad per_sequence=True beside another tad: one weight a token cannot serve both; keep one")
+    for part in tails:
+        if not (part.per_sequence and isinstance(signal, DenseSignal)):
+            continue
+        if sequence_N is None:
+            raise LimbeckError("tad per_sequence=True weighs by sequence: give sequence_N, the sequence of each token")
+        options[f"{part.name}.tail_weight"] = tail_weights(signal, sequence_N, k=part.k, beta=part.tail_weight)
+    return options
+
+
 def _last_hidden(student_ND: Tensor, signal: Signal | None) -> tuple[HiddenPair]:
     if not isinstance(signal, DenseSignal):
         raise LimbeckError(
             "objective 'hidden' without hidden states of the teacher: give hidden_pairs, or a dense signal"
         )
     return (HiddenPair(student_ND=student_ND, teacher_NE=signal.hidden_ND),)
-
-
-def _named(leaves: tuple[tuple[float, AnyObjective], ...], values: list[Tensor]) -> dict[str, Tensor]:
-    """Values by name; a name that comes again gets a number."""
-    named: dict[str, Tensor] = {}
-    for (_, part), value_N in zip(leaves, values, strict=True):
-        again = sum(key.partition(".")[0] == part.name for key in named)
-        named[f"{part.name}.{again + 1}" if again else part.name] = value_N
-    return named
 
 
 def _wanted(hidden_ND: Tensor, head: Head) -> Wanted:

@@ -56,19 +56,20 @@ class HiddenMatching:
         return ((student_ND - teacher_ND) ** 2).mean(-1)
 
 
-def projected(pair: HiddenPair) -> tuple[Tensor, Tensor]:
+def projected(pair: HiddenPair, tokens: int) -> tuple[Tensor, Tensor]:
     """Both states at the teacher's width, float32 (float64 for float64 models).
 
     Raises:
-        LimbeckError: where the widths differ and no fitting projection is given.
+        LimbeckError: where the widths differ and no fitting projection is given, or the tokens are not the loss's.
     """
     student_ND, teacher_NE, projection_ED = pair.student_ND, pair.teacher_NE.detach(), pair.projection_ED
     if projection_ED is not None:
         student_ND = torch.nn.functional.linear(student_ND, projection_ED)
-    if student_ND.shape != teacher_NE.shape:
+    if student_ND.shape != teacher_NE.shape or len(student_ND) != tokens:
         raise LimbeckError(
             f"hidden states of shape {tuple(student_ND.shape)} (student) and {tuple(teacher_NE.shape)} (teacher): "
-            "give a projection of shape (teacher width, student width), and the same tokens on both sides"
+            "give a projection of shape (teacher width, student width), and the tokens of the loss "
+            f"({tokens}) on both sides"
         )
     dtype = torch.float64 if student_ND.dtype == torch.float64 else torch.float32
     return student_ND.to(dtype), teacher_NE.to(dtype)

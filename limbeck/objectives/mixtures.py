@@ -99,7 +99,8 @@ class SkewReverseKL(Divergence):
     """KL(q || (1 - a) p + a q), bounded by log(1/a). Gradient J_q(log(q/m) - a q/m) / tau.
 
     DistiLLM, arXiv 2402.03898, eq. 5; the student-response half of DistiLLM-2 (arXiv 2503.07067), whose released code
-    holds the student inside the mixture constant: nearly the same direction, about 1.6 times the size.
+    holds the student inside the mixture constant: nearly the same direction, 1 / (1 - a) times the size
+    near equality and more where the rows differ.
     Limits: a -> 0 is reverse KL, a -> 1 is zero; tau^2 D tends to (1 - a)^2 / 2 times the variance of the logit error.
 
     Attributes:
@@ -152,6 +153,8 @@ class AlphaMixture(Divergence):
 
     def __post_init__(self) -> None:
         check_fraction(self.name, "share", self.share)
+        if not math.isfinite(self.alpha):
+            raise LimbeckError(f"amid alpha={self.alpha}: expected a finite number, such as -1 or 0.5")
         if self.between not in get_args(Assisted):
             raise LimbeckError(f"amid between={self.between!r}: expected one of {', '.join(get_args(Assisted))}")
         if self.detach_assistant and not self.between.endswith("student") and not self.between.startswith("student"):
@@ -192,8 +195,8 @@ def assistant(log_p_NK: Tensor, log_q_NK: Tensor, share: Tensor | float, alpha: 
 class TAID(Divergence):
     """KL(r || q) with r ~ p^t q^(1 - t), r held constant: a target that walks from the student to the teacher.
 
-    TAID, arXiv 2501.16937: the assistant interpolates the logits. Gradient (q - r) / tau. A schedule moves t from
-    about 0.4 to 1 (`dataclasses.replace`, or a token option).
+    TAID, arXiv 2501.16937: the assistant interpolates the logits. Gradient (q - r) / tau. Its schedule moves t from
+    about 0.4 to 1: in a recipe ``schedule: {progress: [0.4, 1.0]}``, in Python a token option.
     Limits: t = 1 is forward KL; tau^2 D tends to t^2 / 2 times the variance of the logit error.
 
     Attributes:

@@ -64,7 +64,7 @@ class Normalized:
 def normalize(logits_NK: Tensor, possible_NK: Tensor, how: Normalization) -> Normalized:
     """Shift and size the rows: by mean, minimum, maximum; z-score (population deviation); or onto [-1, 1]."""
     filled_NK = torch.where(possible_NK, logits_NK, 0.0)
-    count_N1 = possible_NK.to(logits_NK.dtype).sum(-1, keepdim=True)
+    count_N1 = possible_NK.to(logits_NK.dtype).sum(-1, keepdim=True).clamp_min(1.0)
     plain = Normalized(how=how, logits_NK=filled_NK, possible_NK=possible_NK, count_N1=count_N1)
     if how == "none":
         return plain
@@ -90,4 +90,4 @@ def normalize(logits_NK: Tensor, possible_NK: Tensor, how: Normalization) -> Nor
 def _ends(logits_NK: Tensor, possible_NK: Tensor, end_N1: Tensor) -> Tensor:
     """Which entries hold the end, sharing one: ties move together."""
     at_NK = (possible_NK & (logits_NK == end_N1)).to(logits_NK.dtype)
-    return (at_NK / at_NK.sum(-1, keepdim=True)).detach()
+    return (at_NK / at_NK.sum(-1, keepdim=True).clamp_min(1.0)).detach()

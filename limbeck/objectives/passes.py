@@ -66,7 +66,8 @@ class Pass:
         self, student_ND: Tensor, teacher_ND: Tensor | None, columns: Block, wanted: Wanted, head: Head
     ) -> tuple[Tensor, Grads]:
         """Values (parts and measures, N) and gradients of all tokens."""
-        student_ND = student_ND.detach()
+        counts_N1 = columns["weight"] != 0
+        student_ND = _finite_where_idle(student_ND, counts_N1)
         shape, dtype = (self.tiling.tile_rows, self.student.vocab_size), self.student.dtype
         logits = {"student": torch.empty(shape, dtype=dtype, device=student_ND.device)}
         if self.teacher is not None:
@@ -78,7 +79,8 @@ class Pass:
             self.student.into(student_ND[tokens], logits["student"][:count])
             if self.teacher is not None:
                 assert teacher_ND is not None
-                self.teacher.into(teacher_ND[tokens].detach(), logits["teacher"][:count])
+                teacher_tile_ND = _finite_where_idle(teacher_ND[tokens], counts_N1[tokens])
+                self.teacher.into(teacher_tile_ND, logits["teacher"][:count])
             self._blocks(logits, {name: column[tokens] for name, column in columns.items()}, values_PN[:, tokens])
             if self.body.with_grad:
                 grads.add(tokens, logits["student"][:count], student_ND[tokens], self.student.weight_VD)
@@ -98,3 +100,9 @@ class Pass:
                 block[name] = buffer[start : stop + idle]
             # Copied, not kept: what a compiled body returns may be a corner of a buffer as large as the block.
             values_PN[:, start:stop] = run_body(self.body, block, self.compiled)[:, : stop - start]
+
+
+def _finite_where_idle(hidden_ND: Tensor, counts_N1: Tensor) -> Tensor:
+    """The states, without what is not finite in tokens of weight zero: zero times a NaN would not be zero."""
+    hidden_ND = hidden_ND.detach()
+    return torch.where(counts_N1 | hidden_ND.isfinite(), hidden_ND, 0.0)

@@ -83,17 +83,20 @@ def possible_entries(rows: Rows) -> Tensor:
 
 
 def pair_weight(rows: Rows, weighting: Weighting, possible_NK: Tensor, share: float) -> Tensor:
-    """A weight over the possible entries that sums to one: uniform, or a softmax of the rows over just these."""
+    """A weight over the possible entries: uniform, or a softmax of the rows over just these. It sums to one, or to zero
+    where no entry is possible."""
     if weighting == "uniform":
         weight_NK = possible_NK.to(rows.student_logits_NK.dtype)
-        return weight_NK / weight_NK.sum(-1, keepdim=True)
+        return weight_NK / weight_NK.sum(-1, keepdim=True).clamp_min(1.0)
     if weighting == "mixture":
         teacher_NK = pair_weight(rows, "teacher", possible_NK, share)
         return share * teacher_NK + (1 - share) * pair_weight(rows, "student", possible_NK, share)
     logits_NK, tau_N1 = rows.student_logits_NK, rows.student_tau_N1
     if weighting == "teacher":
         logits_NK, tau_N1 = rows.teacher_logits_NK, rows.teacher_tau_N1
-    return torch.where(possible_NK, logits_NK / tau_N1, -torch.inf).softmax(-1)
+    weight_NK = torch.where(possible_NK, logits_NK / tau_N1, -torch.inf).softmax(-1)
+    # Rows without a possible entry have no weights, where softmax says NaN.
+    return torch.where(possible_NK, weight_NK, 0.0)
 
 
 def _check_weighting(where: str, weighting: str) -> None:
@@ -159,7 +162,7 @@ class LogitStandardization:
     inner: Objective = field(default_factory=ForwardKL)
 
     def __post_init__(self) -> None:
-        if "full" not in self.inner.supports or self.inner.reads != self.reads:
+        if not isinstance(self.inner, Objective) or self.inner.reads != self.reads:
             raise LimbeckError(
                 f"lskd inner={self.inner.name!r}: expected a function of the two rows, such as fkl or rkl"
             )
@@ -174,7 +177,7 @@ class LogitStandardization:
 
     @property
     def caution(self) -> str:
-        return self.inner.caution
+        return ""
 
     def value_and_grad(self, rows: Rows) -> tuple[Tensor, Tensor]:
         student = normalize(rows.student_logits_NK, torch.isfinite(rows.student_logits_NK), "std")

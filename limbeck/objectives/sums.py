@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from functools import reduce
 
 import torch
@@ -57,6 +58,9 @@ class WeightedSum:
     def __post_init__(self) -> None:
         if not self.parts:
             raise LimbeckError("sum has no parts: give at least one (weight, objective)")
+        for weight, part in self.parts:
+            if not math.isfinite(weight):
+                raise LimbeckError(f"sum part {part.name!r} has weight {weight}: expected a finite number")
 
     @property
     def reads(self) -> frozenset[str]:
@@ -74,7 +78,7 @@ class WeightedSum:
 
     @property
     def caution(self) -> str:
-        return "; ".join(part.caution for _, part in row_leaves(self) if part.caution)
+        return ""
 
     def value_and_grad(self, rows: Rows) -> tuple[Tensor, Tensor]:
         assert "hidden" not in self.reads, "the doors keep objectives on hidden states apart"
@@ -108,3 +112,24 @@ def hidden_leaves(objective: AnyObjective) -> Iterator[tuple[float, HiddenObject
     for weight, part in leaves(objective):
         if isinstance(part, HiddenObjective):
             yield weight, part
+
+
+def nested(objective: AnyObjective) -> Iterator[AnyObjective]:
+    """Every objective inside, at any depth, and itself where it is no sum."""
+    if isinstance(objective, WeightedSum):
+        inside: list[object] = [part for _, part in objective.parts]
+    else:
+        yield objective
+        inside = [getattr(objective, field.name) for field in fields(objective)]  # pyright: ignore[reportArgumentType]
+    for part in inside:
+        if isinstance(part, (Objective, HiddenObjective)):
+            yield from nested(part)
+
+
+def part_names(parts: Iterable[tuple[float, AnyObjective]]) -> tuple[str, ...]:
+    """The names of parts; one that comes again gets a number."""
+    names: list[str] = []
+    for _, part in parts:
+        again = sum(name.partition(".")[0] == part.name for name in names)
+        names.append(f"{part.name}.{again + 1}" if again else part.name)
+    return tuple(names)

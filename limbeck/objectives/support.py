@@ -11,7 +11,6 @@ they push mass out of the kept tokens whatever the teacher says.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from limbeck.flow import DenseSignal, LimbeckError, Objective, Rows, SampledSignal, Signal, Support, TopKSignal
+from limbeck.objectives.sums import row_leaves
 from limbeck.objectives.temperature import Temperature
 
 Spread = Callable[[Tensor], Tensor]
@@ -46,11 +46,12 @@ def resolve_support(
             f"support {chosen!r} of a {type(signal).__name__}: it gives {' or '.join(choices)}; "
             "make a top-k signal of hidden states with topk_signal"
         )
-    if chosen not in objective.supports:
-        raise LimbeckError(
-            f"objective {objective.name!r} is not defined on support {chosen!r}: "
-            f"it needs {', '.join(sorted(objective.supports))}"
-        )
+    for _, part in row_leaves(objective):
+        if chosen not in part.supports:
+            raise LimbeckError(
+                f"objective {part.name!r} is not defined on support {chosen!r}: "
+                f"it needs {', '.join(sorted(part.supports))}"
+            )
     if chosen == "topk_renorm" and temperature.largest > 1:
         warnings.warn(
             f"topk_renorm at temperature {temperature.largest:g}: the mass outside the top k grows with it and is not "
@@ -74,6 +75,11 @@ def signal_columns(
             f"signal with ids {(tokens, kept)}, logp {tuple(signal.logp_NK.shape)}, "
             f"log_z {tuple(signal.log_z_NG.shape)}: expected (N, K), (N, K) and (N, {len(signal.temperatures)})"
         )
+    if isinstance(signal, SampledSignal):
+        for name in ("count_NK", "log_proposal_NK"):
+            if getattr(signal, name).shape != (tokens, kept):
+                shape = tuple(getattr(signal, name).shape)
+                raise LimbeckError(f"sampled signal with {name} of shape {shape}: expected {(tokens, kept)}")
     if signal.ids_NK.numel() and not 0 <= int(signal.ids_NK.min()) <= int(signal.ids_NK.max()) < vocab_size:
         raise LimbeckError(f"the signal has ids beyond the student's {vocab_size} tokens: both need one vocabulary")
     dtype, device = teacher_tau_N1.dtype, teacher_tau_N1.device
@@ -154,50 +160,3 @@ def _sampled(rows: Rows, columns: Columns) -> Rows:
     estimate_NV = nothing_NV.scatter_add(-1, columns["ids"], columns["estimate"])
     log_p_NK = torch.where(columns["estimate"] > 0, log_p_NK, 0.0)
     return replace(rows, estimate=(estimate_NV, nothing_NV.scatter_add(-1, columns["ids"], log_p_NK)))
-
-
-def topk_signal(logits_NV: Tensor, k: int, temperatures: tuple[float, ...] = (1.0,)) -> TopKSignal:
-    """The teacher's k most likely tokens, with the exact normaliser of every temperature of the grid.
-
-    Raises:
-        LimbeckError: for a k or a temperature that makes no sense.
-    """
-    if not 1 <= k <= logits_NV.shape[-1]:
-        raise LimbeckError(f"top-k with k={k} of {logits_NV.shape[-1]} tokens: expected 1 to {logits_NV.shape[-1]}")
-    log_p_NV, log_z_NG = _capture(logits_NV, temperatures)
-    logp_NK, ids_NK = log_p_NV.topk(k, dim=-1)
-    return TopKSignal(ids_NK=ids_NK, logp_NK=logp_NK, temperatures=temperatures, log_z_NG=log_z_NG)
-
-
-def sampled_signal(
-    logits_NV: Tensor, draws: int, temperatures: tuple[float, ...] = (1.0,), generator: torch.Generator | None = None
-) -> SampledSignal:
-    """A sample of the teacher: `draws` tokens a position, drawn from its own distribution, equal ones counted.
-
-    Raises:
-        LimbeckError: for no draws, or a temperature that makes no sense.
-    """
-    if draws < 1:
-        raise LimbeckError(f"a sample of {draws} draws: expected at least one; RS-KD takes about 50")
-    log_p_NV, log_z_NG = _capture(logits_NV, temperatures)
-    drawn_NR = log_p_NV.exp().multinomial(draws, replacement=True, generator=generator).sort(dim=-1).values
-    first_NR = torch.ones_like(drawn_NR, dtype=torch.bool)
-    first_NR[:, 1:] = drawn_NR[:, 1:] != drawn_NR[:, :-1]
-    count_NR = (drawn_NR.unsqueeze(-1) == drawn_NR.unsqueeze(-2)).sum(-1) * first_NR
-    logp_NR = log_p_NV.gather(-1, drawn_NR)
-    return SampledSignal(
-        ids_NK=drawn_NR,
-        count_NK=count_NR,
-        logp_NK=logp_NR,
-        log_proposal_NK=logp_NR,
-        temperatures=temperatures,
-        log_z_NG=log_z_NG,
-    )
-
-
-def _capture(logits_NV: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    for tau in temperatures:
-        if not (math.isfinite(tau) and tau > 0):
-            raise LimbeckError(f"temperature {tau} of the cache's grid: expected positive numbers")
-    log_p_NV = (logits_NV.float() if logits_NV.itemsize < 4 else logits_NV).log_softmax(-1)
-    return log_p_NV, torch.cat([(log_p_NV / tau).logsumexp(-1, keepdim=True) for tau in temperatures], dim=-1)

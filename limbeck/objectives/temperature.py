@@ -91,8 +91,16 @@ class Temperature:
     @property
     def largest(self) -> float:
         """The largest temperature of any token and side."""
-        sides = (torch.as_tensor(tau) for tau in (self.student_tau, self.teacher_tau))
-        return max((float(tau.max()) for tau in sides if tau.numel()), default=1.0)
+        return max((float(tau.max()) for tau in self._sides() if tau.numel()), default=1.0)
+
+    @property
+    def tempers(self) -> bool:
+        """Whether any token of any side has a temperature other than 1."""
+        return any(bool((tau != 1).any()) for tau in self._sides())
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        student, teacher = (torch.as_tensor(tau).detach() for tau in (self.student_tau, self.teacher_tau))
+        return student, teacher
 
     @property
     def student_tau(self) -> float | Tensor:
@@ -101,6 +109,11 @@ class Temperature:
     @property
     def teacher_tau(self) -> float | Tensor:
         return self.loss if self.teacher is None else self.teacher
+
+    def at(self, progress: float) -> Temperature:
+        """Itself at any share of the training; `TemperatureSchedule` moves."""
+        del progress
+        return self
 
     def columns(self, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """The two temperatures as columns (N, 1)."""
@@ -120,7 +133,10 @@ class Temperature:
         """What a run writes down: temperatures, scale and the factor it came to (None: by token or by part)."""
         student, teacher = (None if isinstance(t, Tensor) else float(t) for t in (self.student_tau, self.teacher_tau))
         factor = None if objective.order is None else self.factor(objective.order)
-        return {"student": student, "teacher": teacher, "scale": self.scale, "factor": factor}
+        if self.adapt is not None:
+            factor = None
+        strength = None if self.adapt is None else self.adapt.strength
+        return {"student": student, "teacher": teacher, "scale": self.scale, "factor": factor, "adapt": strength}
 
     def check(self, objective: Objective) -> None:
         """Warn about the combinations that are known to mislead."""
@@ -129,11 +145,11 @@ class Temperature:
             warnings.warn(
                 f"temperature {largest:g} is above {FLAT_ABOVE:g}: the loss is close to matching logits", stacklevel=3
             )
-        if objective.order == 1 and self.scale == "tau2" and largest != 1:
+        if objective.order == 1 and self.scale == "tau2" and self.tempers:
             warnings.warn(
                 f"scale tau2 with {objective.name}: its neutral factor is tau; tau2 grows with tau", stacklevel=3
             )
-        if objective.caution and largest != 1:
+        if objective.caution and self.tempers:
             warnings.warn(objective.caution, stacklevel=3)
 
 
@@ -144,13 +160,14 @@ class TemperatureSchedule:
     Attributes:
         start, end: the loss temperature at progress 0 and 1.
         shape: "linear" or "cosine" (half a cosine, flat at both ends).
-        scale: as in `Temperature`.
+        scale, adapt: as in `Temperature`.
     """
 
     start: float
     end: float
     shape: Literal["linear", "cosine"] = "cosine"
     scale: TemperatureScale = "auto"
+    adapt: AdaptiveTemperature | None = None
 
     def __post_init__(self) -> None:
         if self.shape not in ("linear", "cosine"):
@@ -162,7 +179,13 @@ class TemperatureSchedule:
         """The temperature when this share of the training is done; progress is kept within [0, 1]."""
         progress = min(max(progress, 0.0), 1.0)
         moved = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
-        return Temperature(loss=self.start + (self.end - self.start) * moved, scale=self.scale)
+        loss = self.start + (self.end - self.start) * moved
+        return Temperature(loss=loss, scale=self.scale, adapt=self.adapt)
+
+    def record(self, objective: Objective) -> dict[str, float | str | None]:
+        """What a run writes down: the two ends and their factors. See `Temperature.record`."""
+        first, last = self.at(0.0).record(objective), self.at(1.0).record(objective)
+        return first | {f"{name}_end": last[name] for name in ("student", "teacher", "factor")} | {"shape": self.shape}
 
 
 def scaled(objective: Objective, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -183,8 +206,10 @@ def _check_tau(name: str, tau: float | Tensor | None) -> None:
             raise LimbeckError(
                 f"temperature {name}: a tensor of shape {tuple(tau.shape)}; expected (N,), positive and finite"
             )
-    elif not (math.isfinite(tau) and tau > 0):
-        raise LimbeckError(f"temperature {name} is {tau}: expected a positive number; 1 leaves the logits as they are")
+    elif isinstance(tau, bool) or not isinstance(tau, (int, float)) or not (math.isfinite(tau) and tau > 0):
+        raise LimbeckError(
+            f"temperature {name} is {tau!r}: expected a positive number; 1 leaves the logits as they are"
+        )
 
 
 def _same(student: float | Tensor, teacher: float | Tensor) -> bool:

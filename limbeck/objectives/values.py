@@ -10,7 +10,7 @@ from limbeck.flow import LimbeckError, Objective, Rows
 from limbeck.objectives.divergences import ForwardKL, ReverseKL
 from limbeck.objectives.mixtures import JensenShannon, JSForm, SkewKL, SkewReverseKL
 from limbeck.objectives.scores import CSD, Weighting
-from limbeck.objectives.sums import AnyObjective, row_leaves
+from limbeck.objectives.sums import AnyObjective, nested
 from limbeck.objectives.temperature import Temperature, scaled
 
 
@@ -43,8 +43,9 @@ def token_values(
             f"objective {objective.name!r} reads labels: give label_N, the token that followed each position"
         )
     temperature = temperature if isinstance(temperature, Temperature) else Temperature(loss=temperature)
-    for _, part in row_leaves(objective):
-        temperature.check(part)
+    for part in nested(objective):
+        if isinstance(part, Objective):
+            temperature.check(part)
     student_NV, teacher_NV = (t.float() if t.itemsize < 4 else t for t in (student_logits_NV, teacher_logits_NV))
     teacher_NV = teacher_NV.detach().to(student_NV.dtype)
     student_tau_N1, teacher_tau_N1 = temperature.columns(student_NV.shape[0], student_NV.dtype, student_NV.device)

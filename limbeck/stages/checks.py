@@ -5,29 +5,47 @@ A wrong pair, objective or tracker would otherwise come to light after the teach
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from limbeck import config
-from limbeck.flow import DenseSignal, Head, LimbeckError
+from limbeck.flow import DenseSignal, Head, LimbeckError, Signal
 from limbeck.models.loading import load_tokenizer, source_config
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import require_same
-from limbeck.objectives import Temperature, fused_distillation_loss
+from limbeck.objectives import (
+    AdaptiveTemperature,
+    SparseForm,
+    Temperature,
+    TemperatureSchedule,
+    fused_distillation_loss,
+)
 from limbeck.prompts.templates import resolve_template
 from limbeck.story import Story
 from limbeck.student.build import changed_config
 
 
-def temperature_of(recipe: config.Recipe) -> Temperature:
+def temperature_of(recipe: config.Recipe) -> Temperature | TemperatureSchedule:
     """The loss temperature that a recipe asks for."""
     section = recipe.objective
+    strength = section.temperature_adapt
+    adapt = None if strength is None else AdaptiveTemperature(strength=strength)
+    if section.temperature_end is not None:
+        return TemperatureSchedule(
+            start=section.temperature,
+            end=section.temperature_end,
+            shape=section.temperature_shape,
+            scale=section.temperature_scale,
+            adapt=adapt,
+        )
     return Temperature(
         loss=section.temperature,
         teacher=section.teacher_temperature,
         student=section.student_temperature,
         scale=section.temperature_scale,
+        adapt=adapt,
     )
 
 
@@ -75,19 +93,37 @@ def _resolvable(model: str, revision: str | None) -> None:
 
 def _check_objective(story: Story) -> None:
     """Let the objective judge three tokens: whatever it cannot be combined with, it says now."""
-    generator = torch.Generator().manual_seed(0)
+    recipe, generator = story.recipe, torch.Generator().manual_seed(0)
     tokens, width, vocabulary = 3, 4, 7
     student_ND, teacher_ND = torch.randn(2, tokens, width, generator=generator)
     head = Head(weight_VD=torch.randn(vocabulary, width, generator=generator), vocab_size=vocabulary)
-    fused_distillation_loss(
-        student_ND,
-        head,
-        DenseSignal(hidden_ND=teacher_ND, head=head),
-        config.build_objective(story.recipe),
-        temperature=temperature_of(story.recipe),
-        label_N=torch.arange(tokens),
-        compile="off",
-    )
+    signal: Signal = DenseSignal(hidden_ND=teacher_ND, head=head)
+    form = sparse_form(recipe)
+    if form is not None:
+        real_ids = story.teacher_card.vocab_size
+        if form.support != "sampled" and form.k > real_ids:
+            raise LimbeckError(f"signal.k is {form.k}, but the teacher has {real_ids} tokens; lower it")
+        signal = replace(form, k=min(form.k, vocabulary)).of(signal, seed=0)
+    for progress in (0.0, 1.0):
+        fused_distillation_loss(
+            student_ND,
+            head,
+            signal,
+            config.build_objective(recipe),
+            temperature=temperature_of(recipe).at(progress),
+            support=recipe.signal.support,
+            label_N=torch.arange(tokens),
+            sequence_N=torch.zeros(tokens, dtype=torch.int64),
+            compile="off",
+        )
+
+
+def sparse_form(recipe: config.Recipe) -> SparseForm | None:
+    """What is kept of the teacher at each position; None where that is everything."""
+    section = recipe.signal
+    if section.support == "full":
+        return None
+    return SparseForm(support=section.support, k=section.k, temperatures=config.signal_temperatures(recipe))
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:

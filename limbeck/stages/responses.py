@@ -29,8 +29,14 @@ def _response_inputs(story: Story) -> Json:
     prompts = story.recipe.prompts
     section = asdict(story.recipe.responses)
     chosen = {"template": prompts.template, "too_long": prompts.too_long, "control_tokens": prompts.control_tokens}
-    captured = {"signal": asdict(story.recipe.signal)} if story.recipe.responses.author == "teacher" else {}
+    captured = {"captured": story.recipe.signal.dtype} if _captures(story) else {}
     return section | chosen | captured | {"teacher": teacher_inputs(story), "window": story.window}
+
+
+def _captures(story: Story) -> bool:
+    """Whether the hidden states that sampling computes anyway are the signal that is wanted."""
+    recipe = story.recipe
+    return recipe.responses.author == "teacher" and recipe.signal.cache and recipe.signal.support == "full"
 
 
 def teacher_inputs(story: Story) -> Json:
@@ -116,7 +122,7 @@ def _sample(story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], te
     answers: dict[int, Response] = {}
     with sampling_meter(story, "respond", len(asked), len(done)) as watched:
         watching = replace(sampler, on_progress=watched)
-        for batch in watching.respond_in_batches(asked, sampling, done=done, capture_hidden=story.recipe.signal.cache):
+        for batch in watching.respond_in_batches(asked, sampling, done=done, capture_hidden=_captures(story)):
             path = paths[batch.indices]
             with story.stop.deferred():
                 if batch.hidden is not None:

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from limbeck.flow import Teacher
+from limbeck.flow import DenseSignal, Teacher
 from limbeck.models.heads import head_of
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.rundir import Json
+from limbeck.stages.checks import sparse_form
 from limbeck.stages.responses import load_responses, teacher_inputs
 from limbeck.story import Stage, Story
 from limbeck.student.batches import collate
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.store import StoredTeacher, write_head, write_shard
+from limbeck.teachers.store import StoredTeacher, dense_rows, sparse_rows, write_head, write_rows
 
 # Rows of one shard of the signal, the unit that is redone after an interruption, and of one forward pass.
 SHARD_ROWS = 64
@@ -27,7 +28,9 @@ JUDGE_ROWS = 16
 
 
 def _signal_inputs(story: Story) -> Json:
-    return asdict(story.recipe.signal) | {"teacher": teacher_inputs(story)}
+    form = sparse_form(story.recipe)
+    inputs = {"cache": story.recipe.signal.cache, "dtype": story.recipe.signal.dtype, "teacher": teacher_inputs(story)}
+    return inputs if form is None else inputs | {"sparse": asdict(form)}
 
 
 def _play_signal(story: Story) -> Json:
@@ -61,9 +64,12 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _judge(story: Story, teacher: LocalTeacher) -> int:
-    """One pass of the teacher over all responses, a shard at a time; shards on disk are not judged again."""
+    """One pass of the teacher over all responses, a shard at a time; shards on disk are not judged again.
+
+    With a sparse support the held-out rows are kept whole: evaluation measures over the whole vocabulary.
+    """
     responses = load_responses(story, "train") | load_responses(story, "heldout")
-    dtype = getattr(torch, story.recipe.signal.dtype)
+    form, dtype = sparse_form(story.recipe), getattr(torch, story.recipe.signal.dtype)
     rows = sorted(responses, key=lambda row: (-responses[row].length, row))
     tokens = sum(len(r.response_ids) for r in responses.values())
     with story.console.meter("teach", tokens, "tokens") as meter:
@@ -77,7 +83,14 @@ def _judge(story: Story, teacher: LocalTeacher) -> int:
                     batch = collate(responses, micro, pad_id=0)
                     parts = teacher.signal(batch).hidden_ND.split([len(responses[r].response_ids) for r in micro])
                     hidden |= dict(zip(micro, parts, strict=True))
-                write_shard(path, hidden, dtype=dtype)
+                whole = {row: h for row, h in hidden.items() if form is None or responses[row].split == "heldout"}
+                tensors = dense_rows(whole, dtype=dtype)
+                if form is not None:
+                    # The seed of a row's draws is its number: an interrupted pass draws what a whole one would.
+                    kept = hidden.keys() - whole.keys()
+                    signals = {row: DenseSignal(hidden_ND=hidden[row], head=teacher.head) for row in kept}
+                    tensors |= sparse_rows({row: form.of(signal, seed=row) for row, signal in signals.items()})
+                write_rows(path, tensors)
             meter.advance(sum(len(responses[row].response_ids) for row in shard))
     return tokens
 
@@ -89,7 +102,9 @@ def open_teacher(story: Story, rows: Sequence[int]) -> Teacher:
         rows: row on disk of each response of the list that batches are made of.
     """
     if story.recipe.signal.cache:
-        return StoredTeacher.open(story.run.signal, rows=rows, device=story.device)
+        form = sparse_form(story.recipe)
+        temperatures = () if form is None else form.temperatures
+        return StoredTeacher.open(story.run.signal, rows=rows, device=story.device, temperatures=temperatures)
     loaded = story.load_teacher()
     return LocalTeacher(loaded.model, head_of(loaded.model, real_vocab_size(loaded.tokenizer)))
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from limbeck import config
+from limbeck.flow import Objective
 from limbeck.models.fingerprints import model_fingerprint, weight_files
 from limbeck.models.loading import source_config
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
-from limbeck.objectives.sums import row_leaves
+from limbeck.objectives.sums import nested
 from limbeck.rundir import Json, read_json, write_json
 from limbeck.stages.checks import check_student, temperature_of
 from limbeck.stages.responses import load_responses, pad_token_id
@@ -104,6 +105,7 @@ def _play_student(story: Story) -> Json:
                 open_teacher(story, list(by_row)),
                 objective,
                 temperature=temperature,
+                support=recipe.signal.support,
                 settings=recipe.train,
                 vocab_size=real_vocab_size(student.tokenizer),
                 pad_id=pad_token_id(student.tokenizer),
@@ -128,7 +130,9 @@ def _play_student(story: Story) -> Json:
         "steps": last["step"],
         "tokens": last["tokens"],
         "loop_tokens_per_s": last["tokens"] / last["seconds"],
-        "temperature": {part.name: temperature.record(part) for _, part in row_leaves(objective)},
+        "temperature": {
+            part.name: temperature.record(part) for part in nested(objective) if isinstance(part, Objective)
+        },
     }
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from limbeck import onednn
 from limbeck.config import TrainSection
 from limbeck.console import Console, Meter, QuietConsole
-from limbeck.flow import LimbeckError, Response, Signal, Teacher, TokenBatch
-from limbeck.models.heads import head_of
-from limbeck.models.hidden import hidden_states
-from limbeck.objectives import Temperature, fused_distillation_loss
+from limbeck.flow import LimbeckError, Response, Support, Teacher
+from limbeck.objectives import Temperature, TemperatureSchedule
 from limbeck.objectives.registry import AnyObjective
 from limbeck.student import checkpoints, schedules
 from limbeck.student.batches import Plan, collate, micro_batches
+from limbeck.student.loss import StudentLoss, make_projection
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,49 +63,14 @@ class LoopContext:
     run_name: str = "limbeck"
 
 
-class StudentLoss(nn.Module):
-    """Student and objective in one module, so that wrappers (DDP, FSDP) see one forward from ids to loss."""
-
-    def __init__(
-        self,
-        student: nn.Module,
-        objective: AnyObjective,
-        temperature: Temperature,
-        *,
-        vocab_size: int,
-        compile: Literal["auto", "on", "off"],
-    ):
-        super().__init__()
-        self.student = student
-        self.objective = objective
-        self.temperature = temperature
-        self.vocab_size = vocab_size
-        self.compile_body: Literal["auto", "on", "off"] = compile
-
-    def forward(self, batch: TokenBatch, signal: Signal, weight_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the per-token values, and their plain sum (detached) for the log."""
-        hidden_ND = hidden_states(self.student, batch)
-        head = head_of(self.student, self.vocab_size, verify=False)
-        out = fused_distillation_loss(
-            hidden_ND,
-            head,
-            signal,
-            self.objective,
-            temperature=self.temperature,
-            weight_N=weight_N,
-            label_N=batch.labels_N,
-            compile=self.compile_body,
-        )
-        return out.loss, out.value_N.detach().sum()
-
-
 def train(
     student: nn.Module,
     responses: Sequence[Response],
     teacher: Teacher,
     objective: AnyObjective,
     *,
-    temperature: Temperature,
+    temperature: Temperature | TemperatureSchedule,
+    support: Support = "full",
     settings: TrainSection,
     vocab_size: int,
     pad_id: int,
@@ -116,6 +80,7 @@ def train(
 
     Args:
         responses: training rows; the rows of `teacher` signals are their positions in this list.
+        support: of the teacher's signals.
         vocab_size: real token ids of the pair.
 
     Raises:
@@ -130,10 +95,32 @@ def train(
     total = schedules.total_steps(settings, plan.steps_per_epoch)
     rate_of = schedules.learning_rate(settings, total)
     student.train()
-    loss_module = StudentLoss(student, objective, temperature, vocab_size=vocab_size, compile=settings.compile)
-    optimizer = _adamw(student, settings)
+    loss_module = StudentLoss(
+        student,
+        objective,
+        support=support,
+        vocab_size=vocab_size,
+        projection_ED=make_projection(
+            student, objective, teacher, responses, vocab_size=vocab_size, pad_id=pad_id, seed=settings.seed
+        ),
+        compile=settings.compile,
+    )
+    optimizer = _adamw(loss_module, settings)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
-    run = _Run(accelerator, model, loss_module, optimizer, plan, responses, teacher, settings, pad_id, context, total)
+    run = _Run(
+        accelerator=accelerator,
+        model=model,
+        module=loss_module,
+        optimizer=optimizer,
+        temperature=temperature,
+        plan=plan,
+        responses=responses,
+        teacher=teacher,
+        settings=settings,
+        pad_id=pad_id,
+        context=context,
+        total=total,
+    )
     progress = run.resume()
     try:
         run.play(progress, rate_of)
@@ -155,7 +142,7 @@ class _Progress:
     epoch_steps: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Run:
     """The parts of a running loop."""
 
@@ -163,6 +150,7 @@ class _Run:
     model: nn.Module
     module: StudentLoss
     optimizer: torch.optim.Optimizer
+    temperature: Temperature | TemperatureSchedule
     plan: Plan
     responses: Sequence[Response]
     teacher: Teacher
@@ -189,7 +177,8 @@ class _Run:
         self._seed(progress.step)
         rows = self._rows(progress)
         tokens = self.plan.step_tokens(rows)
-        value_sum = torch.zeros((), device=self.accelerator.device)
+        temperature = self.temperature.at(progress.step / max(self.total - 1, 1))
+        sums = torch.zeros(len(self.module.stats), device=self.accelerator.device)
         micros = micro_batches(
             rows,
             rows_per_device=self.settings.per_device_train_batch_size,
@@ -198,13 +187,13 @@ class _Run:
         )
         for i, micro in enumerate(micros):
             # DDP averages over ranks, the step sums over them: hence the factor.
-            value_sum += self._backward(
-                micro, weight=self.accelerator.num_processes / tokens, last=i == len(micros) - 1, rows=rows
-            )
+            weight = self.accelerator.num_processes / tokens
+            sums += self._backward(micro, temperature, weight=weight, last=i == len(micros) - 1, rows=rows)
         # Ranks must agree to stop at the same step, so the wish travels with the loss.
-        wish = torch.tensor(float(self.context.should_stop()), device=value_sum.device)
-        summed, stop = self.accelerator.reduce(torch.stack([value_sum, wish]), reduction="sum").tolist()  # type: ignore[union-attr]
-        loss = summed / tokens
+        wish = torch.tensor([float(self.context.should_stop())], device=sums.device)
+        *summed, stop = self.accelerator.reduce(torch.cat([sums, wish]), reduction="sum").tolist()  # type: ignore[union-attr]
+        means = {name: value / tokens for name, value in zip(self.module.stats, summed, strict=True)}
+        loss = means["loss"]
         grad_norm = self._clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             last = checkpoints.newest(self.context.checkpoints)
@@ -223,8 +212,9 @@ class _Run:
         metrics = {
             "step": progress.step,
             "epoch": round(progress.step / self.plan.steps_per_epoch, 4),
-            "loss": loss,
+            **means,
             "learning_rate": rate,
+            **({} if temperature is self.temperature else {"temperature": temperature.loss}),
             "grad_norm": grad_norm,
             "tokens": progress.tokens,
             "tokens_per_s": round(tokens / seconds, 1),
@@ -246,20 +236,22 @@ class _Run:
             progress.epoch_steps = (epoch, self.plan.epoch(epoch))
         return progress.epoch_steps[1][index]
 
-    def _backward(self, micro: tuple[int, ...], *, weight: float, last: bool, rows: tuple[int, ...]) -> Tensor:
+    def _backward(
+        self, micro: tuple[int, ...], temperature: Temperature, *, weight: float, last: bool, rows: tuple[int, ...]
+    ) -> Tensor:
         """Backward of one micro-batch. An empty one runs on a row of weight 0: all ranks meet in the backward."""
         batch = collate(self.responses, micro or rows[-1:], pad_id=self.pad_id)
         signal = self.teacher.signal(batch)
         batch = batch.to(self.accelerator.device)
         weight_N = torch.full_like(batch.labels_N, weight if micro else 0.0, dtype=torch.float32)
         with nullcontext() if last else self.accelerator.no_sync(self.model), onednn.linears():
-            loss, value_sum = self.model(batch, signal, weight_N)
+            loss, sums = self.model(batch, signal, weight_N, temperature)
             self.accelerator.backward(loss)
-        return value_sum if micro else torch.zeros_like(value_sum)
+        return sums if micro else torch.zeros_like(sums)
 
     def _clip(self) -> float:
         limit = self.settings.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.module.student.parameters(), limit)
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
         return float(norm)  # type: ignore[arg-type]
 
     def _padding(self, rows: tuple[int, ...]) -> float:
@@ -282,7 +274,7 @@ class _Run:
         checkpoints.save(
             self.context.checkpoints,
             progress.step,
-            model=self.module.student,
+            model=self.module,
             optimizer=self.optimizer.optimizer,  # type: ignore[attr-defined]
             state={"tokens": progress.tokens, "seconds": progress.seconds},
             keep=self.settings.save_total_limit,
@@ -293,7 +285,7 @@ class _Run:
         newest = checkpoints.newest(self.context.checkpoints)
         progress = _Progress()
         if newest is not None:
-            state = checkpoints.restore(newest, model=self.module.student, optimizer=self.optimizer.optimizer)  # type: ignore[attr-defined]
+            state = checkpoints.restore(newest, model=self.module, optimizer=self.optimizer.optimizer)  # type: ignore[attr-defined]
             progress = _Progress(step=state["step"], tokens=state["tokens"], seconds=state["seconds"])
         if self.accelerator.is_main_process:
             _keep_metrics(self.context.metrics, progress.step)
@@ -338,10 +330,10 @@ def _accelerator(settings: TrainSection, context: LoopContext) -> Accelerator:
     return accelerator
 
 
-def _adamw(student: nn.Module, settings: TrainSection) -> torch.optim.AdamW:
+def _adamw(module: StudentLoss, settings: TrainSection) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone, as TrainingArguments' optimizer does."""
-    trainable = [p for p in student.parameters() if p.requires_grad]
-    if not trainable:
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not any(p.requires_grad for p in module.student.parameters()):
         raise LimbeckError("the student has no trainable weights; check student.lora.target_modules")
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},

@@ -1,9 +1,10 @@
-"""The teacher's hidden states on disk: written once, read by row, N*D numbers instead of N*V.
+"""The teacher's signal on disk: written once, read by row.
 
     signal/  head.safetensors  head.json  00000.safetensors  00001.safetensors ...
 
-A shard belongs to one batch of responses and holds one tensor a response, named by its row. A shard that exists is
-whole, so an interrupted pass continues with the next one.
+A shard belongs to one batch of responses. Of each response it holds hidden states (N*D numbers instead of N*V) as
+`row-0000007`, or a sparse signal (N*K numbers) as `row-0000007.ids` and so on. A shard that exists is whole, so an
+interrupted pass continues with the next one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.flow import DenseSignal, Head, LimbeckError, TokenBatch
+from limbeck.flow import DenseSignal, Head, LimbeckError, SampledSignal, Signal, TokenBatch, TopKSignal
 from limbeck.rundir import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+# The tensors of a sparse signal: field, name on disk. Draws come from the teacher, so their proposal is its own.
+_COLUMNS = {"ids_NK": "ids", "logp_NK": "logp", "log_z_NG": "log_z", "count_NK": "count"}
 
 
 def row_name(row: int) -> str:
@@ -32,8 +36,11 @@ def write_shard(path: Path, hidden: Mapping[int, Tensor], *, dtype: torch.dtype)
     Raises:
         LimbeckError: a hidden state that is not finite, or not in the precision it is stored in.
     """
-    from safetensors.torch import save_file
+    write_rows(path, dense_rows(hidden, dtype=dtype))
 
+
+def dense_rows(hidden: Mapping[int, Tensor], *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of hidden states as they are stored; see `write_shard`."""
     stored = {row: hidden_TD.detach().to("cpu", dtype).contiguous() for row, hidden_TD in hidden.items()}
     for row, stored_TD in stored.items():
         if not hidden[row].isfinite().all():
@@ -42,9 +49,36 @@ def write_shard(path: Path, hidden: Mapping[int, Tensor], *, dtype: torch.dtype)
             raise LimbeckError(
                 f"hidden states of response {row} overflow {dtype}; set signal.dtype=float32 or bfloat16"
             )
+    return {row_name(row): stored_TD for row, stored_TD in stored.items()}
+
+
+def sparse_rows(signals: Mapping[int, TopKSignal | SampledSignal]) -> dict[str, Tensor]:
+    """The tensors of sparse signals as they are stored: 32 bits a number.
+
+    Raises:
+        LimbeckError: a log-probability that is not a number.
+    """
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    for row, signal in signals.items():
+        if signal.logp_NK.isnan().any():
+            raise LimbeckError(f"the teacher's output is not finite on response {row}; try teacher.dtype=float32")
+        for name, short in _COLUMNS.items():
+            column: Tensor | None = getattr(signal, name, None)
+            if column is not None:
+                dtype = torch.float32 if column.is_floating_point() else torch.int32
+                tensors[f"{row_name(row)}.{short}"] = column.detach().to("cpu", dtype).contiguous()
+    return tensors
+
+
+def write_rows(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a shard of `dense_rows` and `sparse_rows`, atomically."""
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    save_file({row_name(row): stored_TD for row, stored_TD in stored.items()}, partial)
+    save_file(dict(tensors), partial)
     partial.replace(path)
 
 
@@ -77,6 +111,7 @@ class StoredTeacher:
     Attributes:
         shards: the shard of every row on disk.
         rows: row on disk of each response of the list that batches are made of.
+        temperatures: the grid that sparse signals were made for.
     """
 
     folder: Path
@@ -84,10 +119,13 @@ class StoredTeacher:
     shards: Mapping[int, Path]
     rows: Sequence[int]
     device: torch.device
+    temperatures: tuple[float, ...] = ()
     _open: dict[Path, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, *, rows: Sequence[int], device: torch.device) -> StoredTeacher:
+    def open(
+        cls, folder: Path, *, rows: Sequence[int], device: torch.device, temperatures: tuple[float, ...] = ()
+    ) -> StoredTeacher:
         from dataclasses import replace
 
         from safetensors import safe_open
@@ -97,35 +135,49 @@ class StoredTeacher:
         shards: dict[int, Path] = {}
         for path in sorted(folder.glob("[0-9]*.safetensors")):
             with safe_open(path, framework="pt") as shard:
-                shards |= {int(name.removeprefix("row-")): path for name in shard.keys()}  # noqa: SIM118 (no dict)
+                names = {name.removeprefix("row-").partition(".")[0] for name in shard.keys()}  # noqa: SIM118 (no dict)
+            shards |= {int(name): path for name in names}
         return cls(
             folder=folder,
             head=replace(head, weight_VD=head.weight_VD.to(device), bias_V=bias_V),
             shards=shards,
             rows=rows,
             device=device,
+            temperatures=temperatures,
         )
 
-    def signal(self, batch: TokenBatch) -> DenseSignal:
-        """The stored distribution at every loss position of the batch."""
+    def signal(self, batch: TokenBatch) -> Signal:
+        """The stored signal at every loss position of the batch: of the kind its rows were stored as."""
         import torch
 
         rows = [self._row(self.rows[row]) for row in batch.rows]
-        found, expected = [len(hidden_TD) for hidden_TD in rows], batch.loss_mask_BT.sum(1).tolist()
+        found, expected = [len(next(iter(row.values()))) for row in rows], batch.loss_mask_BT.sum(1).tolist()
         if found != expected:
             raise LimbeckError(
-                f"{self.folder} holds {found} hidden states for responses of {expected} tokens; "
+                f"{self.folder} holds signals of {found} tokens for responses of {expected} tokens; "
                 "it was made from other responses: delete it and run `limbeck teach` again"
             )
-        hidden_ND = torch.cat(rows).to(self.device, self.head.weight_VD.dtype)
-        return DenseSignal(hidden_ND=hidden_ND, head=self.head)
+        joined = {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        if "ids" not in joined:
+            return DenseSignal(hidden_ND=joined["hidden"].to(self.head.weight_VD.dtype), head=self.head)
+        columns = {name: joined[short] for name, short in _COLUMNS.items() if short in joined}
+        columns["ids_NK"] = columns["ids_NK"].long()
+        if "count" not in joined:
+            return TopKSignal(**columns, temperatures=self.temperatures)
+        return SampledSignal(**columns, log_proposal_NK=columns["logp_NK"], temperatures=self.temperatures)
 
-    def _row(self, row: int) -> Tensor:
+    def _row(self, row: int) -> dict[str, Tensor]:
+        """The tensors of a row by their short names."""
         from safetensors import safe_open
 
         path = self.shards.get(row)
         if path is None:
-            raise LimbeckError(f"{self.folder} has no hidden states for response {row}; run `limbeck teach` again")
+            raise LimbeckError(f"{self.folder} has no signal for response {row}; run `limbeck teach` again")
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt").__enter__()
-        return self._open[path].get_tensor(row_name(row))
+        shard, name = self._open[path], row_name(row)
+        stored = set(shard.keys())
+        if name in stored:
+            return {"hidden": shard.get_tensor(name)}
+        shorts = [short for short in _COLUMNS.values() if f"{name}.{short}" in stored]
+        return {short: shard.get_tensor(f"{name}.{short}") for short in shorts}

@@ -95,5 +95,5 @@ def test_nan_on_one_rank_stops_both_before_the_update(played):
         message = json.loads((played / f"messages-rank{rank}.json").read_text())["poisoned"]
         assert message.startswith("step 3:") and "step-000002" in message
         kept = load_file(played / "poisoned" / "checkpoints" / "step-000002" / "model.safetensors")
-        end = ended(played, "poisoned", rank)
+        end = {f"student.{name}": weight for name, weight in ended(played, "poisoned", rank).items()}
         assert identical(kept, {name: end[name] for name in kept})

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limbeck.objectives.divergences import AlphaBeta
 from limbeck.objectives.temperature import scaled
 from tests.objectives.cases import CASES, make_rows
 
@@ -59,3 +60,29 @@ def test_one_hot_teacher(dtype):
     value_N, grad_NV = scaled(CASES["fkl()"], make_rows(student, teacher))
     torch.testing.assert_close(value_N, -student.log_softmax(-1)[:, 2])
     torch.testing.assert_close(grad_NV, student.softmax(-1) - teacher.softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_models_that_have_no_token_in_common(dtype):
+    """No pair of scores can be compared: nothing to learn, and nothing broken."""
+    student = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf]], dtype=dtype)
+    teacher = torch.tensor([[-torch.inf, -torch.inf, 0.5, 1.0]], dtype=dtype)
+    for name, objective in CASES.items():
+        value_N, grad_NV = scaled(objective, make_rows(student, teacher, torch.tensor([0])))
+        assert not value_N.isnan().any() and grad_NV.isfinite().all(), name
+        if objective.name in ("csd", "dld"):
+            assert value_N.item() == 0 and not grad_NV.any(), name
+
+
+@pytest.mark.parametrize(
+    "powers", [(1e-9, 0.7), (1e-6, 1e-6), (1 - 1e-9, 1e-9), (0.3 - 0.1 - 0.2, 0.5), (0.4, -0.4 + 1e-8)]
+)
+def test_alpha_beta_near_its_limits_keeps_its_value_in_float32(powers):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 16, 300, generator=generator, dtype=torch.float64)
+    alpha, beta = (0.0 if abs(p) < 1e-3 else p for p in powers)
+    limit = AlphaBeta(alpha=alpha, beta=-alpha if abs(alpha + beta) < 1e-3 else beta)
+    expected = scaled(limit, make_rows(student, teacher))
+    got = scaled(AlphaBeta(alpha=powers[0], beta=powers[1]), make_rows(student.float(), teacher.float()))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-3, atol=1e-6)

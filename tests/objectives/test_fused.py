@@ -230,7 +230,7 @@ def test_bad_input_is_refused():
     for match, options in cases:
         with pytest.raises(LimbeckError, match=match):
             pair.fused(fkl, **options)
-    with pytest.raises(LimbeckError, match="out of range"):
+    with pytest.raises(LimbeckError, match=r"skl alpha=2.0: expected a number in \(0, 1\)"):
         pair.fused(DEFAULTS["skl"], token_options={"alpha": 2 * torch.ones(pair.n)})
     with pytest.raises(LimbeckError, match="reads labels"):
         pair.fused(DEFAULTS["ce"], label_N=None)
@@ -240,3 +240,45 @@ def test_bad_input_is_refused():
         pair.fused(build_objective("hidden"))
     with pytest.raises(LimbeckError, match="float32"):
         fused_distillation_loss(pair.hidden.float(), pair.head, signal, fkl)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_token_of_weight_zero_may_hold_anything(side, broken):
+    pair, weight_N = Pair(dtype=torch.float32), torch.full((Pair().n,), 0.1)
+    weight_N[3] = 0.0
+    clean = pair.fused(DEFAULTS["csd"], weight_N=weight_N)
+    expected = torch.autograd.grad(clean.loss, pair.parameters)
+    states_ND = pair.hidden if side == "student" else pair.signal.hidden_ND
+    with torch.no_grad():
+        states_ND[3] = broken
+    fused = pair.fused(DEFAULTS["csd"], weight_N=weight_N)
+    torch.testing.assert_close(fused.loss, clean.loss)
+    for got, grad in zip(torch.autograd.grad(fused.loss, pair.parameters), expected, strict=True):
+        torch.testing.assert_close(got, grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "token_options", "says"),
+    [
+        ("js", {"form": "normalized"}, {"beta": 1.0}, "js beta=1.0"),
+        ("js", {}, {"beta": 0.0}, "js beta=0.0"),
+        ("srkl", {}, {"alpha": 1.0}, "srkl alpha=1.0"),
+        ("taid", {}, {"progress": 0.0}, "taid progress=0.0"),
+        ("tad", {}, {"tail_weight": float("nan")}, "tad tail_weight=nan"),
+        ("eopd", {"base": "skl"}, {"eopd.alpha": 0.2}, "'eopd.alpha' is unknown.*skl.alpha"),
+        ("eopd", {"base": "skl"}, {"alpha": 0.0}, "skl alpha=0.0"),
+    ],
+)
+def test_an_option_a_token_has_the_bounds_of_the_option(name, options, token_options, says):
+    pair = Pair(n=4)
+    given = {option: torch.full((4,), value, dtype=torch.float64) for option, value in token_options.items()}
+    with pytest.raises(LimbeckError, match=says):
+        pair.fused(build_objective(name, **options), token_options=given)
+
+
+def test_an_option_a_token_reaches_an_objective_inside_another():
+    pair, alpha_N = Pair(), torch.linspace(0.05, 0.9, Pair().n, dtype=torch.float64)
+    objective = build_objective("eopd", base="skl", threshold=1e9)
+    inside = pair.fused(objective, token_options={"skl.alpha": alpha_N})
+    pair.check(inside, pair.naive(DEFAULTS["skl"], token_options={"alpha": alpha_N}))

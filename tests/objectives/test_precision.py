@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from limbeck.flow import DenseSignal, Head
-from limbeck.objectives import Temperature, fused_distillation_loss, token_values
+from limbeck.objectives import build_objective, fused_distillation_loss, token_values
 from tests.objectives.cases import DEFAULTS
 from tests.objectives.pairs import Pair
 
@@ -53,12 +53,16 @@ def test_bf16_is_no_worse_than_naive_bf16(name):
         assert error(g, t).norm() <= 1.3 * error(n, t).norm() + 1e-3 * t.norm()
 
 
-def test_js_in_bf16_is_not_negative():
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_js_in_bf16_is_not_negative(beta):
     pair = half(Pair(n=300, v=500), torch.bfloat16)
-    for beta in (0.1, 0.5, 0.9):
-        assert token_values(DEFAULTS["js"], pair.student_logits(), pair.teacher_logits()).min() >= -1e-7
-        options = {"beta": torch.full((300,), beta)}
-        assert pair.fused(DEFAULTS["js"], token_options=options).value_N.min() >= -1e-7
+    objective = build_objective("js", beta=beta)
+    student_NV, teacher_NV = pair.student_logits(), pair.teacher_logits()
+    assert token_values(objective, student_NV, teacher_NV).min() >= -1e-7
+    # A student in float32 beside a teacher in bfloat16, and a student that equals its teacher.
+    assert token_values(objective, student_NV.float(), teacher_NV).min() >= -1e-7
+    assert token_values(objective, teacher_NV.float(), teacher_NV).min() >= -1e-7
+    assert pair.fused(objective).value_N.min() >= -1e-7
 
 
 def test_autocast_runs_the_products_in_bf16():
@@ -131,10 +135,3 @@ def test_peak_memory_does_not_grow_with_the_logits():
     done = subprocess.run([sys.executable, "-c", PEAK, "3000"], capture_output=True, text=True, check=True)
     logits_kib = 3000 * 20000 * 4 // 1024
     assert int(done.stdout) < logits_kib / 3
-
-
-def test_temperature_of_sampling_is_not_in_the_loss():
-    """Values depend on tokens and weights alone: no argument of the loss carries a sampling temperature."""
-    pair = Pair()
-    loss = pair.fused(DEFAULTS["fkl"], Temperature(loss=2.0)).loss
-    assert torch.equal(loss, pair.fused(DEFAULTS["fkl"], Temperature(loss=2.0)).loss)

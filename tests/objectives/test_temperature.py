@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from limbeck.flow import LimbeckError
+from limbeck.flow import LimbeckError, Sampling
 from limbeck.objectives import (
     AdaptiveTemperature,
     Temperature,
     TemperatureSchedule,
     build_objective,
-    focus_weights,
     tail_weights,
     token_difficulty,
 )
+from limbeck.student.batches import collate
+from limbeck.student.loss import StudentLoss
 from tests.objectives.cases import DEFAULTS
 from tests.objectives.pairs import Pair
+from tests.student.play import VOCAB, tiny_model, tiny_responses, tiny_teacher
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,13 @@ def test_misleading_combinations_warn(name, options, temperature, match):
 )
 def test_the_resolved_factor_is_recorded(name, options, factor):
     record = Temperature(loss=2.0, **options).record(DEFAULTS[name])
-    assert record == {"student": 2.0, "teacher": 2.0, "scale": options.get("scale", "auto"), "factor": factor}
+    assert record == {
+        "student": 2.0,
+        "teacher": 2.0,
+        "scale": options.get("scale", "auto"),
+        "factor": factor,
+        "adapt": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -146,13 +155,6 @@ def test_adaptive_temperature_is_low_where_it_is_hard():
     assert AdaptiveTemperature().tau(2.0, torch.zeros(3)).isfinite().all()
 
 
-def test_focus_keeps_the_hardest_tokens():
-    weight_N = focus_weights(torch.tensor([0.1, 0.9, 0.5, 0.7]), 0.5)
-    assert weight_N.tolist() == [0, 1, 0, 1]
-    with pytest.raises(LimbeckError, match="fraction"):
-        focus_weights(torch.ones(2), 0.0)
-
-
 def test_tail_weights_are_beta_over_the_mean_tail_of_the_sequence():
     pair = Pair(n=30)
     sequence_N = torch.arange(30) // 10
@@ -164,3 +166,67 @@ def test_tail_weights_are_beta_over_the_mean_tail_of_the_sequence():
     objective = build_objective("tad", k=4)
     fused = pair.fused(objective, token_options={"tail_weight": got_N})
     pair.check(fused, pair.naive(objective, token_options={"tail_weight": got_N}))
+    # The fused loss measures them itself where the objective asks for it.
+    measured = build_objective("tad", k=4, tail_weight=2.0, per_sequence=True)
+    again = pair.fused(measured, sequence_N=sequence_N)
+    torch.testing.assert_close(again.value_N, fused.value_N)
+    with pytest.raises(LimbeckError, match="sequence_N"):
+        pair.fused(measured)
+    with pytest.raises(LimbeckError, match="tail_weights"):
+        pair.naive(measured)
+
+
+def test_the_temperature_of_sampling_never_enters_a_loss():
+    """T14: the same tokens sampled at another temperature give the same loss, bit for bit."""
+    losses = []
+    for sampling in (Sampling(temperature=0.5), Sampling(temperature=1.5)):
+        rows = [replace(response, sampling=sampling) for response in tiny_responses(4)]
+        batch = collate(rows, range(4), pad_id=0)
+        student, signal = tiny_model(1), tiny_teacher().signal(batch)
+        module = StudentLoss(
+            student, DEFAULTS["fkl"], support="full", vocab_size=VOCAB, projection_ED=None, compile="off"
+        )
+        loss, _ = module(batch, signal, torch.ones(len(batch.labels_N)), Temperature(loss=2.0))
+        losses.append(loss)
+    assert torch.equal(*losses)
+
+
+def test_no_gradient_flows_into_a_temperature():
+    """T17: a tau a token is held constant, also where it carries a graph."""
+    pair = Pair(n=6)
+    tau_N = torch.full((6,), 2.0, dtype=torch.float64, requires_grad=True)
+    pair.fused(DEFAULTS["fkl"], Temperature(loss=tau_N)).loss.backward()
+    assert tau_N.grad is None
+
+
+@pytest.mark.parametrize("base", ["tv", "ab"])
+def test_warnings_reach_objectives_inside_others(base):
+    pair, objective = Pair(n=4), build_objective("eopd", base=base)
+    with pytest.warns(UserWarning, match=base):
+        pair.fused(objective, Temperature(loss=2.0, scale="tau2"))
+    # One side below 1 is tempering too.
+    with pytest.warns(UserWarning, match=base):
+        pair.fused(objective, Temperature(student=0.5, teacher=1.0, scale="tau2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("eopd", {"base": "hidden"}, "eopd base='hidden'"),
+        ("eopd", {"gated": {"name": "sum", "parts": ["fkl", "hidden"]}}, "eopd gated='sum'"),
+        ("eopd", {"threshold": float("nan")}, "threshold=nan"),
+        ("lskd", {"inner": "hidden"}, "lskd inner='hidden'"),
+        ("amid", {"alpha": float("inf")}, "amid alpha=inf"),
+        ("sum", {"parts": [{"name": "fkl", "weight": float("nan")}]}, "weight nan"),
+    ],
+)
+def test_objectives_that_make_no_sense(name, options, says):
+    with pytest.raises(LimbeckError, match=says):
+        build_objective(name, **options)
+
+
+def test_two_tails_cannot_be_weighed_by_one_number():
+    pair = Pair(n=6)
+    parts = [{"name": "tad", "k": 3, "per_sequence": True}, {"name": "tad", "k": 20}]
+    with pytest.raises(LimbeckError, match="beside another tad"):
+        pair.fused(build_objective("sum", parts=parts), sequence_N=torch.zeros(6, dtype=torch.int64))

@@ -18,6 +18,7 @@ from limbeck.config import TrainSection
 from limbeck.flow import DenseSignal, Response, Teacher, TokenBatch
 from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, build_objective
+from limbeck.objectives.sums import AnyObjective
 from limbeck.student.loop import LoopContext, train
 from limbeck.teachers.local import LocalTeacher
 
@@ -101,6 +102,7 @@ def play(
     *,
     responses: Sequence[Response] | None = None,
     teacher: Teacher | None = None,
+    objective: AnyObjective | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Train through the public door, with checkpoints and metrics in `folder`."""
@@ -108,7 +110,7 @@ def play(
         student,
         tiny_responses() if responses is None else responses,
         teacher or tiny_teacher(),
-        build_objective("fkl"),
+        objective or build_objective("fkl"),
         temperature=Temperature(loss=2.0),
         settings=chosen,
         vocab_size=VOCAB,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from limbeck.flow import LimbeckError
 from limbeck.models.heads import project
+from limbeck.objectives import build_objective
 from limbeck.student import checkpoints
 from limbeck.student.batches import Plan, collate
 from limbeck.student.build import LoraSpec, StudentSpec, build_student
@@ -95,6 +96,23 @@ def test_a_step_shorter_than_a_micro_batch_has_its_own_divisor(tmp_path):
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[-1]["tokens"] == sum(len(r.response_ids) for r in responses)
     assert lines[-1]["epoch"] == 1.0
+
+
+def test_a_learned_projection_is_part_of_the_checkpoint(tmp_path):
+    objective = build_objective("sum", parts=[{"name": "fkl"}, {"name": "hidden", "kind": "mse"}])
+    chosen = settings(save_steps=2)
+    for folder in ("straight", "broken"):
+        (tmp_path / folder).mkdir()
+    straight = play(tiny_model(1), tmp_path / "straight", chosen, objective=objective)
+    with pytest.raises(Interrupted):
+        play(tiny_model(1), tmp_path / "broken", chosen, objective=objective, should_stop=stop_after(3))
+    newest = checkpoints.newest(tmp_path / "broken" / "checkpoints")
+    assert newest is not None
+    stored = load_file(newest / "model.safetensors")
+    assert stored["projection_ED"].shape == (48, 32)
+    broken = play(tiny_model(1), tmp_path / "broken", chosen, objective=objective)
+    assert identical(weights(straight), weights(broken))
+    assert metrics(tmp_path / "straight")[-1]["loss"] == metrics(tmp_path / "broken")[-1]["loss"]
 
 
 STUDENTS = {

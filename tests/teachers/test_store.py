@@ -10,9 +10,10 @@ import torch
 
 from limbeck.flow import DenseSignal, Head, LimbeckError, Response
 from limbeck.models.heads import head_of
+from limbeck.objectives.sparse import SparseForm, sparse_columns
 from limbeck.student.batches import collate
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.store import StoredTeacher, read_head, write_head, write_shard
+from limbeck.teachers.store import StoredTeacher, read_head, sparse_rows, write_head, write_rows, write_shard
 from tests.student.play import HEAD_ROWS, VOCAB, tiny_model, tiny_responses
 
 CPU = torch.device("cpu")
@@ -47,6 +48,7 @@ def test_what_was_written_is_read_exactly(tmp_path, teacher):
     chosen = list(range(len(responses)))[::-2]
     stored = opened(tmp_path, [100 + row for row in chosen])
     signal = stored.signal(collate([responses[row] for row in chosen], [4, 0, 7], pad_id=0))
+    assert isinstance(signal, DenseSignal)
     expected = [judged(teacher, responses, chosen[row]).hidden_ND for row in (4, 0, 7)]
     assert torch.equal(signal.hidden_ND, torch.cat(expected))
     assert torch.equal(signal.head.weight_VD, teacher.head.weight_VD[:VOCAB])
@@ -57,6 +59,7 @@ def test_half_precision_comes_back_in_the_heads_precision(tmp_path, teacher):
     responses = tiny_responses(12)
     store(tmp_path, teacher, responses, dtype=torch.bfloat16)
     signal = opened(tmp_path, [103]).signal(collate([responses[3]], [0], pad_id=0))
+    assert isinstance(signal, DenseSignal)
     expected = judged(teacher, responses, 3).hidden_ND
     assert signal.hidden_ND.dtype == torch.float32
     assert torch.equal(signal.hidden_ND, expected.bfloat16().float())
@@ -77,7 +80,7 @@ def test_the_head_comes_back_without_its_padding(tmp_path, bias):
 def test_a_row_that_is_not_there_is_named(tmp_path, teacher):
     responses = tiny_responses(12)
     store(tmp_path, teacher, responses)
-    with pytest.raises(LimbeckError, match=r"no hidden states for response 7.*limbeck teach"):
+    with pytest.raises(LimbeckError, match=r"no signal for response 7.*limbeck teach"):
         opened(tmp_path, [7]).signal(collate(responses, [0], pad_id=0))
 
 
@@ -121,3 +124,17 @@ def test_a_partial_shard_is_not_read(tmp_path, teacher):
     store(tmp_path, teacher, responses)
     (tmp_path / ".00002.safetensors.partial").write_bytes(b"half")
     assert len(opened(tmp_path, [100]).shards) == 12
+
+
+@pytest.mark.parametrize("support", ["topk_tail", "sampled"])
+def test_sparse_signals_are_read_exactly(tmp_path, teacher, support):
+    responses, form = tiny_responses(6), SparseForm(support=support, k=5, temperatures=(1.0, 2.0))
+    write_head(tmp_path, teacher.head)
+    signals = {row: form.of(judged(teacher, responses, row), seed=row) for row in range(6)}
+    write_rows(tmp_path / "00000.safetensors", sparse_rows(signals))
+    stored = StoredTeacher.open(tmp_path, rows=range(6), device=CPU, temperatures=form.temperatures)
+    got = stored.signal(collate(responses, [4, 1], pad_id=0))
+    assert type(got) is type(signals[4]) and got.temperatures == (1.0, 2.0)
+    for name in sparse_columns(type(signals[4])):
+        joined = torch.cat([getattr(signals[row], name) for row in (4, 1)])
+        assert torch.equal(getattr(got, name), joined), name
