@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,12 +87,18 @@ def _fail(message: str) -> None:
 
 def _play(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> None:
     from limbeck.api import load
+    from limbeck.console import default_console
     from limbeck.stages import STAGES
     from limbeck.story import play
 
     loaded = load(recipe, *(overrides or []))
-    run = play(loaded, stages=STAGES, until=verb, update=update)
-    print(run.report if verb == "report" else run.root)
+    console = default_console()
+    with warnings.catch_warnings():
+        # A user reads what is wrong, not which of our lines noticed it.
+        warnings.showwarning = lambda message, *_args, **_options: console.warn(" ".join(str(message).split()))
+        run = play(loaded, stages=STAGES, until=verb, update=update, console=console)
+    if not int(os.environ.get("RANK", "0")):
+        print(run.report if verb == "report" else run.root)
 
 
 @app.callback(invoke_without_command=True)

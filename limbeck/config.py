@@ -146,6 +146,8 @@ class ObjectiveSection:
     temperature_adapt: NonNegative | None = None
     """One temperature a token around the loss temperature, by how far apart the two models are there (AdaKD's strength,
     0.5 in the paper); null gives all tokens the same."""
+    schedule: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Options of the objective that move in a line over training, such as {progress: [0.4, 1.0]} for taid."""
     options: dict[str, Any] = field(default_factory=dict)
 
 

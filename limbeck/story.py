@@ -237,7 +237,8 @@ def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], up
         target = run.set_aside(stage.name, stage.outputs(run))
         story.console.say(f"{stage.name}: made from other inputs; moved to {target}")
     write_text(run.recipe, config.to_yaml(recipe))
-    write_json(run.root / "provenance.json", provenance(story, prints))
+    if not all(run.finished(stage.name, prints[stage.name]) for stage in wanted):
+        write_json(run.root / "provenance.json", provenance(story, prints))
     for stage in wanted:
         _play_stage(story, stage, prints[stage.name])
 
@@ -253,6 +254,7 @@ def _play_stage(story: Story, stage: Stage, print_: str) -> None:
     earlier_s = begun["seconds"] if begun else 0.0
     started = time.time()
     record: Json = {"stage": stage.name, "fingerprint": print_, "done": False, "seconds": earlier_s}
+    record["code_revision"] = code_revision()
     record["started"] = begun["started"] if begun else time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started))
     write_json(run.manifest_path(stage.name), record)
     reset_peak_memory()
@@ -277,6 +279,9 @@ def _follow(story: Story, stages: Sequence[Stage]) -> RunDirectory:
     prints = story.fingerprints(stages)
     for stage in stages:
         if stage.name == "student" and not run.finished(stage.name, prints[stage.name]):
+            # Not before the first rank has set aside what other inputs made: blocks and checkpoints are read there.
+            while (run.manifest(stage.name) or {}).get("fingerprint") != prints[stage.name]:
+                time.sleep(0.2)
             with story.stop.installed():
                 stage.play(story)
         while not run.finished(stage.name, prints[stage.name]):
@@ -315,7 +320,7 @@ def _refusal(story: Story, stage: Stage) -> str:
             listed = "; ".join(f"{k} is {there.get(k)!r} there and {here.get(k)!r} here" for k in keys[:3])
             more = f" and {len(keys) - 3} more keys differ" if len(keys) > 3 else ""
             return f"{run.root} was made by another recipe: {listed}{more}; {remedy}"
-    return f"{run.root}: the inputs of its {stage.name} have changed since (a data file, a model or limbeck); {remedy}"
+    return f"{run.root}: the inputs of its {stage.name} have changed since (a data file or a model); {remedy}"
 
 
 def flatten(tree: Json, prefix: str = "") -> Json:

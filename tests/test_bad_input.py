@@ -144,14 +144,18 @@ class TestModels:
         assert not (run / "student").exists()
         assert (run / "responses" / "teacher.jsonl").exists()
 
-    def test_nan_while_training(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
-        """A learning rate beyond all measure: the step is named, and the checkpoint before it stays."""
+    @pytest.mark.parametrize("steps", [1, 12])
+    def test_nan_while_training(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, steps: int) -> None:
+        """A learning rate beyond all measure: the step is named, and no ruined student is kept or handed on."""
         run = tmp_path / "run"
-        finished = limbeck.run("run", tiny.recipe(run), "train.learning_rate=1e30", "train.save_steps=1")
-        refused(finished, "step ", "learning_rate", "checkpoints/step-00000")
-        kept = sorted((run / "checkpoints").glob("step-*"))
-        assert kept and str(kept[-1]) in finished.error_line
+        beyond = ("train.learning_rate=1e30", "train.save_steps=1", f"train.max_steps={steps}")
+        finished = limbeck.run("run", tiny.recipe(run), *beyond)
+        refused(finished, "step 1:", "the start", "lower train.learning_rate and add --update")
+        assert not list((run / "checkpoints").glob("step-*"))
         assert not (run / "student").exists()
+        mended = limbeck.run("run", tiny.recipe(run), "train.max_steps=2", "--update")
+        assert mended.code == 0, mended.stderr
+        assert (run / "student" / "model.safetensors").exists()
 
 
 class TestPrompts:

@@ -56,6 +56,15 @@ def test_a_temperature_that_moves(limbeck: CommandServer, tiny: TinyPair, tmp_pa
     assert (recorded["student"], recorded["student_end"], recorded["factor"], recorded["factor_end"]) == (4, 1, 16, 1)
 
 
+def test_an_option_that_moves(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+    walking = {"name": "taid", "temperature": 1.0, "schedule": {"progress": [0.4, 1.0]}}
+    lines = played(limbeck, tiny, tmp_path / "run", objective=walking)
+    assert [line["progress"] for line in lines] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    # At the end the target is the teacher: the loss is the forward KL, and before it is less.
+    assert lines[-1]["loss"] == pytest.approx(lines[-1]["forward_kl"], rel=1e-4)
+    assert lines[0]["loss"] < 0.5 * lines[0]["forward_kl"]
+
+
 def test_each_step_says_what_can_be_compared_over_runs(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
     parts = [{"name": "fkl", "weight": 0.5}, {"name": "ce"}]
     lines = played(limbeck, tiny, tmp_path / "run", objective={"name": "sum", "parts": parts, "temperature": 2.0})
@@ -112,6 +121,9 @@ def test_all_tokens_kept_is_the_full_support(limbeck: CommandServer, tiny: TinyP
         ),
         ({"signal": {"support": "topk_tail"}, "objective": {"temperature_adapt": 0.5}}, ("adapt", "sparse")),
         ({"signal": {"support": "topk_tail"}, "objective": {"name": "tad"}}, ("'tad'", "'topk_tail'")),
+        ({"objective": {"name": "fkl", "schedule": {"alpha": [0.1, 0.2]}}}, ("'alpha'", "unknown", "none")),
+        ({"objective": {"name": "skl", "schedule": {"alpha": [0.1, 1.0]}}}, ("skl alpha=1.0",)),
+        ({"objective": {"name": "hidden", "schedule": {"alpha": [0.1, 1.0]}}}, ("'alpha'", "none")),
     ],
 )
 def test_axes_that_exclude_each_other(

@@ -97,6 +97,8 @@ def fused_distillation_loss(
     student = prepare_projection(student_hidden_ND, student_head, "student")
     weight_N = token_weights(weight_N, student_hidden_ND.shape[0], student)
     loss, values, measured = weight_N.new_zeros(()), [], {}
+    if token_options and not rows:
+        raise LimbeckError(f"token option {next(iter(token_options))!r} is unknown to this objective: it has none")
     if rows:
         settings = _Settings(
             objective=WeightedSum(parts=rows),

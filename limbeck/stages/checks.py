@@ -25,6 +25,7 @@ from limbeck.objectives import (
 from limbeck.prompts.templates import resolve_template
 from limbeck.story import Story
 from limbeck.student.build import changed_config
+from limbeck.student.schedules import moved
 
 
 def temperature_of(recipe: config.Recipe) -> Temperature | TemperatureSchedule:
@@ -114,6 +115,9 @@ def _check_objective(story: Story) -> None:
             support=recipe.signal.support,
             label_N=torch.arange(tokens),
             sequence_N=torch.zeros(tokens, dtype=torch.int64),
+            token_options={
+                name: torch.full((tokens,), value) for name, value in moved(recipe.objective.schedule, progress).items()
+            },
             compile="off",
         )
 

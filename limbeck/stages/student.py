@@ -106,6 +106,7 @@ def _play_student(story: Story) -> Json:
                 objective,
                 temperature=temperature,
                 support=recipe.signal.support,
+                schedule=recipe.objective.schedule,
                 settings=recipe.train,
                 vocab_size=real_vocab_size(student.tokenizer),
                 pad_id=pad_token_id(student.tokenizer),

@@ -12,10 +12,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,7 @@ def train(
     *,
     temperature: Temperature | TemperatureSchedule,
     support: Support = "full",
+    schedule: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     settings: TrainSection,
     vocab_size: int,
     pad_id: int,
@@ -81,6 +83,7 @@ def train(
     Args:
         responses: training rows; the rows of `teacher` signals are their positions in this list.
         support: of the teacher's signals.
+        schedule: options of the objective that move in a line from one value to another over the training.
         vocab_size: real token ids of the pair.
 
     Raises:
@@ -113,6 +116,7 @@ def train(
         module=loss_module,
         optimizer=optimizer,
         temperature=temperature,
+        schedule=schedule,
         plan=plan,
         responses=responses,
         teacher=teacher,
@@ -151,6 +155,7 @@ class _Run:
     module: StudentLoss
     optimizer: torch.optim.Optimizer
     temperature: Temperature | TemperatureSchedule
+    schedule: Mapping[str, tuple[float, float]]
     plan: Plan
     responses: Sequence[Response]
     teacher: Teacher
@@ -165,8 +170,10 @@ class _Run:
         with self.context.console.meter("train", tokens, "tokens", progress.tokens) as meter:
             while progress.step < self.total:
                 stop = self.step(progress, rate_of(progress.step), meter)
-                due = progress.step % self.settings.save_steps == 0
-                if (stop or due) and progress.step < self.total:
+                due, last = progress.step % self.settings.save_steps == 0, progress.step == self.total
+                if stop or due or last:
+                    self._check_student(progress)
+                if (stop or due) and not last:
                     self.save(progress)
                     if stop:
                         raise Interrupted(f"stopped after step {progress.step} of {self.total}")
@@ -177,7 +184,9 @@ class _Run:
         self._seed(progress.step)
         rows = self._rows(progress)
         tokens = self.plan.step_tokens(rows)
-        temperature = self.temperature.at(progress.step / max(self.total - 1, 1))
+        moved = progress.step / max(self.total - 1, 1)
+        temperature = self.temperature.at(moved)
+        options = schedules.moved(self.schedule, moved)
         sums = torch.zeros(len(self.module.stats), device=self.accelerator.device)
         micros = micro_batches(
             rows,
@@ -188,7 +197,7 @@ class _Run:
         for i, micro in enumerate(micros):
             # DDP averages over ranks, the step sums over them: hence the factor.
             weight = self.accelerator.num_processes / tokens
-            sums += self._backward(micro, temperature, weight=weight, last=i == len(micros) - 1, rows=rows)
+            sums += self._backward(micro, temperature, options, weight=weight, last=i == len(micros) - 1, rows=rows)
         # Ranks must agree to stop at the same step, so the wish travels with the loss.
         wish = torch.tensor([float(self.context.should_stop())], device=sums.device)
         *summed, stop = self.accelerator.reduce(torch.cat([sums, wish]), reduction="sum").tolist()  # type: ignore[union-attr]
@@ -196,10 +205,8 @@ class _Run:
         loss = means["loss"]
         grad_norm = self._clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            last = checkpoints.newest(self.context.checkpoints)
-            raise NonFiniteError(
-                f"step {progress.step + 1}: loss {loss}, gradient norm {grad_norm}; expected finite numbers. "
-                f"The last good checkpoint is {last or 'the start'}; lower train.learning_rate, or use float32"
+            raise self._not_finite(
+                progress.step + 1, f"loss {loss}, gradient norm {grad_norm}", begun=progress.step > 0
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -215,6 +222,7 @@ class _Run:
             **means,
             "learning_rate": rate,
             **({} if temperature is self.temperature else {"temperature": temperature.loss}),
+            **options,
             "grad_norm": grad_norm,
             "tokens": progress.tokens,
             "tokens_per_s": round(tokens / seconds, 1),
@@ -224,6 +232,31 @@ class _Run:
         self._record(progress, metrics)
         meter.advance(tokens, f"step {progress.step}/{self.total}, loss {loss:.3f}")
         return stop > 0
+
+    def _not_finite(self, step: int, what: str, *, begun: bool) -> NonFiniteError:
+        last = checkpoints.newest(self.context.checkpoints)
+        remedy = "lower train.learning_rate and add --update" if begun else "look for NaN or inf in the loaded weights"
+        return NonFiniteError(
+            f"step {step}: {what}; expected finite numbers. The last good checkpoint is {last or 'the start'}; "
+            f"{remedy}, or use float32"
+        )
+
+    def _check_student(self, progress: _Progress) -> None:
+        """A student whose last update ruined it is neither kept nor handed on.
+
+        Its loss on one row must be finite and so must the gradient: weights beyond all measure may still give a loss.
+        """
+        rows = self._rows(replace(progress, step=progress.step - 1))
+        batch = collate(self.responses, rows[-1:], pad_id=self.pad_id).to(self.accelerator.device)
+        weight_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
+        with onednn.linears():
+            loss, _ = self.model(batch, None, weight_N, Temperature(), {})
+            self.accelerator.backward(loss)
+        value, grad_norm = loss.item(), self._clip()
+        self.optimizer.zero_grad()
+        if not (math.isfinite(value) and math.isfinite(grad_norm)):
+            what = f"after the update loss {value}, gradient norm {grad_norm}"
+            raise self._not_finite(progress.step, what, begun=True)
 
     def _seed(self, step: int) -> None:
         """Random numbers (dropout) depend on seed, step and rank alone, never on what ran before."""
@@ -237,7 +270,14 @@ class _Run:
         return progress.epoch_steps[1][index]
 
     def _backward(
-        self, micro: tuple[int, ...], temperature: Temperature, *, weight: float, last: bool, rows: tuple[int, ...]
+        self,
+        micro: tuple[int, ...],
+        temperature: Temperature,
+        options: Mapping[str, float],
+        *,
+        weight: float,
+        last: bool,
+        rows: tuple[int, ...],
     ) -> Tensor:
         """Backward of one micro-batch. An empty one runs on a row of weight 0: all ranks meet in the backward."""
         batch = collate(self.responses, micro or rows[-1:], pad_id=self.pad_id)
@@ -245,7 +285,7 @@ class _Run:
         batch = batch.to(self.accelerator.device)
         weight_N = torch.full_like(batch.labels_N, weight if micro else 0.0, dtype=torch.float32)
         with nullcontext() if last else self.accelerator.no_sync(self.model), onednn.linears():
-            loss, sums = self.model(batch, signal, weight_N, temperature)
+            loss, sums = self.model(batch, signal, weight_N, temperature, options)
             self.accelerator.backward(loss)
         return sums if micro else torch.zeros_like(sums)
 
@@ -276,7 +316,7 @@ class _Run:
             progress.step,
             model=self.module,
             optimizer=self.optimizer.optimizer,  # type: ignore[attr-defined]
-            state={"tokens": progress.tokens, "seconds": progress.seconds},
+            state={"tokens": progress.tokens, "seconds": progress.seconds, "step_rows": self.plan.step_rows},
             keep=self.settings.save_total_limit,
         )
 
@@ -286,6 +326,13 @@ class _Run:
         progress = _Progress()
         if newest is not None:
             state = checkpoints.restore(newest, model=self.module, optimizer=self.optimizer.optimizer)  # type: ignore[attr-defined]
+            if state["step_rows"] != self.plan.step_rows:
+                per_rank = self.plan.step_rows // self.accelerator.num_processes
+                raise LimbeckError(
+                    f"{newest} was made with {state['step_rows']} responses a step and this launch has "
+                    f"{self.plan.step_rows}; launch {state['step_rows'] // per_rank} processes again, or delete "
+                    f"{newest.parent} to train from the start"
+                )
             progress = _Progress(step=state["step"], tokens=state["tokens"], seconds=state["seconds"])
         if self.accelerator.is_main_process:
             _keep_metrics(self.context.metrics, progress.step)

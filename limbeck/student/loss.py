@@ -5,7 +5,7 @@ Wrappers (DDP, FSDP) see one forward from token ids to loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from limbeck.models.heads import head_of
 from limbeck.models.hidden import hidden_states
 from limbeck.objectives import HiddenPair, Temperature, fused_distillation_loss
 from limbeck.objectives.bodies import MEASURES
-from limbeck.objectives.sums import AnyObjective, leaves, part_names, row_leaves
+from limbeck.objectives.sums import AnyObjective, CrossEntropy, leaves, part_names, row_leaves
 from limbeck.student.batches import collate
 
 
@@ -55,11 +55,27 @@ class StudentLoss(nn.Module):
             self.stats += MEASURES
 
     def forward(
-        self, batch: TokenBatch, signal: Signal, weight_N: Tensor, temperature: Temperature
+        self,
+        batch: TokenBatch,
+        signal: Signal | None,
+        weight_N: Tensor,
+        temperature: Temperature,
+        options: Mapping[str, float],
     ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the per-token values, and the plain sums of `stats` over the tokens (detached)."""
+        """The weighted sum of the per-token values, and the plain sums of `stats` over the tokens (detached).
+
+        Args:
+            signal: None leaves objective and teacher out: the cross-entropy of the labels, which tells whether the
+                student still computes.
+            options: options of the objective that move over training.
+        """
         hidden_ND = hidden_states(self.student, batch)
         head = head_of(self.student, self.vocab_size, verify=False)
+        if signal is None:
+            alone = fused_distillation_loss(
+                hidden_ND, head, None, CrossEntropy(), weight_N=weight_N, label_N=batch.labels_N, compile="off"
+            )
+            return alone.loss, alone.value_N
         pairs = ()
         if self.projection_ED is not None:
             assert isinstance(signal, DenseSignal), "the projection was made from one"
@@ -75,6 +91,7 @@ class StudentLoss(nn.Module):
             label_N=batch.labels_N,
             sequence_N=batch.sequence_N,
             hidden_pairs=pairs,
+            token_options={name: torch.full_like(weight_N, value) for name, value in options.items()},
             measure=self._measured and not isinstance(signal, SampledSignal),
             compile=self.compile_body,
         )

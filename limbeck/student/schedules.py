@@ -1,9 +1,9 @@
-"""Learning rate as a pure function of the step."""
+"""Learning rate and options of the objective as pure functions of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from limbeck.config import TrainSection
 from limbeck.flow import LimbeckError
@@ -48,6 +48,11 @@ def learning_rate(settings: TrainSection, total: int) -> Callable[[int], float]:
     assert isinstance(scheduler, LambdaLR)
     factor = scheduler.lr_lambdas[0]
     return lambda step: settings.learning_rate * factor(step + ahead)
+
+
+def moved(schedule: Mapping[str, tuple[float, float]], progress: float) -> dict[str, float]:
+    """The options at this share of the training, each on the line between its two ends."""
+    return {name: start + (end - start) * progress for name, (start, end) in schedule.items()}
 
 
 def _ceil(steps: float) -> int:

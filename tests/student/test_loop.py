@@ -247,8 +247,26 @@ def test_nan_in_the_middle_keeps_the_last_good_checkpoint(tmp_path):
         play(student, tmp_path, settings(save_steps=1), teacher=FailingTeacher(3, nan=True))
     assert "learning_rate" in str(error.value)
     kept = load_file(tmp_path / "checkpoints" / "step-000003" / "model.safetensors")
-    assert all(torch.equal(kept[name], parameter) for name, parameter in weights(student).items() if name in kept)
+    now = {f"student.{name}": parameter for name, parameter in weights(student).items()}
+    assert kept and all(torch.equal(tensor, now[name]) for name, tensor in kept.items())
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("last", [1, 5])
+def test_a_step_that_ruins_the_student_is_neither_kept_nor_handed_on(tmp_path, last):
+    """Its own loss was finite: that of the weights it made is not."""
+    beyond = settings(learning_rate=1e30, warmup_steps=0, save_steps=1, max_steps=last, max_grad_norm=0.0)
+    with pytest.raises(NonFiniteError, match=r"step 1: after the update .*the start.*--update"):
+        play(tiny_model(1), tmp_path, beyond)
+    assert checkpoints.newest(tmp_path / "checkpoints") is None
+
+
+def test_another_number_of_ranks_does_not_continue_in_another_place(tmp_path):
+    chosen = settings(per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=2)
+    with pytest.raises(Interrupted):
+        play(tiny_model(1), tmp_path, chosen, should_stop=stop_after(2))
+    with pytest.raises(LimbeckError, match=r"8 responses a step and this launch has 4; launch 2 processes again"):
+        play(tiny_model(1), tmp_path, settings(per_device_train_batch_size=4, save_steps=2))
 
 
 def test_nothing_to_train_on_is_refused(tmp_path):
