@@ -3,8 +3,8 @@
     python examples/distil_flat.py TEACHER_DIRECTORY PROMPTS.jsonl OUTPUT_DIRECTORY
 
 A teacher answers prompts; a copy of it with fewer blocks is trained to give the teacher's distribution at every token
-of those answers (forward KL at temperature 2). What limbeck adds: it never holds the logits of a batch, keeps the
-teacher's hidden states, measures which blocks to cut, resumes after a kill, evaluates, and reports.
+of those answers (forward KL). The settings are the quickstart's. What limbeck adds: it never holds the logits of a
+batch, keeps the teacher's hidden states, measures which blocks to cut, resumes after a kill, evaluates, and reports.
 
 Shapes: B rows, T time, N answer tokens of a batch, V vocabulary.
 """
@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TEMPERATURE = 2.0
-BATCH = 8
+TEMPERATURE = 1.0
+BATCH = 2
 EPOCHS = 2
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 5e-4
+WARMUP = 20
+SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "max_new_tokens": 96}
 WINDOW = 32  # batches whose rows are sorted by length together, so that padding costs little
 
 Row = tuple[list[int], list[int]]  # ids of the prompt, ids of the answer
@@ -38,18 +40,20 @@ def answer(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Row]:
     for prompt in prompts:
         chat = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        sampled = teacher.generate(torch.tensor([ids]), do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=96)
+        sampled = teacher.generate(torch.tensor([ids]), **SAMPLING)
         rows.append((ids, sampled[0, len(ids) :].tolist()))
     return rows
 
 
 def cut(teacher: Any, keep: Sequence[int]) -> Any:
-    """A copy of the teacher with only some of its blocks."""
+    """A copy of the teacher with only some of its blocks. Its embeddings stay as they are."""
     student: Any = copy.deepcopy(teacher)
     student.model.layers = nn.ModuleList(student.model.layers[i] for i in keep)
     for i, layer in enumerate(list[Any](student.model.layers)):
         layer.self_attn.layer_idx = i  # where the block's keys and values lie in the cache
     student.config.num_hidden_layers = len(keep)
+    student.get_input_embeddings().requires_grad_(False)
+    student.get_output_embeddings().requires_grad_(False)
     return student
 
 
@@ -87,10 +91,17 @@ def loss(student: Any, teacher: Any, batch: Sequence[Row]) -> Tensor:
     return TEMPERATURE**2 * kl_NV.sum(-1).mean()
 
 
+def rate(step: int, total: int) -> float:
+    """The share of the learning rate at a step: a line up, then half a cosine down."""
+    if step < WARMUP:
+        return step / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (total - WARMUP)))
+
+
 def train(student: Any, teacher: Any, rows: Sequence[Row], steps: int | None = None) -> Iterator[float]:
     """One optimizer step after another; yields their losses."""
-    matrices = [p for p in student.parameters() if p.ndim >= 2]
-    vectors = [p for p in student.parameters() if p.ndim < 2]
+    matrices = [p for p in student.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in student.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
     total = steps or EPOCHS * math.ceil(len(rows) / BATCH)
@@ -100,7 +111,7 @@ def train(student: Any, teacher: Any, rows: Sequence[Row], steps: int | None = N
             if step == total:
                 return
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / total))
+                group["lr"] = LEARNING_RATE * rate(step + 1, total + 1)
             value = loss(student, teacher, batch)
             value.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)

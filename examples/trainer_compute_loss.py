@@ -4,7 +4,8 @@
 
 The rows carry `labels` with -100 on everything that is no answer, as every supervised fine-tuning collator makes them.
 The loss is half cross-entropy, half Jensen-Shannon divergence at temperature 2, over the answer tokens alone, and the
-logits of a batch never exist.
+logits of a batch never exist. For one process: a Trainer under DDP averages gradients over the ranks, so there the loss
+must be multiplied by their number.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class DistillationTrainer(Trainer):
     def __init__(self, *args: Any, teacher: nn.Module, vocab_size: int, **options: Any) -> None:
         super().__init__(*args, **options)
         self.teacher, self.vocab_size = teacher.eval().requires_grad_(False), vocab_size
+        # Once with a look at whether it gives the model's own logits; each step then takes it as it is.
+        self.teacher_head = head_of(self.teacher, vocab_size)
+        head_of(self.model, vocab_size)
         # The loss is a mean over the answer tokens of the whole step, which compute_loss divides by itself.
         self.model_accepts_loss_kwargs = True
 
@@ -48,8 +52,8 @@ class DistillationTrainer(Trainer):
         counted = tokens if num_items_in_batch is None else float(num_items_in_batch)
         loss = fused_distillation_loss(
             student_BTD[:, :-1][answer_BT],
-            head_of(model, self.vocab_size),
-            DenseSignal(hidden_ND=teacher_BTD[:, :-1][answer_BT], head=head_of(self.teacher, self.vocab_size)),
+            head_of(model, self.vocab_size, verify=False),
+            DenseSignal(hidden_ND=teacher_BTD[:, :-1][answer_BT], head=self.teacher_head),
             OBJECTIVE,
             temperature=TEMPERATURE,
             weight_N=torch.full((tokens,), 1.0 / max(counted, 1.0), device=student_BTD.device),

@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from limbeck.api import load, run
     from limbeck.config import Recipe
-    from limbeck.flow import DenseSignal, Head, LimbeckError, Response, Sampling, TopKSignal
-    from limbeck.objectives import OBJECTIVES, Temperature, build_objective, fused_distillation_loss
+    from limbeck.flow import DenseSignal, Head, LimbeckError, Response, SampledSignal, Sampling, TopKSignal
+    from limbeck.objectives import (
+        OBJECTIVES,
+        AdaptiveTemperature,
+        HiddenPair,
+        SparseForm,
+        Temperature,
+        TemperatureSchedule,
+        build_objective,
+        fused_distillation_loss,
+    )
 
 _HOMES = {
     "load": "limbeck.api",
@@ -27,22 +36,32 @@ _HOMES = {
     "LimbeckError": "limbeck.flow",
     "Response": "limbeck.flow",
     "Sampling": "limbeck.flow",
+    "SampledSignal": "limbeck.flow",
     "TopKSignal": "limbeck.flow",
     "OBJECTIVES": "limbeck.objectives",
+    "AdaptiveTemperature": "limbeck.objectives",
+    "HiddenPair": "limbeck.objectives",
+    "SparseForm": "limbeck.objectives",
     "Temperature": "limbeck.objectives",
+    "TemperatureSchedule": "limbeck.objectives",
     "build_objective": "limbeck.objectives",
     "fused_distillation_loss": "limbeck.objectives",
 }
 
 __all__ = [
     "OBJECTIVES",
+    "AdaptiveTemperature",
     "DenseSignal",
     "Head",
+    "HiddenPair",
     "LimbeckError",
     "Recipe",
     "Response",
+    "SampledSignal",
     "Sampling",
+    "SparseForm",
     "Temperature",
+    "TemperatureSchedule",
     "TopKSignal",
     "build_objective",
     "fused_distillation_loss",

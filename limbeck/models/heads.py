@@ -57,7 +57,7 @@ def head_of(model: nn.Module, vocab_size: int, *, verify: bool = True) -> Head:
 
     Args:
         vocab_size: number of real token ids; the weight may have more rows (padding) but not fewer.
-        verify: run the model on a few tokens and compare its logits with the head's, once per model.
+        verify: run the model on a few tokens and compare its logits with the head's.
 
     Raises:
         LimbeckError: no linear head, too few rows, LoRA on the head, or logits that are not reproduced.

@@ -2,7 +2,7 @@
 
     full         every token (the teacher by hidden states)
     topk_renorm  the teacher's k tokens, both sides renormalised over them: says nothing of the mass outside
-    topk_tail    the k tokens and one class for all others: a true divergence, at most the full one
+    topk_tail    the k tokens and one class for all others: a true divergence (KLs, JS, TV: at most the full)
     sampled      an importance-weighted sample of the teacher: unbiased for forward KL only
 
 Sums over kept tokens without either remedy (raw top-k) are not offered: forward they drive the tail to zero, reverse

@@ -1,4 +1,4 @@
-"""The flat twin and the package are the same algorithm: their losses agree, step by step."""
+"""The flat twin plays the quickstart's algorithm: its settings are the recipe's and its losses the package's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from limbeck.config import TrainSection
+from limbeck.config import load_recipe
 from limbeck.flow import Response
 from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, build_objective
@@ -22,7 +22,7 @@ from limbeck.teachers.local import LocalTeacher
 
 VOCABULARY = 97
 KEEP = (0, 1, 3)
-STEPS = 7
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,18 @@ def flat() -> ModuleType:
     sys.modules["distil_flat"] = module
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_settings_are_those_of_the_recipe(flat: ModuleType) -> None:
+    recipe = load_recipe("quickstart")
+    train, responses = recipe.train, recipe.responses
+    assert (train.per_device_train_batch_size, train.num_train_epochs) == (flat.BATCH, flat.EPOCHS)
+    assert (train.learning_rate, train.warmup_steps) == (flat.LEARNING_RATE, flat.WARMUP)
+    assert train.lr_scheduler_type == "cosine" and train.gradient_accumulation_steps == 1
+    assert recipe.objective.name == "fkl" and recipe.objective.temperature == flat.TEMPERATURE
+    assert recipe.student.freeze_embeddings
+    settings = {name: getattr(responses, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    assert {"do_sample": True, **settings} == flat.SAMPLING
 
 
 def test_losses_of_flat_twin_and_package_agree(flat: ModuleType, tmp_path: Path) -> None:
@@ -55,13 +67,16 @@ def test_losses_of_flat_twin_and_package_agree(flat: ModuleType, tmp_path: Path)
         for i, (p, r) in enumerate(rows)
     ]
     metrics = tmp_path / "metrics.jsonl"
+    student = depth_prune(copy.deepcopy(teacher), KEEP)
+    for embedding in (student.get_input_embeddings(), student.get_output_embeddings()):
+        embedding.requires_grad_(False)
     train(
-        depth_prune(copy.deepcopy(teacher), KEEP),
+        student,
         responses,
         LocalTeacher(teacher, head_of(teacher, VOCABULARY)),
         build_objective("fkl"),
         temperature=Temperature(loss=flat.TEMPERATURE),
-        settings=TrainSection(max_steps=STEPS, learning_rate=flat.LEARNING_RATE, compile="off"),
+        settings=load_recipe("quickstart", [f"train.max_steps={STEPS}", "train.compile=off"]).train,
         vocab_size=VOCABULARY,
         pad_id=0,
         context=LoopContext(checkpoints=tmp_path / "checkpoints", metrics=metrics),
