@@ -346,9 +346,18 @@ def signal_temperatures(recipe: Recipe) -> tuple[float, ...]:
 
 def build_objective(recipe: Recipe) -> Any:
     """The recipe's objective from the registry; its unknown options are refused with the nearest known one."""
+    from limbeck.objectives import OBJECTIVES
     from limbeck.objectives import build_objective as build
 
-    return build(recipe.objective.name, **recipe.objective.options)
+    section = recipe.objective
+    own = [f.name for f in fields(OBJECTIVES[section.name])] if section.name in OBJECTIVES else []
+    for key in section.options:
+        if section.name in OBJECTIVES and key not in own:
+            # What is misspelt may be an option of the objective or a key of the section, which is the same for all.
+            near = recipe_mistakes.nearest(key, [f"objective.{known}" for known in (*_AXES, *own)])
+            has = f"the options {', '.join(own)}" if own else "no options"
+            raise LimbeckError(f"unknown key 'objective.{key}' (objective {section.name!r} has {has} of its own){near}")
+    return build(section.name, **section.options)
 
 
 def known_keys() -> tuple[str, ...]:

@@ -38,7 +38,8 @@ class TestRecipes:
             ("train.max_steps", ("has no value", "train.max_steps=20")),
             ("teacher.model=[", ("not valid YAML",)),
             ("objective.name=fkll", ("'fkll'", "'fkl'")),
-            ("objective.bet=0.1", ("'bet'",)),
+            ("objective.bet=0.1", ("'objective.bet'", "no options")),
+            ("objective.temprature=1", ("'objective.temprature'", "did you mean 'objective.temperature'?")),
             ("objective.temperature_scale=tau3", ("temperature_scale", "tau3")),
             ("train.report_to=[wandbb]", ("'wandbb'", "installed here")),
             ("student.layers=9", ("student.layers is 9", "3 blocks", "2 to 2")),
@@ -285,7 +286,8 @@ class TestRunDirectory:
         recipe = tiny.recipe(run, train={"max_steps": 400, "num_train_epochs": 100.0})
         first = limbeck.start("run", recipe)
         assert first.wait_until(lambda: (run / "stages" / "responses.json").exists())
-        refused(limbeck.run("run", recipe), f"in use by another run (process {first.pid})", "output_dir=")
+        for verb in ("run", "report"):
+            refused(limbeck.run(verb, recipe), f"in use by another run (process {first.pid})", "output_dir=")
         assert not first.ended()
         first.kill()
         # The lock died with the process.

@@ -313,6 +313,22 @@ class _either:
         return isinstance(error, LimbeckError) and len(str(error).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "meant"),
+    [
+        ("fkl", "temprature", "objective.temperature"),
+        ("fkl", "temprature_end", "objective.temperature_end"),
+        ("fkl", "shedule", "objective.schedule"),
+        ("skl", "alhpa", "objective.alpha"),
+        ("skl", "nme", "objective.name"),
+    ],
+)
+def test_a_misspelt_key_of_the_objective_is_named_with_the_nearest(name, key, meant):
+    loaded = recipe(objective={"name": name, key: 1})
+    with pytest.raises(LimbeckError, match=rf"'objective\.{key}' \(objective '{name}' .*; did you mean '{meant}'\?"):
+        build_objective(loaded)
+
+
 # ---- shipped recipes and the schema
 
 
