@@ -173,12 +173,16 @@ def report(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = F
     """Write the report of a run as far as it has come."""
     del debug
     from limbeck.api import load
+    from limbeck.console import default_console
     from limbeck.report import write_report
+    from limbeck.rundir import RunDirectory
 
-    directory = load(recipe, *(overrides or [])).directory
-    if not (directory / "recipe.resolved.yaml").exists():
-        raise LimbeckError(f"{directory} is no run directory yet; start it with `limbeck run {recipe}`")
-    print(write_report(directory))
+    found = RunDirectory(load(recipe, *(overrides or [])).directory)
+    if not found.recipe.exists():
+        raise LimbeckError(f"{found.root} is no run directory yet; start it with `limbeck run {recipe}`")
+    # A run that is being played writes the same page, and sweeps away what looks half written.
+    with found.locked(default_console().warn):
+        print(write_report(found.root))
 
 
 @app.command()
@@ -200,6 +204,13 @@ def objectives() -> None:
 def doctor(
     teacher: Annotated[str, typer.Argument(help="Name, directory, hub id or GGUF file.")],
     student: Annotated[str, typer.Argument(help="Name, directory, hub id or GGUF file.")],
+    teacher_revision: Annotated[
+        str | None, typer.Option("--teacher-revision", help="Branch, tag or commit of a teacher on the hub.")
+    ] = None,
+    student_revision: Annotated[str | None, typer.Option("--student-revision", help="The same of the student.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the two models.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Say whether and how a pair can be distilled: tokenizers, vocabularies, heads, windows, templates."""
@@ -209,7 +220,13 @@ def doctor(
     from limbeck.models.doctor import doctor as examine
     from limbeck.models.doctor import render
 
-    found = examine(teacher, student)
+    found = examine(
+        teacher,
+        student,
+        teacher_revision=teacher_revision,
+        student_revision=student_revision,
+        trust_remote_code=trust_remote_code,
+    )
     Console().print(render(found))
     if not found.distillable:
         raise typer.Exit(1)

@@ -149,6 +149,12 @@ class Story:
         return describe(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
 
     @property
+    def student_trusted(self) -> bool:
+        """Whether Python files that came with the student may run: those of the model it begins as."""
+        section = self.recipe.student if self.recipe.student.model is not None else self.recipe.teacher
+        return section.trust_remote_code
+
+    @property
     def window(self) -> int | None:
         """Tokens that fit both models, prompt and answer together; None where neither states a limit."""
         student = self.student_card.context_length if self.student_card else self.teacher_card.context_length
@@ -162,7 +168,13 @@ class Story:
         from limbeck.models.sources import resolve
 
         section = self.recipe.teacher
-        return model_fingerprint(resolve(section.model, revision=section.revision, progress=self.console.say))
+        source = resolve(
+            section.model,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            progress=self.console.say,
+        )
+        return model_fingerprint(source)
 
     def load_teacher(self) -> LoadedModel:
         """The teacher, loaded afresh: stages let go of it when they end, so that it never sits beside what follows."""

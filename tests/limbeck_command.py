@@ -118,7 +118,14 @@ class CommandServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                # Where transformers copies the Python files that come with a model.
+                "HF_MODULES_CACHE": str(self.folder / "modules"),
+            },
         )
 
     def ask(self, question: Mapping[str, Any]) -> Any:

@@ -224,7 +224,7 @@ def _explained(source: Source, error: BaseException, what: str) -> LimbeckError:
     if "trust_remote_code" in str(error):
         return LimbeckError(
             f"{source.name} brings its own Python code, which is not run unless you trust it; "
-            "read it, then set trust_remote_code=true"
+            "read it, then set trust_remote_code=true (limbeck doctor: --trust-remote-code)"
         )
     if "attention implementation" in said:
         return LimbeckError(f"{source.name}: {said.split('. ')[0]}; set attn_implementation=eager")

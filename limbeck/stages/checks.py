@@ -57,7 +57,7 @@ def check_responses(story: Story) -> None:
         LimbeckError: no such teacher, or no such template.
     """
     section = story.recipe.teacher
-    _resolvable(section.model, section.revision)
+    _resolvable(section)
     window = story.window
     if window is not None and window <= story.recipe.responses.max_new_tokens:
         raise LimbeckError(
@@ -81,15 +81,21 @@ def check_student(story: Story) -> None:
     _check_trackers(story.recipe.train.report_to)
     section = story.recipe.student
     if section.model is not None and section.init != "scratch":
-        _resolvable(section.model, section.revision)
+        _resolvable(section)
     if story.student_card is not None:
         require_same(story.teacher_card, story.student_card)
     _check_anatomy(story)
 
 
-def _resolvable(model: str, revision: str | None) -> None:
+def _resolvable(section: config.TeacherSection | config.StudentSection) -> None:
+    assert section.model is not None
     # Of a model that is not here yet only the small files: the weights are fetched when a stage needs them.
-    resolve(model, revision=revision, weights=Path(model).expanduser().exists())
+    resolve(
+        section.model,
+        revision=section.revision,
+        weights=Path(section.model).expanduser().exists(),
+        trust_remote_code=section.trust_remote_code,
+    )
 
 
 def _check_objective(story: Story) -> None:

@@ -87,7 +87,12 @@ def _student_at(story: Story, part: str) -> tuple[Any, Any]:
         student = build_initial_student(story)
         return student.model.eval(), student.tokenizer
     section = story.recipe.student
-    loaded = load_model(str(story.run.student), dtype=section.dtype, attn_implementation=section.attn_implementation)
+    loaded = load_model(
+        story.run.student,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=story.student_trusted,
+    )
     loaded.model.to(story.device)  # type: ignore[arg-type]
     return loaded.model, loaded.tokenizer
 
@@ -139,7 +144,7 @@ def greedy_answers(story: Story, writer: str, model: Any, tokenizer: Any) -> lis
 def _write_samples(story: Story, parts: dict[str, dict[str, Any]]) -> None:
     """A handful of held-out prompts with the answers of teacher, student before and student after."""
     section = story.recipe.teacher
-    tokenizer = load_tokenizer(section.model, revision=section.revision)
+    tokenizer = load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
     prompts = {p.id: p for p in read_prompts(story.run.prompts)}
     rouge = {part: {row.id: row.values["rouge_l"] for row in parts[part]["rouge"]} for part in parts}
     sides = {side: greedy_answers(story, side, None, tokenizer) for side in ("teacher", "before", "after")}

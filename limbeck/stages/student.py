@@ -39,9 +39,13 @@ def _student_inputs(story: Story) -> Json:
     weights = None
     if section.model is not None:
         # Fresh weights need no old ones: a configuration and a tokenizer will do.
-        weights = model_fingerprint(
-            resolve(section.model, revision=section.revision, weights=section.init != "scratch")
+        source = resolve(
+            section.model,
+            revision=section.revision,
+            weights=section.init != "scratch",
+            trust_remote_code=section.trust_remote_code,
         )
+        weights = model_fingerprint(source)
     return {"student": asdict(section), "weights": weights, "objective": asdict(recipe.objective), "train": train}
 
 
@@ -82,7 +86,7 @@ def _student_spec(story: Story) -> StudentSpec:
         config=section.config,
         dtype=section.dtype,
         attn_implementation=section.attn_implementation,
-        trust_remote_code=section.trust_remote_code,
+        trust_remote_code=story.student_trusted,
         freeze_embeddings=section.freeze_embeddings,
         lora=LoraSpec(**asdict(lora)) if lora else None,
         gradient_checkpointing=story.recipe.train.gradient_checkpointing,
@@ -146,7 +150,8 @@ def _tracker_config(recipe: config.Recipe) -> Json:
 def _student_record(story: Story, student: Student) -> Json:
     """student.json: size and anatomy, for the report and the model card."""
     section, folder = story.recipe.teacher, story.run.student
-    source = resolve(section.model, revision=section.revision)
+    trust = section.trust_remote_code
+    source = resolve(section.model, revision=section.revision, trust_remote_code=trust)
     return {
         "init": story.recipe.student.init,
         "parameters": student.parameters,
@@ -155,7 +160,7 @@ def _student_record(story: Story, student: Student) -> Json:
         "size_mb": sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6,
         "teacher_size_mb": sum(path.stat().st_size for path in weight_files(source)) / 1e6,
         "teacher_parameters": student.teacher_parameters,
-        "teacher_layers": getattr(source_config(source), "num_hidden_layers", None),
+        "teacher_layers": getattr(source_config(source, trust_remote_code=trust), "num_hidden_layers", None),
     } | _anatomy(story.run.root / "blocks.json")
 
 
