@@ -27,7 +27,6 @@ Block = dict[str, Tensor]
 COMPILE_FROM_VOCAB = 16384
 # The working set of a block: small enough for the caches, large enough to feed every thread.
 BLOCK_BYTES = 4 << 20
-MEASURES: tuple[str, ...] = ("student_entropy", "teacher_entropy", "forward_kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Body:
     `teacher_tau`, `weight`, `label` and `option.NAME`.
 
     Attributes:
-        measure: also give entropies at temperature and the forward KL at temperature 1 (`MEASURES`).
+        measure: also give entropies at temperature, the forward KL at temperature 1, and what the kept tokens hold.
     """
 
     objective: Objective
@@ -53,7 +52,12 @@ class Body:
     @property
     def values(self) -> int:
         """How many values a token gets."""
-        return sum(1 for _ in row_leaves(self.objective)) + (len(MEASURES) if self.measure else 0)
+        return sum(1 for _ in row_leaves(self.objective)) + len(self.measures)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what is measured beside the values."""
+        return measured_on(self.support) if self.measure else ()
 
     def __call__(self, block: Block) -> Tensor:
         """Values of the parts, then the measures, each (N,); the weighted gradient is left in `student`."""
@@ -70,7 +74,9 @@ class Body:
                 whole_grad = weight * grad if whole_grad is None else whole_grad + weight * grad
             values.append(value_N)
         if self.measure:
-            values += measures(seen)
+            values += _measure(seen)
+            if self.support != "full":
+                values += _kept(whole, block, self.support)
         if self.with_grad:
             # Last of all: the logits may be the products themselves, which the gradient overwrites.
             grads = [g for g in (whole_grad, None if seen_grad is None else spread(seen_grad)) if g is not None]
@@ -97,7 +103,21 @@ class Body:
         )
 
 
-def measures(rows: Rows) -> list[Tensor]:
+def measured_on(support: Support) -> tuple[str, ...]:
+    """What can be measured of every token on a support, by name; see `fused_distillation_loss`."""
+    kept = {"topk_renorm": ("student_kept",), "topk_tail": ("student_kept", "teacher_kept")}
+    return () if support == "sampled" else ("student_entropy", "teacher_entropy", "forward_kl", *kept.get(support, ()))
+
+
+def _kept(whole: Rows, block: Block, support: Support) -> list[Tensor]:
+    """Mass of the kept tokens at the temperatures: the student's, and the teacher's where its normaliser is known."""
+    kept_N = whole.q_NK.gather(-1, block["ids"]).sum(-1)
+    if support == "topk_renorm":
+        return [kept_N]
+    return [kept_N, (block["logp"] / block["teacher_tau"] - block["log_z"]).exp().sum(-1)]
+
+
+def _measure(rows: Rows) -> list[Tensor]:
     """Entropies of student and teacher at their temperatures; KL(teacher || student) at 1, comparable across runs."""
     log_q_NK, log_p_NK = (
         t.log_softmax(-1).clamp_min(LOG_ZERO) for t in (rows.student_logits_NK, rows.teacher_logits_NK)

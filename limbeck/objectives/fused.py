@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from limbeck.flow import DenseSignal, Head, LimbeckError, Objective, SampledSignal, Signal, Support
 from limbeck.objectives.adaptive import TailAwareKL
-from limbeck.objectives.bodies import MEASURES, Body, Compile, resolve_compile
+from limbeck.objectives.bodies import Body, Compile, resolve_compile
 from limbeck.objectives.columns import label_columns, option_columns, token_columns, token_weights, weighted
 from limbeck.objectives.difficulty import tail_weights, token_difficulty
 from limbeck.objectives.heads import Finish, Projection, gather_head, prepare_projection
@@ -33,7 +33,8 @@ class FusedLoss:
         value_N: the value of each token, the temperature's factor included, the weight not; detached.
         parts: the values (N,) of each part of a weighted sum by name, before its coefficient; detached.
         measures: with `measure`, by token: the entropies of student and teacher at their temperatures and the forward
-            KL at temperature 1, on the signal's support; detached.
+            KL at temperature 1, on the signal's support; with a top-k one also the share of the student's mass at its
+            temperature that the kept tokens hold, and with a tail of the teacher's; detached.
     """
 
     loss: Tensor
@@ -94,6 +95,8 @@ def fused_distillation_loss(
     rows, hidden = tuple(row_leaves(objective)), tuple(hidden_leaves(objective))
     _check_inputs(objective, signal, label_N, measure)
     student_head = gather_head(student_head)
+    if isinstance(signal, DenseSignal):
+        signal = replace(signal, head=gather_head(signal.head))
     student = prepare_projection(student_hidden_ND, student_head, "student")
     weight_N = token_weights(weight_N, student_hidden_ND.shape[0], student)
     loss, values, measured = weight_N.new_zeros(()), [], {}
@@ -144,8 +147,6 @@ def _row_loss(
     objective, tokens, device = settings.objective, hidden_ND.shape[0], hidden_ND.device
     if "teacher" not in objective.reads:
         signal = None
-    if isinstance(signal, DenseSignal):
-        signal = replace(signal, head=gather_head(signal.head))
     temperature = _adapted(hidden_ND, head, signal, settings)
     for part in nested(objective):
         if isinstance(part, Objective):
@@ -183,7 +184,7 @@ def _row_loss(
     loss = weighted(weight_N, reduce(torch.add, (w * v for (w, _), v in zip(objective.parts, values, strict=True))))
     if any(wanted):
         loss = _HandOver.apply(hidden_ND, head.weight_VD, head.bias_V, loss, grads)
-    measured = dict(zip(MEASURES, values_PN[len(values) :], strict=True)) if settings.measure else {}
+    measured = dict(zip(body.measures, values_PN[len(values) :], strict=True))
     return loss, values, measured
 
 

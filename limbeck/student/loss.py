@@ -15,7 +15,7 @@ from limbeck.flow import DenseSignal, Response, SampledSignal, Signal, Support, 
 from limbeck.models.heads import head_of
 from limbeck.models.hidden import hidden_states
 from limbeck.objectives import HiddenPair, Temperature, fused_distillation_loss
-from limbeck.objectives.bodies import MEASURES
+from limbeck.objectives.bodies import measured_on
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, leaves, part_names, row_leaves
 from limbeck.student.batches import collate
 
@@ -52,7 +52,7 @@ class StudentLoss(nn.Module):
         if len(names) > 1:
             self.stats += tuple(f"loss/{name}" for name in names)
         if self._measured:
-            self.stats += MEASURES
+            self.stats += measured_on(support)
 
     def forward(
         self,

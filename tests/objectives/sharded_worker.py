@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from limbeck.flow import DenseSignal, Head
-from limbeck.objectives import build_objective, fused_distillation_loss
+from limbeck.objectives import AdaptiveTemperature, Temperature, build_objective, fused_distillation_loss
 
 V, D, N = 41, 8, 30
 
@@ -65,8 +65,32 @@ def main() -> None:
     }
     for name, grad in gradients.items():
         found[f"{name} error"] = float((grad.full_tensor() - getattr(whole, name).grad).abs().max())
+    found["sharded teacher error"] = sharded_teacher_error(hidden_ND[mine], teacher, head, whole)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), "utf-8")
     dist.destroy_process_group()
+
+
+def sharded_teacher_error(hidden_ND: torch.Tensor, teacher: DenseSignal, head: nn.Linear, whole: nn.Linear) -> float:
+    """Of a loss that looks at both models before it begins, with both heads sharded, against both whole."""
+    sharded = nn.Linear(D, V, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        sharded.weight.copy_(teacher.head.weight_VD)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    objective = build_objective("tad", k=3, per_sequence=True)
+    losses = []
+    for student, weight_VD in ((head, sharded.weight), (whole, teacher.head.weight_VD)):
+        signal = DenseSignal(hidden_ND=teacher.hidden_ND[:N], head=Head(weight_VD=weight_VD, vocab_size=V))
+        losses.append(
+            fused_distillation_loss(
+                hidden_ND,
+                Head(weight_VD=student.weight, bias_V=student.bias, vocab_size=V),
+                signal,
+                objective,
+                temperature=Temperature(loss=2.0, adapt=AdaptiveTemperature()),
+                sequence_N=torch.arange(N) // 10,
+            ).loss
+        )
+    return float((losses[0] - losses[1]).abs())
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limbeck.flow import DenseSignal, Head, Signal
+from limbeck.objectives import SparseForm, Temperature, fused_distillation_loss
 from limbeck.objectives.divergences import AlphaBeta
 from limbeck.objectives.temperature import scaled
-from tests.objectives.cases import CASES, make_rows
+from tests.objectives.cases import CASES, DEFAULTS, make_rows
 
 # Squares of 1e30 are infinite in float32: a value may be infinite, a gradient and a NaN may not.
 finite = st.floats(-(2.0**50), 2.0**50, width=32)
@@ -47,6 +49,32 @@ def test_no_finite_input_gives_nan(dtype, pair, tau):
         value_N, grad_NV = scaled(objective, rows)
         assert not value_N.isnan().any(), (name, student, teacher)
         assert grad_NV.isfinite().all(), (name, student, teacher)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    student=st.lists(st.lists(finite, min_size=3, max_size=3), min_size=2, max_size=2),
+    teacher=st.lists(st.lists(finite, min_size=3, max_size=3), min_size=2, max_size=2),
+    tau=st.sampled_from([1.0, 2.0]),
+    support=st.sampled_from(["full", "topk_tail", "topk_renorm", "sampled"]),
+)
+@pytest.mark.filterwarnings("ignore:topk_renorm at temperature")
+def test_no_finite_hidden_state_gives_nan_through_the_fused_loss(student, teacher, tau, support):
+    """The whole way: projection, support, objective, gradients of hidden states and head."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(V, 3, generator=generator).requires_grad_(i == 0) for i in range(2)]
+    heads = [Head(weight_VD=w, vocab_size=V) for w in weights]
+    hidden_ND = torch.tensor(student).requires_grad_()
+    signal: Signal = DenseSignal(hidden_ND=torch.tensor(teacher), head=heads[1])
+    if support != "full":
+        signal = SparseForm(support=support, k=3, temperatures=(1.0, 2.0)).of(signal, seed=0)
+    for name in ("fkl",) if support == "sampled" else ("fkl", "rkl", "js", "skl", "tv"):
+        fused = fused_distillation_loss(
+            hidden_ND, heads[0], signal, DEFAULTS[name], temperature=Temperature(loss=tau), support=support
+        )
+        assert not fused.value_N.isnan().any(), name
+        for grad in torch.autograd.grad(fused.loss, (hidden_ND, weights[0])):
+            assert not grad.isnan().any(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

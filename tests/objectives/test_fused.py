@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from limbeck.flow import DenseSignal, Head, LimbeckError
-from limbeck.objectives import HiddenPair, Temperature, build_objective, fused_distillation_loss, logit_tiles
+from limbeck.objectives import (
+    HiddenPair,
+    SparseForm,
+    Temperature,
+    build_objective,
+    fused_distillation_loss,
+    logit_tiles,
+)
 from limbeck.objectives.bodies import compiler_available
 from tests.objectives.cases import CASES, DEFAULTS
 from tests.objectives.pairs import Pair
@@ -187,14 +194,32 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(loss, pair.parameters)
 
 
+def compiled_equals_plain(pair, objective, **options):
+    plain, compiled = (pair.fused(objective, 2.0, compile=option, **options) for option in ("off", "on"))
+    torch.testing.assert_close(compiled.value_N, plain.value_N, rtol=1e-4, atol=1e-5)
+    for name, measure in plain.measures.items():
+        torch.testing.assert_close(compiled.measures[name], measure, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(f.loss, pair.parameters) for f in (compiled, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", ["rkl", "js", "csd", "tad", "sum"])
 def test_compiled_and_plain_agree(name):
     pair = Pair(dtype=torch.float32, n=75, v=3001, bias=True, softcap=30.0)
-    plain, compiled = (pair.fused(DEFAULTS[name], 2.0, compile=option) for option in ("off", "on"))
-    torch.testing.assert_close(compiled.value_N, plain.value_N, rtol=1e-4, atol=1e-5)
-    for a, b in zip(*(torch.autograd.grad(f.loss, pair.parameters) for f in (compiled, plain)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+    compiled_equals_plain(pair, DEFAULTS[name])
+
+
+@needs_compiler
+@pytest.mark.parametrize("support", ["topk_tail", "topk_renorm", "sampled"])
+@pytest.mark.filterwarnings("ignore:topk_renorm at temperature")
+def test_compiled_and_plain_agree_on_sparse_signals_with_measures_and_options(support):
+    pair = Pair(dtype=torch.float32, n=75, v=3001, bias=True)
+    signal = SparseForm(support=support, k=9, temperatures=(1.0, 2.0)).of(pair.signal, seed=3)
+    if support == "sampled":
+        return compiled_equals_plain(pair, DEFAULTS["fkl"], signal=signal)
+    options = {"token_options": {"alpha": torch.linspace(0.05, 0.9, 75)}, "measure": True}
+    return compiled_equals_plain(pair, DEFAULTS["skl"], signal=signal, support=support, **options)
 
 
 def test_logit_tiles_cover_every_token_once():

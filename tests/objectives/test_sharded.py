@@ -36,3 +36,4 @@ def test_two_processes_with_fully_shard(tmp_path):
         # One gather of the head, one scatter of its gradient, in each of the two calls; the bias likewise.
         assert found["gathers"] == 4 and found["scatters"] == 4
         assert found["weight error"] < 1e-12 and found["bias error"] < 1e-12 and found["hidden error"] < 1e-12
+        assert found["sharded teacher error"] < 1e-12

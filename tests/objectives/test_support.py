@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from limbeck.flow import LimbeckError, Rows, SampledSignal
-from limbeck.objectives import Temperature, build_objective, sampled_signal, token_values, topk_signal
+from limbeck.objectives import SparseForm, Temperature, build_objective, sampled_signal, token_values, topk_signal
 from limbeck.objectives.support import restrict
 from tests.objectives.cases import CASES, DEFAULTS
 from tests.objectives.pairs import Pair
@@ -36,6 +36,41 @@ def test_tail_equals_the_naive_bucket(name, tau):
     student_NV, teacher_NV = (bucket(t, signal.ids_NK, tau) for t in (pair.student_logits(), pair.teacher_logits()))
     expected_N = token_values(TAIL[name], student_NV, teacher_NV, temperature=tau)
     pair.check(pair.fused(TAIL[name], tau, signal=signal), expected_N, rtol=1e-7, atol=1e-9)
+
+
+HEADS = {"scale and bias": {"scale": 0.3, "bias": True}, "softcap": {"softcap": 5.0, "scale": 2.0}}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("n", [1, 255, 300])
+@pytest.mark.parametrize("support", ["topk_tail", "topk_renorm", "sampled"])
+def test_every_head_and_odd_shapes(head, n, support):
+    pair = Pair(n=n, **HEADS[head])
+    signal = SparseForm(support=support, k=5, temperatures=(2.0,)).of(pair.signal, seed=1)
+    objective, student_NV, teacher_NV = DEFAULTS["fkl"], pair.student_logits(), pair.teacher_logits()
+    if isinstance(signal, SampledSignal):
+        log_q_NV, log_p_NV = (student_NV / 2).log_softmax(-1), (teacher_NV / 2).log_softmax(-1)
+        ratio_NK = (log_p_NV - teacher_NV.log_softmax(-1)).gather(-1, signal.ids_NK).exp()
+        share_NK = signal.count_NK * ratio_NK / signal.count_NK.sum(-1, keepdim=True)
+        expected_N = 4 * (share_NK * (log_p_NV - log_q_NV).gather(-1, signal.ids_NK)).sum(-1)
+    elif support == "topk_tail":
+        rows = [bucket(t, signal.ids_NK, 2.0) for t in (student_NV, teacher_NV)]
+        expected_N = token_values(objective, *rows, temperature=2.0)
+    else:
+        rows = [t.gather(-1, signal.ids_NK) for t in (student_NV, teacher_NV)]
+        expected_N = token_values(objective, *rows, temperature=2.0)
+    chosen = None if support == "sampled" else support
+    fused = pair.fused(objective, 2.0, signal=signal, support=chosen, tile_bytes=1 << 14)
+    pair.check(fused, expected_N, rtol=1e-7, atol=1e-9)
+
+
+def test_what_the_kept_tokens_hold_is_measured():
+    pair = Pair()
+    signal = SparseForm(support="topk_tail", k=6, temperatures=(2.0,)).of(pair.signal, seed=0)
+    measures = pair.fused(DEFAULTS["fkl"], 2.0, signal=signal, measure=True).measures
+    for side, logits_NV in (("student", pair.student_logits()), ("teacher", pair.teacher_logits())):
+        kept_N = (logits_NV / 2).softmax(-1).gather(-1, signal.ids_NK).sum(-1)
+        torch.testing.assert_close(measures[f"{side}_kept"], kept_N.detach())
 
 
 @pytest.mark.parametrize("name", RENORM)
