@@ -44,6 +44,10 @@ class TestRecipes:
             ("train.report_to=[wandbb]", ("'wandbb'", "installed here")),
             ("student.layers=9", ("student.layers is 9", "3 blocks", "2 to 2")),
             ("responses.max_new_tokens=500", ("500", "128", "lower it")),
+            ("student.lora={target_modules: [q_proj, nope]}", ("'nope'", "down_proj", "v_proj")),
+            ("student.lora={target_modules: [kproj]}", ("'kproj'", "did you mean k_proj?")),
+            ("student.lora={target_modules: [lm_head]}", ("'lm_head'", "layers are down_proj, gate_proj, k_proj, o_")),
+            ("student={init: scratch, config: {hidden_act: nothing}}", ("no model can be built", "nothing")),
         ],
     )
     def test_override(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, override: str, words: Any) -> None:

@@ -5,7 +5,8 @@ A wrong pair, objective or tracker would otherwise come to light after the teach
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,9 @@ from limbeck.objectives import (
 )
 from limbeck.prompts.templates import resolve_template
 from limbeck.story import Story
-from limbeck.student.build import changed_config
+from limbeck.student.adapters import LoraSpec, check_adapters
+from limbeck.student.blocks import pruned_config
+from limbeck.student.build import StudentSpec, fresh_model
 from limbeck.student.schedules import moved
 
 
@@ -47,6 +50,27 @@ def temperature_of(recipe: config.Recipe) -> Temperature | TemperatureSchedule:
         student=section.student_temperature,
         scale=section.temperature_scale,
         adapt=adapt,
+    )
+
+
+def student_spec(story: Story) -> StudentSpec:
+    """The student that a recipe asks for."""
+    section = story.recipe.student
+    lora = section.lora
+    return StudentSpec(
+        init=section.init,
+        model=section.model,
+        revision=section.revision,
+        layers=section.layers,
+        keep=section.keep,
+        config=section.config,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=story.student_trusted,
+        freeze_embeddings=section.freeze_embeddings,
+        lora=LoraSpec(**asdict(lora)) if lora else None,
+        gradient_checkpointing=story.recipe.train.gradient_checkpointing,
+        seed=story.recipe.train.seed,
     )
 
 
@@ -151,26 +175,29 @@ def _check_trackers(names: tuple[str, ...]) -> None:
 
 
 def _check_anatomy(story: Story) -> None:
-    """Depth and configuration of the student against what the model it begins as has."""
-    section, teacher = story.recipe.student, story.recipe.teacher
-    name, revision, trust = (
-        (section.model, section.revision, section.trust_remote_code)
-        if section.model is not None
-        else (teacher.model, teacher.revision, teacher.trust_remote_code)
-    )
-    source = resolve(name, revision=revision, weights=False, trust_remote_code=trust)
-    there = source_config(source, trust_remote_code=trust)
-    if section.init == "scratch":
-        changed_config(there, section.config)
-    if section.init != "depth_prune":
-        return
-    depth: int = there.get_text_config().num_hidden_layers
-    if section.layers is not None and not 2 <= section.layers < depth:
+    """Depth, configuration and adapters of the student against what the model it begins as has."""
+    spec = student_spec(story)
+    section = story.recipe.student if spec.model is not None else story.recipe.teacher
+    assert section.model is not None
+    source = resolve(section.model, revision=section.revision, weights=False, trust_remote_code=spec.trust_remote_code)
+    there = source_config(source, trust_remote_code=spec.trust_remote_code)
+    if spec.init == "depth_prune":
+        kept = _kept_blocks(spec, section.model, there.get_text_config().num_hidden_layers)
+        there = pruned_config(there, kept)
+    if spec.init == "scratch" or spec.lora is not None:
+        with torch.device("meta"):
+            model = fresh_model(there, spec)
+        if spec.lora is not None:
+            check_adapters(model, spec.lora)
+
+
+def _kept_blocks(spec: StudentSpec, name: str, depth: int) -> Sequence[int]:
+    """Numbers of the blocks to keep; any as many where they are still to be measured."""
+    if spec.layers is not None and not 2 <= spec.layers < depth:
+        raise LimbeckError(f"student.layers is {spec.layers}; {name} has {depth} blocks, so expected 2 to {depth - 1}")
+    if spec.keep and list(spec.keep) != sorted(set(spec.keep) & set(range(depth))):
         raise LimbeckError(
-            f"student.layers is {section.layers}; {name} has {depth} blocks, so expected 2 to {depth - 1}"
-        )
-    if section.keep and list(section.keep) != sorted(set(section.keep) & set(range(depth))):
-        raise LimbeckError(
-            f"student.keep is {list(section.keep)}; {name} has {depth} blocks, so expected ascending numbers from 0 "
+            f"student.keep is {list(spec.keep)}; {name} has {depth} blocks, so expected ascending numbers from 0 "
             f"to {depth - 1}"
         )
+    return spec.keep or range(spec.layers or depth)

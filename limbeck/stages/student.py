@@ -17,12 +17,12 @@ from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives.sums import nested
 from limbeck.rundir import Json, read_json, write_json
-from limbeck.stages.checks import check_student, temperature_of
+from limbeck.stages.checks import check_student, student_spec, temperature_of
 from limbeck.stages.responses import load_responses, pad_token_id
 from limbeck.stages.signal import open_teacher
 from limbeck.story import Stage, Story, flatten
 from limbeck.student.batches import collate
-from limbeck.student.build import LoraSpec, Student, StudentSpec, build_student
+from limbeck.student.build import Student, build_student
 from limbeck.student.loop import Interrupted, LoopContext, train
 from limbeck.student.saving import save_student
 
@@ -52,7 +52,7 @@ def _student_inputs(story: Story) -> Json:
 def build_initial_student(story: Story) -> Student:
     """The student before training. Which blocks are kept is measured once and remembered in the run directory."""
     run, blocks = story.run, story.run.root / "blocks.json"
-    spec = _student_spec(story)
+    spec = student_spec(story)
     teacher = story.load_teacher()
     if story.rank and spec.init == "depth_prune" and not spec.keep:
         # One rank measures for all: what two machines measure may differ in the last bit and in a block.
@@ -72,26 +72,6 @@ def wait_for(path: Path) -> None:
     """Until the first rank has written it; the launcher ends this rank if that one fails."""
     while not path.exists():
         time.sleep(0.2)
-
-
-def _student_spec(story: Story) -> StudentSpec:
-    section = story.recipe.student
-    lora = section.lora
-    return StudentSpec(
-        init=section.init,
-        model=section.model,
-        revision=section.revision,
-        layers=section.layers,
-        keep=section.keep,
-        config=section.config,
-        dtype=section.dtype,
-        attn_implementation=section.attn_implementation,
-        trust_remote_code=story.student_trusted,
-        freeze_embeddings=section.freeze_embeddings,
-        lora=LoraSpec(**asdict(lora)) if lora else None,
-        gradient_checkpointing=story.recipe.train.gradient_checkpointing,
-        seed=story.recipe.train.seed,
-    )
 
 
 def _play_student(story: Story) -> Json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +25,7 @@ from limbeck.models.loading import (
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
+from limbeck.student.adapters import LoraSpec, with_adapters
 from limbeck.student.blocks import depth_prune, per_layer_fields
 from limbeck.student.pruning import BlockChoice, Criterion, choose_blocks
 
@@ -33,20 +33,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Init = Literal["pretrained", "depth_prune", "scratch"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSpec:
-    """Low-rank adapters (Hu et al. 2021): ``W + (lora_alpha / r) * B @ A`` with A, B trained and W frozen.
-
-    Attributes:
-        target_modules: names of the layers to adapt; empty for every linear layer but the output head.
-    """
-
-    r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +135,7 @@ def build_student(
     if spec.freeze_embeddings:
         for embedding in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             embedding.requires_grad_(False)
-    trained = _with_adapters(model, spec) if spec.lora is not None else model
+    trained = with_adapters(model, spec.lora, spec.seed) if spec.lora is not None else model
     if spec.gradient_checkpointing:
         _checkpoint_gradients(model)
     return Student(
@@ -202,19 +188,28 @@ def _teacher(teacher: LoadedModel | None) -> LoadedModel:
 
 
 def _from_scratch(spec: StudentSpec, teacher: LoadedModel | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM
-
     if spec.model is None:
         config, tokenizer = _teacher(teacher).model.config, _teacher(teacher).tokenizer
     else:
         source = resolve(spec.model, revision=spec.revision, weights=False, trust_remote_code=spec.trust_remote_code)
         config = source_config(source, trust_remote_code=spec.trust_remote_code)
         tokenizer = source_tokenizer(source, trust_remote_code=spec.trust_remote_code)
+    return fresh_model(config, spec), tokenizer
+
+
+def fresh_model(config: PretrainedConfig, spec: StudentSpec) -> PreTrainedModel:
+    """An architecture with the changes of `spec.config` and fresh weights; none at all under torch.device("meta").
+
+    Raises:
+        LimbeckError: no such model can be built.
+    """
+    from transformers import AutoModelForCausalLM
+
     config = without_dropout(changed_config(config, spec.config))
     try:
         with quiet_transformers(), torch.random.fork_rng():
             torch.manual_seed(spec.seed)
-            model = AutoModelForCausalLM.from_config(
+            return AutoModelForCausalLM.from_config(
                 config,
                 dtype=as_dtype(spec.dtype),
                 attn_implementation=spec.attn_implementation,
@@ -226,7 +221,6 @@ def _from_scratch(spec: StudentSpec, teacher: LoadedModel | None) -> tuple[PreTr
         raise LimbeckError(
             f"no model can be built from student.config={dict(spec.config)}: {one_line(error)}; make the sizes fit"
         ) from error
-    return model, tokenizer
 
 
 def changed_config(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
@@ -257,35 +251,6 @@ def changed_config(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pret
         return type(config).from_dict({**fields, **own})
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise LimbeckError(f"student.config={dict(changes)} is refused: {one_line(error)}") from error
-
-
-def _with_adapters(model: PreTrainedModel, spec: StudentSpec) -> nn.Module:
-    from peft import LoraConfig, TaskType, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    assert spec.lora is not None
-    lora = spec.lora
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=lora.lora_dropout,
-        # "all-linear" leaves the output head out.
-        target_modules=list(lora.target_modules) or "all-linear",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            # peft asks transformers by names that transformers has renamed; nothing the user could change.
-            warnings.simplefilter("ignore", FutureWarning)
-            torch.manual_seed(spec.seed)
-            return get_peft_model(model, config)
-    except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise LimbeckError(
-            f"LoRA cannot be put on {list(lora.target_modules)}: {one_line(error)}; "
-            f"the linear layers are {', '.join(linear)}"
-        ) from error
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:

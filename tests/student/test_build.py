@@ -12,7 +12,8 @@ from limbeck.flow import LimbeckError
 from limbeck.models.heads import decoder_of, head_of, project
 from limbeck.models.hidden import hidden_states
 from limbeck.models.loading import LoadedModel, load_model
-from limbeck.student.build import LoraSpec, StudentSpec, build_student
+from limbeck.student.adapters import LoraSpec
+from limbeck.student.build import StudentSpec, build_student
 from limbeck.student.saving import merged_state, save_student
 from tests.models.tiny import DEPTH, FAMILIES, REAL, save_tiny, tiny_model, tiny_tokenizer
 

@@ -13,8 +13,9 @@ from limbeck.flow import LimbeckError
 from limbeck.models.heads import project
 from limbeck.objectives import build_objective
 from limbeck.student import checkpoints
+from limbeck.student.adapters import LoraSpec
 from limbeck.student.batches import Plan, collate
-from limbeck.student.build import LoraSpec, StudentSpec, build_student
+from limbeck.student.build import StudentSpec, build_student
 from limbeck.student.loop import Interrupted, NonFiniteError
 from tests.student.play import (
     VOCAB,
