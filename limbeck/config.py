@@ -92,6 +92,8 @@ class PromptsSection:
     """Another seed gives another held-out share."""
     template: Literal["auto", "chat", "plain", "alpaca"] = "auto"
     """How a prompt becomes text; auto takes the tokenizer's chat template where there is one."""
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false}."""
     control_tokens: Literal["error", "parse"] = "error"
     """What happens to text that spells a control token of the tokenizer."""
     too_long: Literal["error", "drop"] = "error"

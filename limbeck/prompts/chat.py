@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,26 @@ if TYPE_CHECKING:
 
 Turns = list[dict[str, str]]
 Options = Mapping[str, Any]
+
+_NO_THINKING = (
+    "where the template has a switch for thinking, turn it off (prompts.chat_options={enable_thinking: false}), "
+    "or let the teacher answer (responses.author=teacher)"
+)
+
+
+def require_options(options: Options, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the template reads every option: one that is misspelt would change nothing, silently.
+
+    Raises:
+        LimbeckError: it does not, or the option is one that limbeck sets itself.
+    """
+    template = str(tokenizer.chat_template)
+    for name in options:
+        if name in ("messages", "add_generation_prompt") or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise LimbeckError(
+                f"prompts.chat_options has {name!r}, which is no variable of the chat template of "
+                f"{tokenizer.name_or_path} that can be set; correct the name or leave it out"
+            )
 
 
 def turns_of(prompt: Prompt) -> Turns:
@@ -88,13 +109,11 @@ def text_after_answer(
         )
         raise LimbeckError(
             f"{where} writes a prompt that does not begin its own conversation (from character {same} on: "
-            f"{prompt[same : same + 30]!r} against {conversation[same : same + 30]!r}); "
-            "set the option that turns thinking off (chat_options), or use sampled responses"
+            f"{prompt[same : same + 30]!r} against {conversation[same : same + 30]!r}); {_NO_THINKING}"
         )
     answer = conversation[len(prompt) :].lstrip()
     if not answer.startswith(completion):
         raise LimbeckError(
-            f"{where} changes the answer (got {answer[:40]!r}, expected {completion[:40]!r}); "
-            "set the option that turns thinking off (chat_options), or use sampled responses"
+            f"{where} changes the answer (got {answer[:40]!r}, expected {completion[:40]!r}); {_NO_THINKING}"
         )
     return answer[len(completion) :]

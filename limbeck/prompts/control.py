@@ -36,7 +36,7 @@ def refuse_control_tokens(
     if policy == "parse":
         return
     if policy != "error":
-        raise LimbeckError(f"control_tokens is {policy!r}, expected error or parse")
+        raise LimbeckError(f"prompts.control_tokens is {policy!r}, expected error or parse")
     spelled = [_content(prompt, answers) for prompt in prompts]
     # One search a token through all texts at once: nearly always none of them is there.
     everything = "\0".join(spelled)
@@ -46,7 +46,7 @@ def refuse_control_tokens(
             if token in text:
                 raise LimbeckError(
                     f"prompt {prompt.id} ({_shown(text)}) spells the control token {token}, which the tokenizer "
-                    "would read as one; remove it, or set prompts.control_tokens to parse"
+                    "would read as one; remove it, or set prompts.control_tokens=parse"
                 )
 
 

@@ -42,25 +42,25 @@ def check_lengths(
             for any prompt, or a split that had prompts and lost them all.
     """
     if too_long not in ("error", "drop"):
-        raise LimbeckError(f"too_long is {too_long!r}, expected error or drop")
+        raise LimbeckError(f"prompts.too_long is {too_long!r}, expected error or drop")
     room = window - max_new_tokens
     if room < 1:
         raise LimbeckError(
-            f"max_new_tokens is {max_new_tokens} and the window {window} tokens, so no prompt fits; lower it"
+            f"responses.max_new_tokens is {max_new_tokens} and the window {window} tokens, so no prompt fits; lower it"
         )
     limit = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
     long = [prompt for prompt in prompts if len(prompt.ids) > limit]
     if long and too_long == "error":
-        bound = f"window {window} - max_new_tokens {max_new_tokens}" if limit == room else "max_prompt_tokens"
+        bound = f"window {window} - responses.max_new_tokens {max_new_tokens}" if limit == room else "max_prompt_tokens"
         more = f", and {len(long) - 1} more are too long" if len(long) > 1 else ""
         raise LimbeckError(
             f"prompt {long[0].id} has {len(long[0].ids)} tokens, expected at most {limit} ({bound}){more}; "
-            "lower max_new_tokens, shorten the prompts, or set prompts.too_long to drop"
+            "lower responses.max_new_tokens, shorten the prompts, or set prompts.too_long to drop"
         )
     kept = tuple(prompt for prompt in prompts if len(prompt.ids) <= limit)
     for split in sorted({prompt.split for prompt in prompts} - {prompt.split for prompt in kept}):
         raise LimbeckError(
             f"every {split} prompt has more than {limit} tokens, so dropping the long ones leaves none; "
-            "lower max_new_tokens or give shorter prompts"
+            "lower responses.max_new_tokens or give shorter prompts"
         )
     return Fitting(kept=kept, dropped=tuple(prompt.id for prompt in long), limit=limit)

@@ -82,9 +82,11 @@ def load_prompts(
             formats, a blank prompt, a split without prompts.
     """
     if not 0.0 < heldout_fraction < 1.0:
-        raise LimbeckError(f"heldout_fraction is {heldout_fraction}, expected a share between 0 and 1, both excluded")
+        raise LimbeckError(
+            f"prompts.eval_fraction is {heldout_fraction}, expected a share between 0 and 1, both excluded"
+        )
     if limit is not None and limit < 2:
-        raise LimbeckError(f"limit is {limit}, expected at least 2 prompts: one to train on, one held out")
+        raise LimbeckError(f"prompts.limit is {limit}, expected at least 2 prompts: one to train on, one held out")
     if fields is not None and "prompt" not in fields:
         raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
     rows, examples = _read(rows_of(source, dataset_split, dataset_config), fields)
@@ -165,6 +167,6 @@ def _require_both_splits(loaded: PromptSet, heldout_fraction: float) -> None:
     for split in ("train", "heldout"):
         if not counts[split]:
             raise LimbeckError(
-                f"{loaded.source}: {len(loaded.prompts)} prompts at heldout_fraction {heldout_fraction} leave none for "
-                f"{split}; give more prompts, or change heldout_fraction or split_seed"
+                f"{loaded.source}: {len(loaded.prompts)} prompts at prompts.eval_fraction {heldout_fraction} leave "
+                f"none for {split}; give more prompts, or change prompts.eval_fraction or prompts.split_seed"
             )

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from limbeck.flow import Author, LimbeckError, Prompt, Response, StopReason, TokenPrompt
-from limbeck.prompts.chat import Options, render, require_asked, text_after_answer, turns_of
+from limbeck.prompts.chat import Options, render, require_asked, require_options, text_after_answer, turns_of
 from limbeck.prompts.control import ControlTokens, refuse_control_tokens, special_tokens
 from limbeck.prompts.endings import cut_after_end, first_run
 from limbeck.prompts.wording import alpaca_text, plain_text
@@ -55,7 +55,7 @@ def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase, prompts: S
         return "alpaca"
     if choice == "plain":
         return "plain"
-    raise LimbeckError(f"template is {choice!r}, expected auto, chat, plain or alpaca")
+    raise LimbeckError(f"prompts.template is {choice!r}, expected auto, chat, plain or alpaca")
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> TokenPrompt:
@@ -184,6 +184,7 @@ def _prompt_texts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, name: TemplateName, options: Options | None
 ) -> list[str]:
     if name == "chat":
+        require_options(options or {}, tokenizer)
         conversations = [turns_of(prompt) for prompt in prompts]
         texts = render(conversations, tokenizer, [prompt.id for prompt in prompts], options, ask=True)
         for prompt, turns, text in zip(prompts, conversations, texts, strict=True):
@@ -191,7 +192,8 @@ def _prompt_texts(
         return texts
     if options:
         raise LimbeckError(
-            f"chat_options are for the chat template, got {sorted(options)} with {name!r}; leave them out"
+            f"prompts.chat_options are for the chat template, got {sorted(options)} with template {name!r}; "
+            "leave them out, or set prompts.template=chat"
         )
     return [alpaca_text(prompt) if name == "alpaca" else plain_text(prompt) for prompt in prompts]
 

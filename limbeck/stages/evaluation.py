@@ -134,7 +134,7 @@ def greedy_answers(story: Story, writer: str, model: Any, tokenizer: Any) -> lis
             model = story.load_teacher().model
         template = (story.run.manifest("responses") or {})["template"]
         author = "teacher" if writer == "teacher" else "student"
-        sampler = sampler_for(model, tokenizer, template, author, section.batch_size)
+        sampler = sampler_for(story, model, tokenizer, template, author, section.batch_size)
         sampling = Sampling(max_new_tokens=section.max_new_tokens, temperature=0.0)
         with sampling_meter(story, f"answer {writer}", len(asked)) as watched:
             write_responses(path, replace(sampler, on_progress=watched).respond(asked, sampling))

@@ -13,7 +13,7 @@ from limbeck.story import Stage, Story
 
 def _prompt_inputs(story: Story) -> Json:
     section = asdict(story.recipe.prompts)
-    for later in ("template", "too_long", "control_tokens"):
+    for later in ("template", "chat_options", "too_long", "control_tokens"):
         del section[later]
     return section | {"content": source_digest(story.recipe.prompts.source)}
 

@@ -28,7 +28,13 @@ from limbeck.teachers.store import write_shard
 def _response_inputs(story: Story) -> Json:
     prompts = story.recipe.prompts
     section = asdict(story.recipe.responses)
-    chosen = {"template": prompts.template, "too_long": prompts.too_long, "control_tokens": prompts.control_tokens}
+    chosen: Json = {
+        "template": prompts.template,
+        "too_long": prompts.too_long,
+        "control_tokens": prompts.control_tokens,
+    }
+    if prompts.chat_options:
+        chosen["chat_options"] = prompts.chat_options
     captured = {"captured": story.recipe.signal.dtype} if _captures(story) else {}
     return section | chosen | captured | {"teacher": teacher_inputs(story), "window": story.window}
 
@@ -58,6 +64,7 @@ def _play_responses(story: Story) -> Json:
             template,
             max_new_tokens=section.max_new_tokens,
             control_tokens=story.recipe.prompts.control_tokens,
+            chat_options=story.recipe.prompts.chat_options,
         )
     else:
         responses = _sample(story, teacher, asked, template)
@@ -88,7 +95,13 @@ def _token_prompts(
 ) -> tuple[tuple[TokenPrompt, ...], tuple[str, ...]]:
 
     section = story.recipe.prompts
-    encoded = encode_prompts(prompts, teacher.tokenizer, template, control_tokens=section.control_tokens)
+    encoded = encode_prompts(
+        prompts,
+        teacher.tokenizer,
+        template,
+        control_tokens=section.control_tokens,
+        chat_options=section.chat_options,
+    )
     fitting = check_lengths(
         encoded,
         window=story.window or sys.maxsize,
@@ -115,7 +128,7 @@ def _sample(story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], te
         seed=section.seed,
     )
     dtype = getattr(torch, story.recipe.signal.dtype)
-    sampler = sampler_for(teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
+    sampler = sampler_for(story, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
     plan = sampler.plan(asked, sampling)
     paths = {rows: folder / f"{number:05d}.jsonl" for number, rows in enumerate(plan)}
     done = [row for rows in plan if paths[rows].exists() for row in rows]
@@ -135,11 +148,13 @@ def _sample(story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], te
     return [answers[i] for i in range(len(asked))]
 
 
-def sampler_for(model: Any, tokenizer: Any, template: TemplateName, author: Author, batch_size: int) -> LocalSampler:
+def sampler_for(
+    story: Story, model: Any, tokenizer: Any, template: TemplateName, author: Author, batch_size: int
+) -> LocalSampler:
     """A sampler for any model of the run; answers end where the template ends them."""
     return LocalSampler(
         model=model,
-        eos_token_ids=end_token_ids(tokenizer, template),
+        eos_token_ids=end_token_ids(tokenizer, template, story.recipe.prompts.chat_options),
         pad_token_id=pad_token_id(tokenizer),
         vocab_size=real_vocab_size(tokenizer),
         tokenizer=tokenizer,

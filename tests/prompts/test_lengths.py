@@ -18,8 +18,8 @@ def test_the_first_long_prompt_is_named() -> None:
     with pytest.raises(LimbeckError) as caught:
         check_lengths([of_length(6), of_length(7), of_length(9)], window=10, max_new_tokens=4)
     assert str(caught.value) == (
-        "prompt p7 has 7 tokens, expected at most 6 (window 10 - max_new_tokens 4), and 1 more are too long; "
-        "lower max_new_tokens, shorten the prompts, or set prompts.too_long to drop"
+        "prompt p7 has 7 tokens, expected at most 6 (window 10 - responses.max_new_tokens 4), and 1 more are too long; "
+        "lower responses.max_new_tokens, shorten the prompts, or set prompts.too_long to drop"
     )
 
 

@@ -174,7 +174,7 @@ def test_empty_sources_and_empty_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LimbeckError, match=r"rows\.jsonl holds no rows"):
         load(path)
     write_rows(path, TWENTY[:1])
-    with pytest.raises(LimbeckError, match="1 prompts at heldout_fraction 1e-09 leave none for heldout"):
+    with pytest.raises(LimbeckError, match=r"1 prompts at prompts\.eval_fraction 1e-09 leave none for heldout"):
         load(path, heldout_fraction=1e-9)
     with pytest.raises(LimbeckError, match="leave none for train"):
         load(path, heldout_fraction=1 - 1e-9)
@@ -183,7 +183,7 @@ def test_empty_sources_and_empty_splits_are_refused(tmp_path: Path) -> None:
 def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", TWENTY)
     for fraction in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(LimbeckError, match="heldout_fraction is"):
+        with pytest.raises(LimbeckError, match="eval_fraction is"):
             load(path, heldout_fraction=fraction)
     with pytest.raises(LimbeckError, match="limit is 1, expected at least 2"):
         load(path, limit=1)
