@@ -52,6 +52,7 @@ class Prompt:
             template that words the two apart (Alpaca) needs them. The input may be empty.
         completion: the reference answer, where the data has one.
         split: training or held-out, decided by a hash of the content so that it never depends on order or neighbours.
+        where: place in the source ("data.jsonl, line 7"), for messages; no part of what the prompt is.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Prompt:
     completion: str | None = None
     split: Split = "train"
     category: str | None = None
+    where: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +86,16 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPrompt:
-    """A prompt as the model reads it: the ids of the chat template, ending where the answer begins."""
+    """A prompt as the model reads it: the ids of the chat template, ending where the answer begins.
+
+    Attributes:
+        label: how messages name it.
+    """
 
     id: str
     ids: tuple[int, ...]
     split: Split = "train"
+    label: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,7 +185,8 @@ class TestPrompts:
     def test_too_long(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         rows = [{"prompt": f"Say {i}."} for i in range(20)] + [{"prompt": "word " * 200}]
         path = write_prompts(tmp_path / "p.jsonl", rows)
-        self.prompts_refused(limbeck, tiny, path, "tokens, expected at most 116", "prompts.too_long")
+        named = f"({path}, line 21: 'word word "
+        self.prompts_refused(limbeck, tiny, path, named, "tokens, expected at most 116", "prompts.too_long")
         recipe = tiny.recipe(tmp_path / "run", prompts={"source": str(path), "too_long": "drop"})
         dropped = limbeck.run("respond", recipe, "--update")
         assert dropped.code == 0 and "1 prompts are longer than 116 tokens" in dropped.stderr
@@ -211,7 +212,8 @@ class TestPrompts:
 
     def test_no_completions(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         path = write_prompts(tmp_path / "p.jsonl")
-        self.prompts_refused(limbeck, tiny, path, "completion", responses={"author": "data"})
+        named = (f"({path}, line ", "has no completion", "responses.author=teacher")
+        self.prompts_refused(limbeck, tiny, path, *named, responses={"author": "data"})
 
 
 class TestRunDirectory:

@@ -45,7 +45,7 @@ def turns_of(prompt: Prompt) -> Turns:
 def render(
     conversations: Sequence[Turns],
     tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[str],
+    names: Sequence[str],
     options: Options | None,
     *,
     ask: bool,
@@ -53,7 +53,7 @@ def render(
     """The text of each conversation. Its ids without added special tokens are what apply_chat_template returns.
 
     Args:
-        ids: names of the prompts, for messages.
+        names: of the prompts, for messages.
         options: variables of the template.
         ask: end with the template's opening of an assistant turn.
 
@@ -63,7 +63,7 @@ def render(
     from jinja2 import TemplateError
 
     texts = []
-    for name, conversation in zip(ids, conversations, strict=True):
+    for name, conversation in zip(names, conversations, strict=True):
         try:
             text = tokenizer.apply_chat_template(
                 conversation, add_generation_prompt=ask, tokenize=False, **dict(options or {})

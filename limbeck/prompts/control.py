@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.flow import LimbeckError, Prompt
+from limbeck.prompts.naming import label
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ def refuse_control_tokens(
         for token in found:
             if token in text:
                 raise LimbeckError(
-                    f"prompt {prompt.id} ({_shown(text)}) spells the control token {token}, which the tokenizer "
+                    f"prompt {label(prompt)} spells the control token {token}, which the tokenizer "
                     "would read as one; remove it, or set prompts.control_tokens=parse"
                 )
 
@@ -53,8 +54,3 @@ def refuse_control_tokens(
 def _content(prompt: Prompt, answers: bool) -> str:
     turns = [turn.content for turn in prompt.messages or ()]
     return "\0".join([*turns, prompt.text or "", (prompt.completion or "") if answers else ""])
-
-
-def _shown(text: str) -> str:
-    line = " ".join(text.replace("\0", " ").split())
-    return repr(line if len(line) <= 50 else line[:47] + "...")

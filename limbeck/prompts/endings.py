@@ -23,7 +23,7 @@ def first_run(ids: Ids, control: Mapping[int, str]) -> Ids:
 
 
 def cut_after_end(
-    prompt_id: str, answer: Ids, ending: Ids, control: Mapping[int, str], tokenizer: PreTrainedTokenizerBase
+    name: str, answer: Ids, ending: Ids, control: Mapping[int, str], tokenizer: PreTrainedTokenizerBase
 ) -> Ids:
     """The answer up to and including the token that ends the turn.
 
@@ -40,7 +40,7 @@ def cut_after_end(
     length = sum(token in control for token in ending)
     if not length:
         raise LimbeckError(
-            f"prompt {prompt_id}: the chat template of {tokenizer.name_or_path} ends an answer with no special token, "
+            f"prompt {name}: the chat template of {tokenizer.name_or_path} ends an answer with no special token, "
             "so the student could not learn to stop; use template alpaca or plain, or add an end token to the template"
         )
     start = [index for index, token in enumerate(answer) if token in control][-length]

@@ -27,14 +27,12 @@ def check_lengths(
     *,
     window: int,
     max_new_tokens: int,
-    max_prompt_tokens: int | None = None,
     too_long: Literal["error", "drop"] = "error",
 ) -> Fitting:
     """Refuse or drop the prompts that leave no room for their answer.
 
     Args:
         window: the model's context in tokens; a prompt may have at most window - max_new_tokens of them.
-        max_prompt_tokens: a lower limit of the caller's.
         too_long: "error" stops at the first; "drop" leaves them out and says which.
 
     Raises:
@@ -43,18 +41,17 @@ def check_lengths(
     """
     if too_long not in ("error", "drop"):
         raise LimbeckError(f"prompts.too_long is {too_long!r}, expected error or drop")
-    room = window - max_new_tokens
-    if room < 1:
+    limit = window - max_new_tokens
+    if limit < 1:
         raise LimbeckError(
             f"responses.max_new_tokens is {max_new_tokens} and the window {window} tokens, so no prompt fits; lower it"
         )
-    limit = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
     long = [prompt for prompt in prompts if len(prompt.ids) > limit]
     if long and too_long == "error":
-        bound = f"window {window} - responses.max_new_tokens {max_new_tokens}" if limit == room else "max_prompt_tokens"
         more = f", and {len(long) - 1} more are too long" if len(long) > 1 else ""
         raise LimbeckError(
-            f"prompt {long[0].id} has {len(long[0].ids)} tokens, expected at most {limit} ({bound}){more}; "
+            f"prompt {long[0].label or long[0].id} has {len(long[0].ids)} tokens, expected at most {limit} "
+            f"(window {window} - responses.max_new_tokens {max_new_tokens}){more}; "
             "lower responses.max_new_tokens, shorten the prompts, or set prompts.too_long to drop"
         )
     kept = tuple(prompt for prompt in prompts if len(prompt.ids) <= limit)

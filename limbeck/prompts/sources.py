@@ -13,6 +13,7 @@ from limbeck.prompts.formats import Example, Mapped, family_of, instruction_exam
 from limbeck.prompts.rows import PlacedRow, rows_of
 
 BUILTIN = "builtin"
+PlacedExample = tuple[Example, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,7 @@ def load_prompts(
         raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
     rows, examples = _read(rows_of(source, dataset_split, dataset_config), fields)
     if source == BUILTIN:
-        examples = [instruction_example(example.text or "", category=example.category) for example in examples]
+        examples = [(instruction_example(one.text or "", category=one.category), where) for one, where in examples]
     unique = _unique(examples, heldout_fraction, split_seed)
     prompts = tuple(sorted(unique, key=lambda prompt: prompt.id))[:limit]
     loaded = PromptSet(
@@ -105,8 +106,8 @@ def load_prompts(
     return loaded
 
 
-def _read(rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None) -> tuple[int, list[Example]]:
-    examples: list[Example] = []
+def _read(rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None) -> tuple[int, list[PlacedExample]]:
+    examples: list[PlacedExample] = []
     first: PlacedRow | None = None
     expected = ""
     count = 0
@@ -120,14 +121,14 @@ def _read(rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None) -> tup
                 f"{placed.where}: got the format {family!r} after {expected!r} in {first.where}; "
                 "put rows of different formats into different sources"
             )
-        examples.extend(read_row(row, family, placed.where))
+        examples.extend((example, placed.where) for example in read_row(row, family, placed.where))
         count += 1
     return count, examples
 
 
-def _unique(examples: Iterable[Example], heldout_fraction: float, split_seed: int) -> list[Prompt]:
+def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_seed: int) -> list[Prompt]:
     prompts: dict[str, Prompt] = {}
-    for example in examples:
+    for example, where in examples:
         content = canonical_content(example)
         if content not in prompts:
             prompts[content] = Prompt(
@@ -138,6 +139,7 @@ def _unique(examples: Iterable[Example], heldout_fraction: float, split_seed: in
                 completion=example.completion,
                 split=split_of(content, heldout_fraction, split_seed),
                 category=example.category,
+                where=where,
             )
     return list(prompts.values())
 

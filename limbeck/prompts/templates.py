@@ -20,6 +20,7 @@ from limbeck.flow import Author, LimbeckError, Prompt, Response, StopReason, Tok
 from limbeck.prompts.chat import Options, render, require_asked, require_options, text_after_answer, turns_of
 from limbeck.prompts.control import ControlTokens, refuse_control_tokens, special_tokens
 from limbeck.prompts.endings import cut_after_end, first_run
+from limbeck.prompts.naming import label
 from limbeck.prompts.wording import alpaca_text, plain_text
 
 if TYPE_CHECKING:
@@ -58,11 +59,6 @@ def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase, prompts: S
     raise LimbeckError(f"prompts.template is {choice!r}, expected auto, chat, plain or alpaca")
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> TokenPrompt:
-    """One prompt as token ids; see `encode_prompts`."""
-    return encode_prompts([prompt], tokenizer, template)[0]
-
-
 def encode_prompts(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
@@ -85,16 +81,9 @@ def encode_prompts(
     refuse_control_tokens(prompts, tokenizer, control_tokens, answers=False)
     texts = _prompt_texts(prompts, tokenizer, name, chat_options)
     return [
-        TokenPrompt(id=prompt.id, ids=ids, split=prompt.split)
+        TokenPrompt(id=prompt.id, ids=ids, split=prompt.split, label=label(prompt))
         for prompt, ids in zip(prompts, _tokenize_prompts(texts, tokenizer, name), strict=True)
     ]
-
-
-def encode_response(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template: str = "auto", author: Author = "data"
-) -> Response:
-    """The reference answer of one prompt as token ids; see `encode_responses`."""
-    return encode_responses([prompt], tokenizer, template, author)[0]
 
 
 def encode_responses(
@@ -125,7 +114,8 @@ def encode_responses(
     for prompt in prompts:
         if prompt.completion is None:
             raise LimbeckError(
-                f"prompt {prompt.id} has no completion; use responses from a model, or data with answers"
+                f"prompt {label(prompt)} has no completion; let the teacher answer (responses.author=teacher), "
+                "or give data with answers"
             )
     refuse_control_tokens(prompts, tokenizer, control_tokens, answers=True)
     texts = _prompt_texts(prompts, tokenizer, name, chat_options)
@@ -186,9 +176,9 @@ def _prompt_texts(
     if name == "chat":
         require_options(options or {}, tokenizer)
         conversations = [turns_of(prompt) for prompt in prompts]
-        texts = render(conversations, tokenizer, [prompt.id for prompt in prompts], options, ask=True)
+        texts = render(conversations, tokenizer, [label(prompt) for prompt in prompts], options, ask=True)
         for prompt, turns, text in zip(prompts, conversations, texts, strict=True):
-            require_asked(prompt.id, tokenizer, turns, text)
+            require_asked(label(prompt), tokenizer, turns, text)
         return texts
     if options:
         raise LimbeckError(
@@ -255,21 +245,22 @@ def _chat_answers(
         [*turns_of(prompt), {"role": "assistant", "content": completion}]
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    texts = render(conversations, tokenizer, [prompt.id for prompt in prompts], options, ask=False)
+    names = [label(prompt) for prompt in prompts]
+    texts = render(conversations, tokenizer, names, options, ask=False)
     rows = _tokenize(texts, tokenizer, special=False)
     control = special_tokens(tokenizer)
     endings: dict[str, tuple[int, ...]] = {}
     answers = []
-    for prompt, completion, before, text, ids, whole in zip(
-        prompts, completions, prompt_texts, texts, prompt_ids, rows, strict=True
+    for name, completion, before, text, ids, whole in zip(
+        names, completions, prompt_texts, texts, prompt_ids, rows, strict=True
     ):
-        ending = text_after_answer(prompt.id, tokenizer, before, text, completion)
+        ending = text_after_answer(name, tokenizer, before, text, completion)
         if whole[: len(ids)] != ids:
             raise LimbeckError(
-                f"prompt {prompt.id}: the tokenizer merges the end of the prompt with the beginning of its answer "
+                f"prompt {name}: the tokenizer merges the end of the prompt with the beginning of its answer "
                 f"{completion[:20]!r}, so that the prompt's ids do not begin the conversation's; change or drop the row"
             )
         if ending not in endings:
             endings[ending] = _tokenize([ending], tokenizer, special=False)[0]
-        answers.append(cut_after_end(prompt.id, whole[len(ids) :], endings[ending], control, tokenizer))
+        answers.append(cut_after_end(name, whole[len(ids) :], endings[ending], control, tokenizer))
     return answers

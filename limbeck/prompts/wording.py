@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from limbeck.flow import LimbeckError, Prompt
+from limbeck.prompts.naming import label
 
 # The wording of Alpaca (Taori et al. 2023), which MiniLLM and its successors train and evaluate with.
 _OPENING = "Below is an instruction that describes a task"
@@ -33,7 +34,7 @@ def _single_turn(prompt: Prompt, template: str) -> str:
     if len(prompt.messages) != 1:
         roles = ", ".join(turn.role for turn in prompt.messages)
         raise LimbeckError(
-            f"prompt {prompt.id} has the turns {roles}, which template {template!r} has no words for; "
+            f"prompt {label(prompt)} has the turns {roles}, which template {template!r} has no words for; "
             "use a tokenizer with a chat template, or single user turns"
         )
     return prompt.messages[0].content

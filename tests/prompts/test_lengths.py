@@ -29,12 +29,6 @@ def test_dropped_prompts_are_reported() -> None:
     assert (fitting.dropped, fitting.limit) == (("p7", "p9"), 6)
 
 
-def test_a_lower_limit_of_the_caller_counts() -> None:
-    with pytest.raises(LimbeckError, match=r"p6 has 6 tokens, expected at most 5 \(max_prompt_tokens\)"):
-        check_lengths([of_length(6)], window=10, max_new_tokens=4, max_prompt_tokens=5)
-    assert check_lengths([of_length(6)], window=10, max_new_tokens=4, max_prompt_tokens=50).limit == 6
-
-
 def test_a_split_that_loses_everything_is_refused() -> None:
     prompts = [of_length(2), of_length(9, "heldout")]
     with pytest.raises(LimbeckError, match="every heldout prompt has more than 6 tokens"):

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from limbeck.flow import LimbeckError, Prompt
-from limbeck.prompts.templates import encode_prompt, encode_response, encode_responses, end_token_ids
+from limbeck.prompts.templates import encode_prompts, encode_responses, end_token_ids
 from tests.prompts.conftest import MakeTokenizer
 
 ASKED = Prompt(id="p", text=" What is 2 + 2?\n", completion="\nIt is 4. ")
@@ -55,7 +55,7 @@ def text_of(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> str:
 def test_prompt_answer_and_end(name: str, make_tokenizer: MakeTokenizer) -> None:
     opening, answer, ends = EXTENDING[name]
     tokenizer = published(name, make_tokenizer)
-    response = encode_response(ASKED, tokenizer)
+    response = encode_responses([ASKED], tokenizer)[0]
     assert text_of(tokenizer, response.prompt_ids).endswith(opening)
     assert text_of(tokenizer, response.response_ids) == answer
     assert tokenizer.convert_ids_to_tokens(list(end_token_ids(tokenizer, "chat"))) == ["</s>", *ends]
@@ -64,10 +64,10 @@ def test_prompt_answer_and_end(name: str, make_tokenizer: MakeTokenizer) -> None
 @pytest.mark.parametrize("name", THINKING)
 def test_thinking_templates_ask_and_end_but_do_not_tell(name: str, make_tokenizer: MakeTokenizer) -> None:
     tokenizer = published(name, make_tokenizer)
-    assert "What is 2 + 2?" in text_of(tokenizer, encode_prompt(ASKED, tokenizer).ids)
+    assert "What is 2 + 2?" in text_of(tokenizer, encode_prompts([ASKED], tokenizer)[0].ids)
     assert tokenizer.convert_ids_to_tokens(list(end_token_ids(tokenizer, "chat"))) == ["</s>", *ENDS[name]]
     with pytest.raises(LimbeckError, match=THINKING[name]):
-        encode_response(ASKED, tokenizer)
+        encode_responses([ASKED], tokenizer)
 
 
 def test_qwen3_tells_once_thinking_is_off(make_tokenizer: MakeTokenizer) -> None:
@@ -78,7 +78,7 @@ def test_qwen3_tells_once_thinking_is_off(make_tokenizer: MakeTokenizer) -> None
 
 def test_templates_of_vision_models_are_refused(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = published("smolvlm", make_tokenizer)
-    with pytest.raises(LimbeckError, match=r"prompt p: .* drops or changes the user's text 'What is 2 \+ 2\?'"):
-        encode_prompt(ASKED, tokenizer)
+    with pytest.raises(LimbeckError, match=r"prompt p \(.* drops or changes the user's text 'What is 2 \+ 2\?'"):
+        encode_prompts([ASKED], tokenizer)
     with pytest.raises(LimbeckError, match="drops an assistant's text"):
         end_token_ids(tokenizer, "chat")

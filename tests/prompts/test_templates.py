@@ -12,9 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from limbeck.flow import LimbeckError, Message, Prompt
 from limbeck.prompts.templates import (
-    encode_prompt,
     encode_prompts,
-    encode_response,
     encode_responses,
     end_token_ids,
     resolve_template,
@@ -75,8 +73,8 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def test_prompt_and_answer_are_the_golden_text(family: str, make_tokenizer: MakeTokenizer) -> None:
     template, eos, prompt_text, answer_text = GOLDEN[family]
     tokenizer = make_tokenizer(template, eos=eos)
-    prompt = encode_prompt(ASKED, tokenizer, "chat")
-    response = encode_response(ASKED, tokenizer, "chat")
+    prompt = encode_prompts([ASKED], tokenizer, "chat")[0]
+    response = encode_responses([ASKED], tokenizer, "chat")[0]
 
     assert text_of(tokenizer, prompt.ids) == prompt_text
     assert text_of(tokenizer, response.response_ids) == answer_text
@@ -92,7 +90,7 @@ def test_ids_are_those_of_the_tokenizer(family: str, make_tokenizer: MakeTokeniz
     turns = [{"role": "user", "content": QUESTION}]
     asked = own_ids(tokenizer, turns, ask=True)
     told = own_ids(tokenizer, [*turns, {"role": "assistant", "content": ANSWER}], ask=False)
-    response = encode_response(ASKED, tokenizer, "chat")
+    response = encode_responses([ASKED], tokenizer, "chat")[0]
 
     assert list(response.prompt_ids) == asked
     whole = [*response.prompt_ids, *response.response_ids]
@@ -121,26 +119,26 @@ def test_any_conversation_equals_apply_chat_template(
     if system is not None and ROLE_SETS[family]:
         turns.insert(0, Message(role="system", content=system))
     expected = own_ids(tokenizer, [{"role": turn.role, "content": turn.content} for turn in turns], ask=True)
-    assert list(encode_prompt(Prompt(id="p", messages=tuple(turns)), tokenizer, "chat").ids) == expected
+    assert list(encode_prompts([Prompt(id="p", messages=tuple(turns))], tokenizer, "chat")[0].ids) == expected
 
 
 def test_a_batch_equals_its_rows(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
     prompts = [Prompt(id=str(n), text="a " * n + QUESTION, completion=ANSWER * (n + 1)) for n in range(9)]
-    assert encode_prompts(prompts, tokenizer) == [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    assert encode_responses(prompts, tokenizer) == [encode_response(prompt, tokenizer) for prompt in prompts]
+    assert encode_prompts(prompts, tokenizer) == [encode_prompts([prompt], tokenizer)[0] for prompt in prompts]
+    assert encode_responses(prompts, tokenizer) == [encode_responses([prompt], tokenizer)[0] for prompt in prompts]
     assert encode_prompts([], tokenizer) == []
 
 
 def test_white_space_around_an_answer_is_dropped_not_merged(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
     loose = Prompt(id="p", text=QUESTION, completion=f"\n\n  {ANSWER}\n")
-    assert encode_response(loose, tokenizer).response_ids == encode_response(ASKED, tokenizer).response_ids
+    assert encode_responses([loose], tokenizer)[0].response_ids == encode_responses([ASKED], tokenizer)[0].response_ids
 
 
 def test_long_answers_are_cut_and_say_so(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
-    whole = encode_response(ASKED, tokenizer).response_ids
+    whole = encode_responses([ASKED], tokenizer)[0].response_ids
     (cut,) = encode_responses([ASKED], tokenizer, max_new_tokens=3)
     assert (cut.response_ids, cut.stop) == (whole[:3], "length")
     (kept,) = encode_responses([ASKED], tokenizer, max_new_tokens=len(whole))
@@ -149,15 +147,15 @@ def test_long_answers_are_cut_and_say_so(make_tokenizer: MakeTokenizer) -> None:
 
 def test_a_thought_opened_by_the_question_is_refused(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(THINK_WHEN_ASKING, eos="<|im_end|>")
-    assert text_of(tokenizer, encode_prompt(ASKED, tokenizer).ids).endswith("<think>\n")
+    assert text_of(tokenizer, encode_prompts([ASKED], tokenizer)[0].ids).endswith("<think>\n")
     with pytest.raises(LimbeckError, match=r"does not begin its own conversation .*<think>.*chat_options"):
-        encode_response(ASKED, tokenizer)
+        encode_responses([ASKED], tokenizer)
 
 
 def test_a_thought_written_into_the_answer_is_refused_unless_turned_off(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(THINK_WHEN_TELLING, eos="<|im_end|>")
     with pytest.raises(LimbeckError, match=r"changes the answer .*think.*chat_options"):
-        encode_response(ASKED, tokenizer)
+        encode_responses([ASKED], tokenizer)
     (response,) = encode_responses([ASKED], tokenizer, chat_options={"enable_thinking": False})
     assert text_of(tokenizer, response.response_ids) == f"{ANSWER}<|im_end|>"
     assert text_of(tokenizer, response.prompt_ids).endswith("</think>\n\n")
@@ -165,7 +163,7 @@ def test_a_thought_written_into_the_answer_is_refused_unless_turned_off(make_tok
 
 def test_a_template_without_an_end_is_refused(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(LimbeckError, match="no special token"):
-        encode_response(ASKED, make_tokenizer(NO_END))
+        encode_responses([ASKED], make_tokenizer(NO_END))
 
 
 def test_an_answer_that_merges_with_the_prompt_is_refused(make_tokenizer: MakeTokenizer) -> None:
@@ -176,18 +174,21 @@ def test_an_answer_that_merges_with_the_prompt_is_refused(make_tokenizer: MakeTo
     answer = Prompt(id="p", text=QUESTION, completion="s of the model")
     tokenizer.add_tokens(["tants"])
     with pytest.raises(LimbeckError, match="merges the end of the prompt"):
-        encode_response(answer, tokenizer)
+        encode_responses([answer], tokenizer)
 
 
 def test_a_refusal_of_the_template_is_passed_on(make_tokenizer: MakeTokenizer) -> None:
     turns = (Message(role="system", content="Be brief."), Message(role="user", content=QUESTION))
-    with pytest.raises(LimbeckError, match=r"prompt p: .*refuses the turns system, user \(System role not supported\)"):
-        encode_prompt(Prompt(id="p", messages=turns), make_tokenizer(GEMMA))
+    with pytest.raises(LimbeckError, match=r"prompt p \(.*refuses the turns system, user \(System role not support"):
+        encode_prompts([Prompt(id="p", messages=turns)], make_tokenizer(GEMMA))
 
 
 def test_no_completion_is_refused(make_tokenizer: MakeTokenizer) -> None:
-    with pytest.raises(LimbeckError, match="prompt p has no completion"):
-        encode_response(Prompt(id="p", text=QUESTION), make_tokenizer(CHATML))
+    with pytest.raises(
+        LimbeckError,
+        match=r"prompt p \('What is the capital of France\?'\) has no completion; .*responses\.author=teacher",
+    ):
+        encode_responses([Prompt(id="p", text=QUESTION)], make_tokenizer(CHATML))
 
 
 def test_control_tokens_in_text_are_refused_or_parsed_as_the_tokenizer_does(make_tokenizer: MakeTokenizer) -> None:
@@ -195,7 +196,7 @@ def test_control_tokens_in_text_are_refused_or_parsed_as_the_tokenizer_does(make
     spelled = "How do I use <filename> in a shell?"
     prompt = Prompt(id="p", text=spelled, completion=ANSWER)
     with pytest.raises(LimbeckError, match=r"prompt p \('How do I use <filename> .*parse"):
-        encode_prompt(prompt, tokenizer)
+        encode_prompts([prompt], tokenizer)
     (parsed,) = encode_prompts([prompt], tokenizer, control_tokens="parse")
     expected = own_ids(tokenizer, [{"role": "user", "content": spelled}], ask=True)
     assert list(parsed.ids) == expected
@@ -205,9 +206,9 @@ def test_control_tokens_in_text_are_refused_or_parsed_as_the_tokenizer_does(make
 def test_control_tokens_in_an_answer_matter_only_to_answers(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
     prompt = Prompt(id="p", text=QUESTION, completion="It ends<|im_end|> here.")
-    assert encode_prompt(prompt, tokenizer).ids
+    assert encode_prompts([prompt], tokenizer)[0].ids
     with pytest.raises(LimbeckError, match=r"control token <\|im_end\|>"):
-        encode_response(prompt, tokenizer)
+        encode_responses([prompt], tokenizer)
     (parsed,) = encode_responses([prompt], tokenizer, control_tokens="parse")
     assert text_of(tokenizer, parsed.response_ids) == "It ends<|im_end|> here.<|im_end|>"
 
@@ -240,14 +241,14 @@ def test_auto_is_resolved_by_tokenizer_and_prompts(make_tokenizer: MakeTokenizer
 
 def test_alpaca_wording_is_the_one_of_minillm(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
-    with_input = text_of(tokenizer, encode_prompt(INSTRUCTION, tokenizer, "alpaca").ids)
+    with_input = text_of(tokenizer, encode_prompts([INSTRUCTION], tokenizer, "alpaca")[0].ids)
     assert with_input == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         f"### Instruction:\n{QUESTION}\n\n### Input:\nAnswer in French.\n\n### Response:\n"
     )
     for prompt in (ASKED, TURN):
-        assert text_of(tokenizer, encode_prompt(prompt, tokenizer, "alpaca").ids) == (
+        assert text_of(tokenizer, encode_prompts([prompt], tokenizer, "alpaca")[0].ids) == (
             "Below is an instruction that describes a task. "
             "Write a response that appropriately completes the request.\n\n"
             f"### Instruction:\n{QUESTION}\n\n### Response:\n"
@@ -257,7 +258,7 @@ def test_alpaca_wording_is_the_one_of_minillm(make_tokenizer: MakeTokenizer) -> 
 def test_plain_is_the_text_as_it_stands(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     raw = Prompt(id="p", text="  def f():\n", completion="    return 1\n")
-    response = encode_response(raw, tokenizer, "plain")
+    response = encode_responses([raw], tokenizer, "plain")[0]
     assert text_of(tokenizer, response.prompt_ids) == "  def f():\n"
     assert text_of(tokenizer, response.response_ids) == "    return 1\n</s>"
     assert list(response.prompt_ids) == tokenizer("  def f():\n")["input_ids"]
@@ -266,8 +267,8 @@ def test_plain_is_the_text_as_it_stands(make_tokenizer: MakeTokenizer) -> None:
 def test_conversations_without_a_chat_template_are_refused(make_tokenizer: MakeTokenizer) -> None:
     turns = (Message(role="system", content="Be brief."), Message(role="user", content=QUESTION))
     for template in ("plain", "alpaca"):
-        with pytest.raises(LimbeckError, match="prompt p has the turns system, user"):
-            encode_prompt(Prompt(id="p", messages=turns), make_tokenizer(), template)
+        with pytest.raises(LimbeckError, match=r"prompt p \(.* has the turns system, user"):
+            encode_prompts([Prompt(id="p", messages=turns)], make_tokenizer(), template)
 
 
 def test_a_tokenizer_that_ends_every_text_is_refused(make_tokenizer: MakeTokenizer) -> None:
@@ -278,7 +279,7 @@ def test_a_tokenizer_that_ends_every_text_is_refused(make_tokenizer: MakeTokeniz
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     with pytest.raises(LimbeckError, match="ends every text with </s>"):
-        encode_prompt(ASKED, tokenizer, "plain")
+        encode_prompts([ASKED], tokenizer, "plain")
 
 
 def test_the_tokenizers_own_beginning_is_kept_outside_chat(make_tokenizer: MakeTokenizer) -> None:
@@ -286,7 +287,7 @@ def test_the_tokenizers_own_beginning_is_kept_outside_chat(make_tokenizer: MakeT
 
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    response = encode_response(ASKED, tokenizer, "plain")
+    response = encode_responses([ASKED], tokenizer, "plain")[0]
     assert response.prompt_ids[0] == 0
     assert 0 not in response.response_ids
 
@@ -296,7 +297,7 @@ def test_a_chat_template_that_begins_the_text_is_not_begun_twice(make_tokenizer:
 
     tokenizer = make_tokenizer(GEMMA)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    ids = encode_prompt(ASKED, tokenizer).ids
+    ids = encode_prompts([ASKED], tokenizer)[0].ids
     assert ids[0] == 0 and ids.count(0) == 1
 
 
@@ -315,7 +316,7 @@ def test_smollm2_ids_are_its_own(smollm2_dir: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    response = encode_response(ASKED, tokenizer)
+    response = encode_responses([ASKED], tokenizer)[0]
     turns = [{"role": "user", "content": QUESTION}]
     assert list(response.prompt_ids) == own_ids(tokenizer, turns, ask=True)
     assert text_of(tokenizer, response.prompt_ids) == (
