@@ -1,16 +1,20 @@
 """Linear layers in float32 on a CPU through oneDNN instead of the BLAS that torch was built with.
 
 torch's own wheels send float32 products on x86 to MKL, which runs at a third to half of what an AMD CPU can do; oneDNN
-ships in the same wheel. Exact float32 either way, only the order of the sums differs. Models are not touched: while the
-mode is active in a thread, calls of F.linear are answered here, and everything else passes.
+ships in the same wheel. On Intel's own CPUs MKL is a little ahead, so there everything stays as it is. Exact float32
+either way, only the order of the sums differs. Models are not touched: while the mode is active in a thread, calls of
+F.linear are answered here, and everything else passes.
 
 Measured on two Zen 5 cores: forward and backward of 18 SmolLM2 blocks on 1,040 tokens, 2.60 s by F.linear, 1.67 s here.
+On two cores of an Intel Xeon (Sapphire Rapids) the single products take 1.0 to 1.25 times what they take by F.linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +30,21 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available()
 
 
+@cache
+def preferred() -> bool:
+    """Whether oneDNN is there and ahead of the BLAS: a function of the machine, so that a run continues as it began."""
+    return available() and not (torch.backends.mkl.is_available() and _vendor() == "GenuineIntel")
+
+
+def _vendor() -> str:
+    """Who made the CPU, as Linux names them; empty elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return ""
+    lines = (line.partition(":") for line in cpuinfo.read_text("utf-8", "replace").splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == "vendor_id"), "")
+
+
 def product(input: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``input @ weight.T + bias`` in float32; any strides. Records no gradient."""
     return torch.ops.mkldnn._linear_pointwise(input, weight_OI, bias_O, "none", [], "")
@@ -38,7 +57,7 @@ def fits(input: Tensor, weight_OI: Tensor) -> bool:
         and weight_OI.device.type == "cpu"
         and weight_OI.ndim == 2
         and input.numel() > 0
-        and available()
+        and preferred()
     )
 
 
@@ -90,7 +109,7 @@ class _Linears(TorchFunctionMode):
 
 def linears() -> AbstractContextManager[Any]:
     """Forward and backward passes inside the block use oneDNN where it is there and fits."""
-    return _Linears(lambda *operands: _Linear.apply(*operands)) if available() else nullcontext()  # type: ignore[return-value]
+    return _Linears(lambda *operands: _Linear.apply(*operands)) if preferred() else nullcontext()  # type: ignore[return-value]
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

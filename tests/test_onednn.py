@@ -10,7 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from limbeck import onednn
 
+PREFERRED = onednn.preferred
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this build of torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _whoever_made_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "preferred", onednn.available)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -119,3 +125,16 @@ def test_checkpointed_blocks_run_again_through_the_same_kernels():
         grads.append((x.grad, w.grad))
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "mkl", "taken"),
+    [("AuthenticAMD", True, True), ("GenuineIntel", True, False), ("GenuineIntel", False, True), ("", True, True)],
+)
+def test_intel_keeps_its_own_library(monkeypatch, tmp_path, vendor, mkl, taken):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: x\n")
+    monkeypatch.setattr(onednn, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(onednn, "available", lambda: True)
+    assert PREFERRED.__wrapped__() is taken

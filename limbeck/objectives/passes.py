@@ -42,8 +42,12 @@ class Grads:
         # In half precision the products take the dtype of the model, as autograd's would; their sum does not.
         grad_NV, hidden_ND = grad_NV.to(weight_VD.dtype), hidden_ND.to(weight_VD.dtype)
         if self.hidden_ND is not None:
-            fits = onednn.fits(grad_NV, weight_VD)
-            self.hidden_ND[tokens] = onednn.product(grad_NV, weight_VD.T) if fits else grad_NV @ weight_VD
+            if onednn.fits(grad_NV, weight_VD):
+                self.hidden_ND[tokens] = onednn.product(grad_NV, weight_VD.T)
+            elif exact:
+                torch.mm(grad_NV, weight_VD, out=self.hidden_ND[tokens])
+            else:
+                self.hidden_ND[tokens] = grad_NV @ weight_VD
         if self.weight_VD is None:
             return
         if exact:

@@ -28,6 +28,7 @@ from limbeck.story import Story
 from limbeck.student.adapters import LoraSpec, check_adapters
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, fresh_model
+from limbeck.student.launch import require_trackers
 from limbeck.student.schedules import moved
 
 
@@ -102,7 +103,7 @@ def check_student(story: Story) -> None:
         LimbeckError: anything else.
     """
     _check_objective(story)
-    _check_trackers(story.recipe.train.report_to)
+    require_trackers(story.recipe.train.report_to)
     section = story.recipe.student
     if section.model is not None and section.init != "scratch":
         _resolvable(section)
@@ -158,20 +159,6 @@ def sparse_form(recipe: config.Recipe) -> SparseForm | None:
     if section.support == "full":
         return None
     return SparseForm(support=section.support, k=section.k, temperatures=config.signal_temperatures(recipe))
-
-
-def _check_trackers(names: tuple[str, ...]) -> None:
-    if not names:
-        return
-    from accelerate.tracking import get_available_trackers
-
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for name in names:
-        if name not in available:
-            raise LimbeckError(
-                f"train.report_to names {name!r}, which is not installed or unknown; "
-                f"installed here: {', '.join(available) or 'none'}"
-            )
 
 
 def _check_anatomy(story: Story) -> None:

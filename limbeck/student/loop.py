@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -29,9 +28,9 @@ from limbeck.console import Console, Meter, QuietConsole
 from limbeck.flow import LimbeckError, Response, Support, Teacher
 from limbeck.objectives import Temperature, TemperatureSchedule
 from limbeck.objectives.registry import AnyObjective
-from limbeck.student import checkpoints, schedules
+from limbeck.student import checkpoints, launch, schedules
 from limbeck.student.batches import Plan, collate, micro_batches
-from limbeck.student.loss import StudentLoss, make_projection
+from limbeck.student.loss import Moment, StudentLoss, make_projection
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,7 +91,9 @@ def train(
     """
     if not responses:
         raise LimbeckError("got no responses to train on; expected at least one, check the prompts and their lengths")
-    accelerator = _accelerator(settings, context)
+    accelerator = launch.accelerator(
+        settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
+    )
     step_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     plan = Plan.of(responses, step_rows=step_rows, seed=settings.seed)
     total = schedules.total_steps(settings, plan.steps_per_epoch)
@@ -108,7 +109,7 @@ def train(
         ),
         compile=settings.compile,
     )
-    optimizer = _adamw(loss_module, settings)
+    optimizer = launch.adamw(loss_module, settings)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
     run = _Run(
         accelerator=accelerator,
@@ -182,26 +183,9 @@ class _Run:
         """One optimizer step and its metrics; advances `progress` and says whether any rank was asked to stop."""
         started = time.perf_counter()
         self._seed(progress.step)
-        rows = self._rows(progress)
+        rows, moment = self._rows(progress), self._moment(progress.step)
         tokens = self.plan.step_tokens(rows)
-        moved = progress.step / max(self.total - 1, 1)
-        temperature = self.temperature.at(moved)
-        options = schedules.moved(self.schedule, moved)
-        sums = torch.zeros(len(self.module.stats), device=self.accelerator.device)
-        micros = micro_batches(
-            rows,
-            rows_per_device=self.settings.per_device_train_batch_size,
-            rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes,
-        )
-        for i, micro in enumerate(micros):
-            # DDP averages over ranks, the step sums over them: hence the factor.
-            weight = self.accelerator.num_processes / tokens
-            sums += self._backward(micro, temperature, options, weight=weight, last=i == len(micros) - 1, rows=rows)
-        # Ranks must agree to stop at the same step, so the wish travels with the loss.
-        wish = torch.tensor([float(self.context.should_stop())], device=sums.device)
-        *summed, stop = self.accelerator.reduce(torch.cat([sums, wish]), reduction="sum").tolist()  # type: ignore[union-attr]
-        means = {name: value / tokens for name, value in zip(self.module.stats, summed, strict=True)}
+        means, stop = self._gradients(rows, moment, tokens)
         loss = means["loss"]
         grad_norm = self._clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -221,8 +205,8 @@ class _Run:
             "epoch": round(progress.step / self.plan.steps_per_epoch, 4),
             **means,
             "learning_rate": rate,
-            **({} if temperature is self.temperature else {"temperature": temperature.loss}),
-            **options,
+            **({} if moment.temperature is self.temperature else {"temperature": moment.temperature.loss}),
+            **moment.options,
             "grad_norm": grad_norm,
             "tokens": progress.tokens,
             "tokens_per_s": round(tokens / seconds, 1),
@@ -231,7 +215,29 @@ class _Run:
         }
         self._record(progress, metrics)
         meter.advance(tokens, f"step {progress.step}/{self.total}, loss {loss:.3f}")
-        return stop > 0
+        return stop
+
+    def _moment(self, step: int) -> Moment:
+        share = step / max(self.total - 1, 1)
+        return Moment(temperature=self.temperature.at(share), options=schedules.moved(self.schedule, share))
+
+    def _gradients(self, rows: tuple[int, ...], moment: Moment, tokens: int) -> tuple[dict[str, float], bool]:
+        """The gradients of the step; the means of what is logged, and whether a rank was asked to stop, over all ranks."""
+        sums = torch.zeros(len(self.module.stats), device=self.accelerator.device)
+        micros = micro_batches(
+            rows,
+            rows_per_device=self.settings.per_device_train_batch_size,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+        for i, micro in enumerate(micros):
+            # DDP averages over ranks, the step sums over them: hence the factor.
+            weight = self.accelerator.num_processes / tokens
+            sums += self._backward(micro, moment, weight=weight, last=i == len(micros) - 1, rows=rows)
+        # Ranks must agree to stop at the same step, so the wish travels with the loss.
+        wish = torch.tensor([float(self.context.should_stop())], device=sums.device)
+        *summed, stop = self.accelerator.reduce(torch.cat([sums, wish]), reduction="sum").tolist()  # type: ignore[union-attr]
+        return {name: value / tokens for name, value in zip(self.module.stats, summed, strict=True)}, stop > 0
 
     def _not_finite(self, step: int, what: str, *, begun: bool) -> NonFiniteError:
         last = checkpoints.newest(self.context.checkpoints)
@@ -249,8 +255,9 @@ class _Run:
         rows = self._rows(replace(progress, step=progress.step - 1))
         batch = collate(self.responses, rows[-1:], pad_id=self.pad_id).to(self.accelerator.device)
         weight_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
-        with onednn.linears():
-            loss, _ = self.model(batch, None, weight_N, Temperature(), {})
+        # Without the ranks: all have the same weights and take the same row.
+        with self.accelerator.no_sync(self.model), onednn.linears():
+            loss, _ = self.model(batch, None, weight_N, Moment())
             self.accelerator.backward(loss)
         value, grad_norm = loss.item(), self._clip()
         self.optimizer.zero_grad()
@@ -270,14 +277,7 @@ class _Run:
         return progress.epoch_steps[1][index]
 
     def _backward(
-        self,
-        micro: tuple[int, ...],
-        temperature: Temperature,
-        options: Mapping[str, float],
-        *,
-        weight: float,
-        last: bool,
-        rows: tuple[int, ...],
+        self, micro: tuple[int, ...], moment: Moment, *, weight: float, last: bool, rows: tuple[int, ...]
     ) -> Tensor:
         """Backward of one micro-batch. An empty one runs on a row of weight 0: all ranks meet in the backward."""
         batch = collate(self.responses, micro or rows[-1:], pad_id=self.pad_id)
@@ -285,7 +285,7 @@ class _Run:
         batch = batch.to(self.accelerator.device)
         weight_N = torch.full_like(batch.labels_N, weight if micro else 0.0, dtype=torch.float32)
         with nullcontext() if last else self.accelerator.no_sync(self.model), onednn.linears():
-            loss, sums = self.model(batch, signal, weight_N, temperature, options)
+            loss, sums = self.model(batch, signal, weight_N, moment)
             self.accelerator.backward(loss)
         return sums if micro else torch.zeros_like(sums)
 
@@ -349,47 +349,3 @@ def _keep_metrics(path: Path, step: int) -> None:
             if line.endswith("}") and json.loads(line)["step"] <= step:
                 kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _accelerator(settings: TrainSection, context: LoopContext) -> Accelerator:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.tracking import get_available_trackers
-
-    available = [str(tracker) for tracker in get_available_trackers()]
-    missing = [name for name in settings.report_to if name not in available]
-    if missing:
-        raise LimbeckError(
-            f"train.report_to names {missing[0]!r}, which is not installed or unknown; "
-            f"installed here: {', '.join(available) or 'none'}"
-        )
-    # accelerate keeps the first precision of a process for good; a second run in it may ask for another.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        # Without being told, accelerate takes the ranks of a machine without accelerators for runs of their own.
-        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
-        mixed_precision="bf16" if settings.bf16 else "no",
-        log_with=list(settings.report_to) or None,
-        project_dir=str(context.checkpoints.parent / "trackers") if settings.report_to else None,
-    )
-    if settings.report_to:
-        accelerator.init_trackers(context.run_name, config=context.tracker_config)
-    return accelerator
-
-
-def _adamw(module: StudentLoss, settings: TrainSection) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone, as TrainingArguments' optimizer does."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    if not any(p.requires_grad for p in module.student.parameters()):
-        raise LimbeckError("the student has no trainable weights; check student.lora.target_modules")
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        fused=True,
-    )

@@ -6,6 +6,7 @@ Wrappers (DDP, FSDP) see one forward from token ids to loss.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,6 +19,14 @@ from limbeck.objectives import HiddenPair, Temperature, fused_distillation_loss
 from limbeck.objectives.bodies import measured_on
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, leaves, part_names, row_leaves
 from limbeck.student.batches import collate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What moves over training, as it stands at a step: the temperature, and options of the objective."""
+
+    temperature: Temperature = field(default_factory=Temperature)
+    options: Mapping[str, float] = field(default_factory=dict)
 
 
 class StudentLoss(nn.Module):
@@ -55,19 +64,13 @@ class StudentLoss(nn.Module):
             self.stats += measured_on(support)
 
     def forward(
-        self,
-        batch: TokenBatch,
-        signal: Signal | None,
-        weight_N: Tensor,
-        temperature: Temperature,
-        options: Mapping[str, float],
+        self, batch: TokenBatch, signal: Signal | None, weight_N: Tensor, moment: Moment
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the per-token values, and the plain sums of `stats` over the tokens (detached).
 
         Args:
             signal: None leaves objective and teacher out: the cross-entropy of the labels, which tells whether the
                 student still computes.
-            options: options of the objective that move over training.
         """
         hidden_ND = hidden_states(self.student, batch)
         head = head_of(self.student, self.vocab_size, verify=False)
@@ -85,13 +88,13 @@ class StudentLoss(nn.Module):
             head,
             signal,
             self.objective,
-            temperature=temperature,
+            temperature=moment.temperature,
             support=self.support if isinstance(signal, TopKSignal) else None,
             weight_N=weight_N,
             label_N=batch.labels_N,
             sequence_N=batch.sequence_N,
             hidden_pairs=pairs,
-            token_options={name: torch.full_like(weight_N, value) for name, value in options.items()},
+            token_options={name: torch.full_like(weight_N, value) for name, value in moment.options.items()},
             measure=self._measured and not isinstance(signal, SampledSignal),
             compile=self.compile_body,
         )

@@ -19,7 +19,7 @@ from limbeck.objectives import (
     token_difficulty,
 )
 from limbeck.student.batches import collate
-from limbeck.student.loss import StudentLoss
+from limbeck.student.loss import Moment, StudentLoss
 from tests.objectives.cases import DEFAULTS
 from tests.objectives.pairs import Pair
 from tests.student.play import VOCAB, tiny_model, tiny_responses, tiny_teacher
@@ -186,7 +186,7 @@ def test_the_temperature_of_sampling_never_enters_a_loss():
         module = StudentLoss(
             student, DEFAULTS["fkl"], support="full", vocab_size=VOCAB, projection_ED=None, compile="off"
         )
-        loss, _ = module(batch, signal, torch.ones(len(batch.labels_N)), Temperature(loss=2.0), {})
+        loss, _ = module(batch, signal, torch.ones(len(batch.labels_N)), Moment(temperature=Temperature(loss=2.0)))
         losses.append(loss)
     assert torch.equal(*losses)
 
