@@ -28,7 +28,7 @@ USABLE = {"flow", "config", "rundir", "console", "onednn"}
 PARTS = {
     "models": USABLE,
     "objectives": {"flow", "onednn"},
-    "prompts": USABLE,
+    "prompts": USABLE | {"models"},
     "teachers": USABLE | {"models"},
     "responses": USABLE | {"models", "prompts"},
     # A teacher is handed in, never imported.

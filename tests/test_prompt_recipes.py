@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +77,16 @@ def test_chat_options_without_effect_are_refused(
     assert finished.code == 2
     for word in words:
         assert word in finished.error_line
+
+
+def test_without_a_network_a_hub_id_is_refused_at_once_and_quietly(tiny: TinyPair, tmp_path: Path) -> None:
+    """In a process of its own: the libraries read at their import whether they may use the network."""
+    recipe = tiny.recipe(tmp_path / "run", prompts={"source": "nobody/nothing"})
+    command = [sys.executable, "-m", "limbeck", "prompts", str(recipe)]
+    away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    began = time.monotonic()
+    done = subprocess.run(command, env=os.environ | away, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "nobody/nothing is neither" in done.stderr and "the hub cannot be reached" in done.stderr
+    # Most of it is importing torch and its kin.
+    assert time.monotonic() - began < 20

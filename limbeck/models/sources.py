@@ -160,11 +160,11 @@ def _hub(repo: str, revision: str | None, weights: bool, trust_remote_code: bool
             f"no model {repo!r}: no such path here and no such model on the hub (or it is private and you are "
             f"not logged in){_nearest(repo)}; check the name, or log in with `hf auth login`"
         ) from error
-    except _network_errors() as error:
+    except network_errors() as error:
         return _cached(repo, revision, patterns, weights, f"the hub cannot be reached ({one_line(error)})")
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
+def network_errors() -> tuple[type[Exception], ...]:
     """What the hub's client raises when the network fails; its HTTP library differs between versions."""
     from huggingface_hub import errors
 

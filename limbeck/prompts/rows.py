@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.flow import LimbeckError
+from limbeck.prompts.hub import load_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,7 +87,7 @@ def _dispatch(source: str, split: str, config: str | None) -> Iterator[PlacedRow
         return _read_files(found)
     if source.startswith((".", "/", "~")) or Path(source).suffix in _SUFFIXES or _is_pattern(source):
         raise LimbeckError(f"{source} does not exist; give a file or folder, a hub id, or builtin")
-    return _read_hub(source, split, config)
+    return _read_dataset(load_hub(source, split, config), source)
 
 
 def _read_folder(path: Path, split: str) -> Iterator[PlacedRow]:
@@ -180,19 +181,6 @@ def _read_saved(path: Path, split: str) -> Iterator[PlacedRow]:
             )
         saved = saved[split]
     yield from _read_dataset(saved, str(path))
-
-
-def _read_hub(name: str, split: str, config: str | None) -> Iterator[PlacedRow]:
-    from datasets import load_dataset
-
-    try:
-        loaded = load_dataset(name, config, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise LimbeckError(
-            f"{name} is neither a local file or folder nor a data set the hub gives ({_one_line(error)}); "
-            "check the name, prompts.dataset_config, prompts.dataset_split, and the network or login"
-        ) from None
-    yield from _read_dataset(loaded, name)
 
 
 def _read_dataset(dataset: Dataset, name: str) -> Iterator[PlacedRow]:

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from limbeck.flow import LimbeckError, Message
+from limbeck.prompts import hub
 from limbeck.prompts.formats import Example, instruction_example
 from limbeck.prompts.rows import source_digest
 from limbeck.prompts.sources import PromptSet, canonical_content, content_id, load_prompts, split_of
@@ -120,6 +121,7 @@ def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         raise ConnectionError("Couldn't reach 'nobody/nothing'\non the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(hub, "_why_unreachable", lambda name: "")
     with pytest.raises(LimbeckError) as caught:
         load("nobody/nothing", dataset_config="main", dataset_split="test")
     assert re.fullmatch(r"nobody/nothing is neither a local .*Couldn't reach .* on the Hub.*login", str(caught.value))
@@ -128,8 +130,35 @@ def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_hub_id_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
+    monkeypatch.setattr(hub, "_why_unreachable", lambda name: "")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_list(TWENTY))
     assert asked(load("somebody/something")) == TWENTY_TEXTS
+
+
+def test_without_a_network_one_request_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` is asked for what it has on disk alone, and everything is as it was afterwards."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    seen = []
+
+    def cached(name: str, config: str | None, split: str) -> datasets.Dataset:
+        seen.append((datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE))  # type: ignore[attr-defined]
+        return datasets.Dataset.from_list(TWENTY)
+
+    for module in (datasets.config, constants):  # type: ignore[attr-defined]
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets, "load_dataset", cached)
+    assert asked(load("somebody/something")) == TWENTY_TEXTS
+    assert seen == [(True, True)]
+    assert (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE) == (False, False)  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_a_hub_id_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("some/where/else", "my prompts"):
+        with pytest.raises(LimbeckError, match=f"{name} does not exist and is no hub id"):
+            load(name)
 
 
 BAD_LINES = {
