@@ -187,6 +187,8 @@ class TrainSection:
 
 @dataclass(config=_STRICT, kw_only=True)
 class EvaluateSection:
+    """What is measured and how; a list alone, `evaluate: [fidelity, rouge]`, stands for its groups."""
+
     groups: tuple[Literal["fidelity", "rouge"], ...] = ("fidelity", "rouge")
     max_new_tokens: Count = 64
     """Length of the greedy answers that are compared."""
@@ -235,6 +237,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
         LimbeckError: unknown recipe, broken YAML, unknown key (with the nearest known one), wrong type or value.
     """
     tree = dict(recipe) if isinstance(recipe, Mapping) else _read(recipe)
+    if isinstance(groups := tree.get("evaluate"), list | tuple):
+        tree["evaluate"] = {"groups": groups}
     for override in overrides:
         _apply(tree, override)
     return _validate(tree)
@@ -268,6 +272,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise LimbeckError(f"override {override!r} has no value; write section.key=value, e.g. train.max_steps=20")
     value = recipe_text.parse(text, f"the value of override {override!r}")
+    if key == "evaluate" and isinstance(value, list):
+        key = "evaluate.groups"
     *parents, leaf = key.split(".")
     node = tree
     for depth, part in enumerate(parents):
@@ -408,6 +414,10 @@ def json_schema() -> dict[str, Any]:
     schema = _ADAPTER.json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "limbeck recipe"
+    groups = schema["$defs"]["EvaluateSection"]["properties"]["groups"]
+    schema["properties"]["evaluate"] = {
+        "anyOf": [schema["properties"]["evaluate"], {k: v for k, v in groups.items() if k in ("type", "items")}]
+    }
     section = schema["$defs"]["ObjectiveSection"]
     del section["properties"]["options"]
     section["properties"]["name"]["enum"] = sorted(OBJECTIVES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,18 @@ def _explain(mistake: Any, path: str, known: Sequence[str]) -> str:
         return f"{path} is missing; add it to the recipe or give it as {path}=..."
     if mistake["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{path} is {short(mistake['input'])}; expected a section with keys"
+    if mistake["type"] in ("tuple_type", "list_type"):
+        return f"{path}: got {short(mistake['input'])}; expected a list{_as_list(path, mistake['input'])}"
     return f"{path}: got {short(mistake['input'])}; {_lower(mistake['msg'])}"
+
+
+def _as_list(path: str, value: object) -> str:
+    """How a value that stands alone is written where a list of such values is expected."""
+    if not isinstance(value, str | int | float) or len(str(value)) > 40:
+        return ""
+    inner = json.dumps(value, ensure_ascii=False)
+    bare = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w.-]*", value)
+    return f", such as {path}=[{value if bare else inner}]"
 
 
 def short(value: object) -> str:

@@ -41,6 +41,7 @@ class TestRecipes:
             ("objective.bet=0.1", ("'objective.bet'", "no options")),
             ("objective.temprature=1", ("'objective.temprature'", "did you mean 'objective.temperature'?")),
             ("objective.temperature_scale=tau3", ("temperature_scale", "tau3")),
+            ("train.report_to=tensorboard", ("'tensorboard'", "a list, such as train.report_to=[tensorboard]")),
             ("train.report_to=[wandbb]", ("'wandbb'", "installed here")),
             ("student.layers=9", ("student.layers is 9", "3 blocks", "2 to 2")),
             ("responses.max_new_tokens=500", ("500", "128", "lower it")),

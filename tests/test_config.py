@@ -97,6 +97,15 @@ def test_overrides_are_typed_as_in_a_file(override, section, key, value):
     assert got == value and type(got) is type(value)
 
 
+def test_a_list_of_groups_is_what_is_evaluated():
+    """As the design document writes it: in a file, with more said on the command line, and there alone."""
+    listed = recipe(evaluate=["rouge"])
+    assert listed == recipe("evaluate.groups=[rouge]") == recipe(evaluate={"groups": ["rouge"]})
+    both = recipe("evaluate.samples=2", "evaluate=[fidelity]", evaluate=["rouge"])
+    assert (both.evaluate.groups, both.evaluate.samples) == (("fidelity",), 2)
+    assert as_tree(listed)["evaluate"]["groups"] == ["rouge"]
+
+
 def test_the_last_override_wins():
     assert recipe("train.seed=1", "train.seed=2").train.seed == 2
 
@@ -121,9 +130,15 @@ def test_the_last_override_wins():
         ("train.lr_scheduler_type=cosin", "'linear', 'cosine'"),
         ("train=5", "train is 5; expected a section with keys"),
         ("train=null", "train is None; expected a section"),
-        ("train.report_to=wandb", "train.report_to: got 'wandb'; input should be a valid array"),
+        ("train.report_to=wandb", "train.report_to: got 'wandb'; expected a list, such as train.report_to=[wandb]"),
+        ("responses.stop='a, b'", 'expected a list, such as responses.stop=["a, b"]'),
+        ("student.keep=3", "student.keep: got 3; expected a list, such as student.keep=[3]"),
+        ("student.keep={a: 1}", "student.keep: got {'a': 1}; expected a list"),
+        ("signal.temperatures=2.5", "expected a list, such as signal.temperatures=[2.5]"),
+        ("objective.schedule.alpha=0.1", "objective.schedule.alpha: got 0.1; expected a list"),
         ("evaluate.groups=[fidelity, rogue]", "evaluate.groups.1: got 'rogue'; input should be 'fidelity' or 'rouge'"),
-        ("evaluate=[fidelity]", "evaluate is ['fidelity']; expected a section"),
+        ("evaluate=[fidelity, rogue]", "evaluate.groups.1: got 'rogue'; input should be 'fidelity' or 'rouge'"),
+        ("evaluate=fidelity", "evaluate is 'fidelity'; expected a section"),
         ("responses.top_p=1.5", "responses.top_p: got 1.5; input should be less than or equal to 1"),
         ("prompts.fields.question=q", "prompts.fields.question: got 'question'; input should be 'prompt'"),
         ("objective.temperature_scale=tau3", "objective.temperature_scale: got 'tau3'; input should be 'none', 'tau'"),

@@ -128,8 +128,10 @@ def _category(row: Row) -> str | None:
 
 def _turns(value: Any, field: str, where: str, role_key: str = "role", text_key: str = "content") -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        text = "text or " if field in ("prompt", "completion") else ""
         raise LimbeckError(
-            f"{where}: expected a list of messages in {field!r}, got {_shown(value)}; give at least one turn"
+            f"{where}: got {_shown(value)} in {field!r}, expected {text}a list of messages, such as "
+            f"[{{{role_key!r}: 'user', {text_key!r}: '...'}}]; rewrite the row"
         )
     turns = []
     for turn in value:

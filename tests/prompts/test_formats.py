@@ -101,8 +101,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "blank_question": ({"question": "", "answer": "x"}, "got a blank 'question'"),
     "number": ({"instruction": "x", "input": 3}, "expected text in 'input', got int"),
     "two_inputs": ({"instruction": "x", "input": "a", "context": "b"}, "got both 'input' and 'context'"),
-    "empty_messages": ({"messages": []}, "expected a list of messages in 'messages', got \\[\\]"),
-    "messages_text": ({"messages": "Hi"}, "expected a list of messages in 'messages', got 'Hi'"),
+    "empty_messages": ({"messages": []}, "got \\[\\] in 'messages', expected a list of messages, such as"),
+    "messages_text": ({"messages": "Hi"}, "got 'Hi' in 'messages', expected a list of messages, such as"),
     "answer_alone": ({"messages": [ASSISTANT]}, "with a user turn to answer, got the answer alone"),
     "system_last": ({"messages": [USER, SYSTEM]}, "got one that ends with 'system'"),
     "two_answers": ({"messages": [USER, ASSISTANT, ASSISTANT]}, "got one that ends with 'assistant'"),
@@ -113,7 +113,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "stranger": ({"conversations": [{"from": "bing", "value": "Hi"}]}, "got a turn from 'bing', expected one of human"),
     "prompt_ends_answered": ({"prompt": [USER, ASSISTANT]}, "'prompt' ends with an answer"),
     "completion_of_two": ({"prompt": "Hi", "completion": [ASSISTANT, USER]}, "expected one assistant turn"),
-    "completion_number": ({"prompt": "Hi", "completion": 5}, "expected a list of messages in 'completion', got 5"),
+    "completion_number": (
+        {"prompt": "Hi", "completion": 5},
+        "got 5 in 'completion', expected text or a list of messages",
+    ),
     "no_instances": ({"instruction": "x", "instances": []}, "expected a list of input/output pairs in 'instances'"),
 }
 

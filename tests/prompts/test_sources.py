@@ -168,7 +168,7 @@ BAD_LINES = {
     "nameless": ("{}", r"line 3: got the fields none, expected one of the formats"),
     "blank": ('{"prompt": " \\n"}', r"line 3: got a blank 'prompt', expected a prompt"),
     "mixed": ('{"question": "x"}', r"line 3: got the format 'question' after 'prompt' in .*rows\.jsonl, line 1"),
-    "number": ('{"prompt": 3}', r"line 3: expected a list of messages in 'prompt', got 3"),
+    "number": ('{"prompt": 3}', r"line 3: got 3 in 'prompt', expected text or a list of messages"),
     "surrogate": ('{"prompt": "\\ud800"}', r"line 3: 'prompt' holds half of a surrogate pair"),
     "deep": ("[" * 100_000, r"line 3: unreadable JSON \(maximum recursion"),
     "digits": ('{"prompt": ' + "9" * 5000 + "}", r"line 3: unreadable JSON \(Exceeds the limit"),
