@@ -100,13 +100,13 @@ def write_model(
     return folder
 
 
-def poison(folder: Path) -> Path:
-    """Put a NaN into the weights of a model directory."""
+def poison(folder: Path, value: float = float("nan")) -> Path:
+    """Put a NaN, or another number, into the weights of a model directory."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("mlp.down_proj.weight"))
-    weights[name][0, 0] = float("nan")
+    weights[name][0, 0] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -1,5 +1,6 @@
 """Tiny models and tokenizers with random weights, made on the spot: no file, no network."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,14 @@ def save_tiny(folder: Path, family: str = "llama", tokenizer: PreTrainedTokenize
     return folder
 
 
-def save_gguf(path: Path, model: Any, architecture: str = "llama") -> Path:
-    """A llama model as an unquantised GGUF file, as llama.cpp's converter lays it out."""
+def save_gguf(
+    path: Path, model: Any, architecture: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None
+) -> Path:
+    """A llama model as an unquantised GGUF file, as llama.cpp's converter lays it out.
+
+    Args:
+        tokenizer: a byte-level BPE; without one the file knows little more than the letters.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -106,12 +113,17 @@ def save_gguf(path: Path, model: Any, architecture: str = "llama") -> Path:
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
-    tokens = ["<pad>", "<s>", "</s>", "ab", *"abcdefghijklmnopqrstuvwxyz"]
+    tokens, merges = ["<pad>", "<s>", "</s>", "ab", *"abcdefghijklmnopqrstuvwxyz"], ["a b"]
+    if tokenizer is not None:
+        ids = tokenizer.get_vocab()
+        tokens = sorted(ids, key=ids.__getitem__)
+        merges = [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+        writer.add_chat_template(str(tokenizer.chat_template))
     tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
