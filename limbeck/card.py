@@ -5,7 +5,6 @@ Like the report it is made from the files of the run directory alone.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -15,6 +14,7 @@ from typing import Any
 from limbeck.report.evidence import evidence
 from limbeck.report.run import Run, number, read_run, score, value_at
 from limbeck.report.words import count, duration, headline, megabytes, name_of, setting, share, share_of_teacher
+from limbeck.rundir import write_text
 
 # Only these have a meaning of their own on the hub; a path or a file name would be taken for somebody's repository.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -37,10 +37,7 @@ def write_card(
     """
     run = read_run(run_dir)
     path = run_dir / "student" / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(card(run, base_model=base_model, license=license, datasets=datasets), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, card(run, base_model=base_model, license=license, datasets=datasets))
     return path
 
 

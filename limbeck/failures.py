@@ -74,6 +74,18 @@ def _explain_safetensors_error(error: Exception) -> str | None:
         return None
     if number := re.search(r"os error (\d+)", str(error)):
         code = int(number[1])
-        return _explain_os_error(OSError(code, os.strerror(code)))
-    said = " ".join(str(error).split())
-    return f"a .safetensors file is damaged ({said}); delete it and run the same command again (--debug shows which)"
+        return _explain_os_error(OSError(code, os.strerror(code), getattr(error, "filename", None) or _file_of(error)))
+    path, said = _file_of(error), " ".join(str(error).split())
+    which = "" if path else " (--debug shows which)"
+    return f"{path or 'a .safetensors file'} is damaged ({said}); delete it and run the same command again{which}"
+
+
+def _file_of(error: Exception) -> str | None:
+    """The file that was read or written: safetensors names none, but whoever called it knew."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        for value in trace.tb_frame.f_locals.values():
+            if isinstance(value, str | os.PathLike) and str(value).endswith((".safetensors", ".safetensors.partial")):
+                found = str(value)
+        trace = trace.tb_next
+    return found

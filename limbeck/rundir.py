@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from limbeck.flow import LimbeckError
 
 Json = dict[str, Any]
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 def fingerprint(value: Any) -> str:
     """Sha256 (hex) of a JSON-able value, independent of the order of its keys."""
@@ -33,20 +36,48 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, also after a crash."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a write that fails inside the block say what it wrote: the system names a file it cannot open, no other."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors has an error of its own, with the system's number in its text.
+        of_the_disk = getattr(error, "errno", None) in _DISK or "os error" in str(error)
+        if of_the_disk and getattr(error, "filename", None) is None:
+            error.filename = str(path)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A scratch file that becomes `path`, on disk, when the block ends without an error, and vanishes with one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
+        with naming(path):
+            partial.touch()
+            mode = stat.S_IMODE(partial.stat().st_mode)
+            yield partial
+            _settle(partial, mode)
+        partial.replace(path)
+    finally:
         # On a full disk half a file would take the room that the next one needs.
         partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
+
+
+def _settle(file: Path, mode: int) -> None:
+    """See that a file is on disk, and that whoever may read its neighbours may read it: safetensors writes 0600."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        file.chmod(mode)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the new one, also after a crash."""
+    with whole_file(path) as partial:
+        partial.write_text(text, "utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,11 +102,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        with naming(path):
+            yield partial
+            mode = stat.S_IMODE(partial.stat().st_mode) & 0o666
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _settle(file, mode)
         replaced = path.with_name(f".{path.name}.replaced.partial")
         if path.exists():
             path.replace(replaced)
@@ -85,8 +117,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-# Names under which writers of a run directory keep what is not whole yet.
-_UNFINISHED = (".*.partial", "*.part", ".student-*")
+# The name under which writers of a run directory keep what is not whole yet.
+_UNFINISHED = ".*.partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,16 +210,16 @@ class RunDirectory:
             file.truncate()
             file.write(f"process {os.getpid()}")
             file.flush()
-            yield
+            with naming(self.root):
+                yield
 
     def sweep(self) -> None:
         """Remove what a killed run left half written. Only under the lock: a living run's files look the same."""
-        for pattern in _UNFINISHED:
-            for left in sorted(self.root.rglob(pattern)):
-                if left.is_dir():
-                    shutil.rmtree(left)
-                else:
-                    left.unlink(missing_ok=True)
+        for left in sorted(self.root.rglob(_UNFINISHED)):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
 
     def set_aside(self, stage: str, outputs: tuple[Path, ...]) -> Path | None:
         """Move the outputs of a superseded stage to superseded/, so that nothing finished is lost.

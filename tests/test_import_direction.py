@@ -33,9 +33,9 @@ PARTS = {
     "responses": USABLE | {"models", "prompts"},
     # A teacher is handed in, never imported.
     "student": USABLE | {"objectives", "models", "responses", "prompts"},
-    "evaluation": {"flow", "objectives", "models"},
-    "report": {"flow", "evaluation"},
-    "card": {"flow", "report"},
+    "evaluation": {"flow", "rundir", "objectives", "models"},
+    "report": {"flow", "rundir", "evaluation"},
+    "card": {"flow", "rundir", "report"},
 }
 # What plays the story may import every part; the stages are handed to it.
 STORY = USABLE | set(PARTS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.evaluation.metrics import METRICS
 from limbeck.flow import LimbeckError, Score, ScoredRow, Scores
+from limbeck.rundir import write_text
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -93,7 +93,7 @@ def assemble(before: Groups, after: Groups, *, seed: int = 0, resamples: int = R
 def write_rows(path: Path, rows: Sequence[ScoredRow]) -> None:
     """One JSON object a row: id, weight and the metrics side by side. Written whole or not at all."""
     lines = (json.dumps({"id": r.id, "weight": r.weight, **r.values}, allow_nan=False) for r in rows)
-    _write(path, "".join(line + "\n" for line in lines))
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def read_rows(path: Path) -> list[ScoredRow]:
@@ -137,7 +137,7 @@ def write_scores(run_dir: Path, *, before: Groups, after: Groups, seed: int = 0,
         **{part: {name: asdict(s) for name, s in side.items()} for part, side in _parts(scores).items()},
         "rows": files,
     }
-    _write(run_dir / "scores.json", json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(run_dir / "scores.json", json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return scores
 
 
@@ -219,10 +219,3 @@ def _scores(names: Sequence[str], point_M: ndarray, means_SM: ndarray, examples:
         )
         for m, name in enumerate(names)
     }
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from limbeck.flow import LimbeckError, Message, Prompt
+from limbeck.rundir import write_text
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """One JSON object a line, fields that are None left out. The file appears only when it is whole and on disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            for prompt in prompts:
-                fields = {name: value for name, value in asdict(prompt).items() if value is not None}
-                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    rows = ({name: value for name, value in asdict(prompt).items() if value is not None} for prompt in prompts)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -13,6 +12,7 @@ from limbeck.report import words
 from limbeck.report.charts import HEIGHT, WIDTH, charts
 from limbeck.report.evidence import evidence
 from limbeck.report.run import Run, number, read_run, score, value_at
+from limbeck.rundir import write_text
 
 
 def write_report(run_dir: Path) -> Path:
@@ -22,10 +22,7 @@ def write_report(run_dir: Path) -> Path:
         LimbeckError: `run_dir` is not a run directory.
     """
     path = run_dir / "report.html"
-    text = render(read_run(run_dir))
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, render(read_run(run_dir)))
     return path
 
 

@@ -5,7 +5,6 @@ Made for READMEs: no script, no font or style from elsewhere, and a background o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from limbeck.flow import LimbeckError
 from limbeck.report.curves import axis, path, smooth, thin, tight_axis
 from limbeck.report.run import Run, number, read_run, score, value_at
 from limbeck.report.words import figure, headline, name_of, objective_of
+from limbeck.rundir import write_text
 
 WIDTH, HEIGHT = 1000, 470
 PAPER, INK, SOFT, RULE = "#fbfaf7", "#1c1f24", "#5d6570", "#e4e2dc"
@@ -32,11 +32,7 @@ def write_picture(run_dir: Path, path: Path) -> Path:
     Raises:
         LimbeckError: `run_dir` is not a run directory, or has neither a training curve nor scores to show.
     """
-    text = draw(read_run(run_dir))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, draw(read_run(run_dir)))
     return path
 
 

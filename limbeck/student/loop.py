@@ -222,7 +222,7 @@ class _Run:
         return Moment(temperature=self.temperature.at(share), options=schedules.moved(self.schedule, share))
 
     def _gradients(self, rows: tuple[int, ...], moment: Moment, tokens: int) -> tuple[dict[str, float], bool]:
-        """The gradients of the step; the means of what is logged, and whether a rank was asked to stop, over all ranks."""
+        """The gradients of the step; means of what is logged and whether a rank was asked to stop, over all ranks."""
         sums = torch.zeros(len(self.module.stats), device=self.accelerator.device)
         micros = micro_batches(
             rows,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,39 +11,25 @@ from torch import Tensor, nn
 from limbeck.flow import LimbeckError
 from limbeck.models.heads import causal_model
 from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.rundir import whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def save_student(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | Path, *, keep_adapter: bool = False
-) -> Path:
+def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
     """Write a directory that plain `AutoModelForCausalLM.from_pretrained(directory)` loads. The model is not changed.
 
-    Adapters are merged into the weights; `keep_adapter` writes them unmerged to `directory/adapter` as well. The
-    directory appears whole: what stood there before is replaced at the end.
+    Adapters are merged into the weights. The directory appears whole: what stood there before is replaced at the end.
 
     Raises:
         LimbeckError: the disk is full or not writable, or the adapter cannot be merged.
     """
-    from peft import PeftModel
-
     directory = Path(directory)
-    inner = causal_model(model)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        try:
-            with quiet_transformers():
-                inner.save_pretrained(work, state_dict=merged_state(model))
-                _plain(tokenizer).save_pretrained(work)
-                if keep_adapter and isinstance(model, PeftModel):
-                    model.save_pretrained(str(work / "adapter"))
-            work.chmod(0o777 & ~_umask())
-            _replace(work, directory)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with whole_folder(directory) as work, quiet_transformers():
+            causal_model(model).save_pretrained(work, state_dict=merged_state(model))
+            _plain(tokenizer).save_pretrained(work)
     except OSError as error:
         raise LimbeckError(
             f"cannot write the student to {directory}: {one_line(error)}; free space or choose another directory"
@@ -92,20 +75,3 @@ def _plain(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         backend.no_padding()
         backend.no_truncation()
     return plain
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _replace(work: Path, directory: Path) -> None:
-    """Put `work` in place of `directory`. A directory cannot be overwritten by a rename, so the old one steps aside."""
-    if not directory.exists():
-        work.rename(directory)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-    directory.rename(old / directory.name)
-    work.rename(directory)
-    shutil.rmtree(old)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.flow import DenseSignal, Head, LimbeckError, SampledSignal, Signal, TokenBatch, TopKSignal
-from limbeck.rundir import read_json, write_json
+from limbeck.rundir import read_json, whole_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +76,8 @@ def write_rows(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a shard of `dense_rows` and `sparse_rows`, atomically."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(dict(tensors), partial)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(dict(tensors), partial)
 
 
 def write_head(folder: Path, head: Head) -> None:
@@ -89,10 +87,8 @@ def write_head(folder: Path, head: Head) -> None:
     tensors = {"weight": head.weight_VD.detach()[: head.vocab_size].contiguous()}
     if head.bias_V is not None:
         tensors["bias"] = head.bias_V.detach()[: head.vocab_size].contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".head.safetensors.partial"
-    save_file(tensors, partial)
-    partial.replace(folder / "head.safetensors")
+    with whole_file(folder / "head.safetensors") as partial:
+        save_file(tensors, partial)
     write_json(folder / "head.json", {"scale": head.scale, "softcap": head.softcap, "vocab_size": head.vocab_size})
 
 
