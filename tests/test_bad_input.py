@@ -280,7 +280,9 @@ class TestRunDirectory:
         seen = []
         for limit in (1500, 8_000, size // 2):
             finished = limbeck.run("run", recipe, file_limit=limit)
-            refused(finished, "File too large", "free some space", "the same command then continues")
+            refused(
+                finished, f"cannot use {run}/", "File too large", "free some space", "the same command then continues"
+            )
             assert not [path for path in run.rglob("*.partial") if path.is_dir()]
             seen.append({path.stem for path in (run / "stages").glob("*.json") if json.loads(path.read_text())["done"]})
         assert seen[0] <= seen[1] <= seen[2] and "responses" in seen[2] and "student" not in seen[2]

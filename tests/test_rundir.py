@@ -6,18 +6,21 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from limbeck import rundir
 from limbeck.flow import LimbeckError
-from limbeck.rundir import RunDirectory, fingerprint, read_json, whole_folder, write_json, write_text
+from limbeck.rundir import RunDirectory, fingerprint, read_json, whole_file, whole_folder, write_json, write_text
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=8
@@ -40,8 +43,9 @@ class TestWriting:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(rundir.os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="No space") as caught:
             write_text(path, "new")
+        assert caught.value.filename == str(path)
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 
@@ -69,6 +73,40 @@ class TestWriting:
             raise RuntimeError("half way")
         assert (target / "a").read_text() == "good"
         assert list(tmp_path.iterdir()) == [target]
+
+    @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+    def test_everything_follows_the_umask(self, tmp_path: Path, umask: int, mode: int) -> None:
+        """Also what safetensors writes, which by itself is for its owner alone."""
+        from safetensors.torch import save_file
+
+        before = os.umask(umask)
+        try:
+            with whole_folder(tmp_path / "step") as partial:
+                (partial / "inner").mkdir()
+                save_file({"a": torch.zeros(3)}, partial / "inner" / "a.safetensors")
+                write_json(partial / "state.json", {})
+            with whole_file(tmp_path / "b.safetensors") as partial:
+                save_file({"a": torch.zeros(3)}, partial)
+        finally:
+            os.umask(before)
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+        assert modes == dict.fromkeys(("a.safetensors", "state.json", "b.safetensors"), mode)
+
+    def test_a_full_disk_names_what_was_written(self, tmp_path: Path) -> None:
+        full = errno.ENOSPC
+        run = RunDirectory(tmp_path / "run")
+        with pytest.raises(OSError, match="No space") as caught, run.locked(print):
+            raise OSError(full, os.strerror(full))
+        assert caught.value.filename == str(run.root)
+        with pytest.raises(OSError, match="No space") as caught, run.locked(print), whole_folder(run.student):
+            raise OSError(full, os.strerror(full))
+        assert caught.value.filename == str(run.student)
+        with pytest.raises(SafetensorError) as wrapped, whole_file(run.root / "a"):
+            raise SafetensorError(f"I/O error: {os.strerror(full)} (os error {full})")
+        assert getattr(wrapped.value, "filename", None) == str(run.root / "a")
+        with pytest.raises(OSError, match="refused") as caught, run.locked(print):
+            raise OSError(errno.ECONNREFUSED, "refused")
+        assert caught.value.filename is None
 
 
 class TestLock:
@@ -167,11 +205,12 @@ def test_sweep_removes_what_a_kill_left(tmp_path: Path) -> None:
         run.root / ".prompts.jsonl.partial",
         run.responses / "batches" / ".00001.safetensors.partial",
         run.checkpoints / ".step-000002.partial" / "model.safetensors",
-        run.root / ".student-a1b2" / "model.safetensors",
-        run.student / "README.md.part",
+        run.root / ".student.partial" / "model.safetensors",
+        run.root / ".student.replaced.partial" / "model.safetensors",
+        run.student / ".README.md.partial",
     ]
     for path in (*whole, *left):
         write_text(path, json.dumps({}))
     run.sweep()
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(whole)
-    assert not (run.root / ".student-a1b2").exists()
+    assert not list(run.root.glob(".student*"))

@@ -141,26 +141,6 @@ def write_scores(run_dir: Path, *, before: Groups, after: Groups, seed: int = 0,
     return scores
 
 
-def read_scores(run_dir: Path) -> Scores:
-    """The scores of a run directory.
-
-    Raises:
-        LimbeckError: there is no readable `scores.json`.
-    """
-    path = run_dir / "scores.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        parts = {
-            part: {name: Score(**score) for name, score in document[part].items()}
-            for part in ("before", "after", "change")
-        }
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise LimbeckError(
-            f"got no scores from {path} ({error}); expected what `limbeck evaluate` writes: run it on this recipe"
-        ) from error
-    return Scores(before=parts["before"], after=parts["after"], change=parts["change"])
-
-
 def _parts(scores: Scores) -> dict[str, Mapping[str, Score]]:
     return {"before": scores.before, "after": scores.after, "change": scores.change}
 

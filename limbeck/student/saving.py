@@ -32,7 +32,8 @@ def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory
             _plain(tokenizer).save_pretrained(work)
     except OSError as error:
         raise LimbeckError(
-            f"cannot write the student to {directory}: {one_line(error)}; free space or choose another directory"
+            f"cannot write the student to {directory}: {error.strerror or one_line(error)}; "
+            "free space or choose another directory"
         ) from error
     return directory
 
