@@ -19,7 +19,6 @@ from limbeck.models.sources import Source, resolve
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from limbeck.models.loading import LoadedModel
 
 Verdict = Literal["same", "same_padded", "different"]
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -91,14 +90,6 @@ def describe(name: str | Path, *, revision: str | None = None, trust_remote_code
     tokenizer = source_tokenizer(source, trust_remote_code=trust_remote_code)
     rows, dtype = (None, "quantised GGUF") if source.gguf is not None else _stored_head(source)
     return _card(source.name, config, tokenizer, rows, dtype)
-
-
-def describe_loaded(loaded: LoadedModel) -> VocabularyCard:
-    """The card of a loaded model."""
-    head = loaded.model.get_output_embeddings()
-    rows = None if head is None else int(head.weight.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
-    dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    return _card(loaded.provenance.name, loaded.model.config, loaded.tokenizer, rows, dtype)
 
 
 def _card(

@@ -27,7 +27,7 @@ from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.student.adapters import LoraSpec, with_adapters
 from limbeck.student.blocks import depth_prune, per_layer_fields
-from limbeck.student.pruning import BlockChoice, Criterion, choose_blocks
+from limbeck.student.pruning import BlockChoice, choose_blocks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +56,6 @@ class StudentSpec:
     revision: str | None = None
     layers: int | None = None
     keep: tuple[int, ...] = ()
-    criterion: Criterion = "greedy_kl"
     config: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
@@ -126,7 +125,6 @@ def build_student(
                     calibration,
                     spec.layers,
                     vocab_size=real_vocab_size(tokenizer),
-                    criterion=spec.criterion,
                     progress=progress,
                 )
                 keep = blocks.keep
