@@ -35,6 +35,7 @@ class DistillationTrainer(Trainer):
         self.teacher, self.vocab_size = teacher.eval().requires_grad_(False), vocab_size
         # Once with a look at whether it gives the model's own logits; each step then takes it as it is.
         self.teacher_head = head_of(self.teacher, vocab_size)
+        assert isinstance(self.model, nn.Module)
         head_of(self.model, vocab_size)
         # The loss is a mean over the answer tokens of the whole step, which compute_loss divides by itself.
         self.model_accepts_loss_kwargs = True

@@ -12,7 +12,7 @@ This module imports nothing else of limbeck, and torch only for type checkers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -279,6 +279,7 @@ class Rows:
         label_N: the token that followed, an index into the support, int64; None where nobody asked for it.
         token_options: options given a token (`alpha` or `skl.alpha`), shape (N,), which go before the objective's own.
         estimate: where the teacher is known by a sample: an unbiased estimate of p, and log p where it is not zero.
+        soften: gives probabilities and log-probabilities of tempered logits; None takes softmax and its logarithm.
     """
 
     student_logits_NK: Tensor
@@ -289,28 +290,51 @@ class Rows:
     label_N: Tensor | None = None
     token_options: Mapping[str, Tensor] = field(default_factory=dict)
     estimate: tuple[Tensor, Tensor] | None = None
+    soften: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @cached_property
+    def student_cooling_N1(self) -> Tensor:
+        """One over the student's temperature: a division a row instead of one an entry."""
+        return 1 / self.student_tau_N1
+
+    @cached_property
+    def teacher_cooling_N1(self) -> Tensor:
+        """One over the teacher's temperature."""
+        return 1 / self.teacher_tau_N1
+
+    @cached_property
+    def _student(self) -> tuple[Tensor, Tensor]:
+        return self._softened(self.student_logits_NK * self.student_cooling_N1)
+
+    @cached_property
+    def _teacher(self) -> tuple[Tensor, Tensor]:
+        return self.estimate or self._softened(self.teacher_logits_NK * self.teacher_cooling_N1)
+
+    def _softened(self, tempered_NK: Tensor) -> tuple[Tensor, Tensor]:
+        if self.soften is not None:
+            return self.soften(tempered_NK)
+        log_NK = tempered_NK.log_softmax(-1).clamp_min(LOG_ZERO)
+        return log_NK.exp(), log_NK
+
+    @property
     def log_q_NK(self) -> Tensor:
         """Log-probabilities of the student at its temperature."""
-        return (self.student_logits_NK / self.student_tau_N1).log_softmax(-1).clamp_min(LOG_ZERO)
+        return self._student[1]
 
-    @cached_property
+    @property
     def log_p_NK(self) -> Tensor:
         """Log-probabilities of the teacher at its temperature."""
-        if self.estimate is not None:
-            return self.estimate[1]
-        return (self.teacher_logits_NK / self.teacher_tau_N1).log_softmax(-1).clamp_min(LOG_ZERO)
+        return self._teacher[1]
 
-    @cached_property
+    @property
     def q_NK(self) -> Tensor:
         """Probabilities of the student at its temperature."""
-        return self.log_q_NK.exp()
+        return self._student[0]
 
-    @cached_property
+    @property
     def p_NK(self) -> Tensor:
         """Probabilities of the teacher at its temperature."""
-        return self.estimate[0] if self.estimate is not None else self.log_p_NK.exp()
+        return self._teacher[0]
 
     def factor_N1(self, order: int) -> Tensor | float:
         """The factor of `scale` for an objective whose neutral factor is tau to the power `order`.

@@ -7,8 +7,8 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -59,10 +59,18 @@ class Body:
         """Names of what is measured beside the values."""
         return measured_on(self.support) if self.measure else ()
 
-    def __call__(self, block: Block) -> Tensor:
-        """Values of the parts, then the measures, each (N,); the weighted gradient is left in `student`."""
+    def __call__(self, block: Block, kept: list[Tensor] | None = None) -> Tensor:
+        """Values of the parts, then the measures, each (N,); the weighted gradient is left in `student`.
+
+        Args:
+            kept: takes up what must be computed once and stay in memory, which a compiler would compute at every use:
+                exponentials and reciprocals, the dearest part of most objectives.
+        """
         logits_NV = self.student_finish.logits(block["student"])
         whole = self._rows(logits_NV, block)
+        if kept is not None:
+            whole = replace(whole, soften=partial(_softened, kept=kept))
+            kept += [whole.student_cooling_N1, whole.teacher_cooling_N1]
         seen, spread = restrict(self.support, whole, block)
         values, seen_grad, whole_grad = [], None, None
         for weight, part in row_leaves(self.objective):
@@ -101,6 +109,16 @@ class Body:
             label_N=block.get("label"),
             token_options={name.removeprefix("option."): t for name, t in block.items() if name.startswith("option.")},
         )
+
+
+def _softened(logits_NV: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Softmax and its logarithm from one exponential an entry."""
+    lowered_NV = logits_NV - logits_NV.amax(-1, keepdim=True)
+    exponential_NV = lowered_NV.exp()
+    total_N1 = exponential_NV.sum(-1, keepdim=True)
+    share_N1 = 1 / total_N1
+    kept += [exponential_NV, share_N1]
+    return exponential_NV * share_N1, (lowered_NV - total_N1.log()).clamp_min(LOG_ZERO)
 
 
 def measured_on(support: Support) -> tuple[str, ...]:
@@ -175,8 +193,10 @@ def compiled_body(body: Body, layout: tuple[tuple, ...]) -> Callable[[list[Tenso
     """Trace a body on example tensors of this layout and build it with Inductor: a few seconds, once a process."""
     names = [name for name, *_ in layout]
 
-    def flat(*tensors: Tensor) -> tuple[Tensor]:
-        return (body(dict(zip(names, tensors, strict=True))),)
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        # What a graph hands out is not computed a second time inside it.
+        kept: list[Tensor] = []
+        return (body(dict(zip(names, tensors, strict=True)), kept), *kept)
 
     examples = [torch.ones(shape, dtype=dtype, device=device) for _, shape, dtype, device in layout]
     with torch.no_grad(), warnings.catch_warnings():

@@ -13,8 +13,8 @@ from limbeck.objectives.bodies import block_rows
 from limbeck.objectives.heads import Projection, prepare_projection
 
 TILE_BYTES = 192 << 20
-# Beyond this the matrix products gain nothing.
-TILE_ROWS = 256
+# Beyond this nothing is gained. Every tile reads and writes the head's gradient once, so fewer are better.
+TILE_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,7 @@ def test_losses_of_flat_twin_and_package_agree(flat: ModuleType, tmp_path: Path)
     metrics = tmp_path / "metrics.jsonl"
     student = depth_prune(copy.deepcopy(teacher), KEEP)
     for embedding in (student.get_input_embeddings(), student.get_output_embeddings()):
+        assert embedding is not None
         embedding.requires_grad_(False)
     train(
         student,
