@@ -1,7 +1,7 @@
 """The run directory: atomic writes, the lock, and one manifest a finished stage.
 
     recipe.resolved.yaml  provenance.json  prompts.jsonl  responses/  signal/  checkpoints/  metrics.jsonl  student/
-    scores/  scores.json  samples.jsonl  report.html  stages/NAME.json
+    scores/  scores.json  samples.jsonl  report.html  report.svg  stages/NAME.json
 
 A stage is done when its manifest exists; the manifest holds the fingerprint of everything the stage read. Whatever is
 written appears under its final name only when it is whole, so a kill at any moment leaves finished things finished.
@@ -162,6 +162,10 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.root / "report.html"
+
+    @property
+    def picture(self) -> Path:
+        return self.root / "report.svg"
 
     @property
     def recipe(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,9 @@ class Chart:
 
 CURVES = (
     ("loss", "Loss", "", False, True),
+    ("forward_kl", "Forward KL", "at temperature 1", True, True),
+    ("student_entropy", "Student's entropy", "at the loss temperature", True, True),
+    ("temperature", "Temperature", "of the loss", True, False),
     ("learning_rate", "Learning rate", "", True, False),
     ("grad_norm", "Gradient norm", "before clipping", True, True),
     ("tokens_per_s", "Speed", "tokens/s", True, True),
@@ -54,11 +58,12 @@ CURVES = (
 
 
 def charts(run: Run) -> list[Chart]:
-    """The curves for which the run logged at least two values."""
+    """The curves for which the run logged at least two values, without those that only repeat the loss."""
     made = []
     for key, title, unit, zero, wavering in CURVES:
         rows = [row for row in run.steps if number(row, key) is not None]
-        if len(rows) > 1:
+        again = key != "loss" and all(math.isclose(row[key], number(row, "loss") or 0.0, rel_tol=1e-3) for row in rows)
+        if len(rows) > 1 and not again:
             made.append(_chart(key, title, _loss_unit(run) if key == "loss" else unit, rows, zero, wavering))
     return made
 

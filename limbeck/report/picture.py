@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from limbeck.flow import LimbeckError
 from limbeck.report.curves import axis, path, smooth, thin, tight_axis
 from limbeck.report.run import Run, number, read_run, score, value_at
 from limbeck.report.words import figure, headline, name_of, objective_of
@@ -30,7 +29,7 @@ def write_picture(run_dir: Path, path: Path) -> Path:
     """Write the picture of a run as SVG.
 
     Raises:
-        LimbeckError: `run_dir` is not a run directory, or has neither a training curve nor scores to show.
+        LimbeckError: `run_dir` is not a run directory.
     """
     write_text(path, draw(read_run(run_dir)))
     return path
@@ -40,10 +39,6 @@ def draw(run: Run) -> str:
     """The picture as SVG text."""
     rows = [row for row in run.steps if number(row, "loss") is not None]
     metrics = [name for name in SHOWN if score(run, "before", name) or score(run, "after", name)]
-    if len(rows) < 2 and not metrics:
-        raise LimbeckError(
-            f"{run.directory} has no training curve and no scores; expected one of them: train or evaluate first"
-        )
     sentence = headline(run)
     body = [
         f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="14" fill="{PAPER}" stroke="{RULE}"/>',

@@ -1,13 +1,14 @@
-"""Stage 6: the page that shows what was kept."""
+"""Stage 6: the page that shows what was kept, and a picture of it for a README."""
 
 from __future__ import annotations
 
-from limbeck.report import write_report
+from limbeck.report import write_picture, write_report
 from limbeck.rundir import Json
 from limbeck.story import Stage, Story
 
 
 def _play_report(story: Story) -> Json:
+    write_picture(story.run.root, story.run.picture)
     story.console.say(f"report: {write_report(story.run.root)}")
     return {}
 
@@ -17,5 +18,5 @@ STAGE = Stage(
     verb="report",
     inputs=lambda story: {},
     play=_play_report,
-    outputs=lambda run: (run.report,),
+    outputs=lambda run: (run.report, run.picture),
 )

@@ -1,13 +1,17 @@
 """Axis marks, smoothing and thinning."""
 
+import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from limbeck.report.charts import charts
 from limbeck.report.curves import axis, path, smooth, thin, tight_axis
+from limbeck.report.run import read_run
 from limbeck.report.words import count, duration, figure, memory, share
+from tests.report.synthetic import write_run
 
 numbers = st.floats(-1e9, 1e9, allow_nan=False, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-9 else x)
 
@@ -58,3 +62,14 @@ def test_paths_and_words():
         "1.2 s", "59 s", "4 min 15 s", "2 h 01 min",
     ]  # fmt: skip
     assert [memory(v) for v in (310, 3650.2)] == ["310 MiB", "3.56 GiB"]
+
+
+def test_curves_that_repeat_the_loss_are_left_out(tmp_path):
+    run_dir = write_run(tmp_path / "run", steps=30)
+    assert [chart.name for chart in charts(read_run(run_dir))] == [
+        "loss", "forward_kl", "student_entropy", "learning_rate", "grad_norm", "tokens_per_s",
+    ]  # fmt: skip
+    path = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row | {"forward_kl": row["loss"] * (1 + 1e-6)}) + "\n" for row in rows))
+    assert "forward_kl" not in [chart.name for chart in charts(read_run(run_dir))]

@@ -70,7 +70,7 @@ def test_it_tells_the_story_of_the_run(finished):
         assert phrase in said, phrase
     assert "44 held-out examples" in said
     assert "This run is not complete" not in said
-    assert page.tags.count("figure") == 5 and page.tags.count("article") == len(SAMPLES)
+    assert page.tags.count("figure") == 7 and page.tags.count("article") == len(SAMPLES)
 
 
 def test_the_recipe_is_there_to_the_letter(finished):
