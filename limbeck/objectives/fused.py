@@ -259,8 +259,10 @@ class _HandOver(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Times one is itself: no copy of the head's gradient. (On a GPU the look at the number would cost more.)
+        once = upstream.device.type == "cpu" and bool(upstream == 1)
         handed = [
-            None if grad is None else (grad * upstream).to(dtype)
+            None if grad is None else (grad if once else grad * upstream).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *handed, None, None

@@ -51,7 +51,8 @@ class Grads:
         if self.weight_VD is None:
             return
         if exact:
-            self.weight_VD[:vocab].addmm_(grad_NV.T, hidden_ND)
+            # The first tile writes, the others add: what is there before the first is never read.
+            self.weight_VD[:vocab].addmm_(grad_NV.T, hidden_ND, beta=float(tokens.start > 0))
         else:
             self.weight_VD[:vocab].add_(grad_NV.T @ hidden_ND)
 
