@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from limbeck.flow import DenseSignal, Response, SampledSignal, Signal, Support, Teacher, TokenBatch, TopKSignal
+from limbeck.flow import DenseSignal, Response, Signal, Support, Teacher, TokenBatch, TopKSignal
 from limbeck.models.heads import head_of
 from limbeck.models.hidden import hidden_states
 from limbeck.objectives import HiddenPair, Temperature, fused_distillation_loss
@@ -95,7 +95,7 @@ class StudentLoss(nn.Module):
             sequence_N=batch.sequence_N,
             hidden_pairs=pairs,
             token_options={name: torch.full_like(weight_N, value) for name, value in moment.options.items()},
-            measure=self._measured and not isinstance(signal, SampledSignal),
+            measure=self._measured,
             compile=self.compile_body,
         )
         found = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,8 +15,6 @@ CORPUS = [
     "Write a response that appropriately completes the request. \n\n[INST] the answer [/INST] it is",
 ]
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
-
-SHARED_DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +42,3 @@ def make_tokenizer(small_backend: str) -> MakeTokenizer:
         return tokenizer
 
     return make
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    if not SHARED_DATA.is_dir():
-        pytest.skip("the shared data sets do not lie beside the checkout")
-    return SHARED_DATA
