@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -71,6 +72,7 @@ class Pass:
         self, student_ND: Tensor, teacher_ND: Tensor | None, columns: Block, wanted: Wanted, head: Head
     ) -> tuple[Tensor, Grads]:
         """Values (parts and measures, N) and gradients of all tokens."""
+        _keep_small_buffers()
         counts_N1 = columns["weight"] != 0
         student_ND = _finite_where_idle(student_ND, counts_N1)
         shape, dtype = (self.tiling.tile_rows, self.student.vocab_size), self.student.dtype
@@ -105,6 +107,17 @@ class Pass:
                 block[name] = buffer[start : stop + idle]
             # Copied, not kept: what a compiled body returns may be a corner of a buffer as large as the block.
             values_PN[:, start:stop] = run_body(self.body, block, self.compiled)[:, : stop - start]
+
+
+@cache
+def _keep_small_buffers() -> None:
+    """Once a process: teach glibc to keep buffers of a block's size instead of faulting them in for every block.
+
+    Freeing an allocation above its threshold makes it serve smaller ones from a heap that it trims only beyond twice
+    that size (mallopt(3), M_MMAP_THRESHOLD); 31 MiB is just under the largest size it learns from. No page is touched,
+    and other C libraries only allocate and free.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _finite_where_idle(hidden_ND: Tensor, counts_N1: Tensor) -> Tensor:
