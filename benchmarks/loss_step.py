@@ -104,7 +104,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text, "utf-8")
-        arguments.out.with_suffix(".svg").write_text(plot(*tables[0]), "utf-8")
+        arguments.out.with_suffix(".svg").write_text(plot(tables), "utf-8")
 
 
 def methods() -> list[str]:
@@ -291,16 +291,22 @@ def table(n: int, v: int, d: int, found: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(n: int, v: int, found: dict[str, dict]) -> str:
-    """Bars of time over floor with the memory beside them, as an SVG that needs nothing else."""
+def plot(tables: list[tuple[int, int, dict[str, dict]]]) -> str:
+    """Bars of time over floor with the memory beside them, one panel a table, as an SVG that needs nothing else."""
+    panels = [_panel(*one) for one in tables]
+    tops = [sum(height for _, height in panels[:i]) for i in range(len(panels) + 1)]
+    moved = (f'<g transform="translate(0 {top})">{body}</g>' for (body, _), top in zip(panels, tops, strict=False))
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" width="920" height="{tops[-1]}" '
+    return "\n".join([f'{frame}font-family="sans-serif" font-size="12">', *moved, "</svg>"]) + "\n"
+
+
+def _panel(n: int, v: int, found: dict[str, dict]) -> tuple[str, int]:
+    """The bars of one table and their height in pixels."""
     rows = sorted(((m, r) for m, r in found.items() if "ratio" in r), key=lambda row: row[1]["ratio"])
     widest = max((row["ratio"] for _, row in rows), default=1.0)
     height, left, wide = 22, 210, 560
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 150}" height="{height * len(rows) + 60}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<text x="{left}" y="20" font-size="14">Loss step, time over floor (extra peak memory); N={n}, V={v}</text>',
-    ]
+    title = f"Loss step, time over floor (extra peak memory); N={n}, V={v}"
+    parts = [f'<text x="{left}" y="20" font-size="14">{title}</text>']
     for i, (method, row) in enumerate(rows):
         top, width = 34 + i * height, wide * row["ratio"] / widest
         colour = "#2a78d6" if method.startswith("limbeck") else "#9a9a93"
@@ -308,7 +314,7 @@ def plot(n: int, v: int, found: dict[str, dict]) -> str:
         parts.append(f'<rect x="{left}" y="{top}" width="{width:.1f}" height="{height - 6}" rx="3" fill="{colour}"/>')
         label = f"{row['ratio']:.2f} ({row['extra_mib'] / 1024:.2f} GiB)"
         parts.append(f'<text x="{left + width + 6:.1f}" y="{top + 13}">{label}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return "\n".join(parts), height * len(rows) + 60
 
 
 if __name__ == "__main__":
