@@ -6,10 +6,12 @@ An objective is a frozen dataclass whose fields are its options. To add one: wri
 
 from __future__ import annotations
 
+from limbeck.objectives.contrast import AdaptiveAlpha, Beta, dpkd_advantage, label_logp, sequence_mean
 from limbeck.objectives.difficulty import tail_weights, token_difficulty
 from limbeck.objectives.fused import FusedLoss, fused_distillation_loss
 from limbeck.objectives.hidden import HiddenPair
 from limbeck.objectives.registry import OBJECTIVES, build_objective
+from limbeck.objectives.returns import minillm_advantage
 from limbeck.objectives.sparse import SparseForm, sampled_signal, topk_signal
 from limbeck.objectives.temperature import AdaptiveTemperature, Temperature, TemperatureSchedule
 from limbeck.objectives.tiles import logit_tiles
@@ -25,7 +27,9 @@ from limbeck.objectives.values import (
 
 __all__ = [
     "OBJECTIVES",
+    "AdaptiveAlpha",
     "AdaptiveTemperature",
+    "Beta",
     "FusedLoss",
     "HiddenPair",
     "SparseForm",
@@ -33,12 +37,16 @@ __all__ = [
     "TemperatureSchedule",
     "build_objective",
     "csd",
+    "dpkd_advantage",
     "forward_kl",
     "fused_distillation_loss",
     "jensen_shannon",
+    "label_logp",
     "logit_tiles",
+    "minillm_advantage",
     "reverse_kl",
     "sampled_signal",
+    "sequence_mean",
     "skew_kl",
     "skew_reverse_kl",
     "tail_weights",
