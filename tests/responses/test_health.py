@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.flow import Response
+from limbeck.flow import Author, Response, StopReason
 from limbeck.responses import alarms
 from limbeck.responses.alarms import ALARMS
 from limbeck.responses.health import health_of, loops, rates, repeated_share, tally
@@ -20,7 +20,7 @@ from limbeck.responses.watch import Watch
 EOS = 2
 
 
-def response(ids, stop="eos", author="student"):
+def response(ids, stop: StopReason = "eos", author: Author = "student"):
     ids = (*ids, EOS) if stop == "eos" else tuple(ids)
     return Response(prompt_id="p", author=author, prompt_ids=(1,), response_ids=ids, stop=stop)
 
