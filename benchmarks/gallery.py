@@ -35,6 +35,8 @@ STEPS = 600
 LEFT_OUT = {
     "ce": "has no teacher: on tokens drawn from the teacher it is forward KL on average",
     "hidden": "compares hidden states, not rows of logits",
+    "opd": "pushes one sampled token: on tokens drawn from the student it is reverse KL on average",
+    "policy_gradient": "has no teacher: it is cross-entropy times an advantage",
     "sum": "is a weighted sum of the others",
 }
 

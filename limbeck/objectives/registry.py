@@ -12,6 +12,7 @@ from limbeck.objectives.adaptive import AdaptiveKL, EntropyGate, TailAwareKL, To
 from limbeck.objectives.divergences import AlphaBeta, ForwardKL, Jeffreys, ReverseKL, SymmetricKL, TotalVariation
 from limbeck.objectives.hidden import HiddenMatching
 from limbeck.objectives.mixtures import TAID, AlphaMixture, JensenShannon, SkewKL, SkewReverseKL
+from limbeck.objectives.policy import PolicyGradient, SampledReverseKL
 from limbeck.objectives.scores import CSD, DirectLogit, LogitStandardization
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, WeightedSum
 
@@ -35,8 +36,10 @@ OBJECTIVES: dict[str, type[Any]] = {
     "csd": CSD,
     "dld": DirectLogit,
     "lskd": LogitStandardization,
+    "opd": SampledReverseKL,
     "hidden": HiddenMatching,
     "ce": CrossEntropy,
+    "policy_gradient": PolicyGradient,
     "sum": WeightedSum,
 }
 

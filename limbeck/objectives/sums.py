@@ -33,13 +33,20 @@ class CrossEntropy:
     caution = ""
 
     def value_and_grad(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        assert rows.label_N is not None, "the doors check that labels are there"
-        counts_N1 = (rows.label_N != IGNORED).unsqueeze(-1)
-        label_N1 = torch.where(counts_N1, rows.label_N.unsqueeze(-1), 0)
+        counts_N1, label_N1, at_label_NV = labels_of(rows)
         log_q_NV = rows.student_logits_NK.log_softmax(-1)
         value_N = torch.where(counts_N1, -log_q_NV.gather(-1, label_N1), 0.0).squeeze(-1)
-        at_label_NV = torch.arange(log_q_NV.shape[-1], device=log_q_NV.device) == label_N1
-        return value_N, torch.where(counts_N1, log_q_NV.exp() - at_label_NV.to(log_q_NV.dtype), 0.0)
+        return value_N, torch.where(counts_N1, log_q_NV.exp() - at_label_NV, 0.0)
+
+
+def labels_of(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Of labels: which count (bool), an index for each (0 where it does not count), and 1 at the index, 0 elsewhere."""
+    assert rows.label_N is not None, "the doors check that labels are there"
+    logits_NV = rows.student_logits_NK
+    counts_N1 = (rows.label_N != IGNORED).unsqueeze(-1)
+    label_N1 = torch.where(counts_N1, rows.label_N.unsqueeze(-1), 0)
+    at_label_NV = torch.arange(logits_NV.shape[-1], device=logits_NV.device) == label_N1
+    return counts_N1, label_N1, at_label_NV.to(logits_NV.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

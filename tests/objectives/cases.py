@@ -62,6 +62,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         for n in ("none", "mean", "min", "max", "std", "range")
     ],
     "lskd": [{"inner": "rkl"}, {"inner": "js"}],
+    "opd": [{"clip": 0.5}],
+    "policy_gradient": [{"advantage": -0.7}],
     "sum": [
         {
             "parts": [
@@ -97,6 +99,11 @@ DEFAULTS = {name: CASES[f"{name}()"] for name in OBJECTIVES if f"{name}()" in CA
 
 def is_teacherless(objective: Objective) -> bool:
     return "teacher" not in objective.reads
+
+
+def is_signed(objective: Objective) -> bool:
+    """Whether its value may be negative: an estimate from one token, or an advantage times a surprise."""
+    return objective.name in ("opd", "policy_gradient")
 
 
 def feels_shifts(objective: Objective) -> bool:

@@ -20,7 +20,7 @@ from limbeck.objectives.bodies import compiler_available
 from tests.objectives.cases import CASES, DEFAULTS
 from tests.objectives.pairs import Pair
 
-pytestmark = pytest.mark.filterwarnings("ignore:ab with alpha")
+pytestmark = pytest.mark.filterwarnings("ignore:ab with alpha", "ignore:opd is unbiased")
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -180,7 +180,8 @@ def test_backward_twice_gives_the_same():
 
 
 @pytest.mark.parametrize(
-    "name", ["fkl", "rkl", "js", "skl", "srkl", "ab", "tad", "lskd", "ce", "jeffreys", "symmetric_kl"]
+    "name",
+    ["fkl", "rkl", "js", "skl", "srkl", "ab", "tad", "lskd", "ce", "policy_gradient", "jeffreys", "symmetric_kl"],
 )
 def test_gradcheck(name):
     pair = Pair(n=3, v=5, d=3, bias=True, scale=0.7, softcap=4.0)
@@ -204,7 +205,7 @@ def compiled_equals_plain(pair, objective, **options):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["rkl", "js", "csd", "tad", "sum"])
+@pytest.mark.parametrize("name", ["rkl", "js", "csd", "tad", "opd", "policy_gradient", "sum"])
 def test_compiled_and_plain_agree(name):
     pair = Pair(dtype=torch.float32, n=75, v=3001, bias=True, softcap=30.0)
     compiled_equals_plain(pair, DEFAULTS[name])

@@ -15,7 +15,7 @@ from limbeck.objectives import build_objective, fused_distillation_loss, token_v
 from tests.objectives.cases import DEFAULTS
 from tests.objectives.pairs import Pair
 
-pytestmark = pytest.mark.filterwarnings("ignore:ab with alpha")
+pytestmark = pytest.mark.filterwarnings("ignore:ab with alpha", "ignore:opd is unbiased")
 
 
 def half(pair: Pair, dtype: torch.dtype) -> Pair:
