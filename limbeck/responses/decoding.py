@@ -67,6 +67,7 @@ class Draft:
     uniforms: list[list[float]]
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
+    sampled_logp: list[float] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     stop: StopReason | None = None
 
@@ -130,7 +131,7 @@ def _extend(
     logits_BV = project(writer.head, hidden_BD)
     # Half-precision logits are drawn from as transformers does: widened first.
     logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
-    _require_finite(logits_BV, live)
+    require_finite(logits_BV, live)
     step = len(live[0].ids)
     uniform_BA = torch.tensor([draft.uniforms[step] for draft in live], dtype=torch.float64, device=writer.device)
     ids_B = draw(logits_BV, uniform_BA, sampling)
@@ -143,10 +144,11 @@ def _extend(
             draft.hidden.append(hidden_D)
     for draft, token in zip(live, ids_B.tolist(), strict=True):
         draft.ids.append(token)
-        draft.stop = _stop_reason(writer, draft, sampling)
+        draft.stop = stop_reason(writer, draft, sampling)
 
 
-def _stop_reason(writer: Writer, draft: Draft, sampling: Sampling) -> StopReason | None:
+def stop_reason(writer: Writer, draft: Draft, sampling: Sampling) -> StopReason | None:
+    """Why the newest id was the last one; None where it was not."""
     if draft.ids[-1] in writer.eos_token_ids:
         return "eos"
     if writer.stops is not None and writer.stops.complete(draft.ids):
@@ -154,7 +156,12 @@ def _stop_reason(writer: Writer, draft: Draft, sampling: Sampling) -> StopReason
     return "length" if len(draft.ids) == sampling.max_new_tokens else None
 
 
-def _require_finite(logits_BV: Tensor, live: list[Draft]) -> None:
+def require_finite(logits_BV: Tensor, live: Sequence[Draft]) -> None:
+    """Stop at logits that are NaN or infinite.
+
+    Raises:
+        LimbeckError: names the prompt and the place in the response.
+    """
     # One pass: a sum over logits is finite exactly where all of them are.
     finite_B = logits_BV.sum(-1).isfinite()
     if finite_B.all():
@@ -169,7 +176,7 @@ def _require_finite(logits_BV: Tensor, live: list[Draft]) -> None:
 def _prefill(writer: Writer, drafts: Sequence[Draft], cache: DecodeCache, longest: int) -> Tensor:
     """Fill the cache with the prompts, rows ending at the same slot; hidden states at the last prompt token: (B, D)."""
     hidden = []
-    for first, group in _groups(drafts, whole=not cache.splits_rows):
+    for first, group in prefill_groups(drafts, whole=not cache.splits_rows):
         width = max(len(draft.prompt.ids) for draft in group)
         cache.look_at(first, len(group), start=longest - width, length=0)
         ids_RT = torch.full((len(group), width), writer.pad_token_id)
@@ -183,7 +190,7 @@ def _prefill(writer: Writer, drafts: Sequence[Draft], cache: DecodeCache, longes
     return torch.cat(hidden)
 
 
-def _groups(drafts: Sequence[Draft], *, whole: bool) -> Iterator[tuple[int, Sequence[Draft]]]:
+def prefill_groups(drafts: Sequence[Draft], *, whole: bool) -> Iterator[tuple[int, Sequence[Draft]]]:
     """Neighbouring rows whose padded prompts hold at most `PREFILL_TOKENS` tokens (one row may hold more)."""
     first = 0
     for end in range(1, len(drafts) + 1):

@@ -40,7 +40,7 @@ def draw(logits_BV: Tensor, uniform_BA: Tensor, sampling: Sampling) -> Tensor:
         return _draw_sorted(logits_BV, uniform_BA[:, -1], sampling)
     weight_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     weight_BV = weight_BV.div_(sampling.temperature).exp_()
-    ids_B = _draw_from_all(weight_BV, uniform_BA[:, 0])
+    ids_B = pick(weight_BV, uniform_BA[:, 0])
     if sampling.top_p == 1:
         return ids_B
     open_R = torch.arange(len(ids_B), device=ids_B.device)
@@ -49,7 +49,7 @@ def draw(logits_BV: Tensor, uniform_BA: Tensor, sampling: Sampling) -> Tensor:
         if not refused_R.any():
             return ids_B
         open_R, weight_RV = open_R[refused_R], weight_RV[refused_R]
-        ids_R = _draw_from_all(weight_RV, uniform_BA[open_R, attempt])
+        ids_R = pick(weight_RV, uniform_BA[open_R, attempt])
         ids_B[open_R] = ids_R
         refused_R = ~inside(weight_RV, ids_R, sampling.top_p)
     open_R = open_R[refused_R]
@@ -75,6 +75,22 @@ def inside(weight_RV: Tensor, ids_R: Tensor, top_p: float) -> Tensor:
         earlier_R = ((weight_RV == own_R1) & (positions_V < ids_R1)).sum(-1)
         inside_R[rows] = before_R + earlier_R * own_R1[:, 0] < top_p * total_R[rows]
     return inside_R
+
+
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that `draw` draws from, zeros included: (B, V), in the precision of the logits.
+
+    Greedy decoding is the distribution with all mass on the arg max.
+    """
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
+    if sampling.top_p == 1 and not 0 < sampling.top_k < logits_BV.shape[-1]:
+        return (logits_BV / sampling.temperature).softmax(-1)
+    probability_BV = torch.zeros_like(logits_BV)
+    for rows, ids_RK, weight_RK in nucleus(logits_BV, sampling):
+        share_RK = weight_RK / weight_RK.sum(-1, keepdim=True)
+        probability_BV[rows[:, None], ids_RK] = share_RK.to(logits_BV.dtype)
+    return probability_BV
 
 
 def _draw_sorted(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
@@ -128,10 +144,11 @@ def _cut(probability_RK: Tensor, top_p: float) -> Tensor:
     return probability_RK.masked_fill(outside_RK, 0.0)
 
 
-def _draw_from_all(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution over the whole vocabulary, in the order of the ids.
+def pick(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """One id a row (B,) with probability proportional to its weight: the inverse of the cumulative distribution.
 
-    Sums over chunks, then within the one chunk that holds the answer: the cost is one pass, not a running sum.
+    Ids come in their own order. Sums over chunks, then within the one chunk that holds the answer: the cost is one
+    pass, not a running sum.
     """
     missing = -weight_BV.shape[-1] % CHUNK
     weight_BCX = torch.nn.functional.pad(weight_BV, (0, missing)).unflatten(-1, (-1, CHUNK))

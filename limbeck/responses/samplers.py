@@ -7,7 +7,7 @@ not depend on the rows beside it; finished rows cost nothing; batches are made o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from limbeck import onednn
-from limbeck.flow import Author, LimbeckError, Response, Sampling, TokenPrompt
+from limbeck.flow import Author, Response, Sampling, TokenPrompt
 from limbeck.models.heads import causal_model, decoder_of, head_of
+from limbeck.responses.asking import cache_bytes_per_token, check_prompts, check_sizes, plan_batches
 from limbeck.responses.decoding import Draft, Writer, row_uniforms, write
 from limbeck.responses.packed import PackedLinears
 from limbeck.responses.stops import StopStrings
@@ -68,8 +69,7 @@ class LocalSampler:
         batch_size: rows at most.
         cache_gib: keys and values of a batch at most; longer prompts make smaller batches.
         packed_gib: weights laid out for oneDNN while sampling in float32 on a CPU, at most; 0 saves the memory and
-        costs
-            about a fifth of the speed of small batches.
+            costs about a fifth of the speed of small batches.
         keep_logp: keep the log-probability at temperature 1 of each id in `Response.logp`.
         on_progress: called after every step.
     """
@@ -87,13 +87,7 @@ class LocalSampler:
     on_progress: Callable[[SamplingProgress], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise LimbeckError(f"batch_size is {self.batch_size}, expected at least 1: set it to the rows that fit")
-        if not 0 <= self.pad_token_id < self.vocab_size:
-            raise LimbeckError(
-                f"pad_token_id is {self.pad_token_id}, expected an id below vocab_size {self.vocab_size}: "
-                "any real token will do, the end-of-sequence token for example"
-            )
+        check_sizes(self.batch_size, self.pad_token_id, self.vocab_size)
 
     def respond(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
         """Answer every prompt, in the order given.
@@ -101,11 +95,7 @@ class LocalSampler:
         Raises:
             LimbeckError: see `respond_in_batches`.
         """
-        responses: list[Response | None] = [None] * len(prompts)
-        for answered in self.respond_in_batches(prompts, sampling):
-            for index, response in zip(answered.indices, answered.responses, strict=True):
-                responses[index] = response
-        return [response for response in responses if response is not None]
+        return in_order(self.respond_in_batches(prompts, sampling), len(prompts))
 
     def respond_in_batches(
         self,
@@ -127,33 +117,18 @@ class LocalSampler:
                 `max_new_tokens` in the model's window, stop strings without a tokenizer, impossible sampling settings,
                 or (while sampling) logits that are NaN or infinite.
         """
-        self._check(prompts, sampling)
+        check_prompts(prompts, sampling, models=(self.model,), vocab_size=self.vocab_size, tokenizer=self.tokenizer)
         batches = [batch for batch in self.plan(prompts, sampling) if not set(batch) <= set(done)]
-        total, finished, tokens = sum(len(batch) for batch in batches), 0, 0
-
-        def count(drawn: int, ended: int) -> None:
-            nonlocal finished, tokens
-            finished, tokens = finished + ended, tokens + drawn
-            if self.on_progress is not None:
-                self.on_progress(SamplingProgress(responses_done=finished, responses_total=total, tokens=tokens))
-
         linears = (
             PackedLinears(self.model, rows=self.batch_size, packed_gib=self.packed_gib) if onednn.available() else None
         )
-        for batch in batches:
+        for batch, count in counted(batches, self.on_progress):
             yield self._answer(prompts, batch, sampling, capture_hidden, count, linears or nullcontext())
 
     def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]:
         """The batches, as indices into the list of prompts: a function of the prompts' lengths and the settings."""
-        slots_at_most = int(self.cache_gib * 2**30 / self._cache_bytes_per_token())
-        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].ids), index))
-        batches = []
-        while order:
-            slots = len(prompts[order[0]].ids) + sampling.max_new_tokens
-            rows = max(1, min(self.batch_size, slots_at_most // slots))
-            batches.append(tuple(order[:rows]))
-            order = order[rows:]
-        return batches
+        bytes_per_token = cache_bytes_per_token(self.model)
+        return plan_batches(prompts, sampling, self.batch_size, int(self.cache_gib * 2**30 / bytes_per_token))
 
     def _answer(
         self,
@@ -172,7 +147,7 @@ class LocalSampler:
             )
             for index in batch
         ]
-        with _evaluating(self.model), linears:
+        with evaluating(self.model), linears:
             write(
                 self._writer(sampling),
                 drafts,
@@ -201,65 +176,60 @@ class LocalSampler:
         )
 
     def _writer(self, sampling: Sampling) -> Writer:
-        stops = None
-        if sampling.stop:
-            assert self.tokenizer is not None
-            stops = StopStrings(self.tokenizer, sampling.stop)
-        return Writer(
-            decoder=decoder_of(self.model),
-            head=head_of(self.model, self.vocab_size, verify=False),
-            config=causal_model(self.model).config,
-            eos_token_ids=frozenset(self.eos_token_ids),
-            pad_token_id=self.pad_token_id,
-            stops=stops,
+        return writer_of(
+            self.model, self.vocab_size, self.eos_token_ids, self.pad_token_id, stops_of(self.tokenizer, sampling)
         )
 
-    def _cache_bytes_per_token(self) -> int:
-        config = causal_model(self.model).config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * head_size * causal_model(self.model).dtype.itemsize
 
-    def _check(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> None:
-        _check_settings(sampling)
-        if sampling.stop and self.tokenizer is None:
-            raise LimbeckError(
-                f"stop strings {sampling.stop!r} were given without a tokenizer to read the text with: pass tokenizer="
-            )
-        window = getattr(causal_model(self.model).config.get_text_config(decoder=True), "max_position_embeddings", None)
-        for prompt in prompts:
-            if not prompt.ids:
-                raise LimbeckError(f"prompt {prompt.id!r} has no tokens, expected at least one: drop it from the set")
-            if min(prompt.ids) < 0 or max(prompt.ids) >= self.vocab_size:
-                raise LimbeckError(
-                    f"prompt {prompt.id!r} holds ids from {min(prompt.ids)} to {max(prompt.ids)}, expected 0 to "
-                    f"{self.vocab_size - 1}: tokenise it with this model's own tokenizer"
-                )
-            if window is not None and len(prompt.ids) + sampling.max_new_tokens > window:
-                raise LimbeckError(
-                    f"prompt {prompt.id!r} has {len(prompt.ids)} tokens and max_new_tokens is "
-                    f"{sampling.max_new_tokens}, expected at most {window} together (the model's window): "
-                    "shorten the prompt or max_new_tokens"
-                )
+def writer_of(
+    model: nn.Module, vocab_size: int, eos_token_ids: Collection[int], pad_token_id: int, stops: StopStrings | None
+) -> Writer:
+    """A model as the decode loops need it."""
+    return Writer(
+        decoder=decoder_of(model),
+        head=head_of(model, vocab_size, verify=False),
+        config=causal_model(model).config,
+        eos_token_ids=frozenset(eos_token_ids),
+        pad_token_id=pad_token_id,
+        stops=stops,
+    )
 
 
-def _check_settings(sampling: Sampling) -> None:
-    limits = {
-        "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
-        "temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
-        "top_p": (0 < sampling.top_p <= 1, "a mass in (0, 1]"),
-        "top_k": (sampling.top_k >= 0, "0 (the whole vocabulary) or more"),
-        "stop": (all(sampling.stop), "strings that are not empty"),
-    }
-    for name, (fine, expected) in limits.items():
-        if not fine:
-            raise LimbeckError(
-                f"sampling.{name} is {getattr(sampling, name)!r}, expected {expected}: correct the recipe"
-            )
+def stops_of(tokenizer: PreTrainedTokenizerBase | None, sampling: Sampling) -> StopStrings | None:
+    """What looks for the stop strings; None where there are none."""
+    if not sampling.stop:
+        return None
+    assert tokenizer is not None
+    return StopStrings(tokenizer, sampling.stop)
+
+
+def counted(
+    batches: Sequence[tuple[int, ...]], on_progress: Callable[[SamplingProgress], None] | None
+) -> Iterator[tuple[tuple[int, ...], Callable[[int, int], None]]]:
+    """Each batch with what is to be told after every step how many tokens were drawn and responses finished by it."""
+    total, finished, tokens = sum(len(batch) for batch in batches), 0, 0
+
+    def count(drawn: int, ended: int) -> None:
+        nonlocal finished, tokens
+        finished, tokens = finished + ended, tokens + drawn
+        if on_progress is not None:
+            on_progress(SamplingProgress(responses_done=finished, responses_total=total, tokens=tokens))
+
+    for batch in batches:
+        yield batch, count
+
+
+def in_order(batches: Iterable[Answered], count: int) -> list[Response]:
+    """The responses of all batches in the order of their prompts."""
+    responses: list[Response | None] = [None] * count
+    for answered in batches:
+        for index, response in zip(answered.indices, answered.responses, strict=True):
+            responses[index] = response
+    return [response for response in responses if response is not None]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards each module's own mode again (frozen parts may differ from the rest)."""
     training = [module for module in model.modules() if module.training]
     model.eval()
