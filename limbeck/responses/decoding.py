@@ -72,14 +72,18 @@ class Draft:
     stop: StopReason | None = None
 
 
+def row_seed(sampling: Sampling, author: Author, prompt_id: str) -> int:
+    """The row's own seed, 64 bits with sign: a function of seed, author and prompt id alone."""
+    key = f"{sampling.seed}\x1f{author}\x1f{prompt_id}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
+
+
 def row_uniforms(sampling: Sampling, author: Author, prompt_id: str) -> list[list[float]]:
     """The row's own random numbers in [0, 1), a few for every step: a function of seed, author and prompt id alone.
 
     The numbers of a step do not depend on `max_new_tokens`. Two prompts with one id get the same numbers.
     """
-    key = f"{sampling.seed}\x1f{author}\x1f{prompt_id}".encode()
-    seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(row_seed(sampling, author, prompt_id))
     return torch.rand(sampling.max_new_tokens, ATTEMPTS + 1, generator=generator, dtype=torch.float64).tolist()
 
 
