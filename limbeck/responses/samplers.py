@@ -159,20 +159,7 @@ class LocalSampler:
         # Stacked outside inference mode: the student's autograd graph may hold on to them.
         hidden = tuple(torch.stack(draft.hidden) for draft in drafts) if capture_hidden else None
         return Answered(
-            indices=batch, responses=tuple(self._response(draft, sampling) for draft in drafts), hidden=hidden
-        )
-
-    def _response(self, draft: Draft, sampling: Sampling) -> Response:
-        assert draft.stop is not None
-        return Response(
-            prompt_id=draft.prompt.id,
-            author=self.author,
-            prompt_ids=draft.prompt.ids,
-            response_ids=tuple(draft.ids),
-            stop=draft.stop,
-            sampling=sampling,
-            split=draft.prompt.split,
-            logp=tuple(draft.logp) if self.keep_logp else None,
+            indices=batch, responses=tuple(response_of(draft, sampling, self.author) for draft in drafts), hidden=hidden
         )
 
     def _writer(self, sampling: Sampling) -> Writer:
@@ -201,6 +188,22 @@ def stops_of(tokenizer: PreTrainedTokenizerBase | None, sampling: Sampling) -> S
         return None
     assert tokenizer is not None
     return StopStrings(tokenizer, sampling.stop)
+
+
+def response_of(draft: Draft, sampling: Sampling, author: Author) -> Response:
+    """A finished draft."""
+    assert draft.stop is not None
+    return Response(
+        prompt_id=draft.prompt.id,
+        author=author,
+        prompt_ids=draft.prompt.ids,
+        response_ids=tuple(draft.ids),
+        stop=draft.stop,
+        sampling=sampling,
+        split=draft.prompt.split,
+        logp=tuple(draft.logp) or None,
+        sampled_logp=tuple(draft.sampled_logp) or None,
+    )
 
 
 def counted(
