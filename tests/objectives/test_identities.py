@@ -185,29 +185,10 @@ def test_js_over_beta_tends_to_forward_kl():
     assert (grad_NV / 1e-9 - evaluate("fkl")[1]).abs().max() < 1e-4
 
 
-def test_js_is_a_sum_of_skew_kls():
-    value_N, _ = evaluate("js", beta=0.3)
-    expected_N = 0.3 * evaluate("skl", alpha=0.3)[0] + 0.7 * evaluate("srkl", alpha=0.7)[0]
-    torch.testing.assert_close(value_N, expected_N)
-
-
 def test_hellinger_and_squared_error():
     p, q = TEACHER.softmax(-1), STUDENT.softmax(-1)
     torch.testing.assert_close(evaluate("ab", alpha=0.5, beta=0.5)[0], 4 * (1 - (p * q).sqrt().sum(-1)))
     torch.testing.assert_close(evaluate("ab", alpha=1, beta=1)[0], ((p - q) ** 2).sum(-1) / 2)
-
-
-def test_skews_are_bounded():
-    for name in ("skl", "srkl"):
-        value_N, _ = evaluate(name, student=50 * STUDENT, teacher=-50 * STUDENT, alpha=0.1)
-        assert (value_N <= np.log(10) + 1e-9).all() and (value_N > 1).any()
-
-
-def test_detaching_the_mixture_keeps_the_direction_not_the_size():
-    _, full = evaluate("srkl", alpha=0.1)
-    _, detached = evaluate("srkl", alpha=0.1, detach_mixture=True)
-    cosine = torch.nn.functional.cosine_similarity(full, detached, dim=-1)
-    assert (cosine > 0.8).all() and (detached.norm(dim=-1) > 1.2 * full.norm(dim=-1)).any()
 
 
 def test_tempering_the_teacher_alone(tau=3.0):
