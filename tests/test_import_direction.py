@@ -34,7 +34,8 @@ PARTS = {
     # A teacher is handed in, never imported.
     "student": USABLE | {"objectives", "models", "responses", "prompts"},
     "evaluation": {"flow", "rundir", "objectives", "models"},
-    "report": {"flow", "rundir", "evaluation"},
+    # Of responses the words of the alarms and what a loop is, which need no torch.
+    "report": {"flow", "rundir", "evaluation", "responses"},
     "card": {"flow", "rundir", "report"},
 }
 # What plays the story may import every part; the stages are handed to it.

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.report.curves import axis, path, smooth, thin, tight_axis
+from limbeck.report.curves import Axis, axis, path, smooth, thin, tight_axis
+from limbeck.report.onpolicy import names_in
 from limbeck.report.run import Run, number
 from limbeck.report.words import count, figure, objective_of, setting
+from limbeck.responses.alarms import ALARMS
 
 # The drawing area in its own units; the page stretches it to the width there is, lines keep their thickness.
 WIDTH, HEIGHT = 1000, 400
@@ -32,6 +34,8 @@ class Chart:
         smoothed: path of their running mean, empty for short curves.
         points: per point its place in percent (x, y) and the lines of its label.
         last: the final value in words.
+        alarms: places where an alarm went off that reads this metric.
+        group: heading of the curves that it belongs to; empty for those that every training has.
     """
 
     name: str
@@ -44,8 +48,11 @@ class Chart:
     smoothed: str
     points: tuple[tuple[float, float, tuple[str, ...]], ...]
     last: str
+    alarms: tuple[Mark, ...]
+    group: str
 
 
+OWN, MIX = "The student's own responses", "Mixture and objective"
 CURVES = (
     ("loss", "Loss", "", False, True),
     ("forward_kl", "Forward KL", "at temperature 1", True, True),
@@ -54,7 +61,18 @@ CURVES = (
     ("learning_rate", "Learning rate", "", True, False),
     ("grad_norm", "Gradient norm", "before clipping", True, True),
     ("tokens_per_s", "Speed", "tokens/s", True, True),
+    ("responses/truncated", "Cut off", "share of responses", True, True),
+    ("responses/repeated", "Looping", "share of responses", True, True),
+    ("responses/empty", "Empty", "share of responses", True, True),
+    ("responses/length", "Length", "tokens a response", True, True),
+    ("log_q/student", "Log q", "nats/token of its own", False, True),
+    ("kl_p99", "99th percentile", "of the divergence", True, True),
+    ("share", "Share", "by the student", True, False),
+    ("alpha/teacher", "Alpha", "teacher's responses", True, True),
+    ("alpha/student", "Alpha", "student's responses", True, True),
+    ("beta", "Beta", "weight of its responses", True, False),
 )
+GROUPS = {"log_q/student": OWN, "kl_p99": OWN, "share": MIX, "alpha/teacher": MIX, "alpha/student": MIX, "beta": MIX}
 
 
 def charts(run: Run) -> list[Chart]:
@@ -94,6 +112,17 @@ def _chart(key: str, title: str, unit: str, rows: Sequence[Mapping[str, Any]], z
         smoothed=path(_scaled(steps, means, across.at, up.at)) if means else "",
         points=tuple(points),
         last=figure(means[-1] if means else values[-1]),
+        alarms=_alarms(rows, key, across),
+        group=OWN if key.startswith("responses/") else GROUPS.get(key, ""),
+    )
+
+
+def _alarms(rows: Sequence[Mapping[str, Any]], key: str, across: Axis) -> tuple[Mark, ...]:
+    return tuple(
+        Mark(at=100 * across.at(row["step"]), label=name)
+        for row in rows
+        for name in names_in(row)
+        if name in ALARMS and ALARMS[name].keys[0] == key
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from limbeck.report import words
 from limbeck.report.charts import HEIGHT, WIDTH, charts
 from limbeck.report.evidence import evidence
+from limbeck.report.onpolicy import exchanges, warned
 from limbeck.report.run import Run, number, read_run, score, value_at
 from limbeck.rundir import write_text
 
@@ -51,7 +53,9 @@ def render(run: Run) -> str:
         headline=words.headline(run),
         story=_story(run),
         tiles=_tiles(run),
-        charts=curves,
+        charts=[(group, list(some)) for group, some in groupby(curves, key=lambda chart: chart.group)],
+        warned=warned(run),
+        exchanges=exchanges(run),
         drawing=(WIDTH, HEIGHT),
         points={chart.name: chart.points for chart in curves},
         evidence=evidence(run),

@@ -20,6 +20,8 @@ FILES = {
     "samples.jsonl": "there are no sample answers",
     "scores.json": "the student has not been evaluated",
 }
+# Absent where the student wrote none of what it was trained on, and not missed then.
+WRITTEN = "responses/examples.jsonl"
 STORY = ("prompts", "responses", "signal", "student", "evaluation", "report")
 
 
@@ -31,6 +33,7 @@ class Run:
         recipe_text: the resolved recipe as written; `recipe` is the same, parsed.
         stages: the manifests, in the order in which the stages were started.
         steps: one mapping a logging step of the training.
+        written: some of the responses that were trained on, of both authors, as token ids.
         missing: file to what its absence means.
         broken: one sentence for each file, or part of one, that could not be read.
     """
@@ -42,6 +45,7 @@ class Run:
     student: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Mapping[str, Any], ...] = ()
     steps: tuple[Mapping[str, Any], ...] = ()
+    written: tuple[Mapping[str, Any], ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()
     scores: Mapping[str, Any] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -73,6 +77,7 @@ def read_run(run_dir: Path) -> Run:
         steps=tuple(
             row for row in _lines(texts["metrics.jsonl"], "metrics.jsonl", broken) if number(row, "step") is not None
         ),
+        written=tuple(_lines(_text(run_dir, WRITTEN, broken), WRITTEN, broken)),
         samples=tuple(_lines(texts["samples.jsonl"], "samples.jsonl", broken)),
         scores=_object(texts["scores.json"], "scores.json", broken),
         missing={name: what for name, what in FILES.items() if not (run_dir / name).is_file()},

@@ -192,3 +192,90 @@ def _provenance():
         "seeds": {"train": 0, "sampling": 0, "bootstrap": 0},
         "hardware": {"cpu": "AMD EPYC", "cores": 2, "memory_gib": 23.4, "gpu": None},
     }
+
+
+ANSWERS = (
+    "Keep a fixed hour for bed and another for rising, also at weekends. Make the room dark, quiet and cool, and leave "
+    "the telephone outside. Drink no coffee after noon.",
+    "A function that returns the larger of two numbers:\n\ndef larger(a, b):\n    return a if a > b else b",
+    "Bees find their way by the sun, by landmarks, and by the smell of the hive.",
+)
+
+
+def write_on_policy(run_dir: Path, *, steps: int = 160, tokenizer: bool = True, seed: int = 1) -> Path:
+    """Add to a run what training on the student's own responses leaves: metrics, alarms, responses, a tokenizer."""
+    rng = np.random.default_rng(seed)
+    path = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    _lines(path, (row | _own_metrics(rng, row["step"] / steps) | _warnings(row["step"], steps) for row in rows))
+    _lines(run_dir / "prompts.jsonl", _prompts())
+    (run_dir / "responses").mkdir(exist_ok=True)
+    _lines(run_dir / "responses" / "examples.jsonl", _written(steps))
+    if tokenizer:
+        _byte_tokenizer().save(str(run_dir / "student" / "tokenizer.json"))
+    return run_dir
+
+
+def _own_metrics(rng, at):
+    late = max(0.0, at - 0.6) * 2
+    return {
+        "responses/count": 8,
+        "responses/truncated": float(np.clip(0.2 + late + 0.1 * rng.normal(), 0, 1)),
+        "responses/repeated": float(np.clip(0.04 + 0.9 * late + 0.05 * rng.normal(), 0, 1)),
+        "responses/empty": 0.0,
+        "responses/length": 44 + 50 * late + 6 * rng.normal(),
+        "log_q/student": -1.4 + 0.5 * at + 0.08 * rng.normal(),
+        "kl_p99": 6.5 - 3 * at + 0.5 * rng.normal(),
+        "share": 0.2 + 0.6 * at,
+        "alpha/teacher": 0.1 + 0.02 * rng.normal(),
+        "alpha/student": 0.12 + 0.1 * at + 0.02 * rng.normal(),
+        "beta": 0.5 + 0.5 * at,
+    }
+
+
+def _warnings(step, steps):
+    # The first, a step that no alarm is for, comes from a version to come.
+    when = {0.5: ["of_tomorrow"], 0.8: ["repetition"], 0.9: ["truncation"], 1.0: ["repetition"]}
+    return next(({"warnings": names} for at, names in when.items() if step == round(at * steps)), {})
+
+
+def _prompts():
+    for n, sample in enumerate(SAMPLES):
+        yield {"id": f"p{n}", "messages": [{"role": "user", "content": sample["prompt"]}], "split": "train"}
+
+
+def _written(steps):
+    for quarter in range(1, 5):
+        for n, answer in enumerate(ANSWERS):
+            step = quarter * steps // 4 - 3 + n
+            row = {
+                "step": step,
+                "epoch": 2 * step / steps,
+                "prompt_id": f"p{n}",
+                "prompt_ids": _bytes("user: " + answer),
+            }
+            if quarter != 3:
+                yield row | {"author": "teacher", "response_ids": [*_bytes(answer), 256], "stop": "eos"}
+            said, stop = (
+                (answer[: 60 * quarter], "eos") if quarter < 4 else (answer[:40] + " and the bed" * 90, "length")
+            )
+            said = "" if (n, quarter) == (2, 1) else said
+            yield row | {"author": "student", "response_ids": _bytes(said) + [256] * (stop == "eos"), "stop": stop}
+
+
+def _bytes(text):
+    return list(text.encode())
+
+
+def _byte_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    # The letter that byte-level tokenizers write for each byte.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = {pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(n))[0][0]: n for n in range(128)}
+    free = iter(n for n in range(256) if n not in plain.values())
+    vocab = {letter: plain[letter] if letter in plain else next(free) for letter in letters}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    return tokenizer
