@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from limbeck.models.vocabulary import VocabularyCard
 
 # Keys that change nothing that is written but metrics and checkpoints; two runs may differ in them and be the same run.
-NEUTRAL_KEYS = ("output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to")
+NEUTRAL_KEYS = (
+    *("output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to"),
+    *(f"responses.server.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
