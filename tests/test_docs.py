@@ -18,7 +18,7 @@ from limbeck.config import build_objective as objective_of
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_values
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("choosing-an-objective.md", "objectives.md", "temperature.md", "gallery.md", "papers.md")
+PAGES = ("choosing-an-objective.md", "objectives.md", "temperature.md", "gallery.md", "papers.md", "on-policy.md")
 
 
 def text_of(page: str) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from limbeck.flow import Response
 from limbeck.responses.alarms import COUNT, EMPTY, LENGTH, LOG_Q, REPEATED, TRUNCATED
+from limbeck.responses.watch import Alarm, Watch
+
+__all__ = ["Alarm", "Watch", "health_of", "loops", "rates", "repeated_share", "tally"]
 
 # The shortest ending of a response that is looked at by itself. 61 4-grams: loops of up to 30 tokens show.
 ENDING = 64

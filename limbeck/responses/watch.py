@@ -174,9 +174,12 @@ class Watch:
         """Take in the metrics of a step, and give the alarms that go off by them.
 
         Args:
-            metrics: as in metrics.jsonl; `kl_p99` is the 99th percentile of `forward_kl`, where that is measured, else
-                of `loss`. `responses/count`, where given, tells how much a step with few responses weighs.
+            metrics: as in metrics.jsonl, with those of `health_of`. Steps without responses of the student are passed
+                over: on the teacher's text entropies and divergences are other quantities. `kl_p99` is the 99th
+                percentile of `forward_kl`, where that is measured, else of `loss`.
         """
+        if not metrics.get(COUNT):
+            return []
         for key in _READ:
             self._take(key, metrics)
         tail, mean = self._levels.get("kl_p99"), _divergence(self._levels)
@@ -193,13 +196,13 @@ class Watch:
         return raised
 
     def _take(self, key: str, metrics: Mapping[str, Any]) -> None:
-        value, count = metrics.get(key), metrics.get(COUNT)
+        value = metrics.get(key)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return
         level, cut = self._levels.get(key, _Level()), self._levels.get(TRUNCATED)
         if key == LENGTH and level.seen < alarms.START and cut and cut.mean >= alarms.LENGTH_CUT:
             return
-        share = min(1.0, count / alarms.FULL_STEP) if count is not None and key in _OF_RESPONSES else 1.0
+        share = min(1.0, metrics[COUNT] / alarms.FULL_STEP) if key in _OF_RESPONSES else 1.0
         level.add(float(value), alarms.GAIN * share)
         self._levels[key] = level
 

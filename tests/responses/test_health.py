@@ -3,9 +3,11 @@
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,8 +16,7 @@ from hypothesis import strategies as st
 from limbeck.flow import Author, Response, StopReason
 from limbeck.responses import alarms
 from limbeck.responses.alarms import ALARMS
-from limbeck.responses.health import health_of, loops, rates, repeated_share, tally
-from limbeck.responses.watch import Watch
+from limbeck.responses.health import Watch, health_of, loops, rates, repeated_share, tally
 
 EOS = 2
 
@@ -184,7 +185,11 @@ def test_the_message_says_what_against_what_and_the_remedy():
 
 def test_lines_that_lack_metrics_or_hold_nonsense_change_nothing():
     lines = list(history(GOES_OFF["repetition"]))
-    gaps = [{"step": 0}, {"step": 0, "responses/repeated": None, "loss": float("nan"), "kl_p99": float("inf")}]
+    gaps = [
+        # A step on the teacher's text.
+        {"step": 0, "loss": 9.0, "kl_p99": 90.0, "student_entropy": 0.0},
+        {"step": 0, "responses/count": 4, "responses/repeated": None, "loss": float("nan"), "kl_p99": float("inf")},
+    ]
     between = [line for pair in zip(lines, itertools.cycle(gaps)) for line in pair]
     assert fired(lines) == fired(between)
 
@@ -210,6 +215,12 @@ def test_a_resumed_watch_is_the_one_that_was_never_interrupted(cut):
     assert before + [second.see(line) for line in lines[cut:]] == expected
     assert second.state() == whole.state()
     assert len({alarm.name for some in expected for alarm in some}) == len(ALARMS)
+
+
+def test_the_page_explains_every_alarm():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "on-policy.md").read_text("utf-8")
+    _, page = page.split("## The alarms")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(ALARMS)
 
 
 def test_no_torch_is_needed():
