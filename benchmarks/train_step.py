@@ -102,8 +102,11 @@ def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
     from limbeck.config import build_objective
     from limbeck.models.vocabulary import real_vocab_size
     from limbeck.objectives import Temperature
+    from limbeck.responses.authors import fixed
     from limbeck.stages.signal import open_teacher
-    from limbeck.student.loop import LoopContext, train
+    from limbeck.student.journal import LoopContext
+    from limbeck.student.loop import train
+    from limbeck.student.loss import Judgement
 
     story, student, rows = _pair(arguments)
     stored = arguments.method.endswith("stored signal")
@@ -121,9 +124,9 @@ def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
         metrics = Path(folder) / "metrics.jsonl"
         train(
             student.model,
-            [response for _, response in rows],
+            fixed([response for _, response in rows]),
             teacher,
-            build_objective(story.recipe),
+            Judgement(objective=build_objective(story.recipe)),
             temperature=Temperature(),
             settings=settings,
             vocab_size=real_vocab_size(student.tokenizer),

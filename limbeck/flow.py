@@ -34,6 +34,10 @@ class LimbeckError(ValueError):
     """A mistake at a public door. The message is one line: what was got, what was expected, the remedy."""
 
 
+class Interrupted(Exception):
+    """A stage was asked to stop and did so in order: everything it finished is on disk."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn of a conversation, in the ecosystem's form."""
@@ -106,6 +110,8 @@ class Response:
         response_ids: include the end-of-sequence token when `stop` is "eos".
         sampling: how it was drawn; None for data.
         logp: log-probability at temperature 1 of every response id, where the sampler was asked to keep it.
+        sampled_logp: log-probability of every response id under what it was drawn from, where that was neither model
+            alone (MiniLLM's mixture).
     """
 
     prompt_id: str
@@ -116,6 +122,7 @@ class Response:
     sampling: Sampling | None = None
     split: Split = "train"
     logp: tuple[float, ...] | None = None
+    sampled_logp: tuple[float, ...] | None = None
 
     @property
     def length(self) -> int:
@@ -132,7 +139,10 @@ class TokenBatch:
         attention_mask_BT: 1 on real tokens, int64.
         loss_mask_BT: True where the hidden state predicts a response token (position t predicts token t + 1), bool.
         labels_N: the response tokens those positions predict, row by row, int64.
-        rows: index of each row in the list of responses the batch was made of.
+        rows: number of each row's response, as the caller of `collate` numbered them.
+        by_student_B: whether the student wrote the response of each row, bool.
+        partners: of each row the one with the other author's response to the same prompt; -1 for none.
+        drawn_logp_N: log-probability the response tokens were drawn with; NaN where it was not kept, float32.
     """
 
     input_ids_BT: Tensor
@@ -140,6 +150,9 @@ class TokenBatch:
     loss_mask_BT: Tensor
     labels_N: Tensor
     rows: tuple[int, ...]
+    by_student_B: Tensor
+    partners: tuple[int, ...]
+    drawn_logp_N: Tensor
 
     @property
     def sequence_N(self) -> Tensor:
@@ -154,6 +167,8 @@ class TokenBatch:
             attention_mask_BT=self.attention_mask_BT.to(device),
             loss_mask_BT=self.loss_mask_BT.to(device),
             labels_N=self.labels_N.to(device),
+            by_student_B=self.by_student_B.to(device),
+            drawn_logp_N=self.drawn_logp_N.to(device),
         )
 
 

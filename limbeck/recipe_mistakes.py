@@ -56,6 +56,8 @@ def _lower(message: str) -> str:
 
 def nearest(key: str, known: Sequence[str]) -> str:
     """'; did you mean X?' where a known key is close, else nothing."""
+    # A bare name belongs to the training proper rather than to a stage before it.
+    known = [name for name in known if not name.startswith("sft.") or key.startswith("sft")]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         # The right name in the wrong section, or a bare name: compare last parts alone.

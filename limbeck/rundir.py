@@ -1,7 +1,7 @@
 """The run directory: atomic writes, the lock, and one manifest a finished stage.
 
-    recipe.resolved.yaml  provenance.json  prompts.jsonl  responses/  signal/  checkpoints/  metrics.jsonl  student/
-    scores/  scores.json  samples.jsonl  report.html  report.svg  stages/NAME.json
+    recipe.resolved.yaml  provenance.json  prompts.jsonl  responses/  signal/  checkpoints/  rounds/  metrics.jsonl
+    student/  scores/  scores.json  samples.jsonl  report.html  report.svg  stages/NAME.json
 
 A stage is done when its manifest exists; the manifest holds the fingerprint of everything the stage read. Whatever is
 written appears under its final name only when it is whole, so a kill at any moment leaves finished things finished.
@@ -142,6 +142,18 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def rounds(self) -> Path:
+        return self.root / "rounds"
+
+    @property
+    def examples(self) -> Path:
+        return self.rounds / "examples.jsonl"
+
+    @property
+    def sft_metrics(self) -> Path:
+        return self.root / "metrics.sft.jsonl"
 
     @property
     def metrics(self) -> Path:

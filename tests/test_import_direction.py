@@ -21,16 +21,19 @@ LEAVES = {
     "failures": {"flow"},
     "recipe_mistakes": set(),
     "recipe_text": {"flow", "recipe_mistakes"},
-    # Only to build an objective and to list the objectives' options in the schema, inside functions.
-    "config": {"flow", "recipe_mistakes", "recipe_text", "objectives"},
+    "recipe_sections": set(),
+    "recipe_checks": {"flow", "recipe_sections"},
+    # Only to build objectives and rules and to list the objectives' options in the schema, inside functions.
+    "config": {"flow", "recipe_checks", "recipe_mistakes", "recipe_sections", "recipe_text", "objectives"},
 }
-USABLE = {"flow", "config", "rundir", "console", "onednn"}
+USABLE = {"flow", "config", "recipe_sections", "rundir", "console", "onednn"}
 PARTS = {
     "models": USABLE,
     "objectives": {"flow", "onednn"},
     "prompts": USABLE | {"models"},
     "teachers": USABLE | {"models"},
-    "responses": USABLE | {"models", "prompts"},
+    "server": {"flow"},
+    "responses": USABLE | {"models", "prompts", "server"},
     # A teacher is handed in, never imported.
     "student": USABLE | {"objectives", "models", "responses", "prompts"},
     "evaluation": {"flow", "rundir", "objectives", "models"},

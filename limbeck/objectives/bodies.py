@@ -39,6 +39,7 @@ class Body:
 
     Attributes:
         measure: also give entropies at temperature, the forward KL at temperature 1, and what the kept tokens hold.
+        labels: then also the log-probabilities of `label` at temperature 1 (full support).
     """
 
     objective: Objective
@@ -48,6 +49,7 @@ class Body:
     teacher_finish: Finish
     with_grad: bool
     measure: bool
+    labels: bool = False
 
     @property
     def values(self) -> int:
@@ -57,7 +59,7 @@ class Body:
     @property
     def measures(self) -> tuple[str, ...]:
         """Names of what is measured beside the values."""
-        return measured_on(self.support) if self.measure else ()
+        return measured_on(self.support, labels=self.labels) if self.measure else ()
 
     def __call__(self, block: Block, kept: list[Tensor] | None = None) -> Tensor:
         """Values of the parts, then the measures, each (N,); the weighted gradient is left in `student`.
@@ -82,7 +84,7 @@ class Body:
                 whole_grad = weight * grad if whole_grad is None else whole_grad + weight * grad
             values.append(value_N)
         if self.measure:
-            values += _measure(seen)
+            values += _measure(seen, labels=self.labels)
             if self.support != "full":
                 values += _kept(whole, block, self.support)
         if self.with_grad:
@@ -121,10 +123,13 @@ def _softened(logits_NV: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
     return exponential_NV * share_N1, (lowered_NV - total_N1.log()).clamp_min(LOG_ZERO)
 
 
-def measured_on(support: Support) -> tuple[str, ...]:
+def measured_on(support: Support, *, labels: bool = False) -> tuple[str, ...]:
     """What can be measured of every token on a support, by name; see `fused_distillation_loss`."""
+    if support == "sampled":
+        return ()
     kept = {"topk_renorm": ("student_kept",), "topk_tail": ("student_kept", "teacher_kept")}
-    return () if support == "sampled" else ("student_entropy", "teacher_entropy", "forward_kl", *kept.get(support, ()))
+    at_label = ("log_q", "log_p") if labels else ()
+    return ("student_entropy", "teacher_entropy", "forward_kl", *at_label, *kept.get(support, ()))
 
 
 def _kept(whole: Rows, block: Block, support: Support) -> list[Tensor]:
@@ -135,13 +140,21 @@ def _kept(whole: Rows, block: Block, support: Support) -> list[Tensor]:
     return [kept_N, (block["logp"] / block["teacher_tau"] - block["log_z"]).exp().sum(-1)]
 
 
-def _measure(rows: Rows) -> list[Tensor]:
-    """Entropies of student and teacher at their temperatures; KL(teacher || student) at 1, comparable across runs."""
+def _measure(rows: Rows, *, labels: bool) -> list[Tensor]:
+    """Entropies of student and teacher at their temperatures; KL(teacher || student) at 1, comparable across runs.
+
+    With `labels` also the log-probabilities of the labels at 1, of the student and of the teacher.
+    """
     log_q_NK, log_p_NK = (
         t.log_softmax(-1).clamp_min(LOG_ZERO) for t in (rows.student_logits_NK, rows.teacher_logits_NK)
     )
     forward_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1)
-    return [-(rows.q_NK * rows.log_q_NK).sum(-1), -(rows.p_NK * rows.log_p_NK).sum(-1), forward_N]
+    measured = [-(rows.q_NK * rows.log_q_NK).sum(-1), -(rows.p_NK * rows.log_p_NK).sum(-1), forward_N]
+    if labels:
+        assert rows.label_N is not None, "the door asks for them"
+        label_N1 = rows.label_N.clamp_min(0).unsqueeze(-1)
+        measured += [log_NK.gather(-1, label_N1).squeeze(-1) for log_NK in (log_q_NK, log_p_NK)]
+    return measured
 
 
 def block_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:

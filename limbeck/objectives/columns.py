@@ -46,10 +46,9 @@ def token_columns(
     return columns | signal_columns(signal, support, teacher_tau_N1, student.vocab_size)
 
 
-def label_columns(objective: Objective, label_N: Tensor | None, weight_N: Tensor, vocab_size: int) -> Columns:
-    """The labels, where the objective reads them."""
-    if "labels" not in objective.reads or label_N is None:
-        return {}
+def label_columns(label_N: Tensor | None, weight_N: Tensor, vocab_size: int) -> Columns:
+    """The labels, checked."""
+    assert label_N is not None, "the door asks for them"
     _one_a_token("label_N", label_N, weight_N.shape[0])
     label_N = label_N.detach().to(device=weight_N.device, dtype=torch.int64)
     wrong_N = (label_N >= vocab_size) | ((label_N < 0) & (label_N != IGNORED))

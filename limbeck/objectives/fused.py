@@ -57,6 +57,7 @@ def fused_distillation_loss(
     hidden_pairs: Sequence[HiddenPair] = (),
     token_options: Mapping[str, Tensor] | None = None,
     measure: bool = False,
+    measure_labels: bool = False,
     tile_bytes: int = TILE_BYTES,
     compile: Compile = "auto",
 ) -> FusedLoss:
@@ -86,6 +87,8 @@ def fused_distillation_loss(
         hidden_pairs: states of chosen layers, for objectives that read hidden states; by default the last ones.
         token_options: options of the objective given a token, such as {"alpha": alpha_N} or {"skl.alpha": alpha_N}.
         measure: also measure entropies and the forward KL at temperature 1.
+        measure_labels: then also `log_q` and `log_p`, the log-probabilities of the labels at temperature 1; for a
+            dense signal.
         tile_bytes: budget of the logit buffers.
         compile: "auto" compiles the elementwise work where a compiler exists and the vocabulary is large.
 
@@ -93,7 +96,7 @@ def fused_distillation_loss(
         LimbeckError: where shapes, vocabularies, dtypes or options disagree.
     """
     rows, hidden = tuple(row_leaves(objective)), tuple(hidden_leaves(objective))
-    _check_inputs(objective, signal, label_N, measure)
+    _check_inputs(objective, signal, label_N, measure, measure_labels)
     student_head = gather_head(student_head)
     if isinstance(signal, DenseSignal):
         signal = replace(signal, head=gather_head(signal.head))
@@ -110,6 +113,7 @@ def fused_distillation_loss(
             label_N=label_N,
             token_options=_sequence_options(rows, signal, sequence_N) | dict(token_options or {}),
             measure=measure,
+            labels=measure and measure_labels,
             tile_bytes=tile_bytes,
             compile=compile,
         )
@@ -136,6 +140,7 @@ class _Settings:
     label_N: Tensor | None
     token_options: Mapping[str, Tensor]
     measure: bool
+    labels: bool
     tile_bytes: int
     compile: Compile
 
@@ -157,7 +162,8 @@ def _row_loss(
         teacher = prepare_projection(signal.hidden_ND, signal.head, "teacher")
         check_pair(hidden_ND, student, signal.hidden_ND, teacher)
     columns = token_columns(student, weight_N, temperature, signal, support, objective)
-    columns |= label_columns(objective, settings.label_N, weight_N, student.vocab_size)
+    if "labels" in objective.reads or settings.labels:
+        columns |= label_columns(settings.label_N, weight_N, student.vocab_size)
     columns |= option_columns(objective, settings.token_options, weight_N)
     wanted = _wanted(hidden_ND, head)
     body = Body(
@@ -168,6 +174,7 @@ def _row_loss(
         teacher_finish=Finish() if teacher is None else teacher.finish,
         with_grad=any(wanted),
         measure=settings.measure,
+        labels=settings.labels,
     )
     buffers = 1 if teacher is None else 2
     whole = Pass(
@@ -188,7 +195,9 @@ def _row_loss(
     return loss, values, measured
 
 
-def _check_inputs(objective: AnyObjective, signal: Signal | None, label_N: Tensor | None, measure: bool) -> None:
+def _check_inputs(
+    objective: AnyObjective, signal: Signal | None, label_N: Tensor | None, measure: bool, measure_labels: bool
+) -> None:
     if "teacher" in objective.reads and signal is None:
         raise LimbeckError(f"objective {objective.name!r} reads a teacher: give its signal at the same positions")
     if "labels" in objective.reads and label_N is None:
@@ -198,6 +207,10 @@ def _check_inputs(objective: AnyObjective, signal: Signal | None, label_N: Tenso
     if measure and (isinstance(signal, SampledSignal) or "teacher" not in objective.reads):
         raise LimbeckError(
             "measure=True without a whole teacher row: entropies need a dense or top-k signal; set it to False"
+        )
+    if measure_labels and not (measure and label_N is not None and isinstance(signal, DenseSignal)):
+        raise LimbeckError(
+            "measure_labels=True needs measure=True, label_N and a dense signal; set it to False"
         )
 
 

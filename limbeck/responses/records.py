@@ -8,13 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from limbeck.flow import LimbeckError, Response, Sampling
+from limbeck.flow import LimbeckError, Response, Sampling, TokenPrompt
 from limbeck.rundir import write_text
 
 
 def write_responses(path: Path, responses: Iterable[Response]) -> None:
     """Write all or nothing."""
     write_text(path, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in responses))
+
+
+def write_asked(path: Path, prompts: Iterable[TokenPrompt]) -> None:
+    """Write the prompts that the student is asked during training, as ids; all or nothing."""
+    write_text(path, "".join(json.dumps({"id": p.id, "ids": p.ids}) + "\n" for p in prompts))
+
+
+def read_asked(path: Path) -> list[TokenPrompt]:
+    """The prompts of `write_asked`."""
+    lines = map(json.loads, path.read_text("utf-8").splitlines())
+    return [TokenPrompt(id=line["id"], ids=tuple(line["ids"])) for line in lines]
 
 
 def read_responses(path: Path) -> list[Response]:
@@ -27,15 +38,17 @@ def read_responses(path: Path) -> list[Response]:
         return [_parse(line, path, number) for number, line in enumerate(file, start=1)]
 
 
+def response_of(fields: dict[str, Any]) -> Response:
+    """A response from the plain values that `dataclasses.asdict` and JSON make of it."""
+    sampling = fields["sampling"]
+    if sampling is not None:
+        fields = fields | {"sampling": Sampling(**(sampling | {"stop": tuple(sampling["stop"])}))}
+    plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    return Response(**plain)
+
+
 def _parse(line: bytes, path: Path, number: int) -> Response:
     try:
-        fields: dict[str, Any] = json.loads(line)
-        sampling = fields["sampling"]
-        if sampling is not None:
-            fields["sampling"] = Sampling(**(sampling | {"stop": tuple(sampling["stop"])}))
-        for name, value in fields.items():
-            if isinstance(value, list):
-                fields[name] = tuple(value)
-        return Response(**fields)
+        return response_of(json.loads(line))
     except (ValueError, KeyError, TypeError) as error:
         raise LimbeckError(f"{path}:{number} is damaged ({error}); delete {path} and run `limbeck respond`") from None

@@ -23,12 +23,17 @@ from limbeck.objectives import (
     TemperatureSchedule,
     fused_distillation_loss,
 )
+from limbeck.objectives.contrast import Beta
 from limbeck.prompts.templates import resolve_template
+from limbeck.recipe_sections import StudentSection, TeacherSection
+from limbeck.stages.served import check_server
 from limbeck.story import Story
 from limbeck.student.adapters import LoraSpec, check_adapters
+from limbeck.student.balance import Balance
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, fresh_model
 from limbeck.student.launch import require_trackers
+from limbeck.student.loss import Judgement
 from limbeck.student.schedules import moved
 
 
@@ -52,6 +57,27 @@ def temperature_of(recipe: config.Recipe) -> Temperature | TemperatureSchedule:
         scale=section.temperature_scale,
         adapt=adapt,
     )
+
+
+def judgement_of(recipe: config.Recipe) -> Judgement:
+    """Which objective for whose response, as a recipe says it."""
+    own = recipe.contrast.student
+    return Judgement(
+        objective=config.build_objective(recipe),
+        own=None if own is None else config.named_objective("contrast.student", own),
+        rule=config.build_rule(recipe),
+        authored=recipe.on_policy,
+        support=recipe.signal.support,
+    )
+
+
+def balance_of(recipe: config.Recipe) -> Balance:
+    """What each response counts, as a recipe says it."""
+    contrast = recipe.contrast
+    beta = None
+    if contrast.beta != "none":
+        beta = Beta(shape=contrast.beta, start=contrast.beta_start, end=contrast.beta_end)
+    return Balance(reduction=recipe.train.reduction, beta=beta, scale=contrast.scale)
 
 
 def student_spec(story: Story) -> StudentSpec:
@@ -94,6 +120,7 @@ def check_responses(story: Story) -> None:
             section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
         resolve_template("chat", tokenizer, ())
+    check_server(story)
 
 
 def check_student(story: Story) -> None:
@@ -112,7 +139,7 @@ def check_student(story: Story) -> None:
     _check_anatomy(story)
 
 
-def _resolvable(section: config.TeacherSection | config.StudentSection) -> None:
+def _resolvable(section: TeacherSection | StudentSection) -> None:
     assert section.model is not None
     # Of a model that is not here yet only the small files: the weights are fetched when a stage needs them.
     resolve(

@@ -7,27 +7,40 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from limbeck.flow import Author, LimbeckError, Response, Sampling, Split, TokenPrompt
-from limbeck.models.loading import LoadedModel
+from limbeck.models.loading import LoadedModel, load_tokenizer
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.record import read_prompts
 from limbeck.prompts.templates import TemplateName, encode_prompts, encode_responses, end_token_ids, resolve_template
-from limbeck.responses.records import read_responses, write_responses
+from limbeck.recipe_sections import Recipe, ResponsesSection
+from limbeck.responses.records import read_responses, write_asked, write_responses
 from limbeck.responses.samplers import LocalSampler, SamplingProgress
 from limbeck.rundir import Json
 from limbeck.stages.checks import check_responses
+from limbeck.stages.served import ask_server, server_inputs
 from limbeck.story import Stage, Story
 from limbeck.teachers.store import write_shard
+
+# So many answers show which blocks of a teacher matter; more would cost more time than they would change.
+CALIBRATION_RESPONSES = 24
 
 
 def _response_inputs(story: Story) -> Json:
     prompts = story.recipe.prompts
     section = asdict(story.recipe.responses)
+    del section["server"]
+    # How the student writes later is no matter of this stage; whose responses are there before, and of whom, is.
+    del section["on_policy"], section["base"]
+    section["author"] = story.recipe.base_author
+    if story.recipe.on_policy:
+        section["answered"] = _answers_train(story.recipe)
+    server = story.recipe.responses.server
+    section |= {"server": server_inputs(server)} if server else {}
     chosen: Json = {
         "template": prompts.template,
         "too_long": prompts.too_long,
@@ -42,7 +55,8 @@ def _response_inputs(story: Story) -> Json:
 def _captures(story: Story) -> bool:
     """Whether the hidden states that sampling computes anyway are the signal that is wanted."""
     recipe = story.recipe
-    return recipe.responses.author == "teacher" and recipe.signal.cache and recipe.signal.support == "full"
+    here = recipe.base_author == "teacher" and recipe.responses.server is None
+    return here and recipe.signal.cache and recipe.signal.support == "full"
 
 
 def teacher_inputs(story: Story) -> Json:
@@ -51,30 +65,39 @@ def teacher_inputs(story: Story) -> Json:
 
 
 def _play_responses(story: Story) -> Json:
-    run, section = story.run, story.recipe.responses
+    run, section, author = story.run, story.recipe.responses, story.recipe.base_author
     prompts = read_prompts(run.prompts)
-    teacher = story.load_teacher()
-    template = resolve_template(story.recipe.prompts.template, teacher.tokenizer, prompts)
-    asked, dropped = _token_prompts(story, teacher, prompts, template)
-    if section.author == "data":
+    # A server answers without the weights being here; they come with the signal.
+    teacher = story.load_teacher() if section.server is None else None
+    tokenizer = teacher.tokenizer if teacher else _tokenizer(story)
+    template = resolve_template(story.recipe.prompts.template, tokenizer, prompts)
+    asked, dropped = _token_prompts(story, tokenizer, prompts, template)
+    if story.recipe.on_policy:
+        write_asked(run.responses / "asked.jsonl", [p for p in asked if p.split == "train"])
+        asked = _answered(story, asked)
+    served: Json = {}
+    if author == "data":
         kept = {prompt.id for prompt in asked}
         responses = encode_responses(
             [p for p in prompts if p.id in kept],
-            teacher.tokenizer,
+            tokenizer,
             template,
             max_new_tokens=section.max_new_tokens,
             control_tokens=story.recipe.prompts.control_tokens,
             chat_options=story.recipe.prompts.chat_options,
         )
-    else:
+    elif teacher is not None:
         responses = _sample(story, teacher, asked, template)
+    else:
+        responses, served = ask_server(story, tokenizer, prompts, asked, template, _sampling(section))
     for split in ("train", "heldout"):
-        if all(_is_empty(r) for r in responses if r.split == split):
+        written = [r for r in responses if r.split == split]
+        if written and all(_is_empty(r) for r in written):
             raise LimbeckError(
-                f"all {split} responses are empty: the {section.author} ended every answer at once; "
+                f"all {split} responses are empty: the {author} ended every answer at once; "
                 "check prompts.template, or the teacher"
             )
-    write_responses(run.responses / f"{section.author}.jsonl", responses)
+    write_responses(run.responses / f"{author}.jsonl", responses)
     return {
         "template": template,
         "responses": len(responses),
@@ -82,7 +105,37 @@ def _play_responses(story: Story) -> Json:
         "dropped_too_long": len(dropped),
         "ended": sum(r.stop != "length" for r in responses),
         "tokens": sum(len(r.response_ids) for r in responses),
-    }
+    } | served
+
+
+def _answers_train(recipe: Recipe) -> Literal["all", "some", "none"]:
+    """How many of the training prompts are answered before training: the student may write what it trains on itself."""
+    if recipe.sft is not None or recipe.responses.author not in ("student", "speculative"):
+        return "all"
+    return "some" if recipe.student.init == "depth_prune" and not recipe.student.keep else "none"
+
+
+def _answered(story: Story, asked: Sequence[TokenPrompt]) -> tuple[TokenPrompt, ...]:
+    """The prompts that are answered before training: the held-out ones, and of the others what somebody reads."""
+    most = {"all": len(asked), "some": CALIBRATION_RESPONSES, "none": 0}[_answers_train(story.recipe)]
+    train = [p for p in asked if p.split == "train"][:most]
+    return (*train, *(p for p in asked if p.split == "heldout"))
+
+
+def _tokenizer(story: Story) -> Any:
+    section = story.recipe.teacher
+    return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+
+def _sampling(section: ResponsesSection) -> Sampling:
+    return Sampling(
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        stop=section.stop,
+        seed=section.seed,
+    )
 
 
 def _is_empty(response: Response) -> bool:
@@ -91,13 +144,13 @@ def _is_empty(response: Response) -> bool:
 
 
 def _token_prompts(
-    story: Story, teacher: LoadedModel, prompts: Sequence[Any], template: TemplateName
+    story: Story, tokenizer: Any, prompts: Sequence[Any], template: TemplateName
 ) -> tuple[tuple[TokenPrompt, ...], tuple[str, ...]]:
 
     section = story.recipe.prompts
     encoded = encode_prompts(
         prompts,
-        teacher.tokenizer,
+        tokenizer,
         template,
         control_tokens=section.control_tokens,
         chat_options=section.chat_options,
@@ -119,14 +172,7 @@ def _sample(story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], te
     While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.
     """
     section, folder = story.recipe.responses, story.run.responses / "batches"
-    sampling = Sampling(
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        stop=section.stop,
-        seed=section.seed,
-    )
+    sampling = _sampling(section)
     dtype = getattr(torch, story.recipe.signal.dtype)
     sampler = sampler_for(story, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
     plan = sampler.plan(asked, sampling)
@@ -188,7 +234,7 @@ def sampling_meter(
 
 def load_responses(story: Story, split: Split) -> dict[int, Response]:
     """The non-empty responses of a split by their row in the file, which is also their row in the signal."""
-    every = read_responses(story.run.responses / f"{story.recipe.responses.author}.jsonl")
+    every = read_responses(story.run.responses / f"{story.recipe.base_author}.jsonl")
     return {row: r for row, r in enumerate(every) if r.split == split and r.response_ids}
 
 

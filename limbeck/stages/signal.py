@@ -68,7 +68,9 @@ def _judge(story: Story, teacher: LocalTeacher) -> int:
 
     With a sparse support the held-out rows are kept whole: evaluation measures over the whole vocabulary.
     """
-    responses = load_responses(story, "train") | load_responses(story, "heldout")
+    responses = load_responses(story, "heldout")
+    if not story.recipe.on_policy or story.recipe.sft is not None:
+        responses |= load_responses(story, "train")
     form, dtype = sparse_form(story.recipe), getattr(torch, story.recipe.signal.dtype)
     rows = sorted(responses, key=lambda row: (-responses[row].length, row))
     tokens = sum(len(r.response_ids) for r in responses.values())
@@ -95,6 +97,12 @@ def _judge(story: Story, teacher: LocalTeacher) -> int:
     return tokens
 
 
+def local_teacher(story: Story) -> LocalTeacher:
+    """The teacher itself, which judges what is only written during training."""
+    loaded = story.load_teacher()
+    return LocalTeacher(loaded.model, head_of(loaded.model, real_vocab_size(loaded.tokenizer)))
+
+
 def open_teacher(story: Story, rows: Sequence[int]) -> Teacher:
     """The teacher for training and evaluation: what is on disk, or the model itself where the recipe keeps nothing.
 
@@ -105,8 +113,7 @@ def open_teacher(story: Story, rows: Sequence[int]) -> Teacher:
         form = sparse_form(story.recipe)
         temperatures = () if form is None else form.temperatures
         return StoredTeacher.open(story.run.signal, rows=rows, device=story.device, temperatures=temperatures)
-    loaded = story.load_teacher()
-    return LocalTeacher(loaded.model, head_of(loaded.model, real_vocab_size(loaded.tokenizer)))
+    return local_teacher(story)
 
 
 STAGE = Stage(

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from limbeck import config
-from limbeck.flow import Objective
+from limbeck.flow import Interrupted, Objective
 from limbeck.models.fingerprints import model_fingerprint, weight_files
 from limbeck.models.loading import source_config
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
+from limbeck.objectives import Temperature
 from limbeck.objectives.sums import nested
+from limbeck.recipe_sections import SftSection
+from limbeck.responses.authors import fixed
 from limbeck.rundir import Json, read_json, write_json
-from limbeck.stages.checks import check_student, student_spec, temperature_of
-from limbeck.stages.responses import load_responses, pad_token_id
-from limbeck.stages.signal import open_teacher
+from limbeck.stages.authors import author_of
+from limbeck.stages.checks import balance_of, check_student, judgement_of, student_spec, temperature_of
+from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, pad_token_id
+from limbeck.stages.signal import local_teacher, open_teacher
 from limbeck.story import Stage, Story, flatten
+from limbeck.student import checkpoints
 from limbeck.student.batches import collate
 from limbeck.student.build import Student, build_student
-from limbeck.student.loop import Interrupted, LoopContext, train
+from limbeck.student.journal import LoopContext
+from limbeck.student.loop import train
+from limbeck.student.loss import Judgement
 from limbeck.student.saving import save_student
-
-# So many answers show which blocks matter; more would cost more time than they would change.
-CALIBRATION_RESPONSES = 24
 
 
 def _student_inputs(story: Story) -> Json:
@@ -46,7 +51,10 @@ def _student_inputs(story: Story) -> Json:
             trust_remote_code=section.trust_remote_code,
         )
         weights = model_fingerprint(source)
-    return {"student": asdict(section), "weights": weights, "objective": asdict(recipe.objective), "train": train}
+    inputs = {"student": asdict(section), "weights": weights, "objective": asdict(recipe.objective), "train": train}
+    if recipe.on_policy:
+        inputs |= {"author": recipe.responses.author, "on_policy": asdict(recipe.responses.on_policy)}
+    return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
 
 
 def build_initial_student(story: Story) -> Student:
@@ -76,33 +84,14 @@ def wait_for(path: Path) -> None:
 
 def _play_student(story: Story) -> Json:
     recipe, run = story.recipe, story.run
-    by_row = load_responses(story, "train")
-    objective, temperature = config.build_objective(recipe), temperature_of(recipe)
     student = build_initial_student(story)
     # Dropout inside adapters draws from torch's own generator.
     torch.manual_seed(recipe.train.seed)
     with story.stop.deferred() as should_stop:
         try:
-            trained = train(
-                student.model,
-                list(by_row.values()),
-                open_teacher(story, list(by_row)),
-                objective,
-                temperature=temperature,
-                support=recipe.signal.support,
-                schedule=recipe.objective.schedule,
-                settings=recipe.train,
-                vocab_size=real_vocab_size(student.tokenizer),
-                pad_id=pad_token_id(student.tokenizer),
-                context=LoopContext(
-                    checkpoints=run.checkpoints,
-                    metrics=run.metrics,
-                    console=story.console,
-                    should_stop=should_stop,
-                    tracker_config=_tracker_config(recipe),
-                    run_name=recipe.name,
-                ),
-            )
+            if recipe.sft is not None and checkpoints.newest(run.checkpoints) is None:
+                _play_sft(story, student, recipe.sft, should_stop)
+            trained = _play_training(story, student, should_stop)
         except Interrupted as stopped:
             story.console.say(f"train: {stopped}")
             raise KeyboardInterrupt(story.stop.number) from stopped
@@ -116,9 +105,74 @@ def _play_student(story: Story) -> Json:
         "tokens": last["tokens"],
         "loop_tokens_per_s": last["tokens"] / last["seconds"],
         "temperature": {
-            part.name: temperature.record(part) for part in nested(objective) if isinstance(part, Objective)
+            part.name: temperature_of(recipe).record(part)
+            for objective in judgement_of(recipe).objectives
+            for part in nested(objective)
+            if isinstance(part, Objective)
         },
     }
+
+
+def _play_sft(story: Story, student: Student, section: SftSection, should_stop: Callable[[], bool]) -> None:
+    """The first stage, on what was written before training; its last checkpoint is where the training begins."""
+    recipe, run = story.recipe, story.run
+    by_row = load_responses(story, "train")
+    rate = section.learning_rate or recipe.train.learning_rate
+    settings = replace(
+        recipe.train, num_train_epochs=section.num_train_epochs, max_steps=None, learning_rate=rate, report_to=()
+    )
+    folder = run.checkpoints / "sft"
+    if (done := folder / "done.safetensors").exists():
+        checkpoints.restore_weights(done, student.model)
+        return
+    train(
+        student.model,
+        fixed(list(by_row.values())),
+        open_teacher(story, list(by_row)),
+        Judgement(objective=config.named_objective("sft.objective", section.objective), support=recipe.signal.support),
+        temperature=Temperature(),
+        settings=settings,
+        vocab_size=real_vocab_size(student.tokenizer),
+        pad_id=pad_token_id(student.tokenizer),
+        context=_context(story, should_stop, checkpoints=folder, metrics=run.sft_metrics, label="sft"),
+    )
+    checkpoints.save_weights(done, student.model)
+
+
+def _play_training(story: Story, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:
+    """The training proper."""
+    recipe, run = story.recipe, story.run
+    by_row = load_responses(story, "train")
+    teacher = local_teacher(story) if recipe.on_policy else open_teacher(story, list(by_row))
+    return train(
+        student.model,
+        author_of(story, student, list(by_row.values()), teacher, should_stop),
+        teacher,
+        judgement_of(recipe),
+        temperature=temperature_of(recipe),
+        schedule=recipe.objective.schedule,
+        balance=balance_of(recipe),
+        heldout=list(load_responses(story, "heldout").values()),
+        settings=recipe.train,
+        vocab_size=real_vocab_size(student.tokenizer),
+        pad_id=pad_token_id(student.tokenizer),
+        context=_context(story, should_stop, checkpoints=run.checkpoints, metrics=run.metrics, label="train"),
+    )
+
+
+def _context(
+    story: Story, should_stop: Callable[[], bool], *, checkpoints: Path, metrics: Path, label: str
+) -> LoopContext:
+    return LoopContext(
+        checkpoints=checkpoints,
+        metrics=metrics,
+        examples=story.run.examples if story.recipe.on_policy and label == "train" else None,
+        console=story.console,
+        should_stop=should_stop,
+        tracker_config=_tracker_config(story.recipe),
+        run_name=story.recipe.name,
+        label=label,
+    )
 
 
 def _tracker_config(recipe: config.Recipe) -> Json:
@@ -164,5 +218,12 @@ STAGE = Stage(
     check=check_student,
     inputs=_student_inputs,
     play=_play_student,
-    outputs=lambda run: (run.student, run.checkpoints, run.metrics, run.root / "blocks.json"),
+    outputs=lambda run: (
+        run.student,
+        run.checkpoints,
+        run.rounds,
+        run.metrics,
+        run.sft_metrics,
+        run.root / "blocks.json",
+    ),
 )

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from limbeck.rundir import read_json, whole_folder, write_json
+from limbeck.rundir import read_json, whole_file, whole_folder, write_json
 
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SCATTERED = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
@@ -31,7 +31,12 @@ _SCATTERED = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, s
 
 def all_in(folder: Path) -> list[Path]:
     """The whole checkpoints, oldest first. A partial one has another name and is never found."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folder.glob("step-*"), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(path.name.removeprefix("step-"))
 
 
 def newest(folder: Path) -> Path | None:
@@ -56,6 +61,19 @@ def save(
     for old in all_in(folder)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write the trainable weights alone, where a training ended that another one follows. Rank 0 writes."""
+    weights = get_model_state_dict(model, options=_GATHERED)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        with whole_file(path) as partial:
+            save_file(_once(weights, model), partial)
+
+
+def restore_weights(path: Path, model: nn.Module) -> None:
+    """Put the weights of `save_weights` back."""
+    set_model_state_dict(model, dict(load_file(path)), options=_SCATTERED)
 
 
 def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from limbeck.config import TrainSection
 from limbeck.flow import LimbeckError
+from limbeck.recipe_sections import TrainSection
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from limbeck.student.loss import StudentLoss
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a launch (responses.rounds.World)."""
+
+    accelerator: Accelerator
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def ranks(self) -> int:
+        return self.accelerator.num_processes
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
 
 
 def require_trackers(names: Sequence[str]) -> None:

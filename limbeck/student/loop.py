@@ -1,20 +1,19 @@
 """The training loop: one optimizer step after another, on accelerate.
 
-A step is: its rows, cut into micro-batches; each micro-batch's teacher signal and student hidden states; the
-objective's per-token values, weighted with 1 / (valid tokens of the whole step, over all ranks and accumulation steps);
-backward; clip; update. The order of the data, the learning rate and the divisor are functions of the step number, so a
-run that continues from a checkpoint is the run that was never interrupted.
+A step is: its responses, from whoever writes them, cut into micro-batches; each micro-batch's teacher signal and
+student hidden states; the objective's per-token values, weighted so that they add up to a mean over the whole step, all
+ranks and accumulation steps; backward; clip; update. The order of the data, the learning rate, who writes and the
+weights are functions of the step number and of what is in the checkpoint, so a run that continues from one is the run
+that was never interrupted.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,19 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from limbeck import onednn
-from limbeck.config import TrainSection
-from limbeck.console import Console, Meter, QuietConsole
-from limbeck.flow import LimbeckError, Response, Support, Teacher
+from limbeck.console import Meter
+from limbeck.flow import Interrupted, LimbeckError, Response, Teacher
 from limbeck.objectives import Temperature, TemperatureSchedule
-from limbeck.objectives.registry import AnyObjective
+from limbeck.objectives.rules import AlphaByGap
+from limbeck.recipe_sections import TrainSection
+from limbeck.responses.authors import Author, Clock, Shift, Supply
+from limbeck.responses.health import health_of
 from limbeck.student import checkpoints, launch, schedules
-from limbeck.student.batches import Plan, collate, micro_batches
-from limbeck.student.loss import Moment, StudentLoss, make_projection
+from limbeck.student.balance import Balance
+from limbeck.student.batches import collate, micro_batches, padding
+from limbeck.student.journal import Journal, LoopContext
+from limbeck.student.loss import Judgement, Moment, StudentLoss, make_projection
+from limbeck.student.tail import Tail
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,38 +44,16 @@ class NonFiniteError(LimbeckError):
     """The loss or its gradient is NaN or infinite; raised before the weights are touched."""
 
 
-class Interrupted(Exception):
-    """The loop was asked to stop and has written a checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopContext:
-    """What the loop reports to, and where it may stop.
-
-    Attributes:
-        checkpoints: folder for checkpoints.
-        metrics: JSON lines, one a logging step.
-        console: where progress is shown.
-        should_stop: asked after each step; True writes a checkpoint and raises `Interrupted`.
-    """
-
-    checkpoints: Path
-    metrics: Path
-    console: Console = field(default_factory=QuietConsole)
-    should_stop: Callable[[], bool] = lambda: False
-    tracker_config: dict[str, Any] = field(default_factory=dict)
-    run_name: str = "limbeck"
-
-
 def train(
     student: nn.Module,
-    responses: Sequence[Response],
+    author: Author,
     teacher: Teacher,
-    objective: AnyObjective,
+    judgement: Judgement,
     *,
     temperature: Temperature | TemperatureSchedule,
-    support: Support = "full",
     schedule: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    balance: Balance | None = None,
+    heldout: Sequence[Response] = (),
     settings: TrainSection,
     vocab_size: int,
     pad_id: int,
@@ -80,34 +62,32 @@ def train(
     """Train the student in place and return it; continues from the newest checkpoint where there is one.
 
     Args:
-        responses: training rows; the rows of `teacher` signals are their positions in this list.
-        support: of the teacher's signals.
+        author: who writes the responses of each step; the rows of `teacher` signals are their numbers.
+        judgement: which objective for whose response.
         schedule: options of the objective that move in a line from one value to another over the training.
+        balance: weights of the teacher's and the student's responses against each other; None treats all alike.
+        heldout: responses whose loss is measured where the author asks for it.
         vocab_size: real token ids of the pair.
 
     Raises:
         NonFiniteError: NaN or inf in a loss or gradient, naming the step.
         Interrupted: `context.should_stop` said so; a checkpoint of the finished step is on disk.
     """
-    if not responses:
-        raise LimbeckError("got no responses to train on; expected at least one, check the prompts and their lengths")
     accelerator = launch.accelerator(
         settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
     )
     step_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    plan = Plan.of(responses, step_rows=step_rows, seed=settings.seed)
-    total = schedules.total_steps(settings, plan.steps_per_epoch)
+    supply = author(Shift(step_rows=step_rows, seed=settings.seed, world=launch.Ranks(accelerator)))
+    total = schedules.total_steps(settings, supply.steps_per_epoch)
     rate_of = schedules.learning_rate(settings, total)
     student.train()
+    projection_ED = None
+    if any("hidden" in objective.reads for objective in judgement.objectives):
+        row, response = next(iter(supply.step(Clock(step=0, total=total)).items()))
+        one = collate({row: response}, (row,), pad_id=pad_id)
+        projection_ED = make_projection(student, teacher, one, vocab_size=vocab_size, seed=settings.seed)
     loss_module = StudentLoss(
-        student,
-        objective,
-        support=support,
-        vocab_size=vocab_size,
-        projection_ED=make_projection(
-            student, objective, teacher, responses, vocab_size=vocab_size, pad_id=pad_id, seed=settings.seed
-        ),
-        compile=settings.compile,
+        student, judgement, vocab_size=vocab_size, projection_ED=projection_ED, compile=settings.compile
     )
     optimizer = launch.adamw(loss_module, settings)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
@@ -118,13 +98,16 @@ def train(
         optimizer=optimizer,
         temperature=temperature,
         schedule=schedule,
-        plan=plan,
-        responses=responses,
+        balance=balance or Balance(reduction=settings.reduction),
+        supply=supply,
+        heldout=heldout,
         teacher=teacher,
         settings=settings,
+        step_rows=step_rows,
         pad_id=pad_id,
         context=context,
         total=total,
+        journal=Journal(accelerator=accelerator, context=context, authored=judgement.authored, prompts=supply.prompts),
     )
     progress = run.resume()
     try:
@@ -139,12 +122,20 @@ def train(
 
 @dataclass
 class _Progress:
-    """How far a run has come. All of it is in the checkpoint."""
+    """How far a run has come. All of it but the last field is in the checkpoint.
+
+    Attributes:
+        gaps: sums and counts of the gaps by writer over the epochs that a rule measures its reference in.
+        validations: how often the held-out loss was measured.
+        now: the step and its responses, so that they are written once.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    epoch_steps: tuple[int, list[tuple[int, ...]]] = (-1, [])
+    gaps: dict[str, list[float]] = field(default_factory=dict)
+    validations: int = 0
+    now: tuple[int, dict[int, Response]] = (-1, {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,19 +148,22 @@ class _Run:
     optimizer: torch.optim.Optimizer
     temperature: Temperature | TemperatureSchedule
     schedule: Mapping[str, tuple[float, float]]
-    plan: Plan
-    responses: Sequence[Response]
+    balance: Balance
+    supply: Supply
+    heldout: Sequence[Response]
     teacher: Teacher
     settings: TrainSection
+    step_rows: int
     pad_id: int
     context: LoopContext
     total: int
+    journal: Journal
 
     def play(self, progress: _Progress, rate_of: Callable[[int], float]) -> None:
         """All steps that are left, with checkpoints on the way."""
-        tokens = self.plan.total_tokens(self.total)
-        with self.context.console.meter("train", tokens, "tokens", progress.tokens) as meter:
+        with self.context.console.meter(self.context.label, self.total, "steps", progress.step) as meter:
             while progress.step < self.total:
+                self._prepare(progress)
                 stop = self.step(progress, rate_of(progress.step), meter)
                 due, last = progress.step % self.settings.save_steps == 0, progress.step == self.total
                 if stop or due or last:
@@ -179,13 +173,25 @@ class _Run:
                     if stop:
                         raise Interrupted(f"stopped after step {progress.step} of {self.total}")
 
+    def _prepare(self, progress: _Progress) -> None:
+        """What comes before a step: a held-out loss where it is due, a checkpoint where a round begins."""
+        if self.supply.wants_validation and progress.step == progress.validations * self.supply.steps_per_epoch:
+            self.supply.validated(self._heldout_loss())
+            progress.validations += 1
+        clock = Clock(step=progress.step, total=self.total)
+        if progress.step and self.supply.begins_round(clock):
+            there = checkpoints.newest(self.context.checkpoints)
+            if there is None or checkpoints.step_of(there) < progress.step:
+                self.save(progress)
+
     def step(self, progress: _Progress, rate: float, meter: Meter) -> bool:
         """One optimizer step and its metrics; advances `progress` and says whether any rank was asked to stop."""
         started = time.perf_counter()
         self._seed(progress.step)
-        rows, moment = self._rows(progress), self._moment(progress.step)
-        tokens = self.plan.step_tokens(rows)
-        means, stop = self._gradients(rows, moment, tokens)
+        by_row, moment = self._responses(progress), self._moment(progress)
+        written = time.perf_counter() - started
+        tokens = sum(len(r.response_ids) for r in by_row.values())
+        means, stop = self._gradients(by_row, moment, progress)
         loss = means["loss"]
         grad_norm = self._clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -197,47 +203,92 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
+        extra = self._authored(progress, by_row, written)
         progress.step += 1
         progress.tokens += tokens
         progress.seconds += seconds
         metrics = {
             "step": progress.step,
-            "epoch": round(progress.step / self.plan.steps_per_epoch, 4),
+            "epoch": round(progress.step / self.supply.steps_per_epoch, 4),
             **means,
             "learning_rate": rate,
             **({} if moment.temperature is self.temperature else {"temperature": moment.temperature.loss}),
             **moment.options,
+            **extra,
             "grad_norm": grad_norm,
             "tokens": progress.tokens,
             "tokens_per_s": round(tokens / seconds, 1),
             "seconds": round(progress.seconds, 3),
-            "padding": round(self._padding(rows), 4),
+            "padding": round(padding(by_row, self.settings.per_device_train_batch_size), 4),
         }
-        self._record(progress, metrics)
-        meter.advance(tokens, f"step {progress.step}/{self.total}, loss {loss:.3f}")
+        due = progress.step % self.settings.logging_steps == 0 or progress.step == self.total
+        self.journal.record(metrics, by_row, due=due)
+        meter.advance(1, f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
         return stop
 
-    def _moment(self, step: int) -> Moment:
-        share = step / max(self.total - 1, 1)
-        return Moment(temperature=self.temperature.at(share), options=schedules.moved(self.schedule, share))
+    def _authored(self, progress: _Progress, by_row: Mapping[int, Response], written: float) -> dict[str, Any]:
+        """What is logged where the student writes: the health of its responses, and who wrote how much."""
+        if not self.module.judgement.authored:
+            return {}
+        clock = Clock(step=progress.step, total=self.total)
+        extra: dict[str, Any] = self.supply.metrics(clock) | {"writing_seconds": round(written, 3)}
+        beta = self.balance.beta_at(clock, self.supply.steps_per_epoch)
+        if beta is not None:
+            extra["beta"] = beta
+        return extra | health_of(by_row.values())
 
-    def _gradients(self, rows: tuple[int, ...], moment: Moment, tokens: int) -> tuple[dict[str, float], bool]:
+    def _moment(self, progress: _Progress) -> Moment:
+        share = progress.step / max(self.total - 1, 1)
+        return Moment(
+            temperature=self.temperature.at(share),
+            options=schedules.moved(self.schedule, share),
+            reference=None if self._measures_gaps(progress) else _reference(progress),
+        )
+
+    def _measures_gaps(self, progress: _Progress) -> bool:
+        """Whether the reference of an adaptive rule is still being measured."""
+        rule = self.module.judgement.rule
+        return isinstance(rule, AlphaByGap) and progress.step < rule.warmup_epochs * self.supply.steps_per_epoch
+
+    def _gradients(
+        self, by_row: Mapping[int, Response], moment: Moment, progress: _Progress
+    ) -> tuple[dict[str, float], bool]:
         """The gradients of the step; means of what is logged and whether a rank was asked to stop, over all ranks."""
-        sums = torch.zeros(len(self.module.stats), device=self.accelerator.device)
+        sums = torch.zeros(len(self.module.stats), 2, device=self.accelerator.device)
+        ranks = self.accelerator.num_processes
         micros = micro_batches(
-            rows,
+            tuple(by_row),
             rows_per_device=self.settings.per_device_train_batch_size,
             rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes,
+            ranks=ranks,
         )
+        clock = Clock(step=progress.step, total=self.total)
+        # DDP averages over ranks, the step sums over them: hence the factor.
+        weights = {
+            row: ranks * weight
+            for row, weight in self.balance.weights(by_row, clock, self.supply.steps_per_epoch).items()
+        }
+        tail = Tail(sum(len(r.response_ids) for r in by_row.values()), device=self.accelerator.device)
         for i, micro in enumerate(micros):
-            # DDP averages over ranks, the step sums over them: hence the factor.
-            weight = self.accelerator.num_processes / tokens
-            sums += self._backward(micro, moment, weight=weight, last=i == len(micros) - 1, rows=rows)
+            part, value_N = self._backward(micro, by_row, moment, weights=weights, last=i == len(micros) - 1)
+            sums += part
+            tail.add(value_N)
         # Ranks must agree to stop at the same step, so the wish travels with the loss.
         wish = torch.tensor([float(self.context.should_stop())], device=sums.device)
-        *summed, stop = self.accelerator.reduce(torch.cat([sums, wish]), reduction="sum").tolist()  # type: ignore[union-attr]
-        return {name: value / tokens for name, value in zip(self.module.stats, summed, strict=True)}, stop > 0
+        *summed, stop = self.accelerator.reduce(torch.cat([sums.flatten(), wish]), reduction="sum").tolist()  # type: ignore[union-attr]
+        found = {
+            name: (total, count)
+            for name, total, count in zip(self.module.stats, summed[::2], summed[1::2], strict=True)
+            if count
+        }
+        if self._measures_gaps(progress):
+            for name in ("gap/teacher", "gap/student"):
+                earlier, now = progress.gaps.get(name, [0.0, 0.0]), found.get(name, (0.0, 0.0))
+                progress.gaps[name] = [earlier[0] + now[0], earlier[1] + now[1]]
+        means = {name: total / count for name, (total, count) in found.items()}
+        if self.module.judgement.authored:
+            means["kl_p99"] = tail.value(self.accelerator.gather).item()  # type: ignore[arg-type]
+        return means, stop > 0
 
     def _not_finite(self, step: int, what: str, *, begun: bool) -> NonFiniteError:
         last = checkpoints.newest(self.context.checkpoints)
@@ -252,12 +303,11 @@ class _Run:
 
         Its loss on one row must be finite and so must the gradient: weights beyond all measure may still give a loss.
         """
-        rows = self._rows(replace(progress, step=progress.step - 1))
-        batch = collate(self.responses, rows[-1:], pad_id=self.pad_id).to(self.accelerator.device)
-        weight_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
+        _, by_row = progress.now
+        row = tuple(by_row)[-1]
+        loss = self._cross_entropy({row: by_row[row]})
         # Without the ranks: all have the same weights and take the same row.
         with self.accelerator.no_sync(self.model), onednn.linears():
-            loss, _ = self.model(batch, None, weight_N, Moment())
             self.accelerator.backward(loss)
         value, grad_norm = loss.item(), self._clip()
         self.optimizer.zero_grad()
@@ -265,58 +315,77 @@ class _Run:
             what = f"after the update loss {value}, gradient norm {grad_norm}"
             raise self._not_finite(progress.step, what, begun=True)
 
+    def _cross_entropy(self, by_row: Mapping[int, Response]) -> Tensor:
+        """Sum over the tokens of some responses of -log q, on this rank alone."""
+        batch = collate(by_row, tuple(by_row), pad_id=self.pad_id).to(self.accelerator.device)
+        weight_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
+        with self.accelerator.no_sync(self.model), onednn.linears():
+            return self.model(batch, None, weight_N, Moment())[0]
+
+    @torch.no_grad()
+    def _heldout_loss(self) -> float:
+        """Cross-entropy a token of the held-out responses; every rank measures all of them, so that all agree."""
+        size = self.settings.per_device_train_batch_size
+        responses = sorted(self.heldout, key=lambda r: -r.length)
+        self.module.eval()
+        total = sum(
+            self._cross_entropy(dict(enumerate(responses[i : i + size]))).item() for i in range(0, len(responses), size)
+        )
+        self.module.train()
+        return total / sum(len(r.response_ids) for r in responses)
+
     def _seed(self, step: int) -> None:
         """Random numbers (dropout) depend on seed, step and rank alone, never on what ran before."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         set_seed((self.settings.seed * 1_000_003 + step * ranks + rank) % 2**32)
 
-    def _rows(self, progress: _Progress) -> tuple[int, ...]:
-        epoch, index = divmod(progress.step, self.plan.steps_per_epoch)
-        if progress.epoch_steps[0] != epoch:
-            progress.epoch_steps = (epoch, self.plan.epoch(epoch))
-        return progress.epoch_steps[1][index]
+    def _responses(self, progress: _Progress) -> dict[int, Response]:
+        if progress.now[0] != progress.step:
+            by_row = self.supply.step(Clock(step=progress.step, total=self.total))
+            progress.now = (progress.step, by_row)
+        return progress.now[1]
 
     def _backward(
-        self, micro: tuple[int, ...], moment: Moment, *, weight: float, last: bool, rows: tuple[int, ...]
-    ) -> Tensor:
+        self,
+        micro: tuple[int, ...],
+        by_row: Mapping[int, Response],
+        moment: Moment,
+        *,
+        weights: Mapping[int, float],
+        last: bool,
+    ) -> tuple[Tensor, Tensor]:
         """Backward of one micro-batch. An empty one runs on a row of weight 0: all ranks meet in the backward."""
-        batch = collate(self.responses, micro or rows[-1:], pad_id=self.pad_id)
+        rows = micro or tuple(by_row)[-1:]
+        batch = collate(by_row, rows, pad_id=self.pad_id)
         signal = self.teacher.signal(batch)
         batch = batch.to(self.accelerator.device)
-        weight_N = torch.full_like(batch.labels_N, weight if micro else 0.0, dtype=torch.float32)
+        weight_B = torch.tensor([weights[row] if micro else 0.0 for row in rows], device=batch.labels_N.device)
         with nullcontext() if last else self.accelerator.no_sync(self.model), onednn.linears():
-            loss, sums = self.model(batch, signal, weight_N, moment)
+            loss, sums, value_N = self.model(batch, signal, weight_B[batch.sequence_N], moment)
             self.accelerator.backward(loss)
-        return sums if micro else torch.zeros_like(sums)
+        return (sums, value_N) if micro else (torch.zeros_like(sums), value_N[:0])
 
     def _clip(self) -> float:
         limit = self.settings.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
         return float(norm)  # type: ignore[arg-type]
 
-    def _padding(self, rows: tuple[int, ...]) -> float:
-        """Share of the step's positions that are padding."""
-        size = self.settings.per_device_train_batch_size
-        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
-        area = sum(max(self.plan.lengths[r] for r in chunk) * len(chunk) for chunk in chunks)
-        return 1 - sum(self.plan.lengths[r] for r in rows) / area
-
-    def _record(self, progress: _Progress, metrics: dict[str, Any]) -> None:
-        """Metrics to metrics.jsonl and the trackers at logging steps."""
-        due = progress.step % self.settings.logging_steps == 0 or progress.step == self.total
-        if due and self.accelerator.is_main_process:
-            with self.context.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-        if due:
-            self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=progress.step)
-
     def save(self, progress: _Progress) -> None:
+        state = {
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "step_rows": self.step_rows,
+            "gaps": progress.gaps,
+            "validations": progress.validations,
+            "supply": self.supply.state(),
+            "watch": self.journal.watch.state(),
+        }
         checkpoints.save(
             self.context.checkpoints,
             progress.step,
             model=self.module,
             optimizer=self.optimizer.optimizer,  # type: ignore[attr-defined]
-            state={"tokens": progress.tokens, "seconds": progress.seconds, "step_rows": self.plan.step_rows},
+            state=state,
             keep=self.settings.save_total_limit,
         )
 
@@ -326,26 +395,29 @@ class _Run:
         progress = _Progress()
         if newest is not None:
             state = checkpoints.restore(newest, model=self.module, optimizer=self.optimizer.optimizer)  # type: ignore[attr-defined]
-            if state["step_rows"] != self.plan.step_rows:
-                per_rank = self.plan.step_rows // self.accelerator.num_processes
+            if state["step_rows"] != self.step_rows:
+                per_rank = self.step_rows // self.accelerator.num_processes
                 raise LimbeckError(
                     f"{newest} was made with {state['step_rows']} responses a step and this launch has "
-                    f"{self.plan.step_rows}; launch {state['step_rows'] // per_rank} processes again, or delete "
+                    f"{self.step_rows}; launch {state['step_rows'] // per_rank} processes again, or delete "
                     f"{newest.parent} to train from the start"
                 )
-            progress = _Progress(step=state["step"], tokens=state["tokens"], seconds=state["seconds"])
-        if self.accelerator.is_main_process:
-            _keep_metrics(self.context.metrics, progress.step)
+            progress = _Progress(
+                step=state["step"],
+                tokens=state["tokens"],
+                seconds=state["seconds"],
+                gaps=state["gaps"],
+                validations=state["validations"],
+            )
+            self.supply.restore(state["supply"])
+            self.journal.watch.restore(state["watch"])
+        self.journal.rewind(progress.step)
         return progress
 
 
-def _keep_metrics(path: Path, step: int) -> None:
-    from limbeck.rundir import write_text
-
-    kept: list[str] = []
-    if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            # A killed process may leave half a last line; it belongs to a step that is done again.
-            if line.endswith("}") and json.loads(line)["step"] <= step:
-                kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))
+def _reference(progress: _Progress) -> tuple[float, float] | None:
+    """The mean gaps of the teacher's and the student's responses over the epochs they were measured in."""
+    if not progress.gaps:
+        return None
+    theirs, own = (progress.gaps.get(name, [0.0, 0.0]) for name in ("gap/teacher", "gap/student"))
+    return theirs[0] / max(theirs[1], 1.0), own[0] / max(own[1], 1.0)

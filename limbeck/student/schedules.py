@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from limbeck.config import TrainSection
 from limbeck.flow import LimbeckError
+from limbeck.recipe_sections import TrainSection
 
 
 def total_steps(settings: TrainSection, steps_per_epoch: int) -> int:

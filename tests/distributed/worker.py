@@ -14,8 +14,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
+from limbeck.flow import Interrupted
 from limbeck.student.build import StudentSpec, build_student
-from limbeck.student.loop import Interrupted, NonFiniteError
+from limbeck.student.loop import NonFiniteError
 from tests.student.play import (
     FailingTeacher,
     play,

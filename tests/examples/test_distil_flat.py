@@ -16,8 +16,11 @@ from limbeck.config import load_recipe
 from limbeck.flow import Response
 from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, build_objective
+from limbeck.responses.authors import fixed
 from limbeck.student.blocks import depth_prune
-from limbeck.student.loop import LoopContext, train
+from limbeck.student.journal import LoopContext
+from limbeck.student.loop import train
+from limbeck.student.loss import Judgement
 from limbeck.teachers.local import LocalTeacher
 
 VOCABULARY = 97
@@ -73,9 +76,9 @@ def test_losses_of_flat_twin_and_package_agree(flat: ModuleType, tmp_path: Path)
         embedding.requires_grad_(False)
     train(
         student,
-        responses,
+        fixed(responses),
         LocalTeacher(teacher, head_of(teacher, VOCABULARY)),
-        build_objective("fkl"),
+        Judgement(objective=build_objective("fkl")),
         temperature=Temperature(loss=flat.TEMPERATURE),
         settings=load_recipe("quickstart", [f"train.max_steps={STEPS}", "train.compile=off"]).train,
         vocab_size=VOCABULARY,

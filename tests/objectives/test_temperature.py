@@ -19,7 +19,7 @@ from limbeck.objectives import (
     token_difficulty,
 )
 from limbeck.student.batches import collate
-from limbeck.student.loss import Moment, StudentLoss
+from limbeck.student.loss import Judgement, Moment, StudentLoss
 from tests.objectives.cases import DEFAULTS
 from tests.objectives.pairs import Pair
 from tests.student.play import VOCAB, tiny_model, tiny_responses, tiny_teacher
@@ -183,10 +183,9 @@ def test_the_temperature_of_sampling_never_enters_a_loss():
         rows = [replace(response, sampling=sampling) for response in tiny_responses(4)]
         batch = collate(rows, range(4), pad_id=0)
         student, signal = tiny_model(1), tiny_teacher().signal(batch)
-        module = StudentLoss(
-            student, DEFAULTS["fkl"], support="full", vocab_size=VOCAB, projection_ED=None, compile="off"
-        )
-        loss, _ = module(batch, signal, torch.ones(len(batch.labels_N)), Moment(temperature=Temperature(loss=2.0)))
+        judgement = Judgement(objective=DEFAULTS["fkl"])
+        module = StudentLoss(student, judgement, vocab_size=VOCAB, projection_ED=None, compile="off")
+        loss, *_ = module(batch, signal, torch.ones(len(batch.labels_N)), Moment(temperature=Temperature(loss=2.0)))
         losses.append(loss)
     assert torch.equal(*losses)
 

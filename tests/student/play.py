@@ -19,7 +19,10 @@ from limbeck.flow import DenseSignal, Response, Teacher, TokenBatch
 from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, build_objective
 from limbeck.objectives.sums import AnyObjective
-from limbeck.student.loop import LoopContext, train
+from limbeck.responses.authors import Author, fixed
+from limbeck.student.journal import LoopContext
+from limbeck.student.loop import train
+from limbeck.student.loss import Judgement
 from limbeck.teachers.local import LocalTeacher
 
 # The heads have three rows more than there are ids.
@@ -101,16 +104,18 @@ def play(
     chosen: TrainSection,
     *,
     responses: Sequence[Response] | None = None,
+    author: Author | None = None,
     teacher: Teacher | None = None,
     objective: AnyObjective | None = None,
+    judgement: Judgement | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Train through the public door, with checkpoints and metrics in `folder`."""
     return train(
         student,
-        tiny_responses() if responses is None else responses,
+        author or fixed(tiny_responses() if responses is None else responses),
         teacher or tiny_teacher(),
-        objective or build_objective("fkl"),
+        judgement or Judgement(objective=objective or build_objective("fkl")),
         temperature=Temperature(loss=2.0),
         settings=chosen,
         vocab_size=VOCAB,

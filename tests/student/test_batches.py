@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limbeck.flow import Response
-from limbeck.student.batches import Plan, collate, micro_batches
+from limbeck.responses.order import Plan
+from limbeck.student.batches import collate, micro_batches
 
 IDS = st.lists(st.integers(1, 50), min_size=1, max_size=9).map(tuple)
 
@@ -47,11 +48,10 @@ def test_ranks_and_micro_batches_share_out_a_step(responses, rows_per_device, ac
 
 
 @given(RESPONSES, st.integers(1, 9), st.integers(0, 12))
-def test_total_tokens_is_the_sum_over_the_steps(responses, step_rows, steps):
+def test_the_steps_of_a_training_go_through_epoch_after_epoch(responses, step_rows, steps):
     plan = Plan.of(responses, step_rows=step_rows, seed=3)
-    played = [plan.epoch(i // plan.steps_per_epoch)[i % plan.steps_per_epoch] for i in range(steps)]
-    by_hand = sum(len(responses[row].response_ids) for rows in played for row in rows)
-    assert plan.total_tokens(steps) == by_hand
+    played = [plan.at(step) for step in range(steps)]
+    assert played == [plan.epoch(i // plan.steps_per_epoch)[i % plan.steps_per_epoch] for i in range(steps)]
 
 
 def realistic(count: int = 600) -> list[Response]:

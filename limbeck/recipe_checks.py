@@ -1,0 +1,167 @@
+"""What excludes what in a recipe: mistakes that no single key shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from limbeck.flow import LimbeckError
+from limbeck.recipe_sections import AXES, Recipe
+
+
+def check(recipe: Recipe) -> None:
+    parts = Path(recipe.name).parts
+    if not parts or ".." in parts or Path(recipe.name).is_absolute() or not recipe.name.isprintable():
+        raise LimbeckError(f"name: got {recipe.name!r}; expected a plain name, a path belongs in output_dir")
+    reserved = sorted({*AXES, "options"} & recipe.objective.options.keys())
+    if reserved:
+        raise LimbeckError(f"objective.options holds {reserved[0]!r}; write it as objective.{reserved[0]}")
+    _check_axes(recipe)
+    _check_author(recipe)
+    _check_contrast(recipe)
+    _check_policy(recipe)
+    _check_server(recipe)
+    student = recipe.student
+    if student.init == "pretrained" and student.model is None:
+        raise LimbeckError("student.model is missing; name a model, or set student.init=depth_prune to cut the teacher")
+    if student.init == "depth_prune" and (student.layers is None) == (not student.keep):
+        raise LimbeckError("student.init=depth_prune needs student.layers (how many) or student.keep (which), not both")
+    if student.init != "depth_prune" and (student.layers is not None or student.keep):
+        raise LimbeckError(f"student.layers and student.keep belong to init depth_prune, not to init {student.init}")
+    if student.init != "scratch" and student.config:
+        raise LimbeckError(f"student.config belongs to init scratch, not to init {student.init}")
+
+
+def _check_server(recipe: Recipe) -> None:
+    server = recipe.responses.server
+    if server is None:
+        return
+    if recipe.base_author != "teacher":
+        raise LimbeckError(
+            "responses.server is where the teacher answers, but the responses are those of the data; "
+            "remove it, or let the teacher answer (responses.author=teacher)"
+        )
+    if server.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", server.api_key_env):
+        # Not repeated: it may be the key itself.
+        raise LimbeckError(
+            "responses.server.api_key_env is no name of an environment variable; "
+            "put the key into one, and its name here, such as OPENAI_API_KEY"
+        )
+
+
+def _check_axes(recipe: Recipe) -> None:
+    """Temperature and support: what excludes what."""
+    objective, signal = recipe.objective, recipe.signal
+    apart = next((s for s in ("teacher_temperature", "student_temperature") if getattr(objective, s) is not None), None)
+    for moving in ("temperature_end", "temperature_adapt"):
+        if apart is not None and getattr(objective, moving) is not None:
+            raise LimbeckError(f"objective.{moving} moves both sides at once; remove objective.{apart}")
+    if recipe.on_policy and signal.support != "full":
+        raise LimbeckError(
+            f"signal.support={signal.support} is kept on disk before training, but responses.author="
+            f"{recipe.responses.author} writes during it; set signal.support=full"
+        )
+    if signal.support == "full":
+        if signal.temperatures:
+            raise LimbeckError("signal.temperatures belongs to a sparse signal.support; the full one knows them all")
+        return
+    if not signal.cache:
+        raise LimbeckError(
+            f"signal.support={signal.support} is what is kept on disk, but signal.cache is false; "
+            "set signal.cache=true or signal.support=full"
+        )
+    if objective.temperature_end is not None and signal.support != "topk_renorm":
+        raise LimbeckError(
+            f"objective.temperature_end moves the temperature off the grid that signal.support={signal.support} holds; "
+            "use signal.support=full or topk_renorm"
+        )
+
+
+# Keys of responses.on_policy by the authors that read them; the others say nothing without the student writing.
+_READ_BY = {
+    "share": ("mixed", "replay"),
+    "share_end": ("mixed",),
+    "resample_teacher": ("pairs",),
+    "teacher_top_k": ("speculative",),
+    "teacher_share": ("student",),
+    "buffer": ("replay",),
+    "decay": ("replay",),
+    "tolerance": ("replay",),
+    "bump": ("replay",),
+}
+
+
+def _check_author(recipe: Recipe) -> None:
+    """Who writes, and how: keys that nobody would read are mistakes."""
+    section, author = recipe.responses.on_policy, recipe.responses.author
+    for key, default in vars(type(section)()).items():
+        if key.startswith("_") or getattr(section, key) == default:
+            continue
+        readers = _READ_BY.get(key, ("student", "mixed", "replay", "speculative", "pairs"))
+        if author not in readers:
+            raise LimbeckError(
+                f"responses.on_policy.{key} is read where responses.author is {' or '.join(readers)}, not {author}; "
+                "remove it or change the author"
+            )
+    if author == "replay" and section.refresh not in (None, "step"):
+        raise LimbeckError(
+            "responses.author=replay keeps responses in its buffer; set responses.on_policy.refresh=step"
+        )
+    first, most = section.first_max_new_tokens, recipe.responses.max_new_tokens
+    if first is not None and first > most:
+        raise LimbeckError(
+            f"responses.on_policy.first_max_new_tokens is {first}, expected at most responses.max_new_tokens ({most})"
+        )
+    if author == "pairs" and recipe.train.per_device_train_batch_size % 2:
+        raise LimbeckError(
+            f"train.per_device_train_batch_size is {recipe.train.per_device_train_batch_size}; pairs are two responses "
+            "that must meet in a batch, so expected an even number"
+        )
+
+
+def _check_policy(recipe: Recipe) -> None:
+    """A policy gradient is one of the student as it samples."""
+    objective, rule = recipe.objective, recipe.contrast.rule or {}
+    if objective.name != "opd" and rule.get("name") != "minillm":
+        return
+    what = "objective opd" if objective.name == "opd" else "contrast.rule=minillm"
+    if recipe.responses.author not in ("student", "mixed", "replay", "pairs"):
+        raise LimbeckError(
+            f"{what} is a gradient over the student's own responses, but responses.author={recipe.responses.author}; "
+            "set responses.author=student"
+        )
+    own, section = recipe.responses.on_policy, recipe.responses
+    for key, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+        value = getattr(section, key) if getattr(own, key) is None else getattr(own, key)
+        if value != plain:
+            raise LimbeckError(
+                f"{what} is biased unless the student samples from its whole distribution, but {key} is {value}; "
+                f"set responses.on_policy.{key}={plain}"
+            )
+
+
+def _check_contrast(recipe: Recipe) -> None:
+    """What tells the student's responses from others needs a student that writes."""
+    contrast = recipe.contrast
+    if not recipe.on_policy:
+        for key, there in (("student", contrast.student is not None), ("beta", contrast.beta != "none")):
+            if there:
+                raise LimbeckError(
+                    f"contrast.{key} is for responses of the student, but responses.author={recipe.responses.author}; "
+                    "set responses.author=pairs (or student, mixed, replay, speculative), or remove it"
+                )
+    if contrast.beta == "none" and (contrast.scale != 2.0 or contrast.beta_start != 0.5 or contrast.beta_end != 0.75):
+        raise LimbeckError("contrast.beta=none reads no scale, beta_start or beta_end; set contrast.beta=constant")
+    if contrast.rule is not None:
+        name = contrast.rule.get("name")
+        if name is None:
+            raise LimbeckError(f"contrast.rule is {contrast.rule}; expected a name, such as {{name: adaptive_alpha}}")
+        if recipe.signal.support != "full":
+            raise LimbeckError(
+                f"contrast.rule={name} asks how likely the teacher finds each token, which signal.support="
+                f"{recipe.signal.support} does not hold; set signal.support=full"
+            )
+        if name == "dpkd" and recipe.responses.author != "pairs":
+            raise LimbeckError(
+                f"contrast.rule=dpkd compares pairs, but responses.author={recipe.responses.author}; set pairs"
+            )

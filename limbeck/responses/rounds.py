@@ -1,0 +1,106 @@
+"""Rounds: the responses of a whole prompt set, written anew during training, kept so that none is written twice.
+
+    rounds/003/student/00000.jsonl ...   one file a batch of the sampler; whole or not there
+
+A round depends on the weights at the step it begins with, its number and the recipe. The loop keeps a checkpoint of
+that step, so that a run that was killed while it wrote continues with the very next batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from limbeck.flow import Author, Interrupted, Response, Sampling, TokenPrompt
+from limbeck.responses.records import read_responses, write_responses
+
+
+class World(Protocol):
+    """The processes of a run, as far as writing needs them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def ranks(self) -> int: ...
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks, in the order of the ranks."""
+        ...
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        return items
+
+    def wait(self) -> None:
+        return
+
+
+class BatchSampler(Protocol):
+    """A sampler that hands its batches over as they end (`LocalSampler`, and those in which two models write)."""
+
+    def respond(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]: ...
+    def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]: ...
+    def respond_in_batches(
+        self, prompts: Sequence[TokenPrompt], sampling: Sampling, *, done: Collection[int] = ()
+    ) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """Where rounds are kept.
+
+    Attributes:
+        should_stop: asked after each batch.
+        report: told (author, answers written, answers in all) after each batch.
+    """
+
+    folder: Path
+    world: World = field(default_factory=Alone)
+    should_stop: Callable[[], bool] = lambda: False
+    report: Callable[[Author, int, int], None] = lambda author, done, total: None
+
+    def write(
+        self, number: int, author: Author, sampler: BatchSampler, prompts: Sequence[TokenPrompt], sampling: Sampling
+    ) -> list[Response]:
+        """The responses of a round in the order of the prompts; only what is not on disk yet is sampled.
+
+        Ranks take turns with the batches.
+
+        Raises:
+            Interrupted: `should_stop` said so; the batches that ended are on disk.
+        """
+        folder = self.folder / f"{number:03d}" / author
+        sampling = for_round(sampling, number)
+        plan = sampler.plan(prompts, sampling)
+        paths = {rows: folder / f"{i:05d}.jsonl" for i, rows in enumerate(plan)}
+        mine = plan[self.world.rank :: self.world.ranks]
+        others = {row for rows in plan for row in rows if rows not in mine or paths[rows].exists()}
+        written = len(others)
+        for batch in sampler.respond_in_batches(prompts, sampling, done=others):
+            write_responses(paths[batch.indices], batch.responses)
+            written += len(batch.responses)
+            self.report(author, written, len(prompts))
+            if self.world.ranks == 1 and self.should_stop():
+                raise Interrupted(f"stopped while {author} responses of round {number} were written")
+        self.world.wait()
+        answers: dict[int, Response] = {}
+        for rows, path in paths.items():
+            answers |= dict(zip(rows, read_responses(path), strict=True))
+        return [answers[i] for i in range(len(prompts))]
+
+
+def for_round(sampling: Sampling, number: int) -> Sampling:
+    """The same settings with random numbers of the round's own: a prompt that comes again is answered anew."""
+    return replace(sampling, seed=sampling.seed * 1_000_003 + number + 1)

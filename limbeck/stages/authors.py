@@ -1,0 +1,134 @@
+"""Who writes during training, as a recipe says it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from limbeck.flow import Author as AuthorName
+from limbeck.flow import Response, Sampling, Teacher
+from limbeck.recipe_sections import OnPolicySection, ResponsesSection
+from limbeck.responses.authors import Author, Fixed, Mixed, Own, Pairs, Pen, Shift, Supply, fixed
+from limbeck.responses.records import read_asked
+from limbeck.responses.replay import Replay, ReplaySettings
+from limbeck.responses.rounds import BatchSampler, Rounds
+from limbeck.responses.speculative import MixtureSampler, SkdSampler
+from limbeck.responses.samplers import LocalSampler
+from limbeck.stages.responses import sampler_for
+from limbeck.story import Story
+from limbeck.student.build import Student
+from limbeck.teachers.local import LocalTeacher
+
+
+def sampling_of(section: ResponsesSection) -> Sampling:
+    """How the teacher's responses are drawn."""
+    return Sampling(
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        stop=section.stop,
+        seed=section.seed,
+    )
+
+
+def own_sampling(section: ResponsesSection) -> Sampling:
+    """How the student's are."""
+    own = section.on_policy
+    settings = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+    return replace(sampling_of(section), **{key: value for key, value in settings.items() if value is not None})
+
+
+def author_of(
+    story: Story, student: Student, base: Sequence[Response], teacher: Teacher, should_stop: Callable[[], bool]
+) -> Author:
+    """The author that a recipe names.
+
+    Args:
+        base: the training responses that were there before.
+        teacher: judges the student's responses, and writes beside it where the author asks for that.
+    """
+    section = story.recipe.responses
+    if not story.recipe.on_policy:
+        return fixed(base)
+    assert isinstance(teacher, LocalTeacher), "nobody else can judge what is not written yet"
+    prompts, own = read_asked(story.run.responses / "asked.jsonl"), section.on_policy
+    writing = _Writing(story, student, teacher)
+
+    def begin(shift: Shift) -> Supply:
+        pen = Pen(
+            sampler=writing.own_sampler(),
+            sampling=own_sampling(section),
+            rounds=Rounds(
+                folder=story.run.rounds, world=shift.world, should_stop=should_stop, report=writing.reporter()
+            ),
+            refresh=_refresh(section),
+            first_tokens=own.first_max_new_tokens,
+        )
+        if section.author == "pairs":
+            sampler = writing.sampler(teacher.model, "teacher") if own.resample_teacher else None
+            return Pairs(base, prompts, pen, shift, teacher=sampler, teacher_sampling=sampling_of(section))
+        mine = Own(prompts, pen, shift)
+        if section.author == "mixed":
+            start = 0.5 if own.share is None else own.share
+            end = start if own.share_end is None else own.share_end
+            return Mixed(mine, Fixed(base, shift), share=(start, end), seed=shift.seed)
+        if section.author == "replay":
+            return Replay(mine, Fixed(base, shift), _replay(own), step_rows=shift.step_rows, seed=shift.seed)
+        return mine
+
+    return begin
+
+
+def _refresh(section: ResponsesSection) -> int | None:
+    """Steps that share a round; None is an epoch."""
+    refresh = section.on_policy.refresh
+    if refresh is None:
+        return None if section.author == "pairs" else 1
+    return {"step": 1, "epoch": None}[refresh] if isinstance(refresh, str) else refresh
+
+
+def _replay(own: OnPolicySection) -> ReplaySettings:
+    return ReplaySettings(
+        share=own.share or 0.0, capacity=own.buffer, decay=own.decay, tolerance=own.tolerance, bump=own.bump
+    )
+
+
+class _Writing:
+    """The samplers of a training."""
+
+    def __init__(self, story: Story, student: Student, teacher: LocalTeacher):
+        self.story, self.student, self.teacher = story, student, teacher
+        self.template = (story.run.manifest("responses") or {})["template"]
+
+    def sampler(self, model: Any, author: AuthorName) -> LocalSampler:
+        batch_size, rule = self.story.recipe.responses.batch_size, self.story.recipe.contrast.rule or {}
+        sampler = sampler_for(self.story, model, self.student.tokenizer, self.template, author, batch_size)
+        # What was drawn with other weights, or is used once more, has an importance that only this number tells.
+        return replace(sampler, keep_logp=author == "student" and rule.get("name") == "minillm")
+
+    def own_sampler(self) -> BatchSampler:
+        """The student alone, or with the teacher."""
+        section, alone = self.story.recipe.responses, self.sampler(self.student.model, "student")
+        own = section.on_policy
+        shared: Any = {
+            "model": alone.model,
+            "teacher": self.teacher.model,
+            "eos_token_ids": alone.eos_token_ids,
+            "pad_token_id": alone.pad_token_id,
+            "vocab_size": alone.vocab_size,
+            "tokenizer": alone.tokenizer,
+            "batch_size": alone.batch_size,
+        }
+        if section.author == "speculative":
+            return SkdSampler(**shared, top_k=own.teacher_top_k)
+        if own.teacher_share:
+            return MixtureSampler(**shared, alpha=own.teacher_share)
+        return alone
+
+    def reporter(self) -> Callable[[AuthorName, int, int], None]:
+        def report(author: AuthorName, done: int, total: int) -> None:
+            self.story.console.say(f"write: {author}, {done} of {total} answers")
+
+        return report
