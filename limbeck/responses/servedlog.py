@@ -1,0 +1,86 @@
+"""The record of a server's answers, one JSON line each, on disk before the next is waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.flow import LimbeckError, Response
+from limbeck.responses.records import response_of
+from limbeck.responses.served import Served
+from limbeck.rundir import naming
+
+
+@dataclass
+class ServedLog:
+    """Answers that are there already, by the row of their prompt. A line that a kill cut off is dropped and redone."""
+
+    path: Path
+    model: str
+    rows: dict[int, Response] = field(default_factory=dict)
+    tally: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def open(cls, path: Path, *, model: str) -> ServedLog:
+        """The log at a path, empty where there is none.
+
+        Args:
+            model: the server's name of the model that the log's answers must be by.
+
+        Raises:
+            LimbeckError: a damaged line, or answers of another model.
+        """
+        log = cls(path, model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.read_bytes() if path.exists() else b""
+        whole = written[: written.rfind(b"\n") + 1]
+        if whole != written:
+            os.truncate(path, len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                log._count(entry)
+                log.rows[entry["row"]] = response_of(entry["response"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise LimbeckError(
+                    f"{path}:{number} is damaged ({error}); delete the line and run the same command again"
+                ) from None
+            if entry["model"] != model:
+                raise LimbeckError(
+                    f"{path} holds answers of {entry['model']!r}, the server now has {model!r}; serve the former "
+                    "again, or name another directory with output_dir=..."
+                )
+        return log
+
+    def add(self, served: Served) -> None:
+        """Write an answer down for good."""
+        entry = {
+            "row": served.index,
+            "model": self.model,
+            "api": served.api,
+            "reencoded": served.reencoded,
+            "prompt_differs": served.prompt_differs,
+            "response": asdict(served.response),
+        }
+        with naming(self.path), self.path.open("ab") as file:
+            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._count(entry)
+        self.rows[served.index] = served.response
+
+    def _count(self, entry: dict[str, Any]) -> None:
+        self.tally.update({entry["api"]: 1, "reencoded": entry["reencoded"], "prompt_differs": entry["prompt_differs"]})
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of the server: its model, which door, and how exact the tokens are."""
+        return {
+            "model": self.model,
+            "api": sorted({"completions", "chat"} & self.tally.keys()),
+            "reencoded_from_text": self.tally["reencoded"],
+            "prompts_read_otherwise": self.tally["prompt_differs"],
+        }

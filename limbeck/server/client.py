@@ -1,0 +1,250 @@
+"""A server as limbeck sees it: patient with what passes (a start, a full queue, a hang-up), plain about the rest."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import os
+import random
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from limbeck.flow import LimbeckError
+from limbeck.server.transport import CONNECT_S, Answer, Broken, exchange
+
+Json = dict[str, Any]
+
+_URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?")
+# Statuses that another try may mend; every other 4xx is the server's last word on the request.
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
+_LONGEST_PAUSE_S = 60.0
+# What a server may ask us to wait; beyond it a person should decide.
+_LONGEST_WISH_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """The server understood a request and declined it (HTTP 4xx); the message is its own, in one line."""
+
+    status: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"HTTP {self.status}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trouble:
+    """Something that may pass. `wish_s` is how long the server asks to wait."""
+
+    what: str
+    remedy: str
+    wish_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """An OpenAI-compatible server.
+
+    Attributes:
+        base_url: up to and including /v1; a bare host and port get it appended.
+        timeout_s: seconds for one whole answer.
+        retries: further tries after what may pass, with pauses that double from `backoff_s`, jittered, never shorter
+            than the server's Retry-After.
+        api_key_env: environment variable that holds the key; the key itself is kept nowhere.
+    """
+
+    base_url: str
+    timeout_s: float = 120.0
+    retries: int = 5
+    api_key_env: str | None = None
+    backoff_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        # Not repeated: the recipe is kept with the run, and messages are passed on.
+        if parts.username or parts.password or parts.query:
+            raise LimbeckError(
+                "responses.server.base_url holds a user name, a password or a query; leave it out, and name the "
+                "environment variable that holds the key with responses.server.api_key_env"
+            )
+        if not _URL.fullmatch(self.base_url):
+            raise LimbeckError(
+                f"responses.server.base_url is {self.base_url!r}, expected something like http://localhost:8000/v1"
+            )
+
+    @property
+    def root(self) -> str:
+        """What paths are appended to, without a slash at its end."""
+        url = self.base_url.rstrip("/")
+        return url if urlsplit(url).path else f"{url}/v1"
+
+    def get(self, path: str) -> Json | Refusal:
+        """The JSON object at a path such as "/models".
+
+        Raises:
+            LimbeckError: the server is down, too slow, sends no JSON, hangs up, refuses the key, or redirects.
+        """
+        return self._ask(path, None)
+
+    def post(self, path: str, body: Json) -> Json | Refusal:
+        """The JSON object that the server answers `body` with.
+
+        Raises:
+            LimbeckError: as for `get`.
+        """
+        return self._ask(path, body)
+
+    def models(self) -> tuple[str, ...]:
+        """The models the server says it has; none where it keeps no list.
+
+        Raises:
+            LimbeckError: as for `get`, or a list of another shape.
+        """
+        reply = self.get("/models")
+        if isinstance(reply, Refusal):
+            return ()
+        entries = reply.get("data")
+        names = [e.get("id") if isinstance(e, dict) else None for e in entries] if isinstance(entries, list) else [None]
+        if not all(isinstance(name, str) for name in names):
+            raise LimbeckError(
+                f"{self.root}/models answers {short(reply)}, expected a list of models; "
+                "check that responses.server.base_url is that of an OpenAI-compatible server"
+            )
+        return tuple(str(name) for name in names)
+
+    def model(self, wanted: str | None) -> str:
+        """The name to ask with: `wanted`, or the only model there is.
+
+        An absolute path is a folder on the server's machine that need not be listed (transformers serve): it is taken
+        as it is, like any name where the server keeps no list, and the first request tells.
+
+        Raises:
+            LimbeckError: not offered, or none wanted and not exactly one offered.
+        """
+        offered = self.models()
+        listed = ", ".join(offered[:8]) + (", ..." if len(offered) > 8 else "")
+        if wanted is None:
+            if len(offered) != 1:
+                offers = f"{len(offered)} models ({listed})" if offered else "no list of models"
+                raise LimbeckError(f"{self.root} offers {offers}; name one with responses.server.model")
+            return offered[0]
+        if offered and wanted not in offered and not wanted.startswith("/"):
+            raise LimbeckError(f"{self.root} has no model {wanted!r}; it offers {listed}: set responses.server.model")
+        return wanted
+
+    def _ask(self, path: str, body: Json | None) -> Json | Refusal:
+        tries, reply = 1, self._attempt(path, body)
+        while isinstance(reply, _Trouble) and tries <= self.retries and reply.wish_s <= _LONGEST_WISH_S:
+            pause_s = min(self.backoff_s * 2 ** (tries - 1), _LONGEST_PAUSE_S)
+            # Apart from each other, so that requests that failed together do not come back together.
+            time.sleep(max(pause_s * random.uniform(0.5, 1.0), reply.wish_s * random.uniform(1.0, 1.1)))
+            tries, reply = tries + 1, self._attempt(path, body)
+        if not isinstance(reply, _Trouble):
+            return reply
+        wish = f" and asks to wait {reply.wish_s:.0f} s" if reply.wish_s else ""
+        tried = f" ({tries} tries)" if tries > 1 else ""
+        raise LimbeckError(f"{self.root} {reply.what}{wish}{tried}; {reply.remedy}")
+
+    def _attempt(self, path: str, body: Json | None) -> Json | Refusal | _Trouble:
+        headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "limbeck"}
+        if key := self._key():
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        answer = exchange(self.root + path, data, headers, self.timeout_s)
+        return self._lament(answer) if isinstance(answer, Broken) else self._judge(answer, data)
+
+    def _lament(self, broken: Broken) -> _Trouble:
+        if broken.kind == "untrusted":
+            raise LimbeckError(
+                f"{self.root} shows a certificate that cannot be verified ({broken.why}); "
+                "let SSL_CERT_FILE point to its authority's certificate"
+            )
+        if broken.kind == "unreachable":
+            limit = f" within {min(CONNECT_S, self.timeout_s):g} s" if broken.why == "nothing answers" else ""
+            what = f"cannot be reached ({broken.why}{limit})"
+            return _Trouble(what=what, remedy="start the server, or correct responses.server.base_url")
+        if broken.kind == "slow":
+            what = f"did not answer within {self.timeout_s:g} s"
+            remedy = "raise responses.server.timeout_s or lower responses.server.concurrency"
+            return _Trouble(what=what, remedy=remedy)
+        what = "cut the connection off in the middle of an answer"
+        return _Trouble(what=what, remedy="look at the server's log; the same command then continues")
+
+    def _judge(self, answer: Answer, data: bytes | None) -> Json | Refusal | _Trouble:
+        reply, status = _parsed(answer.raw), answer.status
+        if 200 <= status < 300:
+            if isinstance(reply, dict):
+                return reply
+            said = " ".join(answer.raw[:400].decode("utf-8", "replace").split())
+            remedy = "check that responses.server.base_url is that of an OpenAI-compatible server, with its /v1"
+            return _Trouble(what=f"answers {said[:80]!r}, expected a JSON object", remedy=remedy)
+        said = self._message(answer.raw)
+        if 300 <= status < 400:
+            raise LimbeckError(
+                f"{self.root} redirects to {answer.headers.get('Location')}; give that as responses.server.base_url"
+            )
+        if status in (401, 403):
+            has = "check the key in the environment variable that responses.server.api_key_env names"
+            lacks = "name the environment variable that holds one with responses.server.api_key_env"
+            raise LimbeckError(
+                f"{self.root} does not let us in (HTTP {status}: {said}); {has if self.api_key_env else lacks}"
+            )
+        # A list that a server fails to make is one it does not have (transformers serve without a cache of models).
+        if status in _PASSING and not (status == 500 and data is None):
+            remedy = "lower responses.server.concurrency" if status == 429 else "look at the server's log"
+            return _Trouble(
+                what=f"cannot answer (HTTP {status}: {said})",
+                remedy=f"{remedy}; the same command then continues",
+                wish_s=_wish_s(answer.headers.get("Retry-After")),
+            )
+        return Refusal(status=status, message=said)
+
+    def _key(self) -> str | None:
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        # The name is not repeated: a key may have been put in its place.
+        if not key or not key.isascii() or not key.isprintable():
+            state = "holds characters that no HTTP header may hold" if key else "is not set"
+            raise LimbeckError(
+                f"the environment variable that responses.server.api_key_env names {state}; export it with the key"
+            )
+        return key
+
+    def _message(self, raw: bytes) -> str:
+        """What the server says is wrong, in one line, without the key should it repeat it."""
+        said = _parsed(raw)
+        for name in ("error", "detail", "message"):
+            if isinstance(said, dict) and said.get(name):
+                said = said[name]
+        text = said if isinstance(said, str) else raw.decode("utf-8", "replace") if said is None else json.dumps(said)
+        text = " ".join(text.split()) or "no reason given"
+        if key := self._key():
+            text = text.replace(key, "***")
+        return text if len(text) <= 240 else f"{text[:240]} ..."
+
+
+def short(value: object) -> str:
+    """A value as a message shows it."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 120 else f"{text[:120]} ..."
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return None
+
+
+def _wish_s(header: str | None) -> float:
+    """Seconds of a Retry-After header: a number or a date; 0 for anything else."""
+    header = header or "0"
+    if header.strip().isdigit():
+        return float(header)
+    date = email.utils.parsedate_tz(header)
+    return 0.0 if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
