@@ -205,9 +205,15 @@ def require_ragged(model: nn.Module, writer: Writer, role: str) -> None:
             f"the {role} ({name}) runs on {attention}, expected sdpa or eager where two models write together: "
             "load it with attn_implementation=sdpa"
         )
+    if writer.config.model_type == "bloom" or writer.config.to_dict().get("alibi"):
+        raise LimbeckError(
+            f"the {role} ({name}) knows positions by ALiBi, expected rotary or learned ones where two models write "
+            "together: let it write alone (LocalSampler)"
+        )
     draws = torch.Generator().manual_seed(0)
     ids_RT = torch.randint(0, writer.head.vocab_size, (2, _PROBE_TOKENS), generator=draws).to(writer.device)
-    plain_RTV = project(writer.head, writer.decoder(input_ids=ids_RT, use_cache=False).last_hidden_state)
+    plain = writer.decoder(input_ids=ids_RT, attention_mask=torch.ones_like(ids_RT), use_cache=False)
+    plain_RTV = project(writer.head, plain.last_hidden_state)
     reader = Reader.of(writer, rows=2, capacity=_PROBE_TOKENS)
     every_RT = torch.arange(_PROBE_TOKENS, device=writer.device).expand(2, -1)
     reader.read(ids_RT.flip(1), every_RT, _PROBE_TOKENS)
