@@ -21,6 +21,7 @@ def check(recipe: Recipe) -> None:
     _check_contrast(recipe)
     _check_policy(recipe)
     _check_server(recipe)
+    _check_draft(recipe)
     student = recipe.student
     if student.init == "pretrained" and student.model is None:
         raise LimbeckError("student.model is missing; name a model, or set student.init=depth_prune to cut the teacher")
@@ -46,6 +47,20 @@ def _check_server(recipe: Recipe) -> None:
         raise LimbeckError(
             "responses.server.api_key_env is no name of an environment variable; "
             "put the key into one, and its name here, such as OPENAI_API_KEY"
+        )
+
+
+def _check_draft(recipe: Recipe) -> None:
+    if recipe.responses.draft is None:
+        return
+    if recipe.base_author != "teacher":
+        raise LimbeckError(
+            "responses.draft drafts what the teacher answers, but the responses are those of the data; "
+            "remove it, or let the teacher answer (responses.author=teacher)"
+        )
+    if recipe.responses.server is not None:
+        raise LimbeckError(
+            "responses.draft drafts for a teacher in this process, but responses.server answers elsewhere; remove one"
         )
 
 

@@ -145,6 +145,16 @@ class ServerSection:
 
 
 @dataclass(config=_STRICT, kw_only=True)
+class DraftSection:
+    model: str
+    """A model with the teacher's tokenizer, as for the teacher: the student of an earlier run (runs/NAME/student)."""
+    tokens: Count = 4
+    """Drafted before the teacher reads them."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(config=_STRICT, kw_only=True)
 class ResponsesSection:
     author: Literal["teacher", "data", "student", "mixed", "replay", "speculative", "pairs"] = "teacher"
     """Who writes what the student learns from. Before training: the teacher, or the data. During it: the student; mixed
@@ -164,6 +174,9 @@ class ResponsesSection:
     seed: Seed = 0
     server: ServerSection | None = None
     """Where the teacher answers instead of in this process; its signal still comes from the teacher here."""
+    draft: DraftSection | None = None
+    """A small model that drafts what the teacher answers in this process: fewer passes of the teacher, a sample of the
+    same distribution (speculative sampling)."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -322,6 +335,7 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "responses"): ResponsesSection,
     (ResponsesSection, "on_policy"): OnPolicySection,
     (ResponsesSection, "server"): ServerSection,
+    (ResponsesSection, "draft"): DraftSection,
     (Recipe, "signal"): SignalSection,
     (Recipe, "objective"): ObjectiveSection,
     (Recipe, "contrast"): ContrastSection,

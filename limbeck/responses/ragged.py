@@ -222,6 +222,11 @@ def require_ragged(model: nn.Module, writer: Writer, role: str) -> None:
     at_R2 = torch.tensor([[5, 6], [3, 4]], device=writer.device)
     got_R2V = project(writer.head, reader.read(ids_RT.gather(1, at_R2), at_R2, _PROBE_TOKENS - 1))
     expected_R2V = plain_RTV.gather(1, at_R2[..., None].expand(-1, -1, plain_RTV.shape[-1]))
+    if not expected_R2V.isfinite().all():
+        raise LimbeckError(
+            f"the {role} ({name}) gives NaN or infinite logits on plain tokens, expected finite numbers: check the "
+            "weights, or sample in float32"
+        )
     gap = (got_R2V.float() - expected_R2V.float()).abs().max().item()
     if not gap <= _PROBE_TOLERANCE * expected_R2V.abs().max().item():
         raise LimbeckError(

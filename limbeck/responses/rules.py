@@ -142,6 +142,19 @@ class Tally:
         looked_at = self.accepted + self.rejected
         return self.accepted / looked_at if looked_at else float("nan")
 
+    def add(self, other: Tally) -> None:
+        """Count what another counted too."""
+        self.rounds += other.rounds
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.rejected += other.rejected
+
+    def taken(self) -> Tally:
+        """The counts so far; this one begins anew."""
+        counts = replace(self)
+        self.rounds = self.drafted = self.accepted = self.rejected = 0
+        return counts
+
 
 class Rule(Protocol):
     """Decides which tokens stand.

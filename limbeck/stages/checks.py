@@ -26,6 +26,7 @@ from limbeck.objectives import (
 from limbeck.objectives.contrast import Beta
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe_sections import StudentSection, TeacherSection
+from limbeck.stages.drafted import check_draft
 from limbeck.stages.served import check_server
 from limbeck.story import Story
 from limbeck.student.adapters import LoraSpec, check_adapters
@@ -121,6 +122,7 @@ def check_responses(story: Story) -> None:
         )
         resolve_template("chat", tokenizer, ())
     check_server(story)
+    check_draft(story)
 
 
 def check_student(story: Story) -> None:

@@ -22,6 +22,7 @@ from limbeck.responses.records import read_responses, write_asked, write_respons
 from limbeck.responses.samplers import LocalSampler, SamplingProgress
 from limbeck.rundir import Json
 from limbeck.stages.checks import check_responses
+from limbeck.stages.drafted import draft_inputs, draft_record, keep_counts, with_draft
 from limbeck.stages.served import ask_server, server_inputs
 from limbeck.story import Stage, Story
 from limbeck.teachers.store import write_shard
@@ -33,7 +34,7 @@ CALIBRATION_RESPONSES = 24
 def _response_inputs(story: Story) -> Json:
     prompts = story.recipe.prompts
     section = asdict(story.recipe.responses)
-    del section["server"]
+    del section["server"], section["draft"]
     # How the student writes later is no matter of this stage; whose responses are there before, and of whom, is.
     del section["on_policy"], section["base"]
     section["author"] = story.recipe.base_author
@@ -41,6 +42,8 @@ def _response_inputs(story: Story) -> Json:
         section["answered"] = _answers_train(story.recipe)
     server = story.recipe.responses.server
     section |= {"server": server_inputs(server)} if server else {}
+    draft = story.recipe.responses.draft
+    section |= {"draft": draft_inputs(draft)} if draft else {}
     chosen: Json = {
         "template": prompts.template,
         "too_long": prompts.too_long,
@@ -87,7 +90,7 @@ def _play_responses(story: Story) -> Json:
             chat_options=story.recipe.prompts.chat_options,
         )
     elif teacher is not None:
-        responses = _sample(story, teacher, asked, template)
+        responses, served = _sample(story, teacher, asked, template)
     else:
         responses, served = ask_server(story, tokenizer, prompts, asked, template, _sampling(section))
     for split in ("train", "heldout"):
@@ -166,8 +169,10 @@ def _token_prompts(
     return fitting.kept, fitting.dropped
 
 
-def _sample(story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName) -> list[Response]:
-    """The teacher's answers, batch by batch; a batch that is on disk is not sampled again.
+def _sample(
+    story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName
+) -> tuple[list[Response], Json]:
+    """The teacher's answers and what the manifest says of them, batch by batch; none on disk is sampled again.
 
     While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.
     """
@@ -175,6 +180,7 @@ def _sample(story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], te
     sampling = _sampling(section)
     dtype = getattr(torch, story.recipe.signal.dtype)
     sampler = sampler_for(story, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
+    sampler = with_draft(story, section.draft, sampler) if section.draft else sampler
     plan = sampler.plan(asked, sampling)
     paths = {rows: folder / f"{number:05d}.jsonl" for number, rows in enumerate(plan)}
     done = [row for rows in plan if paths[rows].exists() for row in rows]
@@ -187,11 +193,12 @@ def _sample(story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], te
                 if batch.hidden is not None:
                     hidden = dict(zip(batch.indices, batch.hidden, strict=True))
                     write_shard(path.with_suffix(".safetensors"), hidden, dtype=dtype)
+                keep_counts(watching, path)
                 write_responses(path, batch.responses)
             story.stop.heed()
     for rows, path in paths.items():
         answers |= dict(zip(rows, read_responses(path), strict=True))
-    return [answers[i] for i in range(len(asked))]
+    return [answers[i] for i in range(len(asked))], draft_record(section.draft, paths.values())
 
 
 def sampler_for(

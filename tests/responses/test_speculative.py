@@ -356,3 +356,5 @@ def test_logits_that_are_not_finite_stop_the_run_and_name_the_prompt(poisoned: i
         head_of(models[poisoned], VOCAB, verify=False).weight_VD[9, 0] = float("nan")
     with pytest.raises(LimbeckError, match=r"logits for prompt 'p\d+' are NaN or infinite at response token 0"):
         sampler.respond(tiny_prompts(), WARM)
+    with pytest.raises(LimbeckError, match="gives NaN or infinite logits on plain tokens"):
+        speculative(*models)
