@@ -1,0 +1,105 @@
+"""A sampler that costs nothing, and what the tests of authors need around it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.flow import Author, Response, Sampling, TokenPrompt
+from limbeck.responses.authors import Clock, Own, Pen, Shift, Supply
+from limbeck.responses.rounds import Rounds
+from limbeck.responses.samplers import Answered, in_order
+
+
+@dataclass
+class FakeSampler:
+    """Writes numbers that are a function of the prompt, the sampling settings, the author and the weights.
+
+    Attributes:
+        weights: stands for the state of the model; it is also the first id of every response.
+        drawn: how often each prompt was answered with each seed.
+    """
+
+    author: Author = "student"
+    batch_size: int = 4
+    weights: int = 0
+    drawn: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]:
+        rows = range(len(prompts))
+        return [tuple(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
+
+    def respond_in_batches(
+        self, prompts: Sequence[TokenPrompt], sampling: Sampling, *, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
+        for rows in self.plan(prompts, sampling):
+            if not set(rows) <= set(done):
+                answers = tuple(self._answer(prompts[row], sampling) for row in rows)
+                yield Answered(indices=rows, responses=answers, hidden=None)
+
+    def respond(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
+        return in_order(self.respond_in_batches(prompts, sampling), len(prompts))
+
+    def _answer(self, prompt: TokenPrompt, sampling: Sampling) -> Response:
+        self.drawn[prompt.id, sampling.seed] += 1
+        draw = random.Random(f"{prompt.id} {sampling.seed} {self.author} {self.weights}")
+        ids = [self.weights, *(draw.randrange(3, 1000) for _ in range(draw.randrange(sampling.max_new_tokens)))]
+        return Response(
+            prompt_id=prompt.id,
+            author=self.author,
+            prompt_ids=prompt.ids,
+            response_ids=tuple(ids),
+            stop="length",
+            sampling=sampling,
+            logp=tuple(-draw.random() for _ in ids),
+        )
+
+
+def prompts_of(count: int, *, seed: int = 5) -> list[TokenPrompt]:
+    """Prompts of different lengths."""
+    draw = random.Random(seed)
+    return [TokenPrompt(id=f"p{i}", ids=tuple(range(1, draw.randint(2, 9)))) for i in range(count)]
+
+
+def base_of(prompts: Sequence[TokenPrompt]) -> list[Response]:
+    """What the teacher had answered before."""
+    return FakeSampler(author="teacher", weights=999).respond(prompts, Sampling(max_new_tokens=12, seed=77))
+
+
+def pen_of(sampler: FakeSampler, folder: Path, *, refresh: int | None = 1, **changes: Any) -> Pen:
+    """Writes in `folder`; changes are those of `Rounds` and `Pen`."""
+    rounds = {key: changes.pop(key) for key in ("world", "should_stop", "report") if key in changes}
+    sampling = Sampling(max_new_tokens=12, seed=3, stop=("\n",))
+    return Pen(sampler=sampler, sampling=sampling, rounds=Rounds(folder=folder, **rounds), refresh=refresh, **changes)
+
+
+def own_of(
+    sampler: FakeSampler,
+    folder: Path,
+    *,
+    prompts: int = 10,
+    step_rows: int = 4,
+    refresh: int | None = 1,
+    **changes: Any,
+) -> Own:
+    """The student's own responses."""
+    pen = pen_of(sampler, folder, refresh=refresh, **changes)
+    return Own(prompts_of(prompts), pen, Shift(step_rows=step_rows, seed=11))
+
+
+def played(supply: Supply, steps: range, total: int, *, train: FakeSampler | None = None) -> list[dict[int, Response]]:
+    """The responses of some steps, the weights moving after each where a sampler is given."""
+    found = []
+    for step in steps:
+        if train is not None:
+            train.weights = step
+        found.append(supply.step(Clock(step=step, total=total)))
+    return found
+
+
+def asked_in(step: dict[int, Response]) -> set[str]:
+    return {r.prompt_id for r in step.values()}
