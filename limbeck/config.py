@@ -7,7 +7,8 @@ overrides and validates them; every mistake is one `LimbeckError` line that name
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -131,17 +132,28 @@ def named_objective(where: str, options: Mapping[str, Any]) -> Any:
     from limbeck.objectives import build_objective as build
 
     if not isinstance(options.get("name"), str):
-        raise LimbeckError(
-            f"{where} is {dict(options)}; expected a name and options, such as {{name: srkl}}"
-        )
-    return build(**options)
+        raise LimbeckError(f"{where} is {dict(options)}; expected a name and options, such as {{name: srkl}}")
+    with at(where):
+        return build(**options)
+
+
+@contextmanager
+def at(key: str) -> Iterator[None]:
+    """Let what is refused inside the block say where in the recipe it stands."""
+    try:
+        yield
+    except LimbeckError as error:
+        raise LimbeckError(f"{key}: {error}") from None
 
 
 def build_rule(recipe: Recipe) -> Any:
     """The recipe's rule over whole responses; None where it has none."""
     from limbeck.objectives.rules import build_rule as build
 
-    return None if recipe.contrast.rule is None else build(**recipe.contrast.rule)
+    if recipe.contrast.rule is None:
+        return None
+    with at("contrast.rule"):
+        return build(**recipe.contrast.rule)
 
 
 def known_keys() -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from limbeck.flow import LimbeckError
@@ -122,6 +123,11 @@ def _check_author(recipe: Recipe) -> None:
         raise LimbeckError(
             "responses.author=replay keeps responses in its buffer; set responses.on_policy.refresh=step"
         )
+    if author == "pairs" and section.refresh == "step":
+        raise LimbeckError(
+            "responses.on_policy.refresh is step, but pairs are written for whole epochs; "
+            "set responses.on_policy.refresh=epoch"
+        )
     first, most = section.first_max_new_tokens, recipe.responses.max_new_tokens
     if first is not None and first > most:
         raise LimbeckError(
@@ -136,23 +142,46 @@ def _check_author(recipe: Recipe) -> None:
 
 def _check_policy(recipe: Recipe) -> None:
     """A policy gradient is one of the student as it samples."""
-    objective, rule = recipe.objective, recipe.contrast.rule or {}
-    if objective.name != "opd" and rule.get("name") != "minillm":
+    objective, contrast, own = recipe.objective, recipe.contrast, recipe.responses.on_policy
+    if recipe.sft is not None and _names(recipe.sft.objective, "opd"):
+        raise LimbeckError(
+            "sft.objective opd is a gradient over the student's own responses, but sft trains on earlier ones; "
+            "set sft.objective={name: ce}, or a divergence"
+        )
+    if _names([objective.name, objective.options], "opd"):
+        what = "objective opd"
+    elif _names(contrast.student, "opd"):
+        what = "contrast.student opd"
+    elif (contrast.rule or {}).get("name") == "minillm":
+        what = "contrast.rule=minillm"
+    else:
         return
-    what = "objective opd" if objective.name == "opd" else "contrast.rule=minillm"
     if recipe.responses.author not in ("student", "mixed", "replay", "pairs"):
         raise LimbeckError(
             f"{what} is a gradient over the student's own responses, but responses.author={recipe.responses.author}; "
             "set responses.author=student"
         )
-    own, section = recipe.responses.on_policy, recipe.responses
+    if own.teacher_share and (contrast.rule or {}).get("name") != "minillm":
+        raise LimbeckError(
+            f"{what} is biased where the teacher draws too, but responses.on_policy.teacher_share is "
+            f"{own.teacher_share}; remove it, or weigh the tokens with contrast.rule={{name: minillm}}"
+        )
     for key, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
-        value = getattr(section, key) if getattr(own, key) is None else getattr(own, key)
+        value = getattr(recipe.responses, key) if getattr(own, key) is None else getattr(own, key)
         if value != plain:
             raise LimbeckError(
                 f"{what} is biased unless the student samples from its whole distribution, but {key} is {value}; "
                 f"set responses.on_policy.{key}={plain}"
             )
+
+
+def _names(value: object, objective: str) -> bool:
+    """Whether an objective is named anywhere in the options of another."""
+    if isinstance(value, Mapping):
+        return _names(list(value.values()), objective)
+    if isinstance(value, list | tuple):
+        return any(_names(part, objective) for part in value)
+    return value == objective
 
 
 def _check_contrast(recipe: Recipe) -> None:

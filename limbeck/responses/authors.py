@@ -281,11 +281,7 @@ class Pairs(Stateless):
         self.base = {r.prompt_id: r for r in base}
         half = replace(shift, step_rows=shift.step_rows // 2)
         self.own = own = Own([p for p in prompts if p.id in self.base], pen, half)
-        if own.refresh % own.steps_per_epoch:
-            raise LimbeckError(
-                f"refresh is {own.refresh} steps and an epoch of pairs has {own.steps_per_epoch}: "
-                "expected whole epochs, set responses.on_policy.refresh=epoch"
-            )
+        require_whole_epochs(own.refresh, own.steps_per_epoch)
         self.teacher, self.sampling = teacher, teacher_sampling
         self.prompts = own.prompts
         self._round: tuple[int, Plan, list[tuple[Response, Response]]] | None = None
@@ -319,6 +315,19 @@ class Pairs(Stateless):
         asked, rounds = self.own.asked, self.own.pen.rounds
         written = rounds.write(number, "teacher", self.teacher, asked, self.sampling)
         return {r.prompt_id: r for r in written}
+
+
+def require_whole_epochs(refresh: int, steps_per_epoch: int) -> None:
+    """Refuse a round of pairs that ends inside an epoch.
+
+    Raises:
+        LimbeckError: it does.
+    """
+    if refresh % steps_per_epoch:
+        raise LimbeckError(
+            f"responses.on_policy.refresh is {refresh} steps and an epoch of pairs has {steps_per_epoch}: "
+            "expected whole epochs, set responses.on_policy.refresh=epoch"
+        )
 
 
 def die(seed: int, step: int) -> random.Random:

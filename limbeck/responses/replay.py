@@ -59,7 +59,7 @@ class Replay:
         self.phi, self.loss = settings.share, None
         self.buffer: deque[Response] = deque(maxlen=settings.capacity)
         longest = max(len(p.ids) for p in own.asked) + own.pen.sampling.max_new_tokens
-        _require_room(settings.capacity, longest)
+        require_room(settings.capacity, longest)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,7 +98,12 @@ class Replay:
         self.buffer.extend(response_of(fields) for fields in state["buffer"])
 
 
-def _require_room(capacity: int, longest: int) -> None:
+def require_room(capacity: int, longest: int) -> None:
+    """Refuse a buffer that cannot be held.
+
+    Raises:
+        LimbeckError: it would take more than this machine has.
+    """
     wanted = capacity * longest * TOKEN_BYTES
     if not hasattr(os, "sysconf"):
         return

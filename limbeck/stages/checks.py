@@ -5,80 +5,30 @@ A wrong pair, objective or tracker would otherwise come to light after the teach
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from limbeck import config
-from limbeck.flow import DenseSignal, Head, LimbeckError, Signal
+from limbeck.flow import LimbeckError
 from limbeck.models.loading import load_tokenizer, source_config
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import require_same
-from limbeck.objectives import (
-    AdaptiveTemperature,
-    SparseForm,
-    Temperature,
-    TemperatureSchedule,
-    fused_distillation_loss,
-)
-from limbeck.objectives.contrast import Beta
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe_sections import StudentSection, TeacherSection
+from limbeck.responses.authors import require_whole_epochs
+from limbeck.responses.replay import require_room
 from limbeck.stages.drafted import check_draft
+from limbeck.stages.judging import check_objectives
 from limbeck.stages.served import check_server
 from limbeck.story import Story
 from limbeck.student.adapters import LoraSpec, check_adapters
-from limbeck.student.balance import Balance
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, fresh_model
 from limbeck.student.launch import require_trackers
-from limbeck.student.loss import Judgement
-from limbeck.student.schedules import moved
-
-
-def temperature_of(recipe: config.Recipe) -> Temperature | TemperatureSchedule:
-    """The loss temperature that a recipe asks for."""
-    section = recipe.objective
-    strength = section.temperature_adapt
-    adapt = None if strength is None else AdaptiveTemperature(strength=strength)
-    if section.temperature_end is not None:
-        return TemperatureSchedule(
-            start=section.temperature,
-            end=section.temperature_end,
-            shape=section.temperature_shape,
-            scale=section.temperature_scale,
-            adapt=adapt,
-        )
-    return Temperature(
-        loss=section.temperature,
-        teacher=section.teacher_temperature,
-        student=section.student_temperature,
-        scale=section.temperature_scale,
-        adapt=adapt,
-    )
-
-
-def judgement_of(recipe: config.Recipe) -> Judgement:
-    """Which objective for whose response, as a recipe says it."""
-    own = recipe.contrast.student
-    return Judgement(
-        objective=config.build_objective(recipe),
-        own=None if own is None else config.named_objective("contrast.student", own),
-        rule=config.build_rule(recipe),
-        authored=recipe.on_policy,
-        support=recipe.signal.support,
-    )
-
-
-def balance_of(recipe: config.Recipe) -> Balance:
-    """What each response counts, as a recipe says it."""
-    contrast = recipe.contrast
-    beta = None
-    if contrast.beta != "none":
-        beta = Beta(shape=contrast.beta, start=contrast.beta_start, end=contrast.beta_end)
-    return Balance(reduction=recipe.train.reduction, beta=beta, scale=contrast.scale)
 
 
 def student_spec(story: Story) -> StudentSpec:
@@ -131,7 +81,11 @@ def check_student(story: Story) -> None:
     Raises:
         LimbeckError: anything else.
     """
-    _check_objective(story)
+    check_objectives(story)
+    responses = story.recipe.responses
+    if responses.author == "replay":
+        # Prompts come on top, once they are known.
+        require_room(responses.on_policy.buffer, responses.max_new_tokens)
     require_trackers(story.recipe.train.report_to)
     section = story.recipe.student
     if section.model is not None and section.init != "scratch":
@@ -139,6 +93,19 @@ def check_student(story: Story) -> None:
     if story.student_card is not None:
         require_same(story.teacher_card, story.student_card)
     _check_anatomy(story)
+
+
+def check_rounds(story: Story, prompts: int) -> None:
+    """Rounds of pairs end with an epoch, whose steps are known as soon as the training prompts are.
+
+    Raises:
+        LimbeckError: this one does not.
+    """
+    recipe, ranks = story.recipe, int(os.environ.get("WORLD_SIZE", "1"))
+    refresh = recipe.responses.on_policy.refresh
+    if recipe.responses.author == "pairs" and isinstance(refresh, int):
+        rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * ranks
+        require_whole_epochs(refresh, math.ceil(prompts / (rows // 2)))
 
 
 def _resolvable(section: TeacherSection | StudentSection) -> None:
@@ -150,44 +117,6 @@ def _resolvable(section: TeacherSection | StudentSection) -> None:
         weights=Path(section.model).expanduser().exists(),
         trust_remote_code=section.trust_remote_code,
     )
-
-
-def _check_objective(story: Story) -> None:
-    """Let the objective judge three tokens: whatever it cannot be combined with, it says now."""
-    recipe, generator = story.recipe, torch.Generator().manual_seed(0)
-    tokens, width, vocabulary = 3, 4, 7
-    student_ND, teacher_ND = torch.randn(2, tokens, width, generator=generator)
-    head = Head(weight_VD=torch.randn(vocabulary, width, generator=generator), vocab_size=vocabulary)
-    signal: Signal = DenseSignal(hidden_ND=teacher_ND, head=head)
-    form = sparse_form(recipe)
-    if form is not None:
-        real_ids = story.teacher_card.vocab_size
-        if form.support != "sampled" and form.k > real_ids:
-            raise LimbeckError(f"signal.k is {form.k}, but the teacher has {real_ids} tokens; lower it")
-        signal = replace(form, k=min(form.k, vocabulary)).of(signal, seed=0)
-    for progress in (0.0, 1.0):
-        fused_distillation_loss(
-            student_ND,
-            head,
-            signal,
-            config.build_objective(recipe),
-            temperature=temperature_of(recipe).at(progress),
-            support=recipe.signal.support,
-            label_N=torch.arange(tokens),
-            sequence_N=torch.zeros(tokens, dtype=torch.int64),
-            token_options={
-                name: torch.full((tokens,), value) for name, value in moved(recipe.objective.schedule, progress).items()
-            },
-            compile="off",
-        )
-
-
-def sparse_form(recipe: config.Recipe) -> SparseForm | None:
-    """What is kept of the teacher at each position; None where that is everything."""
-    section = recipe.signal
-    if section.support == "full":
-        return None
-    return SparseForm(support=section.support, k=section.k, temperatures=config.signal_temperatures(recipe))
 
 
 def _check_anatomy(story: Story) -> None:

@@ -21,7 +21,7 @@ from limbeck.recipe_sections import Recipe, ResponsesSection
 from limbeck.responses.records import read_responses, write_asked, write_responses
 from limbeck.responses.samplers import LocalSampler, SamplingProgress
 from limbeck.rundir import Json
-from limbeck.stages.checks import check_responses
+from limbeck.stages.checks import check_responses, check_rounds
 from limbeck.stages.drafted import draft_inputs, draft_record, keep_counts, with_draft
 from limbeck.stages.served import ask_server, server_inputs
 from limbeck.story import Stage, Story
@@ -51,11 +51,11 @@ def _response_inputs(story: Story) -> Json:
     }
     if prompts.chat_options:
         chosen["chat_options"] = prompts.chat_options
-    captured = {"captured": story.recipe.signal.dtype} if _captures(story) else {}
+    captured = {"captured": story.recipe.signal.dtype} if captures(story) else {}
     return section | chosen | captured | {"teacher": teacher_inputs(story), "window": story.window}
 
 
-def _captures(story: Story) -> bool:
+def captures(story: Story) -> bool:
     """Whether the hidden states that sampling computes anyway are the signal that is wanted."""
     recipe = story.recipe
     here = recipe.base_author == "teacher" and recipe.responses.server is None
@@ -76,7 +76,9 @@ def _play_responses(story: Story) -> Json:
     template = resolve_template(story.recipe.prompts.template, tokenizer, prompts)
     asked, dropped = _token_prompts(story, tokenizer, prompts, template)
     if story.recipe.on_policy:
-        write_asked(run.responses / "asked.jsonl", [p for p in asked if p.split == "train"])
+        train = [p for p in asked if p.split == "train"]
+        check_rounds(story, len(train))
+        write_asked(run.responses / "asked.jsonl", train)
         asked = _answered(story, asked)
     served: Json = {}
     if author == "data":
@@ -187,7 +189,7 @@ def _sample(
     answers: dict[int, Response] = {}
     with sampling_meter(story, "respond", len(asked), len(done)) as watched:
         watching = replace(sampler, on_progress=watched)
-        for batch in watching.respond_in_batches(asked, sampling, done=done, capture_hidden=_captures(story)):
+        for batch in watching.respond_in_batches(asked, sampling, done=done, capture_hidden=captures(story)):
             path = paths[batch.indices]
             with story.stop.deferred():
                 if batch.hidden is not None:

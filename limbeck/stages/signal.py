@@ -15,8 +15,8 @@ from limbeck.flow import DenseSignal, Teacher
 from limbeck.models.heads import head_of
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.rundir import Json
-from limbeck.stages.checks import sparse_form
-from limbeck.stages.responses import load_responses, teacher_inputs
+from limbeck.stages.judging import sparse_form
+from limbeck.stages.responses import captures, load_responses, teacher_inputs
 from limbeck.story import Stage, Story
 from limbeck.student.batches import collate
 from limbeck.teachers.local import LocalTeacher
@@ -30,6 +30,8 @@ JUDGE_ROWS = 16
 def _signal_inputs(story: Story) -> Json:
     form = sparse_form(story.recipe)
     inputs = {"cache": story.recipe.signal.cache, "dtype": story.recipe.signal.dtype, "teacher": teacher_inputs(story)}
+    if not captures(story) and not _judges_train(story):
+        inputs["split"] = "heldout"
     return inputs if form is None else inputs | {"sparse": asdict(form)}
 
 
@@ -69,7 +71,7 @@ def _judge(story: Story, teacher: LocalTeacher) -> int:
     With a sparse support the held-out rows are kept whole: evaluation measures over the whole vocabulary.
     """
     responses = load_responses(story, "heldout")
-    if not story.recipe.on_policy or story.recipe.sft is not None:
+    if _judges_train(story):
         responses |= load_responses(story, "train")
     form, dtype = sparse_form(story.recipe), getattr(torch, story.recipe.signal.dtype)
     rows = sorted(responses, key=lambda row: (-responses[row].length, row))
@@ -95,6 +97,11 @@ def _judge(story: Story, teacher: LocalTeacher) -> int:
                 write_rows(path, tensors)
             meter.advance(sum(len(responses[row].response_ids) for row in shard))
     return tokens
+
+
+def _judges_train(story: Story) -> bool:
+    """Whether anybody asks what the teacher says of the training responses that are there before training."""
+    return not story.recipe.on_policy or story.recipe.sft is not None
 
 
 def local_teacher(story: Story) -> LocalTeacher:

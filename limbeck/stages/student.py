@@ -22,7 +22,8 @@ from limbeck.recipe_sections import SftSection
 from limbeck.responses.authors import fixed
 from limbeck.rundir import Json, read_json, write_json
 from limbeck.stages.authors import author_of
-from limbeck.stages.checks import balance_of, check_student, judgement_of, student_spec, temperature_of
+from limbeck.stages.checks import check_student, student_spec
+from limbeck.stages.judging import balance_of, judgement_of, sft_judgement, temperature_of
 from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, pad_token_id
 from limbeck.stages.signal import local_teacher, open_teacher
 from limbeck.story import Stage, Story, flatten
@@ -31,7 +32,6 @@ from limbeck.student.batches import collate
 from limbeck.student.build import Student, build_student
 from limbeck.student.journal import LoopContext
 from limbeck.student.loop import train
-from limbeck.student.loss import Judgement
 from limbeck.student.saving import save_student
 
 
@@ -68,7 +68,7 @@ def build_initial_student(story: Story) -> Student:
     if blocks.exists():
         spec = replace(spec, keep=tuple(read_json(blocks)["keep"]), layers=None)
     responses = list(load_responses(story, "train").values())[:CALIBRATION_RESPONSES]
-    calibration = [collate(responses, range(len(responses)), pad_id=0)]
+    calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
     student = build_student(spec, teacher=teacher, calibration=calibration, progress=story.console.say)
     if student.blocks is not None and not blocks.exists():
         write_json(run.root / "blocks.json", asdict(student.blocks))
@@ -129,7 +129,7 @@ def _play_sft(story: Story, student: Student, section: SftSection, should_stop: 
         student.model,
         fixed(list(by_row.values())),
         open_teacher(story, list(by_row)),
-        Judgement(objective=config.named_objective("sft.objective", section.objective), support=recipe.signal.support),
+        sft_judgement(recipe, section),
         temperature=Temperature(),
         settings=settings,
         vocab_size=real_vocab_size(student.tokenizer),

@@ -83,8 +83,11 @@ def train(
     student.train()
     projection_ED = None
     if any("hidden" in objective.reads for objective in judgement.objectives):
+        before = supply.state()
         row, response = next(iter(supply.step(Clock(step=0, total=total)).items()))
         one = collate({row: response}, (row,), pad_id=pad_id)
+        # Only a look: the step itself is still to come.
+        supply.restore(before)
         projection_ED = make_projection(student, teacher, one, vocab_size=vocab_size, seed=settings.seed)
     loss_module = StudentLoss(
         student, judgement, vocab_size=vocab_size, projection_ED=projection_ED, compile=settings.compile
@@ -122,11 +125,12 @@ def train(
 
 @dataclass
 class _Progress:
-    """How far a run has come. All of it but the last field is in the checkpoint.
+    """How far a run has come. All of it but the last two fields is in the checkpoint.
 
     Attributes:
         gaps: sums and counts of the gaps by writer over the epochs that a rule measures its reference in.
         validations: how often the held-out loss was measured.
+        saved: step of the newest checkpoint.
         now: the step and its responses, so that they are written once.
     """
 
@@ -135,6 +139,7 @@ class _Progress:
     seconds: float = 0.0
     gaps: dict[str, list[float]] = field(default_factory=dict)
     validations: int = 0
+    saved: int = 0
     now: tuple[int, dict[int, Response]] = (-1, {})
 
 
@@ -179,10 +184,9 @@ class _Run:
             self.supply.validated(self._heldout_loss())
             progress.validations += 1
         clock = Clock(step=progress.step, total=self.total)
-        if progress.step and self.supply.begins_round(clock):
-            there = checkpoints.newest(self.context.checkpoints)
-            if there is None or checkpoints.step_of(there) < progress.step:
-                self.save(progress)
+        if progress.step > progress.saved and self.supply.begins_round(clock):
+            self._check_student(progress)
+            self.save(progress)
 
     def step(self, progress: _Progress, rate: float, meter: Meter) -> bool:
         """One optimizer step and its metrics; advances `progress` and says whether any rank was asked to stop."""
@@ -341,7 +345,13 @@ class _Run:
 
     def _responses(self, progress: _Progress) -> dict[int, Response]:
         if progress.now[0] != progress.step:
-            by_row = self.supply.step(Clock(step=progress.step, total=self.total))
+            try:
+                by_row = self.supply.step(Clock(step=progress.step, total=self.total))
+            except LimbeckError:
+                # Whoever writes sees no more than numbers that are none; the step that ruined them is known here.
+                if progress.now[1]:
+                    self._check_student(progress)
+                raise
             progress.now = (progress.step, by_row)
         return progress.now[1]
 
@@ -388,6 +398,7 @@ class _Run:
             state=state,
             keep=self.settings.save_total_limit,
         )
+        progress.saved = progress.step
 
     def resume(self) -> _Progress:
         """Where to start: the newest checkpoint, or the beginning. Later lines of metrics.jsonl are dropped."""
@@ -408,6 +419,7 @@ class _Run:
                 seconds=state["seconds"],
                 gaps=state["gaps"],
                 validations=state["validations"],
+                saved=state["step"],
             )
             self.supply.restore(state["supply"])
             self.journal.watch.restore(state["watch"])

@@ -63,6 +63,11 @@ class Judgement:
             if bool(keep_N.any()):
                 yield objective, keep_N
 
+    def told(self, objective: AnyObjective, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The token options for one of the objectives: of two, each is told what it knows."""
+        known = frozenset[str]().union(*(part.token_fields for _, part in row_leaves(objective)))
+        return {name: o for name, o in options.items() if self.own is None or name.split(".")[-1] in known}
+
     def measured(self, objective: AnyObjective) -> bool:
         """Whether entropies can be measured beside an objective."""
         return self.support != "sampled" and any("teacher" in part.reads for _, part in row_leaves(objective))
@@ -188,7 +193,6 @@ class StudentLoss(nn.Module):
         if self.projection_ED is not None and "hidden" in objective.reads:
             assert isinstance(signal, DenseSignal), "the projection was made from one"
             pairs = (HiddenPair(student_ND=hidden_ND, teacher_NE=signal.hidden_ND, projection_ED=self.projection_ED),)
-        known = frozenset[str]().union(*(part.token_fields for _, part in row_leaves(objective)))
         return fused_distillation_loss(
             hidden_ND,
             head,
@@ -200,7 +204,7 @@ class StudentLoss(nn.Module):
             label_N=label_N,
             sequence_N=sequence_N,
             hidden_pairs=pairs,
-            token_options={n: o for n, o in options.items() if self.judgement.own is None or n.split(".")[-1] in known},
+            token_options=self.judgement.told(objective, options),
             measure=self.judgement.measured(objective),
             measure_labels=self.judgement.labelled(objective),
             compile=self.compile_body,

@@ -1,0 +1,155 @@
+"""Who judges: temperature, objectives, rule and weights as a recipe says them, and a trial of three tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from limbeck import config
+from limbeck.flow import DenseSignal, Head, LimbeckError, Signal
+from limbeck.objectives import (
+    OBJECTIVES,
+    AdaptiveTemperature,
+    SparseForm,
+    Temperature,
+    TemperatureSchedule,
+    fused_distillation_loss,
+)
+from limbeck.objectives.contrast import Beta
+from limbeck.objectives.sums import AnyObjective, row_leaves
+from limbeck.recipe_sections import SftSection
+from limbeck.story import Story
+from limbeck.student.balance import Balance
+from limbeck.student.loss import Judgement
+from limbeck.student.schedules import moved
+
+
+def temperature_of(recipe: config.Recipe) -> Temperature | TemperatureSchedule:
+    """The loss temperature that a recipe asks for."""
+    section = recipe.objective
+    strength = section.temperature_adapt
+    adapt = None if strength is None else AdaptiveTemperature(strength=strength)
+    if section.temperature_end is not None:
+        return TemperatureSchedule(
+            start=section.temperature,
+            end=section.temperature_end,
+            shape=section.temperature_shape,
+            scale=section.temperature_scale,
+            adapt=adapt,
+        )
+    return Temperature(
+        loss=section.temperature,
+        teacher=section.teacher_temperature,
+        student=section.student_temperature,
+        scale=section.temperature_scale,
+        adapt=adapt,
+    )
+
+
+def judgement_of(recipe: config.Recipe) -> Judgement:
+    """Which objective for whose response, as a recipe says it."""
+    own = recipe.contrast.student
+    return Judgement(
+        objective=config.build_objective(recipe),
+        own=None if own is None else config.named_objective("contrast.student", own),
+        rule=config.build_rule(recipe),
+        authored=recipe.on_policy,
+        support=recipe.signal.support,
+    )
+
+
+def sft_judgement(recipe: config.Recipe, section: SftSection) -> Judgement:
+    """The objective of the first stage."""
+    return Judgement(
+        objective=config.named_objective("sft.objective", section.objective), support=recipe.signal.support
+    )
+
+
+def balance_of(recipe: config.Recipe) -> Balance:
+    """What each response counts, as a recipe says it."""
+    contrast = recipe.contrast
+    beta = None
+    if contrast.beta != "none":
+        beta = Beta(shape=contrast.beta, start=contrast.beta_start, end=contrast.beta_end)
+    return Balance(reduction=recipe.train.reduction, beta=beta, scale=contrast.scale)
+
+
+def sparse_form(recipe: config.Recipe) -> SparseForm | None:
+    """What is kept of the teacher at each position; None where that is everything."""
+    section = recipe.signal
+    if section.support == "full":
+        return None
+    return SparseForm(support=section.support, k=section.k, temperatures=config.signal_temperatures(recipe))
+
+
+def check_objectives(story: Story) -> None:
+    """Let each objective judge three tokens: whatever it cannot be combined with, it says now.
+
+    Raises:
+        LimbeckError: it cannot.
+    """
+    recipe, judgement = story.recipe, judgement_of(story.recipe)
+    form = sparse_form(recipe)
+    if form is not None and form.support != "sampled" and form.k > story.teacher_card.vocab_size:
+        raise LimbeckError(
+            f"signal.k is {form.k}, but the teacher has {story.teacher_card.vocab_size} tokens; lower it"
+        )
+    _check_rule(judgement)
+    for progress in (0.0, 1.0):
+        temperature, options = temperature_of(recipe).at(progress), moved(recipe.objective.schedule, progress)
+        _try(judgement, judgement.objective, form, temperature, options)
+        if judgement.own is not None:
+            with config.at("contrast.student"):
+                _try(judgement, judgement.own, form, temperature, options)
+    if recipe.sft is not None:
+        with config.at("sft.objective"):
+            sft = sft_judgement(recipe, recipe.sft)
+            _try(sft, sft.objective, form, Temperature(), {})
+
+
+def _check_rule(judgement: Judgement) -> None:
+    """Somebody must listen to what a rule says."""
+    rule = judgement.rule
+    if rule is None or any(rule.option in part.token_fields for o in judgement.objectives for _, part in row_leaves(o)):
+        return
+    fields = {name: getattr(objective, "token_fields", ()) for name, objective in OBJECTIVES.items()}
+    listen = [name for name, known in fields.items() if isinstance(known, frozenset) and rule.option in known]
+    raise LimbeckError(
+        f"contrast.rule={rule.name} tells each token its {rule.option}, but objective {judgement.objective.name!r} has "
+        f"none; set objective.name to one of {', '.join(listen)}"
+    )
+
+
+def _try(
+    judgement: Judgement,
+    objective: AnyObjective,
+    form: SparseForm | None,
+    temperature: Temperature,
+    options: Mapping[str, float],
+) -> None:
+    """Let one objective of a judgement judge three tokens of a vocabulary of seven."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, vocabulary = 3, 4, 7
+    student_ND, teacher_ND = torch.randn(2, tokens, width, generator=generator)
+    head = Head(weight_VD=torch.randn(vocabulary, width, generator=generator), vocab_size=vocabulary)
+    signal: Signal = DenseSignal(hidden_ND=teacher_ND, head=head)
+    if form is not None:
+        signal = replace(form, k=min(form.k, vocabulary)).of(signal, seed=0)
+    # A value that every option may have.
+    told = {} if judgement.rule is None else {judgement.rule.option: 0.5}
+    fused_distillation_loss(
+        student_ND,
+        head,
+        signal,
+        objective,
+        temperature=temperature,
+        support=judgement.support,
+        label_N=torch.arange(tokens),
+        sequence_N=torch.zeros(tokens, dtype=torch.int64),
+        token_options=judgement.told(
+            objective, {name: torch.full((tokens,), value) for name, value in {**options, **told}.items()}
+        ),
+        compile="off",
+    )
