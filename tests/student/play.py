@@ -20,6 +20,7 @@ from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, build_objective
 from limbeck.objectives.sums import AnyObjective
 from limbeck.responses.authors import Author, fixed
+from limbeck.student.balance import Balance
 from limbeck.student.journal import LoopContext
 from limbeck.student.loop import train
 from limbeck.student.loss import Judgement
@@ -108,6 +109,9 @@ def play(
     teacher: Teacher | None = None,
     objective: AnyObjective | None = None,
     judgement: Judgement | None = None,
+    balance: Balance | None = None,
+    temperature: float = 2.0,
+    heldout: Sequence[Response] = (),
     should_stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Train through the public door, with checkpoints and metrics in `folder`."""
@@ -116,7 +120,9 @@ def play(
         author or fixed(tiny_responses() if responses is None else responses),
         teacher or tiny_teacher(),
         judgement or Judgement(objective=objective or build_objective("fkl")),
-        temperature=Temperature(loss=2.0),
+        temperature=Temperature(loss=temperature),
+        balance=balance,
+        heldout=heldout,
         settings=chosen,
         vocab_size=VOCAB,
         pad_id=0,
