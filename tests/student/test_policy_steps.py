@@ -1,0 +1,157 @@
+"""DPKD and MiniLLM through the real loop against the published formulas and plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from limbeck.flow import Response
+from limbeck.objectives import build_objective
+from limbeck.objectives.contrast import Beta
+from limbeck.objectives.rules import DPKD, MiniLLM
+from limbeck.student.balance import Balance
+from limbeck.student.loss import Judgement
+from tests.student.naive import Both, gap, gradients, norm, one_step, pairs, read, stale, written
+
+POLICY = build_objective("policy_gradient")
+WHOLE = build_objective("sum", parts=[{"name": "rkl"}, {"name": "policy_gradient"}])
+OWN = written("student", 6, seed=3)
+
+
+# --- DPKD ---
+
+
+def dpkd_loss(rows: Sequence[Both], beta: float) -> Tensor:
+    """-log sigmoid(beta ([log q(y_t) - log q(y_s)] - [log p(y_t) - log p(y_s)])), token means, mean over pairs."""
+    losses = []
+    for theirs, own in zip(rows[::2], rows[1::2], strict=True):
+        student = theirs.log_q_T.mean() - own.log_q_T.mean()
+        losses.append(-logsigmoid(beta * (student - (theirs.log_p_T.mean() - own.log_p_T.mean()))))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("cut", [8, 4, 2])
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_a_step_of_dpkd_has_the_gradient_of_its_formula(tmp_path, beta, cut):
+    responses = pairs(4)
+    judgement = Judgement(objective=POLICY, rule=DPKD(beta=beta), authored=True)
+    # With the scale of 2 at a beta of 0.5 each half is a mean over its rows, and the pairs are as many.
+    balance = Balance(reduction="sequence", beta=Beta())
+    line, grads = one_step(tmp_path, responses, judgement, balance=balance, cut=cut)
+    student, rows = read(responses)
+    loss = dpkd_loss(rows, beta)
+    expected = gradients(student, loss)
+    assert gap(grads, expected) < 1e-4
+    assert line["grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
+    assert line["dpkd/teacher"] == line["dpkd/student"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_one_mean_over_rows_is_half_of_dpkd(tmp_path):
+    responses = pairs(4)
+    judgement = Judgement(objective=POLICY, rule=DPKD(beta=2.0), authored=True)
+    _, grads = one_step(tmp_path, responses, judgement, balance=Balance(reduction="sequence"))
+    student, rows = read(responses)
+    assert gap(grads, gradients(student, dpkd_loss(rows, 2.0) / 2)) < 1e-4
+
+
+# --- MiniLLM ---
+
+
+def returns(row: Both, gamma: float, *, length_norm: bool, clip: float = 0.0) -> Tensor:
+    """R_{t+1} = sum_k gamma^k r_{t+k}, r = log p - log q, over the tokens after t; of the last token 0."""
+    reward = (row.log_p_T - row.log_q_T).detach().tolist()
+    if clip:
+        reward = [max(-clip, min(clip, r)) for r in reward]
+    found = []
+    for t in range(len(reward)):
+        later = reward[t + 1 :]
+        total = sum(gamma ** (k + 1) * r for k, r in enumerate(later))
+        found.append(total / len(later) if length_norm and later else total)
+    return torch.tensor(found)
+
+
+def minillm_loss(rows: Sequence[Both], returned: Callable[[Both], Tensor], weight: Callable[[Both], Tensor]) -> Tensor:
+    """Token mean of w_t [KL_t(q||p) - R_{t+1} log q(y_t)]: its gradient is MiniLLM's (arXiv 2306.08543, 2.2)."""
+    losses = [weight(row) * (row.rkl_T() - returned(row) * row.log_q_T) for row in rows]
+    return torch.cat(losses).mean()
+
+
+def no_weight(row: Both) -> Tensor:
+    return torch.ones(len(row.response.response_ids))
+
+
+@pytest.mark.parametrize("cut", [6, 2])
+@pytest.mark.parametrize(("gamma", "length_norm", "clip"), [(1.0, False, 0.0), (0.9, True, 0.0), (1.0, True, 1.5)])
+def test_a_step_of_minillm_has_the_published_gradient(tmp_path, gamma, length_norm, clip, cut):
+    rule = MiniLLM(gamma=gamma, length_norm=length_norm, clip_reward=clip)
+    line, grads = one_step(tmp_path, OWN, Judgement(objective=WHOLE, rule=rule, authored=True), cut=cut)
+    student, rows = read(OWN)
+    loss = minillm_loss(rows, lambda row: returns(row, gamma, length_norm=length_norm, clip=clip), no_weight)
+    expected = gradients(student, loss)
+    assert gap(grads, expected) < 1e-4
+    assert line["grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    reverse_kl = torch.stack([(row.log_q_T - row.log_p_T).mean() for row in rows]).mean()
+    assert line["reverse_kl/student"] == pytest.approx(reverse_kl.item(), rel=1e-4)
+    # The long-term part is not small beside the single-step part, so that it would be missed.
+    alone = gradients(student, minillm_loss(rows, lambda row: torch.zeros(len(row.log_q_T)), no_weight))
+    assert gap(expected, alone) > 0.1
+
+
+def step_weight(row: Both) -> Tensor:
+    drawn = row.response.sampled_logp or row.response.logp
+    return no_weight(row) if drawn is None else (row.log_q_T.detach() - torch.tensor(drawn)).exp()
+
+
+def sequence_weight(row: Both) -> Tensor:
+    return step_weight(row).prod().expand(len(row.log_q_T))
+
+
+DRAWN: dict[str, list[Response]] = {
+    "stale": [stale(r, i) for i, r in enumerate(OWN)],
+    "by a mixture": [stale(r, i, mixture=True) for i, r in enumerate(OWN)],
+    "some not kept": [stale(r, i) if i % 2 else r for i, r in enumerate(OWN)],
+}
+
+
+@pytest.mark.parametrize("cut", [6, 2])
+@pytest.mark.parametrize("importance", ["step", "sequence"])
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_stale_responses_are_weighed_by_what_they_were_drawn_with(tmp_path, drawn, importance, cut):
+    responses = DRAWN[drawn]
+    rule = MiniLLM(length_norm=False, importance=importance)
+    _, grads = one_step(tmp_path, responses, Judgement(objective=WHOLE, rule=rule, authored=True), cut=cut)
+    student, rows = read(responses)
+    weight = {"step": step_weight, "sequence": sequence_weight}[importance]
+    loss = minillm_loss(rows, lambda row: returns(row, 1.0, length_norm=False), weight)
+    assert gap(grads, gradients(student, loss)) < 1e-4
+    unweighed = minillm_loss(rows, lambda row: returns(row, 1.0, length_norm=False), no_weight)
+    assert gap(grads, gradients(student, unweighed)) > 0.1
+
+
+def test_responses_of_the_student_of_now_weigh_one(tmp_path):
+    """Whether the sampler kept what it drew with or not: then it is what the student says now."""
+    _, rows = read(OWN)
+    kept = [replace(row.response, logp=tuple(row.log_q_T.tolist())) for row in rows]
+    judgement = Judgement(objective=WHOLE, rule=MiniLLM(importance="sequence"), authored=True)
+    _, plain = one_step(tmp_path / "a", OWN, judgement)
+    _, grads = one_step(tmp_path / "b", kept, judgement)
+    assert gap(grads, plain) < 1e-4
+
+
+def test_no_weight_is_above_its_clip(tmp_path):
+    responses = DRAWN["stale"]
+    rule = MiniLLM(length_norm=False, clip_weight=0.8)
+    _, grads = one_step(tmp_path, responses, Judgement(objective=WHOLE, rule=rule, authored=True))
+    student, rows = read(responses)
+    clipped = torch.cat([step_weight(row) > 0.8 for row in rows])
+    assert 0 < int(clipped.sum()) < len(clipped)
+    loss = minillm_loss(
+        rows, lambda row: returns(row, 1.0, length_norm=False), lambda row: step_weight(row).clamp_max(0.8)
+    )
+    assert gap(grads, gradients(student, loss)) < 1e-4
