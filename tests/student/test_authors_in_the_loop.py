@@ -1,0 +1,193 @@
+"""Authors in the real loop: a run that continues is the run that was never interrupted, and nobody writes twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from limbeck.flow import Interrupted, Response, Sampling, TokenPrompt
+from limbeck.objectives import build_objective
+from limbeck.objectives.contrast import Beta
+from limbeck.objectives.rules import AlphaByGap
+from limbeck.responses.authors import Author, Fixed, Mixed, Own, Pairs, Pen, Shift, Supply
+from limbeck.responses.replay import Replay, ReplaySettings
+from limbeck.responses.rounds import Rounds
+from limbeck.responses.samplers import LocalSampler
+from limbeck.student.balance import Balance
+from limbeck.student.loss import Judgement
+from tests.student.naive import Both
+from tests.student.play import (
+    VOCAB,
+    FailingTeacher,
+    identical,
+    metrics,
+    play,
+    settings,
+    stop_after,
+    tiny_model,
+    tiny_responses,
+    tiny_teacher,
+    weights,
+)
+
+BASE = tiny_responses(14)
+PROMPTS = [TokenPrompt(id=r.prompt_id, ids=r.prompt_ids) for r in BASE]
+HELDOUT = tiny_responses(5, seed=8)
+TIMED = ("seconds", "tokens_per_s", "writing_seconds")
+# Fourteen prompts in steps of four: four steps an epoch, the eight steps of two epochs.
+CHOSEN = settings(max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=0, save_steps=3)
+
+
+def sampler_of(model: Any, author: Any) -> LocalSampler:
+    return LocalSampler(
+        model=model, eos_token_ids=(2,), pad_token_id=0, vocab_size=VOCAB, author=author, batch_size=3, keep_logp=True
+    )
+
+
+def author_of(kind: str, student: nn.Module, folder: Path) -> Author:
+    def begin(shift: Shift) -> Supply:
+        sampling = Sampling(max_new_tokens=6, seed=4)
+        pen = Pen(
+            sampler=sampler_of(student, "student"),
+            sampling=sampling,
+            rounds=Rounds(folder=folder / "rounds", world=shift.world),
+            refresh={"rounds": 3, "pairs": None, "mixed rounds": 2}.get(kind, 1),
+            first_tokens=2,
+        )
+        if kind == "pairs":
+            teacher = sampler_of(tiny_teacher().model, "teacher")
+            return Pairs(BASE, PROMPTS, pen, shift, teacher=teacher, teacher_sampling=sampling)
+        own, base = Own(PROMPTS, pen, shift), Fixed(BASE, shift)
+        if kind.startswith("mixed"):
+            return Mixed(own, base, share=(0.4, 0.9), seed=shift.seed)
+        if kind == "replay":
+            replay = ReplaySettings(share=0.8, capacity=8, tolerance=-10.0, bump=0.05)
+            return Replay(own, base, replay, step_rows=shift.step_rows, seed=shift.seed)
+        return own
+
+    return begin
+
+
+def run(kind: str, folder: Path, **changes: Any) -> dict[str, Tensor]:
+    student = tiny_model(1)
+    judgement = Judgement(
+        objective=build_objective("skl"),
+        own=build_objective("srkl"),
+        rule=AlphaByGap(alpha0=0.5, high=0.9),
+        authored=True,
+    )
+    changes = {"author": author_of(kind, student, folder), "heldout": HELDOUT} | changes
+    play(student, folder, CHOSEN, judgement=judgement, balance=Balance(beta=Beta(shape="code")), **changes)
+    return weights(student)
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in metrics(folder)]
+
+
+def by_wish(kind: str, folder: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(kind, folder, should_stop=stop_after(2))
+    torch.rand(3)
+    with pytest.raises(Interrupted):
+        run(kind, folder, should_stop=stop_after(3))
+
+
+def by_force(kind: str, folder: Path) -> None:
+    with pytest.raises(ConnectionAbortedError):
+        run(kind, folder, teacher=FailingTeacher(6))
+    torch.rand(3)
+
+
+@pytest.mark.parametrize("interrupted", [by_wish, by_force])
+@pytest.mark.parametrize("kind", ["student", "rounds", "mixed", "mixed rounds", "replay", "pairs"])
+def test_a_run_that_continues_is_the_run_that_was_never_interrupted(
+    tmp_path: Path, kind: str, interrupted: Callable[[str, Path], None]
+):
+    for folder in ("straight", "broken"):
+        (tmp_path / folder).mkdir()
+    straight = run(kind, tmp_path / "straight")
+    interrupted(kind, tmp_path / "broken")
+    assert identical(straight, run(kind, tmp_path / "broken"))
+    assert timeless(tmp_path / "straight") == timeless(tmp_path / "broken")
+    assert [line["step"] for line in metrics(tmp_path / "straight")] == list(range(1, 9))
+
+
+def test_the_replay_is_told_the_held_out_loss_before_training_and_after_each_epoch(tmp_path):
+    told: list[float] = []
+
+    class Listening(Replay):
+        def validated(self, loss: float) -> None:
+            told.append(loss)
+            super().validated(loss)
+
+    student = tiny_model(1)
+
+    def author(shift: Shift) -> Supply:
+        whole = author_of("replay", student, tmp_path)(shift)
+        assert isinstance(whole, Replay)
+        return Listening(whole.own, whole.base, whole.settings, step_rows=shift.step_rows, seed=shift.seed)
+
+    run("replay", tmp_path, author=author)
+    # Of the untrained student, by hand; then once more after the first epoch of four steps.
+    rows = [Both(tiny_model(1), response) for response in HELDOUT]
+    assert told[0] == pytest.approx(-torch.cat([row.log_q_T for row in rows]).mean().item(), rel=1e-5)
+    assert len(told) == 2 and told[1] != told[0]
+    # A tolerance that is always exceeded: the share grows after the epoch.
+    assert [line["share"] for line in metrics(tmp_path)] == pytest.approx([0.8] * 4 + [0.85] * 4)
+
+
+def test_what_the_student_writes_is_what_it_would_write_at_that_step(tmp_path):
+    """The second step's responses are those of the weights after the first, word for word."""
+    seen: list[list[Response]] = []
+
+    def watched(student: nn.Module, folder: Path) -> Author:
+        def begin(shift: Shift) -> Supply:
+            supply = author_of("student", student, folder)(shift)
+            original = supply.step
+
+            def step(clock: Any) -> dict[int, Response]:
+                seen.append(list(original(clock).values()))
+                return original(clock)
+
+            supply.step = step  # type: ignore[method-assign]
+            return supply
+
+        return begin
+
+    student = tiny_model(1)
+    judgement = Judgement(objective=build_objective("rkl"), authored=True)
+    chosen = settings(max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=0, save_steps=1)
+    play(student, tmp_path, chosen, author=watched(student, tmp_path), judgement=judgement)
+    stored = load_file(tmp_path / "checkpoints" / "step-000001" / "model.safetensors")
+    after_one = tiny_model(1)
+    after_one.load_state_dict({k.removeprefix("student."): v for k, v in stored.items()}, strict=False)
+    for model, responses in ((tiny_model(1), seen[0]), (after_one, seen[1])):
+        for response in responses:
+            row = Both(model, response)
+            assert response.logp == pytest.approx(row.log_q_T.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fkl", "hidden"])
+def test_the_projection_of_hidden_states_does_not_make_the_replay_write_twice(tmp_path, kind):
+    objective = build_objective("sum", parts=[{"name": "fkl"}, {"name": kind}])
+    student = tiny_model(1)
+
+    def always(shift: Shift) -> Supply:
+        whole = author_of("replay", student, tmp_path)(shift)
+        assert isinstance(whole, Replay)
+        whole.settings, whole.phi = ReplaySettings(share=1.0), 1.0
+        return whole
+
+    # Seven responses; a second writing would fill the buffer of eight.
+    chosen = settings(max_steps=1, per_device_train_batch_size=7)
+    judgement = Judgement(objective=objective, authored=True)
+    play(student, tmp_path, chosen, author=always, judgement=judgement, heldout=HELDOUT)
+    (line,) = metrics(tmp_path)
+    assert line["buffer"] == 7
