@@ -20,6 +20,8 @@ from limbeck.flow import Sampling
 ATTEMPTS = 4
 WIDTHS = (64, 1024)
 CHUNK = 256
+# Drawers of weights: so many for each factor e, down to e^-32 of the largest.
+DRAWERS_PER_E, DRAWERS = 16, 512
 
 
 def draw(logits_BV: Tensor, uniform_BA: Tensor, sampling: Sampling) -> Tensor:
@@ -84,13 +86,46 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
-    if sampling.top_p == 1 and not 0 < sampling.top_k < logits_BV.shape[-1]:
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        ((_, ids_BK, weight_BK),) = nucleus(logits_BV, sampling)
+        share_BK = weight_BK / weight_BK.sum(-1, keepdim=True)
+        return torch.zeros_like(logits_BV).scatter_(-1, ids_BK, share_BK.to(logits_BV.dtype))
+    if sampling.top_p == 1:
         return (logits_BV / sampling.temperature).softmax(-1)
-    probability_BV = torch.zeros_like(logits_BV)
-    for rows, ids_RK, weight_RK in nucleus(logits_BV, sampling):
-        share_RK = weight_RK / weight_RK.sum(-1, keepdim=True)
-        probability_BV[rows[:, None], ids_RK] = share_RK.to(logits_BV.dtype)
-    return probability_BV
+    depth_BV = (logits_BV.amax(-1, keepdim=True) - logits_BV).div_(sampling.temperature)
+    weight_BV = _without_tail(depth_BV, sampling.top_p)
+    return weight_BV.div_(weight_BV.sum(-1, keepdim=True))
+
+
+def _without_tail(depth_BV: Tensor, top_p: float) -> Tensor:
+    """Weights exp(-depth) of the nucleus, zero outside it: (B, V). Overwrites the depths.
+
+    Weights are counted in drawers by their logarithm; only those of the drawer in which the mass reaches `top_p` are
+    put in order. For 48 rows of 49152 that takes a fifth of sorting.
+    """
+    weight_BV = depth_BV.neg().exp_()
+    drawer_BV = depth_BV.mul_(DRAWERS_PER_E).clamp_(max=DRAWERS - 1).long()
+    mass_BC = torch.zeros(len(weight_BV), DRAWERS, dtype=torch.float64, device=weight_BV.device)
+    mass_BC.scatter_add_(1, drawer_BV, weight_BV.double())
+    cumulative_BC = mass_BC.cumsum(-1)
+    wanted_B1 = top_p * cumulative_BC[:, -1:]
+    edge_B1 = (cumulative_BC < wanted_B1).sum(-1, keepdim=True).clamp_(max=DRAWERS - 1)
+    before_B1 = (cumulative_BC - mass_BC).gather(-1, edge_B1)
+    row_E, id_E = (drawer_BV == edge_B1).nonzero(as_tuple=True)
+    count_B = torch.bincount(row_E, minlength=len(weight_BV))
+    place_E = torch.arange(len(row_E), device=row_E.device) - (count_B.cumsum(0) - count_B)[row_E]
+    edge_BX = weight_BV.new_full((len(weight_BV), int(count_B.max())), -1.0)
+    edge_BX[row_E, place_E] = weight_BV[row_E, id_E]
+    sorted_BX, order_BX = edge_BX.sort(dim=-1, descending=True, stable=True)
+    sum_BX = sorted_BX.clamp(min=0).double().cumsum(-1)
+    kept_BX = (before_B1 + sum_BX - sorted_BX < wanted_B1) & (sorted_BX >= 0)
+    # Never less than one token: rounding may leave the edge's first outside.
+    kept_BX[:, 0] = True
+    inside_BX = torch.zeros_like(kept_BX).scatter_(-1, order_BX, kept_BX)
+    outside_E = ~inside_BX[row_E, place_E]
+    weight_BV.masked_fill_(drawer_BV > edge_B1, 0.0)
+    weight_BV[row_E[outside_E], id_E[outside_E]] = 0.0
+    return weight_BV
 
 
 def _draw_sorted(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:

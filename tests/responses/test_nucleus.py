@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from limbeck.flow import Sampling
-from limbeck.responses.nucleus import ATTEMPTS, draw, inside, nucleus
+from limbeck.responses.nucleus import ATTEMPTS, draw, inside, nucleus, probabilities
 
 SETTINGS = [
     Sampling(temperature=0.8, top_p=0.95),
@@ -48,6 +49,25 @@ def test_nucleus_is_the_set_transformers_keeps(sampling: Sampling, vocab: int, s
         got_BV[rows[:, None], ids_RK] = weight_RK / weight_RK.sum(-1, keepdim=True)
     assert torch.equal(got_BV > 0, expected_BV > 0)
     torch.testing.assert_close(got_BV, expected_BV)
+
+
+@pytest.mark.parametrize("sampling", [*SETTINGS, Sampling(temperature=0.7), Sampling(temperature=0.0)])
+@pytest.mark.parametrize("vocab", [5, 100, 3000])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 8.0, 60.0])
+def test_probabilities_are_those_of_transformers(sampling: Sampling, vocab: int, spread: float) -> None:
+    logits_BV = spread * torch.randn(6, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(vocab))
+    logits_BV += 1e-6 * torch.arange(vocab, 0, -1)  # of equal tokens the lower ids, as here
+    before = logits_BV.clone()
+    got_BV = probabilities(logits_BV, sampling)
+    expected_BV = warped(logits_BV, replace(sampling, temperature=sampling.temperature or 1e-9))
+    assert torch.equal(got_BV > 1e-12, expected_BV > 1e-12) and torch.equal(logits_BV, before)
+    torch.testing.assert_close(got_BV, expected_BV)
+    torch.testing.assert_close(probabilities(logits_BV.float(), sampling).sum(-1), torch.ones(6))
+
+
+def test_probabilities_of_equal_tokens_leave_the_smallest_set() -> None:
+    got_BV = probabilities(torch.zeros(2, 10, dtype=torch.float64), Sampling(top_p=0.35))
+    torch.testing.assert_close(got_BV, torch.tensor([[0.25] * 4 + [0.0] * 6] * 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("sampling", [s for s in SETTINGS if not s.top_k])
