@@ -30,18 +30,20 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class KillAt:
-    """A moment for kill -9: just before a change below `root` takes effect.
+    """A moment for kill -9, or another signal: just before a change below `root` takes effect.
 
     A change is a file opened for writing, a folder made, a name given, moved or removed.
 
     Attributes:
         name: pattern of the changed path, relative to `root`.
         writes: so many such changes are let through first.
+        number: of the signal.
     """
 
     root: Path
     name: str = "*"
     writes: int = 0
+    number: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class CommandServer:
                 "env": dict(env or {}),
                 "file_limit": file_limit,
                 "folder": str(folder),
-                "killed": None if killed is None else (str(killed.root), killed.name, killed.writes),
+                "killed": None if killed is None else (str(killed.root), killed.name, killed.writes, killed.number),
             }
         )
         return Command(self, pid, folder)
@@ -223,8 +225,8 @@ def _import_all() -> None:
     torch.set_num_threads(1)
 
 
-def _die_at(root: str, name: str, writes: int) -> None:
-    """Kill this process from within, by Python's own report of what it is about to do."""
+def _die_at(root: str, name: str, writes: int, number: int) -> None:
+    """Send this process a signal from within, by Python's own report of what it is about to do."""
     changes = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.remove": 0, "os.rmdir": 0}
     seen = 0
 
@@ -243,7 +245,7 @@ def _die_at(root: str, name: str, writes: int) -> None:
         relative = os.path.relpath(path, root)
         if not relative.startswith("..") and fnmatch.fnmatchcase(relative, name):
             if seen == writes:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             seen += 1
 
     sys.addaudithook(audit)

@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.limbeck_command import Command, CommandServer
 from tests.tiny_pair import TinyPair
+
+# Metrics that differ between two runs of the same.
+CLOCKS = ("seconds", "tokens_per_s", "writing_seconds")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Reference:
         for name in ("student/model.safetensors", "scores.json", "samples.jsonl", "responses/teacher.jsonl"):
             assert (root / name).read_bytes() == (self.root / name).read_bytes(), name
         assert losses(root) == losses(self.root)
+        assert measured(root) == measured(self.root)
+        written = sorted(path.relative_to(self.root) for path in self.root.glob("rounds/**/*.jsonl"))
+        assert written == sorted(path.relative_to(root) for path in root.glob("rounds/**/*.jsonl"))
+        for name in written:
+            assert (root / name).read_bytes() == (self.root / name).read_bytes(), name
         assert not [path for path in root.rglob("*") if path.name.endswith(".partial")]
         assert not (root / "superseded").exists()
 
@@ -41,6 +50,13 @@ def losses(root: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines]
 
 
+def measured(root: Path) -> list[dict[str, Any]]:
+    """All lines of the metrics, those of a first stage too, without what a clock says."""
+    paths = [path for path in (root / "metrics.sft.jsonl", root / "metrics.jsonl") if path.exists()]
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+
+
 @dataclass
 class Sampled:
     """Watches that no response is sampled twice: a batch that exists is never written again."""
@@ -49,7 +65,8 @@ class Sampled:
     seen: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def look(self) -> None:
-        now = {path: path.stat() for path in (self.root / "responses" / "batches").glob("[0-9]*.jsonl")}
+        patterns = ("responses/batches/[0-9]*.jsonl", "rounds/[0-9]*/*/[0-9]*.jsonl")
+        now = {path: path.stat() for pattern in patterns for path in self.root.glob(pattern)}
         found = {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in now.items()}
         assert self.seen.items() <= found.items()
         self.seen = found
