@@ -16,9 +16,10 @@ from benchmarks import gallery, objectives_page
 from limbeck.config import ObjectiveSection, known_keys, load_recipe
 from limbeck.config import build_objective as objective_of
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_values
+from limbeck.objectives.rules import RULES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("choosing-an-objective.md", "objectives.md", "temperature.md", "gallery.md", "papers.md", "on-policy.md")
+PAGES = ("choosing-an-objective.md", "objectives.md", "temperature.md", "gallery.md", "papers.md", "on-policy.md", "serving.md")
 
 
 def text_of(page: str) -> str:
@@ -167,7 +168,7 @@ def test_links_and_keys_exist(page: str) -> None:
 def test_objectives_named_in_tables_exist(page: str) -> None:
     """`name: x` in recipes' notation, wherever it stands in the text."""
     for name in re.findall(r"\{name: (\w+)", text_of(page)):
-        assert name in OBJECTIVES
+        assert name in {**OBJECTIVES, **RULES}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p != "objectives.md"])
