@@ -19,7 +19,15 @@ from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_v
 from limbeck.objectives.rules import RULES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("choosing-an-objective.md", "objectives.md", "temperature.md", "gallery.md", "papers.md", "on-policy.md", "serving.md")
+PAGES = (
+    "choosing-an-objective.md",
+    "objectives.md",
+    "temperature.md",
+    "gallery.md",
+    "papers.md",
+    "on-policy.md",
+    "serving.md",
+)
 
 
 def text_of(page: str) -> str:

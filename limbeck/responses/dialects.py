@@ -113,7 +113,10 @@ def _engine(sampling: Sampling, eos_token_ids: Sequence[int]) -> Json:
         "stop_token_ids": list(eos_token_ids),
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
-        # llama.cpp's own order has the temperature last, which is another distribution.
+        # llama.cpp's words for the ids, which it keeps among what is for the curious.
+        "return_tokens": True,
+        "verbose": True,
+        # Its own order has the temperature last, which is another distribution.
         "samplers": ["temperature", "top_k", "top_p"],
     }
 

@@ -1,32 +1,29 @@
-"""What a server's answer says: the ids that were drawn, their log-probabilities, and why it ended.
-
-Ids are taken from where the server has them, in this order; only the last has to be believed:
-
-    token_ids                     vLLM, SGLang (return_token_ids)
-    logprobs.tokens               "token_id:123": vLLM before return_token_ids
-    logprobs.content[].id         llama.cpp; the same as "token_id:123" in vLLM's chat
-    the text, tokenised again     everybody else; what was drawn may have been other tokens of the same text
-"""
+"""What a server's answer says: the ids that were drawn, their log-probabilities, and why it ended."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from limbeck.flow import LimbeckError, Sampling, StopReason, TokenPrompt
+from limbeck.responses.choices import (
+    IdSource,
+    Json,
+    choice_of,
+    count_of,
+    drawn,
+    matched_by,
+    prompt_name,
+    text_of,
+    whole_numbers,
+)
 from limbeck.responses.stops import StopStrings
-from limbeck.server.client import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Json = dict[str, Any]
-IdSource = Literal["token_ids", "logprobs", "text"]
 
-_FINISHED = {"stop": "stop", "eos": "stop", "eos_token": "stop", "stop_sequence": "stop", "tool_calls": "stop"}
-_TOKEN_ID = re.compile(r"token_id:(\d+)")
 # What stands for the bytes of a character that `max_new_tokens` cut through.
 _HALF = "\ufffd"
 
@@ -70,9 +67,11 @@ class Reader:
             LimbeckError: not the shape of an answer, ended for a reason that makes it no answer, ids outside the
                 vocabulary, or a text that the tokenizer does not give back.
         """
-        choice = _choice(reply, prompt)
-        ids, logp, source = _drawn(choice)
-        matched = choice.get("stop_reason", choice.get("matched_stop"))
+        choice = choice_of(reply, prompt)
+        ids, logp, source = drawn(choice, reply)
+        if source == "logprobs" and ids is not None and not self._all_there(ids, choice, reply):
+            ids, logp, source = None, None, "text"
+        matched = matched_by(choice, reply)
         if ids is None:
             ids, ended = self._from_text(choice, matched, prompt, sampling)
         else:
@@ -83,10 +82,16 @@ class Reader:
             logp=logp if logp is not None and len(logp) == len(ids) else None,
             stop=ended,
             source=source,
-            prompt_ids=_whole_numbers(choice.get("prompt_token_ids", reply.get("prompt_token_ids"))),
-            prompt_tokens=_count(reply),
+            prompt_ids=whole_numbers(choice.get("prompt_token_ids", reply.get("prompt_token_ids"))),
+            prompt_tokens=count_of(reply, "prompt_tokens"),
         )
         return self._ended(reading, matched, sampling)
+
+    def _all_there(self, ids: Sequence[int], choice: Json, reply: Json) -> bool:
+        """Whether as many ids are there as were drawn, the end perhaps left out; merged entries hide some."""
+        count = count_of(reply, "completion_tokens")
+        no_end = choice["finish_reason"] != "length" and not (ids and ids[-1] in self.eos_token_ids)
+        return count is None or len(ids) == count or (no_end and len(ids) == count - 1)
 
     def _ended(self, reading: Reading, matched: object, sampling: Sampling) -> Reading:
         """Cut behind the first end token, closed by one where the server left it out, never longer than asked."""
@@ -127,7 +132,7 @@ class Reader:
     def _from_text(
         self, choice: Json, matched: object, prompt: TokenPrompt, sampling: Sampling
     ) -> tuple[tuple[int, ...], StopReason]:
-        text, finish = _text(choice, prompt), choice["finish_reason"]
+        text, finish = text_of(choice, prompt), choice["finish_reason"]
         stop: StopReason = "length" if finish == "length" else "eos"
         if stop == "length":
             text = text.rstrip(_HALF)
@@ -161,87 +166,3 @@ class Reader:
                 f"{prompt_name(prompt)}: the server answers with ids from {min(ids)} to {max(ids)}, expected 0 to "
                 f"{self.vocab_size - 1}: it serves a model with another tokenizer than the teacher's; serve the teacher"
             )
-
-
-def _choice(reply: Json, prompt: TokenPrompt) -> Json:
-    choices = reply.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    finish = choice.get("finish_reason") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(finish, str):
-        raise LimbeckError(
-            f"{prompt_name(prompt)}: the server answers {short(reply)}, expected choices with a finish_reason; "
-            "check that it is an OpenAI-compatible one"
-        )
-    if finish != "length" and finish not in _FINISHED:
-        raise LimbeckError(
-            f"{prompt_name(prompt)}: the server ended with finish_reason {finish!r}, expected stop or length; "
-            "drop the prompt, or look at the server's log"
-        )
-    return choice
-
-
-def _drawn(choice: Json) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None, IdSource]:
-    """Ids with their log-probabilities, from wherever the server keeps ids."""
-    logprobs = choice.get("logprobs")
-    tokens, logp, entries = None, None, None
-    if isinstance(logprobs, dict):
-        entries = logprobs.get("content")
-        if isinstance(entries, list):
-            entries = [entry for entry in entries if isinstance(entry, dict)]
-            tokens = [entry.get("token") for entry in entries]
-            logp = _numbers([entry.get("logprob") for entry in entries])
-        else:
-            tokens, logp = logprobs.get("tokens"), _numbers(logprobs.get("token_logprobs"))
-    if (ids := _whole_numbers(choice.get("token_ids"))) is not None:
-        return ids, logp, "token_ids"
-    if isinstance(tokens, list):
-        matches = [_TOKEN_ID.fullmatch(str(token)) for token in tokens]
-        spelled = tuple(int(match[1]) for match in matches if match)
-        if matches and len(spelled) == len(matches):
-            return spelled, logp, "logprobs"
-    if isinstance(entries, list) and entries:
-        ids = _whole_numbers([entry.get("id") for entry in entries])
-        if ids is not None:
-            return ids, logp, "logprobs"
-    return None, None, "text"
-
-
-def _text(choice: Json, prompt: TokenPrompt) -> str:
-    message = choice.get("message")
-    text = choice.get("text") if message is None else message.get("content") if isinstance(message, dict) else None
-    if isinstance(message, dict) and (
-        hidden := [n for n in ("reasoning_content", "reasoning", "tool_calls") if message.get(n)]
-    ):
-        raise LimbeckError(
-            f"{prompt_name(prompt)}: the server took {hidden[0]} out of the answer, so that its tokens are not known; "
-            "start it without a parser for reasoning and tools, or use one that returns token ids, such as vLLM"
-        )
-    if not isinstance(text, str):
-        raise LimbeckError(
-            f"{prompt_name(prompt)}: the server answers {short(choice)}, expected a text; "
-            "check that it is an OpenAI-compatible one"
-        )
-    return text
-
-
-def _whole_numbers(value: object) -> tuple[int, ...] | None:
-    if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
-        return None
-    return tuple(value)
-
-
-def _numbers(value: object) -> tuple[float, ...] | None:
-    if not isinstance(value, list) or not all(isinstance(item, int | float) for item in value):
-        return None
-    return tuple(float(item) for item in value)
-
-
-def _count(reply: Json) -> int | None:
-    usage = reply.get("usage")
-    count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and count > 0 else None
-
-
-def prompt_name(prompt: TokenPrompt) -> str:
-    """How messages name a prompt."""
-    return f"prompt {prompt.label or prompt.id}"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.flow import Author, LimbeckError, Response, Sampling, TokenPrompt
 from limbeck.responses.asking import check_prompts
+from limbeck.responses.choices import prompt_name
 from limbeck.responses.decoding import row_seed
 from limbeck.responses.dialects import Api, Dialect, Question, dialects
-from limbeck.responses.replies import Reader, Reading, prompt_name
+from limbeck.responses.replies import Reader, Reading
 from limbeck.responses.samplers import SamplingProgress
 from limbeck.server.client import Refusal, Server
 from limbeck.server.concurrency import concurrently
