@@ -128,6 +128,23 @@ def silence(folder: Path) -> Path:
     return folder
 
 
+def mute_end(folder: Path) -> Path:
+    """Make a model that never ends an answer: whatever it sees, the end is the least likely token."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    # With nothing added by any block, the logits are those of the last token's own embedding: all lean one way.
+    embedding_VD = weights["model.embed_tokens.weight"]
+    embedding_VD[:, 0] = 10.0
+    embedding_VD[AutoTokenizer.from_pretrained(folder).eos_token_id, 0] = -10.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def write_prompts(path: Path, rows: Sequence[dict[str, Any]] | None = None) -> Path:
     """A JSONL of prompts."""
     chosen = [{"prompt": text} for text in questions()] if rows is None else rows
