@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ from limbeck.student.balance import Balance
 from limbeck.student.batches import collate, micro_batches, padding
 from limbeck.student.journal import Journal, LoopContext
 from limbeck.student.loss import Judgement, Moment, StudentLoss, make_projection
+from limbeck.student.probe import Probe
+from limbeck.student.progress import Progress
 from limbeck.student.tail import Tail
 
 if TYPE_CHECKING:
@@ -123,26 +125,6 @@ def train(
     return student
 
 
-@dataclass
-class _Progress:
-    """How far a run has come. All of it but the last two fields is in the checkpoint.
-
-    Attributes:
-        gaps: sums and counts of the gaps by writer over the epochs that a rule measures its reference in.
-        validations: how often the held-out loss was measured.
-        saved: step of the newest checkpoint.
-        now: the step and its responses, so that they are written once.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    gaps: dict[str, list[float]] = field(default_factory=dict)
-    validations: int = 0
-    saved: int = 0
-    now: tuple[int, dict[int, Response]] = (-1, {})
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """The parts of a running loop."""
@@ -164,7 +146,18 @@ class _Run:
     total: int
     journal: Journal
 
-    def play(self, progress: _Progress, rate_of: Callable[[int], float]) -> None:
+    @property
+    def probe(self) -> Probe:
+        return Probe(
+            accelerator=self.accelerator,
+            model=self.model,
+            optimizer=self.optimizer,
+            clip=self._clip,
+            rows=self.settings.per_device_train_batch_size,
+            pad_id=self.pad_id,
+        )
+
+    def play(self, progress: Progress, rate_of: Callable[[int], float]) -> None:
         """All steps that are left, with checkpoints on the way."""
         with self.context.console.meter(self.context.label, self.total, "steps", progress.step) as meter:
             while progress.step < self.total:
@@ -178,17 +171,17 @@ class _Run:
                     if stop:
                         raise Interrupted(f"stopped after step {progress.step} of {self.total}")
 
-    def _prepare(self, progress: _Progress) -> None:
+    def _prepare(self, progress: Progress) -> None:
         """What comes before a step: a held-out loss where it is due, a checkpoint where a round begins."""
         if self.supply.wants_validation and progress.step == progress.validations * self.supply.steps_per_epoch:
-            self.supply.validated(self._heldout_loss())
+            self.supply.validated(self.probe.heldout_loss(self.heldout))
             progress.validations += 1
         clock = Clock(step=progress.step, total=self.total)
         if progress.step > progress.saved and self.supply.begins_round(clock):
             self._check_student(progress)
             self.save(progress)
 
-    def step(self, progress: _Progress, rate: float, meter: Meter) -> bool:
+    def step(self, progress: Progress, rate: float, meter: Meter) -> bool:
         """One optimizer step and its metrics; advances `progress` and says whether any rank was asked to stop."""
         started = time.perf_counter()
         self._seed(progress.step)
@@ -230,7 +223,7 @@ class _Run:
         meter.advance(1, f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
         return stop
 
-    def _authored(self, progress: _Progress, by_row: Mapping[int, Response], written: float) -> dict[str, Any]:
+    def _authored(self, progress: Progress, by_row: Mapping[int, Response], written: float) -> dict[str, Any]:
         """What is logged where the student writes: the health of its responses, and who wrote how much."""
         if not self.module.judgement.authored:
             return {}
@@ -241,21 +234,21 @@ class _Run:
             extra["beta"] = beta
         return extra | health_of(by_row.values())
 
-    def _moment(self, progress: _Progress) -> Moment:
+    def _moment(self, progress: Progress) -> Moment:
         share = progress.step / max(self.total - 1, 1)
         return Moment(
             temperature=self.temperature.at(share),
             options=schedules.moved(self.schedule, share),
-            reference=None if self._measures_gaps(progress) else _reference(progress),
+            reference=None if self._measures_gaps(progress) else progress.reference,
         )
 
-    def _measures_gaps(self, progress: _Progress) -> bool:
+    def _measures_gaps(self, progress: Progress) -> bool:
         """Whether the reference of an adaptive rule is still being measured."""
         rule = self.module.judgement.rule
         return isinstance(rule, AlphaByGap) and progress.step < rule.warmup_epochs * self.supply.steps_per_epoch
 
     def _gradients(
-        self, by_row: Mapping[int, Response], moment: Moment, progress: _Progress
+        self, by_row: Mapping[int, Response], moment: Moment, progress: Progress
     ) -> tuple[dict[str, float], bool]:
         """The gradients of the step; means of what is logged and whether a rank was asked to stop, over all ranks."""
         sums = torch.zeros(len(self.module.stats), 2, device=self.accelerator.device)
@@ -286,13 +279,17 @@ class _Run:
             if count
         }
         if self._measures_gaps(progress):
-            for name in ("gap/teacher", "gap/student"):
-                earlier, now = progress.gaps.get(name, [0.0, 0.0]), found.get(name, (0.0, 0.0))
-                progress.gaps[name] = [earlier[0] + now[0], earlier[1] + now[1]]
+            progress.measure_gaps(found)
         means = {name: total / count for name, (total, count) in found.items()}
         if self.module.judgement.authored:
             means["kl_p99"] = tail.value(self.accelerator.gather).item()  # type: ignore[arg-type]
         return means, stop > 0
+
+    def _check_student(self, progress: Progress) -> None:
+        """A student whose last update ruined it is neither kept nor handed on."""
+        fault = self.probe.fault(list(progress.now[1].values())[-1])
+        if fault is not None:
+            raise self._not_finite(progress.step, fault, begun=True)
 
     def _not_finite(self, step: int, what: str, *, begun: bool) -> NonFiniteError:
         last = checkpoints.newest(self.context.checkpoints)
@@ -302,48 +299,12 @@ class _Run:
             f"{remedy}, or use float32"
         )
 
-    def _check_student(self, progress: _Progress) -> None:
-        """A student whose last update ruined it is neither kept nor handed on.
-
-        Its loss on one row must be finite and so must the gradient: weights beyond all measure may still give a loss.
-        """
-        _, by_row = progress.now
-        row = tuple(by_row)[-1]
-        loss = self._cross_entropy({row: by_row[row]})
-        # Without the ranks: all have the same weights and take the same row.
-        with self.accelerator.no_sync(self.model), onednn.linears():
-            self.accelerator.backward(loss)
-        value, grad_norm = loss.item(), self._clip()
-        self.optimizer.zero_grad()
-        if not (math.isfinite(value) and math.isfinite(grad_norm)):
-            what = f"after the update loss {value}, gradient norm {grad_norm}"
-            raise self._not_finite(progress.step, what, begun=True)
-
-    def _cross_entropy(self, by_row: Mapping[int, Response]) -> Tensor:
-        """Sum over the tokens of some responses of -log q, on this rank alone."""
-        batch = collate(by_row, tuple(by_row), pad_id=self.pad_id).to(self.accelerator.device)
-        weight_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
-        with self.accelerator.no_sync(self.model), onednn.linears():
-            return self.model(batch, None, weight_N, Moment())[0]
-
-    @torch.no_grad()
-    def _heldout_loss(self) -> float:
-        """Cross-entropy a token of the held-out responses; every rank measures all of them, so that all agree."""
-        size = self.settings.per_device_train_batch_size
-        responses = sorted(self.heldout, key=lambda r: -r.length)
-        self.module.eval()
-        total = sum(
-            self._cross_entropy(dict(enumerate(responses[i : i + size]))).item() for i in range(0, len(responses), size)
-        )
-        self.module.train()
-        return total / sum(len(r.response_ids) for r in responses)
-
     def _seed(self, step: int) -> None:
         """Random numbers (dropout) depend on seed, step and rank alone, never on what ran before."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         set_seed((self.settings.seed * 1_000_003 + step * ranks + rank) % 2**32)
 
-    def _responses(self, progress: _Progress) -> dict[int, Response]:
+    def _responses(self, progress: Progress) -> dict[int, Response]:
         if progress.now[0] != progress.step:
             try:
                 by_row = self.supply.step(Clock(step=progress.step, total=self.total))
@@ -380,13 +341,9 @@ class _Run:
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
         return float(norm)  # type: ignore[arg-type]
 
-    def save(self, progress: _Progress) -> None:
-        state = {
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
+    def save(self, progress: Progress) -> None:
+        state = progress.state() | {
             "step_rows": self.step_rows,
-            "gaps": progress.gaps,
-            "validations": progress.validations,
             "supply": self.supply.state(),
             "watch": self.journal.watch.state(),
         }
@@ -400,10 +357,10 @@ class _Run:
         )
         progress.saved = progress.step
 
-    def resume(self) -> _Progress:
+    def resume(self) -> Progress:
         """Where to start: the newest checkpoint, or the beginning. Later lines of metrics.jsonl are dropped."""
         newest = checkpoints.newest(self.context.checkpoints)
-        progress = _Progress()
+        progress = Progress()
         if newest is not None:
             state = checkpoints.restore(newest, model=self.module, optimizer=self.optimizer.optimizer)  # type: ignore[attr-defined]
             if state["step_rows"] != self.step_rows:
@@ -413,23 +370,8 @@ class _Run:
                     f"{self.step_rows}; launch {state['step_rows'] // per_rank} processes again, or delete "
                     f"{newest.parent} to train from the start"
                 )
-            progress = _Progress(
-                step=state["step"],
-                tokens=state["tokens"],
-                seconds=state["seconds"],
-                gaps=state["gaps"],
-                validations=state["validations"],
-                saved=state["step"],
-            )
+            progress = Progress.of(state)
             self.supply.restore(state["supply"])
             self.journal.watch.restore(state["watch"])
         self.journal.rewind(progress.step)
         return progress
-
-
-def _reference(progress: _Progress) -> tuple[float, float] | None:
-    """The mean gaps of the teacher's and the student's responses over the epochs they were measured in."""
-    if not progress.gaps:
-        return None
-    theirs, own = (progress.gaps.get(name, [0.0, 0.0]) for name in ("gap/teacher", "gap/student"))
-    return theirs[0] / max(theirs[1], 1.0), own[0] / max(own[1], 1.0)
