@@ -225,7 +225,7 @@ def _import_all() -> None:
     torch.set_num_threads(1)
 
 
-def _die_at(root: str, name: str, writes: int, number: int) -> None:
+def signalled_at(root: str, name: str, writes: int, number: int) -> None:
     """Send this process a signal from within, by Python's own report of what it is about to do."""
     changes = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.remove": 0, "os.rmdir": 0}
     seen = 0
@@ -269,7 +269,7 @@ def _become(question: dict[str, Any]) -> None:
         if question["file_limit"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (question["file_limit"], resource.RLIM_INFINITY))
         if question["killed"] is not None:
-            _die_at(*question["killed"])
+            signalled_at(*question["killed"])
         sys.argv = ["limbeck", *question["args"]]
         runpy.run_module("limbeck", run_name="__main__", alter_sys=True)
         code = 0

@@ -10,14 +10,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from tests.recovery.conftest import Sampled
 from tests.tiny_pair import TinyPair
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def play(*command: str) -> None:
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+
+
+def ended(*command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+
+
+def play(*command: str) -> None:
+    done = ended(*command)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -27,11 +35,33 @@ def test_two_ranks_train_the_student_of_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     limbeck = (sys.executable, "-m", "limbeck", "run", str(recipe))
     play(*limbeck, *steps, f"output_dir={one}", "train.per_device_train_batch_size=4")
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "limbeck")
-    play(*launcher, "run", str(recipe), *steps, f"output_dir={two}", "train.per_device_train_batch_size=2")
+    play(*LAUNCHER, "limbeck", "run", str(recipe), *steps, f"output_dir={two}", "train.per_device_train_batch_size=2")
     alone, beside = (load_file(folder / "student" / "model.safetensors") for folder in (one, two))
     assert alone.keys() == beside.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(beside[name], tensor, rtol=0, atol=1e-5)
     assert (one / "metrics.jsonl").read_text().count("\n") == (two / "metrics.jsonl").read_text().count("\n") == 4
     assert (two / "report.html").exists()
+
+
+def test_a_rank_that_dies_while_it_writes_ends_the_launch_and_the_next_one_continues(tmp_path: Path) -> None:
+    """The first rank waits for the other's batches of the round: it must not wait for ever."""
+    run = tmp_path / "run"
+    recipe = TinyPair.write(tmp_path).recipe(
+        run,
+        responses={"author": "pairs"},
+        sft={"num_train_epochs": 0.5},
+        train={"max_steps": 6, "per_device_train_batch_size": 4},
+        evaluate={"groups": ["fidelity"]},
+    )
+    died = ended(*LAUNCHER, "tests.distributed.dying", str(run), "rounds/001/student/00003.jsonl", "run", str(recipe))
+    assert died.returncode != 0 and "Signal 9 (SIGKILL)" in died.stderr, died.stderr[-3000:]
+    sampled = Sampled(run)
+    sampled.look()
+    assert run / "rounds" / "001" / "student" / "00001.jsonl" in sampled.seen
+    assert [path.name for path in run.glob("checkpoints/step-000005")] and not (run / "student").exists()
+    play(*LAUNCHER, "limbeck", "run", str(recipe))
+    sampled.look()
+    assert len(list(run.glob("rounds/001/*/*.jsonl"))) == 10
+    assert (run / "metrics.jsonl").read_text().count("\n") == 6
+    assert (run / "report.html").exists()

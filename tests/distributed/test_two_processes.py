@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from limbeck.student.build import StudentSpec, build_student
+from tests.distributed.authors import SCENARIOS, play_author
 from tests.student.play import (
     identical,
     largest_gap,
@@ -81,6 +82,27 @@ def test_two_processes_make_the_update_of_one(played, tmp_path, name):
         assert (one["step"], one["tokens"], one["learning_rate"]) == (two["step"], two["tokens"], two["learning_rate"])
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_write_what_one_writes(played, tmp_path, name):
+    """Each row has random numbers of its own, so that the ids are the same whoever writes a response, beside whom."""
+    student, written = play_author(name, tmp_path, per_device_train_batch_size=8)
+    there = [json.loads((played / name / f"written-rank{rank}.json").read_text()) for rank in range(2)]
+    assert there[0] == there[1] == json.loads(json.dumps(written))
+    assert any(author == "student" for step in written for _, author, _ in step)
+    assert largest_gap(weights(student), ended(played, name)) < 1e-5
+    assert identical(ended(played, name, 0), ended(played, name, 1))
+    for one, two in zip(metrics(tmp_path), metrics(played / name), strict=True):
+        for key in ("step", "tokens", "share", "buffer", "responses/count", "responses/length"):
+            assert one.get(key) == two.get(key)
+        assert one.keys() == two.keys()
+        for key in one.keys() & {"loss", "kl_p99", "gap/student", "alpha/student", "log_q/student"}:
+            assert one[key] == pytest.approx(two[key], rel=1e-4)
+    paths = [sorted(p.relative_to(r) for p in r.glob("rounds/**/*.jsonl")) for r in (tmp_path, played / name)]
+    assert paths[0] == paths[1] and bool(paths[0]) == (name in ("rounds", "pairs"))
+    if name == "replay":
+        assert metrics(tmp_path)[-1]["share"] > 0.7
 
 
 def test_a_wish_on_one_rank_stops_both_and_both_continue_bit_for_bit(played):

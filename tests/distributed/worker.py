@@ -17,6 +17,7 @@ from torch import nn
 from limbeck.flow import Interrupted
 from limbeck.student.build import StudentSpec, build_student
 from limbeck.student.loop import NonFiniteError
+from tests.distributed.authors import SCENARIOS, play_author
 from tests.student.play import (
     FailingTeacher,
     play,
@@ -85,6 +86,10 @@ def main(folder: Path) -> None:
     ends["continued"] = interrupted(made(folder / "continued"), dropout)
     for name, student in ends.items():
         save_file(weights(student), folder / name / f"rank{RANK}.safetensors")
+    for name in SCENARIOS:
+        student, written = play_author(name, made(folder / name), per_device_train_batch_size=4)
+        save_file(weights(student), folder / name / f"rank{RANK}.safetensors")
+        (folder / name / f"written-rank{RANK}.json").write_text(json.dumps(written))
     messages = {"poisoned": poisoned(made(folder / "poisoned"))}
     (folder / f"messages-rank{RANK}.json").write_text(json.dumps(messages))
 

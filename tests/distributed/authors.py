@@ -1,0 +1,110 @@
+"""Students that write in a training of one process or of two: the same scenarios for both, and what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from limbeck.flow import Response, Sampling, TokenPrompt
+from limbeck.objectives import build_objective
+from limbeck.objectives.rules import build_rule
+from limbeck.responses.authors import Author, Clock, Fixed, Own, Pairs, Pen, Shift, Supply
+from limbeck.responses.replay import Replay, ReplaySettings
+from limbeck.responses.rounds import Rounds
+from limbeck.responses.samplers import LocalSampler
+from limbeck.student.loss import Judgement
+from tests.student.play import VOCAB, play, settings, tiny_model, tiny_responses, tiny_teacher
+
+# Eleven prompts: the last step of an epoch is short, and has nothing, or less, for the second rank.
+BASE = tiny_responses(11)
+PROMPTS = [TokenPrompt(id=r.prompt_id, ids=r.prompt_ids) for r in BASE]
+SAMPLING = Sampling(max_new_tokens=9, seed=4)
+
+Written = list[list[tuple[str, str, tuple[int, ...]]]]
+
+
+def recorded(supply: Any, written: Written) -> Any:
+    """The supply, which now remembers what it gave: prompt, author and ids of every response of every step."""
+    step = supply.step
+
+    def note(clock: Clock) -> dict[int, Response]:
+        responses = step(clock)
+        written.append([(r.prompt_id, r.author, r.response_ids) for r in responses.values()])
+        return responses
+
+    supply.step = note
+    return supply
+
+
+def writer(model: nn.Module, author: Any) -> LocalSampler:
+    return LocalSampler(model=model, eos_token_ids=(2,), pad_token_id=0, vocab_size=VOCAB, author=author, batch_size=3)
+
+
+def pen(student: nn.Module, shift: Shift, folder: Path, refresh: int | None) -> Pen:
+    rounds = Rounds(folder=folder / "rounds", world=shift.world)
+    return Pen(sampler=writer(student, "student"), sampling=SAMPLING, rounds=rounds, refresh=refresh)
+
+
+def own(student: nn.Module, folder: Path, refresh: int | None = 1) -> Author:
+    return lambda shift: Own(PROMPTS, pen(student, shift, folder, refresh), shift)
+
+
+def pairs(student: nn.Module, folder: Path) -> Author:
+    teacher = writer(tiny_teacher().model, "teacher")
+
+    def begin(shift: Shift) -> Supply:
+        mine = pen(student, shift, folder, None)
+        return Pairs(BASE, PROMPTS, mine, shift, teacher=teacher, teacher_sampling=SAMPLING)
+
+    return begin
+
+
+def replay(student: nn.Module, folder: Path) -> Author:
+    chosen = ReplaySettings(share=0.7, capacity=9, tolerance=0.0, bump=0.2)
+
+    def begin(shift: Shift) -> Supply:
+        mine = Own(PROMPTS, pen(student, shift, folder, 1), shift)
+        return Replay(mine, Fixed(BASE, shift), chosen, step_rows=shift.step_rows, seed=shift.seed)
+
+    return begin
+
+
+CONTRAST = Judgement(
+    objective=build_objective("skl"),
+    own=build_objective("srkl"),
+    rule=build_rule("adaptive_alpha"),
+    authored=True,
+)
+PLAIN = Judgement(objective=build_objective("rkl"), authored=True)
+SCENARIOS: dict[str, tuple[Callable[[nn.Module, Path], Author], Judgement, dict[str, Any]]] = {
+    "own": (own, PLAIN, {}),
+    "rounds": (lambda student, folder: own(student, folder, 3), PLAIN, {}),
+    "pairs": (pairs, CONTRAST, {}),
+    # The held-out loss grows, and with it the share.
+    "replay": (replay, PLAIN, {"learning_rate": 0.02, "lr_scheduler_type": "constant", "max_steps": 7}),
+}
+
+
+def play_author(name: str, folder: Path, **cut: int) -> tuple[nn.Module, Written]:
+    """Play a scenario: first a stage on what is there, then with the student writing."""
+    author_of, judgement, changes = SCENARIOS[name]
+    student = tiny_model(1)
+    written: Written = []
+    # What the student would say now: the more it learns, the less it finds it likely.
+    heldout = writer(student, "student").respond(PROMPTS[:5], SAMPLING)
+    first = folder / "first"
+    first.mkdir(exist_ok=True)
+    play(student, first, settings(max_steps=2, **cut), responses=BASE)
+    author = author_of(student, folder)
+    play(
+        student,
+        folder,
+        settings(**changes, **cut),
+        author=lambda shift: recorded(author(shift), written),
+        judgement=judgement,
+        heldout=heldout,
+    )
+    return student, written
