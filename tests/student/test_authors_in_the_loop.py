@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,32 @@ def test_a_run_that_continues_is_the_run_that_was_never_interrupted(
     assert identical(straight, run(kind, tmp_path / "broken"))
     assert timeless(tmp_path / "straight") == timeless(tmp_path / "broken")
     assert [line["step"] for line in metrics(tmp_path / "straight")] == list(range(1, 9))
+
+
+def test_a_round_begins_with_a_checkpoint_so_that_only_its_writing_is_repeated(tmp_path):
+    """Killed while the second round, which begins with the fourth step, is written: the steps before it are kept."""
+    student = tiny_model(1)
+    whole = author_of("rounds", student, tmp_path)
+
+    def killed(shift: Shift) -> Supply:
+        own = whole(shift)
+        assert isinstance(own, Own)
+        told: list[int] = []
+
+        def report(author: str, done: int, total: int) -> None:
+            told.append(done)
+            # A round of three steps is four batches of three prompts.
+            if len(told) == 5:
+                raise ConnectionAbortedError("killed")
+
+        rounds = replace(own.pen.rounds, report=report)
+        return Own(PROMPTS, replace(own.pen, rounds=rounds), shift)
+
+    chosen = replace(CHOSEN, save_steps=1000)
+    with pytest.raises(ConnectionAbortedError):
+        play(student, tmp_path, chosen, author=killed, judgement=Judgement(objective=build_objective("fkl")))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+    assert [len(list((tmp_path / "rounds" / name / "student").iterdir())) for name in ("000", "001")] == [4, 1]
 
 
 def test_the_replay_is_told_the_held_out_loss_before_training_and_after_each_epoch(tmp_path):
