@@ -74,12 +74,20 @@ def train(
     Raises:
         NonFiniteError: NaN or inf in a loss or gradient, naming the step.
         Interrupted: `context.should_stop` said so; a checkpoint of the finished step is on disk.
+        LimbeckError: nothing is held out for an author that asks for its loss, or pairs would be cut apart.
     """
     accelerator = launch.accelerator(
         settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
     )
     step_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     supply = author(Shift(step_rows=step_rows, seed=settings.seed, world=launch.Ranks(accelerator)))
+    if supply.wants_validation and not heldout:
+        raise LimbeckError("the author asks for the held-out loss and got no held-out responses; expected at least one")
+    if judgement.rule is not None and judgement.rule.pairs and settings.per_device_train_batch_size % 2:
+        raise LimbeckError(
+            f"train.per_device_train_batch_size is {settings.per_device_train_batch_size} and the rule "
+            f"{judgement.rule.name} compares pairs side by side; expected an even number"
+        )
     total = schedules.total_steps(settings, supply.steps_per_epoch)
     rate_of = schedules.learning_rate(settings, total)
     student.train()

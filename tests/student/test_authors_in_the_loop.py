@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from limbeck.flow import Interrupted, Response, Sampling, TokenPrompt
+from limbeck.flow import Interrupted, LimbeckError, Response, Sampling, TokenPrompt
 from limbeck.objectives import build_objective
 from limbeck.objectives.contrast import Beta
 from limbeck.objectives.rules import AlphaByGap
@@ -168,6 +168,11 @@ def test_the_replay_is_told_the_held_out_loss_before_training_and_after_each_epo
     assert len(told) == 2 and told[1] != told[0]
     # A tolerance that is always exceeded: the share grows after the epoch.
     assert [line["share"] for line in metrics(tmp_path)] == pytest.approx([0.8] * 4 + [0.85] * 4)
+
+
+def test_a_replay_without_anything_held_out_is_refused(tmp_path):
+    with pytest.raises(LimbeckError, match=r"asks for the held-out loss and got no held-out responses"):
+        run("replay", tmp_path, heldout=[])
 
 
 def test_what_the_student_writes_is_what_it_would_write_at_that_step(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from limbeck.flow import Response
+from limbeck.flow import LimbeckError, Response
 from limbeck.objectives import build_objective
 from limbeck.objectives.contrast import Beta
 from limbeck.objectives.rules import DPKD, MiniLLM
@@ -57,6 +57,13 @@ def test_one_mean_over_rows_is_half_of_dpkd(tmp_path):
     _, grads = one_step(tmp_path, responses, judgement, balance=Balance(reduction="sequence"))
     student, rows = read(responses)
     assert gap(grads, gradients(student, dpkd_loss(rows, 2.0) / 2)) < 1e-4
+
+
+def test_pairs_that_would_be_cut_apart_are_refused(tmp_path):
+    """Their partners would be missing, and the loss quietly another."""
+    judgement = Judgement(objective=POLICY, rule=DPKD(), authored=True)
+    with pytest.raises(LimbeckError, match=r"batch_size is 3 and the rule dpkd compares pairs .*an even number"):
+        one_step(tmp_path, pairs(3), judgement, cut=3)
 
 
 # --- MiniLLM ---
