@@ -7,37 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from limbeck.flow import Author as AuthorName
-from limbeck.flow import Response, Sampling, Teacher
+from limbeck.flow import Response, Teacher
 from limbeck.recipe_sections import OnPolicySection, ResponsesSection
 from limbeck.responses.authors import Author, Fixed, Mixed, Own, Pairs, Pen, Shift, Supply, fixed
 from limbeck.responses.records import read_asked
 from limbeck.responses.replay import Replay, ReplaySettings
 from limbeck.responses.rounds import BatchSampler, Rounds
-from limbeck.responses.speculative import MixtureSampler, SkdSampler
 from limbeck.responses.samplers import LocalSampler
+from limbeck.responses.speculative import MixtureSampler, SkdSampler
 from limbeck.stages.responses import sampler_for
+from limbeck.stages.sampling import own_sampling, sampling_of
 from limbeck.story import Story
 from limbeck.student.build import Student
 from limbeck.teachers.local import LocalTeacher
-
-
-def sampling_of(section: ResponsesSection) -> Sampling:
-    """How the teacher's responses are drawn."""
-    return Sampling(
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        stop=section.stop,
-        seed=section.seed,
-    )
-
-
-def own_sampling(section: ResponsesSection) -> Sampling:
-    """How the student's are."""
-    own = section.on_policy
-    settings = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
-    return replace(sampling_of(section), **{key: value for key, value in settings.items() if value is not None})
 
 
 def author_of(

@@ -11,18 +11,19 @@ from typing import Any, Literal
 
 import torch
 
-from limbeck.flow import Author, LimbeckError, Response, Sampling, Split, TokenPrompt
+from limbeck.flow import Author, LimbeckError, Response, Split, TokenPrompt
 from limbeck.models.loading import LoadedModel, load_tokenizer
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.record import read_prompts
 from limbeck.prompts.templates import TemplateName, encode_prompts, encode_responses, end_token_ids, resolve_template
-from limbeck.recipe_sections import Recipe, ResponsesSection
+from limbeck.recipe_sections import Recipe
 from limbeck.responses.records import read_responses, write_asked, write_responses
 from limbeck.responses.samplers import LocalSampler, SamplingProgress
 from limbeck.rundir import Json
 from limbeck.stages.checks import check_responses, check_rounds
 from limbeck.stages.drafted import draft_inputs, draft_record, keep_counts, with_draft
+from limbeck.stages.sampling import sampling_of
 from limbeck.stages.served import ask_server, server_inputs
 from limbeck.story import Stage, Story
 from limbeck.teachers.store import write_shard
@@ -94,7 +95,7 @@ def _play_responses(story: Story) -> Json:
     elif teacher is not None:
         responses, served = _sample(story, teacher, asked, template)
     else:
-        responses, served = ask_server(story, tokenizer, prompts, asked, template, _sampling(section))
+        responses, served = ask_server(story, tokenizer, prompts, asked, template, sampling_of(section))
     for split in ("train", "heldout"):
         written = [r for r in responses if r.split == split]
         if written and all(_is_empty(r) for r in written):
@@ -130,17 +131,6 @@ def _answered(story: Story, asked: Sequence[TokenPrompt]) -> tuple[TokenPrompt, 
 def _tokenizer(story: Story) -> Any:
     section = story.recipe.teacher
     return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
-
-
-def _sampling(section: ResponsesSection) -> Sampling:
-    return Sampling(
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        stop=section.stop,
-        seed=section.seed,
-    )
 
 
 def _is_empty(response: Response) -> bool:
@@ -179,7 +169,7 @@ def _sample(
     While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.
     """
     section, folder = story.recipe.responses, story.run.responses / "batches"
-    sampling = _sampling(section)
+    sampling = sampling_of(section)
     dtype = getattr(torch, story.recipe.signal.dtype)
     sampler = sampler_for(story, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
     sampler = with_draft(story, section.draft, sampler) if section.draft else sampler

@@ -30,7 +30,7 @@ MOMENTS = (
     ("signal/head.safetensors", 0),
     ("signal/00003.safetensors", 0),
     ("blocks.json", 0),
-    ("metrics.jsonl", 2),
+    ("metrics.jsonl", 1),
     ("checkpoints/step-000002", 0),
     ("checkpoints/.step-000004.partial/state.json", 0),
     ("checkpoints/step-000006", 0),
