@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from limbeck import onednn
 from limbeck.flow import DenseSignal, Head, TokenBatch
 from limbeck.models.hidden import hidden_states
 
@@ -27,7 +28,7 @@ class LocalTeacher:
         """The teacher's distribution at every loss position of the batch."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), onednn.linears():
             hidden_ND = hidden_states(self.model, batch.to(self.head.weight_VD.device))
         # A clone outside inference mode, since the student's autograd graph will hold on to it.
         return DenseSignal(hidden_ND=hidden_ND.clone(), head=self.head)
