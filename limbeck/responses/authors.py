@@ -144,12 +144,14 @@ class Pen:
         first_tokens: `max_new_tokens` at the start, from where it grows in a line to that of `sampling`; None is there
             from the start.
         rounds: where responses that live longer than a step are kept.
+        by_teacher: the teacher writes too.
     """
 
     sampler: BatchSampler
     sampling: Sampling
     rounds: Rounds
     refresh: int | None = 1
+    by_teacher: bool = False
     first_tokens: int | None = None
 
     def at(self, clock: Clock) -> Sampling:
@@ -207,7 +209,7 @@ class Own(Stateless):
             rows = list(range(len(self.asked)))
         asked, sampling, pen = [self.asked[row] for row in rows], self.pen.at(start), self.pen
         if self.refresh > 1:
-            written = pen.rounds.write(number, "student", pen.sampler, asked, sampling)
+            written = pen.rounds.write(number, "student", pen.sampler, asked, sampling, by_teacher=pen.by_teacher)
             return dict(zip(rows, written, strict=True))
         world = self.shift.world
         mine = slice(world.rank, None, world.ranks)
@@ -313,7 +315,7 @@ class Pairs(Stateless):
             return self.base
         assert self.sampling is not None
         asked, rounds = self.own.asked, self.own.pen.rounds
-        written = rounds.write(number, "teacher", self.teacher, asked, self.sampling)
+        written = rounds.write(number, "teacher", self.teacher, asked, self.sampling, by_teacher=True)
         return {r.prompt_id: r for r in written}
 
 

@@ -1,6 +1,7 @@
 """Rounds: the responses of a whole prompt set, written anew during training, kept so that none is written twice.
 
-    rounds/003/student/00000.jsonl ...   one file a batch of the sampler; whole or not there
+    rounds/003/student/00000.jsonl ...         one file a batch of the sampler; whole or not there
+    rounds/003/student/00000.safetensors ...   what the teacher says of it, where that is kept
 
 A round depends on the weights at the step it begins with, its number and the recipe. The loop keeps a checkpoint of
 that step, so that a run that was killed while it wrote continues with the very next batch.
@@ -11,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from limbeck.flow import Author, Interrupted, Response, Sampling, TokenPrompt
 from limbeck.responses.records import read_responses, write_responses
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class World(Protocol):
@@ -53,8 +57,29 @@ class BatchSampler(Protocol):
     def respond(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]: ...
     def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]: ...
     def respond_in_batches(
-        self, prompts: Sequence[TokenPrompt], sampling: Sampling, *, done: Collection[int] = ()
+        self,
+        prompts: Sequence[TokenPrompt],
+        sampling: Sampling,
+        *,
+        done: Collection[int] = (),
+        capture_hidden: bool = False,
     ) -> Iterator[Any]: ...
+
+
+class Keeper(Protocol):
+    """Keeps what the teacher says of a batch of responses beside them, so that a response used twice is judged once."""
+
+    def keep(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
+        """Before the responses are written to `path`.
+
+        Args:
+            hidden: the teacher's states that predicted them, where it wrote too.
+        """
+        ...
+
+    def know(self, path: Path, responses: Sequence[Response]) -> None:
+        """The responses of a whole file are about to be used."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +87,33 @@ class Rounds:
     """Where rounds are kept.
 
     Attributes:
+        keeper: keeps what the teacher says; None where the teacher is asked at every use.
         should_stop: asked after each batch.
         report: told (author, answers written, answers in all) after each batch.
     """
 
     folder: Path
+    keeper: Keeper | None = None
     world: World = field(default_factory=Alone)
     should_stop: Callable[[], bool] = lambda: False
     report: Callable[[Author, int, int], None] = lambda author, done, total: None
 
     def write(
-        self, number: int, author: Author, sampler: BatchSampler, prompts: Sequence[TokenPrompt], sampling: Sampling
+        self,
+        number: int,
+        author: Author,
+        sampler: BatchSampler,
+        prompts: Sequence[TokenPrompt],
+        sampling: Sampling,
+        *,
+        by_teacher: bool = False,
     ) -> list[Response]:
         """The responses of a round in the order of the prompts; only what is not on disk yet is sampled.
 
         Ranks take turns with the batches.
+
+        Args:
+            by_teacher: the teacher writes (alone or too), so that the sampler's hidden states are the teacher's.
 
         Raises:
             Interrupted: `should_stop` said so; the batches that ended are on disk.
@@ -88,7 +125,10 @@ class Rounds:
         mine = plan[self.world.rank :: self.world.ranks]
         others = {row for rows in plan for row in rows if rows not in mine or paths[rows].exists()}
         written = len(others)
-        for batch in sampler.respond_in_batches(prompts, sampling, done=others):
+        capture = {"capture_hidden": True} if by_teacher and self.keeper is not None else {}
+        for batch in sampler.respond_in_batches(prompts, sampling, done=others, **capture):
+            if self.keeper is not None:
+                self.keeper.keep(paths[batch.indices], batch.responses, batch.hidden)
             write_responses(paths[batch.indices], batch.responses)
             written += len(batch.responses)
             self.report(author, written, len(prompts))
@@ -97,7 +137,10 @@ class Rounds:
         self.world.wait()
         answers: dict[int, Response] = {}
         for rows, path in paths.items():
-            answers |= dict(zip(rows, read_responses(path), strict=True))
+            responses = read_responses(path)
+            if self.keeper is not None:
+                self.keeper.know(path, responses)
+            answers |= dict(zip(rows, responses, strict=True))
         return [answers[i] for i in range(len(prompts))]
 
 

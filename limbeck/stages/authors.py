@@ -16,6 +16,7 @@ from limbeck.responses.rounds import BatchSampler, Rounds
 from limbeck.responses.samplers import LocalSampler
 from limbeck.responses.speculative import MixtureSampler, SkdSampler
 from limbeck.stages.responses import sampler_for
+from limbeck.stages.rounds import RoundTeacher
 from limbeck.stages.sampling import own_sampling, sampling_of
 from limbeck.story import Story
 from limbeck.student.build import Student
@@ -34,22 +35,27 @@ def author_of(
     section = story.recipe.responses
     if not story.recipe.on_policy:
         return fixed(base)
-    assert isinstance(teacher, LocalTeacher), "nobody else can judge what is not written yet"
+    assert isinstance(teacher, RoundTeacher), "nobody else can judge what is not written yet"
     prompts, own = read_asked(story.run.responses / "asked.jsonl"), section.on_policy
-    writing = _Writing(story, student, teacher)
+    writing = _Writing(story, student, teacher.local)
 
     def begin(shift: Shift) -> Supply:
         pen = Pen(
             sampler=writing.own_sampler(),
             sampling=own_sampling(section),
             rounds=Rounds(
-                folder=story.run.rounds, world=shift.world, should_stop=should_stop, report=writing.reporter()
+                folder=story.run.rounds,
+                keeper=teacher if story.recipe.signal.cache else None,
+                world=shift.world,
+                should_stop=should_stop,
+                report=writing.reporter(),
             ),
             refresh=_refresh(section),
+            by_teacher=section.author == "speculative" or own.teacher_share > 0,
             first_tokens=own.first_max_new_tokens,
         )
         if section.author == "pairs":
-            sampler = writing.sampler(teacher.model, "teacher") if own.resample_teacher else None
+            sampler = writing.sampler(teacher.local.model, "teacher") if own.resample_teacher else None
             return Pairs(base, prompts, pen, shift, teacher=sampler, teacher_sampling=sampling_of(section))
         mine = Own(prompts, pen, shift)
         if section.author == "mixed":

@@ -25,7 +25,8 @@ from limbeck.stages.authors import author_of
 from limbeck.stages.checks import check_student, student_spec
 from limbeck.stages.judging import balance_of, judgement_of, sft_judgement, temperature_of
 from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, pad_token_id
-from limbeck.stages.signal import local_teacher, open_teacher
+from limbeck.stages.rounds import round_teacher
+from limbeck.stages.signal import open_teacher
 from limbeck.story import Stage, Story, flatten
 from limbeck.student import checkpoints
 from limbeck.student.batches import collate
@@ -143,7 +144,7 @@ def _play_training(story: Story, student: Student, should_stop: Callable[[], boo
     """The training proper."""
     recipe, run = story.recipe, story.run
     by_row = load_responses(story, "train")
-    teacher = local_teacher(story) if recipe.on_policy else open_teacher(story, list(by_row))
+    teacher = round_teacher(story, by_row) if recipe.on_policy else open_teacher(story, list(by_row))
     return train(
         student.model,
         author_of(story, student, list(by_row.values()), teacher, should_stop),

@@ -100,6 +100,18 @@ def read_head(folder: Path) -> Head:
     return Head(weight_VD=tensors["weight"], bias_V=tensors.get("bias"), **scalars)
 
 
+def shards_of(folder: Path) -> dict[int, Path]:
+    """The shard of every row in a folder."""
+    from safetensors import safe_open
+
+    shards: dict[int, Path] = {}
+    for path in sorted(folder.glob("[0-9]*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            names = {name.removeprefix("row-").partition(".")[0] for name in shard.keys()}  # noqa: SIM118 (no dict)
+        shards |= {int(name): path for name in names}
+    return shards
+
+
 @dataclass(frozen=True)
 class StoredTeacher:
     """A `Teacher` that reads what an earlier pass wrote.
@@ -124,19 +136,12 @@ class StoredTeacher:
     ) -> StoredTeacher:
         from dataclasses import replace
 
-        from safetensors import safe_open
-
         head = read_head(folder)
         bias_V = None if head.bias_V is None else head.bias_V.to(device)
-        shards: dict[int, Path] = {}
-        for path in sorted(folder.glob("[0-9]*.safetensors")):
-            with safe_open(path, framework="pt") as shard:
-                names = {name.removeprefix("row-").partition(".")[0] for name in shard.keys()}  # noqa: SIM118 (no dict)
-            shards |= {int(name): path for name in names}
         return cls(
             folder=folder,
             head=replace(head, weight_VD=head.weight_VD.to(device), bias_V=bias_V),
-            shards=shards,
+            shards=shards_of(folder),
             rows=rows,
             device=device,
             temperatures=temperatures,

@@ -1,0 +1,95 @@
+"""The teacher of a training in which responses are written: what it said of kept ones is read, not said again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.flow import DenseSignal, Response, TokenBatch
+from limbeck.stages.signal import JUDGE_ROWS, local_teacher
+from limbeck.story import Story
+from limbeck.student.batches import collate
+from limbeck.teachers.local import LocalTeacher
+from limbeck.teachers.store import row_name, shards_of, write_shard
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RoundTeacher:
+    """Judges what is new, and reads what it said of responses that are on disk (flow.Teacher, responses.rounds.Keeper).
+
+    Attributes:
+        dtype: of the states on disk.
+        places: file and row of the states of each response, by its prompt's and its own ids.
+    """
+
+    local: LocalTeacher
+    dtype: torch.dtype
+    places: dict[Ids, tuple[Path, int]] = field(default_factory=dict)
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    def signal(self, batch: TokenBatch) -> DenseSignal:
+        """The teacher's distribution at every loss position of the batch.
+
+        A batch with a single new response is judged whole: that depends on what is on disk when its step begins, which
+        is the same in a run that was interrupted.
+        """
+        places = [self.places.get(ids) for ids in _ids_of(batch)]
+        if not all(places):
+            return self.local.signal(batch)
+        weight_VD = self.local.head.weight_VD
+        hidden_ND = torch.cat([self._read(*place) for place in places if place is not None])
+        return DenseSignal(hidden_ND=hidden_ND.to(weight_VD.device, weight_VD.dtype), head=self.local.head)
+
+    def keep(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
+        """Write the states of some responses beside them; judge those that the teacher has not seen."""
+        if hidden is None:
+            parts: list[Tensor] = []
+            for start in range(0, len(responses), JUDGE_ROWS):
+                some = responses[start : start + JUDGE_ROWS]
+                hidden_ND = self.local.signal(collate(some, range(len(some)), pad_id=0)).hidden_ND
+                parts += hidden_ND.split([len(r.response_ids) for r in some])
+            hidden = parts
+        write_shard(path.with_suffix(".safetensors"), dict(enumerate(hidden)), dtype=self.dtype)
+
+    def know(self, path: Path, responses: Sequence[Response]) -> None:
+        """These responses have their states beside them."""
+        shard = path.with_suffix(".safetensors")
+        self.places.update({(*r.prompt_ids, *r.response_ids): (shard, row) for row, r in enumerate(responses)})
+
+    def _read(self, path: Path, row: int) -> Tensor:
+        from safetensors import safe_open
+
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt").__enter__()
+        return self._open[path].get_tensor(row_name(row))
+
+
+def _ids_of(batch: TokenBatch) -> list[Ids]:
+    """Prompt and response of each row; the last id is a label alone."""
+    ends = batch.loss_mask_BT.sum(1).cumsum(0) - 1
+    lengths = batch.attention_mask_BT.sum(1).tolist()
+    last = batch.labels_N[ends].tolist()
+    rows = batch.input_ids_BT.tolist()
+    return [(*row[:length], label) for row, length, label in zip(rows, lengths, last, strict=True)]
+
+
+def round_teacher(story: Story, base: Mapping[int, Response]) -> RoundTeacher:
+    """The teacher itself, and what it said before training.
+
+    Args:
+        base: training responses that were there before, by their row on disk.
+    """
+    teacher = RoundTeacher(local_teacher(story), getattr(torch, story.recipe.signal.dtype))
+    if story.recipe.signal.cache:
+        shards = shards_of(story.run.signal)
+        teacher.places.update(
+            {(*r.prompt_ids, *r.response_ids): (shards[row], row) for row, r in base.items() if row in shards}
+        )
+    return teacher
