@@ -156,10 +156,12 @@ def _check_policy(recipe: Recipe) -> None:
         what = "contrast.rule=minillm"
     else:
         return
-    if recipe.responses.author not in ("student", "mixed", "replay", "pairs"):
+    # With an objective of their own the student's responses may stand beside others, else these would be pushed too.
+    fine = ("student", "mixed", "pairs") if what.startswith("contrast.student") else ("student",)
+    if recipe.responses.author not in fine:
         raise LimbeckError(
-            f"{what} is a gradient over the student's own responses, but responses.author={recipe.responses.author}; "
-            "set responses.author=student"
+            f"{what} is a gradient over responses that the student of now wrote, but responses.author="
+            f"{recipe.responses.author}; set responses.author=student"
         )
     if own.teacher_share and (contrast.rule or {}).get("name") != "minillm":
         raise LimbeckError(
@@ -208,4 +210,9 @@ def _check_contrast(recipe: Recipe) -> None:
         if name == "dpkd" and recipe.responses.author != "pairs":
             raise LimbeckError(
                 f"contrast.rule=dpkd compares pairs, but responses.author={recipe.responses.author}; set pairs"
+            )
+        if name == "dpkd" and recipe.train.reduction != "sequence":
+            raise LimbeckError(
+                "contrast.rule=dpkd compares mean log-probabilities, which train.reduction=token weighs by length; "
+                "set train.reduction=sequence"
             )

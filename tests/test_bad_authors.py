@@ -66,7 +66,8 @@ PUSHED = "contrast.student={name: srkl}"
         # What an objective cannot be combined with, it says for every place it stands in.
         (("sft.objective={name: opd}",), ("sft.objective", "opd", "the student's own")),
         ((*PAIRS, "contrast.rule={name: adaptive_alpha}"), ("adaptive_alpha", "alpha", "'fkl'")),
-        ((*PAIRS, PUSHED, "contrast.rule={name: dpkd}"), ("dpkd", "advantage")),
+        ((*PAIRS, PUSHED, "contrast.rule={name: dpkd}"), ("dpkd", "train.reduction=sequence")),
+        ((*PAIRS, PUSHED, "train.reduction=sequence", "contrast.rule={name: dpkd}"), ("dpkd", "advantage")),
         (
             ("signal.support=topk_renorm", "signal.k=4", "sft.objective={name: opd}"),
             ("sft.objective", "opd"),

@@ -3,8 +3,8 @@
     rounds/003/student/00000.jsonl ...         one file a batch of the sampler; whole or not there
     rounds/003/student/00000.safetensors ...   what the teacher says of it, where that is kept
 
-A round depends on the weights at the step it begins with, its number and the recipe. The loop keeps a checkpoint of
-that step, so that a run that was killed while it wrote continues with the very next batch.
+A round depends on the weights at the step that first asks for it, its number and the recipe. The loop keeps a
+checkpoint where a round begins, so that a run that was killed while it wrote continues with the very next batch.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class RoundTeacher:
 
     Attributes:
         dtype: of the states on disk.
-        places: file and row of the states of each response, by its prompt's and its own ids.
+        places: file and row of the states of each response, by its length and all ids.
     """
 
     local: LocalTeacher
@@ -40,7 +40,7 @@ class RoundTeacher:
         A batch with a single new response is judged whole: that depends on what is on disk when its step begins, which
         is the same in a run that was interrupted.
         """
-        places = [self.places.get(ids) for ids in _ids_of(batch)]
+        places = [self.places.get(ids) for ids in _keys_of(batch)]
         if not all(places):
             return self.local.signal(batch)
         weight_VD = self.local.head.weight_VD
@@ -61,7 +61,7 @@ class RoundTeacher:
     def know(self, path: Path, responses: Sequence[Response]) -> None:
         """These responses have their states beside them."""
         shard = path.with_suffix(".safetensors")
-        self.places.update({(*r.prompt_ids, *r.response_ids): (shard, row) for row, r in enumerate(responses)})
+        self.places.update({_key(r): (shard, row) for row, r in enumerate(responses)})
 
     def _read(self, path: Path, row: int) -> Tensor:
         from safetensors import safe_open
@@ -71,13 +71,16 @@ class RoundTeacher:
         return self._open[path].get_tensor(row_name(row))
 
 
-def _ids_of(batch: TokenBatch) -> list[Ids]:
-    """Prompt and response of each row; the last id is a label alone."""
-    ends = batch.loss_mask_BT.sum(1).cumsum(0) - 1
-    lengths = batch.attention_mask_BT.sum(1).tolist()
-    last = batch.labels_N[ends].tolist()
-    rows = batch.input_ids_BT.tolist()
-    return [(*row[:length], label) for row, length, label in zip(rows, lengths, last, strict=True)]
+def _key(response: Response) -> Ids:
+    return (len(response.response_ids), *response.prompt_ids, *response.response_ids)
+
+
+def _keys_of(batch: TokenBatch) -> list[Ids]:
+    """The keys of the responses a batch was made of; the last id of a row is a label alone."""
+    counts_B, lengths_B = batch.loss_mask_BT.sum(1), batch.attention_mask_BT.sum(1)
+    last_B = batch.labels_N[counts_B.cumsum(0) - 1]
+    columns = (counts_B.tolist(), lengths_B.tolist(), last_B.tolist(), batch.input_ids_BT.tolist())
+    return [(count, *ids[:length], last) for count, length, last, ids in zip(*columns, strict=True)]
 
 
 def round_teacher(story: Story, base: Mapping[int, Response]) -> RoundTeacher:
@@ -89,7 +92,5 @@ def round_teacher(story: Story, base: Mapping[int, Response]) -> RoundTeacher:
     teacher = RoundTeacher(local_teacher(story), getattr(torch, story.recipe.signal.dtype))
     if story.recipe.signal.cache:
         shards = shards_of(story.run.signal)
-        teacher.places.update(
-            {(*r.prompt_ids, *r.response_ids): (shards[row], row) for row, r in base.items() if row in shards}
-        )
+        teacher.places.update({_key(r): (shards[row], row) for row, r in base.items() if row in shards})
     return teacher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -138,6 +139,9 @@ def _play_sft(story: Story, student: Student, section: SftSection, should_stop: 
         context=_context(story, should_stop, checkpoints=folder, metrics=run.sft_metrics, label="sft"),
     )
     checkpoints.save_weights(done, student.model)
+    if not story.rank:
+        for old in checkpoints.all_in(folder):
+            shutil.rmtree(old)
 
 
 def _play_training(story: Story, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:

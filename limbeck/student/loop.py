@@ -182,7 +182,9 @@ class _Run:
     def _prepare(self, progress: Progress) -> None:
         """What comes before a step: a held-out loss where it is due, a checkpoint where a round begins."""
         if self.supply.wants_validation and progress.step == progress.validations * self.supply.steps_per_epoch:
-            self.supply.validated(self.probe.heldout_loss(self.heldout))
+            # Measured on every rank, where unlike machines may differ in the last bit: their mean is the same for all.
+            measured = torch.tensor(self.probe.heldout_loss(self.heldout), device=self.accelerator.device)
+            self.supply.validated(self.accelerator.reduce(measured, reduction="mean").item())  # type: ignore[union-attr]
             progress.validations += 1
         clock = Clock(step=progress.step, total=self.total)
         if progress.step > progress.saved and self.supply.begins_round(clock):

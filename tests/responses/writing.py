@@ -34,8 +34,14 @@ class FakeSampler:
         return [tuple(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
 
     def respond_in_batches(
-        self, prompts: Sequence[TokenPrompt], sampling: Sampling, *, done: Collection[int] = ()
+        self,
+        prompts: Sequence[TokenPrompt],
+        sampling: Sampling,
+        *,
+        done: Collection[int] = (),
+        capture_hidden: bool = False,
     ) -> Iterator[Answered]:
+        assert not capture_hidden, "it has no hidden states to give"
         for rows in self.plan(prompts, sampling):
             if not set(rows) <= set(done):
                 answers = tuple(self._answer(prompts[row], sampling) for row in rows)
