@@ -1,0 +1,46 @@
+"""Every shipped recipe plays to its end on a tiny pair: only sizes are changed, never who writes or what is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from limbeck.config import shipped_recipes
+from tests.limbeck_command import CommandServer
+from tests.tiny_pair import TinyPair
+
+SMALL = (
+    "student.init=depth_prune",
+    "student.layers=2",
+    "prompts.eval_fraction=0.25",
+    "responses.max_new_tokens=8",
+    "responses.batch_size=8",
+    "train.max_steps=4",
+    "train.warmup_steps=0",
+    "train.compile=off",
+    "evaluate.max_new_tokens=6",
+    "evaluate.samples=1",
+)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, name: str) -> None:
+    run, prompts = tmp_path / "run", tiny.prompts
+    if name == "sft":
+        # Its data set has answers.
+        rows = [json.loads(line) for line in prompts.read_text("utf-8").splitlines()]
+        prompts = tmp_path / "answered.jsonl"
+        answered = [{"prompt": row["prompt"], "completion": f"It is {i}."} for i, row in enumerate(rows)]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in answered), "utf-8")
+    places = (f"output_dir={run}", f"teacher.model={tiny.teacher}", f"prompts.source={prompts}")
+    finished = limbeck.run("run", name, *places, *SMALL)
+    assert finished.code == 0, finished.stderr
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert (run / "student" / "model.safetensors").exists()
+    assert (run / "report.html").exists()
+    before, after = (json.loads((run / "scores.json").read_text("utf-8"))[side] for side in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert before["forward_kl"] != after["forward_kl"]
