@@ -209,9 +209,7 @@ def _check_inputs(
             "measure=True without a whole teacher row: entropies need a dense or top-k signal; set it to False"
         )
     if measure_labels and not (measure and label_N is not None and isinstance(signal, DenseSignal)):
-        raise LimbeckError(
-            "measure_labels=True needs measure=True, label_N and a dense signal; set it to False"
-        )
+        raise LimbeckError("measure_labels=True needs measure=True, label_N and a dense signal; set it to False")
 
 
 def _adapted(hidden_ND: Tensor, head: Head, signal: Signal | None, settings: _Settings) -> Temperature:
