@@ -159,7 +159,8 @@ def trl(batch: int, steps: int) -> tuple[list[float], list[int]]:
     from transformers import TrainerCallback
 
     warnings.simplefilter("ignore")
-    from trl import DistillationConfig, DistillationTrainer
+    from trl.trainer.distillation_config import DistillationConfig
+    from trl.trainer.distillation_trainer import DistillationTrainer
 
     teacher, student, prompts = pair()
     seconds: list[float] = []
