@@ -50,7 +50,7 @@ class _PlainMeter:
         rate = self.fresh / max(now - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         share = 100 * self.done / self.total if self.total else 100.0
-        parts = [f"{self.label}: {share:.0f} %", f"{rate:,.0f} {self.unit}/s", f"{format_seconds(left)} left", note]
+        parts = [f"{self.label}: {share:.0f} %", _rate(rate, self.unit), f"{format_seconds(left)} left", note]
         return " · ".join(part for part in parts if part)
 
 
@@ -123,9 +123,14 @@ class RichConsole:
                 def advance(self, amount: float, note: str = "") -> None:
                     plain.fresh += amount
                     rate = plain.fresh / max(time.monotonic() - plain.started, 1e-9)
-                    progress.update(task, advance=amount, rate=f"{rate:,.0f} {unit}/s", note=note)
+                    progress.update(task, advance=amount, rate=_rate(rate, unit), note=note)
 
             yield Live()
+
+
+def _rate(rate: float, unit: str) -> str:
+    """Few things a second with their decimals: a step may take ten seconds."""
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
 def default_console() -> Console:

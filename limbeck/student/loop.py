@@ -230,7 +230,7 @@ class _Run:
         }
         due = progress.step % self.settings.logging_steps == 0 or progress.step == self.total
         self.journal.record(metrics, by_row, due=due)
-        meter.advance(1, f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
+        meter.advance(1, f"step {progress.step}/{self.total}, loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
         return stop
 
     def _authored(self, progress: Progress, by_row: Mapping[int, Response], written: float) -> dict[str, Any]:

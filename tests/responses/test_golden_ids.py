@@ -21,8 +21,8 @@ from limbeck.console import QuietConsole
 from limbeck.flow import Response, TokenBatch
 from limbeck.responses.samplers import LocalSampler
 from limbeck.stages import STAGES
+from limbeck.stages.rounds import RoundTeacher
 from limbeck.story import play
-from limbeck.teachers.local import LocalTeacher
 from tests.prompts.chat_templates import CHATML, CHATML_SYSTEM, GEMMA, LLAMA2
 from tests.prompts.conftest import CONTROL, CORPUS
 from tests.tiny_pair import questions, write_prompts
@@ -113,19 +113,19 @@ class Doors:
 @pytest.fixture
 def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
     seen = Doors()
-    write, judge = LocalSampler.respond_in_batches, LocalTeacher.signal
+    write, judge = LocalSampler.respond_in_batches, RoundTeacher.signal
 
     def watched(self: LocalSampler, *arguments: Any, **options: Any) -> Iterator[Any]:
         for answered in write(self, *arguments, **options):
             seen.sampled += answered.responses
             yield answered
 
-    def shown(self: LocalTeacher, batch: TokenBatch) -> Any:
+    def shown(self: RoundTeacher, batch: TokenBatch) -> Any:
         seen.shown.append(batch)
         return judge(self, batch)
 
     monkeypatch.setattr(LocalSampler, "respond_in_batches", watched)
-    monkeypatch.setattr(LocalTeacher, "signal", shown)
+    monkeypatch.setattr(RoundTeacher, "signal", shown)
     return seen
 
 
