@@ -1,6 +1,7 @@
 """A training step on the student's own responses, beside TRL's DistillationTrainer.
 
     python -m benchmarks.on_policy
+    python -m benchmarks.on_policy --rounds 3       limbeck alone: responses written for each step, or for 3 epochs
 
 SmolLM2-135M-Instruct teaches its own first and last nine blocks: reverse KL at temperature 1, batch 8, 64 new tokens,
 sampled from the whole distribution, AdamW in float32, the same prompts. An untrained student never ends an answer, so
@@ -23,6 +24,8 @@ from typing import Any
 from limbeck.story import peak_memory_mib, reset_peak_memory
 
 METHODS = ("limbeck", "trl DistillationTrainer")
+# Prompts of a round; with a batch of 8 an epoch of them is 4 steps.
+ROUND_PROMPTS = 32
 WARM_UP_STEPS = 2
 KEEP = (*range(9), *range(21, 30))
 NEW_TOKENS = 64
@@ -33,9 +36,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="measured optimizer steps")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, help="compare with responses that are used for so many epochs")
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds:
+        print(json.dumps(in_rounds(arguments.batch, arguments.rounds)))
+        return
     if arguments.method:
         print(json.dumps(measure(arguments)))
         return
@@ -101,8 +108,19 @@ def pair() -> tuple[Any, Any, list[Any]]:
     return teacher, student, list(prompts)
 
 
-def limbeck(batch: int, steps: int) -> tuple[list[float], list[int]]:
+def in_rounds(batch: int, epochs: int) -> dict[str, float]:
+    """Seconds of a step, all that was written for it included: by step, and in the second of two rounds."""
+    refresh = epochs * -(-ROUND_PROMPTS // batch)
+    fresh, _ = limbeck(batch, WARM_UP_STEPS + 6)
+    rounds, _ = limbeck(batch, 2 * refresh, refresh=refresh)
+    per_step, per_round = statistics.mean(fresh[WARM_UP_STEPS:]), statistics.mean(rounds[refresh:])
+    return {"by step, s": per_step, "in rounds, s": per_round, "ratio": per_step / per_round}
+
+
+def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], list[int]]:
     from itertools import pairwise
+
+    import torch
 
     from limbeck.flow import Sampling
     from limbeck.models.heads import head_of
@@ -113,6 +131,7 @@ def limbeck(batch: int, steps: int) -> tuple[list[float], list[int]]:
     from limbeck.responses.authors import Own, Pen
     from limbeck.responses.rounds import Rounds
     from limbeck.responses.samplers import LocalSampler
+    from limbeck.stages.rounds import RoundTeacher
     from limbeck.student.journal import LoopContext
     from limbeck.student.loop import train
     from limbeck.student.loss import Judgement
@@ -128,16 +147,22 @@ def limbeck(batch: int, steps: int) -> tuple[list[float], list[int]]:
         author="student",
     )
     asked = encode_prompts(prompts, teacher.tokenizer, "chat")
+    if refresh > 1:
+        asked = asked[:ROUND_PROMPTS]
+    judge = RoundTeacher(LocalTeacher(teacher.model, head_of(teacher.model, vocab_size)), torch.float32)
     reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         pen = Pen(
-            sampler=sampler, sampling=Sampling(max_new_tokens=NEW_TOKENS), rounds=Rounds(folder=Path(folder) / "rounds")
+            sampler=sampler,
+            sampling=Sampling(max_new_tokens=NEW_TOKENS),
+            rounds=Rounds(folder=Path(folder) / "rounds", keeper=judge),
+            refresh=refresh,
         )
         metrics = Path(folder) / "metrics.jsonl"
         train(
             student,
             lambda shift: Own(asked, pen, shift),
-            LocalTeacher(teacher.model, head_of(teacher.model, vocab_size)),
+            judge,
             Judgement(objective=build_objective("rkl"), authored=True),
             temperature=Temperature(),
             settings=TrainSection(per_device_train_batch_size=batch, max_steps=steps, save_steps=10**9),
