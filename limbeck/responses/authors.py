@@ -43,6 +43,11 @@ class Clock:
         """How much of the training is behind, in [0, 1): the last step is short of 1."""
         return self.step / self.total
 
+    @property
+    def way(self) -> float:
+        """How far along a schedule the step is: 0 at the first, 1 at the last."""
+        return self.step / max(self.total - 1, 1)
+
 
 class Supply(Protocol):
     """Gives the responses of each step.
@@ -159,7 +164,7 @@ class Pen:
         if self.first_tokens is None:
             return self.sampling
         end = self.sampling.max_new_tokens
-        now = self.first_tokens + (end - self.first_tokens) * clock.step / max(clock.total - 1, 1)
+        now = self.first_tokens + (end - self.first_tokens) * clock.way
         return replace(self.sampling, max_new_tokens=round(now))
 
 
@@ -177,6 +182,7 @@ class Own(Stateless):
         self.plan = Plan(lengths=tuple(len(p.ids) for p in prompts), step_rows=shift.step_rows, seed=shift.seed)
         self.prompts = frozenset(p.id for p in prompts)
         self.refresh = pen.refresh or self.plan.steps_per_epoch
+        self.whole_epochs = self.refresh % self.plan.steps_per_epoch == 0
         self._round: tuple[int, Plan, dict[int, Response]] | None = None
 
     @property
@@ -197,16 +203,17 @@ class Own(Stateless):
             start = Clock(step=number * self.refresh, total=clock.total)
             responses = self._write(number, start)
             plan = self.plan
-            if self.refresh % plan.steps_per_epoch == 0:
+            if self.whole_epochs:
                 plan = replace(plan, lengths=tuple(r.length for r in responses.values()))
             self._round = (number, plan, responses)
         return self._round[1:]
 
     def _write(self, number: int, start: Clock) -> dict[int, Response]:
-        stop = min(start.step + self.refresh, start.total)
-        rows = sorted({row for step in range(start.step, stop) for row in self.plan.at(step)})
-        if self.refresh % self.plan.steps_per_epoch == 0:
+        if self.whole_epochs:
             rows = list(range(len(self.asked)))
+        else:
+            steps = range(start.step, min(start.step + self.refresh, start.total))
+            rows = sorted({row for step in steps for row in self.plan.at(step)})
         asked, sampling, pen = [self.asked[row] for row in rows], self.pen.at(start), self.pen
         if self.refresh > 1:
             written = pen.rounds.write(number, "student", pen.sampler, asked, sampling, by_teacher=pen.by_teacher)
@@ -218,10 +225,8 @@ class Own(Stateless):
         return dict(sorted(written))
 
 
-class Mixed:
+class Mixed(Stateless):
     """Whole steps of the student's with probability lambda, else of what is fixed; all ranks throw the same die."""
-
-    wants_validation = False
 
     def __init__(self, own: Own, base: Fixed, *, share: tuple[float, float], seed: int):
         for value in share:
@@ -240,22 +245,13 @@ class Mixed:
 
     def _share(self, clock: Clock) -> float:
         start, end = self.share
-        return start + (end - start) * clock.step / max(clock.total - 1, 1)
+        return start + (end - start) * clock.way
 
     def begins_round(self, clock: Clock) -> bool:
         return self.own.begins_round(clock)
 
-    def validated(self, loss: float) -> None:
-        return
-
     def metrics(self, clock: Clock) -> dict[str, float]:
         return {"share": self._share(clock)}
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        return
 
 
 class Pairs(Stateless):

@@ -38,22 +38,33 @@ class Window:
     length: int
 
 
-class PreallocatedLayer(CacheLayerMixin):
-    """Keys and values of one attention layer."""
+class BufferLayer(CacheLayerMixin):
+    """Keys and values of one attention layer in one allocation: (rows, heads, capacity, head size)."""
 
     is_sliding = False
 
-    def __init__(self, rows: int, capacity: int, window: Window):
-        self.rows, self.capacity, self.window = rows, capacity, window
+    def __init__(self, rows: int, capacity: int):
+        self.rows, self.capacity = rows, capacity
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, not empty: a slot of left padding is masked, but a NaN there would survive its weight of 0.
+        # Zeros, not empty: a slot that is masked weighs nothing, but a NaN there would survive its weight of 0.
         self.keys = key_states.new_zeros((self.rows, key_states.shape[1], self.capacity, key_states.shape[3]))
         self.values = value_states.new_zeros((self.rows, value_states.shape[1], self.capacity, value_states.shape[3]))
         self.is_initialized = True
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class PreallocatedLayer(BufferLayer):
+    """A layer whose rows hold their tokens side by side, up to the same slot."""
+
+    def __init__(self, rows: int, capacity: int, window: Window):
+        BufferLayer.__init__(self, rows, capacity)
+        self.window = window
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -75,9 +86,6 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return self.window.length
-
-    def get_max_length(self) -> int:
-        return self.capacity
 
     def copy_row(self, source: int, target: int) -> None:
         """Overwrite one row by another."""

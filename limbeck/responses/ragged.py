@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from limbeck.flow import LimbeckError
 from limbeck.models.heads import causal_model, project
 from limbeck.responses.decoding import Draft, Writer, prefill_groups
+from limbeck.responses.kvcache import BufferLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,22 +46,12 @@ class Place:
     reach: int
 
 
-class RaggedLayer(CacheLayerMixin):
-    """Keys and values of one attention layer: (rows, heads, capacity, head size)."""
-
-    is_sliding = False
+class RaggedLayer(BufferLayer):
+    """A layer whose rows hold different numbers of tokens."""
 
     def __init__(self, rows: int, capacity: int, cache: RaggedCache):
-        self.rows, self.capacity, self.cache = rows, capacity, cache
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.is_initialized = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, not empty: a slot that is masked weighs nothing, but a NaN in it would come through.
-        self.keys = key_states.new_zeros((self.rows, key_states.shape[1], self.capacity, key_states.shape[3]))
-        self.values = value_states.new_zeros((self.rows, value_states.shape[1], self.capacity, value_states.shape[3]))
-        self.is_initialized = True
+        BufferLayer.__init__(self, rows, capacity)
+        self.cache = cache
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -82,9 +73,6 @@ class RaggedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         place = self.cache.place
         return place.reach - place.positions_RQ.shape[1]
-
-    def get_max_length(self) -> int:
-        return self.capacity
 
     def copy_row(self, source: int, target: int) -> None:
         """Overwrite one row by another."""

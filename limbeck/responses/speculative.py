@@ -52,27 +52,15 @@ class SpeculativeSampler(TwoModels):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkdSampler(TwoModels):
-    """The student's responses, with the tokens outside the teacher's `top_k` replaced by the teacher's: speculative
-    knowledge distillation (Xu et al. 2025, arXiv:2410.11325).
-
-    Each token is drawn from the student with the settings of sampling. One that is not among the teacher's `top_k` most
-    likely there is replaced by a draw from those, at the same temperature. With the whole vocabulary as `top_k` the
-    responses are the student's own; with 1 they are the teacher's greedy ones. `tally.replaced` counts.
+class StudentWithTeacher(TwoModels):
+    """The student drafts its own responses, and the teacher has a say in each token.
 
     Attributes:
         model: the student.
         teacher: whose hidden states are handed over.
-        top_k: K; 25 in the paper.
     """
 
     teacher: nn.Module
-    top_k: int = 25
-
-    def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise LimbeckError(f"top_k is {self.top_k}, expected at least 1 token of the teacher: 25 is the paper's")
-        TwoModels.__post_init__(self)
 
     @property
     def author(self) -> Author:
@@ -86,13 +74,34 @@ class SkdSampler(TwoModels):
     def _judge(self) -> tuple[str, nn.Module]:
         return "teacher", self.teacher
 
+
+@dataclass(frozen=True, kw_only=True)
+class SkdSampler(StudentWithTeacher):
+    """The student's responses, with the tokens outside the teacher's `top_k` replaced by the teacher's: speculative
+    knowledge distillation (Xu et al. 2025, arXiv:2410.11325).
+
+    Each token is drawn from the student with the settings of sampling. One that is not among the teacher's `top_k` most
+    likely there is replaced by a draw from those, at the same temperature. With the whole vocabulary as `top_k` the
+    responses are the student's own; with 1 they are the teacher's greedy ones. `tally.replaced` counts.
+
+    Attributes:
+        top_k: K; 25 in the paper.
+    """
+
+    top_k: int = 25
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise LimbeckError(f"top_k is {self.top_k}, expected at least 1 token of the teacher: 25 is the paper's")
+        TwoModels.__post_init__(self)
+
     @property
     def _rule(self) -> Rule:
         return Veto(top_k=self.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureSampler(TwoModels):
+class MixtureSampler(StudentWithTeacher):
     """Each token from alpha * p + (1 - alpha) * q, p the teacher and q the student, both with the settings of sampling:
     teacher-mixed sampling (Gu et al. 2024, MiniLLM, arXiv:2306.08543, section 2.2).
 
@@ -102,12 +111,9 @@ class MixtureSampler(TwoModels):
     1 - alpha of the drafts stand, so the teacher is run less than once a token.
 
     Attributes:
-        model: the student.
-        teacher: whose hidden states are handed over.
         alpha: the teacher's share; 0.2 in the paper.
     """
 
-    teacher: nn.Module
     alpha: float = 0.2
     keep_logp: bool = True
 
@@ -115,18 +121,6 @@ class MixtureSampler(TwoModels):
         if not 0 <= self.alpha <= 1:
             raise LimbeckError(f"alpha is {self.alpha}, expected the teacher's share in [0, 1]: 0.2 is the paper's")
         TwoModels.__post_init__(self)
-
-    @property
-    def author(self) -> Author:
-        return "student"
-
-    @property
-    def _drafter(self) -> tuple[str, nn.Module]:
-        return "student", self.model
-
-    @property
-    def _judge(self) -> tuple[str, nn.Module]:
-        return "teacher", self.teacher
 
     @property
     def _rule(self) -> Rule:

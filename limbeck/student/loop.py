@@ -186,8 +186,7 @@ class _Run:
             measured = torch.tensor(self.probe.heldout_loss(self.heldout), device=self.accelerator.device)
             self.supply.validated(self.accelerator.reduce(measured, reduction="mean").item())  # type: ignore[union-attr]
             progress.validations += 1
-        clock = Clock(step=progress.step, total=self.total)
-        if progress.step > progress.saved and self.supply.begins_round(clock):
+        if progress.step > progress.saved and self.supply.begins_round(self._clock(progress)):
             self._check_student(progress)
             self.save(progress)
 
@@ -237,18 +236,21 @@ class _Run:
         """What is logged where the student writes: the health of its responses, and who wrote how much."""
         if not self.module.judgement.authored:
             return {}
-        clock = Clock(step=progress.step, total=self.total)
+        clock = self._clock(progress)
         extra: dict[str, Any] = self.supply.metrics(clock) | {"writing_seconds": round(written, 3)}
         beta = self.balance.beta_at(clock, self.supply.steps_per_epoch)
         if beta is not None:
             extra["beta"] = beta
         return extra | health_of(by_row.values())
 
+    def _clock(self, progress: Progress) -> Clock:
+        return Clock(step=progress.step, total=self.total)
+
     def _moment(self, progress: Progress) -> Moment:
-        share = progress.step / max(self.total - 1, 1)
+        way = self._clock(progress).way
         return Moment(
-            temperature=self.temperature.at(share),
-            options=schedules.moved(self.schedule, share),
+            temperature=self.temperature.at(way),
+            options=schedules.moved(self.schedule, way),
             reference=None if self._measures_gaps(progress) else progress.reference,
         )
 
@@ -269,17 +271,17 @@ class _Run:
             rank=self.accelerator.process_index,
             ranks=ranks,
         )
-        clock = Clock(step=progress.step, total=self.total)
+        weights = self.balance.weights(by_row, self._clock(progress), self.supply.steps_per_epoch)
         # DDP averages over ranks, the step sums over them: hence the factor.
-        weights = {
-            row: ranks * weight
-            for row, weight in self.balance.weights(by_row, clock, self.supply.steps_per_epoch).items()
-        }
-        tail = Tail(sum(len(r.response_ids) for r in by_row.values()), device=self.accelerator.device)
+        weights = {row: ranks * weight for row, weight in weights.items()}
+        tail = None
+        if self.module.judgement.authored:
+            tail = Tail(sum(len(r.response_ids) for r in by_row.values()), device=self.accelerator.device)
         for i, micro in enumerate(micros):
             part, value_N = self._backward(micro, by_row, moment, weights=weights, last=i == len(micros) - 1)
             sums += part
-            tail.add(value_N)
+            if tail is not None:
+                tail.add(value_N)
         # Ranks must agree to stop at the same step, so the wish travels with the loss.
         wish = torch.tensor([float(self.context.should_stop())], device=sums.device)
         *summed, stop = self.accelerator.reduce(torch.cat([sums.flatten(), wish]), reduction="sum").tolist()  # type: ignore[union-attr]
@@ -291,7 +293,7 @@ class _Run:
         if self._measures_gaps(progress):
             progress.measure_gaps(found)
         means = {name: total / count for name, (total, count) in found.items()}
-        if self.module.judgement.authored:
+        if tail is not None:
             means["kl_p99"] = tail.value(self.accelerator.gather).item()  # type: ignore[arg-type]
         return means, stop > 0
 
@@ -317,7 +319,7 @@ class _Run:
     def _responses(self, progress: Progress) -> dict[int, Response]:
         if progress.now[0] != progress.step:
             try:
-                by_row = self.supply.step(Clock(step=progress.step, total=self.total))
+                by_row = self.supply.step(self._clock(progress))
             except LimbeckError:
                 # Whoever writes sees no more than numbers that are none; the step that ruined them is known here.
                 if progress.now[1]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -76,7 +77,7 @@ class Judgement:
         """Whether log-probabilities of the labels are measured beside it."""
         return self.authored and self.support == "full" and self.measured(objective)
 
-    @property
+    @cached_property
     def stats(self) -> tuple[str, ...]:
         """Names of the means that are logged of each step."""
         names = ["loss"]
