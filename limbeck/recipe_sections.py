@@ -6,21 +6,25 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-Probability = Annotated[float, Field(gt=0, le=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Strings = tuple[str, ...]
+from limbeck.recipe_evaluation import (
+    CostSection,
+    DiversitySection,
+    EvaluateSection,
+    FidelitySection,
+    JudgeSection,
+    RougeSection,
+    SpeculationSection,
+    TasksSection,
+)
+from limbeck.recipe_values import STRICT, Count, Fraction, NonNegative, Positive, Probability, Seed, Strings
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class TeacherSection:
     model: str
     """A named asset (smollm2-135m-instruct), a local directory, a hub id or a GGUF file."""
@@ -33,7 +37,7 @@ class TeacherSection:
     """Run code that comes with the model. Off unless asked."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class LoraSection:
     r: Count = 16
     lora_alpha: Positive = 32.0
@@ -42,7 +46,7 @@ class LoraSection:
     """Module names; empty for every linear layer but the head."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class StudentSection:
     model: str | None = None
     """Where the student comes from, as for the teacher; null takes the teacher itself (depth_prune, scratch)."""
@@ -64,7 +68,7 @@ class StudentSection:
     """Train low-rank adapters instead of all weights; merged when the student is saved."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class PromptsSection:
     source: str = "builtin"
     """builtin, a JSONL file, or a datasets directory or hub id."""
@@ -90,7 +94,7 @@ class PromptsSection:
     """What happens to a prompt that does not fit the window; dropped ones are counted and reported."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class OnPolicySection:
     """How the student writes during training; read where responses.author is student, mixed, replay, speculative or
     pairs."""
@@ -126,7 +130,7 @@ class OnPolicySection:
     """replay: by so much."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class ServerSection:
     base_url: str
     """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
@@ -144,7 +148,7 @@ class ServerSection:
     """Name of the environment variable that holds the key; never the key itself."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class DraftSection:
     model: str
     """A model with the teacher's tokenizer, as for the teacher: the student of an earlier run (runs/NAME/student)."""
@@ -154,7 +158,7 @@ class DraftSection:
     trust_remote_code: bool = False
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class ResponsesSection:
     author: Literal["teacher", "data", "student", "mixed", "replay", "speculative", "pairs"] = "teacher"
     """Who writes what the student learns from. Before training: the teacher, or the data. During it: the student; mixed
@@ -179,7 +183,7 @@ class ResponsesSection:
     same distribution (speculative sampling)."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class SignalSection:
     cache: bool = True
     """Write the teacher's signal to disk once; false runs the teacher beside the student in every epoch."""
@@ -194,7 +198,7 @@ class SignalSection:
     """Loss temperatures a sparse signal is exact for; empty takes the objective's."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class ObjectiveSection:
     """`name` and the temperatures are the same for all objectives; further keys are the objective's own options."""
 
@@ -218,7 +222,7 @@ class ObjectiveSection:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class ContrastSection:
     """Which objective, with which weight, for whose response; `objective` is for the teacher's (and the data's)."""
 
@@ -234,7 +238,7 @@ class ContrastSection:
     """What responses say to their tokens: {name: adaptive_alpha}, {name: dpkd} or {name: minillm} with options."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class SftSection:
     """A first stage on the responses that are there before training; then the training proper begins."""
 
@@ -244,7 +248,7 @@ class SftSection:
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "ce"})
 
 
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class TrainSection:
     num_train_epochs: Positive = 1.0
     max_steps: Count | None = None
@@ -278,21 +282,7 @@ class TrainSection:
     """Names of accelerate trackers (tensorboard, wandb, ...); metrics.jsonl is always written."""
 
 
-@dataclass(config=_STRICT, kw_only=True)
-class EvaluateSection:
-    """What is measured and how; a list alone, `evaluate: [fidelity, rouge]`, stands for its groups."""
-
-    groups: tuple[Literal["fidelity", "rouge"], ...] = ("fidelity", "rouge")
-    max_new_tokens: Count = 64
-    """Length of the greedy answers that are compared."""
-    prompts: Count | None = None
-    """Greedy answers for at most this many held-out prompts; null for all."""
-    samples: Annotated[int, Field(ge=0)] = 6
-    """Answers shown side by side in the report."""
-    batch_size: Count = 32
-
-
-@dataclass(config=_STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class Recipe:
     """One run from prompts to report."""
 
@@ -342,6 +332,13 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "sft"): SftSection,
     (Recipe, "train"): TrainSection,
     (Recipe, "evaluate"): EvaluateSection,
+    (EvaluateSection, "fidelity"): FidelitySection,
+    (EvaluateSection, "rouge"): RougeSection,
+    (EvaluateSection, "diversity"): DiversitySection,
+    (EvaluateSection, "judge"): JudgeSection,
+    (EvaluateSection, "tasks"): TasksSection,
+    (EvaluateSection, "speculation"): SpeculationSection,
+    (EvaluateSection, "cost"): CostSection,
 }
 
 # Keys of `objective` that are the same for all objectives.

@@ -136,8 +136,14 @@ def test_the_last_override_wins():
         ("student.keep={a: 1}", "student.keep: got {'a': 1}; expected a list"),
         ("signal.temperatures=2.5", "expected a list, such as signal.temperatures=[2.5]"),
         ("objective.schedule.alpha=0.1", "objective.schedule.alpha: got 0.1; expected a list"),
-        ("evaluate.groups=[fidelity, rogue]", "evaluate.groups.1: got 'rogue'; input should be 'fidelity' or 'rouge'"),
-        ("evaluate=[fidelity, rogue]", "evaluate.groups.1: got 'rogue'; input should be 'fidelity' or 'rouge'"),
+        (
+            "evaluate.groups=[fidelity, rogue]",
+            "evaluate.groups.1: got 'rogue'; input should be 'fidelity', 'rouge', 'diversity', 'judge', 'tasks', 'speculation' or 'cost'",
+        ),
+        (
+            "evaluate=[fidelity, rogue]",
+            "evaluate.groups.1: got 'rogue'; input should be 'fidelity', 'rouge', 'diversity', 'judge', 'tasks', 'speculation' or 'cost'",
+        ),
         ("evaluate=fidelity", "evaluate is 'fidelity'; expected a section"),
         ("responses.top_p=1.5", "responses.top_p: got 1.5; input should be less than or equal to 1"),
         ("prompts.fields.question=q", "prompts.fields.question: got 'question'; input should be 'prompt'"),

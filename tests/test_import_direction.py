@@ -21,12 +21,14 @@ LEAVES = {
     "failures": {"flow"},
     "recipe_mistakes": set(),
     "recipe_text": {"flow", "recipe_mistakes"},
-    "recipe_sections": set(),
+    "recipe_values": set(),
+    "recipe_evaluation": {"recipe_values"},
+    "recipe_sections": {"recipe_evaluation", "recipe_values"},
     "recipe_checks": {"flow", "recipe_sections"},
     # Only to build objectives and rules and to list the objectives' options in the schema, inside functions.
     "config": {"flow", "recipe_checks", "recipe_mistakes", "recipe_sections", "recipe_text", "objectives"},
 }
-USABLE = {"flow", "config", "recipe_sections", "rundir", "console", "onednn"}
+USABLE = {"flow", "config", "recipe_evaluation", "recipe_sections", "rundir", "console", "onednn"}
 PARTS = {
     "models": USABLE,
     "objectives": {"flow", "onednn"},
@@ -36,7 +38,7 @@ PARTS = {
     "responses": USABLE | {"models", "prompts", "server"},
     # A teacher is handed in, never imported.
     "student": USABLE | {"objectives", "models", "responses", "prompts"},
-    "evaluation": {"flow", "rundir", "objectives", "models"},
+    "evaluation": {"flow", "rundir", "objectives", "models", "server"},
     # Of responses the words of the alarms and what a loop is, which need no torch.
     "report": {"flow", "rundir", "evaluation", "responses"},
     "card": {"flow", "rundir", "report"},

@@ -1,11 +1,12 @@
 """The metrics of the evaluation: what each is called, its unit, which way is better, and what it means.
 
-A new metric is one entry here and a value of that name in the rows its group measures.
+A new metric is one entry here and a value of that name in the rows its group measures. What was measured under a
+condition (another author's answers, a decoding temperature) is called METRIC@CONDITION.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -30,6 +31,13 @@ class Metric:
 
 
 NATS = "nats/token"
+
+# How conditions read; others, such as T=0.7, speak for themselves.
+CONDITIONS = {
+    "teacher": "on the teacher's answers",
+    "student": "on the student's answers",
+    "references": "on the references",
+}
 
 METRICS: dict[str, Metric] = {
     "forward_kl": Metric(
@@ -73,3 +81,13 @@ METRICS: dict[str, Metric] = {
         meaning="longest common subsequence of the greedy answers of student and teacher, as F1 over stemmed words",
     ),
 }  # fmt: skip
+
+
+def describe(name: str) -> Metric:
+    """The metric behind a name, with the condition of METRIC@CONDITION in its label and in the teacher's metric."""
+    bare, _, condition = name.partition("@")
+    metric = METRICS[bare]
+    if not condition:
+        return metric
+    teacher = None if metric.teacher is None else f"{metric.teacher}@{condition}"
+    return replace(metric, label=f"{metric.label} ({CONDITIONS.get(condition, condition)})", teacher=teacher)

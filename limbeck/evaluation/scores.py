@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from limbeck.evaluation.metrics import METRICS
+from limbeck.evaluation.metrics import METRICS, describe
 from limbeck.flow import LimbeckError, Score, ScoredRow, Scores
 from limbeck.rundir import write_text
 
@@ -73,21 +73,27 @@ def paired_change(
 
 
 def assemble(before: Groups, after: Groups, *, seed: int = 0, resamples: int = RESAMPLES) -> Scores:
-    """The scores of all groups of metrics; a group measured on one side only has no change."""
+    """The scores of all groups of metrics, GROUP or GROUP@CONDITION; one measured on one side only has no change."""
     sides = {}
     for part, groups in (("before", before), ("after", after)):
         sides[part] = {
-            name: score
-            for rows in groups.values()
+            _named(name, group): score
+            for group, rows in groups.items()
             for name, score in summarise(rows, seed=seed, resamples=resamples).items()
         }
     change = {
-        name: score
+        _named(name, group): score
         for group in before
         if group in after
         for name, score in paired_change(before[group], after[group], seed=seed, resamples=resamples).items()
     }
     return Scores(before=sides["before"], after=sides["after"], change=change)
+
+
+def _named(metric: str, group: str) -> str:
+    """A metric's name with the condition its group of rows was measured under."""
+    _, at, condition = group.partition("@")
+    return f"{metric}{at}{condition}"
 
 
 def write_rows(path: Path, rows: Sequence[ScoredRow]) -> None:
@@ -133,12 +139,18 @@ def write_scores(run_dir: Path, *, before: Groups, after: Groups, seed: int = 0,
         "confidence": CONFIDENCE,
         "resamples": resamples,
         "seed": seed,
-        "metrics": {name: asdict(METRICS[name]) for name in METRICS if name in scores.before or name in scores.after},
+        "metrics": {name: asdict(describe(name)) for name in _in_order({**scores.before, **scores.after})},
         **{part: {name: asdict(s) for name, s in side.items()} for part, side in _parts(scores).items()},
         "rows": files,
     }
     write_text(run_dir / "scores.json", json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return scores
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """As METRICS has them; a metric's conditions one after another."""
+    places = {name: place for place, name in enumerate(METRICS)}
+    return sorted(names, key=lambda name: places[name.partition("@")[0]])
 
 
 def _parts(scores: Scores) -> dict[str, Mapping[str, Score]]:

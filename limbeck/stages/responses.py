@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,8 +20,10 @@ from limbeck.prompts.record import read_prompts
 from limbeck.prompts.templates import TemplateName, encode_prompts, encode_responses, end_token_ids, resolve_template
 from limbeck.recipe_sections import Recipe
 from limbeck.responses.records import read_responses, write_asked, write_responses
-from limbeck.responses.samplers import LocalSampler, SamplingProgress
+from limbeck.responses.samplers import Answered, LocalSampler, SamplingProgress
+from limbeck.responses.speculative import SpeculativeSampler
 from limbeck.rundir import Json
+from limbeck.stages.batches import write_in_batches
 from limbeck.stages.checks import check_responses, check_rounds
 from limbeck.stages.drafted import draft_inputs, draft_record, keep_counts, with_draft
 from limbeck.stages.sampling import sampling_of
@@ -173,24 +176,24 @@ def _sample(
     dtype = getattr(torch, story.recipe.signal.dtype)
     sampler = sampler_for(story, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
     sampler = with_draft(story, section.draft, sampler) if section.draft else sampler
-    plan = sampler.plan(asked, sampling)
-    paths = {rows: folder / f"{number:05d}.jsonl" for number, rows in enumerate(plan)}
-    done = [row for rows in plan if paths[rows].exists() for row in rows]
-    answers: dict[int, Response] = {}
-    with sampling_meter(story, "respond", len(asked), len(done)) as watched:
-        watching = replace(sampler, on_progress=watched)
-        for batch in watching.respond_in_batches(asked, sampling, done=done, capture_hidden=captures(story)):
-            path = paths[batch.indices]
-            with story.stop.deferred():
-                if batch.hidden is not None:
-                    hidden = dict(zip(batch.indices, batch.hidden, strict=True))
-                    write_shard(path.with_suffix(".safetensors"), hidden, dtype=dtype)
-                keep_counts(watching, path)
-                write_responses(path, batch.responses)
-            story.stop.heed()
-    for rows, path in paths.items():
-        answers |= dict(zip(rows, read_responses(path), strict=True))
-    return [answers[i] for i in range(len(asked))], draft_record(section.draft, paths.values())
+
+    def beside(sampler: LocalSampler | SpeculativeSampler, batch: Answered, path: Path) -> None:
+        if batch.hidden is not None:
+            hidden = dict(zip(batch.indices, batch.hidden, strict=True))
+            write_shard(path.with_suffix(".safetensors"), hidden, dtype=dtype)
+        keep_counts(sampler, path)
+
+    answers, paths = write_in_batches(
+        sampler,
+        asked,
+        sampling,
+        folder,
+        stop=story.stop,
+        watching=lambda done: sampling_meter(story, "respond", len(asked), done),
+        capture_hidden=captures(story),
+        beside=beside,
+    )
+    return answers, draft_record(section.draft, paths)
 
 
 def sampler_for(

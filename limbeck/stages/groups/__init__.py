@@ -1,0 +1,6 @@
+"""The groups of metrics, in the order of a report. A new one is one file here and one line in this table."""
+
+from limbeck.stages.exam import Group
+from limbeck.stages.groups import fidelity, rouge
+
+GROUPS: dict[str, Group] = {group.name: group for group in (fidelity.GROUP, rouge.GROUP)}
