@@ -1,8 +1,8 @@
 """An exam: one student beside one teacher on held-out prompts, and what a group of metrics asks of it.
 
 A group (`Group`, one file in `stages/groups`) says what it needs and turns an exam into rows, one an example. The rest
-is the same for all groups: models are loaded when they are first needed, answers are written batch by batch so that none
-is written twice, rows and details are kept on disk.
+is the same for all groups: models are loaded when they are first needed, answers are written batch by batch so that
+none is written twice, rows and details are kept on disk.
 """
 
 from __future__ import annotations
