@@ -54,7 +54,8 @@ class Prompt:
         id: stable name within its source; a hash of the content.
         instruction: of instruction data, (instruction, input) as the source had them, beside the `text` of both; a
             template that words the two apart (Alpaca) needs them. The input may be empty.
-        completion: the reference answer, where the data has one.
+        completion: the reference answer, where the data has one; the first where it has several.
+        references: all of them where the data has several; else empty. See `known_answers`.
         split: training or held-out, decided by a hash of the content so that it never depends on order or neighbours.
         where: place in the source ("data.jsonl, line 7"), for messages; no part of what the prompt is.
     """
@@ -64,9 +65,15 @@ class Prompt:
     text: str | None = None
     instruction: tuple[str, str] | None = None
     completion: str | None = None
+    references: tuple[str, ...] = ()
     split: Split = "train"
     category: str | None = None
     where: str | None = field(default=None, compare=False)
+
+    @property
+    def known_answers(self) -> tuple[str, ...]:
+        """The reference answers, however many the data has."""
+        return self.references or (() if self.completion is None else (self.completion,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,18 +6,19 @@
     instruction [input | context] [output | response] [instances]     Alpaca, Dolly, GPTeacher, self-instruct
     question [answer]     problem [solution]         GSM8K, MATH
 
-Fields with null count as absent, other fields are ignored, `category` is kept.
+An answer may be a list of texts: several references of one prompt, the first of which is trained on. Fields with null
+count as absent, other fields are ignored, `category` is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from limbeck.flow import LimbeckError, Message
+from limbeck.prompts.fields import Row, answers_in, are_texts, category_of, prompt_in, shown, text_in, turns_in
 
-Row = Mapping[str, Any]
 Mapped = Literal["prompt", "completion", "category"]
 
 KNOWN_FORMATS = (
@@ -37,12 +38,18 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """What one row says: the prompt in exactly one of two forms, and the reference answer where there is one."""
+    """What one row says: the prompt in exactly one of two forms, and the reference answers where there are some.
+
+    Attributes:
+        completion: the reference answer, the first of several.
+        references: all of them, where there are several; else empty.
+    """
 
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     instruction: tuple[str, str] | None = None
     completion: str | None = None
+    references: tuple[str, ...] = ()
     category: str | None = None
 
 
@@ -88,69 +95,6 @@ def rename_fields(row: Row, fields: Mapping[Mapped, str], where: str) -> Row:
     return {name: row[source] for name, source in fields.items()}
 
 
-def _text(row: Row, field: str, where: str) -> str:
-    value = row.get(field)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise LimbeckError(f"{where}: expected text in {field!r}, got {type(value).__name__}; write it as a string")
-    _require_unicode(value, field, where)
-    return value
-
-
-def _require_unicode(value: str, field: str, where: str) -> None:
-    # JSON can spell half a surrogate pair; no tokenizer and no UTF-8 file can hold it.
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise LimbeckError(
-            f"{where}: {field!r} holds half of a surrogate pair, which is no Unicode text; repair the row"
-        )
-
-
-def _prompt_text(row: Row, field: str, where: str) -> str:
-    text = _text(row, field, where)
-    if not text.strip():
-        raise LimbeckError(f"{where}: got a blank {field!r}, expected a prompt; fill it in or remove the row")
-    return text
-
-
-def _answer(row: Row, *fields: str, where: str) -> str | None:
-    for field in fields:
-        text = _text(row, field, where)
-        if text.strip():
-            return text
-    return None
-
-
-def _category(row: Row) -> str | None:
-    value = row.get("category")
-    return str(value) if value not in (None, "") else None
-
-
-def _turns(value: Any, field: str, where: str, role_key: str = "role", text_key: str = "content") -> list[Message]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        text = "text or " if field in ("prompt", "completion") else ""
-        raise LimbeckError(
-            f"{where}: got {_shown(value)} in {field!r}, expected {text}a list of messages, such as "
-            f"[{{{role_key!r}: 'user', {text_key!r}: '...'}}]; rewrite the row"
-        )
-    turns = []
-    for turn in value:
-        role, content = (turn.get(role_key), turn.get(text_key)) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise LimbeckError(
-                f"{where}: expected turns with {role_key!r} and {text_key!r} as text in {field!r}, got {_shown(turn)}; "
-                "only text conversations are read"
-            )
-        _require_unicode(content, field, where)
-        turns.append(Message(role=role, content=content))
-    return turns
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _conversation(turns: list[Message], field: str, where: str) -> tuple[tuple[Message, ...], str | None]:
     """Split a conversation into the prompt and the last answer."""
     completion = None
@@ -170,30 +114,36 @@ def _conversation(turns: list[Message], field: str, where: str) -> tuple[tuple[M
 def _read_prompt(row: Row, where: str) -> list[Example]:
     value = row.get("prompt")
     if value is not None and not isinstance(value, str):
-        messages, trailing = _conversation(_turns(value, "prompt", where), "prompt", where)
+        messages, trailing = _conversation(turns_in(value, "prompt", where), "prompt", where)
         if trailing is not None:
             raise LimbeckError(f"{where}: 'prompt' ends with an answer; put that turn into 'completion'")
-        return [Example(messages=messages, completion=_completion(row, where), category=_category(row))]
-    text = _prompt_text(row, "prompt", where)
-    return [Example(text=text, completion=_completion(row, where), category=_category(row))]
+        return [_answered(Example(messages=messages, category=category_of(row)), _completions(row, where))]
+    text = prompt_in(row, "prompt", where)
+    return [_answered(Example(text=text, category=category_of(row)), _completions(row, where))]
 
 
-def _completion(row: Row, where: str) -> str | None:
+def _answered(example: Example, answers: Sequence[str]) -> Example:
+    """An example with its reference answers, as `Example` keeps them."""
+    references = tuple(answers) if len(answers) > 1 else ()
+    return replace(example, completion=answers[0] if answers else None, references=references)
+
+
+def _completions(row: Row, where: str) -> tuple[str, ...]:
     value = row.get("completion")
-    if value is None or isinstance(value, str):
-        return _answer(row, "completion", where=where)
-    turns = _turns(value, "completion", where)
+    if value is None or isinstance(value, str) or are_texts(value):
+        return answers_in(row, "completion", where=where)
+    turns = turns_in(value, "completion", where)
     if len(turns) != 1 or turns[0].role != "assistant":
         roles = ", ".join(turn.role for turn in turns)
         raise LimbeckError(
             f"{where}: expected one assistant turn in 'completion', got {roles}; move the others to 'prompt'"
         )
-    return turns[0].content if turns[0].content.strip() else None
+    return (turns[0].content,) if turns[0].content.strip() else ()
 
 
 def _read_messages(row: Row, where: str) -> list[Example]:
-    messages, completion = _conversation(_turns(row["messages"], "messages", where), "messages", where)
-    return [Example(messages=messages, completion=completion, category=_category(row))]
+    messages, completion = _conversation(turns_in(row["messages"], "messages", where), "messages", where)
+    return [Example(messages=messages, completion=completion, category=category_of(row))]
 
 
 def _read_conversations(row: Row, where: str) -> list[Example]:
@@ -202,49 +152,45 @@ def _read_conversations(row: Row, where: str) -> list[Example]:
     openai = isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
     keys = ("role", "content") if openai else ("from", "value")
     turns = []
-    for turn in _turns(value, "conversations", where, *keys):
+    for turn in turns_in(value, "conversations", where, *keys):
         role = _SHAREGPT_ROLES.get(turn.role)
         if role is None:
             known = ", ".join(_SHAREGPT_ROLES)
             raise LimbeckError(f"{where}: got a turn from {turn.role!r}, expected one of {known}; rename the speaker")
         turns.append(Message(role=role, content=turn.content))
     messages, completion = _conversation(turns, "conversations", where)
-    return [Example(messages=messages, completion=completion, category=_category(row))]
+    return [Example(messages=messages, completion=completion, category=category_of(row))]
 
 
-def instruction_example(
-    instruction: str, given: str = "", completion: str | None = None, category: str | None = None
-) -> Example:
+def instruction_example(instruction: str, given: str = "", category: str | None = None) -> Example:
     """Instruction data: the two parts apart, and joined by a blank line as the user would send them."""
     text = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return Example(text=text, instruction=(instruction, given), completion=completion, category=category)
+    return Example(text=text, instruction=(instruction, given), category=category)
 
 
 def _read_instruction(row: Row, where: str) -> list[Example]:
-    instruction = _prompt_text(row, "instruction", where)
+    instruction = prompt_in(row, "instruction", where)
     instances = row.get("instances")
     if instances is None:
         return [_instance(instruction, row, row, where)]
     if not isinstance(instances, Sequence) or not all(isinstance(one, Mapping) for one in instances) or not instances:
-        raise LimbeckError(f"{where}: expected a list of input/output pairs in 'instances', got {_shown(instances)}")
+        raise LimbeckError(f"{where}: expected a list of input/output pairs in 'instances', got {shown(instances)}")
     return [_instance(instruction, one, row, where) for one in instances]
 
 
 def _instance(instruction: str, given: Row, row: Row, where: str) -> Example:
-    if _text(given, "input", where).strip() and _text(given, "context", where).strip():
+    parts = [text for field in ("input", "context") if (text := text_in(given, field, where)).strip()]
+    if len(parts) > 1:
         raise LimbeckError(f"{where}: got both 'input' and 'context', expected at most one; remove one of them")
-    return instruction_example(
-        instruction,
-        _answer(given, "input", "context", where=where) or "",
-        _answer(given, "output", "response", where=where),
-        _category(row),
-    )
+    example = instruction_example(instruction, "".join(parts), category=category_of(row))
+    return _answered(example, answers_in(given, "output", "response", where=where))
 
 
 def _question_reader(question: str, answer: str) -> Callable[[Row, str], list[Example]]:
     def read(row: Row, where: str) -> list[Example]:
-        text = _prompt_text(row, question, where)
-        return [instruction_example(text, "", _answer(row, answer, where=where), _category(row))]
+        text = prompt_in(row, question, where)
+        example = instruction_example(text, category=category_of(row))
+        return [_answered(example, answers_in(row, answer, where=where))]
 
     return read
 

@@ -13,8 +13,8 @@ from limbeck.rundir import write_text
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """One JSON object a line, fields that are None left out. The file appears only when it is whole and on disk."""
-    rows = ({name: value for name, value in asdict(prompt).items() if value is not None} for prompt in prompts)
+    """One JSON object a line, absent fields left out. The file appears only when it is whole and on disk."""
+    rows = ({name: value for name, value in asdict(prompt).items() if value not in (None, ())} for prompt in prompts)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -41,6 +41,8 @@ def _parse(line: str, where: str) -> Prompt:
         if "instruction" in fields:
             given, more = fields["instruction"]
             fields["instruction"] = (given, more)
+        if "references" in fields:
+            fields["references"] = tuple(fields["references"])
         return Prompt(**fields)
     except (ValueError, TypeError) as error:
         raise LimbeckError(f"{where} is damaged ({error}); delete the file and run the same command again") from None

@@ -137,6 +137,7 @@ def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_se
                 text=example.text,
                 instruction=example.instruction,
                 completion=example.completion,
+                references=example.references,
                 split=split_of(content, heldout_fraction, split_seed),
                 category=example.category,
                 where=where,

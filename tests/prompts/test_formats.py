@@ -80,6 +80,26 @@ GOOD: dict[str, tuple[dict[str, Any], Example]] = {
         {"problem": "2 + 3?", "solution": "It is 5.", "answer": "5", "level": 1},
         Example(text="2 + 3?", instruction=("2 + 3?", ""), completion="It is 5."),
     ),
+    "several_outputs": (
+        {"instruction": "Add", "output": ["5", " ", "five"]},
+        Example(text="Add", instruction=("Add", ""), completion="5", references=("5", "five")),
+    ),
+    "a_list_of_one": (
+        {"instruction": "Add", "output": ["5"], "response": "6"},
+        Example(text="Add", instruction=("Add", ""), completion="5"),
+    ),
+    "no_outputs": (
+        {"instruction": "Add", "output": [], "response": "5"},
+        Example(text="Add", instruction=("Add", ""), completion="5"),
+    ),
+    "several_answers": (
+        {"question": "2 + 3?", "answer": ["5", "five"]},
+        Example(text="2 + 3?", instruction=("2 + 3?", ""), completion="5", references=("5", "five")),
+    ),
+    "several_completions": (
+        {"prompt": [USER], "completion": ["Hello", "Good day"]},
+        Example(messages=HI, completion="Hello", references=("Hello", "Good day")),
+    ),
     "evol": ({"prompt": "Hi", "generated_text": "Hello"}, Example(text="Hi")),
 }
 
@@ -117,6 +137,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "Hi", "completion": 5},
         "got 5 in 'completion', expected text or a list of messages",
     ),
+    "mixed_outputs": ({"instruction": "x", "output": ["5", 5]}, "expected text or a list of texts in 'output'"),
+    "half_a_pair": ({"instruction": "x", "output": ["5", "\ud800"]}, "'output' holds half of a surrogate pair"),
     "no_instances": ({"instruction": "x", "instances": []}, "expected a list of input/output pairs in 'instances'"),
 }
 

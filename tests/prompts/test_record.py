@@ -17,6 +17,7 @@ MESSAGES = st.lists(st.builds(Message, role=TEXT, content=TEXT), min_size=1, max
 COMMON = {
     "id": TEXT,
     "completion": st.none() | TEXT,
+    "references": st.lists(TEXT, max_size=3).map(tuple),
     "split": st.sampled_from(["train", "heldout"]),
     "category": st.none() | TEXT,
 }
@@ -34,6 +35,15 @@ def test_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, prompts: 
     first = path.read_bytes()
     write_prompts(path, read_prompts(path))
     assert path.read_bytes() == first
+
+
+def test_without_references_the_file_is_what_it_was_before_there_were_any(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    write_prompts(path, [Prompt(id="a", text="Hi", completion="Hello"), Prompt(id="b", text="Ho", category="")])
+    assert path.read_text() == (
+        '{"id": "a", "text": "Hi", "completion": "Hello", "split": "train"}\n'
+        '{"id": "b", "text": "Ho", "split": "train", "category": ""}\n'
+    )
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
