@@ -249,17 +249,20 @@ Support = Literal["full", "topk_renorm", "topk_tail", "sampled"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRow:
-    """What was measured on one held-out example. Every metric of the evaluation is a mean over such rows.
+    """What was measured on one held-out example. A metric is a mean over such rows, or made of what they add up to.
 
     Attributes:
         id: names the example; rows of two models with the same id are compared as a pair.
         weight: what the example counts in the mean: its tokens for per-token metrics, 1 for whole answers.
         values: metric name to the example's own mean.
+        sums: name of a metric of the whole corpus, such as a calibration error, to the example's part of the sums it is
+            made of (`limbeck.evaluation.pooled`).
     """
 
     id: str
     weight: float
     values: Mapping[str, float]
+    sums: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

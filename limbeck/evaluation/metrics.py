@@ -48,6 +48,10 @@ METRICS: dict[str, Metric] = {
         label="Reverse KL", unit=NATS, better="lower", teacher_value=0.0,
         meaning="KL(student ‖ teacher): how much the student says that the teacher would not",
     ),
+    "jensen_shannon": Metric(
+        label="Jensen-Shannon divergence", unit=NATS, better="lower", teacher_value=0.0,
+        meaning="mean of both models' KL to their equal mixture; at most log 2 = 0.693",
+    ),
     "total_variation": Metric(
         label="Total variation", unit="", better="lower", teacher_value=0.0,
         meaning="half the sum of |p - q|: the probability mass that lies on the wrong tokens",
@@ -60,6 +64,10 @@ METRICS: dict[str, Metric] = {
         label="Top-1 agreement", unit="", better="higher", teacher_value=1.0,
         meaning="share of positions where both models rank the same token first",
     ),
+    "topk_agreement": Metric(
+        label="Top-k agreement", unit="", better="higher", teacher_value=1.0,
+        meaning="share of the teacher's k likeliest tokens that are among the student's (evaluate.fidelity.top_k)",
+    ),
     "student_entropy": Metric(
         label="Entropy", unit=NATS, better="match", teacher="teacher_entropy",
         meaning="uncertainty of the next-token distribution; best where it equals the teacher's",
@@ -68,6 +76,14 @@ METRICS: dict[str, Metric] = {
         label="Teacher entropy", unit=NATS, better="context",
         meaning="uncertainty of the teacher's next-token distribution",
     ),
+    "entropy_gap": Metric(
+        label="Entropy gap", unit=NATS, better="match", teacher_value=0.0,
+        meaning="the student's entropy less the teacher's: below 0 the student is too sure, above it too unsure",
+    ),
+    "entropy_gap_size": Metric(
+        label="Size of the entropy gap", unit=NATS, better="lower", teacher_value=0.0,
+        meaning="mean distance of the two entropies, token by token: gaps of both signs do not cancel",
+    ),
     "student_nll": Metric(
         label="Negative log-likelihood", unit=NATS, better="lower", teacher="teacher_nll",
         meaning="surprise at the tokens of the held-out responses",
@@ -75,6 +91,18 @@ METRICS: dict[str, Metric] = {
     "teacher_nll": Metric(
         label="Teacher negative log-likelihood", unit=NATS, better="context",
         meaning="the teacher's surprise at the tokens of the held-out responses",
+    ),
+    "student_ece": Metric(
+        label="Calibration error", unit="", better="lower", teacher="teacher_ece",
+        meaning="how far the confidence in the likeliest token is from how often that token followed, over 15 bins",
+    ),
+    "teacher_ece": Metric(
+        label="Teacher calibration error", unit="", better="context",
+        meaning="the same of the teacher: what its own confidence is worth on these answers",
+    ),
+    "ece_to_teacher": Metric(
+        label="Calibration error to the teacher", unit="", better="lower", teacher_value=0.0,
+        meaning="how far the student's confidence is from the teacher's probability of the same token, over 15 bins",
     ),
     "rouge_l": Metric(
         label="ROUGE-L", unit="F1", better="higher", teacher_value=1.0,

@@ -1,0 +1,29 @@
+"""Metrics of a whole corpus that are no mean over its examples: each is made of sums that the examples add up to.
+
+A row keeps its part of the sums (`ScoredRow.sums`), so that any resample of examples has its own value. A new one is an
+entry here, one in METRICS, and its parts in the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+
+def calibration_error(sums_SK: ndarray) -> ndarray:
+    """Expected calibration error, (S,): the bins' gaps by their size over all tokens (Guo et al. 2017, equation 3).
+
+    Args:
+        sums_SK: sum of outcome - confidence in each bin, then the number of tokens.
+    """
+    return abs(sums_SK[..., :-1]).sum(-1) / sums_SK[..., -1]
+
+
+POOLED: dict[str, Callable[[ndarray], ndarray]] = {
+    "student_ece": calibration_error,
+    "teacher_ece": calibration_error,
+    "ece_to_teacher": calibration_error,
+}
