@@ -34,7 +34,7 @@ PARTS = {
     "objectives": {"flow", "onednn"},
     "prompts": USABLE | {"models"},
     "teachers": USABLE | {"models"},
-    "server": {"flow"},
+    "server": {"flow", "rundir"},
     "responses": USABLE | {"models", "prompts", "server"},
     # A teacher is handed in, never imported.
     "student": USABLE | {"objectives", "models", "responses", "prompts"},

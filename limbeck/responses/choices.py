@@ -15,7 +15,7 @@ import re
 from typing import Any, Literal
 
 from limbeck.flow import LimbeckError, TokenPrompt
-from limbeck.server.client import short
+from limbeck.server.said import short
 
 Json = dict[str, Any]
 IdSource = Literal["token_ids", "logprobs", "text"]

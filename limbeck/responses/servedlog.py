@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from limbeck.flow import LimbeckError, Response
 from limbeck.responses.records import response_of
 from limbeck.responses.served import Served
-from limbeck.rundir import naming
+from limbeck.server.log import append_to_log, damaged, read_log
 
 
 @dataclass
@@ -35,20 +33,12 @@ class ServedLog:
             LimbeckError: a damaged line, or answers of another model.
         """
         log = cls(path, model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.read_bytes() if path.exists() else b""
-        whole = written[: written.rfind(b"\n") + 1]
-        if whole != written:
-            os.truncate(path, len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, entry in read_log(path):
             try:
-                entry = json.loads(line)
                 log._count(entry)
                 log.rows[entry["row"]] = response_of(entry["response"])
             except (ValueError, KeyError, TypeError) as error:
-                raise LimbeckError(
-                    f"{path}:{number} is damaged ({error}); delete the line and run the same command again"
-                ) from None
+                raise damaged(path, number, error) from None
             if entry["model"] != model:
                 raise LimbeckError(
                     f"{path} holds answers of {entry['model']!r}, the server now has {model!r}; serve the former "
@@ -66,10 +56,7 @@ class ServedLog:
             "prompt_differs": served.prompt_differs,
             "response": asdict(served.response),
         }
-        with naming(self.path), self.path.open("ab") as file:
-            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_to_log(self.path, entry)
         self._count(entry)
         self.rows[served.index] = served.response
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import email.utils
 import json
 import os
 import random
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from limbeck.flow import LimbeckError
+from limbeck.server.said import Json, message_in, parsed, short, wish_s
 from limbeck.server.transport import CONNECT_S, Answer, Broken, exchange
-
-Json = dict[str, Any]
 
 _URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?")
 # Statuses that another try may mend; every other 4xx is the server's last word on the request.
@@ -55,6 +52,7 @@ class Server:
         retries: further tries after what may pass, with pauses that double from `backoff_s`, jittered, never shorter
             than the server's Retry-After.
         api_key_env: environment variable that holds the key; the key itself is kept nowhere.
+        section: of the recipe, whose keys messages name.
     """
 
     base_url: str
@@ -62,18 +60,19 @@ class Server:
     retries: int = 5
     api_key_env: str | None = None
     backoff_s: float = 0.5
+    section: str = "responses.server"
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
         # Not repeated: the recipe is kept with the run, and messages are passed on.
         if parts.username or parts.password or parts.query:
             raise LimbeckError(
-                "responses.server.base_url holds a user name, a password or a query; leave it out, and name the "
-                "environment variable that holds the key with responses.server.api_key_env"
+                f"{self.section}.base_url holds a user name, a password or a query; leave it out, and name the "
+                f"environment variable that holds the key with {self.section}.api_key_env"
             )
         if not _URL.fullmatch(self.base_url):
             raise LimbeckError(
-                f"responses.server.base_url is {self.base_url!r}, expected something like http://localhost:8000/v1"
+                f"{self.section}.base_url is {self.base_url!r}, expected something like http://localhost:8000/v1"
             )
 
     @property
@@ -112,7 +111,7 @@ class Server:
         if not all(isinstance(name, str) for name in names):
             raise LimbeckError(
                 f"{self.root}/models answers {short(reply)}, expected a list of models; "
-                "check that responses.server.base_url is that of an OpenAI-compatible server"
+                f"check that {self.section}.base_url is that of an OpenAI-compatible server"
             )
         return tuple(str(name) for name in names)
 
@@ -130,11 +129,19 @@ class Server:
         if wanted is None:
             if len(offered) != 1:
                 offers = f"{len(offered)} models ({listed})" if offered else "no list of models"
-                raise LimbeckError(f"{self.root} offers {offers}; name one with responses.server.model")
+                raise LimbeckError(f"{self.root} offers {offers}; name one with {self.section}.model")
             return offered[0]
         if offered and wanted not in offered and not wanted.startswith("/"):
-            raise LimbeckError(f"{self.root} has no model {wanted!r}; it offers {listed}: set responses.server.model")
+            raise LimbeckError(f"{self.root} has no model {wanted!r}; it offers {listed}: set {self.section}.model")
         return wanted
+
+    def check_key(self) -> None:
+        """See that the key is there, where one is named, without asking the server.
+
+        Raises:
+            LimbeckError: the variable is not set, or what it holds can be no key.
+        """
+        self._key()
 
     def _ask(self, path: str, body: Json | None) -> Json | Refusal:
         tries, reply = 1, self._attempt(path, body)
@@ -166,40 +173,40 @@ class Server:
         if broken.kind == "unreachable":
             limit = f" within {min(CONNECT_S, self.timeout_s):g} s" if broken.why == "nothing answers" else ""
             what = f"cannot be reached ({broken.why}{limit})"
-            return _Trouble(what=what, remedy="start the server, or correct responses.server.base_url")
+            return _Trouble(what=what, remedy=f"start the server, or correct {self.section}.base_url")
         if broken.kind == "slow":
             what = f"did not answer within {self.timeout_s:g} s"
-            remedy = "raise responses.server.timeout_s or lower responses.server.concurrency"
+            remedy = f"raise {self.section}.timeout_s or lower {self.section}.concurrency"
             return _Trouble(what=what, remedy=remedy)
         what = "cut the connection off in the middle of an answer"
         return _Trouble(what=what, remedy="look at the server's log; the same command then continues")
 
     def _judge(self, answer: Answer, data: bytes | None) -> Json | Refusal | _Trouble:
-        reply, status = _parsed(answer.raw), answer.status
+        reply, status = parsed(answer.raw), answer.status
         if 200 <= status < 300:
             if isinstance(reply, dict):
                 return reply
             said = " ".join(answer.raw[:400].decode("utf-8", "replace").split())
-            remedy = "check that responses.server.base_url is that of an OpenAI-compatible server, with its /v1"
+            remedy = f"check that {self.section}.base_url is that of an OpenAI-compatible server, with its /v1"
             return _Trouble(what=f"answers {said[:80]!r}, expected a JSON object", remedy=remedy)
-        said = self._message(answer.raw)
+        said = message_in(answer.raw, secret=self._key())
         if 300 <= status < 400:
             raise LimbeckError(
-                f"{self.root} redirects to {answer.headers.get('Location')}; give that as responses.server.base_url"
+                f"{self.root} redirects to {answer.headers.get('Location')}; give that as {self.section}.base_url"
             )
         if status in (401, 403):
-            has = "check the key in the environment variable that responses.server.api_key_env names"
-            lacks = "name the environment variable that holds one with responses.server.api_key_env"
+            has = f"check the key in the environment variable that {self.section}.api_key_env names"
+            lacks = f"name the environment variable that holds one with {self.section}.api_key_env"
             raise LimbeckError(
                 f"{self.root} does not let us in (HTTP {status}: {said}); {has if self.api_key_env else lacks}"
             )
         # A list that a server fails to make is one it does not have (transformers serve without a cache of models).
         if status in _PASSING and not (status == 500 and data is None):
-            remedy = "lower responses.server.concurrency" if status == 429 else "look at the server's log"
+            remedy = f"lower {self.section}.concurrency" if status == 429 else "look at the server's log"
             return _Trouble(
                 what=f"cannot answer (HTTP {status}: {said})",
                 remedy=f"{remedy}; the same command then continues",
-                wish_s=_wish_s(answer.headers.get("Retry-After")),
+                wish_s=wish_s(answer.headers.get("Retry-After")),
             )
         return Refusal(status=status, message=said)
 
@@ -211,40 +218,6 @@ class Server:
         if not key or not key.isascii() or not key.isprintable():
             state = "holds characters that no HTTP header may hold" if key else "is not set"
             raise LimbeckError(
-                f"the environment variable that responses.server.api_key_env names {state}; export it with the key"
+                f"the environment variable that {self.section}.api_key_env names {state}; export it with the key"
             )
         return key
-
-    def _message(self, raw: bytes) -> str:
-        """What the server says is wrong, in one line, without the key should it repeat it."""
-        said = _parsed(raw)
-        for name in ("error", "detail", "message"):
-            if isinstance(said, dict) and said.get(name):
-                said = said[name]
-        text = said if isinstance(said, str) else raw.decode("utf-8", "replace") if said is None else json.dumps(said)
-        text = " ".join(text.split()) or "no reason given"
-        if key := self._key():
-            text = text.replace(key, "***")
-        return text if len(text) <= 240 else f"{text[:240]} ..."
-
-
-def short(value: object) -> str:
-    """A value as a message shows it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 120 else f"{text[:120]} ..."
-
-
-def _parsed(raw: bytes) -> Any:
-    try:
-        return json.loads(raw)
-    except ValueError:
-        return None
-
-
-def _wish_s(header: str | None) -> float:
-    """Seconds of a Retry-After header: a number or a date; 0 for anything else."""
-    header = header or "0"
-    if header.strip().isdigit():
-        return float(header)
-    date = email.utils.parsedate_tz(header)
-    return 0.0 if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
