@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from limbeck import recipe_checks, recipe_mistakes, recipe_text
 from limbeck.flow import LimbeckError
+from limbeck.recipe_files import read_yaml, shipped_recipes
 from limbeck.recipe_sections import AXES, NESTED, ObjectiveSection, Recipe, TrainSection
 
-__all__ = ["ObjectiveSection", "Recipe", "TrainSection"]
+__all__ = ["ObjectiveSection", "Recipe", "TrainSection", "shipped_recipes"]
 
 _ADAPTER = TypeAdapter(Recipe)
-
-
-def shipped_recipes() -> tuple[str, ...]:
-    """Names of the recipes in the package."""
-    folder = resources.files("limbeck") / "recipes"
-    return tuple(sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")))
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -37,37 +31,29 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         LimbeckError: unknown recipe, broken YAML, unknown key (with the nearest known one), wrong type or value.
     """
-    tree = dict(recipe) if isinstance(recipe, Mapping) else _read(recipe)
+    return _validate(recipe_tree(recipe, overrides))
+
+
+def recipe_tree(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load_recipe` validates: the recipe as written, with the overrides on top.
+
+    Raises:
+        LimbeckError: unknown recipe, broken YAML, or an override without a value.
+    """
+    tree = dict(recipe) if isinstance(recipe, Mapping) else read_yaml(recipe, "recipe")
     if isinstance(groups := tree.get("evaluate"), list | tuple):
         tree["evaluate"] = {"groups": groups}
     for override in overrides:
-        _apply(tree, override)
-    return _validate(tree)
+        apply_override(tree, override)
+    return tree
 
 
-def _read(recipe: str | Path) -> dict[str, Any]:
-    path = Path(recipe)
-    if str(recipe) in shipped_recipes():
-        name, text = str(recipe), (resources.files("limbeck") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
-    elif path.is_file():
-        name = path.stem
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise LimbeckError(f"{path} is not UTF-8 text; a recipe is a YAML file") from None
-    else:
-        near = recipe_mistakes.nearest(str(recipe), shipped_recipes())
-        raise LimbeckError(
-            f"no recipe {str(recipe)!r}: neither a file nor a shipped recipe ({', '.join(shipped_recipes())}){near}"
-        )
-    tree = recipe_text.parse(text, f"recipe {recipe}")
-    if not isinstance(tree, dict):
-        got = "nothing" if tree is None else type(tree).__name__
-        raise LimbeckError(f"recipe {recipe} holds {got}; expected sections such as 'teacher:' and 'student:'")
-    return {"name": name, **tree}
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set a dotted key of a tree in place, from text such as `train.max_steps=20`.
 
-
-def _apply(tree: dict[str, Any], override: str) -> None:
+    Raises:
+        LimbeckError: no value, or a section where a value stands.
+    """
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:

@@ -21,12 +21,16 @@ LEAVES = {
     "failures": {"flow"},
     "recipe_mistakes": set(),
     "recipe_text": {"flow", "recipe_mistakes"},
+    "recipe_files": {"flow", "recipe_mistakes", "recipe_text"},
     "recipe_values": set(),
     "recipe_evaluation": {"recipe_values"},
     "recipe_sections": {"recipe_evaluation", "recipe_values"},
     "recipe_checks": {"flow", "recipe_sections"},
     # Only to build objectives and rules and to list the objectives' options in the schema, inside functions.
-    "config": {"flow", "recipe_checks", "recipe_mistakes", "recipe_sections", "recipe_text", "objectives"},
+    "config": {
+        *("flow", "recipe_checks", "recipe_files", "recipe_mistakes", "recipe_sections", "recipe_text"),
+        "objectives",
+    },
 }
 USABLE = {"flow", "config", "recipe_evaluation", "recipe_sections", "rundir", "console", "onednn"}
 PARTS = {
