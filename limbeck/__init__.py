@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "evaluate": "limbeck.api",
     "load": "limbeck.api",
     "run": "limbeck.api",
     "Recipe": "limbeck.config",
@@ -64,6 +65,7 @@ __all__ = [
     "TemperatureSchedule",
     "TopKSignal",
     "build_objective",
+    "evaluate",
     "fused_distillation_loss",
     "load",
     "run",

@@ -24,6 +24,32 @@ def load(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Recipe:
     return load_recipe(recipe, overrides)
 
 
+def evaluate(
+    student: str | Path,
+    *overrides: str,
+    prompts: str | Path,
+    teacher: str | Path | None = None,
+    update: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Measure any student beside any teacher on any prompts, without a training run.
+
+    Args:
+        student, teacher: model directories, hub ids, GGUF files or named assets. Without a teacher only what needs none
+            is measured.
+        overrides: `section.key=value`, such as evaluate.groups=[fidelity,diversity] or output_dir=DIR.
+        prompts: a file or data set, all of which is evaluated on.
+
+    Raises:
+        LimbeckError: anything a person can mend, in one line.
+    """
+    from limbeck.stages.alone import EXAMINATION, recipe_of
+    from limbeck.story import Run, play
+
+    recipe = recipe_of(str(student), None if teacher is None else str(teacher), str(prompts), overrides)
+    return Run(play(recipe, stages=EXAMINATION, console=console, update=update).root)
+
+
 def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *overrides: str,

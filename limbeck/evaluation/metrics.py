@@ -39,6 +39,13 @@ CONDITIONS = {
     "references": "on the references",
 }
 
+
+def _of_both(name: str, metric: Metric) -> dict[str, Metric]:
+    """The student's metric and the teacher's own value of it."""
+    teacher = replace(metric, label=f"Teacher: {metric.label}", better="context", meaning="the same of the teacher")
+    return {name: replace(metric, teacher=f"teacher_{name}"), f"teacher_{name}": teacher}
+
+
 METRICS: dict[str, Metric] = {
     "forward_kl": Metric(
         label="Forward KL", unit=NATS, better="lower", teacher_value=0.0,
@@ -108,6 +115,43 @@ METRICS: dict[str, Metric] = {
         label="ROUGE-L", unit="F1", better="higher", teacher_value=1.0,
         meaning="longest common subsequence of the greedy answers of student and teacher, as F1 over stemmed words",
     ),
+    "draft_acceptance": Metric(
+        label="Measured acceptance", unit="", better="higher", teacher_value=1.0,
+        meaning="share of the student's drafts that the teacher kept in speculative decoding, of those it looked at",
+    ),
+    "tokens_per_pass": Metric(
+        label="Tokens a pass", unit="tokens/pass", better="higher",
+        meaning="tokens written for each pass of the teacher with the student drafting; 1 without a draft",
+    ),
+    "speculative_speedup": Metric(
+        label="Speculative speed-up", unit="times", better="higher",
+        meaning="seconds a token of the teacher alone over those with the student drafting, one prompt at a time; "
+        "a time, so it differs from run to run",
+    ),
+    **_of_both("parameters", Metric(
+        label="Parameters", unit="M", better="lower",
+        meaning="millions of parameters, tied ones counted once",
+    )),
+    **_of_both("disk_size", Metric(
+        label="Size on disk", unit="MB", better="lower",
+        meaning="the weight files as they are stored",
+    )),
+    **_of_both("weight_memory", Metric(
+        label="Memory of the weights", unit="MB", better="lower",
+        meaning="parameters and buffers in the precision they were evaluated in",
+    )),
+    **_of_both("cache_size", Metric(
+        label="Cache a token", unit="kB/token", better="lower",
+        meaning="keys and values that each token of context keeps in memory",
+    )),
+    **_of_both("prefill_speed", Metric(
+        label="Reading speed", unit="tokens/s", better="higher",
+        meaning="prompt tokens read a second; the examples are repeats on this machine, never the same twice",
+    )),
+    **_of_both("decode_speed", Metric(
+        label="Writing speed", unit="tokens/s", better="higher",
+        meaning="tokens written a second, one by one; the examples are repeats on this machine, never the same twice",
+    )),
 }  # fmt: skip
 
 

@@ -22,8 +22,25 @@ def calibration_error(sums_SK: ndarray) -> ndarray:
     return abs(sums_SK[..., :-1]).sum(-1) / sums_SK[..., -1]
 
 
+def ratio(sums_S2: ndarray) -> ndarray:
+    """One sum over another, (S,)."""
+    return sums_S2[..., 0] / sums_S2[..., 1]
+
+
+def speedup(sums_S4: ndarray) -> ndarray:
+    """Seconds a token before over seconds a token after, (S,).
+
+    Args:
+        sums_S4: seconds and tokens before, seconds and tokens after.
+    """
+    return ratio(sums_S4[..., :2]) / ratio(sums_S4[..., 2:])
+
+
 POOLED: dict[str, Callable[[ndarray], ndarray]] = {
     "student_ece": calibration_error,
     "teacher_ece": calibration_error,
     "ece_to_teacher": calibration_error,
+    "draft_acceptance": ratio,
+    "tokens_per_pass": ratio,
+    "speculative_speedup": speedup,
 }

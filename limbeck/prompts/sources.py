@@ -73,7 +73,7 @@ def load_prompts(
     Args:
         source: "builtin"; a .jsonl, .json or .parquet file, a glob of them or a folder of them; a folder written by
             `datasets.save_to_disk`; a hub id.
-        heldout_fraction: expected share of the held-out prompts, in (0, 1).
+        heldout_fraction: expected share of the held-out prompts, in (0, 1); 1 holds all of them out, to evaluate on.
         limit: keep the prompts with the smallest hashes, so many; a smaller limit keeps a subset.
         fields: for data in none of the known formats, its own names of `prompt`, and of `completion` and `category`.
         dataset_split, dataset_config: the part of a `datasets` source, in its own words.
@@ -82,7 +82,7 @@ def load_prompts(
         LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
             formats, a blank prompt, a split without prompts.
     """
-    if not 0.0 < heldout_fraction < 1.0:
+    if not 0.0 < heldout_fraction <= 1.0:
         raise LimbeckError(
             f"prompts.eval_fraction is {heldout_fraction}, expected a share between 0 and 1, both excluded"
         )
@@ -102,7 +102,8 @@ def load_prompts(
         duplicates=len(examples) - len(unique),
         limited=len(unique) - len(prompts),
     )
-    _require_both_splits(loaded, heldout_fraction)
+    if heldout_fraction < 1.0:
+        _require_both_splits(loaded, heldout_fraction)
     return loaded
 
 

@@ -11,7 +11,8 @@ from limbeck.rundir import Json
 from limbeck.story import Stage, Story
 
 
-def _prompt_inputs(story: Story) -> Json:
+def prompt_inputs(story: Story) -> Json:
+    """What decides which prompts there are."""
     section = asdict(story.recipe.prompts)
     for later in ("template", "chat_options", "too_long", "control_tokens"):
         del section[later]
@@ -38,7 +39,7 @@ def _play_prompts(story: Story) -> Json:
 STAGE = Stage(
     name="prompts",
     verb="prompts",
-    inputs=_prompt_inputs,
+    inputs=prompt_inputs,
     play=_play_prompts,
     outputs=lambda run: (run.prompts,),
 )

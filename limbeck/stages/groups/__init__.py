@@ -1,6 +1,8 @@
 """The groups of metrics, in the order of a report. A new one is one file here and one line in this table."""
 
 from limbeck.stages.exam import Group
-from limbeck.stages.groups import fidelity, rouge
+from limbeck.stages.groups import cost, fidelity, rouge, speculation
 
-GROUPS: dict[str, Group] = {group.name: group for group in (fidelity.GROUP, rouge.GROUP)}
+GROUPS: dict[str, Group] = {
+    group.name: group for group in (fidelity.GROUP, rouge.GROUP, speculation.GROUP, cost.GROUP)
+}

@@ -1,0 +1,169 @@
+"""Evaluation on its own: any student beside any teacher on any prompts, without a training run.
+
+It is a story of three stages, so it is resumable, locked and addressed by fingerprints like a run: the prompts, all of
+them held out; the exam; the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import Recipe, load_recipe
+from limbeck.evaluation.metrics import METRICS
+from limbeck.flow import LimbeckError
+from limbeck.models.fingerprints import model_fingerprint
+from limbeck.models.loading import load_tokenizer
+from limbeck.models.sources import resolve
+from limbeck.models.vocabulary import compare
+from limbeck.prompts.record import write_prompts
+from limbeck.prompts.sources import load_prompts
+from limbeck.recipe_mistakes import nearest
+from limbeck.rundir import Json
+from limbeck.stages import evaluation, report
+from limbeck.stages.evaluation import check_groups, evaluation_inputs, examine, write_answers
+from limbeck.stages.exam import Exam
+from limbeck.stages.groups import GROUPS
+from limbeck.stages.prompts import prompt_inputs
+from limbeck.stages.responses import teacher_inputs
+from limbeck.story import Stage, Story
+
+
+def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe of an evaluation. Without a teacher the student stands in its place, and no group may ask for one.
+
+    Args:
+        student, teacher: directories, hub ids, GGUF files or named assets.
+        prompts: a file or data set, as `prompts.source`.
+        overrides: `section.key=value`; `evaluate.groups` says what is measured, by default fidelity and rouge, without
+            a teacher rouge against the references.
+
+    Raises:
+        LimbeckError: a group needs a teacher and there is none, or `load_recipe` refuses something.
+    """
+    named = Path(student).expanduser()
+    folder = named.name if named.name != "student" else named.resolve().parent.name
+    evaluate: dict[str, Any] = {"groups": ["fidelity", "rouge"]}
+    if teacher is None:
+        evaluate = {"groups": ["rouge"], "rouge": {"against": ["references"]}}
+    tree = {
+        "name": f"evaluation-of-{folder}",
+        "teacher": {"model": teacher or student},
+        "student": {"model": student, "init": "pretrained"},
+        "prompts": {"source": prompts},
+        "evaluate": evaluate,
+    }
+    _check_names(overrides)
+    recipe = load_recipe(tree, overrides)
+    if teacher is None:
+        _refuse_teacher(recipe)
+    return recipe
+
+
+def _check_names(overrides: Sequence[str]) -> None:
+    """A metric is no group, but somebody may well ask for one by its name."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.strip() not in ("evaluate", "evaluate.groups"):
+            continue
+        for name in value.strip(" []").replace(",", " ").split():
+            if name in METRICS:
+                raise LimbeckError(f"{name} is a metric; name the group that measures it: {', '.join(GROUPS)}")
+            if name not in GROUPS:
+                raise LimbeckError(f"no group {name!r}; there are {', '.join(GROUPS)}{nearest(name, tuple(GROUPS))}")
+
+
+def _refuse_teacher(recipe: Recipe) -> None:
+    for name in recipe.evaluate.groups:
+        if "teacher" in GROUPS[name].needs(recipe.evaluate):
+            other = "; or evaluate.rouge.against=[references]" if name == "rouge" else "; or leave the group out"
+            raise LimbeckError(
+                f"group {name} compares with a teacher and none is given; name one with --teacher{other}"
+            )
+
+
+def _play_prompts(story: Story) -> Json:
+    section = story.recipe.prompts
+    loaded = load_prompts(
+        section.source,
+        heldout_fraction=1.0,
+        limit=section.limit,
+        split_seed=section.split_seed,
+        fields=section.fields,
+        dataset_split=section.dataset_split,
+        dataset_config=section.dataset_config,
+    )
+    _check_references(story, loaded.prompts)
+    write_prompts(story.run.prompts, loaded.prompts)
+    story.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
+    return loaded.counts()
+
+
+def _check_references(story: Story, prompts: Sequence[Any]) -> None:
+    bare = next((p for p in prompts if p.completion is None), None)
+    for name in story.recipe.evaluate.groups:
+        if bare is not None and "references" in GROUPS[name].needs(story.recipe.evaluate):
+            raise LimbeckError(
+                f"group {name} needs reference answers and {bare.where or bare.id} has none; "
+                "give data with completions, or set its `against` to [teacher]"
+            )
+
+
+def _check_exam(story: Story) -> None:
+    """Both models exist, and token metrics have the same tokens on both sides."""
+    section = story.recipe.student
+    assert section.model is not None
+    for model, revision, trust in (
+        (section.model, section.revision, section.trust_remote_code),
+        (story.recipe.teacher.model, story.recipe.teacher.revision, story.recipe.teacher.trust_remote_code),
+    ):
+        resolve(model, revision=revision, weights=Path(model).expanduser().exists(), trust_remote_code=trust)
+    if story.recipe.prompts.template == "chat":
+        load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    asking = [name for name in story.recipe.evaluate.groups if "tokens" in GROUPS[name].needs(story.recipe.evaluate)]
+    if asking and story.student_card is not None:
+        differences = compare(story.teacher_card, story.student_card).differences
+        if differences:
+            rest = [name for name in story.recipe.evaluate.groups if name not in asking] or ["rouge", "diversity"]
+            raise LimbeckError(
+                f"group {asking[0]} compares token by token, but teacher and student have different tokens: "
+                f"{differences[0]}; what compares texts works: evaluate.groups=[{', '.join(rest)}]"
+            )
+    check_groups(story)
+
+
+def _exam_inputs(story: Story) -> Json:
+    section, prompts = story.recipe.student, story.recipe.prompts
+    assert section.model is not None
+    source = resolve(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    student = {"weights": model_fingerprint(source), "dtype": section.dtype, "attention": section.attn_implementation}
+    template = {"template": prompts.template, "chat_options": prompts.chat_options, "too_long": prompts.too_long}
+    chosen: Mapping[str, Any] = evaluation_inputs(story)
+    return {"student": student, "teacher": teacher_inputs(story), "prompts": template, "evaluate": dict(chosen)}
+
+
+def _play_exam(story: Story) -> Json:
+    parts = examine(story, ("after",))
+    write_answers(story, parts)
+    return {"heldout_prompts": len(Exam(story=story, part="after").prompts)}
+
+
+EXAMINATION: tuple[Stage, ...] = (
+    Stage(
+        name="prompts",
+        verb="prompts",
+        inputs=lambda story: prompt_inputs(story) | {"heldout": "all"},
+        play=_play_prompts,
+        outputs=lambda run: (run.prompts,),
+    ),
+    Stage(
+        name="evaluation",
+        verb="evaluate",
+        check=_check_exam,
+        inputs=_exam_inputs,
+        play=_play_exam,
+        outputs=evaluation.STAGE.outputs,
+    ),
+    report.STAGE,
+)
