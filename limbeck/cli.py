@@ -87,18 +87,22 @@ def _fail(message: str) -> None:
 
 def _play(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> None:
     from limbeck.api import load
-    from limbeck.console import default_console
     from limbeck.stages import STAGES
+
+    run = _played(load(recipe, *(overrides or [])), STAGES, verb, update)
+    if not int(os.environ.get("RANK", "0")):
+        print(run.report if verb == "report" else run.root)
+
+
+def _played(recipe: Any, stages: Any, verb: str, update: bool) -> Any:
+    from limbeck.console import default_console
     from limbeck.story import play
 
-    loaded = load(recipe, *(overrides or []))
     console = default_console()
     with warnings.catch_warnings():
         # A user reads what is wrong, not which of our lines noticed it.
         warnings.showwarning = lambda message, *_args, **_options: console.warn(" ".join(str(message).split()))
-        run = play(loaded, stages=STAGES, until=verb, update=update, console=console)
-    if not int(os.environ.get("RANK", "0")):
-        print(run.report if verb == "report" else run.root)
+        return play(recipe, stages=stages, until=verb, update=update, console=console)
 
 
 @app.callback(invoke_without_command=True)
@@ -162,10 +166,42 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, update: Update = 
 
 
 @app.command()
-def evaluate(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
-    """Up to the scores of the student before and after training, on held-out prompts."""
+def evaluate(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|STUDENT", help="A recipe or a run; with --prompts, a model."
+        ),
+    ],
+    overrides: Overrides = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Evaluate a model on this file or data set, without a run.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="With --prompts: the model beside it.")] = None,
+    groups: Annotated[
+        str | None, typer.Option("--groups", help="What is measured, e.g. fidelity,diversity (evaluate.groups).")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness, e.g. ifeval,arc_easy.")
+    ] = None,
+    update: Update = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a student on held-out prompts: that of a run, or with --prompts any model beside any teacher."""
     del debug
-    _play(recipe, overrides, "evaluate", update)
+    changes = [*(overrides or [])]
+    if groups is not None:
+        changes.append(f"evaluate.groups=[{groups}]")
+    if lm_eval is not None:
+        changes.append(f"evaluate.tasks.lm_eval=[{lm_eval}]")
+    if prompts is None:
+        if teacher is not None:
+            raise LimbeckError("--teacher goes with --prompts; of a run, name the teacher with teacher.model=...")
+        _play(recipe, changes, "evaluate", update)
+        return
+    from limbeck.stages.alone import EXAMINATION, recipe_of
+
+    print(_played(recipe_of(recipe, teacher, prompts, changes), EXAMINATION, "report", update).report)
 
 
 @app.command()

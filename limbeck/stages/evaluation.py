@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 
 from limbeck.card import write_card
@@ -15,6 +16,7 @@ from limbeck.rundir import Json, read_json, write_json, write_text
 from limbeck.stages.exam import Exam, Group, Part
 from limbeck.stages.groups import GROUPS
 from limbeck.stages.groups.rouge import greedy
+from limbeck.stages.sharing import initial_student, once
 from limbeck.story import Stage, Story
 
 Tables = dict[str, Sequence[ScoredRow]]
@@ -47,7 +49,7 @@ def check_groups(story: Story) -> None:
 def _play_evaluation(story: Story) -> Json:
     """Measure the student before and after training; each group of each part that is on disk is kept."""
     parts = examine(story, ("before", "after"))
-    _write_samples(story, parts)
+    write_answers(story, parts)
     base_model, license = _origin(story)
     write_card(story.run.root, base_model=base_model, license=license)
     return {"heldout_prompts": len(Exam(story=story, part="after").prompts)}
@@ -59,12 +61,21 @@ def examine(story: Story, parts: Sequence[Part]) -> dict[Part, Tables]:
     found: dict[Part, Tables] = {"before": {}, "after": {}}
     for part in parts:
         exam = Exam(story=story, part=part)
-        for group in groups:
-            if part in group.parts:
-                found[part] |= _rows_of(exam, group)
+        with _once_a_sweep(exam):
+            for group in groups:
+                if part in group.parts:
+                    found[part] |= _rows_of(exam, group)
         exam.release(student=True)
     write_scores(story.run.root, before=found["before"], after=found["after"], seed=0)
     return found
+
+
+def _once_a_sweep(exam: Exam) -> AbstractContextManager[None]:
+    """Runs that begin with the same student have the same scores before training; those after it are their own."""
+    if exam.part == "after":
+        return nullcontext()
+    made_from = {"before": initial_student(exam.story), "evaluate": evaluation_inputs(exam.story)}
+    return once(exam.story, made_from, exam.folder, ("before.*", "answers/before-*.jsonl"))
 
 
 def _rows_of(exam: Exam, group: Group) -> Tables:
@@ -98,24 +109,24 @@ def _origin(story: Story) -> tuple[str | None, str | None]:
     return hub_id, source.license
 
 
-def _write_samples(story: Story, parts: Mapping[Part, Tables]) -> None:
-    """A handful of held-out prompts with the greedy answers of teacher, student before and student after."""
-    if "rouge" not in parts["after"]:
+def write_answers(story: Story, parts: Mapping[Part, Tables]) -> None:
+    """A handful of held-out prompts with the greedy answers of whoever answered: teacher, student before and after."""
+    # Against the references alone no greedy answers were written.
+    rouge = {part: [row for row in t.get("rouge", ()) if "rouge_l" in row.values] for part, t in parts.items()}
+    scored = {part: {row.id: row.values["rouge_l"] for row in rows} for part, rows in rouge.items() if rows}
+    if not scored:
         return
-    rouge = {part: {row.id: row.values["rouge_l"] for row in parts[part]["rouge"]} for part in parts}
     after = Exam(story=story, part="after")
     sampling = greedy(after.section)
-    sides: dict[str, dict[str, str]] = {}
-    for side in ("teacher", "before", "after"):
-        exam = Exam(story=story, part="before" if side == "before" else "after")
-        sides[side] = exam.texts("teacher" if side == "teacher" else "student", sampling)
+    sides = {"teacher": after.texts("teacher", sampling)}
+    for part in scored:
+        sides[part] = Exam(story=story, part=part).texts("student", sampling)
     lines = []
-    for prompt in after.prompts[: story.recipe.evaluate.samples]:
-        if prompt.id not in sides["teacher"]:
-            continue
+    shown = [p for p in after.prompts if all(p.id in texts for texts in sides.values())]
+    for prompt in shown[: story.recipe.evaluate.samples]:
         asked = prompt.text if prompt.text is not None else "\n".join(m.content for m in prompt.messages or ())
-        line = {"prompt": asked} | {side: sides[side][prompt.id] for side in sides}
-        line |= {f"rouge_{part}": rouge[part][prompt.id] for part in rouge}
+        line = {"prompt": asked} | {side: texts[prompt.id] for side, texts in sides.items()}
+        line |= {f"rouge_{part}": rows[prompt.id] for part, rows in scored.items()}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(story.run.samples, "".join(lines))
 

@@ -26,6 +26,7 @@ from limbeck.responses.records import read_responses, write_responses
 from limbeck.rundir import Json, fingerprint
 from limbeck.stages.batches import write_in_batches
 from limbeck.stages.responses import load_responses, sampler_for, sampling_meter
+from limbeck.stages.sharing import once
 from limbeck.stages.student import build_initial_student
 from limbeck.story import Story
 
@@ -118,6 +119,7 @@ class Exam:
         section = self.story.recipe.student
         loaded = load_model(
             self._student_source,
+            revision=None if self.story.run.manifest("student") else section.revision,
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,
             trust_remote_code=self.story.student_trusted,
@@ -139,7 +141,8 @@ class Exam:
             return self.speaker(who).tokenizer
         section = self.story.recipe.teacher
         if who == "student" and self.part == "after":
-            return load_tokenizer(self._student_source, trust_remote_code=self.story.student_trusted)
+            revision = None if self.story.run.manifest("student") else self.story.recipe.student.revision
+            return load_tokenizer(self._student_source, revision=revision, trust_remote_code=self.story.student_trusted)
         if who == "student" and self.story.recipe.student.model is not None:
             section = self.story.recipe.student
         assert section.model is not None
@@ -169,30 +172,46 @@ class Exam:
         fitting = check_lengths(encoded, window=window, max_new_tokens=max_new_tokens, too_long=section.too_long)
         return [replace(p, split="heldout") for p in fitting.kept]
 
-    def answers(self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None) -> list[Response]:
-        """Answers to prompts (all held-out ones), written once: they are kept under what they were made from."""
+    def answers(
+        self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None, *, keep_logp: bool = False
+    ) -> list[Response]:
+        """Answers to prompts (all held-out ones), written once: they are kept under what they were made from.
+
+        Args:
+            keep_logp: with the log-probability of each id at temperature 1.
+        """
         prompts = self.prompts[: self.section.prompts] if prompts is None else prompts
         asked_of = [(p.id, p.text, [asdict(m) for m in p.messages or ()]) for p in prompts]
-        key = fingerprint([asked_of, asdict(sampling)])[:12]
+        key = fingerprint([asked_of, asdict(sampling), *(["logp"] if keep_logp else [])])[:12]
         writer = who if who == "teacher" else self.part
         path = self.folder / "answers" / f"{writer}-{key}.jsonl"
-        if not path.exists():
-            speaker = self.speaker(who)
-            asked = self.asked(who, prompts, max_new_tokens=sampling.max_new_tokens)
-            batches = path.with_suffix("")
-            found, _ = write_in_batches(
-                sampler_for(
-                    self.story, speaker.model, speaker.tokenizer, speaker.template, who, self.section.batch_size
-                ),
-                asked,
-                sampling,
-                batches,
-                stop=self.story.stop,
-                watching=lambda done: sampling_meter(self.story, f"answer {writer}", len(asked), done),
-            )
-            write_responses(path, found)
-            shutil.rmtree(batches)
+        if not path.exists() and who == "teacher":
+            # The same for all students of a sweep.
+            made_from = {"answers": key, "batch_size": self.section.batch_size}
+            with once(self.story, made_from, path.parent, (path.name,)):
+                if not path.exists():
+                    self._answer(path, who, sampling, prompts, keep_logp)
+        elif not path.exists():
+            self._answer(path, who, sampling, prompts, keep_logp)
         return read_responses(path)
+
+    def _answer(self, path: Path, who: Who, sampling: Sampling, prompts: Sequence[Prompt], keep_logp: bool) -> None:
+        """Write the answers of one of the two into a file."""
+        speaker = self.speaker(who)
+        asked = self.asked(who, prompts, max_new_tokens=sampling.max_new_tokens)
+        batches = path.with_suffix("")
+        writer, rows = path.stem.partition("-")[0], self.section.batch_size
+        sampler = sampler_for(self.story, speaker.model, speaker.tokenizer, speaker.template, who, rows)
+        found, _ = write_in_batches(
+            replace(sampler, keep_logp=keep_logp),
+            asked,
+            sampling,
+            batches,
+            stop=self.story.stop,
+            watching=lambda done: sampling_meter(self.story, f"answer {writer}", len(asked), done),
+        )
+        write_responses(path, found)
+        shutil.rmtree(batches)
 
     def texts(self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None) -> dict[str, str]:
         """The same as text without special tokens, by prompt id."""
@@ -206,7 +225,11 @@ class Exam:
     @property
     def _student_source(self) -> str | Path:
         """Where the student after training is: what was trained, or the model itself where nothing is trained."""
-        return self.story.run.student
+        section, trained = self.story.recipe.student, self.story.run.manifest("student") is not None
+        if trained:
+            return self.story.run.student
+        assert section.model is not None, "a student of its own, which `recipe_of` names"
+        return section.model
 
     def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> Speaker:
         template = (self.story.run.manifest("responses") or {}).get("template")
