@@ -117,6 +117,32 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+# Files that grow by lines in place: a second name for one of them would change with it.
+_APPENDED = ("metrics.jsonl", "metrics.sft.jsonl", "examples.jsonl", "served.jsonl")
+
+
+def link(path: Path, target: Path) -> None:
+    """Give a file a second name, in place of what has it; a copy for logs and where a file can have but one name.
+
+    Safe because everything else in a run directory is replaced, never written in place.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    if path.name in _APPENDED:
+        shutil.copyfile(path, partial)
+    else:
+        try:
+            partial.hardlink_to(path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
+                raise
+            shutil.copyfile(path, partial)
+    partial.replace(target)
+    # Of two names of one file, a move of the first onto the second does nothing at all.
+    partial.unlink(missing_ok=True)
+
+
 # The name under which writers of a run directory keep what is not whole yet.
 _UNFINISHED = ".*.partial"
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from limbeck.console import Console, QuietConsole, default_console, format_secon
 from limbeck.failures import in_one_line
 from limbeck.flow import LimbeckError
 from limbeck.rundir import Json, RunDirectory, fingerprint, read_json, write_json, write_text
+from limbeck.shelf import Shelf
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,8 @@ class Stage:
         check: refuses what can be known to fail before any stage has worked: no models are loaded, nothing is written.
         inputs: what the stage reads of recipe and world, JSON-able; with the stages before it makes the fingerprint.
         play: does the work and returns what its manifest records beside time and memory.
-        outputs: what is moved aside when the stage is superseded.
+        outputs: what is moved aside when the stage is superseded, and shared with a run that has the same inputs.
+        shared: whether another run with the same inputs would write the same.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Stage:
     play: Callable[[Story], Json]
     outputs: Callable[[RunDirectory], tuple[Path, ...]]
     check: Callable[[Story], None] = lambda story: None
+    shared: bool = True
 
 
 @dataclass
@@ -110,11 +113,18 @@ class StopWish:
 
 @dataclass
 class Story:
-    """A recipe being played. Models are loaded when a stage first needs them."""
+    """A recipe being played. Models are loaded when a stage first needs them.
+
+    Attributes:
+        shelf: what it shares with other runs; None for a run of its own.
+        pause_at: share of the optimizer steps after which training pauses with a checkpoint.
+    """
 
     recipe: Recipe
     console: Console = field(default_factory=QuietConsole)
     stop: StopWish = field(default_factory=StopWish)
+    shelf: Shelf | None = None
+    pause_at: float | None = None
 
     @cached_property
     def run(self) -> RunDirectory:
@@ -213,6 +223,8 @@ def play(
     until: str | None = None,
     console: Console | None = None,
     update: bool = False,
+    shelf: Shelf | None = None,
+    pause_at: float | None = None,
 ) -> RunDirectory:
     """Play a recipe; stages that are done are passed over.
 
@@ -220,15 +232,19 @@ def play(
         stages: the whole story, in order.
         until: verb of the last stage to play; None plays them all.
         update: in a directory made from other inputs, set aside and redo what differs instead of refusing.
+        shelf: take over what another run has made from the same inputs.
+        pause_at: stop in order after this share of the optimizer steps; nothing else changes, so that the same call
+            without it goes on as if there had been no pause.
 
     Raises:
+        Interrupted: training has paused.
         LimbeckError: anything a person can mend, in one line.
         KeyboardInterrupt: stopped by a signal; everything finished is on disk.
     """
     console = console or default_console()
     wanted = stages[: 1 + [stage.verb for stage in stages].index(until or stages[-1].verb)]
     with in_one_line():
-        story = Story(recipe, console)
+        story = Story(recipe, console, shelf=shelf, pause_at=pause_at)
         if story.rank:
             return _follow(replace(story, console=QuietConsole()), wanted)
         run = story.run
@@ -245,8 +261,8 @@ def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], up
     run, recipe = story.run, story.recipe
     prints = story.fingerprints(stages)
     stale = [stage for stage in stages if _is_stale(run, stage, prints)]
-    if stale and not update:
-        raise LimbeckError(_refusal(story, stale[0]))
+    if not update:
+        require_same(story, stages, prints)
     run.sweep()
     for stage in stale:
         target = run.set_aside(stage.name, stage.outputs(run))
@@ -258,14 +274,39 @@ def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], up
         _play_stage(story, stage, prints[stage.name])
 
 
+def require_same(story: Story, stages: Sequence[Stage], prints: dict[str, str]) -> None:
+    """The directory, where it holds a run, holds this one.
+
+    Raises:
+        LimbeckError: it was made from other inputs.
+    """
+    stale = next((stage for stage in stages if _is_stale(story.run, stage, prints)), None)
+    if stale is not None:
+        raise LimbeckError(_refusal(story, stale))
+
+
 def _play_stage(story: Story, stage: Stage, print_: str) -> None:
-    run, console = story.run, story.console
+    run, console, shelf = story.run, story.console, story.shelf if stage.shared else None
     if run.finished(stage.name, print_):
         console.say(f"{stage.name}: done earlier")
-        return
+    else:
+        orphans = run.set_aside(stage.name, stage.outputs(run)) if run.manifest(stage.name) is None else None
+        if orphans is not None:
+            console.warn(f"{stage.name}: files without a record of what they were made from; moved to {orphans}")
+        with shelf.claimed(print_) if shelf else nullcontext():
+            donor = shelf.adopt(stage.name, print_, run, stage.outputs) if shelf else None
+            if donor is None:
+                _make_stage(story, stage, print_)
+            else:
+                console.say(f"{stage.name}: the same as that of {donor}")
+    if shelf is not None:
+        shelf.offer(stage.name, print_, run)
+    story.stop.heed()
+
+
+def _make_stage(story: Story, stage: Stage, print_: str) -> None:
+    run, console = story.run, story.console
     begun = run.manifest(stage.name)
-    if begun is None and (orphans := run.set_aside(stage.name, stage.outputs(run))) is not None:
-        console.warn(f"{stage.name}: files without a record of what they were made from; moved to {orphans}")
     earlier_s = begun["seconds"] if begun else 0.0
     started = time.time()
     record: Json = {"stage": stage.name, "fingerprint": print_, "done": False, "seconds": earlier_s}
@@ -285,7 +326,6 @@ def _play_stage(story: Story, stage: Stage, print_: str) -> None:
         write_json(run.manifest_path(stage.name), record)
     detail = f", {record['tokens']:,} tokens" if record.get("tokens") else ""
     console.say(f"{stage.name}: done in {format_seconds(record['seconds'])}{detail}")
-    story.stop.heed()
 
 
 def _follow(story: Story, stages: Sequence[Stage]) -> RunDirectory:

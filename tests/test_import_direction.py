@@ -19,6 +19,7 @@ LEAVES = {
     "onednn": set(),
     "rundir": {"flow"},
     "failures": {"flow"},
+    "shelf": {"rundir"},
     "recipe_mistakes": set(),
     "recipe_text": {"flow", "recipe_mistakes"},
     "recipe_files": {"flow", "recipe_mistakes", "recipe_text"},
@@ -48,7 +49,7 @@ PARTS = {
     "card": {"flow", "rundir", "report"},
 }
 # What plays the story may import every part; the stages are handed to it.
-STORY = USABLE | set(PARTS)
+STORY = USABLE | set(PARTS) | {"shelf"}
 TOP = {
     "story": STORY | {"failures"},
     "stages": STORY | {"story"},

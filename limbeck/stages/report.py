@@ -19,4 +19,6 @@ STAGE = Stage(
     inputs=lambda story: {},
     play=_play_report,
     outputs=lambda run: (run.report, run.picture),
+    # The page shows the run's own name.
+    shared=False,
 )

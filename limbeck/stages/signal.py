@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +11,7 @@ import torch
 from limbeck.flow import DenseSignal, Teacher
 from limbeck.models.heads import head_of
 from limbeck.models.vocabulary import real_vocab_size
-from limbeck.rundir import Json
+from limbeck.rundir import Json, link
 from limbeck.stages.judging import sparse_form
 from limbeck.stages.responses import captures, load_responses, teacher_inputs
 from limbeck.story import Stage, Story
@@ -47,22 +44,10 @@ def _play_signal(story: Story) -> Json:
     for path in captured:
         target = run.signal / path.name
         if not target.exists():
-            _link(path, target)
+            link(path, target)
     tokens = 0 if captured else _judge(story, LocalTeacher(loaded.model, head))
     size = sum(path.stat().st_size for path in run.signal.iterdir())
     return {"cached": True, "captured_while_sampling": bool(captured), "tokens": tokens, "mib": size >> 20}
-
-
-def _link(path: Path, target: Path) -> None:
-    """Give a shard a second name; where the file system knows one name a file, a copy."""
-    try:
-        target.hardlink_to(path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
-            raise
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.copyfile(path, partial)
-        partial.replace(target)
 
 
 def _judge(story: Story, teacher: LocalTeacher) -> int:

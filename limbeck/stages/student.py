@@ -13,7 +13,7 @@ import torch
 
 from limbeck import config
 from limbeck.flow import Interrupted, Objective
-from limbeck.models.fingerprints import model_fingerprint, weight_files
+from limbeck.models.fingerprints import weight_files
 from limbeck.models.loading import source_config
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
@@ -27,6 +27,7 @@ from limbeck.stages.checks import check_student, student_spec
 from limbeck.stages.judging import balance_of, judgement_of, sft_judgement, temperature_of
 from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, pad_token_id
 from limbeck.stages.rounds import round_teacher
+from limbeck.stages.sharing import initial_student, once, student_inputs
 from limbeck.stages.signal import open_teacher
 from limbeck.story import Stage, Story, flatten
 from limbeck.student import checkpoints
@@ -42,18 +43,7 @@ def _student_inputs(story: Story) -> Json:
     train = asdict(recipe.train)
     for neutral in ("save_steps", "save_total_limit", "logging_steps", "report_to"):
         del train[neutral]
-    section = recipe.student
-    weights = None
-    if section.model is not None:
-        # Fresh weights need no old ones: a configuration and a tokenizer will do.
-        source = resolve(
-            section.model,
-            revision=section.revision,
-            weights=section.init != "scratch",
-            trust_remote_code=section.trust_remote_code,
-        )
-        weights = model_fingerprint(source)
-    inputs = {"student": asdict(section), "weights": weights, "objective": asdict(recipe.objective), "train": train}
+    inputs = student_inputs(story) | {"objective": asdict(recipe.objective), "train": train}
     if recipe.on_policy:
         inputs |= {"author": recipe.responses.author, "on_policy": asdict(recipe.responses.on_policy)}
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
@@ -61,6 +51,15 @@ def _student_inputs(story: Story) -> Json:
 
 def build_initial_student(story: Story) -> Student:
     """The student before training. Which blocks are kept is measured once and remembered in the run directory."""
+    section, blocks = story.recipe.student, story.run.root / "blocks.json"
+    if section.init == "depth_prune" and not section.keep and not blocks.exists():
+        with once(story, {"blocks": initial_student(story)}, story.run.root, (blocks.name,)):
+            if not blocks.exists():
+                return _build(story)
+    return _build(story)
+
+
+def _build(story: Story) -> Student:
     run, blocks = story.run, story.run.root / "blocks.json"
     spec = student_spec(story)
     teacher = story.load_teacher()
@@ -96,7 +95,9 @@ def _play_student(story: Story) -> Json:
             trained = _play_training(story, student, should_stop)
         except Interrupted as stopped:
             story.console.say(f"train: {stopped}")
-            raise KeyboardInterrupt(story.stop.number) from stopped
+            if story.stop.wished:
+                raise KeyboardInterrupt(story.stop.number) from stopped
+            raise
     if story.rank:
         return {}
     save_student(trained, student.tokenizer, run.student)
@@ -174,6 +175,7 @@ def _context(
         examples=story.run.examples if story.recipe.on_policy and label == "train" else None,
         console=story.console,
         should_stop=should_stop,
+        pause_at=story.pause_at if label == "train" else None,
         tracker_config=_tracker_config(story.recipe),
         run_name=story.recipe.name,
         label=label,

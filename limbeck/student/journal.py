@@ -30,6 +30,7 @@ class LoopContext:
         examples: JSON lines of some responses over the training, where the student writes too.
         console: where progress is shown.
         should_stop: asked after each step; True writes a checkpoint and raises `Interrupted`.
+        pause_at: share of the steps after which the loop stops in the same way; at the end it does not.
         label: what the progress bar is called.
     """
 
@@ -38,6 +39,7 @@ class LoopContext:
     examples: Path | None = None
     console: Console = field(default_factory=QuietConsole)
     should_stop: Callable[[], bool] = lambda: False
+    pause_at: float | None = None
     tracker_config: dict[str, Any] = field(default_factory=dict)
     run_name: str = "limbeck"
     label: str = "train"

@@ -73,7 +73,7 @@ def train(
 
     Raises:
         NonFiniteError: NaN or inf in a loss or gradient, naming the step.
-        Interrupted: `context.should_stop` said so; a checkpoint of the finished step is on disk.
+        Interrupted: `context` said so; a checkpoint of the finished step is on disk.
         LimbeckError: nothing is held out for an author that asks for its loss, or pairs would be cut apart.
     """
     accelerator = launch.accelerator(
@@ -168,9 +168,14 @@ class _Run:
     def play(self, progress: Progress, rate_of: Callable[[int], float]) -> None:
         """All steps that are left, with checkpoints on the way."""
         with self.context.console.meter(self.context.label, self.total, "steps", progress.step) as meter:
+            share = 1.0 if self.context.pause_at is None else self.context.pause_at
+            # 0.1 of 30 steps is 3, though a little more than that in binary.
+            pause = math.ceil(round(share * self.total, 6))
             while progress.step < self.total:
+                if progress.step >= pause:
+                    raise Interrupted(f"paused after step {progress.step} of {self.total}")
                 self._prepare(progress)
-                stop = self.step(progress, rate_of(progress.step), meter)
+                stop = self.step(progress, rate_of(progress.step), meter) or progress.step == pause
                 due, last = progress.step % self.settings.save_steps == 0, progress.step == self.total
                 if stop or due or last:
                     self._check_student(progress)
