@@ -22,6 +22,7 @@ def check(recipe: Recipe) -> None:
     _check_contrast(recipe)
     _check_policy(recipe)
     _check_server(recipe)
+    _check_key_names(recipe)
     _check_draft(recipe)
     student = recipe.student
     if student.init == "pretrained" and student.model is None:
@@ -43,12 +44,17 @@ def _check_server(recipe: Recipe) -> None:
             "responses.server is where the teacher answers, but the responses are those of the data; "
             "remove it, or let the teacher answer (responses.author=teacher)"
         )
-    if server.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", server.api_key_env):
-        # Not repeated: it may be the key itself.
-        raise LimbeckError(
-            "responses.server.api_key_env is no name of an environment variable; "
-            "put the key into one, and its name here, such as OPENAI_API_KEY"
-        )
+
+
+def _check_key_names(recipe: Recipe) -> None:
+    server, judge = recipe.responses.server, recipe.evaluate.judge
+    for section, name in (("responses.server", server and server.api_key_env), ("evaluate.judge", judge.api_key_env)):
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            # Not repeated: it may be the key itself.
+            raise LimbeckError(
+                f"{section}.api_key_env is no name of an environment variable; "
+                "put the key into one, and its name here, such as OPENAI_API_KEY"
+            )
 
 
 def _check_draft(recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ class Metric:
     Attributes:
         unit: empty for shares and other pure numbers.
         better: "lower", "higher", "match" (the nearer to the teacher's own value the better), or "context" for a value
-            of the teacher alone.
+            that is neither good nor bad of the student, such as one of the teacher alone.
         teacher: the metric that holds the teacher's own value of the same quantity, where there is one.
         teacher_value: what the teacher would score against itself, where that is a constant.
     """
@@ -114,6 +114,26 @@ METRICS: dict[str, Metric] = {
     "rouge_l": Metric(
         label="ROUGE-L", unit="F1", better="higher", teacher_value=1.0,
         meaning="longest common subsequence of the greedy answers of student and teacher, as F1 over stemmed words",
+    ),
+    "win_rate": Metric(
+        label="Win rate", unit="", better="higher", teacher_value=0.5,
+        meaning="how often the judge prefers the student's greedy answer to the teacher's; ties half, so 0.5 is par",
+    ),
+    "win_rate_references": Metric(
+        label="Win rate over the references", unit="", better="higher",
+        meaning="how often the judge prefers the student's greedy answer to the data's; ties half, so 0.5 is par",
+    ),
+    "win_rate_before": Metric(
+        label="Win rate over the start", unit="", better="higher",
+        meaning="how often the judge prefers the student's greedy answer to its own before training; 0.5 is no change",
+    ),
+    "judge_ties": Metric(
+        label="Ties", unit="", better="context",
+        meaning="share of pairs that count half: the judge says so, or says another thing when the order is changed",
+    ),
+    "judge_consistency": Metric(
+        label="Consistency of the judge", unit="", better="higher",
+        meaning="share of pairs where the judge says the same when the two answers change places",
     ),
     "draft_acceptance": Metric(
         label="Measured acceptance", unit="", better="higher", teacher_value=1.0,

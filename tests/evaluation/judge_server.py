@@ -1,0 +1,73 @@
+"""A judge to order: the fault-injecting server, whose chat completions are verdicts by a rule."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
+from typing import Any
+
+from tokenizers import Tokenizer, models
+
+from tests.responses.served.fake_server import Handler, State
+
+JUDGE = "tiny-judge"
+ANSWERS = re.compile(r"=== Answer A ===\n(.*)\n=== Answer B ===\n(.*)\n=== End of the answers ===", re.DOTALL)
+Rule = Callable[[str, str], str]
+
+
+def answers_in(text: str) -> tuple[str, str]:
+    """The answers A and B as the judge reads them."""
+    found = ANSWERS.search(text)
+    assert found is not None
+    return found[1], found[2]
+
+
+def longer(a: str, b: str) -> str:
+    verdict = "C" if len(a) == len(b) else "A" if len(a) > len(b) else "B"
+    return f"One says more than the other.\n\n[[{verdict}]]"
+
+
+def always_a(a: str, b: str) -> str:
+    del a, b
+    return "**Verdict:** [[A]]"
+
+
+@dataclass
+class JudgeState(State):
+    rule: Rule = longer
+    finish: str = "stop"
+    counts: bool = True
+    judged: list[str] = field(default_factory=list)
+
+
+class JudgeHandler(Handler):
+    state: JudgeState
+
+    def behave(self, body: dict[str, Any]) -> None:
+        text = body["messages"][-1]["content"]
+        with self.state.lock:
+            self.state.judged.append(text)
+        said = self.state.rule(*answers_in(text))
+        choice = {"index": 0, "finish_reason": self.state.finish, "message": {"role": "assistant", "content": said}}
+        usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 10}} if self.state.counts else {}
+        return self.reply(200, {"choices": [choice]} | usage)
+
+
+@contextmanager
+def judging() -> Iterator[tuple[str, JudgeState]]:
+    """A running judge: its address and what can be set."""
+    state = JudgeState(tokenizer=Tokenizer(models.BPE()), models=[JUDGE])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Ordered", (JudgeHandler,), {"state": state}))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", state
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
