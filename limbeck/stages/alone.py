@@ -79,7 +79,7 @@ def _refuse_teacher(recipe: Recipe) -> None:
         if "teacher" in GROUPS[name].needs(recipe.evaluate):
             other = "; or evaluate.rouge.against=[references]" if name == "rouge" else "; or leave the group out"
             raise LimbeckError(
-                f"group {name} compares with a teacher and none is given; name one with --teacher{other}"
+                f"group {name} needs a teacher and none is given; name one with --teacher{other}"
             )
 
 
