@@ -8,127 +8,130 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from limbeck.flow import DenseSignal, Head, LimbeckError, ScoredRow
-from limbeck.objectives import logit_tiles
+from limbeck.evaluation.calibration import bin_sums, curve, pooled_parts
+from limbeck.evaluation.tokens import FIDELITY, FidelityChunk, TokenValues, token_values
+from limbeck.flow import LimbeckError, ScoredRow
+from limbeck.objectives.bodies import Compile
+from limbeck.rundir import Json
 
-FIDELITY: tuple[str, ...] = (
-    "forward_kl",
-    "reverse_kl",
-    "total_variation",
-    "acceptance",
-    "top1_agreement",
-    "student_entropy",
-    "teacher_entropy",
-    "student_nll",
-    "teacher_nll",
-)
-
-# Rows of a tile that are worked on at once: their log-probabilities stay near the processor.
-BLOCK = 8
+# Whose confidence against what, in the order of `TokenValues.confidences`.
+CALIBRATION: tuple[str, ...] = ("student_ece", "teacher_ece", "ece_to_teacher")
+BY_POSITION: tuple[str, ...] = ("forward_kl", "reverse_kl", "top1_agreement")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FidelityChunk:
-    """Hidden states of both models at the positions that predict response tokens, example after example.
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """What was measured on some answers.
 
     Attributes:
-        student_hidden_ND: N is the sum of `lengths`.
-        teacher: hidden states (N, its own D) and head; both heads must have the same number of real tokens.
-        label_ids_N: the response token that each position predicts, int64.
-        ids: the examples in this chunk, in order. An example may go on in a later chunk.
-        lengths: positions of each example in this chunk.
+        rows: one an example, in the order of first appearance: means over its tokens, weighted by their number, and its
+            part of the calibration errors. An example without response tokens has none.
+        detail: `tokens`, the reliability curves of `CALIBRATION`, and `BY_POSITION` in bins of the position.
     """
 
-    student_hidden_ND: Tensor
-    student_head: Head
-    teacher: DenseSignal
-    label_ids_N: Tensor
-    ids: tuple[str, ...]
-    lengths: tuple[int, ...]
+    rows: list[ScoredRow]
+    detail: Json
 
 
-def measure(chunks: Iterable[FidelityChunk]) -> list[ScoredRow]:
-    """Fidelity of every example, in the order of first appearance: the mean over its tokens, weighted by their number.
+def measure(chunks: Iterable[FidelityChunk], *, top_k: int, compile: Compile = "auto") -> Fidelity:
+    """Fidelity of every example. Sums over tokens are taken in float64.
 
-    Sums over tokens are taken in float64. An example without response tokens yields no row.
+    Args:
+        top_k: k of the top-k agreement.
+        compile: "auto" compiles the work on the logits where a compiler is there and the vocabulary is large.
 
     Raises:
-        LimbeckError: shapes or vocabularies of a chunk disagree, or a value is not finite (NaN or inf in a model).
+        LimbeckError: shapes or vocabularies of a chunk disagree, the vocabulary has fewer than k tokens, or a value is
+            not finite (NaN or inf in a model).
     """
-    sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
+    tally = _Tally()
     for chunk in chunks:
-        values_MN = token_values(chunk).cpu()
+        tally.add(chunk, token_values(chunk, top_k=top_k, compile=compile))
+    return Fidelity(rows=tally.rows(), detail=tally.detail())
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """Sums of what was seen so far: by example, and by power of two of the position.
+
+    Attributes:
+        sums: metrics of `FIDELITY`, by example.
+        bins: `bin_sums` of each calibration, (calibrations, 3, bins), by example.
+        tokens: by example.
+        positions: tokens and the sums of `BY_POSITION` at positions 2**i to 2**(i + 1) - 1, counted from 1, by i.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    bins: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    positions: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, chunk: FidelityChunk, found: TokenValues) -> None:
+        values_MN = found.values_MN.cpu()
+        example_N = torch.repeat_interleave(torch.tensor(chunk.lengths))
+        confidences = (bin_sums(c_N.cpu(), o_N.cpu(), example_N, len(chunk.ids)) for c_N, o_N in found.confidences)
+        bins_EC3B = torch.stack(list(confidences), dim=1)
+        position_N = torch.cat([torch.empty(0, dtype=torch.int64), *self._positions(chunk)])
         start = 0
-        for name, length in zip(chunk.ids, chunk.lengths, strict=True):
+        for name, length, bins_C3B in zip(chunk.ids, chunk.lengths, bins_EC3B, strict=True):
             if length:
                 total_M = values_MN[:, start : start + length].sum(dim=1)
-                sums[name] = sums[name] + total_M if name in sums else total_M
-                tokens[name] = tokens.get(name, 0) + length
+                known = name in self.sums
+                self.sums[name] = self.sums[name] + total_M if known else total_M
+                self.bins[name] = self.bins[name] + bins_C3B if known else bins_C3B
+                self.tokens[name] = self.tokens.get(name, 0) + length
             start += length
-    rows = []
-    for name, total_M in sums.items():
-        values = dict(zip(FIDELITY, (total_M / tokens[name]).tolist(), strict=True))
-        broken = [metric for metric, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise LimbeckError(
-                f"{broken[0]} of example {name!r} is {values[broken[0]]}; expected finite logits from both models: "
-                "look for NaN or inf in their weights, or evaluate in float32"
-            )
-        rows.append(ScoredRow(id=name, weight=float(tokens[name]), values=values))
-    return rows
+        self._add_positions(values_MN, position_N)
 
+    def _positions(self, chunk: FidelityChunk) -> list[Tensor]:
+        """Position of each token in its answer, from 1; an example goes on where an earlier chunk left it."""
+        seen, positions = dict(self.tokens), []
+        for name, length in zip(chunk.ids, chunk.lengths, strict=True):
+            first = seen.get(name, 0) + 1
+            positions.append(torch.arange(first, first + length))
+            seen[name] = first + length - 1
+        return positions
 
-@torch.no_grad()
-def token_values(chunk: FidelityChunk) -> Tensor:
-    """The metrics of `FIDELITY` for every token of a chunk, (metrics, N) float64."""
-    _check(chunk)
-    values_MN = torch.empty(len(FIDELITY), len(chunk.label_ids_N), dtype=torch.float64, device=chunk.label_ids_N.device)
-    for tokens, student_NV, teacher_NV in logit_tiles(chunk.student_hidden_ND, chunk.student_head, chunk.teacher):
-        for start in range(tokens.start, tokens.stop, BLOCK):
-            block = slice(start, min(start + BLOCK, tokens.stop))
-            rows = slice(block.start - tokens.start, block.stop - tokens.start)
-            values_MN[:, block] = _block_values(student_NV[rows], teacher_NV[rows], chunk.label_ids_N[block])
-    return values_MN
+    def _add_positions(self, values_MN: Tensor, position_N: Tensor) -> None:
+        shown_MN = values_MN[[FIDELITY.index(name) for name in BY_POSITION]]
+        columns_PN = torch.cat([torch.ones_like(shown_MN[:1]), shown_MN])
+        # The exponent of frexp is exact, which a rounded logarithm is not at powers of two.
+        power_N = torch.frexp(position_N.double()).exponent - 1
+        for power in power_N.unique().tolist():
+            total_P = columns_PN[:, power_N == power].sum(dim=1)
+            self.positions[power] = self.positions[power] + total_P if power in self.positions else total_P
 
+    def rows(self) -> list[ScoredRow]:
+        rows = []
+        for name, total_M in self.sums.items():
+            values = dict(zip(FIDELITY, (total_M / self.tokens[name]).tolist(), strict=True))
+            broken = [metric for metric, value in values.items() if not math.isfinite(value)]
+            if broken:
+                raise LimbeckError(
+                    f"{broken[0]} of example {name!r} is {values[broken[0]]}; expected finite logits from both models: "
+                    "look for NaN or inf in their weights, or evaluate in float32"
+                )
+            sums = {metric: pooled_parts(sums_3B) for metric, sums_3B in zip(CALIBRATION, self.bins[name], strict=True)}
+            rows.append(ScoredRow(id=name, weight=float(self.tokens[name]), values=values, sums=sums))
+        return rows
 
-def _block_values(student_logits_NV: Tensor, teacher_logits_NV: Tensor, label_ids_N: Tensor) -> Tensor:
-    top1_N = student_logits_NV.argmax(dim=1) == teacher_logits_NV.argmax(dim=1)
-    logq_NV = student_logits_NV.log_softmax(dim=1)
-    logp_NV = teacher_logits_NV.log_softmax(dim=1)
-    q_NV, p_NV = logq_NV.exp(), logp_NV.exp()
-    student_entropy_N = -torch.linalg.vecdot(q_NV, logq_NV)
-    teacher_entropy_N = -torch.linalg.vecdot(p_NV, logp_NV)
-    student_nll_N = -logq_NV.gather(1, label_ids_N[:, None])[:, 0]
-    teacher_nll_N = -logp_NV.gather(1, label_ids_N[:, None])[:, 0]
-    gap_NV = logp_NV.sub_(logq_NV)
-    forward_kl_N = torch.linalg.vecdot(p_NV, gap_NV)
-    reverse_kl_N = -torch.linalg.vecdot(q_NV, gap_NV)
-    total_variation_N = 0.5 * p_NV.sub_(q_NV).abs_().sum(dim=1)
-    values = {
-        "forward_kl": forward_kl_N,
-        "reverse_kl": reverse_kl_N,
-        "total_variation": total_variation_N,
-        "acceptance": 1 - total_variation_N.double(),
-        "top1_agreement": top1_N,
-        "student_entropy": student_entropy_N,
-        "teacher_entropy": teacher_entropy_N,
-        "student_nll": student_nll_N,
-        "teacher_nll": teacher_nll_N,
-    }
-    return torch.stack([values[name].double() for name in FIDELITY])
-
-
-def _check(chunk: FidelityChunk) -> None:
-    N = len(chunk.student_hidden_ND)
-    counts: Sequence[int] = (len(chunk.teacher.hidden_ND), len(chunk.label_ids_N), sum(chunk.lengths))
-    if any(count != N for count in counts) or len(chunk.ids) != len(chunk.lengths):
-        raise LimbeckError(
-            f"got {N} student positions, {counts[0]} of the teacher, {counts[1]} labels and lengths that sum to "
-            f"{counts[2]} for {len(chunk.ids)} examples; expected one of each per position: align them by loss_mask_BT"
-        )
+    def detail(self) -> Json:
+        curves: Sequence[list[Json]] = [[] for _ in CALIBRATION]
+        if self.bins:
+            curves = [curve(sums_3B) for sums_3B in torch.stack(list(self.bins.values())).sum(0)]
+        by_position = [
+            {"first": 2**power, "last": 2 ** (power + 1) - 1, "tokens": int(tokens)}
+            | {name: float(value / tokens) for name, value in zip(BY_POSITION, total_M, strict=True)}
+            for power, (tokens, *total_M) in sorted((p, total.tolist()) for p, total in self.positions.items())
+        ]
+        return {
+            "examples": len(self.tokens),
+            "tokens": sum(self.tokens.values()),
+            "reliability": dict(zip(CALIBRATION, curves, strict=True)),
+            "by_position": by_position,
+        }

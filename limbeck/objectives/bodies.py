@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ Block = dict[str, Tensor]
 COMPILE_FROM_VOCAB = 16384
 # The working set of a block: small enough for the caches, large enough to feed every thread.
 BLOCK_BYTES = 4 << 20
+
+
+class Work(Protocol):
+    """What `run_body` applies: values of each token (values, N), and whatever it leaves in the block. Hashable."""
+
+    def __call__(self, block: Block, kept: list[Tensor] | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +199,7 @@ def resolve_compile(option: Compile, vocab_size: int, device: torch.device) -> b
     return option == "on"
 
 
-def run_body(body: Body, block: Block, compiled: bool) -> Tensor:
+def run_body(body: Work, block: Block, compiled: bool) -> Tensor:
     """Apply a body to a block. A compiled body wants blocks of one size, so that it is built once."""
     if not compiled:
         return body(block)
@@ -202,7 +208,7 @@ def run_body(body: Body, block: Block, compiled: bool) -> Tensor:
 
 
 @cache
-def compiled_body(body: Body, layout: tuple[tuple, ...]) -> Callable[[list[Tensor]], Tensor]:
+def compiled_body(body: Work, layout: tuple[tuple, ...]) -> Callable[[list[Tensor]], Tensor]:
     """Trace a body on example tensors of this layout and build it with Inductor: a few seconds, once a process."""
     names = [name for name, *_ in layout]
 

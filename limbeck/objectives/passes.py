@@ -72,7 +72,7 @@ class Pass:
         self, student_ND: Tensor, teacher_ND: Tensor | None, columns: Block, wanted: Wanted, head: Head
     ) -> tuple[Tensor, Grads]:
         """Values (parts and measures, N) and gradients of all tokens."""
-        _keep_small_buffers()
+        keep_small_buffers()
         counts_N1 = columns["weight"] != 0
         student_ND = _finite_where_idle(student_ND, counts_N1)
         shape, dtype = (self.tiling.tile_rows, self.student.vocab_size), self.student.dtype
@@ -110,7 +110,7 @@ class Pass:
 
 
 @cache
-def _keep_small_buffers() -> None:
+def keep_small_buffers() -> None:
     """Once a process: teach glibc to keep buffers of a block's size instead of faulting them in for every block.
 
     Freeing an allocation above its threshold makes it serve smaller ones from a heap that it trims only beyond twice
