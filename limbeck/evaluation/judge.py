@@ -134,8 +134,8 @@ class Judge:
             answered_before: this judge is known to take such questions, so that refusals are about what is asked.
 
         Raises:
-            LimbeckError: whatever `Server` raises, a reply that is no chat completion, a refusal that would meet every
-                request, or nothing but refusals at the start. Replies that were under way are handed over first.
+            LimbeckError: whatever `Server` raises, a reply that is no chat completion, or a refusal that would meet
+                every request; replies that were under way are handed over first. Nothing but refusals at the start.
         """
         refused: list[Judgement] = []
         for judgement in concurrently(self._ask, questions, min(self.concurrency, len(questions))):

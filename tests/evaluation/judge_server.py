@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,17 +44,28 @@ class JudgeState(State):
     counts: bool = True
     judged: list[str] = field(default_factory=list)
 
+    def settle(self) -> None:
+        """Wait for what is under way, whether or not anybody still waits for the reply."""
+        while self.now:
+            time.sleep(0.005)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Quiet: a client that is killed hangs up."""
+
 
 class JudgeHandler(Handler):
-    state: JudgeState
-
     def behave(self, body: dict[str, Any]) -> None:
-        text = body["messages"][-1]["content"]
-        with self.state.lock:
-            self.state.judged.append(text)
-        said = self.state.rule(*answers_in(text))
-        choice = {"index": 0, "finish_reason": self.state.finish, "message": {"role": "assistant", "content": said}}
-        usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 10}} if self.state.counts else {}
+        state, text = self.state, body["messages"][-1]["content"]
+        assert isinstance(state, JudgeState)
+        with state.lock:
+            state.judged.append(text)
+        said = state.rule(*answers_in(text))
+        choice = {"index": 0, "finish_reason": state.finish, "message": {"role": "assistant", "content": said}}
+        usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 10}} if state.counts else {}
         return self.reply(200, {"choices": [choice]} | usage)
 
 
@@ -61,8 +73,7 @@ class JudgeHandler(Handler):
 def judging() -> Iterator[tuple[str, JudgeState]]:
     """A running judge: its address and what can be set."""
     state = JudgeState(tokenizer=Tokenizer(models.BPE()), models=[JUDGE])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Ordered", (JudgeHandler,), {"state": state}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Ordered", (JudgeHandler,), {"state": state}))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

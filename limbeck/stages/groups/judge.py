@@ -57,6 +57,11 @@ def _pairs(exam: Exam) -> list[Pair]:
     """What is set side by side: prompts that both answered."""
     against, sampling = exam.section.judge.against, greedy(exam.section)
     prompts = exam.prompts[: exam.section.prompts]
+    if against == "before" and exam.story.run.manifest("student") is None:
+        raise LimbeckError(
+            "evaluate.judge.against is before, but nothing was trained here, so there is no student before it; set "
+            "evaluate.judge.against=teacher or references"
+        )
     if against == "references":
         others = _references(exam, prompts)
         prompts = [prompt for prompt in prompts if prompt.id in others]
