@@ -36,6 +36,7 @@ from limbeck.student.build import Student, build_student
 from limbeck.student.journal import LoopContext
 from limbeck.student.loop import train
 from limbeck.student.saving import save_student
+from limbeck.teachers.local import UnheardTeacher
 
 
 def _student_inputs(story: Story) -> Json:
@@ -149,7 +150,13 @@ def _play_training(story: Story, student: Student, should_stop: Callable[[], boo
     """The training proper."""
     recipe, run = story.recipe, story.run
     by_row = load_responses(story, "train")
-    teacher = round_teacher(story, by_row) if recipe.on_policy else open_teacher(story, list(by_row))
+    vocab_size = real_vocab_size(student.tokenizer)
+    if recipe.on_policy:
+        teacher = round_teacher(story, by_row)
+    elif not recipe.signal.cache and not judgement_of(recipe).heeds_teacher:
+        teacher = UnheardTeacher.of(vocab_size)
+    else:
+        teacher = open_teacher(story, list(by_row))
     return train(
         student.model,
         author_of(story, student, list(by_row.values()), teacher, should_stop),
@@ -160,7 +167,7 @@ def _play_training(story: Story, student: Student, should_stop: Callable[[], boo
         balance=balance_of(recipe),
         heldout=list(load_responses(story, "heldout").values()),
         settings=recipe.train,
-        vocab_size=real_vocab_size(student.tokenizer),
+        vocab_size=vocab_size,
         pad_id=pad_token_id(student.tokenizer),
         context=_context(story, should_stop, checkpoints=run.checkpoints, metrics=run.metrics, label="train"),
     )

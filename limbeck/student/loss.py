@@ -69,6 +69,12 @@ class Judgement:
         known = frozenset[str]().union(*(part.token_fields for _, part in row_leaves(objective)))
         return {name: o for name, o in options.items() if self.own is None or name.split(".")[-1] in known}
 
+    @property
+    def heeds_teacher(self) -> bool:
+        """Whether anything but the labels is read, by an objective or a rule."""
+        labels = frozenset({"labels"})
+        return self.rule is not None or any(part.reads != labels for one in self.objectives for _, part in leaves(one))
+
     def measured(self, objective: AnyObjective) -> bool:
         """Whether entropies can be measured beside an objective."""
         return self.support != "sampled" and any("teacher" in part.reads for _, part in row_leaves(objective))

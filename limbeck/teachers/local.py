@@ -32,3 +32,26 @@ class LocalTeacher:
             hidden_ND = hidden_states(self.model, batch.to(self.head.weight_VD.device))
         # A clone outside inference mode, since the student's autograd graph will hold on to it.
         return DenseSignal(hidden_ND=hidden_ND.clone(), head=self.head)
+
+
+@dataclass(frozen=True)
+class UnheardTeacher:
+    """Stands in where every objective reads labels alone: what nobody reads need not be computed.
+
+    Attributes:
+        head: the teacher's, of width 0, with the real vocabulary.
+    """
+
+    head: Head
+
+    @classmethod
+    def of(cls, vocab_size: int) -> UnheardTeacher:
+        import torch
+
+        return cls(Head(weight_VD=torch.zeros(vocab_size, 0), vocab_size=vocab_size))
+
+    def signal(self, batch: TokenBatch) -> DenseSignal:
+        """A signal in which all tokens are alike."""
+        import torch
+
+        return DenseSignal(hidden_ND=torch.zeros(len(batch.labels_N), 0), head=self.head)
