@@ -27,6 +27,7 @@ PAGES = (
     "papers.md",
     "on-policy.md",
     "serving.md",
+    "judging.md",
 )
 
 
