@@ -115,6 +115,34 @@ METRICS: dict[str, Metric] = {
         label="ROUGE-L", unit="F1", better="higher", teacher_value=1.0,
         meaning="longest common subsequence of the greedy answers of student and teacher, as F1 over stemmed words",
     ),
+    **_of_both("rouge_l_references", Metric(
+        label="ROUGE-L to the references", unit="F1", better="higher",
+        meaning="sampled answers and the best of the data's references, mean over decoding seeds; papers give it x100",
+    )),
+    **_of_both("distinct_1", Metric(
+        label="Distinct-1", unit="", better="match",
+        meaning="share of distinct words among all words of the sampled answers to a prompt",
+    )),
+    **_of_both("distinct_2", Metric(
+        label="Distinct-2", unit="", better="match",
+        meaning="share of distinct word pairs among all word pairs of the sampled answers to a prompt",
+    )),
+    **_of_both("self_bleu", Metric(
+        label="Self-BLEU", unit="", better="match",
+        meaning="BLEU of each sampled answer with the prompt's other ones as references, 0 to 1; lower is more diverse",
+    )),
+    **_of_both("answer_words", Metric(
+        label="Answer length", unit="words", better="match",
+        meaning="mean length of the sampled answers",
+    )),
+    **_of_both("sample_nll", Metric(
+        label="Surprise at its own samples", unit=NATS, better="match",
+        meaning="mean negative log-probability at temperature 1 of the tokens sampled; at T=1 it estimates the entropy",
+    )),
+    **_of_both("sample_rouge_l", Metric(
+        label="ROUGE-L of the samples", unit="F1", better="higher",
+        meaning="mean over the sampled answers, beside the references or, without any, the teacher's greedy answers",
+    )),
     "win_rate": Metric(
         label="Win rate", unit="", better="higher", teacher_value=0.5,
         meaning="how often the judge prefers the student's greedy answer to the teacher's; ties half, so 0.5 is par",
@@ -172,6 +200,14 @@ METRICS: dict[str, Metric] = {
         label="Writing speed", unit="tokens/s", better="higher",
         meaning="tokens written a second, one by one; the examples are repeats on this machine, never the same twice",
     )),
+    "accuracy": Metric(
+        label="Accuracy", unit="", better="higher",
+        meaning="share of the answers to the problems of a task that are right",
+    ),
+    "pass_at_k": Metric(
+        label="pass@k", unit="", better="higher",
+        meaning="chance that one of k answers is right, estimated without bias from all answers (Chen et al. 2021)",
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,27 @@
+"""Reference answers, for whatever cannot do without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from limbeck.flow import LimbeckError, Prompt
+from limbeck.prompts.naming import label
+
+
+def require_references(prompts: Sequence[Prompt], remedy: str) -> dict[str, tuple[str, ...]]:
+    """The reference answers of every prompt by its id.
+
+    Args:
+        remedy: what to change where there are none, naming the recipe key.
+
+    Raises:
+        LimbeckError: a prompt has none; names it and its place in the data.
+    """
+    found = {prompt.id: prompt.known_answers for prompt in prompts}
+    without = [prompt for prompt in prompts if not prompt.known_answers]
+    if without:
+        raise LimbeckError(
+            f"prompt {label(without[0])} has no reference answer, one of {len(without)} among {len(prompts)} held-out "
+            f"prompts; expected one or more for each: {remedy}"
+        )
+    return found
