@@ -205,6 +205,28 @@ def evaluate(
 
 
 @app.command()
+def sweep(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A shipped sweep's name, a YAML file, or a directory.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Changes to the recipe of all arms; sweep.KEY=VALUE to the sweep."
+        ),
+    ] = None,
+    update: Update = False,
+    debug: Debug = False,
+) -> None:
+    """Play many runs around one recipe: arms, seeds, tuned values. What they have in common is made once."""
+    del debug
+    from limbeck.sweep.conduct import play_sweep
+
+    end = play_sweep(sweep, *(overrides or []), update=update)
+    print(end.directory)
+    if end.failed == end.runs:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = False) -> None:
     """Write the report of a run as far as it has come."""
     del debug

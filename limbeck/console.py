@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TextIO
 
 PLAIN_INTERVAL_S = 15.0
 
@@ -34,6 +34,7 @@ class _PlainMeter:
     total: float
     unit: str
     done: float
+    file: TextIO | None = None
     started: float = field(default_factory=lambda: time.monotonic())
     spoken: float = field(default_factory=lambda: time.monotonic())
     fresh: float = 0.0
@@ -44,7 +45,7 @@ class _PlainMeter:
         now = time.monotonic()
         if now - self.spoken >= PLAIN_INTERVAL_S:
             self.spoken = now
-            print(self.line(now, note), file=sys.stderr, flush=True)
+            print(self.line(now, note), file=self.file or sys.stderr, flush=True)
 
     def line(self, now: float, note: str = "") -> str:
         rate = self.fresh / max(now - self.started, 1e-9)
@@ -56,17 +57,19 @@ class _PlainMeter:
 
 @dataclass(frozen=True)
 class PlainConsole:
-    """Lines on standard error: for logs, pipes and batch systems."""
+    """Lines on standard error, or into a file: for logs, pipes and batch systems."""
+
+    file: TextIO | None = None
 
     def say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=self.file or sys.stderr, flush=True)
 
     def warn(self, line: str) -> None:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        self.say(f"warning: {line}")
 
     @contextmanager
     def meter(self, label: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
-        yield _PlainMeter(label, total, unit, done)
+        yield _PlainMeter(label, total, unit, done, self.file)
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,9 @@ def require_same(story: Story, stages: Sequence[Stage], prints: dict[str, str]) 
 
 
 def _play_stage(story: Story, stage: Stage, print_: str) -> None:
-    run, console, shelf = story.run, story.console, story.shelf if stage.shared else None
+    run, console = story.run, story.console
+    # Whoever pauses wants to see how the training stands there, not how it ended elsewhere.
+    shelf = story.shelf if stage.shared and (stage.name != "student" or story.pause_at is None) else None
     if run.finished(stage.name, print_):
         console.say(f"{stage.name}: done earlier")
     else:

@@ -47,15 +47,20 @@ PARTS = {
     # Of responses the words of the alarms and what a loop is, which need no torch.
     "report": {"flow", "rundir", "evaluation", "responses"},
     "card": {"flow", "rundir", "report"},
+    # Reads what a run wrote, and writes it for others; adapters are merged as the student is saved.
+    "export": {"flow", "rundir", "models", "prompts", "student"},
 }
 # What plays the story may import every part; the stages are handed to it.
 STORY = USABLE | set(PARTS) | {"shelf"}
 TOP = {
     "story": STORY | {"failures"},
-    "stages": STORY | {"story"},
+    "stages": STORY | {"story", "recipe_mistakes"},
     "api": {"flow", "config", "console", "stages", "story"},
+    "sweep": STORY
+    | {"api", "failures", "recipe_files", "recipe_mistakes", "recipe_text", "recipe_values"}
+    | {"stages", "story"},
     "__init__": {"api", "config", "flow", "objectives"},
-    "cli": STORY | set(LEAVES) | {"api", "stages", "story"},
+    "cli": STORY | set(LEAVES) | {"api", "stages", "story", "sweep"},
     "__main__": {"cli"},
 }
 ALLOWED: dict[str, set[str]] = LEAVES | PARTS | TOP

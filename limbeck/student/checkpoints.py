@@ -86,6 +86,15 @@ def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -
     return read_json(path / "state.json")
 
 
+def restore_student(path: Path, student: nn.Module) -> None:
+    """Put the student's weights of a checkpoint into the student alone, outside of what trains it."""
+    weights = load_file(path / "model.safetensors")
+    own = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert trained == own.keys(), "a checkpoint holds what is trained of this student"
+    student.load_state_dict(own, strict=False)
+
+
 def _once(weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Tied weights under their first name alone; the model itself restores the tie."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}

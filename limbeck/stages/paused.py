@@ -1,0 +1,100 @@
+"""The student of a training that has paused, measured as the evaluation would measure it.
+
+Successive halving compares arms by it. Only the groups up to the one with the metric are asked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from limbeck.evaluation.scores import assemble
+from limbeck.flow import LimbeckError, ScoredRow
+from limbeck.models.loading import load_tokenizer
+from limbeck.rundir import write_json
+from limbeck.stages.exam import Exam, Speaker, Who
+from limbeck.stages.groups import GROUPS
+from limbeck.stages.student import build_initial_student
+from limbeck.story import Story
+from limbeck.student import checkpoints
+
+Means = dict[str, float]
+
+
+@dataclass(kw_only=True)
+class _PausedExam(Exam):
+    """An exam of what the newest checkpoint holds, or of the student where training had no steps left."""
+
+    place: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.place
+
+    @property
+    def _trained(self) -> bool:
+        return self.story.run.done("student")
+
+    @cached_property
+    def student(self) -> Speaker:
+        if self._trained:
+            return super().student
+        checkpoint = checkpoints.newest(self.story.run.checkpoints)
+        assert checkpoint is not None, "whoever pauses writes one"
+        built = build_initial_student(self.story)
+        checkpoints.restore_student(checkpoint, built.model)
+        return self._speaker("student", built.model.eval(), built.tokenizer)
+
+    def tokenizer(self, who: Who) -> Any:
+        if self._trained or who == "teacher" or "student" in self.__dict__:
+            return super().tokenizer(who)
+        recipe = self.story.recipe
+        section = recipe.student if recipe.student.model is not None else recipe.teacher
+        assert section.model is not None
+        return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+
+def measure_paused(story: Story, metric: str) -> Means:
+    """The means of the metrics measured on held-out prompts at a pause, `metric` among them; kept in `paused_path`.
+
+    Raises:
+        LimbeckError: no group of the recipe measures it, or there was no pause.
+    """
+    path, run = paused_path(story), story.run
+    if run.done("student"):
+        _require_no_steps_left(story)
+    exam = _PausedExam(story=story, part="after", place=path.with_suffix(""))
+    found: dict[str, list[ScoredRow]] = {}
+    means: Means = {}
+    for name in story.recipe.evaluate.groups:
+        measured = GROUPS[name].measure(exam)
+        exam.release(student=False)
+        found |= {f"{name}@{c}" if c else name: list(rows) for c, rows in measured.tables.items()}
+        means = {name: score.mean for name, score in assemble({}, found).after.items()}
+        if metric in means:
+            write_json(path, {"after": means})
+            return means
+    raise LimbeckError(
+        f"{metric} is not measured by evaluate.groups={list(story.recipe.evaluate.groups)} (but "
+        f"{', '.join(means) or 'nothing'}); name one of these, or add the group that measures it"
+    )
+
+
+def paused_path(story: Story) -> Path:
+    """Where the numbers of a pause are kept: by what is trained, so that those of a superseded student are not read."""
+    from limbeck.stages import STAGES
+
+    print_ = story.fingerprints(STAGES)["student"]
+    return story.run.root / "halving" / f"{story.pause_at:g}-{print_[:12]}.json"
+
+
+def _require_no_steps_left(story: Story) -> None:
+    steps, share = (story.run.manifest("student") or {})["steps"], story.pause_at or 0.0
+    if math.ceil(round(share * steps, 6)) < steps:
+        raise LimbeckError(
+            f"{story.run.root} was trained to its end before anybody asked how it stood after {share:g} of its steps; "
+            "remove halving, or name another directory with sweep.output_dir=..."
+        )

@@ -1,0 +1,1 @@
+"""Many runs around one recipe: arms, seeds, tuning, successive halving. `limbeck.sweep.conduct` plays one."""

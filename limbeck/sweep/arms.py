@@ -1,0 +1,161 @@
+"""From a sweep to the runs it is made of: every arm with every seed, and the runs that tune an arm."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import Recipe, at, load_recipe
+from limbeck.flow import LimbeckError
+from limbeck.rundir import fingerprint
+from limbeck.sweep.settings import Sweep, Tree, as_overrides, flat
+
+# Longer names than this are cut for directories; what a file system takes is 255 bytes.
+LONGEST_NAME = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of doing it.
+
+    Attributes:
+        keys: dotted keys of the recipe that the arm sets.
+    """
+
+    name: str
+    keys: Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRun:
+    """One run of an arm.
+
+    Attributes:
+        keys: what it sets beside the seed, tuned values included.
+        tuning: whether it is played to choose those values.
+        recipe: complete, with its directory.
+    """
+
+    arm: str
+    seed: int
+    keys: Tree
+    tuning: bool
+    recipe: Recipe
+
+    @property
+    def directory(self) -> Path:
+        return self.recipe.directory
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        tuned = f", tuning {self.directory.name}" if self.tuning else ""
+        return f"{self.arm}, seed {self.seed}{tuned}"
+
+
+def arms_of(sweep: Sweep) -> list[Arm]:
+    """The arms in order: each named one times the grid.
+
+    Raises:
+        LimbeckError: two arms set the same.
+    """
+    named = {name: flat(changes) for name, changes in sweep.arms.items()} or {"": {}}
+    arms: dict[str, Arm] = {}
+    for (name, changes), point in itertools.product(named.items(), _points(sweep.grid)):
+        title = _plain_name(",".join(part for part in (name, _point_name(point)) if part) or "base")
+        if title in arms:
+            # Two names that differ only in what no directory can be called.
+            title = f"{title[: LONGEST_NAME - 9]}-{fingerprint([name, point])[:8]}"
+        arms[title] = Arm(name=title, keys=changes | point)
+    seen: dict[str, str] = {}
+    for arm in arms.values():
+        same = seen.setdefault(json.dumps(arm.keys, sort_keys=True), arm.name)
+        if same != arm.name:
+            raise LimbeckError(f"the arms {same} and {arm.name} are the same; expected each once")
+    return list(arms.values())
+
+
+def tuning_runs(sweep: Sweep, arm: Arm, teacher: Path | None) -> list[ArmRun]:
+    """The runs that choose the tuned values of an arm: one a value, with the first seed.
+
+    Raises:
+        LimbeckError: a recipe that is refused, with the arm's name.
+    """
+    runs = []
+    for point in _points(sweep.tune) if sweep.tune else ():
+        place = Path("arms") / arm.name / "tune" / _plain_name(_point_name(point))
+        runs.append(_run(sweep, arm, point, sweep.seeds[0], place, teacher, tuning=True))
+    return runs
+
+
+def final_runs(sweep: Sweep, arm: Arm, tuned: Mapping[str, Any], teacher: Path | None) -> list[ArmRun]:
+    """The runs of an arm that are compared: one a seed.
+
+    Raises:
+        LimbeckError: a recipe that is refused, with the arm's name.
+    """
+    places = {seed: Path("arms") / arm.name / f"seed={seed}" for seed in sweep.seeds}
+    return [_run(sweep, arm, tuned, seed, places[seed], teacher, tuning=False) for seed in sweep.seeds]
+
+
+def first_values(sweep: Sweep) -> Tree:
+    """The first of the values to be tuned: what stands in for the best ones before they are known."""
+    return {key: values[0] for key, values in sweep.tune.items()}
+
+
+def teacher_recipe(sweep: Sweep) -> Recipe | None:
+    """The recipe that makes the teacher of every arm.
+
+    Raises:
+        LimbeckError: it is refused.
+    """
+    if sweep.teacher_run is None:
+        return None
+    assert not isinstance(sweep.teacher_run, str), "a sweep that was loaded holds it"
+    with at("teacher_run"):
+        return load_recipe(sweep.teacher_run, [f"output_dir={json.dumps(str(sweep.directory / 'teacher'))}"])
+
+
+def _run(
+    sweep: Sweep, arm: Arm, tuned: Mapping[str, Any], seed: int, place: Path, teacher: Path | None, *, tuning: bool
+) -> ArmRun:
+    assert not isinstance(sweep.recipe, str), "a sweep that was loaded holds it"
+    own: Tree = {"train.seed": seed, "output_dir": str(sweep.directory / place)}
+    # A file's name may hold a tilde or a slash, a run's may not.
+    own["name"] = f"{sweep.name}/{arm.name}"
+    if teacher is not None:
+        own["teacher.model"] = str(teacher)
+    with at(f"arm {arm.name}"):
+        recipe = load_recipe(sweep.recipe, as_overrides({**arm.keys, **tuned, **own}))
+    return ArmRun(arm=arm.name, seed=seed, keys=arm.keys | dict(tuned), tuning=tuning, recipe=recipe)
+
+
+def _points(axes: Mapping[str, Sequence[Any]]) -> Iterator[Tree]:
+    """Every combination of the values."""
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def _point_name(point: Mapping[str, Any]) -> str:
+    """name=fkl,temperature=2; the whole key where two end in the same word."""
+    leaves = [key.rpartition(".")[2] for key in point]
+    names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(point, leaves, strict=True)}
+    return ",".join(f"{names[key]}={_value_name(value)}" for key, value in point.items())
+
+
+def _value_name(value: Any) -> str:
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _plain_name(name: str) -> str:
+    """What any file system takes, and a shell without quotes."""
+    plain = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", name).strip("_.") or "_"
+    return plain if len(plain) <= LONGEST_NAME else f"{plain[: LONGEST_NAME - 9]}-{fingerprint(name)[:8]}"

@@ -1,0 +1,115 @@
+"""What is refused before any run of a sweep has worked, in every arm, with the arm's name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from limbeck.config import Recipe, as_tree, at
+from limbeck.flow import LimbeckError
+from limbeck.story import Story, require_same
+from limbeck.sweep.arms import ArmRun
+
+Prints = dict[str, str]
+
+
+@dataclass
+class Inspector:
+    """Checks runs, and works out the fingerprints of their stages. What runs have in common is looked at once.
+
+    Attributes:
+        update: whether a directory made from other inputs is to be brought up to date instead of being refused.
+        prints: fingerprint of each stage, by the directory of the run.
+    """
+
+    update: bool
+    prints: dict[Path, Prints] = field(default_factory=dict)
+    _cards: dict[str, Story] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
+
+    def inspect(self, runs: Sequence[ArmRun]) -> None:
+        """Look at runs whose teacher is there.
+
+        Raises:
+            LimbeckError: one would fail, or its directory holds another run.
+        """
+        from limbeck.stages import STAGES
+
+        self.check(runs)
+        for run in runs:
+            with at(f"arm {run.arm}"):
+                story = self._story(run.recipe)
+                self.prints[run.directory] = story.fingerprints(STAGES)
+                if not self.update:
+                    require_same(story, STAGES, self.prints[run.directory])
+
+    def check(self, runs: Sequence[ArmRun]) -> None:
+        """Look at what can be known without the teacher's weights.
+
+        Raises:
+            LimbeckError: a run would fail.
+        """
+        from limbeck.stages import STAGES
+
+        for run in runs:
+            # The seeds of an arm share its mistakes.
+            settings = json.dumps([run.arm, run.keys, run.recipe.teacher.model], sort_keys=True)
+            if settings not in self._seen:
+                self._seen.add(settings)
+                with at(f"arm {run.arm}"):
+                    story = self._story(run.recipe)
+                    for stage in STAGES:
+                        stage.check(story)
+
+    def finished(self, run: ArmRun) -> bool:
+        """Whether all stages of a run are done for exactly these inputs."""
+        directory = Story(run.recipe).run
+        prints = self.prints[run.directory]
+        return all(directory.finished(stage, print_) for stage, print_ in prints.items())
+
+    def work_of_the_teacher(self, run: ArmRun) -> str:
+        """The same for runs that share prompts, responses and signal."""
+        return self.prints[run.directory]["signal"]
+
+    def _story(self, recipe: Recipe) -> Story:
+        """A story that knows what the models say about their tokens, where an earlier one has read it."""
+        story, tree = Story(recipe), as_tree(recipe)
+        pair = json.dumps([tree["teacher"], tree["student"]], sort_keys=True)
+        if pair not in self._cards:
+            self._cards[pair] = story
+        known = self._cards[pair]
+        story.teacher_card, story.student_card = known.teacher_card, known.student_card
+        return story
+
+
+def refuse_launcher() -> None:
+    """A sweep starts its own processes.
+
+    Raises:
+        LimbeckError: under a launcher, which would start the sweep once a rank.
+    """
+    if "RANK" in os.environ:
+        raise LimbeckError(
+            "a sweep was started by a launcher of several processes; start `limbeck sweep` alone, it plays its runs "
+            "side by side itself (parallel), each in one process"
+        )
+
+
+def refuse_other_files(root: Path) -> None:
+    """A sweep begins in an empty directory, or goes on in its own.
+
+    Raises:
+        LimbeckError: the directory holds something else.
+    """
+    from limbeck.sweep.settings import RESOLVED
+
+    if root.exists() and not root.is_dir():
+        raise LimbeckError(f"{root} is a file; name a directory with sweep.output_dir=...")
+    known = (root / RESOLVED).exists() or (root / ".lock").exists()
+    if (root.is_dir() and any(root.iterdir()) and not known) or (root / "recipe.resolved.yaml").exists():
+        raise LimbeckError(
+            f"{root} holds files that are no sweep of limbeck; name another directory with sweep.output_dir=..."
+        )

@@ -1,0 +1,86 @@
+"""What is decided between runs: the values that an arm takes, and the arms that go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+
+from limbeck.evaluation.metrics import describe
+from limbeck.flow import LimbeckError
+from limbeck.rundir import read_json
+from limbeck.sweep.arms import Arm, ArmRun, arms_of, final_runs, tuning_runs
+from limbeck.sweep.choosing import badness, best, survivors
+from limbeck.sweep.player import Player
+from limbeck.sweep.settings import Tree
+
+Finals = dict[str, list[ArmRun]]
+
+
+def tune(player: Player, teacher: Path | None) -> Finals:
+    """The runs of every arm with the values that are best for it; an arm without such values has failed."""
+    sweep, finals = player.sweep, Finals()
+    tuning = {arm.name: tuning_runs(sweep, arm, teacher) for arm in arms_of(sweep)}
+    player.play([run for runs in tuning.values() for run in runs])
+    for arm in arms_of(sweep):
+        finished = [run for run in tuning[arm.name] if player.ledger.state(run) == "done"]
+        try:
+            chosen = _best_values(player, arm, finished) if sweep.tune else {}
+        except LimbeckError as error:
+            player.fail(final_runs(sweep, arm, {}, teacher), f"tune: {error}")
+            continue
+        finals[arm.name] = final_runs(sweep, arm, chosen, teacher)
+        player.inspector.inspect(finals[arm.name])
+        player.ledger.add(finals[arm.name])
+    return finals
+
+
+def _best_values(player: Player, arm: Arm, finished: list[ArmRun]) -> Tree:
+    sweep = player.sweep
+    if not finished:
+        raise LimbeckError("none of the runs that tune it finished; arms.jsonl says why of each")
+    winner = finished[best([badness(sweep.tune_metric, means_after(run)) for run in finished])]
+    chosen = {key: winner.keys[key] for key in sweep.tune}
+    said = [f"{arm.name}: the best {key} is {value}" for key, value in chosen.items()]
+    for key, value in chosen.items():
+        values = sweep.tune[key]
+        numbers = all(isinstance(v, int | float) for v in values)
+        if len(values) > 1 and numbers and value in (min(values), max(values)):
+            said.append(f"an end of {list(values)}: better ones may lie beyond")
+    player.console.say(", ".join(said))
+    return chosen
+
+
+def halve(player: Player, finals: Finals) -> Finals:
+    """Successive halving: the arms that are left after the last comparison, paused where it was made."""
+    halving = player.sweep.halving
+    if halving is None:
+        return finals
+    for share in halving.at:
+        outcomes = player.play([run for runs in finals.values() for run in runs], pause_at=share)
+        standing: dict[str, float] = {}
+        for name, runs in finals.items():
+            means = [m for run in runs if (m := outcomes[run.directory].means) is not None]
+            if len(means) == len(runs):
+                standing[name] = fmean(badness(halving.metric, m) for m in means)
+            else:
+                player.drop(runs, f"after {share:g} of the steps: not all seeds of the arm came that far")
+        going_on = survivors(standing, halving.keep)
+        for name in (name for name in standing if name not in going_on):
+            shown = _shown(halving.metric, standing[name])
+            reason = f"after {share:g} of the steps: {shown}, not among the best {len(going_on)} of {len(standing)}"
+            player.drop(finals[name], reason)
+        player.console.say(f"after {share:g} of the steps {len(going_on)} of {len(finals)} arms go on")
+        finals = {name: finals[name] for name in going_on}
+    return finals
+
+
+def _shown(metric: str, badness: float) -> str:
+    better = describe(metric).better
+    off = " off the teacher's" if better == "match" else ""
+    return f"{metric} {-badness if better == 'higher' else badness:.4g}{off}"
+
+
+def means_after(run: ArmRun) -> Mapping[str, float]:
+    """The means of a finished run's scores after training."""
+    return {name: score["mean"] for name, score in read_json(run.directory / "scores.json")["after"].items()}

@@ -1,0 +1,205 @@
+"""A sweep as people write it: one YAML file around a recipe. Strict like a recipe; see docs/sweeping.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from limbeck.config import apply_override, recipe_tree
+from limbeck.evaluation.metrics import METRICS, describe
+from limbeck.flow import LimbeckError
+from limbeck.recipe_files import read_yaml, shipped_recipes
+from limbeck.recipe_mistakes import explain, nearest
+from limbeck.recipe_text import dump, plain
+from limbeck.recipe_values import STRICT, Count, Fraction, Seed
+
+Tree = dict[str, Any]
+Values = Annotated[tuple[Any, ...], Field(min_length=1)]
+RESOLVED = "sweep.resolved.yaml"
+
+
+@dataclass(config=STRICT, kw_only=True)
+class HalvingSection:
+    at: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.25, 0.5)
+    """Shares of the optimizer steps after which arms are compared."""
+    keep: Fraction = 0.5
+    """Share of the arms that goes on each time, rounded up."""
+    metric: str = "forward_kl"
+    """Of the evaluation, on held-out prompts; the mean over an arm's seeds counts."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Sweep:
+    """Arms around one recipe."""
+
+    name: str = "sweep"
+    """The directory is runs/sweeps/NAME unless output_dir says otherwise."""
+    output_dir: str | None = None
+    recipe: str | Tree
+    """A shipped name, a file or the sections themselves."""
+    teacher_run: str | Tree | None = None
+    """A recipe that is played first; its student is the teacher of every arm."""
+    set: Tree = field(default_factory=dict)
+    """Changes of the recipe for all arms."""
+    grid: dict[str, Values] = field(default_factory=dict)
+    """Dotted keys and their values; every combination is an arm."""
+    arms: dict[str, Tree] = field(default_factory=dict)
+    """Arms by name, each with its changes of the recipe; with a grid, each arm times the grid."""
+    tune: dict[str, Values] = field(default_factory=dict)
+    """Dotted keys of which each arm takes the values that are best with its first seed."""
+    tune_metric: str = "forward_kl"
+    """What is best: a metric of the evaluation after training."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    """train.seed of the runs of every arm; the responses are the same for all."""
+    parallel: Count = 1
+    """Arms played side by side, each with its share of the processors."""
+    halving: HalvingSection | None = None
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output_dir) if self.output_dir else Path("runs") / "sweeps" / self.name
+
+    @property
+    def swept(self) -> dict[str, str]:
+        """Every dotted key that differs between arms, or between the runs of one, and where it stands."""
+        of_arms = {key: "arms" for changes in self.arms.values() for key in flat(changes)}
+        return {"train.seed": "seeds"} | of_arms | dict.fromkeys(self.tune, "tune") | dict.fromkeys(self.grid, "grid")
+
+
+_ADAPTER = TypeAdapter(Sweep)
+KEYS = tuple(f.name for f in fields(Sweep))
+_KNOWN = (*KEYS, *(f"halving.{f.name}" for f in fields(HalvingSection)))
+
+
+def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
+    """A validated sweep from a shipped name, a YAML file, a sweep's directory or a mapping.
+
+    Args:
+        overrides: `section.key=value` changes the recipe of every arm (`prompts.*` that of the teacher, too);
+            `sweep.key=value` and `output_dir=` change the sweep itself.
+
+    Raises:
+        LimbeckError: unknown sweep or key (with the nearest known one), a wrong value, an override of what is swept.
+    """
+    tree, beside = _read(source)
+    own = [o.removeprefix("sweep.") for o in overrides if _is_of_the_sweep(o)]
+    of_recipe = [o for o in overrides if not _is_of_the_sweep(o)]
+    for override in own:
+        apply_override(tree, override)
+    for key in ("recipe", "teacher_run"):
+        if isinstance(tree.get(key), str):
+            tree[key] = _beside(tree[key], beside)
+    sweep = _validate(tree)
+    _refuse_swept(sweep, of_recipe)
+    recipe = recipe_tree(sweep.recipe, [*as_overrides(sweep.set), *of_recipe])
+    teacher_run = sweep.teacher_run
+    if teacher_run is not None:
+        about_prompts = [o for o in of_recipe if o.startswith(("prompts.", "prompts="))]
+        teacher_run = recipe_tree(teacher_run, about_prompts)
+    # From here on the sweep says all of itself: no file that might change is read again.
+    return _validate(_tree_of(sweep) | {"recipe": recipe, "teacher_run": teacher_run, "set": {}})
+
+
+def to_yaml(sweep: Sweep) -> str:
+    """The sweep with everything spelled out; `load_sweep` of it gives the same sweep."""
+    return dump(_tree_of(sweep))
+
+
+def as_overrides(changes: Mapping[str, Any]) -> list[str]:
+    """Changes of a recipe, with dotted or nested keys, as overrides; a value that is no section is set as a whole."""
+    return [f"{key}={json.dumps(value)}" for key, value in flat(changes).items()]
+
+
+def flat(changes: Mapping[str, Any], prefix: str = "") -> Tree:
+    """Changes of a recipe with dotted keys alone."""
+    from limbeck.config import known_keys
+
+    sections = {key.rpartition(".")[0] for key in known_keys()}
+    found: Tree = {}
+    for name, value in changes.items():
+        key = f"{prefix}{name}"
+        found |= flat(value, f"{key}.") if isinstance(value, Mapping) and key in sections else {key: value}
+    return found
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[Tree, Path | None]:
+    """The tree of a sweep, and the folder that its relative paths are tried in first."""
+    if isinstance(source, Mapping):
+        return dict(source), None
+    resolved = Path(source) / RESOLVED
+    if resolved.is_file():
+        # A sweep that was started elsewhere, or moved: it continues where it lies now.
+        return read_yaml(resolved, "sweep") | {"output_dir": str(source)}, None
+    return read_yaml(source, "sweep"), Path(source).parent if Path(source).is_file() else None
+
+
+def _is_of_the_sweep(override: str) -> bool:
+    return override.startswith(("sweep.", "output_dir="))
+
+
+def _beside(recipe: str, folder: Path | None) -> str:
+    near = None if folder is None else folder / recipe
+    return str(near) if near is not None and recipe not in shipped_recipes() and near.is_file() else recipe
+
+
+def _validate(tree: Tree) -> Sweep:
+    tree = plain(tree)
+    try:
+        sweep = _ADAPTER.validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise LimbeckError(explain(error, _KNOWN)) from None
+    _check(sweep)
+    return sweep
+
+
+def _check(sweep: Sweep) -> None:
+    parts = Path(sweep.name).parts
+    if not parts or ".." in parts or Path(sweep.name).is_absolute() or not sweep.name.isprintable():
+        raise LimbeckError(f"name: got {sweep.name!r}; expected a plain name, a path belongs in output_dir")
+    of_arms = [key for changes in sweep.arms.values() for key in flat(changes)]
+    for key in (*sweep.grid, *sweep.tune, *of_arms):
+        if key in ("train.seed", "output_dir", "name"):
+            remedy = "list the seeds in seeds" if key == "train.seed" else "the sweep names its runs itself"
+            raise LimbeckError(f"{key} cannot be swept; {remedy}")
+        if (key in sweep.grid) + (key in sweep.tune) + (key in of_arms) > 1:
+            raise LimbeckError(f"{key} stands in two of grid, arms and tune; expected it in one")
+    for key, values in {**sweep.grid, **sweep.tune}.items():
+        if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+            raise LimbeckError(f"{key}: got {list(values)}, a value twice; expected each once")
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise LimbeckError(f"seeds: got {list(sweep.seeds)}, a seed twice; expected each once")
+    for key, metric in _chosen_by(sweep):
+        if metric.partition("@")[0] not in METRICS:
+            raise LimbeckError(f"{key}: no metric {metric!r}{nearest(metric, tuple(METRICS))}")
+        if describe(metric).better == "context":
+            raise LimbeckError(f"{key}: {metric} is the teacher's own; expected a metric of the student")
+    if sweep.halving and list(sweep.halving.at) != sorted(set(sweep.halving.at)):
+        raise LimbeckError(f"halving.at: got {list(sweep.halving.at)}; expected ascending shares, such as [0.25, 0.5]")
+
+
+def _chosen_by(sweep: Sweep) -> list[tuple[str, str]]:
+    by_tuning = [("tune_metric", sweep.tune_metric)] if sweep.tune else []
+    return by_tuning + ([("halving.metric", sweep.halving.metric)] if sweep.halving else [])
+
+
+def _refuse_swept(sweep: Sweep, overrides: Sequence[str]) -> None:
+    """An override of what the arms differ in would be lost, or make them all the same."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if sweep.teacher_run is not None and key in ("teacher", "teacher.model"):
+            raise LimbeckError(f"{override!r}: the teacher is the student of teacher_run; set sweep.teacher_run=null")
+        for swept, where in sweep.swept.items():
+            if f"{swept}.".startswith(f"{key}.") or f"{key}.".startswith(f"{swept}."):
+                raise LimbeckError(
+                    f"{override!r} would change what is swept ({swept} in {where}); write sweep.{where}=... instead"
+                )
+
+
+def _tree_of(sweep: Sweep) -> Tree:
+    return plain(asdict(sweep))

@@ -1,0 +1,115 @@
+"""One run of a sweep as a task, and playing it: in this process or in a worker's, the same code."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import traceback
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TextIO
+
+from limbeck.config import load_recipe
+from limbeck.console import PlainConsole
+from limbeck.failures import explain
+from limbeck.flow import Interrupted
+from limbeck.rundir import read_json
+from limbeck.shelf import Shelf
+from limbeck.story import Story, play
+from limbeck.sweep.settings import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a worker needs to know. All of it goes through JSON.
+
+    Attributes:
+        recipe: complete.
+        shelf: folder of what the runs share.
+        pause_at: share of the steps after which training stops for now.
+        metric: to measure at the pause.
+    """
+
+    recipe: Tree
+    shelf: str
+    update: bool
+    pause_at: float | None = None
+    metric: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How it ended.
+
+    Attributes:
+        error: one line where it failed.
+        means: what was measured at a pause.
+        number: of the signal that stopped it.
+    """
+
+    state: Literal["done", "paused", "failed", "stopped"]
+    error: str | None = None
+    means: Mapping[str, float] | None = None
+    number: int = 0
+
+
+def perform(task: Task) -> Outcome:
+    """Play a run, with its console in a log beside its directory. Whatever fails is an outcome, never an exception."""
+    try:
+        recipe = load_recipe(task.recipe)
+        # Beside the run: its own directory holds nothing that a run on its own would not write.
+        path = recipe.directory.with_name(f"{recipe.directory.name}.log")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file, warnings.catch_warnings():
+            console = PlainConsole(file)
+            warnings.showwarning = lambda message, *_args, **_options: console.warn(" ".join(str(message).split()))
+            story = Story(recipe, console, shelf=Shelf(Path(task.shelf)), pause_at=task.pause_at)
+            outcome = _played(story, task, file)
+    except KeyboardInterrupt as interrupt:
+        return Outcome(state="stopped", number=interrupt.args[0] if interrupt.args else signal.SIGINT)
+    except OSError as error:
+        # Not the run: its log.
+        return Outcome(state="failed", error=explain(error))
+    # Models may sit in cycles, and the next run needs their memory.
+    gc.collect()
+    return outcome
+
+
+def _played(story: Story, task: Task, log: TextIO) -> Outcome:
+    try:
+        return _play(story, task)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            traceback.print_exc(file=log)
+            line = f"{type(error).__name__}: {' '.join(str(error).split())} ({log.name} says where)"
+        story.console.say(f"failed: {line}")
+        return Outcome(state="failed", error=line)
+
+
+def _play(story: Story, task: Task) -> Outcome:
+    from limbeck.stages import STAGES
+    from limbeck.stages.paused import measure_paused, paused_path
+
+    recipe, console = story.recipe, story.console
+    if task.pause_at is None or task.metric is None:
+        play(recipe, stages=STAGES, console=console, update=task.update, shelf=story.shelf)
+        return Outcome(state="done")
+    if (path := paused_path(story)).exists():
+        return Outcome(state="paused", means=read_json(path)["after"])
+    try:
+        play(
+            recipe,
+            stages=STAGES,
+            until="train",
+            console=console,
+            update=task.update,
+            shelf=story.shelf,
+            pause_at=task.pause_at,
+        )
+    except Interrupted as paused:
+        console.say(f"halving: {paused}")
+    with story.stop.installed(), story.run.locked(console.warn):
+        return Outcome(state="paused", means=measure_paused(story, task.metric))
