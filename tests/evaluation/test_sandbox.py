@@ -1,0 +1,317 @@
+"""The sandbox: no attack gets anywhere, what is honest passes, and no machine runs a program with less."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter, OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import date, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from limbeck.evaluation.sandbox import jail, syscalls
+from limbeck.evaluation.sandbox.folders import larger_than, remove
+from limbeck.evaluation.sandbox.host import Job, Limits, require_sandbox, run
+from limbeck.evaluation.sandbox.log import judge_all
+from limbeck.evaluation.sandbox.wire import decode, encode
+from limbeck.flow import LimbeckError
+from tests.evaluation.sandbox_attacks import ATTACKS, GOOD
+
+confined = pytest.mark.skipif(bool(jail.missing()), reason=f"this machine has no {jail.missing()}")
+
+LIMITS = Limits(memory_mb=256, file_mb=1, folder_mb=8, folder_entries=200)
+# Enough for an honest program on a machine that is busy otherwise.
+PATIENT = Limits(timeout_s=20.0, memory_mb=256)
+TESTS = "assert add(1, 2) == 3\nassert add(-5, 5) == 0\n"
+
+
+def job(program: str, tests: str = TESTS, setup: str = "", names: tuple[str, ...] = ("add",)) -> Job:
+    return Job(program=program, setup=setup, names=names, tests=tests)
+
+
+@pytest.fixture(scope="module")
+def secret(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("home") / "secret"
+    path.write_text("the secret")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture(scope="module")
+def verdicts(secret: Path, tmp_path_factory: pytest.TempPathFactory):
+    """All attacks, a few at a time, each with a good program right after it; and where they ran."""
+    scratch = tmp_path_factory.mktemp("scratch")
+
+    def outcome(name: str):
+        program, kinds = ATTACKS[name]
+        program = program.replace("{secret!r}", repr(str(secret))).replace("{cwd!r}", repr(os.getcwd()))
+        limits = replace(LIMITS, timeout_s=0.4 if "timeout" in kinds else PATIENT.timeout_s)
+        return run(job(program), limits, scratch), run(job(GOOD), PATIENT, scratch)
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(ATTACKS, pool.map(outcome, ATTACKS), strict=True)), scratch
+
+
+@confined
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_is_a_failed_sample_and_nothing_else(name, verdicts):
+    attack, after = verdicts[0][name]
+    assert not attack.passed and attack.kind in ATTACKS[name][1], attack
+    assert after.passed, after
+
+
+@confined
+def test_nothing_is_left_of_the_attacks(verdicts, secret):
+    assert os.listdir(verdicts[1]) == []
+    assert secret.read_text() == "the secret" and os.listdir(secret.parent) == ["secret"]
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert not Path("escaped").exists() and not Path("/tmp/limbeck-escaped").exists()
+
+
+# Honest programs that use more than numbers: program, tests, names of the program.
+HONEST = {
+    "files of its own": (
+        "def add(a, b):\n    with open('x', 'w') as f: f.write(str(a + b))\n    return int(open('x').read())",
+        TESTS,
+    ),
+    "much output": ("def add(a, b):\n    print('\\u202e' * 10 ** 6)\n    return a + b", TESTS),
+    "an argument changed in place": (
+        "def add(a, b):\n    a.append({b: [a[0]]})",
+        "x = [1]\nadd(x, 2)\nassert x == [1, {2: [1]}]",
+    ),
+    "an exception that is expected": (
+        "def add(a, b):\n    raise KeyError(a)",
+        "try:\n    add(1, 2)\n    assert False\nexcept KeyError:\n    pass",
+    ),
+    "a generator": ("def add(a, b):\n    yield a\n    yield b", "assert list(add(1, 2)) == [1, 2]"),
+    "a function": ("def add(a):\n    return lambda b: a + b", "assert add(1)(2) == 3"),
+    "a match": (
+        "import re\ndef add(a):\n    return re.match('x+', a)",
+        "assert add('xx').group() == 'xx'\nassert not add('y')",
+    ),
+    "subclasses": (
+        "from collections import Counter, namedtuple\nfrom enum import IntEnum\nE = IntEnum('E', 'A B')\n"
+        "P = namedtuple('P', 'x y')\ndef add(a, b):\n    return [Counter(a), P(a, b), E.B, True]",
+        "assert add('aab', None) == [{'a': 2, 'b': 1}, ('aab', None), 2, True]",
+    ),
+    "data classes": (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
+        "class add:\n    x: int\n    y: int = 2\n",
+        "p = add(1)\nassert p.y == 2 and p == add(1, 2) and p != add(1, 3) and p != (1, 2)\n"
+        "p.y = 5\nassert str(p) == 'add(x=1, y=5)'",
+    ),
+    "large numbers": ("def add(a, b):\n    return a ** b", "assert add(7, 9000) == 7 ** 9000"),
+}  # fmt: skip
+
+
+@confined
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_program_passes(name, tmp_path):
+    verdict = run(job(*HONEST[name]), PATIENT, tmp_path)
+    assert verdict.passed, verdict
+
+
+@confined
+def test_the_tests_see_nothing_of_the_program_but_its_names(tmp_path):
+    """A program that redefines what the tests compute with does not change what they compute."""
+    program = "import builtins, math\nmath.isclose = lambda *a: True\nbuiltins.abs = lambda x: 0\nabs = builtins.abs\n"
+    program += "def helper(x): return 3\ndef add(a, b): return 0"
+    for tests in (
+        "assert math.isclose(add(1, 2), 3)",
+        "assert abs(add(1, 2) - 3) < 1",
+        "assert helper(add(1, 2)) == 3",
+    ):
+        verdict = run(job(program, tests, "import math\ndef helper(x): return x\n"), PATIENT, tmp_path)
+        assert verdict.kind == "wrong", tests
+
+
+@confined
+def test_the_killed_parent_takes_a_program_along(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom limbeck.evaluation.sandbox.host import Job, Limits, run\n"
+        "program = 'import time\\ntime.sleep(1000)'\n"
+        "run(Job(program=program, setup='', names=(), tests=''), Limits(timeout_s=500), Path(sys.argv[1]))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+
+    def children() -> list[Path]:
+        found = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.name != str(parent.pid)]
+        return [path for path in found if path.exists() and str(tmp_path).encode() in _read(path / "cmdline")]
+
+    until = time.monotonic() + 20
+    while not children() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert children()
+    time.sleep(0.2)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    while children() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not children()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+@confined
+def test_what_is_in_force_is_reported_and_tried(tmp_path):
+    record = require_sandbox(tmp_path, PATIENT)
+    assert "seccomp" in record["system_calls"] and f"version {jail.landlock_version()}" in record["file_system"]
+    assert record["limits"]["memory_mb"] == 256
+
+
+@pytest.mark.parametrize("lost", ["landlock", "machine"])
+def test_a_machine_with_less_is_refused(lost, tmp_path, monkeypatch):
+    if lost == "landlock":
+        monkeypatch.setattr(jail, "landlock_version", lambda: 0)
+        expected = "this machine has no Landlock"
+    else:
+        monkeypatch.setattr(syscalls, "MACHINES", {"m68k": (0, 4)})
+        expected = "Linux on m68k"
+    with pytest.raises(LimbeckError, match=f"{expected}.*take humaneval and mbpp out"):
+        require_sandbox(tmp_path, LIMITS)
+
+
+@confined
+def test_a_program_that_cannot_be_confined_is_not_run(tmp_path, monkeypatch):
+    """Less memory than the interpreter itself holds: its process does not come to the point of saying "ready"."""
+    ran = tmp_path / "ran"
+    with pytest.raises(LimbeckError, match=r"trial|confined"):
+        require_sandbox(tmp_path / "scratch", Limits(memory_mb=1))
+    assert not ran.exists()
+
+
+@confined
+def test_verdicts_are_kept_and_a_cut_line_is_judged_again(tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    jobs = [job(GOOD), job("def add(a, b): return 0"), job(GOOD)]
+
+    def judged() -> list[bool]:
+        found = dict(judge_all(jobs, PATIENT, log=log, scratch=tmp_path / "scratch"))
+        return [found[number].passed for number in range(len(jobs))]
+
+    assert judged() == [True, False, True]
+    whole = log.read_text()
+    assert whole.count("\n") == 2, "equal programs are run once"
+    log.write_text(whole[:-10])
+    assert judged() == [True, False, True] and log.read_text() == whole
+    monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_all", None)
+    assert judged() == [True, False, True]
+    log.write_text("{}\n" + whole)
+    with pytest.raises(LimbeckError, match=r"log\.jsonl:1: .*no verdict"):
+        judged()
+
+
+def test_a_deep_directory_is_measured_and_removed(tmp_path):
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "file").write_bytes(bytes(1000))
+    here = os.open(top, os.O_RDONLY)
+    for depth in range(1200):
+        os.mkdir("d", 0o700, dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+        if depth % 500 == 0:
+            os.chmod(here, 0o300)
+    os.close(here)
+    assert larger_than(top, entries=100, size=1 << 30) and larger_than(top, entries=10**6, size=500)
+    remove(top)
+    assert not top.exists()
+
+
+def no_object(_: object) -> Any:
+    pytest.fail("a plain value was taken for an object")
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters()) | st.binary()
+    | st.complex_numbers(allow_nan=False) | st.fractions() | st.decimals(allow_nan=False) | st.dates() | st.timedeltas()
+    | st.datetimes() | st.builds(lambda n: 7**n, st.integers(0, 6000)),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.integers() | st.text(), inner),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(PLAIN)
+def test_values_come_back_with_their_type(value):
+    back = decode(encode(value, no_object), no_object)
+    assert back == value and type(back) is type(value) and repr(back) == repr(value)
+
+
+def test_containers_come_back_with_their_type():
+    for value in (
+        {1, 2}, frozenset("ab"), deque([1]), Counter("aab"), OrderedDict(b=1, a=2), bytearray(b"x"), range(1, 9, 3),
+        [Fraction(1, 3), Decimal("0.10"), date(2020, 1, 2), timedelta(1, 2, 3)], float("inf"), "\ud800",
+    ):  # fmt: skip
+        back = decode(encode(value, no_object), no_object)
+        assert back == value and type(back) is type(value)
+
+
+@pytest.mark.parametrize("data", [[], ["made", "os", "system", ["tuple", ["x"]]], ["kept", "x"], ["no"], ["list", 3]])
+def test_what_is_no_value_is_refused(data):
+    with pytest.raises(ValueError, match="no value"):
+        decode(data, lambda number: number)
+
+
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
+
+
+def filtered(machine: str, number: int, arguments: tuple[int, ...] = (0,) * 6, audit: int | None = None) -> int:
+    """What the filter says to a system call: the four instructions of classic BPF that it uses, one by one."""
+    data = struct.pack("II Q 6Q", number, syscalls.MACHINES[machine][1] if audit is None else audit, 0, *arguments)
+    code = list(struct.iter_unpack("HBBI", syscalls.program(machine)))
+    word, place = 0, 0
+    while True:
+        operation, yes, no, value = code[place]
+        place += 1
+        match operation:
+            case 0x20:
+                (word,) = struct.unpack_from("I", data, value)
+            case 0x54:
+                word &= value
+            case 0x15:
+                place += yes if word == value else no
+            case 0x06:
+                return value
+            case _:
+                pytest.fail(f"instruction {operation:#x}")
+
+
+@pytest.mark.parametrize("machine", syscalls.MACHINES)
+def test_the_filter_allows_its_list_and_nothing_else(machine):
+    place = syscalls.MACHINES[machine][0]
+    allowed = {numbers[place] for numbers in syscalls.ALLOWED.values()} - {None}
+    with_conditions = ((16, 72, 257, 302), (29, 25, 56, 261))[place]
+    for number in range(600):
+        if number not in with_conditions:
+            assert filtered(machine, number) == (ALLOW if number in allowed else REFUSE), number
+    # The numbers of the x32 interface, and those of another machine.
+    assert all(filtered(machine, number | 0x40000000) == REFUSE for number in range(600))
+    assert filtered(machine, 0, audit=0x40000003) == KILL
+    ioctl, fcntl, openat, prlimit = with_conditions
+    assert filtered(machine, ioctl, (0, 0x5401, 0, 0, 0, 0)) == ALLOW
+    assert filtered(machine, ioctl, (0, 0x5412, 0, 0, 0, 0)) == REFUSE
+    assert filtered(machine, fcntl, (0, 3, 0, 0, 0, 0)) == ALLOW
+    assert filtered(machine, fcntl, (0, 8, 0, 0, 0, 0)) == REFUSE
+    for flags, verdict in ((0, ALLOW), (os.O_TRUNC, REFUSE), (os.O_TRUNC | os.O_WRONLY | os.O_CREAT, ALLOW)):
+        assert filtered(machine, openat, (0, 0, flags, 0, 0, 0)) == verdict
+    for new_limit, verdict in ((0, ALLOW), (1, REFUSE), (1 << 40, REFUSE)):
+        assert filtered(machine, prlimit, (0, 0, new_limit, 0, 0, 0)) == verdict
