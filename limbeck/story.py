@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 # Keys that change nothing that is written but metrics and checkpoints; two runs may differ in them and be the same run.
 NEUTRAL_KEYS = (
     *("output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to"),
-    *(f"responses.server.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
+    *(
+        f"{section}.{key}"
+        for section in ("responses.server", "evaluate.judge")
+        for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")
+    ),
+    "evaluate.judge.price_per_million",
 )
 
 
