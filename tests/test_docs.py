@@ -15,6 +15,7 @@ import yaml
 from benchmarks import gallery, objectives_page
 from limbeck.config import ObjectiveSection, known_keys, load_recipe
 from limbeck.config import build_objective as objective_of
+from limbeck.evaluation.metrics import METRICS
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_values
 from limbeck.objectives.rules import RULES
 
@@ -27,6 +28,7 @@ PAGES = (
     "papers.md",
     "on-policy.md",
     "serving.md",
+    "evaluation.md",
     "judging.md",
 )
 
@@ -205,3 +207,14 @@ def test_neutral_factors_are_those_of_the_registry() -> None:
             resolved = Temperature(loss=3.0).factor(objective.order)
             assert resolved is not None and math.isclose(resolved, factor)
     assert {"fkl", "rkl", "js", "skl", "srkl", "ab", "tv", "csd", "dld", "lskd", "akl", "todi"} <= said.keys()
+
+
+def test_every_metric_is_explained() -> None:
+    """In the words of the registry, with unit and direction."""
+    page = " ".join(text_of("evaluation.md").split())
+    directions = {"lower": "lower", "higher": "higher", "match": "nearer to the teacher", "context": "context"}
+    for name, metric in METRICS.items():
+        if name.removeprefix("teacher_") in METRICS and metric.meaning == "the same of the teacher":
+            continue
+        about = ", ".join(part for part in (metric.unit, directions[metric.better]) if part)
+        assert f"- `{name}` ({about}): {' '.join(metric.meaning.split())}." in page, name
