@@ -169,9 +169,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, update: Update = 
 def evaluate(
     recipe: Annotated[
         str,
-        typer.Argument(
-            metavar="RECIPE|STUDENT", help="A recipe or a run; with --prompts, a model."
-        ),
+        typer.Argument(metavar="RECIPE|STUDENT", help="A recipe or a run; with --prompts, a model."),
     ],
     overrides: Overrides = None,
     prompts: Annotated[
@@ -244,6 +242,27 @@ def report(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = F
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories; a sweep's directory stands for its runs.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="Page to write; .md and .csv with the same numbers appear beside it.")
+    ] = Path("compare.html"),
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="What to rank by, such as rouge_l or distinct_2@T=0.7.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Rank runs on one page, with what other examples and other seeds could have changed."""
+    del debug
+    from limbeck.report.compare import write_comparison
+
+    title = runs[0].resolve().name if len(runs) == 1 else f"{len(runs)} runs compared"
+    print(write_comparison(runs, out, title=title, metric=metric))
+
+
+@app.command()
 def objectives() -> None:
     """List the objectives with their options."""
     from dataclasses import MISSING, fields
@@ -288,6 +307,30 @@ def doctor(
     Console().print(render(found))
     if not found.distillable:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, a model, or a LoRA adapter, which is merged.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist yet.")],
+    format: Annotated[str, typer.Option("--format", help="safetensors or gguf (llama.cpp).")] = "safetensors",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16, bfloat16, or q8_0 in GGUF; as stored by default.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a student as safetensors or GGUF, read it back and compare; nothing appears that differs."""
+    del debug
+    from limbeck.console import default_console
+    from limbeck.export import export_model
+
+    say = default_console().say
+    print(export_model(source, out, format=format, dtype=dtype, trust_remote_code=trust_remote_code, say=say).file)
 
 
 @app.command()

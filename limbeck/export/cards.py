@@ -1,0 +1,49 @@
+"""The card of an export: the model's own, with a section on this export and how to load it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The metadata at the head of a card; empty where there is none, or none that YAML reads as a mapping."""
+    import yaml
+
+    found = _FRONT.match(card)
+    try:
+        read = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def exported_card(card: str, *, name: str, file: str | None, said: str) -> str:
+    """The card that lies beside the export.
+
+    Args:
+        card: the model's own; a short one is made where it is empty.
+        file: the GGUF file; None for safetensors.
+        said: a sentence on how the export was checked.
+    """
+    import yaml
+
+    front = front_matter(card) or {"pipeline_tag": "text-generation", "tags": ["limbeck"]}
+    front = {"library_name": "transformers"} | front
+    body = _FRONT.sub("", card).strip("\n") or f"# {' '.join(name.split())}"
+    if file is not None:
+        front["library_name"] = "gguf"
+        body = _section(body, "Use", f"```sh\nllama-server -m {file}\n```")
+    body = _section(body, "This export", said)
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
+
+
+def _section(body: str, title: str, text: str) -> str:
+    """The body with a section of that title, in place of the one it had."""
+    section = f"## {title}\n\n{text}\n"
+    old = re.compile(rf"^## {title}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+    if old.search(body):
+        return old.sub(lambda _: f"{section}\n", body, count=1).rstrip("\n")
+    return f"{body}\n\n{section}".rstrip("\n")

@@ -1,0 +1,163 @@
+"""A model as a GGUF file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+Norms and biases stay float32, as llama.cpp's own converter has it; so do matrices whose rows q8_0 cannot cut into
+blocks of 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from limbeck.export.gguf_tokens import Vocabulary
+from limbeck.flow import LimbeckError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from numpy import ndarray
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# transformers' model types and llama.cpp's architectures.
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_BLOCK = 32
+_LICENCE = "general.license"
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    dtype: str,
+    license: str | None,
+) -> None:
+    """Write one file.
+
+    Args:
+        dtype: "float32", "float16", "bfloat16" or "q8_0", of the matrices.
+        license: a hub licence id.
+
+    Raises:
+        LimbeckError: an architecture, an option of one, or a tokenizer that is not known here.
+    """
+    import gguf
+
+    config: Any = model.config
+    require_known(config)
+    vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
+    writer.add_type("model")
+    writer.add_name(name)
+    if license is not None:
+        writer.add_license(license)
+    _shape(writer, config)
+    writer.add_file_type(_file_type(dtype))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    vocabulary.write(writer)
+    for tensor_name, weight in _tensors(model):
+        data, kind = _encoded(weight, dtype)
+        writer.add_tensor(tensor_name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def require_known(config: Any) -> None:
+    """See that a GGUF file can say all that this configuration says.
+
+    Raises:
+        LimbeckError: it cannot.
+    """
+    fields = config.to_dict()
+    if config.model_type not in ARCHITECTURES:
+        raise LimbeckError(
+            f"{config.model_type} models cannot be exported as GGUF, expected one of {', '.join(ARCHITECTURES)}; "
+            "export safetensors"
+        )
+    rope = fields.get("rope_parameters") or {}
+    head_size = fields.get("head_dim") or config.hidden_size // config.num_attention_heads
+    usual = {"llama": head_size, "qwen2": config.hidden_size // config.num_attention_heads, "qwen3": 128}
+    strange = {
+        f"rope type {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
+        "partial rotary embeddings": (rope.get("partial_rotary_factor") or 1) != 1,
+        "sliding windows": any(kind != "full_attention" for kind in fields.get("layer_types") or ()),
+        f"{fields.get('hidden_act')} activations": fields.get("hidden_act") != "silu",
+        "biases": bool(fields.get("attention_bias")) or bool(fields.get("mlp_bias")),
+        f"heads of {head_size} dimensions": head_size != usual[config.model_type],
+    }
+    for what, is_so in strange.items():
+        if is_so:
+            raise LimbeckError(
+                f"this {config.model_type} model has {what}, which its export as GGUF does not know; "
+                "export safetensors, or convert those with llama.cpp's own converter"
+            )
+
+
+def _shape(writer: GGUFWriter, config: Any) -> None:
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under llama.cpp's name."""
+    import gguf
+
+    config: Any = model.config
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[ARCHITECTURES[config.model_type]], config.num_hidden_layers)
+    rotated = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for own, weight in model.state_dict().items():
+        if own == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        name = names.get_name(own, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise LimbeckError(
+                f"llama.cpp's {config.model_type} has no place for {own}, expected weights of that architecture alone; "
+                "export safetensors"
+            )
+        heads = rotated.get(name.split(".")[-2]) if config.model_type == "llama" else None
+        yield name, weight if heads is None else _in_pairs(weight, heads)
+
+
+def _in_pairs(weight: Tensor, heads: int) -> Tensor:
+    """Rows in the order of llama.cpp's rope for Llama: it turns neighbours (2i, 2i + 1), transformers (i, i + half)."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _encoded(weight: Tensor, dtype: str) -> tuple[ndarray, Any]:
+    from gguf import GGMLQuantizationType as Kind
+    from gguf import quants
+
+    kinds = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16, "q8_0": Kind.Q8_0}
+    fits = weight.ndim > 1 and (dtype != "q8_0" or weight.shape[-1] % _BLOCK == 0)
+    kind = kinds[dtype] if fits else Kind.F32
+    return quants.quantize(weight.to(torch.float32).contiguous().numpy(), kind), kind
+
+
+def _file_type(dtype: str) -> int:
+    from gguf import LlamaFileType as File
+
+    types = {
+        "float32": File.ALL_F32,
+        "float16": File.MOSTLY_F16,
+        "bfloat16": File.MOSTLY_BF16,
+        "q8_0": File.MOSTLY_Q8_0,
+    }
+    return int(types[dtype])

@@ -1,0 +1,163 @@
+"""What is exported: a run's student, a model by name, or a LoRA adapter merged into its base model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from limbeck.flow import LimbeckError
+from limbeck.models.loading import DTYPES, load_model, load_tokenizer, source_config
+from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.models.sources import resolve
+from limbeck.student.saving import merged_state
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exportable:
+    """A model to export.
+
+    Attributes:
+        name: what the exported model is called.
+        model: plain, float32, nothing to merge.
+        original: what logits are compared with: the model before anything was merged.
+        dtype: the precision it was stored in.
+        card: text of its README.md; empty where it has none.
+        licences: files to hand on.
+    """
+
+    name: str
+    model: PreTrainedModel
+    original: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    card: str
+    licences: tuple[Path, ...]
+
+
+def find(source: str, *, trust_remote_code: bool = False) -> Exportable:
+    """Load what is to be exported.
+
+    Args:
+        source: a run directory, a PEFT directory, or anything `limbeck.models.loading.load_model` takes.
+
+    Raises:
+        LimbeckError: a run without a finished student, or no such model.
+    """
+    path = Path(source).expanduser()
+    if (path / "recipe.resolved.yaml").is_file():
+        return _of_run(path, trust_remote_code)
+    if (path / "adapter_config.json").is_file():
+        return _merged(path, trust_remote_code)
+    folder = resolve(source, weights=False, trust_remote_code=trust_remote_code).directory
+    name = (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
+    return _exportable(source, name, (folder,), trust_remote_code)
+
+
+def _of_run(run: Path, trust_remote_code: bool) -> Exportable:
+    student = run / "student"
+    if not (student / "config.json").is_file():
+        raise LimbeckError(f"{run} has no finished student, expected {student}; end it with `limbeck run {run}`")
+    return _exportable(student, run.resolve().name, (student, *_origins(run)), trust_remote_code)
+
+
+def _origins(run: Path) -> list[Path]:
+    """Local folders of the models that the student's weights began as, and of the teacher: their licences hold on."""
+    import yaml
+
+    recipe: Any = yaml.safe_load((run / "recipe.resolved.yaml").read_text("utf-8"))
+    names = [recipe.get(section, {}).get("model") for section in ("student", "teacher")]
+    sources = [resolve(name, weights=False) for name in names if name is not None and _is_here(name)]
+    return [source.directory for source in sources]
+
+
+def _is_here(name: str) -> bool:
+    """Whether a model can be found without a network."""
+    from limbeck.models.assets import ASSETS
+
+    return name in ASSETS or Path(name).expanduser().exists()
+
+
+def _merged(folder: Path, trust_remote_code: bool) -> Exportable:
+    from peft import PeftModel
+
+    base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise LimbeckError(
+            f"{folder / 'adapter_config.json'} names no base model, expected base_model_name_or_path; add it"
+        )
+    loaded = load_model(base, trust_remote_code=trust_remote_code)
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            # transformers has renamed an attribute that PEFT reads.
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = PeftModel.from_pretrained(loaded.model, folder).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise LimbeckError(
+            f"{folder} cannot be put onto its base model {base}: {one_line(error)}; "
+            "check base_model_name_or_path in its adapter_config.json"
+        ) from error
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code) if own else loaded.tokenizer
+    return Exportable(
+        name=folder.resolve().name,
+        model=_plain(adapted, base, trust_remote_code),
+        original=adapted,
+        tokenizer=tokenizer,
+        dtype=_stored(base, trust_remote_code),
+        card=_card(folder),
+        licences=_licences((folder, resolve(base, weights=False, trust_remote_code=trust_remote_code).directory)),
+    )
+
+
+def _plain(adapted: nn.Module, base: str, trust_remote_code: bool) -> PreTrainedModel:
+    """A model of its own with the adapters in its weights."""
+    model = load_model(base, trust_remote_code=trust_remote_code).model
+    model.load_state_dict(merged_state(adapted))
+    return model
+
+
+def _exportable(source: str | Path, name: str, folders: tuple[Path, ...], trust_remote_code: bool) -> Exportable:
+    loaded = load_model(source, trust_remote_code=trust_remote_code)
+    return Exportable(
+        name=name,
+        model=loaded.model,
+        original=loaded.model,
+        tokenizer=loaded.tokenizer,
+        dtype=_stored(source, trust_remote_code),
+        card=_card(folders[0]),
+        licences=_licences(folders),
+    )
+
+
+def _stored(name: str | Path, trust_remote_code: bool) -> torch.dtype:
+    """Of the weights on disk: what loads as float32 may have been kept in less."""
+    source = resolve(name, weights=False, trust_remote_code=trust_remote_code)
+    dtype = source_config(source, trust_remote_code=trust_remote_code).dtype
+    if source.gguf is None and isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    return torch.float32
+
+
+def _card(folder: Path) -> str:
+    path = folder / "README.md"
+    return path.read_text("utf-8") if path.is_file() else ""
+
+
+def _licences(folders: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Of the first folder that has any: the student's own, else those of what it was made from."""
+    for folder in folders:
+        found = sorted({path for pattern in _LICENCES for path in folder.glob(pattern) if path.is_file()})
+        if found:
+            return tuple(found)
+    return ()
