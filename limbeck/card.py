@@ -56,11 +56,13 @@ def card(run: Run, *, base_model: str | None = None, license: str | None = None,
         name=name_of(run),
         headline=headline(run),
         base=base,
-        teacher=value_at(run.recipe, "teacher.model"),
-        origin=_origin(run),
+        teacher=_without_folder(value_at(run.recipe, "teacher.model")),
+        origin=_without_folder(_origin(run)),
         method=_method(run),
         evidence=evidence(run),
-        examples=next((int(s["n"]) for s in _after(run).values() if number(s, "n") is not None), None),
+        examples=_examples(run),
+        meanings=_meanings(run),
+        source=_source(run),
         training=_training(run),
         versions=value_at(run.provenance, "versions") or {},
         revision=run.provenance.get("code_revision"),
@@ -81,26 +83,70 @@ def metadata(run: Run, *, base_model: str | None, license: str | None, datasets:
     front["tags"] = ["limbeck", "distillation", "knowledge-distillation"]
     if run.student.get("kept_blocks"):
         front["tags"].append("pruned")
-    results = [
-        {"type": line.name, "name": f"{line.label} ({line.unit})" if line.unit else line.label, "value": value}
-        for line in evidence(run)
-        if (value := number(_after(run).get(line.name, {}), "mean")) is not None
-    ]
+    results = _results(run)
     if results:
-        source = str(value_at(run.recipe, "prompts.source") or "prompts of the run")
-        front["model-index"] = [
-            {
-                "name": name_of(run),
-                "results": [
-                    {
-                        "task": {"type": "text-generation", "name": "Agreement with the teacher"},
-                        "dataset": {"type": source, "name": f"held-out prompts of {source}"},
-                        "metrics": results,
-                    }
-                ],
-            }
-        ]
+        front["model-index"] = [{"name": name_of(run), "results": results}]
     return front
+
+
+def _results(run: Run) -> list[dict[str, Any]]:
+    """Every metric of the student after training: an entry for each data set, which is how the hub tells them apart."""
+    by_dataset: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in evidence(run):
+        found = _after(run).get(line.name, {})
+        value, low, high = (number(found, key) for key in ("mean", "low", "high"))
+        if value is None:
+            continue
+        metric = {"type": line.name, "name": f"{line.label} ({line.unit})" if line.unit else line.label, "value": value}
+        details: dict[str, Any] = {"examples": found["n"]} if number(found, "n") is not None else {}
+        if low is not None and high is not None:
+            details["interval_95"] = [low, high]
+        by_dataset.setdefault(_dataset(run, line.name), []).append(metric | ({"args": details} if details else {}))
+    return [
+        {
+            "task": {"type": "text-generation", "name": "Evaluation of a distilled student"},
+            "dataset": {"type": kind, "name": name},
+            "metrics": metrics,
+        }
+        for (kind, name), metrics in by_dataset.items()
+    ]
+
+
+def _dataset(run: Run, metric: str) -> tuple[str, str]:
+    """Identifier and name of what a metric was measured on: the problems of a task, or the held-out prompts."""
+    condition = metric.partition("@")[2]
+    if condition and f"tasks@{condition}" in (value_at(run.scores, "rows.after") or {}):
+        task = condition.partition(",")[0]
+        file = value_at(run.recipe, f"evaluate.tasks.files.{task}")
+        return task, f"{task} ({Path(file).name})" if isinstance(file, str) else f"{task} (lm-evaluation-harness)"
+    source = _source(run)
+    return source, f"held-out prompts of {source}"
+
+
+def _source(run: Run) -> str:
+    """Where the prompts come from."""
+    return _without_folder(value_at(run.recipe, "prompts.source")) or "the run"
+
+
+def _without_folder(name: Any) -> str | None:
+    """A hub id or another name as it is; of a path only the last part, since its folder is nobody else's."""
+    return _hub_id(name) or (Path(name).name if isinstance(name, str) else None)
+
+
+def _examples(run: Run) -> dict[str, str]:
+    """How many examples each metric is over."""
+    both = [(name, score(run, part, name)) for part in ("before", "after") for name in value_at(run.scores, part) or {}]
+    return {name: f"{found['n']:,}" for name, found in both if found and number(found, "n") is not None}
+
+
+def _meanings(run: Run) -> dict[str, str]:
+    """What each metric means, once for all its conditions."""
+    said = {}
+    for line in evidence(run):
+        label = line.label.rpartition(" (")[0] if "@" in line.name else line.label
+        if line.meaning:
+            said.setdefault(label, line.meaning)
+    return said
 
 
 def _origin(run: Run) -> Any:
@@ -146,7 +192,7 @@ def _method(run: Run) -> list[str]:
             if number(run.recipe, f"responses.{key}") is not None
         ]
         written = f"sampled from the teacher ({', '.join(drawn)})" if author == "teacher" else f"by the {author}"
-        said.append(f"Prompts: {source}. Responses: {written}.")
+        said.append(f"Prompts: {_source(run)}. Responses: {written}.")
     objective = value_at(run.recipe, "objective.name")
     if objective:
         shown = OBJECTIVES.get(str(objective), str(objective))

@@ -28,6 +28,7 @@ PAGES = (
     "papers.md",
     "on-policy.md",
     "serving.md",
+    "exporting.md",
     "evaluation.md",
     "judging.md",
 )

@@ -6,7 +6,8 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from limbeck.card import write_card
-from limbeck.flow import LimbeckError
+from limbeck.evaluation.scores import write_scores
+from limbeck.flow import LimbeckError, ScoredRow
 from tests.report.synthetic import KEPT, write_run
 
 
@@ -35,6 +36,67 @@ def test_the_hub_reads_every_figure_back(run_dir):
         assert result.metric_value == scores[name]["mean"]
         assert result.task_type == "text-generation" and result.dataset_name == "held-out prompts of builtin"
     assert results["forward_kl"].metric_name == "Forward KL (nats/token)"
+
+
+def with_groups(run_dir, **groups):
+    """Write scores of these groups alone, after training: GROUP or GROUP@CONDITION to the values of each example."""
+    after = {
+        name.replace("__", "@").replace("_is_", "="): [
+            ScoredRow(id=f"p{n}", weight=1.0, values=values) for n, values in enumerate(examples)
+        ]
+        for name, examples in groups.items()
+    }
+    write_scores(run_dir, before={}, after=after)
+    return run_dir
+
+
+def test_every_group_and_condition_is_carried(tmp_path):
+    run_dir = write_run(tmp_path / "run", steps=30)
+    recipe = (run_dir / "recipe.resolved.yaml").read_text().replace("source: builtin", "source: /data/mine/asked.jsonl")
+    recipe = recipe.replace("smollm2-135m-instruct", "/data/mine/teacher")
+    recipe = recipe.replace("evaluate: [fidelity, rouge]", "evaluate: {tasks: {files: {gsm8k: /data/mine/test.jsonl}}}")
+    (run_dir / "recipe.resolved.yaml").write_text(recipe)
+    with_groups(
+        run_dir,
+        fidelity=[{"forward_kl": 0.5}, {"forward_kl": 0.7}],
+        fidelity__student=[{"forward_kl": 1.5}, {"forward_kl": 1.9}],
+        tasks__gsm8k=[{"accuracy": 1.0}, {"accuracy": 0.0}, {"accuracy": 1.0}],
+        cost=[{"parameters": 92.0, "teacher_parameters": 135.0}],
+        cost__prompt_is_256=[{"decode_speed": 30.0, "teacher_decode_speed": 20.0}],
+    )
+    card = read(write_card(run_dir))
+    results = {result.metric_type: result for result in card.data["eval_results"]}
+    expected = ("forward_kl", "forward_kl@student", "accuracy@gsm8k", "parameters", "decode_speed@prompt=256")
+    assert set(results) == set(expected)
+    assert results["forward_kl@student"].metric_name == "Forward KL (on the student's answers) (nats/token)"
+    assert results["forward_kl@student"].metric_value == pytest.approx(1.7)
+    assert "from the teacher `teacher`" in card.text
+    low, high = results["forward_kl"].metric_args["interval_95"]
+    assert low < 0.6 < high and results["forward_kl"].metric_args["examples"] == 2
+    assert results["parameters"].metric_args == {"examples": 1}
+    assert results["forward_kl"].dataset_name == "held-out prompts of asked.jsonl"
+    problems = results["accuracy@gsm8k"]
+    assert (problems.dataset_type, problems.dataset_name) == ("gsm8k", "gsm8k (test.jsonl)")
+    assert "/data/mine" not in card.text and "/data/mine" not in str(card.data)
+    assert card.text.count("KL(teacher ‖ student)") == 1, "a meaning is said once for all conditions"
+    row = next(line for line in card.text.splitlines() if line.startswith("| Parameters |"))
+    assert row == "| Parameters | M | 135 | not measured | 92.0 | 1 |"
+
+
+def test_what_the_hub_writes_back_is_what_was_there(run_dir):
+    """The hub's library puts results of one data set together; ours are so already, and nothing gets lost."""
+    card = read(write_card(run_dir))
+    again = ModelCard(str(card))
+    assert again.data["eval_results"] == card.data["eval_results"]
+    assert len(card.data["eval_results"]) == len({result.metric_type for result in again.data["eval_results"]})
+
+
+def test_a_run_with_one_group_only(tmp_path):
+    run_dir = with_groups(write_run(tmp_path / "run", steps=30), rouge=[{"rouge_l": 0.25}, {"rouge_l": 0.5}])
+    card = read(write_card(run_dir))
+    assert [result.metric_type for result in card.data["eval_results"]] == ["rouge_l"]
+    assert card.data["eval_results"][0].metric_value == 0.375
+    assert "Forward KL" not in card.text.partition("## What was kept")[2].partition("## Training")[0]
 
 
 def test_the_text_names_what_matters(run_dir):
