@@ -43,7 +43,8 @@ def test_a_pair_on_a_file(limbeck: CommandServer, pair: tuple[Path, Path], data:
     assert all(score["n"] == 6 for score in scores["after"].values())
     lines = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text("utf-8").splitlines()]
     assert len(lines) == 6 and set(lines[0]) == {"prompt", "teacher", "after", "rouge_after"}
-    assert "Student after" in (tmp_path / "out/report.html").read_text("utf-8")
+    page = (tmp_path / "out/report.html").read_text("utf-8")
+    assert "What was measured" in page and "not complete" not in page and "before training" not in page
     again = limbeck.run(*command)
     assert again.code == 0 and "evaluation: done earlier" in again.stderr
 

@@ -28,6 +28,10 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+# What a page of a student that was not trained here says of its recipe.
+OF_AN_EVALUATION = ("teacher", "student", "prompts")
+
+
 def render(run: Run) -> str:
     """The page of a run. Every text from the run is escaped by the template engine."""
     import jinja2
@@ -61,7 +65,7 @@ def render(run: Run) -> str:
         evidence=evidence(run),
         examples=_examples(run),
         confidence=number(run.scores, "confidence") or 0.95,
-        samples=[_sample(row) for row in run.samples],
+        samples=[_sample(row, run.alone) for row in run.samples],
         anatomy=_anatomy(run),
         sizes=_sizes(run),
         stages=_stages(run),
@@ -82,6 +86,8 @@ def _story(run: Run) -> list[tuple[str, str]]:
         ("epochs", ("train.num_train_epochs",)),
         ("seed", ("train.seed", "seed")),
     ):
+        if run.alone and label not in OF_AN_EVALUATION:
+            continue
         found = next((value for key in keys if (value := value_at(run.recipe, key)) is not None), None)
         if found is not None and not isinstance(found, Mapping | list):
             facts.append((label, words.setting(found) if isinstance(found, float) else str(found)))
@@ -103,6 +109,7 @@ def _tiles(run: Run) -> list[dict[str, str]]:
         before, after = score(run, "before", metric), score(run, "after", metric)
         if after:
             remark = f"from {words.figure(before['mean'], digits)}" if before else "not measured before training"
+            remark = "" if run.alone else remark
             tiles.append({"value": words.figure(after["mean"], digits), "label": label, "remark": remark})
     seconds = [row["seconds"] for row in _stages(run) if row["seconds"] is not None]
     if seconds:
@@ -123,10 +130,15 @@ def _examples(run: Run) -> int | None:
     return None
 
 
-def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(row: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+    own = "Student" if alone else "Student after"
     answers = [
         {"who": who, "label": label, "text": str(row[who]), "rouge": number(row, f"rouge_{who}")}
-        for who, label in (("teacher", "Teacher"), ("before", "Student before"), ("after", "Student after"))
+        for who, label in (
+            ("teacher", "Teacher"),
+            ("before", "Student before"),
+            ("after", own),
+        )
         if row.get(who) is not None
     ]
     return {"prompt": str(row.get("prompt", "")), "answers": answers}

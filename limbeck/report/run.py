@@ -20,6 +20,7 @@ FILES = {
     "samples.jsonl": "there are no sample answers",
     "scores.json": "the student has not been evaluated",
 }
+OF_TRAINING = ("student/student.json", "metrics.jsonl", "samples.jsonl")
 # Absent where the student wrote none of what it was trained on, and not missed then.
 WRITTEN = "responses/examples.jsonl"
 STORY = ("prompts", "responses", "signal", "student", "evaluation", "report")
@@ -31,6 +32,7 @@ class Run:
 
     Attributes:
         recipe_text: the resolved recipe as written; `recipe` is the same, parsed.
+        alone: an evaluation of a student that was not trained here, so that nothing of a training is missed.
         stages: the manifests, in the order in which the stages were started.
         steps: one mapping a logging step of the training.
         written: some of the responses that were trained on, of both authors, as token ids.
@@ -39,6 +41,7 @@ class Run:
     """
 
     directory: Path
+    alone: bool = False
     recipe_text: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -67,8 +70,11 @@ def read_run(run_dir: Path) -> Run:
         raise LimbeckError(
             f"{run_dir} holds none of {', '.join(FILES)}; expected a run directory: give the one `limbeck run` wrote"
         )
+    alone = any(row["stage"] == "evaluation" and row.get("alone") is True for row in stages)
+    expected = {name: what for name, what in FILES.items() if not (alone and name in OF_TRAINING)}
     return Run(
         directory=run_dir,
+        alone=alone,
         recipe_text=texts["recipe.resolved.yaml"],
         recipe=_yaml(texts["recipe.resolved.yaml"], broken),
         provenance=_object(texts["provenance.json"], "provenance.json", broken),
@@ -80,7 +86,7 @@ def read_run(run_dir: Path) -> Run:
         written=tuple(_lines(_text(run_dir, WRITTEN, broken), WRITTEN, broken)),
         samples=tuple(_lines(texts["samples.jsonl"], "samples.jsonl", broken)),
         scores=_object(texts["scores.json"], "scores.json", broken),
-        missing={name: what for name, what in FILES.items() if not (run_dir / name).is_file()},
+        missing={name: what for name, what in expected.items() if not (run_dir / name).is_file()},
         broken=tuple(broken),
     )
 

@@ -146,7 +146,7 @@ def _exam_inputs(story: Story) -> Json:
 def _play_exam(story: Story) -> Json:
     parts = examine(story, ("after",))
     write_answers(story, parts)
-    return {"heldout_prompts": len(Exam(story=story, part="after").prompts)}
+    return {"heldout_prompts": len(Exam(story=story, part="after").prompts), "alone": True}
 
 
 EXAMINATION: tuple[Stage, ...] = (
