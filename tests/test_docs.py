@@ -31,6 +31,7 @@ PAGES = (
     "exporting.md",
     "evaluation.md",
     "judging.md",
+    "comparing.md",
 )
 
 

@@ -1,0 +1,236 @@
+"""Which runs are compared: directories and sweeps as arms with their runs, failed and unfinished ones included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from limbeck.flow import LimbeckError
+from limbeck.report.compare.labels import differing, flatten, label, titled
+from limbeck.report.run import Run, number, read_run, value_at
+from limbeck.report.words import name_of
+
+State = Literal["waiting", "running", "done", "failed", "dropped"]
+
+ARMS = "arms.jsonl"
+# Keys in which runs may differ and be the same arm: where and how they are written, and the seed.
+ASIDE = {
+    *("name", "output_dir", "train.seed", "train.save_steps", "train.save_total_limit", "train.logging_steps"),
+    *("train.report_to", "evaluate.batch_size", "responses.batch_size"),
+    *(f"responses.server.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
+    *(f"evaluate.judge.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One run of an arm.
+
+    Attributes:
+        place: how the page names its directory.
+        run: what its directory holds; None where it has none (yet).
+        state: "done" means evaluated after training.
+        reason: why it is not done, in one sentence, or empty.
+        tuning: whether it only served to choose a setting; it is listed, not ranked.
+    """
+
+    arm: str
+    seed: int
+    place: str
+    run: Run | None
+    state: State
+    reason: str = ""
+    tuning: bool = False
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """Runs that differ in the seed alone. `keys` are those in which the arms differ, `number` counts from 1."""
+
+    name: str
+    number: int
+    keys: Mapping[str, Any]
+    members: tuple[Member, ...]
+
+    @cached_property
+    def done(self) -> list[Member]:
+        return [member for member in self.members if member.state == "done"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All that is compared.
+
+    Attributes:
+        tuning: runs that served to choose a setting.
+        varied: the dotted keys in which the arms differ, in the order of the recipe.
+        notes: what was left out and why, one sentence each.
+        swept: whether all runs come from one sweep.
+    """
+
+    arms: tuple[Arm, ...]
+    tuning: tuple[Member, ...]
+    varied: tuple[str, ...]
+    notes: tuple[str, ...]
+    swept: bool = False
+
+    @property
+    def members(self) -> list[Member]:
+        return [member for arm in self.arms for member in arm.members]
+
+
+def gather(folders: Sequence[Path], lines: Sequence[Mapping[str, Any]] | None, home: Path) -> Comparison:
+    """Arms of run directories and sweep directories.
+
+    Args:
+        lines: the lines of a sweep's arms.jsonl; None reads them where one of the folders is a sweep.
+        home: where relative directories of `lines` begin.
+
+    Raises:
+        LimbeckError: nothing to compare, a folder is no run directory, or a sweep's lines are broken.
+    """
+    if not folders and not lines:
+        raise LimbeckError("got no run to compare; expected at least two run directories, or a sweep directory")
+    if lines is None and len(folders) == 1 and (folders[0] / ARMS).is_file():
+        lines, home = read_arms(folders[0] / ARMS), folders[0]
+    if lines is not None:
+        if not lines:
+            raise LimbeckError(f"{home} is a sweep without runs; expected at least one: start it with `limbeck sweep`")
+        found = [_from_line(line, folders, home) for line in lines]
+        return _compared(found, swept=True)
+    found = []
+    for folder in folders:
+        if (folder / ARMS).is_file():
+            found += [_from_line(line, (), folder) for line in read_arms(folder / ARMS)]
+        else:
+            found.append(_from_folder(folder))
+    if len({member.place for member in found}) < 2:
+        raise LimbeckError(f"got one run, {folders[0]}; expected at least two, or a sweep directory: add another run")
+    return _compared(_derived(found), swept=False)
+
+
+def read_arms(path: Path) -> list[Mapping[str, Any]]:
+    """The lines of a sweep's arms.jsonl.
+
+    Raises:
+        LimbeckError: a line is no object with an arm; names file and line.
+    """
+    lines = []
+    for count, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("arm"), str):
+            raise LimbeckError(
+                f"{path}:{count}: got no object with an arm; start the sweep again, it writes the file anew"
+            )
+        lines.append(line)
+    return lines
+
+
+def _from_line(line: Mapping[str, Any], folders: Sequence[Path], home: Path) -> Member:
+    """A run as its sweep tells of it."""
+    keys = line.get("keys")
+    directory = _directory(str(line.get("directory") or ""), folders, home)
+    run, reason = None, str(line.get("error") or "")
+    if directory is not None and directory.is_dir():
+        try:
+            run = read_run(directory)
+        except LimbeckError as error:
+            reason = reason or str(error)
+    state: State = line["state"] if line.get("state") in ("waiting", "running", "failed", "dropped") else "done"
+    member = Member(
+        arm=titled(str(line["arm"])),
+        seed=int(number(line, "seed") or 0),
+        place=_place(directory, home) if directory is not None else str(line["arm"]),
+        run=run,
+        state=state,
+        reason=reason,
+        tuning=line.get("tuning") is True,
+        keys=keys if isinstance(keys, dict) else {},
+    )
+    return member if state != "done" else _judged(member)
+
+
+def _directory(named: str, folders: Sequence[Path], home: Path) -> Path | None:
+    if not named:
+        return None
+    # A sweep may name its runs from where it was started or from where it lies; both must go on working when it moves.
+    near = [folder for folder in folders if folder.as_posix().endswith(named) or named.endswith(folder.as_posix())]
+    for path in (*near, home / named, Path(named)):
+        if path.is_dir():
+            return path
+    return home / named
+
+
+def _place(directory: Path, home: Path) -> str:
+    return directory.relative_to(home).as_posix() if directory.is_relative_to(home) else directory.as_posix()
+
+
+def _from_folder(folder: Path) -> Member:
+    run = read_run(folder)
+    seed = number(run.recipe, "train.seed")
+    member = Member(arm="", seed=int(seed or 0), place=folder.as_posix(), run=run, state="done")
+    return _judged(member)
+
+
+def _judged(member: Member) -> Member:
+    """Done where the student was evaluated after training; else as far as it has come."""
+    run = member.run
+    if run is not None and value_at(run.scores, "after"):
+        return member
+    if run is None:
+        return replace(member, state="failed", reason=member.reason or "its directory is gone or holds no run")
+    begun = [str(stage["stage"]) for stage in run.stages if stage.get("done") is False]
+    broken = next((sentence for sentence in run.broken if sentence.startswith("scores.json")), "")
+    reason = broken or (f"{begun[-1]} was begun and is not finished" if begun else "the student has not been evaluated")
+    return replace(member, state="failed" if broken else "running", reason=member.reason or reason)
+
+
+def _derived(found: Sequence[Member]) -> list[Member]:
+    """Members with arms and keys from their resolved recipes: those that differ in the seed alone are one arm."""
+    flats = [flatten(member.run.recipe) if member.run else dict(member.keys) for member in found]
+    flats = [{key: value for key, value in flat.items() if key not in ASIDE} for flat in flats]
+    keys = differing(flats)
+    members = []
+    for member, flat in zip(found, flats, strict=True):
+        own = {key: flat[key] for key in keys if key in flat}
+        name = label(own, keys) or (name_of(member.run) if member.run else member.arm)
+        if not member.run or not member.run.recipe:
+            name = member.arm or Path(member.place).name
+        members.append(replace(member, arm=name, keys=own))
+    return members
+
+
+def _compared(found: Sequence[Member], *, swept: bool) -> Comparison:
+    arms: dict[str, list[Member]] = {}
+    notes, seen = [], dict[tuple[str, int], str]()
+    for member in found:
+        if member.tuning:
+            continue
+        # Counting the same run twice would make it look surer than it is.
+        if (member.arm, member.seed) in seen:
+            first = seen[member.arm, member.seed]
+            notes.append(f"{member.place} has the recipe and the seed of {first} and is left out")
+            continue
+        seen[member.arm, member.seed] = member.place
+        arms.setdefault(member.arm, []).append(member)
+    made = [
+        Arm(name=name, number=n, keys=members[0].keys, members=tuple(sorted(members, key=lambda m: m.seed)))
+        for n, (name, members) in enumerate(arms.items(), start=1)
+    ]
+    for member in found:
+        notes += [f"{member.place}: {sentence}" for sentence in (member.run.broken if member.run else ())]
+    return Comparison(
+        arms=tuple(made),
+        tuning=tuple(member for member in found if member.tuning),
+        varied=tuple(differing([arm.keys for arm in made])),
+        notes=tuple(notes),
+        swept=swept,
+    )

@@ -1,0 +1,72 @@
+"""How arms are told apart in words: the keys that differ, and names made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def differing(flats: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all, in the order in which they are met."""
+    keys = dict.fromkeys(key for flat in flats for key in flat)
+    return [key for key in keys if len({_text(flat, key) for flat in flats}) > 1]
+
+
+def _text(flat: Mapping[str, Any], key: str) -> str:
+    return json.dumps(flat[key], sort_keys=True, default=str) if key in flat else ""
+
+
+def label(keys: Mapping[str, Any], varied: Sequence[str]) -> str:
+    """An arm in words: the objective's name alone, other keys as name=value, as short as stays clear."""
+    leaves = Counter(key.rpartition(".")[2] for key in varied)
+    parts = []
+    for key in sorted(varied, key=lambda key: key != "objective.name"):
+        leaf = key.rpartition(".")[2]
+        short = leaf if leaves[leaf] == 1 else key
+        if key in keys:
+            parts.append(plain(keys[key]) if key == "objective.name" else f"{short}={plain(keys[key])}")
+    return ", ".join(parts)
+
+
+def plain(value: Any) -> str:
+    """A recipe's value as one writes it: 2.0 as 2."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def value_of(keys: Mapping[str, Any], key: str) -> str:
+    """What is set for a key, or a dash."""
+    return plain(keys[key]) if key in keys else "\N{EN DASH}"
+
+
+def titled(name: str) -> str:
+    """The name that a sweep gives a directory, as one reads it: "name=fkl,temperature=2" as "fkl, temperature=2"."""
+    return re.sub(r"(?:(?<=, )|^)(?:objective\.)?name=", "", re.sub(r",(?=[\w.]+=)", ", ", name))
+
+
+def extra(name: str, keys: Mapping[str, Any], varied: Sequence[str]) -> str:
+    """What an arm sets that differs between arms and is not in its name."""
+    told = {key: plain(keys[key]) for key in varied if key in keys}
+    said = re.split(r"[, =]+", name)
+    return ", ".join(f"{key}={value}" for key, value in told.items() if value not in said)
+
+
+def short(text: str, most: int = 30) -> str:
+    """A label cut to where charts have room for it."""
+    return text if len(text) <= most else f"{text[: most - 1].rstrip(' ,')}…"

@@ -1,0 +1,37 @@
+"""The scores of every run as CSV: one row a run and metric, for whoever wants to draw something else."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+
+from limbeck.report.compare.arms import Comparison
+from limbeck.report.compare.labels import value_of
+from limbeck.report.run import number, value_at
+
+
+def tidy(comparison: Comparison) -> str:
+    """Columns: arm, seed, run, tuning, the keys that differ, metric, mean, low, high, n.
+
+    The values are those after training from each run's scores.json; low and high are its interval over examples.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    members = [*comparison.members, *comparison.tuning]
+    keys = [*comparison.varied]
+    keys += [key for member in comparison.tuning for key in member.keys if key not in keys]
+    keys = list(dict.fromkeys(keys))
+    table.writerow(["arm", "seed", "run", "tuning", *keys, "metric", "mean", "low", "high", "n"])
+    for member in members:
+        found = value_at(member.run.scores, "after") if member.run else None
+        for metric, score in (found if isinstance(found, Mapping) else {}).items():
+            if not isinstance(score, Mapping) or number(score, "mean") is None:
+                continue
+            figures = [number(score, name) for name in ("mean", "low", "high", "n")]
+            own = [value_of(member.keys, key) if key in member.keys else "" for key in keys]
+            table.writerow(
+                [member.arm, member.seed, member.place, "yes" if member.tuning else "no", *own, metric]
+                + ["" if value is None else f"{value:.10g}" for value in figures]
+            )
+    return text.getvalue()
