@@ -52,7 +52,8 @@ def read_yaml(source: str | Path, kind: Kind) -> dict[str, Any]:
     names = shipped_recipes() if kind == "recipe" else shipped_sweeps()
     path = Path(source)
     if str(source) in names:
-        name, text = str(source), _shipped()[str(source)]
+        # runs/lab-teacher, not a folder in a folder.
+        name, text = str(source).replace("/", "-"), _shipped()[str(source)]
     elif path.is_file():
         name = path.stem
         try:

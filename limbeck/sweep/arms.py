@@ -15,6 +15,8 @@ from limbeck.flow import LimbeckError
 from limbeck.rundir import fingerprint
 from limbeck.sweep.settings import Sweep, Tree, as_overrides, flat
 
+# The models that runs of their own make for all arms, by the key that takes them.
+Models = Mapping[str, str]
 # Longer names than this are cut for directories; what a file system takes is 255 bytes.
 LONGEST_NAME = 120
 
@@ -80,8 +82,11 @@ def arms_of(sweep: Sweep) -> list[Arm]:
     return list(arms.values())
 
 
-def tuning_runs(sweep: Sweep, arm: Arm, teacher: Path | None) -> list[ArmRun]:
+def tuning_runs(sweep: Sweep, arm: Arm, models: Models) -> list[ArmRun]:
     """The runs that choose the tuned values of an arm: one a value, with the first seed.
+
+    Args:
+        models: what the keys of `first` take.
 
     Raises:
         LimbeckError: a recipe that is refused, with the arm's name.
@@ -89,18 +94,18 @@ def tuning_runs(sweep: Sweep, arm: Arm, teacher: Path | None) -> list[ArmRun]:
     runs = []
     for point in _points(sweep.tune) if sweep.tune else ():
         place = Path("arms") / arm.name / "tune" / _plain_name(_point_name(point))
-        runs.append(_run(sweep, arm, point, sweep.seeds[0], place, teacher, tuning=True))
+        runs.append(_run(sweep, arm, point, sweep.seeds[0], place, models, tuning=True))
     return runs
 
 
-def final_runs(sweep: Sweep, arm: Arm, tuned: Mapping[str, Any], teacher: Path | None) -> list[ArmRun]:
+def final_runs(sweep: Sweep, arm: Arm, tuned: Mapping[str, Any], models: Models) -> list[ArmRun]:
     """The runs of an arm that are compared: one a seed.
 
     Raises:
         LimbeckError: a recipe that is refused, with the arm's name.
     """
     places = {seed: Path("arms") / arm.name / f"seed={seed}" for seed in sweep.seeds}
-    return [_run(sweep, arm, tuned, seed, places[seed], teacher, tuning=False) for seed in sweep.seeds]
+    return [_run(sweep, arm, tuned, seed, places[seed], models, tuning=False) for seed in sweep.seeds]
 
 
 def first_values(sweep: Sweep) -> Tree:
@@ -108,28 +113,29 @@ def first_values(sweep: Sweep) -> Tree:
     return {key: values[0] for key, values in sweep.tune.items()}
 
 
-def teacher_recipe(sweep: Sweep) -> Recipe | None:
-    """The recipe that makes the teacher of every arm.
+def first_recipes(sweep: Sweep) -> dict[str, Recipe]:
+    """What is played before all arms, by the key that takes the student: teacher/ for teacher.model, and so on.
 
     Raises:
-        LimbeckError: it is refused.
+        LimbeckError: one is refused.
     """
-    if sweep.teacher_run is None:
-        return None
-    assert not isinstance(sweep.teacher_run, str), "a sweep that was loaded holds it"
-    with at("teacher_run"):
-        return load_recipe(sweep.teacher_run, [f"output_dir={json.dumps(str(sweep.directory / 'teacher'))}"])
+    recipes = {}
+    for key, tree in sweep.first.items():
+        assert not isinstance(tree, str), "a sweep that was loaded holds it"
+        with at(f"first.{key}"):
+            place = str(sweep.directory / key.split(".")[-2])
+            recipes[key] = load_recipe(tree, [f"output_dir={json.dumps(place)}"])
+    return recipes
 
 
 def _run(
-    sweep: Sweep, arm: Arm, tuned: Mapping[str, Any], seed: int, place: Path, teacher: Path | None, *, tuning: bool
+    sweep: Sweep, arm: Arm, tuned: Mapping[str, Any], seed: int, place: Path, models: Models, *, tuning: bool
 ) -> ArmRun:
     assert not isinstance(sweep.recipe, str), "a sweep that was loaded holds it"
     own: Tree = {"train.seed": seed, "output_dir": str(sweep.directory / place)}
     # A file's name may hold a tilde or a slash, a run's may not.
     own["name"] = f"{sweep.name}/{arm.name}"
-    if teacher is not None:
-        own["teacher.model"] = str(teacher)
+    own |= models
     with at(f"arm {arm.name}"):
         recipe = load_recipe(sweep.recipe, as_overrides({**arm.keys, **tuned, **own}))
     return ArmRun(arm=arm.name, seed=seed, keys=arm.keys | dict(tuned), tuning=tuning, recipe=recipe)

@@ -46,23 +46,28 @@ class Inspector:
                 if not self.update:
                     require_same(story, STAGES, self.prints[run.directory])
 
-    def check(self, runs: Sequence[ArmRun]) -> None:
-        """Look at what can be known without the teacher's weights.
+    def check(self, runs: Sequence[ArmRun], *, models: bool = True) -> None:
+        """Look at what can be known before models are trained.
+
+        Args:
+            models: whether the models are there, or others in their place that are like them; else only objectives
+                are looked at.
 
         Raises:
             LimbeckError: a run would fail.
         """
         from limbeck.stages import STAGES
+        from limbeck.stages.judging import judgement_of
 
         for run in runs:
             # The seeds of an arm share its mistakes.
-            settings = json.dumps([run.arm, run.keys, run.recipe.teacher.model], sort_keys=True)
+            settings = json.dumps([run.arm, run.keys, *_models(run.recipe)], sort_keys=True)
             if settings not in self._seen:
                 self._seen.add(settings)
                 with at(f"arm {run.arm}"):
-                    story = self._story(run.recipe)
-                    for stage in STAGES:
-                        stage.check(story)
+                    judgement_of(run.recipe)
+                    for stage in STAGES if models else ():
+                        stage.check(self._story(run.recipe))
 
     def finished(self, run: ArmRun) -> bool:
         """Whether all stages of a run are done for exactly these inputs."""
@@ -83,6 +88,25 @@ class Inspector:
         known = self._cards[pair]
         story.teacher_card, story.student_card = known.teacher_card, known.student_card
         return story
+
+
+def _models(recipe: Recipe) -> tuple[str | None, str | None]:
+    return recipe.teacher.model, recipe.student.model
+
+
+def check_recipe(recipe: Recipe, *, update: bool) -> None:
+    """Look at a recipe that is played before the arms.
+
+    Raises:
+        LimbeckError: it would fail, or its directory holds another run.
+    """
+    from limbeck.stages import STAGES
+
+    story = Story(recipe)
+    for stage in STAGES:
+        stage.check(story)
+    if not update:
+        require_same(story, STAGES, story.fingerprints(STAGES))
 
 
 def refuse_launcher() -> None:

@@ -5,20 +5,19 @@ runs/sweeps/NAME/  sweep.resolved.yaml  arms.jsonl  teacher/  arms/ARM/seed=S/  
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.api import run as play_recipe
-from limbeck.config import at
+from limbeck.config import at, load_recipe
 from limbeck.console import Console, default_console
 from limbeck.failures import in_one_line
 from limbeck.rundir import RunDirectory, write_text
 from limbeck.shelf import Shelf
-from limbeck.story import StopWish, Story
-from limbeck.sweep.arms import Arm, arms_of, final_runs, first_values, teacher_recipe, tuning_runs
-from limbeck.sweep.checks import Inspector, refuse_launcher, refuse_other_files
+from limbeck.story import StopWish, Story, play
+from limbeck.sweep.arms import Models, arms_of, final_runs, first_recipes, first_values, tuning_runs
+from limbeck.sweep.checks import Inspector, check_recipe, refuse_launcher, refuse_other_files
 from limbeck.sweep.crew import crew_of
 from limbeck.sweep.ledger import Ledger
 from limbeck.sweep.player import Player
@@ -85,46 +84,55 @@ class _Conductor:
     shelf: Shelf
 
     @property
-    def teacher(self) -> Path | None:
-        """The student of `teacher_run`, where the sweep has one."""
-        return None if self.sweep.teacher_run is None else self.sweep.directory / "teacher" / "student"
+    def models(self) -> Models:
+        """What the arms take of the runs that come first."""
+        return {key: str(recipe.directory / "student") for key, recipe in first_recipes(self.sweep).items()}
 
     def check(self) -> None:
         """Everything that can be refused before a run has worked."""
-        recipe, arms = teacher_recipe(self.sweep), arms_of(self.sweep)
-        if recipe is None or RunDirectory(recipe.directory).done("student"):
-            self._inspect(arms)
+        recipes = first_recipes(self.sweep)
+        for key, recipe in recipes.items():
+            with at(f"first.{key}"):
+                check_recipe(recipe, update=self.inspector.update)
+        if all(RunDirectory(recipe.directory).done("student") for recipe in recipes.values()):
+            self._inspect(self.models)
             return
+        # What will be trained has the tokens and the anatomy of what it begins as, unless that is cut or made anew.
+        begins = {key: r.student.model for key, r in recipes.items() if r.student.init == "pretrained"}
+        whole = len(begins) == len(recipes)
+        for arm in arms_of(self.sweep):
+            models = {**self.models, **{key: model for key, model in begins.items() if model is not None}}
+            runs = tuning_runs(self.sweep, arm, models)
+            self.inspector.check(runs + final_runs(self.sweep, arm, first_values(self.sweep), models), models=whole)
+
+    def _inspect(self, models: Models) -> None:
+        for arm in arms_of(self.sweep):
+            self.inspector.inspect(tuning_runs(self.sweep, arm, models))
+            if not self.sweep.tune:
+                self.inspector.inspect(final_runs(self.sweep, arm, {}, models))
+
+    def _play_first(self) -> None:
+        """The runs whose students all arms take. One that lies near, of the same inputs, is taken over."""
         from limbeck.stages import STAGES
 
-        with at("teacher_run"):
-            story = Story(recipe)
-            for stage in STAGES:
-                stage.check(story)
-        # What the teacher will have begun as has its tokens and, unless it is cut, its anatomy.
-        begins = recipe.student.model if recipe.student.init == "pretrained" else None
-        teacher = self.teacher if begins is None else Path(begins)
-        for arm in arms:
-            runs = tuning_runs(self.sweep, arm, teacher)
-            runs += final_runs(self.sweep, arm, first_values(self.sweep), teacher)
-            if begins is not None:
-                self.inspector.check(runs)
-
-    def _inspect(self, arms: Sequence[Arm]) -> None:
-        for arm in arms:
-            self.inspector.inspect(tuning_runs(self.sweep, arm, self.teacher))
-            if not self.sweep.tune:
-                self.inspector.inspect(final_runs(self.sweep, arm, {}, self.teacher))
+        recipes = first_recipes(self.sweep)
+        for key, recipe in recipes.items():
+            self.console.say(f"first: {recipe.name}, whose student is {key} of all arms")
+            own = load_recipe(self.sweep.first[key]).directory
+            near = [own, *sorted(self.sweep.directory.parent.glob(f"*/{recipe.directory.name}"))]
+            for stage, print_ in Story(recipe).fingerprints(STAGES).items():
+                for run in (RunDirectory(directory) for directory in near):
+                    if run.finished(stage, print_):
+                        self.shelf.offer(stage, print_, run)
+            play(recipe, stages=STAGES, console=self.console, update=self.inspector.update, shelf=self.shelf)
+        if recipes:
+            self._inspect(self.models)
 
     def play(self) -> SweepEnd:
         import torch
 
-        sweep, recipe = self.sweep, teacher_recipe(self.sweep)
-        if recipe is not None:
-            self.console.say("teacher_run: the teacher of all arms comes first")
-            play_recipe(recipe, console=self.console, update=self.inspector.update)
-            self._inspect(arms_of(sweep))
-        ledger, threads = self._ledger(), torch.get_num_threads()
+        self._play_first()
+        sweep, ledger, threads = self.sweep, self._ledger(), torch.get_num_threads()
         self._announce(ledger, threads)
         with crew_of(sweep.parallel, threads, self.shelf.root, sweep.directory / "workers.log") as crew:
             player = Player(
@@ -135,15 +143,15 @@ class _Conductor:
                 shelf=self.shelf,
                 crew=crew,
             )
-            finals = halve(player, tune(player, self.teacher))
+            finals = halve(player, tune(player, self.models))
             player.play([run for runs in finals.values() for run in runs])
         return self._end(ledger)
 
     def _ledger(self) -> Ledger:
         """All runs, waiting; what is tuned is not known yet."""
         ledger, arms = Ledger(self.sweep.directory), arms_of(self.sweep)
-        ledger.add([run for arm in arms for run in tuning_runs(self.sweep, arm, self.teacher)])
-        ledger.add([run for arm in arms for run in final_runs(self.sweep, arm, {}, self.teacher)])
+        ledger.add([run for arm in arms for run in tuning_runs(self.sweep, arm, self.models)])
+        ledger.add([run for arm in arms for run in final_runs(self.sweep, arm, {}, self.models)])
         return ledger
 
     def _announce(self, ledger: Ledger, threads: int) -> None:

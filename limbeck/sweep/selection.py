@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import fmean
 
 from limbeck.evaluation.metrics import describe
 from limbeck.flow import LimbeckError
 from limbeck.rundir import read_json
-from limbeck.sweep.arms import Arm, ArmRun, arms_of, final_runs, tuning_runs
+from limbeck.sweep.arms import Arm, ArmRun, Models, arms_of, final_runs, tuning_runs
 from limbeck.sweep.choosing import badness, best, survivors
 from limbeck.sweep.player import Player
 from limbeck.sweep.settings import Tree
@@ -17,19 +16,19 @@ from limbeck.sweep.settings import Tree
 Finals = dict[str, list[ArmRun]]
 
 
-def tune(player: Player, teacher: Path | None) -> Finals:
+def tune(player: Player, models: Models) -> Finals:
     """The runs of every arm with the values that are best for it; an arm without such values has failed."""
     sweep, finals = player.sweep, Finals()
-    tuning = {arm.name: tuning_runs(sweep, arm, teacher) for arm in arms_of(sweep)}
+    tuning = {arm.name: tuning_runs(sweep, arm, models) for arm in arms_of(sweep)}
     player.play([run for runs in tuning.values() for run in runs])
     for arm in arms_of(sweep):
         finished = [run for run in tuning[arm.name] if player.ledger.state(run) == "done"]
         try:
             chosen = _best_values(player, arm, finished) if sweep.tune else {}
         except LimbeckError as error:
-            player.fail(final_runs(sweep, arm, {}, teacher), f"tune: {error}")
+            player.fail(final_runs(sweep, arm, {}, models), f"tune: {error}")
             continue
-        finals[arm.name] = final_runs(sweep, arm, chosen, teacher)
+        finals[arm.name] = final_runs(sweep, arm, chosen, models)
         player.inspector.inspect(finals[arm.name])
         player.ledger.add(finals[arm.name])
     return finals

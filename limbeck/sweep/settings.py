@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from limbeck.config import apply_override, recipe_tree
+from limbeck.config import apply_override, known_keys, recipe_tree
 from limbeck.evaluation.metrics import METRICS, describe
 from limbeck.flow import LimbeckError
 from limbeck.recipe_files import read_yaml, shipped_recipes
@@ -43,8 +43,10 @@ class Sweep:
     output_dir: str | None = None
     recipe: str | Tree
     """A shipped name, a file or the sections themselves."""
+    first: dict[str, str | Tree] = field(default_factory=dict)
+    """Recipes that are played first, by the key that takes their student, such as {teacher.model: lab/teacher}."""
     teacher_run: str | Tree | None = None
-    """A recipe that is played first; its student is the teacher of every arm."""
+    """Short for first: {teacher.model: ...}."""
     set: Tree = field(default_factory=dict)
     """Changes of the recipe for all arms."""
     grid: dict[str, Values] = field(default_factory=dict)
@@ -69,7 +71,8 @@ class Sweep:
     def swept(self) -> dict[str, str]:
         """Every dotted key that differs between arms, or between the runs of one, and where it stands."""
         of_arms = {key: "arms" for changes in self.arms.values() for key in flat(changes)}
-        return {"train.seed": "seeds"} | of_arms | dict.fromkeys(self.tune, "tune") | dict.fromkeys(self.grid, "grid")
+        fixed = {"train.seed": "seeds"} | dict.fromkeys(self.first, "first")
+        return fixed | of_arms | dict.fromkeys(self.tune, "tune") | dict.fromkeys(self.grid, "grid")
 
 
 _ADAPTER = TypeAdapter(Sweep)
@@ -81,7 +84,7 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     """A validated sweep from a shipped name, a YAML file, a sweep's directory or a mapping.
 
     Args:
-        overrides: `section.key=value` changes the recipe of every arm (`prompts.*` that of the teacher, too);
+        overrides: `section.key=value` changes the recipe of every arm (`prompts.*` those that are played first, too);
             `sweep.key=value` and `output_dir=` change the sweep itself.
 
     Raises:
@@ -92,23 +95,26 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     of_recipe = [o for o in overrides if not _is_of_the_sweep(o)]
     for override in own:
         apply_override(tree, override)
-    for key in ("recipe", "teacher_run"):
-        if isinstance(tree.get(key), str):
-            tree[key] = _beside(tree[key], beside)
     sweep = _validate(tree)
+    if sweep.teacher_run is not None:
+        if "teacher.model" in sweep.first:
+            raise LimbeckError("teacher_run is short for first.teacher.model, which is there too; remove one of them")
+        sweep = replace(sweep, first={"teacher.model": sweep.teacher_run, **sweep.first}, teacher_run=None)
+    _check(sweep)
     _refuse_swept(sweep, of_recipe)
-    recipe = recipe_tree(sweep.recipe, [*as_overrides(sweep.set), *of_recipe])
-    teacher_run = sweep.teacher_run
-    if teacher_run is not None:
-        about_prompts = [o for o in of_recipe if o.startswith(("prompts.", "prompts="))]
-        teacher_run = recipe_tree(teacher_run, about_prompts)
+    about_prompts = [o for o in of_recipe if o.startswith(("prompts.", "prompts="))]
     # From here on the sweep says all of itself: no file that might change is read again.
-    return _validate(_tree_of(sweep) | {"recipe": recipe, "teacher_run": teacher_run, "set": {}})
+    return replace(
+        sweep,
+        recipe=recipe_tree(_beside(sweep.recipe, beside), [*as_overrides(sweep.set), *of_recipe]),
+        first={key: recipe_tree(_beside(r, beside), about_prompts) for key, r in sweep.first.items()},
+        set={},
+    )
 
 
 def to_yaml(sweep: Sweep) -> str:
     """The sweep with everything spelled out; `load_sweep` of it gives the same sweep."""
-    return dump(_tree_of(sweep))
+    return dump(plain(asdict(sweep)))
 
 
 def as_overrides(changes: Mapping[str, Any]) -> list[str]:
@@ -118,8 +124,6 @@ def as_overrides(changes: Mapping[str, Any]) -> list[str]:
 
 def flat(changes: Mapping[str, Any], prefix: str = "") -> Tree:
     """Changes of a recipe with dotted keys alone."""
-    from limbeck.config import known_keys
-
     sections = {key.rpartition(".")[0] for key in known_keys()}
     found: Tree = {}
     for name, value in changes.items():
@@ -143,32 +147,35 @@ def _is_of_the_sweep(override: str) -> bool:
     return override.startswith(("sweep.", "output_dir="))
 
 
-def _beside(recipe: str, folder: Path | None) -> str:
-    near = None if folder is None else folder / recipe
-    return str(near) if near is not None and recipe not in shipped_recipes() and near.is_file() else recipe
+def _beside(recipe: str | Tree, folder: Path | None) -> str | Tree:
+    if folder is None or not isinstance(recipe, str) or recipe in shipped_recipes():
+        return recipe
+    return str(folder / recipe) if (folder / recipe).is_file() else recipe
 
 
 def _validate(tree: Tree) -> Sweep:
     tree = plain(tree)
     try:
-        sweep = _ADAPTER.validate_json(json.dumps(tree))
+        return _ADAPTER.validate_json(json.dumps(tree))
     except ValidationError as error:
         raise LimbeckError(explain(error, _KNOWN)) from None
-    _check(sweep)
-    return sweep
 
 
 def _check(sweep: Sweep) -> None:
     parts = Path(sweep.name).parts
     if not parts or ".." in parts or Path(sweep.name).is_absolute() or not sweep.name.isprintable():
         raise LimbeckError(f"name: got {sweep.name!r}; expected a plain name, a path belongs in output_dir")
+    for key in sweep.first:
+        if key.rpartition(".")[2] != "model" or key not in known_keys():
+            near = nearest(key, [known for known in known_keys() if known.endswith(".model")])
+            raise LimbeckError(f"first: got {key!r}; expected the key of a model, such as teacher.model{near}")
     of_arms = [key for changes in sweep.arms.values() for key in flat(changes)]
     for key in (*sweep.grid, *sweep.tune, *of_arms):
         if key in ("train.seed", "output_dir", "name"):
             remedy = "list the seeds in seeds" if key == "train.seed" else "the sweep names its runs itself"
             raise LimbeckError(f"{key} cannot be swept; {remedy}")
-        if (key in sweep.grid) + (key in sweep.tune) + (key in of_arms) > 1:
-            raise LimbeckError(f"{key} stands in two of grid, arms and tune; expected it in one")
+        if sum(key in there for there in (sweep.grid, sweep.tune, of_arms, sweep.first)) > 1:
+            raise LimbeckError(f"{key} stands in two of grid, arms, tune and first; expected it in one")
     for key, values in {**sweep.grid, **sweep.tune}.items():
         if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
             raise LimbeckError(f"{key}: got {list(values)}, a value twice; expected each once")
@@ -192,14 +199,8 @@ def _refuse_swept(sweep: Sweep, overrides: Sequence[str]) -> None:
     """An override of what the arms differ in would be lost, or make them all the same."""
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if sweep.teacher_run is not None and key in ("teacher", "teacher.model"):
-            raise LimbeckError(f"{override!r}: the teacher is the student of teacher_run; set sweep.teacher_run=null")
         for swept, where in sweep.swept.items():
             if f"{swept}.".startswith(f"{key}.") or f"{key}.".startswith(f"{swept}."):
                 raise LimbeckError(
                     f"{override!r} would change what is swept ({swept} in {where}); write sweep.{where}=... instead"
                 )
-
-
-def _tree_of(sweep: Sweep) -> Tree:
-    return plain(asdict(sweep))

@@ -1,0 +1,61 @@
+"""What is refused before a sweep begins, and what happens to a run that fails in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from limbeck.flow import LimbeckError
+from limbeck.rundir import RunDirectory
+from tests.sweep.conftest import Play, Tree, alone, made_here
+from tests.tiny_pair import TinyPair
+
+
+class TestFailing:
+    def test_the_others_go_on(self, played: Play, tmp_path: Path) -> None:
+        done = played(tmp_path / "s", grid={"train.learning_rate": [1e-3, 1e30]})
+        good, bad = done.lines
+        assert (good["state"], good["error"], bad["state"]) == ("done", None, "failed")
+        assert "step" in bad["error"] and "lower train.learning_rate" in bad["error"]
+        assert (done.end.runs, done.end.failed) == (2, 1)
+        assert done.said[-1] == "sweep small: 2 runs, 1 done, 1 failed"
+        log = (done.root / "arms" / "learning_rate=1e+30" / "seed=0.log").read_text()
+        assert f"failed: {bad['error']}" in log and "responses: the same as that of" in log
+
+    @pytest.mark.parametrize(
+        ("keys", "said"),
+        [
+            ({"grid": {"student.layers": [2, 9]}}, "arm layers=9: student.layers is 9"),
+            ({"arms": {"a": {}, "b": {"objective.frist": 1}}}, "arm b: unknown key 'objective.frist'"),
+            ({"arms": {"a": {}, "b": {"teacher.model": "nowhere/at-all/x"}}}, "arm b: no model 'nowhere/at-all/x'"),
+            ({"tune": {"signal.k": [5, 999]}, "set": {"signal.support": "topk_tail"}}, "arm base: signal.k is 999"),
+        ],
+    )
+    def test_refused_before_anything_starts(self, played: Play, tmp_path: Path, keys: Tree, said: str) -> None:
+        with pytest.raises(LimbeckError) as caught:
+            played(tmp_path / "s", **keys)
+        assert str(caught.value).startswith(said)
+        assert not (tmp_path / "s" / "arms").exists()
+
+    def test_a_directory_made_by_another_recipe(self, played: Play, tmp_path: Path) -> None:
+        played(tmp_path / "s", arms={"a": {"objective.name": "fkl"}})
+        with pytest.raises(LimbeckError, match=r"arm a: .*objective.name is 'fkl' there and 'rkl' here.*--update"):
+            played(tmp_path / "s", arms={"a": {"objective.name": "rkl"}})
+        done = played(tmp_path / "s", arms={"a": {"objective.name": "rkl"}}, update=True)
+        assert done.state("a")["state"] == "done"
+        assert made_here(tmp_path / "s" / "arms" / "a" / "seed=0") >= {"student", "responses"}
+
+    def test_other_files(self, played: Play, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(LimbeckError, match="holds files that are no sweep"):
+            played(tmp_path)
+
+    def test_a_run_of_its_own(self, played: Play, tiny: TinyPair, tmp_path: Path) -> None:
+        with pytest.raises(LimbeckError, match="holds files that are no sweep"):
+            played(RunDirectory(alone(tiny, tmp_path / "r")).root)
+
+    def test_under_a_launcher(self, played: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(LimbeckError, match="start `limbeck sweep` alone"):
+            played(tmp_path / "s")

@@ -1,0 +1,144 @@
+"""What runs share: linked whole, never half, never twice, and never changed by who has it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from limbeck.rundir import RunDirectory, link, read_json, write_json, write_text
+from limbeck.shelf import Shelf
+
+
+def finished_run(root: Path, print_: str = "abc") -> RunDirectory:
+    run = RunDirectory(root)
+    write_text(run.responses / "batches" / "00000.jsonl", "one\n")
+    write_text(run.prompts, "prompts\n")
+    write_json(run.manifest_path("responses"), {"fingerprint": print_, "done": True, "seconds": 3.0})
+    return run
+
+
+def outputs(run: RunDirectory) -> tuple[Path, ...]:
+    return (run.responses, run.prompts, run.samples)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path / "sweep" / "shared")
+
+
+class TestStages:
+    def test_adopted_as_links(self, shelf: Shelf, tmp_path: Path) -> None:
+        donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
+        shelf.offer("responses", "abc", donor)
+        assert shelf.adopt("responses", "abc", run, outputs) == donor.root
+        assert run.finished("responses", "abc") and not run.samples.exists()
+        for here, there in zip(outputs(run)[:2], outputs(donor)[:2], strict=True):
+            for file in [here] if here.is_file() else [p for p in here.rglob("*") if p.is_file()]:
+                assert file.samefile(there / file.relative_to(here) if there.is_dir() else there)
+        assert read_json(run.manifest_path("responses"))["shared_from"] == "../a"
+
+    def test_a_moved_sweep_still_finds_them(self, shelf: Shelf, tmp_path: Path) -> None:
+        shelf.offer("responses", "abc", finished_run(tmp_path / "sweep" / "a"))
+        (tmp_path / "sweep").rename(tmp_path / "moved")
+        moved, run = Shelf(tmp_path / "moved" / "shared"), RunDirectory(tmp_path / "moved" / "b")
+        assert moved.adopt("responses", "abc", run, outputs) == tmp_path / "moved" / "a"
+
+    @pytest.mark.parametrize("change", [{"done": False}, {"fingerprint": "other"}])
+    def test_only_what_is_finished_with_these_inputs(self, shelf: Shelf, tmp_path: Path, change: dict) -> None:
+        donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
+        shelf.offer("responses", "abc", donor)
+        write_json(donor.manifest_path("responses"), (donor.manifest("responses") or {}) | change)
+        assert shelf.adopt("responses", "abc", run, outputs) is None and not run.root.exists()
+        other = finished_run(tmp_path / "sweep" / "c")
+        shelf.offer("responses", "abc", other)
+        assert shelf.adopt("responses", "abc", run, outputs) == other.root
+
+    def test_killed_before_any_link(self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However far it came, the stage counts as begun, and the next try completes it."""
+        donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
+        shelf.offer("responses", "abc", donor)
+        plain, moves = Path.replace, 0
+
+        def replace(self: Path, target: Path) -> Path:
+            nonlocal moves
+            moves += 1
+            if moves == fatal:
+                raise KeyboardInterrupt
+            return plain(self, target)
+
+        for fatal in range(1, 5):
+            moves = 0
+            monkeypatch.setattr(Path, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                shelf.adopt("responses", "abc", run, outputs)
+            monkeypatch.undo()
+            assert not run.done("responses")
+            assert fatal == 1 or run.manifest("responses") is not None
+        shelf.adopt("responses", "abc", run, outputs)
+        run.sweep()
+        assert run.finished("responses", "abc") and run.prompts.samefile(donor.prompts)
+        assert not list(run.root.rglob("*.partial"))
+
+
+class TestFiles:
+    def test_kept_once_and_taken(self, shelf: Shelf, tmp_path: Path) -> None:
+        one, two = tmp_path / "one", tmp_path / "two"
+        write_text(one / "answers" / "before-1.jsonl", "first\n")
+        assert not shelf.take("k", two)
+        shelf.keep("k", one, [one / "answers" / "before-1.jsonl"])
+        write_text(one / "answers" / "before-1.jsonl", "second\n")
+        shelf.keep("k", one, [one / "answers" / "before-1.jsonl"])
+        assert shelf.take("k", two)
+        assert (two / "answers" / "before-1.jsonl").read_text() == "first\n"
+
+    def test_replacing_one_name_leaves_the_other(self, shelf: Shelf, tmp_path: Path) -> None:
+        write_text(tmp_path / "a", "old\n")
+        link(tmp_path / "a", tmp_path / "b")
+        write_text(tmp_path / "b", "new\n")
+        assert (tmp_path / "a").read_text() == "old\n"
+
+    def test_logs_are_copied(self, tmp_path: Path) -> None:
+        write_text(tmp_path / "metrics.jsonl", "1\n")
+        link(tmp_path / "metrics.jsonl", tmp_path / "b" / "metrics.jsonl")
+        with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+            file.write("2\n")
+        assert (tmp_path / "metrics.jsonl").read_text() == "1\n"
+
+    def test_copies_where_a_file_can_have_one_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(self: Path, target: Path) -> None:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+        write_text(tmp_path / "a", "text\n")
+        link(tmp_path / "a", tmp_path / "b")
+        assert (tmp_path / "b").read_text() == "text\n" and not (tmp_path / "b").samefile(tmp_path / "a")
+
+    def test_linked_twice(self, tmp_path: Path) -> None:
+        write_text(tmp_path / "a", "text\n")
+        for _ in range(2):
+            link(tmp_path / "a", tmp_path / "b")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_who_comes_second_waits(shelf: Shelf) -> None:
+    inside, order = threading.Event(), []
+
+    def second() -> None:
+        inside.wait()
+        with shelf.claimed("k"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with shelf.claimed("k"):
+        inside.set()
+        thread.join(0.1)
+        assert thread.is_alive()
+        with shelf.claimed("another"):
+            order.append("first")
+    thread.join(5)
+    assert order == ["first", "second"]

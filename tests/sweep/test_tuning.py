@@ -1,0 +1,90 @@
+"""Values that each arm chooses for itself, and runs that come before all arms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from limbeck.config import load_recipe
+from limbeck.flow import LimbeckError
+from limbeck.rundir import read_json
+from tests.sweep.conftest import Play, Tree, made_here, recipe_tree
+from tests.tiny_pair import TinyPair, write_model
+
+
+class TestTuning:
+    def test_each_arm_its_own_best(self, played: Play, tmp_path: Path) -> None:
+        rates = [1e-9, 1e-3, 1e30]
+        done = played(
+            tmp_path / "s",
+            grid={"objective.name": ["fkl", "rkl"]},
+            tune={"train.learning_rate": rates},
+            seeds=[3, 4],
+        )
+        for name in ("fkl", "rkl"):
+            tuning = [line for line in done.lines if line["tuning"] and line["arm"] == f"name={name}"]
+            assert [line["state"] for line in tuning] == ["done", "done", "failed"]
+            assert [line["keys"]["train.learning_rate"] for line in tuning] == rates
+            scores = [read_json(done.root / line["directory"] / "scores.json") for line in tuning[:2]]
+            means = [s["after"]["forward_kl"]["mean"] for s in scores]
+            for seed in (3, 4):
+                line = done.state(f"name={name}", seed)
+                assert line["keys"]["train.learning_rate"] == rates[means.index(min(means))]
+            # Nothing of the winner is done twice.
+            assert made_here(done.root / done.state(f"name={name}", 3)["directory"]) == {"report"}
+        assert done.end.runs == 4
+
+    def test_says_where_the_best_is_the_last(self, played: Play, tmp_path: Path) -> None:
+        done = played(tmp_path / "s", tune={"train.learning_rate": [1e-9, 1e-3]})
+        assert any("the best train.learning_rate is 0.001, an end of [1e-09, 0.001]" in line for line in done.said)
+
+    def test_an_arm_that_cannot_be_tuned(self, played: Play, tmp_path: Path) -> None:
+        done = played(
+            tmp_path / "s",
+            arms={"good": {}, "bad": {"train.learning_rate": 1e30}},
+            tune={"train.adam_beta2": [0.9, 0.95]},
+            seeds=[0, 1],
+        )
+        assert [done.state("bad", seed)["state"] for seed in (0, 1)] == ["failed", "failed"]
+        assert "none of the runs that tune it finished" in done.state("bad")["error"]
+        assert done.state("good")["state"] == "done" and done.end.failed == 2
+
+    def test_a_metric_that_is_not_measured(self, played: Play, tmp_path: Path) -> None:
+        done = played(tmp_path / "s", tune={"train.learning_rate": [1e-3, 1e-2]}, tune_metric="forward_kl@student")
+        assert "forward_kl@student was not measured (but" in done.state("base")["error"]
+        assert done.end.failed == done.end.runs == 1
+
+
+class TestFirst:
+    def test_its_student_is_the_teacher(self, played: Play, tiny: TinyPair, tmp_path: Path) -> None:
+        first = recipe_tree(tiny, student={"init": "pretrained", "layers": None, "model": str(tiny.teacher)})
+        keys: Tree = {"first": {"teacher.model": first}, "arms": {"a": {}, "b": {"objective.name": "rkl"}}}
+        done = played(tmp_path / "sweeps" / "s", "prompts.limit=16", **keys)
+        teacher = tmp_path / "sweeps" / "s" / "teacher"
+        assert [line["state"] for line in done.lines] == ["done", "done"]
+        run = load_recipe(done.root / "arms/a/seed=0/recipe.resolved.yaml")
+        assert Path(run.teacher.model) == teacher / "student"
+        assert load_recipe(teacher / "recipe.resolved.yaml").prompts.limit == 16
+        # Another sweep nearby takes it over.
+        played(tmp_path / "sweeps" / "t", "prompts.limit=16", **keys)
+        assert made_here(tmp_path / "sweeps" / "t" / "teacher") == {"report"}
+
+    def test_a_mistake_in_an_arm_is_seen_before_it(self, played: Play, tiny: TinyPair, tmp_path: Path) -> None:
+        for init in ({"init": "scratch", "layers": None}, {"init": "pretrained", "layers": None}):
+            first = recipe_tree(tiny, student=init | {"model": str(tiny.teacher)})
+            with pytest.raises(LimbeckError, match=r"arm b: unknown key 'objective\.frist'"):
+                played(tmp_path / "s", first={"teacher.model": first}, arms={"a": {}, "b": {"objective.frist": 1}})
+            assert not (tmp_path / "s").exists()
+
+    def test_a_teacher_with_other_tokens(self, played: Play, tiny: TinyPair, tmp_path: Path) -> None:
+        other = write_model(tmp_path / "other", extra=["zebra zebra quagga quagga okapi okapi"] * 9)
+        first = recipe_tree(
+            tiny,
+            teacher={"model": str(other)},
+            student={"init": "pretrained", "layers": None, "model": str(other)},
+        )
+        student = {"student": {"init": "pretrained", "layers": None, "model": str(tiny.teacher)}}
+        with pytest.raises(LimbeckError, match="arm base: "):
+            played(tmp_path / "s", first={"teacher.model": first}, recipe=recipe_tree(tiny, **student))
+        assert not (tmp_path / "s").exists()
