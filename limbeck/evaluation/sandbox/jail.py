@@ -63,26 +63,27 @@ def missing() -> str:
     return " and ".join(lacking)
 
 
-def confine(*, folder: str | None, memory_mb: int, cpu_s: int, file_mb: int, readable: tuple[str, ...] = ()) -> None:
+def confine(*, folder: str | None, memory_mb: int, cpu_s: int, file_mb: int) -> None:
     """Confine this process.
 
     Args:
         folder: the one directory that it may write to, and work in; None for none.
-        readable: directories that it may read besides the Python installation.
 
     Raises:
         OSError: the kernel refused; the process is not to be used then.
     """
     for name, value in (
-        ("RLIMIT_AS", memory_mb << 20), ("RLIMIT_CPU", cpu_s), ("RLIMIT_FSIZE", file_mb << 20), ("RLIMIT_CORE", 0),
+        ("RLIMIT_AS", memory_mb << 20), ("RLIMIT_FSIZE", file_mb << 20), ("RLIMIT_CORE", 0),
         ("RLIMIT_NOFILE", 64), ("RLIMIT_STACK", 8 << 20), ("RLIMIT_MEMLOCK", 0), ("RLIMIT_MSGQUEUE", 0),
     ):  # fmt: skip
         resource.setrlimit(getattr(resource, name), (value, value))
+    # The first limit sends SIGXCPU, by which the end is known for what it is; the second one kills.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     prctl = _libc().prctl
     _checked("PR_SET_PDEATHSIG", prctl, _SET_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
     _checked("PR_SET_DUMPABLE", prctl, _SET_DUMPABLE, 0, 0, 0, 0)
     _checked("PR_SET_NO_NEW_PRIVS", prctl, _SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    _restrict_paths(folder, (*installation(), *readable))
+    _restrict_paths(folder, installation())
     _drop_capabilities()
     code = syscalls.program(os.uname().machine)
     body = ctypes.create_string_buffer(code, len(code))

@@ -30,9 +30,9 @@ class Program:
 
     def begin(self, source: str) -> None:
         """Have the program run, in a process that has said that it is confined."""
-        first = self._receive()
+        first = self.link.receive() or {"unconfined": "its process ended at once"}
         if "ready" not in first:
-            self._fail("unconfined", str(first.get("unconfined", "no word from the process of the program")))
+            self._fail("unconfined", str(first["unconfined"]))
         self._ask({"do": "run", "source": source})
 
     def name(self, name: str) -> dict[str, Any]:

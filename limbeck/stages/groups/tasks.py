@@ -172,8 +172,9 @@ def _tables(task: str, graded: Graded, pass_at: Sequence[int]) -> dict[str, list
 
 def _measure_lm_eval(exam: Exam, tables: dict[str, Sequence[ScoredRow]], detail: Json) -> None:
     """The student's rows and figures; the teacher's figures beside those of the student after training."""
-    who: list[Who] = ["student"]
-    if exam.part == "after" and exam.story.recipe.teacher.model is not None:
+    recipe, who = exam.story.recipe, list[Who](("student",))
+    # Evaluated on its own, a student without a teacher stands in the teacher's place.
+    if exam.part == "after" and recipe.teacher.model not in (None, recipe.student.model):
         who.append("teacher")
     for one in who:
         speaker, section = exam.speaker(one), exam.section.tasks
