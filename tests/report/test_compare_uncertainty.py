@@ -1,6 +1,7 @@
 """The numbers of a comparison against slow and independent ways to the same."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,14 @@ def test_one_seed_leaves_the_bootstrap_over_examples():
     assert found.low is not None and found.high is not None
     assert (found.high - found.low) / 2 == pytest.approx(normal, rel=0.06)
     assert found.mean == pytest.approx(values_ASE.mean())
+
+
+def test_the_interval_of_a_share_ends_where_shares_do():
+    values_ASE = np.array([0.001, 0.5])[None, :, None] * np.ones((1, 2, 5))
+    sheet = sheet_of(values_ASE)
+    wide = Resampled(sheet=sheet).estimate(0)
+    share = Resampled(sheet=replace(sheet, share=True)).estimate(0)
+    assert wide.low is not None and wide.low < 0 and share.low == 0 and share.high == 1
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():

@@ -15,6 +15,8 @@ TONES = 8
 GREY = -1
 # Lines of text need so much of the height of a chart.
 _PITCH = 5.5
+# And so many percent of its width, where it stands beside a point.
+_BESIDE = 25.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ def draw(
     ends: bool = True,
 ) -> Plate:
     """A chart of some curves on two scales; up to TONES of them get a label of their own."""
-    drawn = [_drawn(curve, x, y) for curve in curves]
+    drawn = _uncrowded([_drawn(curve, x, y) for curve in curves])
     labelled = [one for one in drawn if one.label_at is not None]
     heights = spread([one.label_at[1] for one in labelled if one.label_at])
     at = {id(one): (one.label_at[0], height) for one, height in zip(labelled, heights, strict=True) if one.label_at}
@@ -166,6 +168,20 @@ def draw(
         ends=ends,
         front=path([_canvas(x.at(a), y.at(b)) for a, b in front]) if len(front) > 1 else "",
     )
+
+
+def _uncrowded(drawn: Sequence[Drawn]) -> list[Drawn]:
+    """Without the texts beside points that would lie over another one."""
+    taken: list[Dot] = []
+    made = []
+    for one in drawn:
+        dots = []
+        for dot in one.dots:
+            crowded = any(abs(dot.x - other.x) < _BESIDE and abs(dot.y - other.y) < _PITCH for other in taken)
+            dots.append(replace(dot, text="") if crowded else dot)
+            taken += [dot] if dot.text and not crowded else []
+        made.append(replace(one, dots=tuple(dots)))
+    return made
 
 
 def _drawn(curve: Curve, x: Scale, y: Scale) -> Drawn:

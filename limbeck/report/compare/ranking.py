@@ -15,7 +15,7 @@ from limbeck.report.words import figure, setting
 # The metrics that a page shows beside each other, the first of them in the lead; those that were measured are taken.
 MAIN = (
     *("forward_kl", "rouge_l_references", "rouge_l", "sample_rouge_l", "win_rate", "win_rate_references"),
-    *("gsm8k", "math", "humaneval", "mbpp", "distinct_2", "self_bleu", "acceptance", "top1_agreement"),
+    *("accuracy", "pass_at_k", "distinct_2", "self_bleu", "acceptance", "top1_agreement"),
     *("reverse_kl", "student_nll", "student_entropy"),
 )
 MOST_MAIN = 6

@@ -16,6 +16,7 @@ from limbeck.report.words import figure, setting
 # The settings whose curves are drawn, and the metrics over each.
 MOST_KEYS, MOST_METRICS = 3, 3
 FIRST = "objective.temperature"
+_MOST_TIED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ def _remark(curves: Sequence[Curve]) -> str:
             continue
         best = next(point.x for point in curve.points if point.mark == "best")
         tied = [setting(point.x) for point in curve.points if point.mark == "with"]
-        tail = f", not separated from {', '.join(tied)}" if tied else ", separated from all others"
+        shown = ", ".join(tied[:_MOST_TIED]) + (f" and {len(tied) - _MOST_TIED} more" if len(tied) > _MOST_TIED else "")
+        tail = f", not separated from {shown}" if tied else ", separated from all others"
         parts.append(f"{curve.name}: best at {setting(best)}{tail}")
     return "; ".join(parts) + ("; …" if len(curves) > 6 else "")

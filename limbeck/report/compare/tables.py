@@ -163,6 +163,7 @@ class Tables:
             drawn_BR=drawn_BR,
             examples=examples,
             pivotal=name.partition("@")[0] in POOLED,
+            share=about.unit in ("", "F1") and bool(value_R.min() >= 0 and value_R.max() <= 1),
         )
         judged, teacher = sheet, None if isinstance(target, Mapping) else target
         if isinstance(target, Mapping):

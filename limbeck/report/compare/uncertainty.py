@@ -38,6 +38,7 @@ class Sheet:
         examples: how many there are.
         pivotal: whether resampling lifts the metric (one of the whole corpus, see `evaluation.bootstrap`): its interval
             is then mirrored at the value.
+        share: whether it lies between 0 and 1, where its intervals end too.
     """
 
     arm_R: tuple[int, ...]
@@ -46,6 +47,7 @@ class Sheet:
     drawn_BR: ndarray
     examples: int
     pivotal: bool = False
+    share: bool = False
 
     @property
     def arms(self) -> int:
@@ -140,7 +142,10 @@ class Resampled:
             freedom = satterthwaite(self._seed_variance(arm), seeds - 1, float(drawn_B.var()))
             # Not the resamples' own percentiles: with three seeds they end at the outermost seed.
             reach = quantile(1 - CONFIDENCE, freedom) * float(drawn_B.std())
-            return Estimate(mean=middle, low=middle - reach, high=middle + reach, seeds=seeds)
+            low, high = middle - reach, middle + reach
+            if self.sheet.share:
+                low, high = max(0.0, low), min(1.0, high)
+            return Estimate(mean=middle, low=low, high=high, seeds=seeds)
         tail = 50 * (1 - CONFIDENCE)
         low, high = (float(edge) for edge in np.percentile(drawn_B, [tail, 100 - tail]))
         if self.sheet.pivotal:
