@@ -263,27 +263,6 @@ def compare(
 
 
 @app.command()
-def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run directories; a sweep's directory stands for its runs.")
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", help="Page to write; .md and .csv with the same numbers appear beside it.")
-    ] = Path("compare.html"),
-    metric: Annotated[
-        str | None, typer.Option("--metric", help="What to rank by, such as rouge_l or distinct_2@T=0.7.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Rank runs on one page, with what other examples and other seeds could have changed."""
-    del debug
-    from limbeck.report.compare import write_comparison
-
-    title = runs[0].resolve().name if len(runs) == 1 else f"{len(runs)} runs compared"
-    print(write_comparison(runs, out, title=title, metric=metric))
-
-
-@app.command()
 def objectives() -> None:
     """List the objectives with their options."""
     from dataclasses import MISSING, fields
