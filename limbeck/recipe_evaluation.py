@@ -104,7 +104,7 @@ class CostSection:
     new_tokens: Count = 32
     """Tokens decoded one by one."""
     repeats: Count = 3
-    """The median of so many is reported."""
+    """Each is measured so often; the detail has the medians."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -24,7 +24,7 @@ from limbeck.rundir import Json
 from limbeck.stages import evaluation, report
 from limbeck.stages.evaluation import check_groups, evaluation_inputs, examine, write_answers
 from limbeck.stages.exam import Exam
-from limbeck.stages.groups import GROUPS
+from limbeck.stages.groups import GROUPS, require_known_answers
 from limbeck.stages.prompts import prompt_inputs
 from limbeck.stages.responses import teacher_inputs
 from limbeck.story import Stage, Story
@@ -78,9 +78,7 @@ def _refuse_teacher(recipe: Recipe) -> None:
     for name in recipe.evaluate.groups:
         if "teacher" in GROUPS[name].needs(recipe.evaluate):
             other = "; or evaluate.rouge.against=[references]" if name == "rouge" else "; or leave the group out"
-            raise LimbeckError(
-                f"group {name} needs a teacher and none is given; name one with --teacher{other}"
-            )
+            raise LimbeckError(f"group {name} needs a teacher and none is given; name one with --teacher{other}")
 
 
 def _play_prompts(story: Story) -> Json:
@@ -94,20 +92,10 @@ def _play_prompts(story: Story) -> Json:
         dataset_split=section.dataset_split,
         dataset_config=section.dataset_config,
     )
-    _check_references(story, loaded.prompts)
+    require_known_answers(story.recipe.evaluate.groups, story.recipe.evaluate, loaded.prompts)
     write_prompts(story.run.prompts, loaded.prompts)
     story.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
     return loaded.counts()
-
-
-def _check_references(story: Story, prompts: Sequence[Any]) -> None:
-    bare = next((p for p in prompts if p.completion is None), None)
-    for name in story.recipe.evaluate.groups:
-        if bare is not None and "references" in GROUPS[name].needs(story.recipe.evaluate):
-            raise LimbeckError(
-                f"group {name} needs reference answers and {bare.where or bare.id} has none; "
-                "give data with completions, or set its `against` to [teacher]"
-            )
 
 
 def _check_exam(story: Story) -> None:

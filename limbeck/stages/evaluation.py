@@ -12,6 +12,7 @@ from limbeck.evaluation.scores import read_rows, write_rows, write_scores
 from limbeck.flow import ScoredRow
 from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
+from limbeck.prompts.rows import source_digest
 from limbeck.rundir import Json, read_json, write_json, write_text
 from limbeck.stages.exam import Exam, Group, Part
 from limbeck.stages.groups import GROUPS
@@ -31,6 +32,9 @@ def evaluation_inputs(story: Story) -> Json:
     for name in GROUPS:
         if name not in section["groups"]:
             del section[name]
+    if "tasks" in section:
+        files = section["tasks"]["files"]
+        section["tasks"]["content"] = {task: source_digest(path) for task, path in files.items()}
     if "judge" in section:
         section["judge"] = {key: value for key, value in section["judge"].items() if key not in _CONNECTION}
     return section

@@ -8,6 +8,7 @@ from limbeck.prompts.record import write_prompts
 from limbeck.prompts.rows import source_digest
 from limbeck.prompts.sources import load_prompts
 from limbeck.rundir import Json
+from limbeck.stages.groups import require_known_answers
 from limbeck.story import Stage, Story
 
 
@@ -30,6 +31,7 @@ def _play_prompts(story: Story) -> Json:
         dataset_split=section.dataset_split,
         dataset_config=section.dataset_config,
     )
+    require_known_answers(story.recipe.evaluate.groups, story.recipe.evaluate, loaded.prompts)
     write_prompts(story.run.prompts, loaded.prompts)
     counts = loaded.counts()
     story.console.say(f"prompts: {counts['train']} to train on, {counts['heldout']} held out")
