@@ -219,7 +219,7 @@ def sweep(
     from limbeck.sweep.conduct import play_sweep
 
     end = play_sweep(sweep, *(overrides or []), update=update)
-    print(end.directory)
+    print(end.page)
     if end.failed == end.runs:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -296,18 +296,23 @@ def _play_stage(story: Story, stage: Stage, print_: str) -> None:
     shelf = story.shelf if stage.shared and (stage.name != "student" or story.pause_at is None) else None
     if run.finished(stage.name, print_):
         console.say(f"{stage.name}: done earlier")
+        if shelf is not None:
+            shelf.offer(stage.name, print_, run)
+        return
+    orphans = run.set_aside(stage.name, stage.outputs(run)) if run.manifest(stage.name) is None else None
+    if orphans is not None:
+        console.warn(f"{stage.name}: files without a record of what they were made from; moved to {orphans}")
+    if shelf is None:
+        _make_stage(story, stage, print_)
     else:
-        orphans = run.set_aside(stage.name, stage.outputs(run)) if run.manifest(stage.name) is None else None
-        if orphans is not None:
-            console.warn(f"{stage.name}: files without a record of what they were made from; moved to {orphans}")
-        with shelf.claimed(print_) if shelf else nullcontext():
-            donor = shelf.adopt(stage.name, print_, run, stage.outputs) if shelf else None
+        with shelf.claimed(print_):
+            donor = shelf.adopt(stage.name, print_, run, stage.outputs)
             if donor is None:
                 _make_stage(story, stage, print_)
+                # Before anybody else may ask for it.
+                shelf.offer(stage.name, print_, run)
             else:
                 console.say(f"{stage.name}: the same as that of {donor}")
-    if shelf is not None:
-        shelf.offer(stage.name, print_, run)
     story.stop.heed()
 
 

@@ -167,8 +167,19 @@ class _Conductor:
         )
 
     def _end(self, ledger: Ledger) -> SweepEnd:
+        from limbeck.report.compare import write_comparison
+
         lines = [line for line in ledger.lines.values() if not line.run.tuning]
         states = {state: sum(line.state == state for line in lines) for state in ("done", "dropped", "failed")}
         said = ", ".join(f"{count} {state}" for state, count in states.items() if count)
         self.console.say(f"sweep {self.sweep.name}: {len(lines)} runs, {said}")
-        return SweepEnd(directory=self.sweep.directory, runs=len(lines), failed=states["failed"])
+        end = SweepEnd(directory=self.sweep.directory, runs=len(lines), failed=states["failed"])
+        chosen_by = self.sweep.tune_metric if self.sweep.tune else None
+        write_comparison(
+            [self.sweep.directory],
+            end.page,
+            title=self.sweep.name,
+            arms=ledger.records(),
+            metric=chosen_by if states["done"] else None,
+        )
+        return end

@@ -16,6 +16,7 @@ from typing import IO, Protocol
 
 from limbeck.story import StopWish
 from limbeck.sweep.tasks import Outcome, Task, perform
+from limbeck.sweep.worker import STOPPING
 
 Begun = Callable[[int], None]
 Ended = Callable[[int, Outcome], None]
@@ -65,6 +66,22 @@ class _Worker:
             self.process.stdin.write(json.dumps(asdict(task)) + "\n")
             self.process.stdin.flush()
 
+    def dismiss(self) -> None:
+        """Tell it that there is no more to come, on which it ends at once."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def wait(self) -> int:
+        """Its exit code, with patience of some seconds."""
+        try:
+            return self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+        finally:
+            self.outcomes.close()
+
 
 @dataclass
 class Workers:
@@ -101,16 +118,9 @@ class Workers:
     def close(self) -> None:
         """End the processes; at once, in the middle of whatever they do."""
         for worker in self._all:
-            if worker.process.stdin is not None:
-                with suppress(BrokenPipeError):
-                    worker.process.stdin.close()
+            worker.dismiss()
         for worker in self._all:
-            try:
-                worker.process.wait(5)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
-            worker.outcomes.close()
+            worker.wait()
         self._all.clear()
 
     def _idle(self) -> _Worker | None:
@@ -124,7 +134,7 @@ class Workers:
 
     def _started(self) -> _Worker:
         self.shelf.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as log:
+        with self.log.open("a") as log, _signals_later():
             process = subprocess.Popen(
                 [sys.executable, "-m", "limbeck.sweep.worker", str(self.shelf), str(self.threads)],
                 stdin=subprocess.PIPE,
@@ -151,8 +161,8 @@ class Workers:
         if line.endswith("\n"):
             return Outcome(**json.loads(line))
         self._all.remove(worker)
-        code = worker.process.wait()
-        worker.outcomes.close()
+        worker.dismiss()
+        code = worker.wait()
         if stopping:
             return Outcome(state="stopped")
         if code == -signal.SIGKILL:
@@ -160,6 +170,16 @@ class Workers:
         else:
             how = f"ended with exit code {code}; {self.log} may say why"
         return Outcome(state="failed", error=f"its process {how}")
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """A process that is started inside the block gets signals once it asks for them: when it can end in order."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import sys
 import threading
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from queue import SimpleQueue
 from limbeck.sweep.tasks import Task, perform
 
 ALIVE = "workers"
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> None:
@@ -29,7 +31,10 @@ def main() -> None:
     os.dup2(2, 1)
     tasks: SimpleQueue[Task] = SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
+    # Both end it in order from here on, also between two runs; earlier ones were kept waiting by whoever started this.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         import torch
 
         torch.set_num_threads(threads)
