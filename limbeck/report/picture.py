@@ -42,11 +42,11 @@ def draw(run: Run) -> str:
     sentence = headline(run)
     body = [
         f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="14" fill="{PAPER}" stroke="{RULE}"/>',
-        _text(36, 50, name_of(run), size=25, weight=700),
-        _text(36, 82, sentence, size=17, fill=SOFT, most=WIDTH - 72),
+        svg_text(36, 50, name_of(run), size=25, weight=700),
+        svg_text(36, 82, sentence, size=17, fill=SOFT, most=WIDTH - 72),
         *(_curve(run, rows) if len(rows) > 1 else _absent(CURVE, "training has not logged two steps")),
         *(_bars(run, metrics) if metrics else _absent(BARS, "not evaluated yet")),
-        _text(WIDTH - 36, HEIGHT - 18, "limbeck", size=14, fill=SOFT, anchor="end", weight=600),
+        svg_text(WIDTH - 36, HEIGHT - 18, "limbeck", size=14, fill=SOFT, anchor="end", weight=600),
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
@@ -65,14 +65,14 @@ def _curve(run: Run, rows: list[Mapping[str, Any]]) -> list[str]:
     for mark in up.marks:
         y = top + height * (1 - up.at(mark))
         parts.append(f'<path d="M{left},{y:.1f}h{width}" stroke="{RULE}"/>')
-        parts.append(_text(left - 10, y + 5, f"{mark:g}", size=14, fill=SOFT, anchor="end"))
+        parts.append(svg_text(left - 10, y + 5, f"{mark:g}", size=14, fill=SOFT, anchor="end"))
     for mark in across.marks:
         parts.append(
-            _text(
+            svg_text(
                 left + width * across.at(mark), top + height + 24, f"{mark:,.0f}", size=14, fill=SOFT, anchor="middle"
             )
         )
-    parts.append(_text(left + width / 2, top + height + 46, "step", size=14, fill=SOFT, anchor="middle"))
+    parts.append(svg_text(left + width / 2, top + height + 46, "step", size=14, fill=SOFT, anchor="middle"))
 
     def line(series: list[float], thickness: float, opacity: float) -> str:
         points = [
@@ -98,8 +98,8 @@ def _bars(run: Run, metrics: list[str]) -> list[str]:
         y = top + place * pitch
         about = described.get(name, {})
         unit = about.get("unit", "")
-        parts.append(_text(left, y + pitch * 0.42, str(about.get("label", name)), size=15))
-        parts.append(_text(left, y + pitch * 0.42 + 17, unit or "share", size=13, fill=SOFT))
+        parts.append(svg_text(left, y + pitch * 0.42, str(about.get("label", name)), size=15))
+        parts.append(svg_text(left, y + pitch * 0.42 + 17, unit or "share", size=13, fill=SOFT))
         for part, colour, shift in (("before", BEFORE, 0.16), ("after", AFTER, 0.5)):
             found = score(run, part, name)
             if found:
@@ -107,7 +107,7 @@ def _bars(run: Run, metrics: list[str]) -> list[str]:
     x, y = left, top + height + 46
     for label, colour in (("before training", BEFORE), ("after training", AFTER)):
         parts.append(f'<rect x="{x}" y="{y - 11}" width="12" height="12" rx="3" fill="{colour}"/>')
-        parts.append(_text(x + 19, y, label, size=14, fill=SOFT))
+        parts.append(svg_text(x + 19, y, label, size=14, fill=SOFT))
         x += 142
     return parts
 
@@ -122,7 +122,7 @@ def _bar(found: Mapping[str, Any], colour: str, longest: float, y: float, height
         a, b = left + room * max(0.0, low) / longest, left + room * max(0.0, high) / longest
         end = b - left
         parts.append(f'<path d="M{a:.1f},{y + height / 2:.1f}H{b:.1f}" stroke="{INK}" stroke-width="1.4"/>')
-    parts.append(_text(left + max(end, length) + 7, y + height / 2 + 5, figure(found["mean"]), size=14, weight=600))
+    parts.append(svg_text(left + max(end, length) + 7, y + height / 2 + 5, figure(found["mean"]), size=14, weight=600))
     return parts
 
 
@@ -144,7 +144,7 @@ def _absent(place: tuple[float, float, float, float], why: str) -> list[str]:
     return [
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" rx="10" fill="none" stroke="{RULE}" '
         'stroke-dasharray="5 5"/>',
-        _text(left + width / 2, top + height / 2, why, size=16, fill=SOFT, anchor="middle"),
+        svg_text(left + width / 2, top + height / 2, why, size=16, fill=SOFT, anchor="middle"),
     ]
 
 
@@ -156,7 +156,7 @@ def _heading(x: float, y: float, text: str, remark: str) -> str:
     )
 
 
-def _text(
+def svg_text(
     x: float,
     y: float,
     text: str,
@@ -167,7 +167,7 @@ def _text(
     weight: int = 400,
     most: float | None = None,
 ) -> str:
-    """`most` squeezes text that would be wider, judged by the usual width of a letter."""
+    """A text element. `most` squeezes text that would be wider, judged by the usual width of a letter."""
     squeeze = ""
     if most is not None and len(text) * size * 0.53 > most:
         squeeze = f' textLength="{most:g}" lengthAdjust="spacingAndGlyphs"'

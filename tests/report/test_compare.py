@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 
 import pytest
@@ -65,6 +66,18 @@ def test_a_sweep_is_ranked_with_everything_that_became_of_it(sweep):
     assert "6 runs that served to choose a setting" in said
     assert "Fewer than 3 seeds: csd, temperature=4" in said
     assert (root / "compare.md").is_file() and (root / "compare.csv").is_file()
+
+
+def test_its_first_charts_are_a_picture(sweep):
+    root, _ = sweep
+    picture = ElementTree.fromstring((root / "compare.svg").read_text("utf-8"))
+    said = " ".join(text for text in picture.itertext())
+    assert "temperature" in said and "fkl" in said and "leads by Forward KL" in said
+    view = view_of([root])
+    assert len(view.pictured) == 2 and all(plate.title in said for plate in view.pictured)
+    circles = sum(element.tag.endswith("circle") for element in picture.iter())
+    assert circles >= sum(len(curve.dots) for plate in view.pictured for curve in plate.curves) > 0
+    assert not any(word in (root / "compare.svg").read_text("utf-8") for word in ("<script", "http://w3", "NaN"))
 
 
 def test_it_asks_the_network_for_nothing_and_runs_no_script(sweep):

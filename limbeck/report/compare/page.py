@@ -1,4 +1,4 @@
-"""The comparison as a page, as Markdown and as CSV: the same numbers three times."""
+"""The comparison as a page, as Markdown and as CSV, the same numbers three times; and as a picture."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from limbeck.evaluation.bootstrap import CONFIDENCE
 from limbeck.report import words
 from limbeck.report.charts import HEIGHT, WIDTH
+from limbeck.report.compare import picture
 from limbeck.report.compare.arms import Arm, Comparison, Member, gather
 from limbeck.report.compare.comparable import Apart
 from limbeck.report.compare.costs import Bill, bill
@@ -39,7 +40,7 @@ def write_comparison(
     arms: Sequence[Mapping[str, Any]] | None = None,
     metric: str | None = None,
 ) -> Path:
-    """Write the page `out`, and beside it the same numbers as .md and .csv.
+    """Write the page `out`, and beside it the same numbers as .md and .csv, and its first charts as .svg.
 
     Args:
         folders: run directories, or sweep directories, which stand for all their runs.
@@ -58,6 +59,8 @@ def write_comparison(
     comparison = gather(folders, arms, page.parent)
     seen = View(title=title, comparison=comparison, tables=Tables(comparison), metric=metric)
     texts = {".html": _render("compare.html.j2", seen), ".md": _render("compare.md.j2", seen), ".csv": tidy(comparison)}
+    if plates := seen.pictured:
+        texts[".svg"] = picture.draw(title, seen.headline, plates)
     for suffix, text in texts.items():
         write_text(page.with_suffix(suffix), text)
     return page
@@ -148,6 +151,13 @@ class View:
     @cached_property
     def learning(self) -> list[Plate]:
         return learning(self.comparison, self.tones)
+
+    @property
+    def pictured(self) -> list[Plate]:
+        """The charts of the picture: curves over the first swept setting, the frontier, or how the arms learned."""
+        swept = list(self.panels[0].plates) if self.panels else []
+        frontier = [self.frontier] if self.frontier else []
+        return [*swept[:1], *frontier, *swept[1:], *self.learning][:2]
 
     @cached_property
     def samples(self) -> list[Sample]:
