@@ -32,6 +32,7 @@ PAGES = (
     "evaluation.md",
     "judging.md",
     "comparing.md",
+    "sweeping.md",
 )
 
 

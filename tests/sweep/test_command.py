@@ -109,10 +109,10 @@ def test_a_worker_that_is_killed(tiny: TinyPair, tmp_path: Path) -> None:
     workers = Workers(shelf=tmp_path / "shared", count=1, threads=1, log=tmp_path / "workers.log")
 
     def begun(number: int) -> None:
-        while number == 0 and not (found := workers_of(tmp_path)):
-            time.sleep(0.01)
         if number == 0:
-            os.kill(found[0], signal.SIGKILL)
+            while not workers_of(tmp_path):
+                time.sleep(0.01)
+            os.kill(workers_of(tmp_path)[0], signal.SIGKILL)
 
     try:
         workers.play(tasks, begun, outcomes.__setitem__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from limbeck.config import load_recipe
 from limbeck.flow import LimbeckError
 from limbeck.recipe_files import shipped_sweeps
 from limbeck.sweep.arms import arms_of, final_runs, first_recipes, tuning_runs
-from limbeck.sweep.settings import load_sweep, to_yaml
+from limbeck.sweep.settings import KEYS, load_sweep, to_yaml
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweeping.md"
 RECIPE = {"teacher": {"model": "t"}, "student": {"model": "s"}, "train": {"max_steps": 7}}
 
 
@@ -154,6 +156,19 @@ class TestFiles:
         loaded = load_sweep(name)
         assert all(final_runs(loaded, arm, {}, {}) for arm in arms_of(loaded))
         first_recipes(loaded)
+
+    @pytest.mark.parametrize("text", re.findall(r"^```yml\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S))
+    def test_examples_of_the_page(self, text: str) -> None:
+        tree = yaml.safe_load(text)
+        for key in ("teacher.model", "student.model"):
+            if key in tree.get("first", {}):
+                tree["first"][key] = RECIPE
+        loaded = load_sweep(tree)
+        assert sum(len(final_runs(loaded, arm, {}, dict.fromkeys(loaded.first, "m"))) for arm in arms_of(loaded)) > 1
+
+    def test_every_key_is_on_the_page(self) -> None:
+        said = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", PAGE.read_text("utf-8"), re.M))))
+        assert said == set(KEYS)
 
     def test_resolved_says_the_same(self, tmp_path: Path) -> None:
         loaded = sweep(
