@@ -7,6 +7,7 @@ from xml.sax.saxutils import escape
 
 from limbeck.report.charts import HEIGHT, WIDTH
 from limbeck.report.compare.drawing import GREY, Drawn, Plate
+from limbeck.report.compare.labels import short
 from limbeck.report.picture import FONT, INK, PAPER, RULE, SOFT, svg_text
 
 # Of the page's light colours, in its order.
@@ -15,6 +16,8 @@ _GREY = "#b9bcc2"
 # One chart with its margins: edges of the drawing area inside it, and the whole.
 _LEFT, _TOP, _WIDE, _HIGH = 72.0, 92.0, 380.0, 250.0
 _CELL, _TALL = 640.0, 430.0
+# Letters of a label that fit beside the drawing area.
+_LETTERS = 22
 
 
 def draw(title: str, headline: str, plates: Sequence[Plate]) -> str:
@@ -93,7 +96,7 @@ def _points(curve: Drawn) -> list[str]:
             )
     if curve.label_at:
         y = _TOP + _HIGH * curve.label_at[1] / 100
-        parts.append(svg_text(_LEFT + _WIDE + 12, y + 4, curve.label, size=13, fill=colour, weight=600))
+        parts.append(svg_text(_LEFT + _WIDE + 12, y + 4, short(curve.name, _LETTERS), size=13, fill=colour, weight=600))
     return parts
 
 

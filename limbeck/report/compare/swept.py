@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from limbeck.report.compare.arms import Arm, Comparison
 from limbeck.report.compare.drawing import GREY, TONES, Curve, Plate, Point, draw, linear, settings_scale
-from limbeck.report.compare.labels import differing, label
+from limbeck.report.compare.labels import differing
 from limbeck.report.compare.pairs import Pair
 from limbeck.report.compare.ranking import interval
 from limbeck.report.compare.tables import Column
@@ -34,7 +34,7 @@ def panels(comparison: Comparison, columns: Sequence[Column]) -> list[Panel]:
     keys.sort(key=lambda key: key != FIRST)
     made = []
     for key in keys[:MOST_KEYS]:
-        plates = [plate for column in columns[:MOST_METRICS] if (plate := _plate(column, key, comparison, chosen))]
+        plates = [plate for column in columns[:MOST_METRICS] if (plate := _plate(column, key))]
         if plates:
             made.append(Panel(key=key, plates=tuple(plates)))
     return made
@@ -57,16 +57,15 @@ def _numbers(arms: Sequence[Arm], key: str) -> set[float]:
     return {value for arm in arms if (value := _number(arm, key)) is not None}
 
 
-def _plate(column: Column, key: str, comparison: Comparison, chosen: set[str]) -> Plate | None:
+def _plate(column: Column, key: str) -> Plate | None:
     """One metric over one setting; None where fewer than two of its values were measured."""
     if len(_numbers(column.arms, key)) < 2:
         return None
-    others = [one for one in comparison.varied if one != key and one not in chosen]
     lines: dict[str, list[tuple[float, int]]] = {}
     for n, arm in enumerate(column.arms):
         value = _number(arm, key)
         if value is not None:
-            lines.setdefault(label(arm.keys, others) or "all", []).append((value, n))
+            lines.setdefault(_without(arm.name, key) or "all", []).append((value, n))
     pairs = column.judged.pairs
     tones = {name: turn if turn < TONES else GREY for turn, name in enumerate(lines)}
     curves = [_curve(name, sorted(own), column, pairs, tones[name]) for name, own in lines.items()]
@@ -85,6 +84,12 @@ def _plate(column: Column, key: str, comparison: Comparison, chosen: set[str]) -
         y=linear(values),
         remark=_remark(curves),
     )
+
+
+def _without(name: str, key: str) -> str:
+    """An arm's name without what it says of one setting: those that share it are one line over that setting."""
+    said = (f"{key}=", f"{key.rpartition('.')[2]}=")
+    return ", ".join(part for part in name.split(", ") if not part.startswith(said))
 
 
 def _curve(
