@@ -9,6 +9,8 @@ in the middle of whatever it does. Nothing finished is lost by that, as by kill 
 from __future__ import annotations
 
 import fcntl
+import gc
+import importlib
 import json
 import os
 import signal
@@ -37,7 +39,10 @@ def main() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         import torch
 
+        importlib.import_module("limbeck.stages")
         torch.set_num_threads(threads)
+        # After each run garbage is looked for, but not among what was imported.
+        gc.freeze()
         # Held as long as the worker lives: another sweep waits until those of a killed one are gone.
         with (shelf / f"{ALIVE}.lock").open("a") as alive:
             fcntl.flock(alive, fcntl.LOCK_SH)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from limbeck.config import load_recipe
 from limbeck.flow import LimbeckError
 from limbeck.recipe_files import shipped_sweeps
+from limbeck.stages.judging import judgement_of
 from limbeck.sweep.arms import arms_of, final_runs, first_recipes, tuning_runs
 from limbeck.sweep.settings import KEYS, load_sweep, to_yaml
 
@@ -154,8 +155,10 @@ class TestFiles:
     @pytest.mark.parametrize("name", shipped_sweeps())
     def test_shipped_sweeps_load(self, name: str) -> None:
         loaded = load_sweep(name)
-        assert all(final_runs(loaded, arm, {}, {}) for arm in arms_of(loaded))
-        first_recipes(loaded)
+        assert first_recipes(loaded).keys() == loaded.first.keys()
+        for arm in arms_of(loaded):
+            for run in (*tuning_runs(loaded, arm, {}), *final_runs(loaded, arm, {}, {})):
+                assert judgement_of(run.recipe).objectives
 
     @pytest.mark.parametrize("text", re.findall(r"^```yml\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S))
     def test_examples_of_the_page(self, text: str) -> None:

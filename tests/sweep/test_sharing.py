@@ -10,12 +10,14 @@ from limbeck.sweep.conduct import play_sweep
 from tests.sweep.conftest import Play, Played, alone, made_here, recipe_tree, require_same_bits
 from tests.tiny_pair import TinyPair
 
+ALL_METRICS = {"groups": ["fidelity", "rouge"]}
 GRID = {"objective.name": ["fkl", "rkl"]}
 
 
 @pytest.fixture(scope="module")
-def grid(played: Play, tmp_path_factory: pytest.TempPathFactory) -> Played:
-    return played(tmp_path_factory.mktemp("grid") / "s", grid=GRID, seeds=[0, 1])
+def grid(played: Play, tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    recipe = recipe_tree(tiny, evaluate=ALL_METRICS)
+    return played(tmp_path_factory.mktemp("grid") / "s", recipe=recipe, grid=GRID, seeds=[0, 1])
 
 
 class TestSharing:
@@ -23,7 +25,7 @@ class TestSharing:
     def test_same_bits_as_separate_runs(
         self, grid: Played, tiny: TinyPair, tmp_path: Path, name: str, seed: int
     ) -> None:
-        separate = alone(tiny, tmp_path / "r", f"objective.name={name}", f"train.seed={seed}")
+        separate = alone(tiny, tmp_path / "r", f"objective.name={name}", f"train.seed={seed}", evaluate=ALL_METRICS)
         require_same_bits(grid.root / "arms" / f"name={name}" / f"seed={seed}", separate)
 
     def test_teachers_work_is_done_once(self, grid: Played) -> None:
@@ -40,9 +42,9 @@ class TestSharing:
         after = [(run / "scores" / "after.fidelity.jsonl").read_bytes() for run in runs]
         assert len(set(after)) == 4
 
-    def test_again_is_nothing(self, grid: Played, played: Play) -> None:
+    def test_again_is_nothing(self, grid: Played, tiny: TinyPair, played: Play) -> None:
         before = {path: path.stat().st_mtime_ns for path in (grid.root / "arms").rglob("*") if path.is_file()}
-        again = played(grid.root, grid=GRID, seeds=[0, 1])
+        again = played(grid.root, recipe=recipe_tree(tiny, evaluate=ALL_METRICS), grid=GRID, seeds=[0, 1])
         assert again.end == grid.end and again.lines == grid.lines
         assert {path: path.stat().st_mtime_ns for path in (grid.root / "arms").rglob("*") if path.is_file()} == before
 
