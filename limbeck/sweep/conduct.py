@@ -162,8 +162,8 @@ class _Conductor:
             f"sweep {sweep.name}: {len(arms_of(sweep))} arms, {len(runs) - tuning} runs"
             + (f" and {tuning} to tune them" if tuning else "")
             + (f" of {train.max_steps} steps" if train.max_steps else f" of {train.num_train_epochs:g} epochs")
-            + (f" on {limit} prompts" if limit else "")
-            + f"; {sweep.parallel} at a time with {max(1, threads // sweep.parallel)} threads each"
+            + (f" on at most {limit} prompts" if limit else "")
+            + f"; {sweep.parallel} at a time with {max(1, threads // sweep.parallel)} of {threads} threads each"
         )
 
     def _end(self, ledger: Ledger) -> SweepEnd:
