@@ -17,7 +17,7 @@ _GREY = "#b9bcc2"
 _LEFT, _TOP, _WIDE, _HIGH = 72.0, 92.0, 380.0, 250.0
 _CELL, _TALL = 640.0, 430.0
 # Letters of a label that fit beside the drawing area.
-_LETTERS = 22
+_LETTERS = 26
 
 
 def draw(title: str, headline: str, plates: Sequence[Plate]) -> str:
@@ -26,7 +26,7 @@ def draw(title: str, headline: str, plates: Sequence[Plate]) -> str:
     body = [
         f'<rect x=".5" y=".5" width="{width - 1:g}" height="{height - 1:g}" rx="14" fill="{PAPER}" stroke="{RULE}"/>',
         svg_text(36, 46, title, size=23, weight=700),
-        svg_text(36, 76, headline, size=15, fill=SOFT, most=width - 72),
+        svg_text(36, 76, short(headline, int((width - 72) / 8)), size=15, fill=SOFT, most=width - 72),
     ]
     for place, plate in enumerate(plates):
         body += [f'<g transform="translate({place * _CELL:g} 84)">', *_chart(plate), "</g>"]
@@ -96,7 +96,7 @@ def _points(curve: Drawn) -> list[str]:
             )
     if curve.label_at:
         y = _TOP + _HIGH * curve.label_at[1] / 100
-        parts.append(svg_text(_LEFT + _WIDE + 12, y + 4, short(curve.name, _LETTERS), size=13, fill=colour, weight=600))
+        parts.append(svg_text(_LEFT + _WIDE + 12, y + 4, short(curve.name, _LETTERS), size=12, fill=colour, weight=600))
     return parts
 
 
