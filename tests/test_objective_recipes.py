@@ -100,6 +100,15 @@ def test_all_tokens_kept_is_the_full_support(limbeck: CommandServer, tiny: TinyP
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+def test_a_teacher_that_nobody_reads_is_not_asked(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+    """Cross-entropy trains to the same bits beside the stored signal and beside none."""
+    asked = played(limbeck, tiny, tmp_path / "asked", objective={"name": "ce"})
+    unheard = played(limbeck, tiny, tmp_path / "unheard", objective={"name": "ce"}, signal={"cache": False})
+    assert [one["loss"] for one in asked] == [one["loss"] for one in unheard]
+    weights = "student/model.safetensors"
+    assert (tmp_path / "asked" / weights).read_bytes() == (tmp_path / "unheard" / weights).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

