@@ -3,7 +3,7 @@
     prompts ──► responses ──► teachers ──► objectives ──► student ──► evaluation ──► report
      Prompt      Response      Signal       (N,) values    weights     Scores        report.html
 
-`limbeck.run("quickstart")` plays the story. `limbeck.flow` has the nouns on the arrows; start reading there.
+`limbeck.run("quickstart")` plays the story, `limbeck.evaluate(...)` measures any pair. `limbeck.flow` has the nouns on the arrows; start reading there.
 Names are imported when first used, so that `import limbeck` costs nothing.
 """
 
@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from limbeck.api import load, run
+    from limbeck.api import evaluate, load, run
     from limbeck.config import Recipe
     from limbeck.flow import DenseSignal, Head, LimbeckError, Response, SampledSignal, Sampling, TopKSignal
     from limbeck.objectives import (

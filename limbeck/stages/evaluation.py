@@ -116,13 +116,15 @@ def _origin(story: Story) -> tuple[str | None, str | None]:
 def write_answers(story: Story, parts: Mapping[Part, Tables]) -> None:
     """A handful of held-out prompts with the greedy answers of whoever answered: teacher, student before and after."""
     # Against the references alone no greedy answers were written.
-    rouge = {part: [row for row in t.get("rouge", ()) if "rouge_l" in row.values] for part, t in parts.items()}
-    scored = {part: {row.id: row.values["rouge_l"] for row in rows} for part, rows in rouge.items() if rows}
+    scored: dict[Part, dict[str, float]] = {}
+    for part, tables in parts.items():
+        if rows := {row.id: row.values["rouge_l"] for row in tables.get("rouge", ()) if "rouge_l" in row.values}:
+            scored[part] = rows
     if not scored:
         return
     after = Exam(story=story, part="after")
     sampling = greedy(after.section)
-    sides = {"teacher": after.texts("teacher", sampling)}
+    sides: dict[str, dict[str, str]] = {"teacher": after.texts("teacher", sampling)}
     for part in scored:
         sides[part] = Exam(story=story, part=part).texts("student", sampling)
     lines = []
