@@ -3,7 +3,8 @@
     prompts ──► responses ──► teachers ──► objectives ──► student ──► evaluation ──► report
      Prompt      Response      Signal       (N,) values    weights     Scores        report.html
 
-`limbeck.run("quickstart")` plays the story, `limbeck.evaluate(...)` measures any pair. `limbeck.flow` has the nouns on the arrows; start reading there.
+`limbeck.run("quickstart")` plays the story, `limbeck.evaluate(...)` measures any pair. `limbeck.flow` has the nouns on
+the arrows; start reading there.
 Names are imported when first used, so that `import limbeck` costs nothing.
 """
 
