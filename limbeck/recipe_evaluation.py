@@ -67,6 +67,10 @@ class JudgeSection:
     """Of input and output tokens, in any currency, for the estimate."""
 
 
+# Where a judge answers is no matter of what it is asked.
+JUDGE_CONNECTION = ("base_url", "concurrency", "timeout_s", "retries", "api_key_env", "price_per_million")
+
+
 @dataclass(config=STRICT, kw_only=True)
 class TasksSection:
     files: dict[Literal["gsm8k", "math", "humaneval", "mbpp"], str] = field(default_factory=dict)

@@ -22,7 +22,8 @@ from limbeck.config import Recipe
 from limbeck.console import Console, QuietConsole, default_console, format_seconds
 from limbeck.failures import in_one_line
 from limbeck.flow import LimbeckError
-from limbeck.rundir import Json, RunDirectory, fingerprint, read_json, write_json, write_text
+from limbeck.recipe_evaluation import JUDGE_CONNECTION
+from limbeck.rundir import Json, RunDirectory, fingerprint, flatten, read_json, write_json, write_text
 from limbeck.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -34,12 +35,8 @@ if TYPE_CHECKING:
 # Keys that change nothing that is written but metrics and checkpoints; two runs may differ in them and be the same run.
 NEUTRAL_KEYS = (
     *("output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to"),
-    *(
-        f"{section}.{key}"
-        for section in ("responses.server", "evaluate.judge")
-        for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")
-    ),
-    "evaluate.judge.price_per_million",
+    *(f"responses.server.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
+    *(f"evaluate.judge.{key}" for key in JUDGE_CONNECTION),
 )
 
 
@@ -388,14 +385,6 @@ def _refusal(story: Story, stage: Stage) -> str:
             more = f" and {len(keys) - 3} more keys differ" if len(keys) > 3 else ""
             return f"{run.root} was made by another recipe: {listed}{more}; {remedy}"
     return f"{run.root}: the inputs of its {stage.name} have changed since (a data file or a model); {remedy}"
-
-
-def flatten(tree: Json, prefix: str = "") -> Json:
-    """Nested mappings as one, with dotted keys."""
-    flat: Json = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return flat
 
 
 def provenance(story: Story, prints: dict[str, str]) -> Json:

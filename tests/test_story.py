@@ -17,8 +17,8 @@ import limbeck
 from limbeck.config import load_recipe
 from limbeck.failures import explain, in_one_line
 from limbeck.flow import LimbeckError
-from limbeck.rundir import Json, RunDirectory, read_json, write_text
-from limbeck.story import Stage, StopWish, Story, flatten, play
+from limbeck.rundir import Json, RunDirectory, flatten, read_json, write_text
+from limbeck.story import Stage, StopWish, Story, play
 from tests.tiny_pair import TinyPair, write_model
 
 

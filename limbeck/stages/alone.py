@@ -6,7 +6,7 @@ them held out; the exam; the report.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,16 @@ from limbeck.config import Recipe, load_recipe
 from limbeck.evaluation.metrics import METRICS
 from limbeck.flow import LimbeckError
 from limbeck.models.fingerprints import model_fingerprint
-from limbeck.models.loading import load_tokenizer
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import compare
-from limbeck.prompts.record import write_prompts
-from limbeck.prompts.sources import load_prompts
 from limbeck.recipe_mistakes import nearest
 from limbeck.rundir import Json
 from limbeck.stages import evaluation, report
+from limbeck.stages.checks import check_template, resolvable
 from limbeck.stages.evaluation import check_groups, evaluation_inputs, examine, write_answers
 from limbeck.stages.exam import Exam
-from limbeck.stages.groups import GROUPS, require_known_answers
-from limbeck.stages.prompts import prompt_inputs
+from limbeck.stages.groups import GROUPS
+from limbeck.stages.prompts import prompt_inputs, read_prompt_source
 from limbeck.stages.responses import teacher_inputs
 from limbeck.story import Stage, Story
 
@@ -82,33 +80,17 @@ def _refuse_teacher(recipe: Recipe) -> None:
 
 
 def _play_prompts(story: Story) -> Json:
-    section = story.recipe.prompts
-    loaded = load_prompts(
-        section.source,
-        heldout_fraction=1.0,
-        limit=section.limit,
-        split_seed=section.split_seed,
-        fields=section.fields,
-        dataset_split=section.dataset_split,
-        dataset_config=section.dataset_config,
-    )
-    require_known_answers(story.recipe.evaluate.groups, story.recipe.evaluate, loaded.prompts)
-    write_prompts(story.run.prompts, loaded.prompts)
+    loaded = read_prompt_source(story, heldout_fraction=1.0)
     story.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
     return loaded.counts()
 
 
 def _check_exam(story: Story) -> None:
     """Both models exist, and token metrics have the same tokens on both sides."""
-    section = story.recipe.student
-    assert section.model is not None
-    for model, revision, trust in (
-        (section.model, section.revision, section.trust_remote_code),
-        (story.recipe.teacher.model, story.recipe.teacher.revision, story.recipe.teacher.trust_remote_code),
-    ):
-        resolve(model, revision=revision, weights=Path(model).expanduser().exists(), trust_remote_code=trust)
-    if story.recipe.prompts.template == "chat":
-        load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    resolvable(story.recipe.student)
+    check_template(story, story.recipe.student)
+    resolvable(story.recipe.teacher)
+    check_template(story, story.recipe.teacher)
     asking = [name for name in story.recipe.evaluate.groups if "tokens" in GROUPS[name].needs(story.recipe.evaluate)]
     if asking and story.student_card is not None:
         differences = compare(story.teacher_card, story.student_card).differences
@@ -127,8 +109,8 @@ def _exam_inputs(story: Story) -> Json:
     source = resolve(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
     student = {"weights": model_fingerprint(source), "dtype": section.dtype, "attention": section.attn_implementation}
     template = {"template": prompts.template, "chat_options": prompts.chat_options, "too_long": prompts.too_long}
-    chosen: Mapping[str, Any] = evaluation_inputs(story)
-    return {"student": student, "teacher": teacher_inputs(story), "prompts": template, "evaluate": dict(chosen)}
+    evaluate = evaluation_inputs(story)
+    return {"student": student, "teacher": teacher_inputs(story), "prompts": template, "evaluate": evaluate}
 
 
 def _play_exam(story: Story) -> Json:

@@ -59,18 +59,14 @@ def check_responses(story: Story) -> None:
         LimbeckError: no such teacher, or no such template.
     """
     section = story.recipe.teacher
-    _resolvable(section)
+    resolvable(section)
     window = story.window
     if window is not None and window <= story.recipe.responses.max_new_tokens:
         raise LimbeckError(
             f"responses.max_new_tokens is {story.recipe.responses.max_new_tokens} and the window of the pair {window} "
             "tokens, so no prompt fits; lower it"
         )
-    if story.recipe.prompts.template == "chat":
-        tokenizer = load_tokenizer(
-            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
-        resolve_template("chat", tokenizer, ())
+    check_template(story, section)
     check_server(story)
     check_draft(story)
 
@@ -89,7 +85,7 @@ def check_student(story: Story) -> None:
     require_trackers(story.recipe.train.report_to)
     section = story.recipe.student
     if section.model is not None and section.init != "scratch":
-        _resolvable(section)
+        resolvable(section)
     if story.student_card is not None:
         require_same(story.teacher_card, story.student_card)
     _check_anatomy(story)
@@ -108,7 +104,26 @@ def check_rounds(story: Story, prompts: int) -> None:
         require_whole_epochs(refresh, math.ceil(prompts / (rows // 2)))
 
 
-def _resolvable(section: TeacherSection | StudentSection) -> None:
+def check_template(story: Story, section: TeacherSection | StudentSection) -> None:
+    """The tokenizer of a model has the chat template that is asked for.
+
+    Raises:
+        LimbeckError: it has none.
+    """
+    if story.recipe.prompts.template == "chat":
+        assert section.model is not None
+        tokenizer = load_tokenizer(
+            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+        resolve_template("chat", tokenizer, ())
+
+
+def resolvable(section: TeacherSection | StudentSection) -> None:
+    """A model is there.
+
+    Raises:
+        LimbeckError: it is not.
+    """
     assert section.model is not None
     # Of a model that is not here yet only the small files: the weights are fetched when a stage needs them.
     resolve(

@@ -13,17 +13,15 @@ from limbeck.flow import ScoredRow
 from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
 from limbeck.prompts.rows import source_digest
+from limbeck.recipe_evaluation import JUDGE_CONNECTION
 from limbeck.rundir import Json, read_json, write_json, write_text
-from limbeck.stages.exam import Exam, Group, Part
+from limbeck.stages.exam import Exam, Group, Part, table_name
 from limbeck.stages.groups import GROUPS
 from limbeck.stages.groups.rouge import greedy
 from limbeck.stages.sharing import initial_student, once
 from limbeck.story import Stage, Story
 
 Tables = dict[str, Sequence[ScoredRow]]
-
-# Where a judge answers is no matter of what it is asked.
-_CONNECTION = ("base_url", "concurrency", "timeout_s", "retries", "api_key_env", "price_per_million")
 
 
 def evaluation_inputs(story: Story) -> Json:
@@ -36,7 +34,7 @@ def evaluation_inputs(story: Story) -> Json:
         files = section["tasks"]["files"]
         section["tasks"]["content"] = {task: source_digest(path) for task, path in files.items()}
     if "judge" in section:
-        section["judge"] = {key: value for key, value in section["judge"].items() if key not in _CONNECTION}
+        section["judge"] = {key: value for key, value in section["judge"].items() if key not in JUDGE_CONNECTION}
     return section
 
 
@@ -88,18 +86,14 @@ def _rows_of(exam: Exam, group: Group) -> Tables:
     The record of a group is written last and names its tables: without it nothing of the group counts as measured.
     """
     record = exam.folder / f"{exam.part}.{group.name}.json"
-
-    def name_of(condition: str) -> str:
-        return f"{group.name}@{condition}" if condition else group.name
-
     if not record.exists():
         measured = group.measure(exam)
         exam.release(student=False)
-        for condition, rows in measured.tables.items():
-            write_rows(exam.folder / f"{exam.part}.{name_of(condition)}.jsonl", rows)
+        for name, rows in measured.named(group.name).items():
+            write_rows(exam.folder / f"{exam.part}.{name}.jsonl", rows)
         write_json(record, {"conditions": list(measured.tables), "detail": measured.detail})
-    conditions = read_json(record)["conditions"]
-    return {name_of(c): read_rows(exam.folder / f"{exam.part}.{name_of(c)}.jsonl") for c in conditions}
+    names = [table_name(group.name, condition) for condition in read_json(record)["conditions"]]
+    return {name: read_rows(exam.folder / f"{exam.part}.{name}.jsonl") for name in names}
 
 
 def _origin(story: Story) -> tuple[str | None, str | None]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -45,6 +45,14 @@ class Speaker:
     template: TemplateName
 
 
+class ModelSource(NamedTuple):
+    """What it takes to load a model or its tokenizer."""
+
+    model: str | Path
+    revision: str | None
+    trust_remote_code: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What a group found.
@@ -57,6 +65,15 @@ class Measured:
 
     tables: Mapping[str, Sequence[ScoredRow]]
     detail: Json = field(default_factory=dict)
+
+    def named(self, group: str) -> dict[str, Sequence[ScoredRow]]:
+        """The tables by GROUP or GROUP@CONDITION."""
+        return {table_name(group, condition): rows for condition, rows in self.tables.items()}
+
+
+def table_name(group: str, condition: str) -> str:
+    """GROUP@CONDITION, or GROUP alone for the plain condition."""
+    return f"{group}@{condition}" if condition else group
 
 
 def _nothing(section: EvaluateSection) -> frozenset[Need]:
@@ -116,13 +133,13 @@ class Exam:
         if self.part == "before":
             built = build_initial_student(self.story)
             return self._speaker("student", built.model.eval(), built.tokenizer)
-        section = self.story.recipe.student
+        section, source = self.story.recipe.student, self.source("student")
         loaded = load_model(
-            self._student_source,
-            revision=None if self.story.run.manifest("student") else section.revision,
+            source.model,
+            revision=source.revision,
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,
-            trust_remote_code=self.story.student_trusted,
+            trust_remote_code=source.trust_remote_code,
         )
         loaded.model.to(self.story.device)  # type: ignore[arg-type]
         return self._speaker("student", loaded.model, loaded.tokenizer)
@@ -139,14 +156,8 @@ class Exam:
         """The tokenizer of one of the two; no weights are loaded for it."""
         if who in self.__dict__:
             return self.speaker(who).tokenizer
-        section = self.story.recipe.teacher
-        if who == "student" and self.part == "after":
-            revision = None if self.story.run.manifest("student") else self.story.recipe.student.revision
-            return load_tokenizer(self._student_source, revision=revision, trust_remote_code=self.story.student_trusted)
-        if who == "student" and self.story.recipe.student.model is not None:
-            section = self.story.recipe.student
-        assert section.model is not None
-        return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        source = self.source(who)
+        return load_tokenizer(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
     def release(self, *, student: bool) -> None:
         """Let go of the teacher, and of the student where asked; the next use loads them again."""
@@ -222,14 +233,19 @@ class Exam:
         """A bar on the console (a context manager with `advance`)."""
         return self.story.console.meter(f"{label} {self.part}", total, unit)
 
+    def source(self, who: Who) -> ModelSource:
+        """Where a model and its tokenizer are: what was trained, or what the recipe names."""
+        recipe = self.story.recipe
+        if who == "student" and self.part == "after" and self._trained:
+            return ModelSource(self.story.run.student, None, self.story.student_trusted)
+        section = recipe.teacher if who == "teacher" or recipe.student.model is None else recipe.student
+        assert section.model is not None
+        return ModelSource(section.model, section.revision, section.trust_remote_code)
+
     @property
-    def _student_source(self) -> str | Path:
-        """Where the student after training is: what was trained, or the model itself where nothing is trained."""
-        section, trained = self.story.recipe.student, self.story.run.manifest("student") is not None
-        if trained:
-            return self.story.run.student
-        assert section.model is not None, "a student of its own, which `recipe_of` names"
-        return section.model
+    def _trained(self) -> bool:
+        """Whether the student came out of a training; on its own it did not."""
+        return self.story.run.manifest("student") is not None
 
     def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> Speaker:
         template = (self.story.run.manifest("responses") or {}).get("template")

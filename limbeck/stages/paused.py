@@ -6,16 +6,15 @@ Successive halving compares arms by it. Only the groups up to the one with the m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from limbeck.evaluation.scores import assemble
 from limbeck.flow import LimbeckError, ScoredRow
-from limbeck.models.loading import load_tokenizer
 from limbeck.rundir import write_json
-from limbeck.stages.exam import Exam, Speaker, Who
+from limbeck.stages.exam import Exam, Speaker
 from limbeck.stages.groups import GROUPS
 from limbeck.stages.student import build_initial_student
 from limbeck.story import Story
@@ -48,14 +47,6 @@ class _PausedExam(Exam):
         checkpoints.restore_student(checkpoint, built.model)
         return self._speaker("student", built.model.eval(), built.tokenizer)
 
-    def tokenizer(self, who: Who) -> Any:
-        if self._trained or who == "teacher" or "student" in self.__dict__:
-            return super().tokenizer(who)
-        recipe = self.story.recipe
-        section = recipe.student if recipe.student.model is not None else recipe.teacher
-        assert section.model is not None
-        return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
-
 
 def measure_paused(story: Story, metric: str) -> Means:
     """The means of the metrics measured on held-out prompts at a pause, `metric` among them; kept in `paused_path`.
@@ -67,12 +58,12 @@ def measure_paused(story: Story, metric: str) -> Means:
     if run.done("student"):
         _require_no_steps_left(story)
     exam = _PausedExam(story=story, part="after", place=path.with_suffix(""))
-    found: dict[str, list[ScoredRow]] = {}
+    found: dict[str, Sequence[ScoredRow]] = {}
     means: Means = {}
     for name in story.recipe.evaluate.groups:
         measured = GROUPS[name].measure(exam)
         exam.release(student=False)
-        found |= {f"{name}@{c}" if c else name: list(rows) for c, rows in measured.tables.items()}
+        found |= measured.named(name)
         means = {name: score.mean for name, score in assemble({}, found).after.items()}
         if metric in means:
             write_json(path, {"after": means})

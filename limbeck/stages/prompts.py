@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from limbeck.prompts.record import write_prompts
 from limbeck.prompts.rows import source_digest
-from limbeck.prompts.sources import load_prompts
+from limbeck.prompts.sources import PromptSet, load_prompts
 from limbeck.rundir import Json
 from limbeck.stages.groups import require_known_answers
 from limbeck.story import Stage, Story
@@ -20,19 +20,25 @@ def prompt_inputs(story: Story) -> Json:
     return section | {"content": source_digest(story.recipe.prompts.source)}
 
 
-def _play_prompts(story: Story) -> Json:
+def read_prompt_source(story: Story, heldout_fraction: float) -> PromptSet:
+    """The prompts that a recipe names, written down once the answers that groups need are seen to be there."""
     section = story.recipe.prompts
     loaded = load_prompts(
         section.source,
-        heldout_fraction=section.eval_fraction,
+        heldout_fraction=heldout_fraction,
         limit=section.limit,
         split_seed=section.split_seed,
         fields=section.fields,
         dataset_split=section.dataset_split,
         dataset_config=section.dataset_config,
     )
-    require_known_answers(story.recipe.evaluate.groups, story.recipe.evaluate, loaded.prompts)
+    require_known_answers(story.recipe.evaluate, loaded.prompts)
     write_prompts(story.run.prompts, loaded.prompts)
+    return loaded
+
+
+def _play_prompts(story: Story) -> Json:
+    loaded = read_prompt_source(story, story.recipe.prompts.eval_fraction)
     counts = loaded.counts()
     story.console.say(f"prompts: {counts['train']} to train on, {counts['heldout']} held out")
     return counts

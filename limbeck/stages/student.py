@@ -21,7 +21,7 @@ from limbeck.objectives import Temperature
 from limbeck.objectives.sums import nested
 from limbeck.recipe_sections import SftSection
 from limbeck.responses.authors import fixed
-from limbeck.rundir import Json, read_json, write_json
+from limbeck.rundir import Json, flatten, read_json, write_json
 from limbeck.stages.authors import author_of
 from limbeck.stages.checks import check_student, student_spec
 from limbeck.stages.judging import balance_of, judgement_of, sft_judgement, temperature_of
@@ -29,7 +29,7 @@ from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, pad_
 from limbeck.stages.rounds import round_teacher
 from limbeck.stages.sharing import initial_student, once, student_inputs
 from limbeck.stages.signal import open_teacher
-from limbeck.story import Stage, Story, flatten
+from limbeck.story import Stage, Story
 from limbeck.student import checkpoints
 from limbeck.student.batches import collate
 from limbeck.student.build import Student, build_student

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.flow import LimbeckError
-from limbeck.report.compare.labels import differing, flatten, label, titled
+from limbeck.report.compare.labels import differing, label, titled
 from limbeck.report.run import Run, number, read_run, value_at
 from limbeck.report.words import name_of
+from limbeck.rundir import flatten
 
 State = Literal["waiting", "running", "done", "failed", "dropped"]
 

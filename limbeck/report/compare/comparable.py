@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from limbeck.flow import ScoredRow
 from limbeck.report.compare.arms import ASIDE, Member
-from limbeck.report.compare.labels import flatten, plain, short
+from limbeck.report.compare.labels import plain, short
 from limbeck.report.run import value_at
+from limbeck.rundir import flatten
 
 # What changes what is measured, beside the section of the group itself.
 _ALWAYS = (

@@ -10,15 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
-
 def differing(flats: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys whose values are not the same in all, in the order in which they are met."""
     keys = dict.fromkeys(key for flat in flats for key in flat)

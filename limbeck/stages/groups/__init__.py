@@ -20,13 +20,13 @@ _REMEDIES = {
 }
 
 
-def require_known_answers(groups: Sequence[str], section: EvaluateSection, prompts: Sequence[Prompt]) -> None:
+def require_known_answers(section: EvaluateSection, prompts: Sequence[Prompt]) -> None:
     """See that data has the reference answers that groups will need, before anything has worked.
 
     Raises:
         LimbeckError: a held-out prompt has none; names it and its place in the data.
     """
-    for name in groups:
+    for name in section.groups:
         if "references" in GROUPS[name].needs(section):
             remedy = _REMEDIES.get(name, "leave the group out of evaluate.groups")
             require_references([p for p in prompts if p.split == "heldout"], remedy)

@@ -59,14 +59,9 @@ def _sizes(exam: Exam, who: Who) -> dict[str, float]:
 
 def _bytes_on_disk(exam: Exam, who: Who) -> int:
     """Of the weights, as they are stored."""
-    story = exam.story
-    if who == "student" and story.run.manifest("student") is not None:
-        source = resolve(story.run.student, trust_remote_code=story.student_trusted)
-    else:
-        section = story.recipe.student if who == "student" else story.recipe.teacher
-        assert section.model is not None
-        source = resolve(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    return sum(path.stat().st_size for path in weight_files(source) if path.name != "config.json")
+    place = exam.source(who)
+    found = resolve(place.model, revision=place.revision, trust_remote_code=place.trust_remote_code)
+    return sum(path.stat().st_size for path in weight_files(found) if path.name != "config.json")
 
 
 def _prompt(exam: Exam, who: Who, section: CostSection) -> list[int]:
