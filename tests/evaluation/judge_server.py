@@ -58,15 +58,15 @@ class _Server(ThreadingHTTPServer):
 
 
 class JudgeHandler(Handler):
-    def behave(self, body: dict[str, Any]) -> None:
+    def said(self, body: dict[str, Any]) -> tuple[int, Any]:
         state, text = self.state, body["messages"][-1]["content"]
         assert isinstance(state, JudgeState)
         with state.lock:
             state.judged.append(text)
-        said = state.rule(*answers_in(text))
-        choice = {"index": 0, "finish_reason": state.finish, "message": {"role": "assistant", "content": said}}
+        verdict = state.rule(*answers_in(text))
+        choice = {"index": 0, "finish_reason": state.finish, "message": {"role": "assistant", "content": verdict}}
         usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 10}} if state.counts else {}
-        return self.reply(200, {"choices": [choice]} | usage)
+        return 200, {"choices": [choice]} | usage
 
 
 @contextmanager

@@ -153,15 +153,17 @@ class Handler(BaseHTTPRequestHandler):
             fault = state.faults.pop(0) if state.faults else None
         try:
             time.sleep(state.delay_s)
-            return self.misbehave(fault) if fault else self.behave(body)
+            said = None if fault else self.said(body)
         finally:
+            # Before the answer is out: whoever has it may ask again at once.
             with state.lock:
                 state.now -= 1
+        return self.misbehave(fault) if said is None else self.reply(*said)
 
-    def behave(self, body: dict[str, Any]) -> None:
+    def said(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """Status and answer to a request, when nothing is amiss."""
         chat = self.path == "/v1/chat/completions"
-        declined = refusal(self.state, body, chat)
-        return self.reply(*declined) if declined else self.reply(200, answer(self.state, body, chat))
+        return refusal(self.state, body, chat) or (200, answer(self.state, body, chat))
 
     def misbehave(self, fault: Any) -> None:
         if isinstance(fault, dict):
