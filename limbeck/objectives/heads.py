@@ -10,6 +10,8 @@ from torch import Tensor
 from limbeck import onednn
 from limbeck.flow import Head, LimbeckError
 
+STRIP_BYTES = 8 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
@@ -55,7 +57,11 @@ class Projection:
         """Write hidden @ weight.T + bias into rows of a buffer in the working dtype."""
         hidden_ND = hidden_ND.to(self.weight_VD.dtype)
         if onednn.fits(hidden_ND, self.weight_VD):
-            out_NV.copy_(onednn.product(hidden_ND, self.weight_VD))
+            # oneDNN returns a new tensor. In strips it is still in the processor's cache when it is copied, and small
+            # enough for the C library to hand out the same pages again.
+            width = max(1, STRIP_BYTES // (out_NV.element_size() * len(hidden_ND)))
+            for strip_NX, weight_XD in zip(out_NV.split(width, 1), self.weight_VD.split(width), strict=True):
+                strip_NX.copy_(onednn.product(hidden_ND, weight_XD))
         elif self.weight_VD.dtype == out_NV.dtype:
             torch.mm(hidden_ND, self.weight_VD.T, out=out_NV)
         else:
