@@ -29,6 +29,7 @@ from torch import Tensor
 from limbeck import onednn
 from limbeck.flow import DenseSignal, Head
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, fused_distillation_loss, token_values
+from limbeck.objectives.heads import prepare_projection
 from limbeck.objectives.tiles import TILE_ROWS
 from limbeck.story import peak_memory_mib, reset_peak_memory
 
@@ -181,15 +182,20 @@ def floor_of(inputs: Inputs) -> Callable[[], None]:
 
 
 def onednn_floor_of(inputs: Inputs) -> Callable[[], None]:
-    """The four products by the library and in the tiles that the fused loss takes."""
+    """The four products by the library and in the tiles and strips that the fused loss takes."""
     s, w, t, u = inputs.student_ND.detach(), inputs.student_VD.detach(), inputs.teacher_ND, inputs.teacher_VD
-    head_VD = torch.zeros_like(w)
+    student, teacher = (
+        prepare_projection(hidden_ND, Head(weight_VD=head_VD, vocab_size=len(head_VD)), side)
+        for hidden_ND, head_VD, side in ((s, w, "student"), (t, u, "teacher"))
+    )
+    buffer_NV, head_VD = torch.empty(min(TILE_ROWS, len(s)), len(w)), torch.zeros_like(w)
 
     def step() -> None:
         head_VD.zero_()
         for part in (slice(start, start + TILE_ROWS) for start in range(0, s.shape[0], TILE_ROWS)):
-            onednn.product(t[part], u)
-            logits_NV = onednn.product(s[part], w)
+            logits_NV = buffer_NV[: len(s[part])]
+            teacher.into(t[part], logits_NV)
+            student.into(s[part], logits_NV)
             onednn.product(logits_NV, w.T)
             head_VD.addmm_(logits_NV.T, s[part])
 
