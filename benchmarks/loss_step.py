@@ -2,13 +2,15 @@
 
     python -m benchmarks.loss_step                              N=2048, V=49152, every method
     python -m benchmarks.loss_step --n 512 2048 8192 --v 49152 151936 --out docs/results/loss-step.md
+    python -m benchmarks.loss_step --device cuda --dtype bfloat16 --n 8192 --v 151936 --d 2048
 
 The floor is four matrix products by torch.mm: both projections, and the gradients of hidden states and head. On AMD
 CPUs oneDNN multiplies faster than the MKL behind torch.mm, and limbeck takes it where it is there, so that a whole step
 can come out below the floor; "floor, oneDNN" is the same four products as limbeck multiplies them. Each method has a
 process of its own, which takes the floor and the method in turns. What counts is the ratio of the fastest of each, the
 least disturbed by whatever else the machine does; the ratio of the medians stands beside it. Memory is the peak above
-what the inputs hold, gradients included. Compilation is in the first call, which stands apart.
+what the inputs hold, gradients included. Compilation is in the first call, which stands apart. On a GPU all methods
+share a process: its memory is counted by the allocator, and nothing else is in its way.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from limbeck import onednn
+from limbeck.evaluation.cost import settle
 from limbeck.flow import DenseSignal, Head
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, fused_distillation_loss, token_values
 from limbeck.objectives.heads import prepare_projection
@@ -64,15 +67,19 @@ class Inputs:
     label_N: Tensor
 
     @classmethod
-    def draw(cls, n: int, v: int, d: int) -> Inputs:
-        g = torch.Generator().manual_seed(0)
-        weight_VD = torch.randn(v, d, generator=g) / d**0.5
+    def draw(cls, n: int, v: int, d: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
+        g = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, device=device)
+
+        weight_VD = normal(v, d) / d**0.5
         return cls(
-            student_ND=(2 * torch.randn(n, d, generator=g)).requires_grad_(),
-            student_VD=(weight_VD + torch.randn(v, d, generator=g) / (2 * d**0.5)).requires_grad_(),
-            teacher_ND=2 * torch.randn(n, d, generator=g),
-            teacher_VD=weight_VD,
-            label_N=torch.randint(v, (n,), generator=g),
+            student_ND=(2 * normal(n, d)).to(dtype).requires_grad_(),
+            student_VD=(weight_VD + normal(v, d) / (2 * d**0.5)).to(dtype).requires_grad_(),
+            teacher_ND=(2 * normal(n, d)).to(dtype),
+            teacher_VD=weight_VD.to(dtype),
+            label_N=torch.randint(v, (n,), generator=g, device=device),
         )
 
 
@@ -81,6 +88,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[2048], help="tokens")
     parser.add_argument("--v", type=int, nargs="+", default=[49152], help="vocabulary")
     parser.add_argument("--d", type=int, default=576, help="width")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="methods whose name contains one of these")
@@ -89,18 +98,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.method:
         torch.set_num_threads(arguments.threads)
-        print(json.dumps(measure(arguments.method, arguments.n[0], arguments.v[0], arguments.d, arguments.repeats)))
+        print(json.dumps(measure(arguments.method, arguments.n[0], arguments.v[0], arguments)))
         return
-    chosen = [m for m in methods() if not arguments.only or any(part in m for part in arguments.only)]
+    run = in_process if arguments.device == "cpu" else in_this_process
+    known = [m for m in methods() if arguments.device == "cpu" or "oneDNN" not in m]
+    chosen = [m for m in known if not arguments.only or any(part in m for part in arguments.only)]
     tables = []
     for v in arguments.v:
         for n in arguments.n:
             found = {}
             for method in chosen:
-                found[method] = in_process(method, n, v, arguments)
+                found[method] = run(method, n, v, arguments)
                 print(f"N={n} V={v} {method}: {found[method]}", file=sys.stderr, flush=True)
             tables.append((n, v, found))
-    text = "\n".join(table(n, v, arguments.d, found) for n, v, found in tables)
+    text = "\n".join(table(n, v, arguments, found) for n, v, found in tables)
     print(text)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -116,26 +127,32 @@ def methods() -> list[str]:
 def in_process(method: str, n: int, v: int, arguments: argparse.Namespace) -> dict[str, float | str]:
     command = [sys.executable, "-m", "benchmarks.loss_step", "--method", method, "--n", str(n), "--v", str(v)]
     command += ["--d", str(arguments.d), "--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
+    command += ["--dtype", arguments.dtype]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1][:120]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(method: str, n: int, v: int, d: int, repeats: int) -> dict[str, float | str]:
+def in_this_process(method: str, n: int, v: int, arguments: argparse.Namespace) -> dict[str, float | str]:
+    try:
+        return measure(method, n, v, arguments)
+    except Exception as error:
+        return {"failed": (str(error).strip().splitlines() or [type(error).__name__])[0][:120]}
+    finally:
+        torch.cuda.empty_cache()
+
+
+def measure(method: str, n: int, v: int, arguments: argparse.Namespace) -> dict[str, float | str]:
     """Seconds of the first call, of method and floor taken in turns, and the peak above the inputs in MiB."""
-    inputs = Inputs.draw(n, v, d)
+    inputs = Inputs.draw(n, v, arguments.d, arguments.device, getattr(torch, arguments.dtype))
     step = step_of(method, inputs)
     first = timed(step, inputs)
     # Memory first, while the floor's own buffers do not exist.
-    _forget(inputs)
-    held = _resident_mib()
-    reset_peak_memory()
-    step()
-    extra = peak_memory_mib() - held
+    extra = extra_mib(step, inputs)
     floor = floor_of(inputs)
     timed(floor, inputs)
-    pairs = [(timed(floor, inputs), timed(step, inputs)) for _ in range(repeats)]
+    pairs = [(timed(floor, inputs), timed(step, inputs)) for _ in range(arguments.repeats)]
     floors, steps = zip(*pairs, strict=True)
     return {
         "first_s": first,
@@ -149,9 +166,25 @@ def measure(method: str, n: int, v: int, d: int, repeats: int) -> dict[str, floa
 
 def timed(step: Callable[[], None], inputs: Inputs) -> float:
     _forget(inputs)
+    settle(inputs.label_N.device)
     start = time.perf_counter()
     step()
+    settle(inputs.label_N.device)
     return time.perf_counter() - start
+
+
+def extra_mib(step: Callable[[], None], inputs: Inputs) -> float:
+    """Peak of one step above what is held before it."""
+    _forget(inputs)
+    if inputs.label_N.is_cuda:
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    resident = _resident_mib()
+    reset_peak_memory()
+    step()
+    return peak_memory_mib() - resident
 
 
 def _forget(inputs: Inputs) -> None:
@@ -167,7 +200,7 @@ def floor_of(inputs: Inputs) -> Callable[[], None]:
     """The four products, at most 2048 tokens at a time, into buffers that exist already."""
     s, w, t, u = inputs.student_ND.detach(), inputs.student_VD.detach(), inputs.teacher_ND, inputs.teacher_VD
     rows = min(FLOOR_ROWS, s.shape[0])
-    logits_NV, hidden_ND, head_VD = torch.empty(rows, w.shape[0]), torch.empty(rows, s.shape[1]), torch.zeros_like(w)
+    logits_NV, hidden_ND, head_VD = s.new_empty(rows, w.shape[0]), s.new_empty(rows, s.shape[1]), torch.zeros_like(w)
 
     def step() -> None:
         for start in range(0, s.shape[0], rows):
@@ -282,17 +315,22 @@ def liger_step(inputs: Inputs, compiled: bool) -> Callable[[], None]:
     return step
 
 
-def table(n: int, v: int, d: int, found: dict[str, dict]) -> str:
-    lines = [f"N={n}, V={v}, D={d}, float32", ""]
-    lines += ["| method | time / floor | by medians | step, s | floor beside it, s | extra peak, MiB | first call, s |"]
+def table(n: int, v: int, arguments: argparse.Namespace, found: dict[str, dict]) -> str:
+    # A step takes seconds on two cores, milliseconds on a GPU.
+    unit, factor, digits = ("s", 1, 2) if arguments.device == "cpu" else ("ms", 1000, 1)
+    lines = [f"N={n}, V={v}, D={arguments.d}, {arguments.dtype}", ""]
+    lines += [
+        f"| method | time / floor | by medians | step, {unit} | floor beside it, {unit} | extra peak, MiB "
+        "| first call, s |"
+    ]
     lines += ["|---|---|---|---|---|---|---|"]
     for method, row in found.items():
         if "failed" in row:
             lines.append(f"| {method} | failed: {row['failed']} | | | | | |")
             continue
         lines.append(
-            f"| {method} | {row['ratio']:.2f} | {row['median_ratio']:.2f} | {row['step_s']:.2f} | {row['floor_s']:.2f} "
-            f"| {row['extra_mib']:.0f} | {row['first_s']:.1f} |"
+            f"| {method} | {row['ratio']:.2f} | {row['median_ratio']:.2f} | {factor * row['step_s']:.{digits}f} "
+            f"| {factor * row['floor_s']:.{digits}f} | {row['extra_mib']:.0f} | {row['first_s']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -27,6 +27,8 @@ Block = dict[str, Tensor]
 COMPILE_FROM_VOCAB = 16384
 # The working set of a block: small enough for the caches, large enough to feed every thread.
 BLOCK_BYTES = 4 << 20
+# A GPU needs rows enough for all its processors; beyond this a block fills no better.
+GPU_BLOCK_ROWS = 1024
 
 
 class Work(Protocol):
@@ -39,9 +41,9 @@ class Work(Protocol):
 class Body:
     """What is done with a block. Equal bodies share one compilation for each shape.
 
-    A block is a dict of tensors whose first dimension is the token: `student` (products of hidden states and weight;
-    the gradient overwrites it), `teacher` (products too) or the columns of a sparse signal, `student_tau`,
-    `teacher_tau`, `weight`, `label` and `option.NAME`.
+    A block is a dict of tensors whose first dimension is the token: `student` (products of hidden states and weight, in
+    their dtype; the gradient overwrites it), `teacher` (products too) or the columns of a sparse signal, `student_tau`,
+    `teacher_tau`, `weight`, `label` and `option.NAME`. Everything is computed in the dtype of `weight`.
 
     Attributes:
         measure: also give entropies at temperature, the forward KL at temperature 1, and what the kept tokens hold.
@@ -74,7 +76,7 @@ class Body:
             kept: takes up what must be computed once and stay in memory, which a compiler would compute at every use:
                 exponentials and reciprocals, the dearest part of most objectives.
         """
-        logits_NV = self.student_finish.logits(block["student"])
+        logits_NV = self.student_finish.logits(block["student"].to(block["weight"].dtype))
         whole = self._rows(logits_NV, block)
         if kept is not None:
             whole = replace(whole, soften=partial(_softened, kept=kept))
@@ -106,7 +108,9 @@ class Body:
         dense = block.get("teacher")
         # Where nobody reads a teacher, or it is sparse, the whole rows hold a uniform one that takes no memory.
         teacher_NV = (
-            logits_NV.new_zeros(1, 1).expand_as(logits_NV) if dense is None else self.teacher_finish.logits(dense)
+            logits_NV.new_zeros(1, 1).expand_as(logits_NV)
+            if dense is None
+            else self.teacher_finish.logits(dense.to(logits_NV.dtype))
         )
         return Rows(
             student_logits_NK=logits_NV,
@@ -164,9 +168,9 @@ def _measure(rows: Rows, *, labels: bool) -> list[Tensor]:
 
 
 def block_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a block: a power of two within the byte budget of the caches; a GPU takes a tile whole."""
+    """Tokens of a block: a power of two within the byte budget of the caches of a CPU."""
     if device.type != "cpu":
-        return 256
+        return GPU_BLOCK_ROWS
     rows = max(4, BLOCK_BYTES // (vocab_size * dtype.itemsize))
     return min(256, 1 << (rows.bit_length() - 1))
 
@@ -213,9 +217,10 @@ def compiled_body(body: Work, layout: tuple[tuple, ...]) -> Callable[[list[Tenso
     names = [name for name, *_ in layout]
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        # What a graph hands out is not computed a second time inside it.
+        # What a graph hands out is not computed a second time inside it. A GPU computes faster than it writes.
         kept: list[Tensor] = []
-        return (body(dict(zip(names, tensors, strict=True)), kept), *kept)
+        block = dict(zip(names, tensors, strict=True))
+        return (body(block, kept if tensors[0].device.type == "cpu" else None), *kept)
 
     examples = [torch.ones(shape, dtype=dtype, device=device) for _, shape, dtype, device in layout]
     with torch.no_grad(), warnings.catch_warnings():

@@ -18,7 +18,7 @@ from limbeck.objectives.bodies import block_rows
 from limbeck.objectives.divergences import check_fraction
 from limbeck.objectives.heads import gather_head
 from limbeck.objectives.sums import IGNORED
-from limbeck.objectives.tiles import TILE_BYTES, logit_tiles
+from limbeck.objectives.tiles import logit_tiles
 
 BetaShape = Literal["constant", "code", "linear", "sawtooth"]
 # Gaps closer to zero than this count as this: the models agree.
@@ -27,7 +27,7 @@ SMALLEST_GAP = 1e-5
 
 @torch.no_grad()
 def label_logp(
-    student_hidden_ND: Tensor, student_head: Head, signal: Signal, label_N: Tensor, tile_bytes: int = TILE_BYTES
+    student_hidden_ND: Tensor, student_head: Head, signal: Signal, label_N: Tensor, tile_bytes: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the labels at temperature 1, tile by tile: (log_q_N, log_p_N), in nats, without gradient.
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from limbeck.flow import DenseSignal, Head
 from limbeck.objectives.adaptive import tail_of
 from limbeck.objectives.bodies import block_rows
-from limbeck.objectives.tiles import TILE_BYTES, logit_tiles
+from limbeck.objectives.tiles import logit_tiles
 
 
 @torch.no_grad()
 def token_difficulty(
-    student_hidden_ND: Tensor, student_head: Head, signal: DenseSignal, tile_bytes: int = TILE_BYTES
+    student_hidden_ND: Tensor, student_head: Head, signal: DenseSignal, tile_bytes: int | None = None
 ) -> Tensor:
     """Hellinger distance of student and teacher at temperature 1, one a token (N,), in [0, 1]. No gradient.
 

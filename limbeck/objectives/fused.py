@@ -21,7 +21,7 @@ from limbeck.objectives.passes import Grads, Pass, Wanted
 from limbeck.objectives.sums import AnyObjective, WeightedSum, hidden_leaves, nested, part_names, row_leaves
 from limbeck.objectives.support import resolve_support
 from limbeck.objectives.temperature import Temperature
-from limbeck.objectives.tiles import TILE_BYTES, check_pair, plan_tiles
+from limbeck.objectives.tiles import check_pair, plan_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def fused_distillation_loss(
     token_options: Mapping[str, Tensor] | None = None,
     measure: bool = False,
     measure_labels: bool = False,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
     compile: Compile = "auto",
 ) -> FusedLoss:
     """The same as these lines (for forward KL), without ever holding N x V numbers::
@@ -89,7 +89,7 @@ def fused_distillation_loss(
         measure: also measure entropies and the forward KL at temperature 1.
         measure_labels: then also `log_q` and `log_p`, the log-probabilities of the labels at temperature 1; for a
             dense signal.
-        tile_bytes: budget of the logit buffers.
+        tile_bytes: budget of the logit buffers; None is 192 MiB on a CPU, 1280 MiB on a GPU.
         compile: "auto" compiles the elementwise work where a compiler exists and the vocabulary is large.
 
     Raises:
@@ -141,7 +141,7 @@ class _Settings:
     token_options: Mapping[str, Tensor]
     measure: bool
     labels: bool
-    tile_bytes: int
+    tile_bytes: int | None
     compile: Compile
 
 
@@ -176,12 +176,12 @@ def _row_loss(
         measure=settings.measure,
         labels=settings.labels,
     )
-    buffers = 1 if teacher is None else 2
+    buffers = [head.weight_VD.dtype for head in (student, teacher) if head is not None]
     whole = Pass(
         student=student,
         teacher=teacher,
         body=body,
-        tiling=plan_tiles(tokens, student.vocab_size, buffers, student.dtype, device, settings.tile_bytes),
+        tiling=plan_tiles(tokens, student.vocab_size, buffers, device, settings.tile_bytes),
         compiled=resolve_compile(settings.compile, student.vocab_size, device),
     )
     teacher_ND = signal.hidden_ND if isinstance(signal, DenseSignal) else None
@@ -273,7 +273,12 @@ class _HandOver(torch.autograd.Function):
         # Times one is itself: no copy of the head's gradient. (On a GPU the look at the number would cost more.)
         once = upstream.device.type == "cpu" and bool(upstream == 1)
         handed = [
-            None if grad is None else (grad if once else grad * upstream).to(dtype)
+            None if grad is None else grad.to(dtype) if once else _times(grad, upstream, dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *handed, None, None
+
+
+def _times(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product, rounded once, without a copy in a wider dtype."""
+    return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))

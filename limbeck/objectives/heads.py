@@ -54,7 +54,7 @@ class Projection:
         return self.weight_VD.shape[0]
 
     def into(self, hidden_ND: Tensor, out_NV: Tensor) -> None:
-        """Write hidden @ weight.T + bias into rows of a buffer in the working dtype."""
+        """Write hidden @ weight.T + bias into rows of a buffer, of the weight's dtype or the working one."""
         hidden_ND = hidden_ND.to(self.weight_VD.dtype)
         if onednn.fits(hidden_ND, self.weight_VD):
             # oneDNN returns a new tensor. In strips it is still in the processor's cache when it is copied, and small
@@ -62,10 +62,14 @@ class Projection:
             width = max(1, STRIP_BYTES // (out_NV.element_size() * len(hidden_ND)))
             for strip_NX, weight_XD in zip(out_NV.split(width, 1), self.weight_VD.split(width), strict=True):
                 strip_NX.copy_(onednn.product(hidden_ND, weight_XD))
-        elif self.weight_VD.dtype == out_NV.dtype:
+        elif self.weight_VD.dtype != out_NV.dtype:
+            out_NV.copy_(hidden_ND @ self.weight_VD.T)
+        elif self.bias_V is None:
             torch.mm(hidden_ND, self.weight_VD.T, out=out_NV)
         else:
-            out_NV.copy_(hidden_ND @ self.weight_VD.T)
+            # In one call: in half precision a sum of its own would round a second time.
+            torch.addmm(self.bias_V.to(out_NV.dtype), hidden_ND, self.weight_VD.T, out=out_NV)
+            return
         if self.bias_V is not None:
             out_NV.add_(self.bias_V)
 

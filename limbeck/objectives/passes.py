@@ -37,25 +37,32 @@ class Grads:
 
     def add(self, tokens: slice, grad_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
         """Add a tile: its gradient in the products, its hidden states, and the head's weight."""
-        vocab, exact = weight_VD.shape[0], weight_VD.dtype == grad_NV.dtype
+        vocab = weight_VD.shape[0]
         if self.bias_V is not None:
-            self.bias_V[:vocab].add_(grad_NV.sum(0))
-        # In half precision the products take the dtype of the model, as autograd's would; their sum does not.
-        grad_NV, hidden_ND = grad_NV.to(weight_VD.dtype), hidden_ND.to(weight_VD.dtype)
+            self.bias_V[:vocab].add_(grad_NV.sum(0, dtype=self.bias_V.dtype))
+        hidden_ND = hidden_ND.to(grad_NV.dtype)
         if self.hidden_ND is not None:
             if onednn.fits(grad_NV, weight_VD):
                 self.hidden_ND[tokens] = onednn.product(grad_NV, weight_VD.T)
-            elif exact:
+            elif grad_NV.dtype == self.hidden_ND.dtype:
                 torch.mm(grad_NV, weight_VD, out=self.hidden_ND[tokens])
             else:
                 self.hidden_ND[tokens] = grad_NV @ weight_VD
-        if self.weight_VD is None:
-            return
-        if exact:
-            # The first tile writes, the others add: what is there before the first is never read.
-            self.weight_VD[:vocab].addmm_(grad_NV.T, hidden_ND, beta=float(tokens.start > 0))
-        else:
-            self.weight_VD[:vocab].add_(grad_NV.T @ hidden_ND)
+        if self.weight_VD is not None:
+            _add_product(self.weight_VD[:vocab], grad_NV.T, hidden_ND, beta=float(tokens.start > 0))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+    """total = beta * total + a @ b, where with beta 0 what is there before is never read.
+
+    In half precision the products take the model's dtype, as autograd's would; their sum does not.
+    """
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif a.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        total.add_(a @ b)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +83,14 @@ class Pass:
         counts_N1 = columns["weight"] != 0
         student_ND = _finite_where_idle(student_ND, counts_N1)
         shape, dtype = (self.tiling.tile_rows, self.student.vocab_size), self.student.dtype
-        logits = {"student": torch.empty(shape, dtype=dtype, device=student_ND.device)}
-        if self.teacher is not None:
-            logits["teacher"] = torch.empty_like(logits["student"])
+        sides = (
+            {"student": self.student} if self.teacher is None else {"student": self.student, "teacher": self.teacher}
+        )
+        # In half precision the products are rounded as autograd's would be: wider buffers would hold no more.
+        logits = {
+            name: torch.empty(shape, dtype=side.weight_VD.dtype, device=student_ND.device)
+            for name, side in sides.items()
+        }
         grads = Grads.allocate(student_ND, head, wanted, dtype)
         values_PN = torch.empty(self.body.values, self.tiling.tokens, dtype=dtype, device=student_ND.device)
         for tokens in self.tiling.tiles():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from limbeck.objectives.heads import Projection, prepare_projection
 TILE_BYTES = 192 << 20
 # Beyond this nothing is gained. Every tile reads and writes the head's gradient once, so fewer are better.
 TILE_ROWS = 512
+# A GPU multiplies so fast that the head's gradient, read and written by every tile, would cost more than the products.
+GPU_TILE_BYTES = 5 << 28
+GPU_TILE_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +34,23 @@ class Tiling:
 
 
 def plan_tiles(
-    tokens: int, vocab_size: int, buffers: int, dtype: torch.dtype, device: torch.device, tile_bytes: int
+    tokens: int, vocab_size: int, buffers: Sequence[torch.dtype], device: torch.device, tile_bytes: int | None
 ) -> Tiling:
     """Cut N tokens so that the logit buffers of a tile stay within the budget (one block is the least).
+
+    Args:
+        buffers: dtype of each buffer of logits.
+        tile_bytes: the budget; None is that of the device.
 
     Raises:
         LimbeckError: for a budget that is not positive.
     """
-    if tile_bytes <= 0:
-        raise LimbeckError(f"tile_bytes is {tile_bytes}: expected a positive number of bytes, such as {TILE_BYTES}")
-    block = block_rows(vocab_size, dtype, device)
-    rows = min(TILE_ROWS, tile_bytes // (buffers * vocab_size * dtype.itemsize), -(-max(tokens, 1) // block) * block)
+    budget, most = (TILE_BYTES, TILE_ROWS) if device.type == "cpu" else (GPU_TILE_BYTES, GPU_TILE_ROWS)
+    if tile_bytes is not None and tile_bytes <= 0:
+        raise LimbeckError(f"tile_bytes is {tile_bytes}: expected a positive number of bytes, such as {budget}")
+    block = block_rows(vocab_size, torch.float32, device)
+    fitting = (tile_bytes or budget) // (vocab_size * sum(dtype.itemsize for dtype in buffers))
+    rows = min(most, fitting, -(-max(tokens, 1) // block) * block)
     return Tiling(tokens=tokens, tile_rows=max(block, rows // block * block), block_rows=block)
 
 
@@ -61,7 +70,7 @@ def check_pair(student_hidden_ND: Tensor, student: Projection, teacher_hidden_ND
 
 @torch.no_grad()
 def logit_tiles(
-    student_hidden_ND: Tensor, student_head: Head, signal: DenseSignal, tile_bytes: int = TILE_BYTES
+    student_hidden_ND: Tensor, student_head: Head, signal: DenseSignal, tile_bytes: int | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Raw logits of student and teacher, tile by tile, without gradients.
 
@@ -76,8 +85,9 @@ def logit_tiles(
     teacher = prepare_projection(signal.hidden_ND, signal.head, "teacher")
     check_pair(student_hidden_ND, student, signal.hidden_ND, teacher)
     device = student_hidden_ND.device
-    plan = plan_tiles(student_hidden_ND.shape[0], student.vocab_size, 2, student.dtype, device, tile_bytes)
-    buffers = [torch.empty(plan.tile_rows, student.vocab_size, dtype=student.dtype, device=device) for _ in range(2)]
+    dtypes = (student.dtype, teacher.dtype)
+    plan = plan_tiles(student_hidden_ND.shape[0], student.vocab_size, dtypes, device, tile_bytes)
+    buffers = [torch.empty(plan.tile_rows, student.vocab_size, dtype=dtype, device=device) for dtype in dtypes]
     for tokens in plan.tiles():
         student_NV, teacher_NV = (buffer[: tokens.stop - tokens.start] for buffer in buffers)
         student.into(student_hidden_ND[tokens], student_NV)
