@@ -5,12 +5,13 @@
     python -m benchmarks.loss_step --device cuda --dtype bfloat16 --n 8192 --v 151936 --d 2048
 
 The floor is four matrix products by torch.mm: both projections, and the gradients of hidden states and head. On AMD
-CPUs oneDNN multiplies faster than the MKL behind torch.mm, and limbeck takes it where it is there, so that a whole step
-can come out below the floor; "floor, oneDNN" is the same four products as limbeck multiplies them. Each method has a
-process of its own, which takes the floor and the method in turns. What counts is the ratio of the fastest of each, the
-least disturbed by whatever else the machine does; the ratio of the medians stands beside it. Memory is the peak above
-what the inputs hold, gradients included. Compilation is in the first call, which stands apart. On a GPU all methods
-share a process: its memory is counted by the allocator, and nothing else is in its way.
+CPUs with AVX-512 oneDNN multiplies faster than the MKL behind torch.mm, and limbeck takes it there, so that a whole
+step can come out below the floor; "floor, in tiles" is the same four products by the library and in the tiles that
+limbeck takes. Each method has a process of its own, which takes the floor and the method in turns. What counts is the
+ratio of the fastest of each, the least disturbed by whatever else the machine does; the ratio of the medians stands
+beside it. Memory is the peak above what the inputs hold, gradients included. Compilation is in the first call, which
+stands apart. On a GPU all methods share a process: its memory is counted by the allocator, and nothing else is in its
+way.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from limbeck.evaluation.cost import settle
 from limbeck.flow import DenseSignal, Head
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, fused_distillation_loss, token_values
 from limbeck.objectives.heads import prepare_projection
-from limbeck.objectives.tiles import TILE_ROWS
+from limbeck.objectives.tiles import plan_tiles
 from limbeck.story import peak_memory_mib, reset_peak_memory
 
 FLOOR_ROWS = 2048
 TAU = 2.0
 OTHERS = (
     "floor",
-    "floor, oneDNN",
+    "floor, in tiles",
     "autograd fkl",
     "autograd rkl",
     "autograd js",
@@ -101,7 +102,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.method, arguments.n[0], arguments.v[0], arguments)))
         return
     run = in_process if arguments.device == "cpu" else in_this_process
-    known = [m for m in methods() if arguments.device == "cpu" or "oneDNN" not in m]
+    known = [m for m in methods() if arguments.device == "cpu" or "in tiles" not in m]
     chosen = [m for m in known if not arguments.only or any(part in m for part in arguments.only)]
     tables = []
     for v in arguments.v:
@@ -214,22 +215,23 @@ def floor_of(inputs: Inputs) -> Callable[[], None]:
     return step
 
 
-def onednn_floor_of(inputs: Inputs) -> Callable[[], None]:
+def tiled_floor_of(inputs: Inputs) -> Callable[[], None]:
     """The four products by the library and in the tiles and strips that the fused loss takes."""
     s, w, t, u = inputs.student_ND.detach(), inputs.student_VD.detach(), inputs.teacher_ND, inputs.teacher_VD
     student, teacher = (
         prepare_projection(hidden_ND, Head(weight_VD=head_VD, vocab_size=len(head_VD)), side)
         for hidden_ND, head_VD, side in ((s, w, "student"), (t, u, "teacher"))
     )
-    buffer_NV, head_VD = torch.empty(min(TILE_ROWS, len(s)), len(w)), torch.zeros_like(w)
+    rows = plan_tiles(len(s), len(w), (s.dtype, t.dtype), s.device, None).tile_rows
+    buffer_NV, head_VD = torch.empty(rows, len(w)), torch.zeros_like(w)
 
     def step() -> None:
         head_VD.zero_()
-        for part in (slice(start, start + TILE_ROWS) for start in range(0, s.shape[0], TILE_ROWS)):
+        for part in (slice(start, start + rows) for start in range(0, s.shape[0], rows)):
             logits_NV = buffer_NV[: len(s[part])]
             teacher.into(t[part], logits_NV)
             student.into(s[part], logits_NV)
-            onednn.product(logits_NV, w.T)
+            onednn.product(logits_NV, w.T) if onednn.fits(logits_NV, w) else torch.mm(logits_NV, w)
             head_VD.addmm_(logits_NV.T, s[part])
 
     return step
@@ -239,8 +241,8 @@ def step_of(method: str, inputs: Inputs) -> Callable[[], None]:
     """One forward and backward of a method, from the hidden states on."""
     if method == "floor":
         return floor_of(inputs)
-    if method == "floor, oneDNN":
-        return onednn_floor_of(inputs)
+    if method == "floor, in tiles":
+        return tiled_floor_of(inputs)
     kind, _, rest = method.partition(" ")
     if kind == "limbeck":
         return limbeck_step(inputs, *rest.split(", "))

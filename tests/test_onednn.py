@@ -128,13 +128,22 @@ def test_checkpointed_blocks_run_again_through_the_same_kernels():
 
 
 @pytest.mark.parametrize(
-    ("vendor", "mkl", "taken"),
-    [("AuthenticAMD", True, True), ("GenuineIntel", True, False), ("GenuineIntel", False, True), ("", True, True)],
+    ("vendor", "capability", "mkl", "taken"),
+    [
+        ("AuthenticAMD", "AVX512", True, True),
+        ("AuthenticAMD", "AVX2", True, False),
+        ("GenuineIntel", "AVX512", True, False),
+        ("GenuineIntel", "AVX2", True, False),
+        ("GenuineIntel", "AVX512", False, True),
+        ("", "DEFAULT", False, True),
+        ("", "AVX512_BF16", True, True),
+    ],
 )
-def test_intel_keeps_its_own_library(monkeypatch, tmp_path, vendor, mkl, taken):
+def test_taken_where_mkl_leaves_avx512_alone(monkeypatch, tmp_path, vendor, capability, mkl, taken):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: x\n")
     monkeypatch.setattr(onednn, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(onednn, "available", lambda: True)
     assert PREFERRED.__wrapped__() is taken

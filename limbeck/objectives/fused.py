@@ -89,7 +89,7 @@ def fused_distillation_loss(
         measure: also measure entropies and the forward KL at temperature 1.
         measure_labels: then also `log_q` and `log_p`, the log-probabilities of the labels at temperature 1; for a
             dense signal.
-        tile_bytes: budget of the logit buffers; None is 192 MiB on a CPU, 1280 MiB on a GPU.
+        tile_bytes: budget of the logit buffers; None is 384 MiB on a CPU, 1280 MiB on a GPU.
         compile: "auto" compiles the elementwise work where a compiler exists and the vocabulary is large.
 
     Raises:

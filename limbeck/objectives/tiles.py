@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from limbeck.flow import DenseSignal, Head, LimbeckError
 from limbeck.objectives.bodies import block_rows
 from limbeck.objectives.heads import Projection, prepare_projection
 
-TILE_BYTES = 192 << 20
+TILE_BYTES = 384 << 20
 # Beyond this nothing is gained. Every tile reads and writes the head's gradient once, so fewer are better.
 TILE_ROWS = 512
 # A GPU multiplies so fast that the head's gradient, read and written by every tile, would cost more than the products.
@@ -50,8 +51,10 @@ def plan_tiles(
         raise LimbeckError(f"tile_bytes is {tile_bytes}: expected a positive number of bytes, such as {budget}")
     block = block_rows(vocab_size, torch.float32, device)
     fitting = (tile_bytes or budget) // (vocab_size * sum(dtype.itemsize for dtype in buffers))
-    rows = min(most, fitting, -(-max(tokens, 1) // block) * block)
-    return Tiling(tokens=tokens, tile_rows=max(block, rows // block * block), block_rows=block)
+    rows = max(block, min(most, fitting) // block * block)
+    # As many tiles as it takes, all of one size: a small last one would cost nearly as much as a whole one.
+    tiles = max(1, ceil(tokens / rows))
+    return Tiling(tokens=tokens, tile_rows=max(1, ceil(tokens / tiles / block)) * block, block_rows=block)
 
 
 def check_pair(student_hidden_ND: Tensor, student: Projection, teacher_hidden_ND: Tensor, teacher: Projection) -> None:
