@@ -29,10 +29,16 @@ class Grads:
     @classmethod
     def allocate(cls, hidden_ND: Tensor, head: Head, wanted: Wanted, dtype: torch.dtype) -> Grads:
         sources = (hidden_ND, head.weight_VD, head.bias_V)
+        # On a CPU a pass over memory is dear, and the first tile writes what the others add to.
+        made = torch.empty if hidden_ND.device.type == "cpu" and len(hidden_ND) else torch.zeros
         hidden, weight, bias = (
-            torch.zeros(t.shape, dtype=dtype, device=t.device) if t is not None and want else None
+            made(t.shape, dtype=dtype, device=t.device) if t is not None and want else None
             for t, want in zip(sources, wanted, strict=True)
         )
+        if weight is not None:
+            weight[head.vocab_size :] = 0
+        if bias is not None:
+            bias.zero_()
         return cls(hidden_ND=hidden, weight_VD=weight, bias_V=bias)
 
     def add(self, tokens: slice, grad_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
@@ -49,18 +55,20 @@ class Grads:
             else:
                 self.hidden_ND[tokens] = grad_NV @ weight_VD
         if self.weight_VD is not None:
-            _add_product(self.weight_VD[:vocab], grad_NV.T, hidden_ND, beta=float(tokens.start > 0))
+            _add_product(self.weight_VD[:vocab], grad_NV.T, hidden_ND, first=tokens.start == 0)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
-    """total = beta * total + a @ b, where with beta 0 what is there before is never read.
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b; the first writes it, without reading what is there.
 
     In half precision the products take the model's dtype, as autograd's would; their sum does not.
     """
     if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=beta)
+        total.addmm_(a, b, beta=0.0 if first else 1.0)
     elif a.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(a @ b)
     else:
         total.add_(a @ b)
 

@@ -99,6 +99,7 @@ def test_memory_stays_within_the_tiles(name):
     weight_VD = torch.randn(v, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     head = Head(weight_VD=weight_VD, vocab_size=v)
     signal = DenseSignal(hidden_ND=hidden_ND.detach(), head=replace(head, weight_VD=weight_VD.detach()))
+    held = 0
     for _ in range(2):  # Compiling takes some of its own.
         hidden_ND.grad = weight_VD.grad = None
         held = torch.cuda.memory_allocated()
