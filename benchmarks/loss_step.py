@@ -339,17 +339,21 @@ def table(n: int, v: int, arguments: argparse.Namespace, found: dict[str, dict])
 
 def plot(tables: list[tuple[int, int, dict[str, dict]]]) -> str:
     """Bars of time over floor with the memory beside them, one panel a table, as an SVG that needs nothing else."""
-    panels = [_panel(*one) for one in tables]
+    widest = max((row["ratio"] for *_, found in tables for row in found.values() if "ratio" in row), default=1.0)
+    panels = [_panel(*one, widest) for one in tables]
     tops = [sum(height for _, height in panels[:i]) for i in range(len(panels) + 1)]
     moved = (f'<g transform="translate(0 {top})">{body}</g>' for (body, _), top in zip(panels, tops, strict=False))
     frame = f'<svg xmlns="http://www.w3.org/2000/svg" width="920" height="{tops[-1]}" '
     return "\n".join([f'{frame}font-family="sans-serif" font-size="12">', *moved, "</svg>"]) + "\n"
 
 
-def _panel(n: int, v: int, found: dict[str, dict]) -> tuple[str, int]:
-    """The bars of one table and their height in pixels."""
+def _panel(n: int, v: int, found: dict[str, dict], widest: float) -> tuple[str, int]:
+    """The bars of one table and their height in pixels.
+
+    Args:
+        widest: the ratio whose bar is as wide as the panel.
+    """
     rows = sorted(((m, r) for m, r in found.items() if "ratio" in r), key=lambda row: row[1]["ratio"])
-    widest = max((row["ratio"] for _, row in rows), default=1.0)
     height, left, wide = 22, 210, 560
     title = f"Loss step, time over floor (extra peak memory); N={n}, V={v}"
     parts = [f'<text x="{left}" y="20" font-size="14">{title}</text>']
@@ -358,7 +362,7 @@ def _panel(n: int, v: int, found: dict[str, dict]) -> tuple[str, int]:
         colour = "#2a78d6" if method.startswith("limbeck") else "#9a9a93"
         parts.append(f'<text x="{left - 8}" y="{top + 13}" text-anchor="end">{method}</text>')
         parts.append(f'<rect x="{left}" y="{top}" width="{width:.1f}" height="{height - 6}" rx="3" fill="{colour}"/>')
-        label = f"{row['ratio']:.2f} ({row['extra_mib'] / 1024:.2f} GiB)"
+        label = f"{row['ratio']:.2f} ({max(row['extra_mib'], 0) / 1024:.2f} GiB)"
         parts.append(f'<text x="{left + width + 6:.1f}" y="{top + 13}">{label}</text>')
     return "\n".join(parts), height * len(rows) + 60
 

@@ -20,6 +20,7 @@ LEAVES = {
     "rundir": {"flow"},
     "failures": {"flow"},
     "shelf": {"rundir"},
+    "journal": {"flow", "rundir"},
     "recipe_mistakes": set(),
     "recipe_text": {"flow", "recipe_mistakes"},
     "recipe_files": {"flow", "recipe_mistakes", "recipe_text"},
@@ -40,10 +41,10 @@ PARTS = {
     "prompts": USABLE | {"models"},
     "teachers": USABLE | {"models"},
     "server": {"flow", "rundir"},
-    "responses": USABLE | {"models", "prompts", "server"},
+    "responses": USABLE | {"models", "prompts", "server", "journal"},
     # A teacher is handed in, never imported.
     "student": USABLE | {"objectives", "models", "responses", "prompts"},
-    "evaluation": {"flow", "rundir", "objectives", "models", "server"},
+    "evaluation": {"flow", "rundir", "objectives", "models", "server", "journal"},
     # Of responses the words of the alarms and what a loop is, which need no torch.
     "report": {"flow", "rundir", "evaluation", "responses"},
     "card": {"flow", "rundir", "report"},

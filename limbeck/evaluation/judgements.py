@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from limbeck.evaluation.verdicts import Opinion
-from limbeck.server.log import append_to_log, damaged, read_log
+from limbeck.journal import append_to_log, damaged, read_log
 from limbeck.server.said import Json
 
 

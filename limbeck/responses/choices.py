@@ -100,6 +100,11 @@ def text_of(choice: Json, prompt: TokenPrompt) -> str:
             f"{prompt_name(prompt)}: the server answers {short(choice)}, expected a text; "
             "check that it is an OpenAI-compatible one"
         )
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise LimbeckError(
+            f"{prompt_name(prompt)}: the server's text holds half of a surrogate pair, which no tokenizer reads; "
+            "use a server that returns token ids, such as vLLM"
+        )
     return text
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.flow import LimbeckError, Response
+from limbeck.journal import append_to_log, damaged, read_log
 from limbeck.responses.records import response_of
 from limbeck.responses.served import Served
-from limbeck.server.log import append_to_log, damaged, read_log
 
 
 @dataclass

@@ -224,5 +224,5 @@ def test_verdicts_are_kept_and_a_cut_line_is_judged_again(tmp_path, monkeypatch)
     monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_all", None)
     assert judged() == [True, False, True]
     log.write_text("{}\n" + whole)
-    with pytest.raises(LimbeckError, match=r"log\.jsonl:1: .*no verdict"):
+    with pytest.raises(LimbeckError, match=r"log\.jsonl:1 is damaged"):
         judged()

@@ -49,6 +49,7 @@ LASTING = [
     ({"status": 301, "headers": {"Location": "http://elsewhere/v1"}}, r"redirects to http://elsewhere/v1; give that"),
     ({"status": 200, "body": {"choices": []}}, r"answers \{\"choices\": \[\]\}, expected choices with a finish_reason"),
     ({"status": 200, "body": {"choices": [{"finish_reason": "stop"}]}}, r"expected a text"),
+    ({"status": 200, "body": {"choices": [{"finish_reason": "stop", "text": "\ud83d"}]}}, r"half of a surrogate pair"),
     (
         {"status": 200, "body": {"choices": [{"finish_reason": "content_filter", "text": ""}]}},
         r"finish_reason 'content_filter', expected stop or length; drop the prompt",

@@ -1,4 +1,4 @@
-"""What a server answered, one JSON line each, on disk before the next answer is waited for."""
+"""What came one by one and was dear, such as a server's answers: a JSON line each, on disk before the next comes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from limbeck.flow import LimbeckError
-from limbeck.rundir import naming
-from limbeck.server.said import Json
+from limbeck.rundir import Json, naming
 
 
 def read_log(path: Path) -> Iterator[tuple[int, Json]]:
@@ -36,7 +35,7 @@ def read_log(path: Path) -> Iterator[tuple[int, Json]]:
 def append_to_log(path: Path, entry: Json) -> None:
     """Write an entry down for good."""
     with naming(path), path.open("ab") as file:
-        file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(entry).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
