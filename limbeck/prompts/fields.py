@@ -109,9 +109,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can spell and no tokenizer and no UTF-8 file can hold."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _require_unicode(value: str, field: str, where: str) -> None:
-    # JSON can spell half a surrogate pair; no tokenizer and no UTF-8 file can hold it.
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+    if not is_unicode(value):
         raise LimbeckError(
             f"{where}: {field!r} holds half of a surrogate pair, which is no Unicode text; repair the row"
         )

@@ -15,6 +15,7 @@ import re
 from typing import Any, Literal
 
 from limbeck.flow import LimbeckError, TokenPrompt
+from limbeck.prompts.fields import is_unicode
 from limbeck.server.said import short
 
 Json = dict[str, Any]
@@ -100,7 +101,7 @@ def text_of(choice: Json, prompt: TokenPrompt) -> str:
             f"{prompt_name(prompt)}: the server answers {short(choice)}, expected a text; "
             "check that it is an OpenAI-compatible one"
         )
-    if any("\ud800" <= char <= "\udfff" for char in text):
+    if not is_unicode(text):
         raise LimbeckError(
             f"{prompt_name(prompt)}: the server's text holds half of a surrogate pair, which no tokenizer reads; "
             "use a server that returns token ids, such as vLLM"
