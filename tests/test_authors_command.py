@@ -22,15 +22,16 @@ class TestOnTheWay:
     """What only the prompts, or the models, can show."""
 
     def test_rounds_inside_an_epoch(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
-        """Known before the teacher has answered anything, and whole epochs are taken."""
+        """Known before the teacher has answered anything; whole epochs are taken, of the last one with its states."""
         run = tmp_path / "run"
         recipe = tiny.recipe(run, responses={"author": "pairs"})
         finished = limbeck.run("run", recipe, "responses.on_policy.refresh=4")
         refused(finished, "responses.on_policy.refresh is 4 steps", "an epoch of pairs has 9", "refresh=epoch")
         assert not (run / "responses").exists()
-        twice = limbeck.run("train", recipe, "responses.on_policy.refresh=18", "train.max_steps=10", "--update")
+        twice = limbeck.run("train", recipe, "responses.on_policy.refresh=18", "train.max_steps=19", "--update")
         assert twice.code == 0, twice.stderr
-        assert sorted(path.name for path in (run / "rounds").glob("0*")) == ["000"]
+        assert sorted(path.name for path in (run / "rounds").glob("0*")) == ["000", "001"]
+        assert {path.parts[-3] for path in (run / "rounds").glob("*/*/*.safetensors")} == {"001"}
 
     def test_buffer_with_its_prompts(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         """The first look knows the answers alone; one with the prompts comes when they are there."""

@@ -71,3 +71,26 @@ def test_states_that_came_with_the_sampling_are_kept_as_they_are(tmp_path: Path)
     teacher.know(tmp_path / "00000.jsonl", [response])
     assert torch.equal(teacher.signal(collate([response], (0,), pad_id=0)).hidden_ND, states)
     assert counting.asked == 0
+
+
+def test_what_was_said_of_a_round_goes_when_the_next_begins(tmp_path: Path) -> None:
+    counting, responses = Counting(), tiny_responses(6)
+    teacher = RoundTeacher(counting, torch.float32)  # type: ignore[arg-type]
+    files = [tmp_path / "rounds" / f"{number:03d}" / "student" / "00000.jsonl" for number in (998, 999, 1000)]
+    base = tmp_path / "signal" / "00000.jsonl"
+    for path, some in zip([base, *files], (responses[:1], responses[1:2], responses[2:4], responses[4:]), strict=True):
+        if path != base:
+            teacher.begin(path.parent.parent)
+        teacher.keep(path, some, None)
+        teacher.know(path, some)
+        teacher.signal(collate(some, range(len(some)), pad_id=0))
+    assert [path.with_suffix(".safetensors").exists() for path in files] == [False, False, True]
+    judged = counting.asked
+    for response in (responses[0], *responses[4:]):
+        teacher.signal(collate([response], (0,), pad_id=0))
+    assert counting.asked == judged
+    # A checkpoint from before was taken up, and its round is used once more.
+    teacher.know(files[0], responses[1:2])
+    batch = collate(responses[1:2], (0,), pad_id=0)
+    assert torch.equal(teacher.signal(batch).hidden_ND, tiny_teacher().signal(batch).hidden_ND)
+    assert counting.asked == judged + 1

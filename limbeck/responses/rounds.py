@@ -1,7 +1,7 @@
 """Rounds: the responses of a whole prompt set, written anew during training, kept so that none is written twice.
 
     rounds/003/student/00000.jsonl ...         one file a batch of the sampler; whole or not there
-    rounds/003/student/00000.safetensors ...   what the teacher says of it, where that is kept
+    rounds/003/student/00000.safetensors ...   what the teacher says of it, until the next round begins
 
 A round depends on the weights at the step that first asks for it, its number and the recipe. The loop keeps a
 checkpoint where a round begins, so that a run that was killed while it wrote continues with the very next batch.
@@ -69,6 +69,10 @@ class BatchSampler(Protocol):
 class Keeper(Protocol):
     """Keeps what the teacher says of a batch of responses beside them, so that a response used twice is judged once."""
 
+    def begin(self, folder: Path) -> None:
+        """A round is about to be written in `folder`; the responses of earlier ones are not used again."""
+        ...
+
     def keep(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
         """Before the responses are written to `path`.
 
@@ -119,6 +123,8 @@ class Rounds:
             Interrupted: `should_stop` said so; the batches that ended are on disk.
         """
         folder = self.folder / f"{number:03d}" / author
+        if self.keeper is not None:
+            self.keeper.begin(folder.parent)
         sampling = for_round(sampling, number)
         plan = sampler.plan(prompts, sampling)
         paths = {rows: folder / f"{i:05d}.jsonl" for i, rows in enumerate(plan)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from limbeck.stages.signal import JUDGE_ROWS, local_teacher
 from limbeck.story import Story
 from limbeck.student.batches import collate
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.store import row_name, shards_of, write_shard
+from limbeck.teachers.store import OpenShards, shards_of, write_shard
 
 Ids = tuple[int, ...]
 
@@ -32,7 +31,7 @@ class RoundTeacher:
     local: LocalTeacher
     dtype: torch.dtype
     places: dict[Ids, tuple[Path, int]] = field(default_factory=dict)
-    _open: dict[Path, Any] = field(default_factory=dict)
+    _open: OpenShards = field(default_factory=OpenShards)
 
     def signal(self, batch: TokenBatch) -> DenseSignal:
         """The teacher's distribution at every loss position of the batch.
@@ -44,8 +43,21 @@ class RoundTeacher:
         if not all(places):
             return self.local.signal(batch)
         weight_VD = self.local.head.weight_VD
-        hidden_ND = torch.cat([self._read(*place) for place in places if place is not None])
+        hidden_ND = torch.cat([self._open.row(*place)["hidden"] for place in places if place is not None])
         return DenseSignal(hidden_ND=hidden_ND.to(weight_VD.device, weight_VD.dtype), head=self.local.head)
+
+    def begin(self, folder: Path) -> None:
+        """Delete what was said of the rounds before the one in `folder`, which no step reads again."""
+
+        def earlier(shard: Path) -> bool:
+            inside = shard.is_relative_to(folder.parent)
+            return inside and int(shard.relative_to(folder.parent).parts[0]) < int(folder.name)
+
+        for ids in [ids for ids, (shard, _) in self.places.items() if earlier(shard)]:
+            self._open.close(self.places.pop(ids)[0])
+        for shard in filter(earlier, folder.parent.glob("*/*/*.safetensors")):
+            # Another process may have been here first.
+            shard.unlink(missing_ok=True)
 
     def keep(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
         """Write the states of some responses beside them; judge those that the teacher has not seen."""
@@ -59,16 +71,11 @@ class RoundTeacher:
         write_shard(path.with_suffix(".safetensors"), dict(enumerate(hidden)), dtype=self.dtype)
 
     def know(self, path: Path, responses: Sequence[Response]) -> None:
-        """These responses have their states beside them."""
+        """These responses have their states beside them, unless a run that went further has deleted them."""
         shard = path.with_suffix(".safetensors")
+        if not shard.exists():
+            return
         self.places.update({_key(r): (shard, row) for row, r in enumerate(responses)})
-
-    def _read(self, path: Path, row: int) -> Tensor:
-        from safetensors import safe_open
-
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt").__enter__()
-        return self._open[path].get_tensor(row_name(row))
 
 
 def _key(response: Response) -> Ids:

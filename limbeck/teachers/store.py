@@ -113,6 +113,31 @@ def shards_of(folder: Path) -> dict[int, Path]:
 
 
 @dataclass(frozen=True)
+class OpenShards:
+    """Shards that are opened when they are first read and stay open."""
+
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    def row(self, path: Path, row: int) -> dict[str, Tensor]:
+        """The tensors of a row by their short names; `hidden` alone where hidden states are stored."""
+        from safetensors import safe_open
+
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt").__enter__()
+        shard, name = self._open[path], row_name(row)
+        stored = set(shard.keys())
+        if name in stored:
+            return {"hidden": shard.get_tensor(name)}
+        shorts = [short for short in _COLUMNS.values() if f"{name}.{short}" in stored]
+        return {short: shard.get_tensor(f"{name}.{short}") for short in shorts}
+
+    def close(self, path: Path) -> None:
+        """Let go of a shard, where it was read."""
+        if path in self._open:
+            self._open.pop(path).__exit__(None, None, None)
+
+
+@dataclass(frozen=True)
 class StoredTeacher:
     """A `Teacher` that reads what an earlier pass wrote.
 
@@ -128,7 +153,7 @@ class StoredTeacher:
     rows: Sequence[int]
     device: torch.device
     temperatures: tuple[float, ...] = ()
-    _open: dict[Path, Any] = field(default_factory=dict)
+    _open: OpenShards = field(default_factory=OpenShards)
 
     @classmethod
     def open(
@@ -169,16 +194,7 @@ class StoredTeacher:
 
     def _row(self, row: int) -> dict[str, Tensor]:
         """The tensors of a row by their short names."""
-        from safetensors import safe_open
-
         path = self.shards.get(row)
         if path is None:
             raise LimbeckError(f"{self.folder} has no signal for response {row}; run `limbeck teach` again")
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt").__enter__()
-        shard, name = self._open[path], row_name(row)
-        stored = set(shard.keys())
-        if name in stored:
-            return {"hidden": shard.get_tensor(name)}
-        shorts = [short for short in _COLUMNS.values() if f"{name}.{short}" in stored]
-        return {short: shard.get_tensor(f"{name}.{short}") for short in shorts}
+        return self._open.row(path, row)

@@ -1,4 +1,7 @@
-"""Students that write in a training of one process or of two: the same scenarios for both, and what was written."""
+"""Students that write in a training of one process or of two: the same scenarios for both, and what was written.
+
+In float64, as in updates.py: sums of other shapes round otherwise, and AdamW divides small by small.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from limbeck.flow import Response, Sampling, TokenPrompt
@@ -53,7 +57,7 @@ def own(student: nn.Module, folder: Path, refresh: int | None = 1) -> Author:
 
 
 def pairs(student: nn.Module, folder: Path) -> Author:
-    teacher = writer(tiny_teacher().model, "teacher")
+    teacher = writer(tiny_teacher(dtype=torch.float64).model, "teacher")
 
     def begin(shift: Shift) -> Supply:
         mine = pen(student, shift, folder, None)
@@ -91,19 +95,21 @@ SCENARIOS: dict[str, tuple[Callable[[nn.Module, Path], Author], Judgement, dict[
 def play_author(name: str, folder: Path, **cut: int) -> tuple[nn.Module, Written]:
     """Play a scenario: first a stage on what is there, then with the student writing."""
     author_of, judgement, changes = SCENARIOS[name]
-    student = tiny_model(1)
+    student = tiny_model(1, dtype=torch.float64)
+    teacher = tiny_teacher(dtype=torch.float64)
     written: Written = []
     # What the student would say now: the more it learns, the less it finds it likely.
     heldout = writer(student, "student").respond(PROMPTS[:5], SAMPLING)
     first = folder / "first"
     first.mkdir(exist_ok=True)
-    play(student, first, settings(max_steps=2, **cut), responses=BASE)
+    play(student, first, settings(max_steps=2, **cut), responses=BASE, teacher=teacher)
     author = author_of(student, folder)
     play(
         student,
         folder,
         settings(**changes, **cut),
         author=lambda shift: recorded(author(shift), written),
+        teacher=teacher,
         judgement=judgement,
         heldout=heldout,
     )

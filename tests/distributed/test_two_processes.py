@@ -13,19 +13,9 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from limbeck.student.build import StudentSpec, build_student
 from tests.distributed.authors import SCENARIOS, play_author
-from tests.student.play import (
-    identical,
-    largest_gap,
-    metrics,
-    play,
-    settings,
-    tiny_lora,
-    tiny_model,
-    tiny_responses,
-    weights,
-)
+from tests.distributed.updates import UPDATES, play_update
+from tests.student.play import identical, largest_gap, metrics, weights
 from tests.tiny_pair import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,31 +48,16 @@ def ended(played: Path, name: str, rank: int = 0) -> dict[str, Tensor]:
     return load_file(played / name / f"rank{rank}.safetensors")
 
 
-def alone(name: str, played: Path, folder: Path) -> dict[str, Tensor]:
-    """The same run in this process."""
-    (folder / name).mkdir()
-    if name == "short":
-        chosen = settings(max_steps=None, num_train_epochs=2.0)
-        return weights(play(tiny_model(1), folder / name, chosen, responses=tiny_responses(11)))
-    student = {
-        "tied": lambda: tiny_model(1),
-        "untied": lambda: tiny_model(1, tied=False),
-        "lora": lambda: tiny_lora(1),
-        "recomputed": lambda: build_student(StudentSpec(model=str(played / "model"))).model,
-    }[name]
-    return weights(play(student(), folder / name, settings()))
-
-
-@pytest.mark.parametrize("name", ["tied", "untied", "short", "lora", "recomputed"])
+@pytest.mark.parametrize("name", UPDATES)
 def test_two_processes_make_the_update_of_one(played, tmp_path, name):
-    expected = alone(name, played, tmp_path)
-    # A hundredth of the learning rate: sums of other shapes round otherwise, and AdamW divides small by small.
-    assert largest_gap(expected, ended(played, name)) < 1e-5
+    student = play_update(name, tmp_path, played / "model")
+    assert largest_gap(weights(student), ended(played, name)) < 1e-10
     assert identical(ended(played, name, 0), ended(played, name, 1))
-    for one, two in zip(metrics(tmp_path / name), metrics(played / name), strict=True):
+    for one, two in zip(metrics(tmp_path), metrics(played / name), strict=True):
         assert (one["step"], one["tokens"], one["learning_rate"]) == (two["step"], two["tokens"], two["learning_rate"])
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        # Ranks exchange what is logged in float32.
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -92,14 +67,14 @@ def test_two_processes_write_what_one_writes(played, tmp_path, name):
     there = [json.loads((played / name / f"written-rank{rank}.json").read_text()) for rank in range(2)]
     assert there[0] == there[1] == json.loads(json.dumps(written))
     assert any(author == "student" for step in written for _, author, _ in step)
-    assert largest_gap(weights(student), ended(played, name)) < 1e-4
+    assert largest_gap(weights(student), ended(played, name)) < 1e-10
     assert identical(ended(played, name, 0), ended(played, name, 1))
     for one, two in zip(metrics(tmp_path), metrics(played / name), strict=True):
         for key in ("step", "tokens", "share", "buffer", "responses/count", "responses/length"):
             assert one.get(key) == two.get(key)
         assert one.keys() == two.keys()
         for key in one.keys() & {"loss", "kl_p99", "gap/student", "alpha/student", "log_q/student"}:
-            assert one[key] == pytest.approx(two[key], rel=1e-4)
+            assert one[key] == pytest.approx(two[key], rel=1e-6)
     paths = [sorted(p.relative_to(r) for p in r.glob("rounds/**/*.jsonl")) for r in (tmp_path, played / name)]
     assert paths[0] == paths[1] and bool(paths[0]) == (name in ("rounds", "pairs"))
     if name == "replay":

@@ -15,37 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from limbeck.flow import Interrupted
-from limbeck.student.build import StudentSpec, build_student
 from limbeck.student.loop import NonFiniteError
 from tests.distributed.authors import SCENARIOS, play_author
-from tests.student.play import (
-    FailingTeacher,
-    play,
-    settings,
-    stop_after,
-    tiny_lora,
-    tiny_model,
-    tiny_responses,
-    weights,
-)
+from tests.distributed.updates import UPDATES, play_update
+from tests.student.play import FailingTeacher, play, settings, stop_after, tiny_lora, tiny_model, weights
 
 RANK = int(os.environ["RANK"])
-
-
-def equal_updates(folder: Path) -> dict[str, nn.Module]:
-    """Runs that must end where one process with the same rows a step ends."""
-    halves = settings(per_device_train_batch_size=4)
-    quarters = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    epochs = settings(per_device_train_batch_size=4, max_steps=None, num_train_epochs=2.0)
-    recomputed = build_student(StudentSpec(model=str(folder / "model"), gradient_checkpointing=True)).model
-    return {
-        "tied": play(tiny_model(1), made(folder / "tied"), halves),
-        "untied": play(tiny_model(1, tied=False), made(folder / "untied"), quarters),
-        # 11 rows: the second step of an epoch has three, and nothing for the second rank.
-        "short": play(tiny_model(1), made(folder / "short"), epochs, responses=tiny_responses(11)),
-        "lora": play(tiny_lora(1), made(folder / "lora"), quarters),
-        "recomputed": play(recomputed, made(folder / "recomputed"), quarters),
-    }
 
 
 def interrupted(folder: Path, make: Callable[[], nn.Module]) -> nn.Module:
@@ -80,7 +55,7 @@ def main(folder: Path) -> None:
     def dropout() -> nn.Module:
         return tiny_lora(1, dropout=0.5)
 
-    ends = equal_updates(folder)
+    ends = {name: play_update(name, made(folder / name), folder / "model", ranks=2) for name in UPDATES}
     chosen = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     ends["straight"] = play(dropout(), made(folder / "straight"), chosen)
     ends["continued"] = interrupted(made(folder / "continued"), dropout)

@@ -31,7 +31,13 @@ VOCAB, HEAD_ROWS = 101, 104
 
 
 def tiny_model(
-    seed: int, *, family: str = "llama", tied: bool = True, width: int = 32, layers: int = 2
+    seed: int,
+    *,
+    family: str = "llama",
+    tied: bool = True,
+    width: int = 32,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """A random model, sharp enough that teacher and student disagree."""
     config = AutoConfig.for_model(
@@ -51,10 +57,10 @@ def tiny_model(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def tiny_lora(seed: int, *, dropout: float = 0.0) -> nn.Module:
+def tiny_lora(seed: int, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same under LoRA adapters whose first update is not zero."""
     from peft import LoraConfig, get_peft_model
 
@@ -63,7 +69,7 @@ def tiny_lora(seed: int, *, dropout: float = 0.0) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         spec = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, init_lora_weights="gaussian")
-        return get_peft_model(tiny_model(seed), spec)
+        return get_peft_model(tiny_model(seed, dtype=dtype), spec)
 
 
 def tiny_responses(count: int = 22, *, seed: int = 0) -> list[Response]:
@@ -79,9 +85,9 @@ def tiny_responses(count: int = 22, *, seed: int = 0) -> list[Response]:
     ]
 
 
-def tiny_teacher(*, width: int = 48) -> LocalTeacher:
+def tiny_teacher(*, width: int = 48, dtype: torch.dtype = torch.float32) -> LocalTeacher:
     """A wider model than the student."""
-    model = tiny_model(7, width=width, tied=False)
+    model = tiny_model(7, width=width, tied=False, dtype=dtype)
     return LocalTeacher(model, head_of(model, VOCAB))
 
 

@@ -1,0 +1,44 @@
+"""Trainings that two processes must end where one ends: the same students, teacher and rows for both.
+
+In float64, so that what is left of a difference is no rounding: sums of other shapes round otherwise, and AdamW
+divides small by small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from limbeck.student.build import StudentSpec, build_student
+from tests.student.play import play, settings, tiny_lora, tiny_model, tiny_responses, tiny_teacher
+
+EXACT = torch.float64
+UPDATES = ("tied", "untied", "short", "lora", "recomputed")
+
+
+def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.Module:
+    """Play a training in `folder`; of the steps' eight rows each of the ranks takes its part."""
+    students: dict[str, Callable[[], nn.Module]] = {
+        "tied": lambda: tiny_model(1, dtype=EXACT),
+        "untied": lambda: tiny_model(1, tied=False, dtype=EXACT),
+        "short": lambda: tiny_model(1, dtype=EXACT),
+        "lora": lambda: tiny_lora(1, dtype=EXACT),
+        "recomputed": lambda: build_student(
+            StudentSpec(model=str(model), gradient_checkpointing=ranks > 1)
+        ).model.double(),
+    }
+    # Half of them in two microbatches.
+    parts = 2 if ranks > 1 and name not in ("tied", "short") else 1
+    cut = {"per_device_train_batch_size": 8 // ranks // parts, "gradient_accumulation_steps": parts}
+    # 11 rows: the second step of an epoch has three, and nothing for the second rank.
+    short = {"max_steps": None, "num_train_epochs": 2.0} if name == "short" else {}
+    return play(
+        students[name](),
+        folder,
+        settings(**cut, **short),
+        responses=tiny_responses(11) if short else None,
+        teacher=tiny_teacher(dtype=EXACT),
+    )
