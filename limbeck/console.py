@@ -29,29 +29,45 @@ class Console(Protocol):
 
 
 @dataclass
+class _Pace:
+    """How fast work is done, from the end of its first piece on: before, a step is compiled, or a round written."""
+
+    since: float | None = None
+    fresh: float = 0.0
+
+    def advance(self, amount: float) -> float | None:
+        """Work a second so far; None while nothing can be said of it."""
+        now = time.monotonic()
+        if self.since is None:
+            self.since = now
+            return None
+        self.fresh += amount
+        return self.fresh / max(now - self.since, 1e-9) or None
+
+
+@dataclass
 class _PlainMeter:
     label: str
     total: float
     unit: str
     done: float
     file: TextIO | None = None
-    started: float = field(default_factory=lambda: time.monotonic())
+    pace: _Pace = field(default_factory=_Pace)
     spoken: float = field(default_factory=lambda: time.monotonic())
-    fresh: float = 0.0
 
     def advance(self, amount: float, note: str = "") -> None:
         self.done += amount
-        self.fresh += amount
-        now = time.monotonic()
+        rate, now = self.pace.advance(amount), time.monotonic()
         if now - self.spoken >= PLAIN_INTERVAL_S:
             self.spoken = now
-            print(self.line(now, note), file=self.file or sys.stderr, flush=True)
+            print(self.line(rate, note), file=self.file or sys.stderr, flush=True)
 
-    def line(self, now: float, note: str = "") -> str:
-        rate = self.fresh / max(now - self.started, 1e-9)
-        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+    def line(self, rate: float | None, note: str) -> str:
         share = 100 * self.done / self.total if self.total else 100.0
-        parts = [f"{self.label}: {share:.0f} %", _rate(rate, self.unit), f"{format_seconds(left)} left", note]
+        parts = [f"{self.label}: {share:.0f} %", note]
+        if rate:
+            left = f"{format_seconds((self.total - self.done) / rate)} left"
+            parts[1:1] = [_rate(rate, self.unit), left]
         return " · ".join(part for part in parts if part)
 
 
@@ -120,13 +136,12 @@ class RichConsole:
         )
         with Progress(*columns, console=self._terminal, transient=True, expand=True) as progress:
             task = progress.add_task(label, total=total, completed=int(done), rate="", note="")
-            plain = _PlainMeter(label, total, unit, done)
+            pace = _Pace()
 
             class Live:
                 def advance(self, amount: float, note: str = "") -> None:
-                    plain.fresh += amount
-                    rate = plain.fresh / max(time.monotonic() - plain.started, 1e-9)
-                    progress.update(task, advance=amount, rate=_rate(rate, unit), note=note)
+                    rate = pace.advance(amount)
+                    progress.update(task, advance=amount, rate=_rate(rate, unit) if rate else "", note=note)
 
             yield Live()
 
@@ -143,8 +158,6 @@ def default_console() -> Console:
 
 def format_seconds(seconds: float) -> str:
     """3.2 s, 4 min 05 s, 2 h 10 min."""
-    if seconds == float("inf"):
-        return "unknown time"
     if round(seconds) < 60:
         return f"{seconds:.1f} s" if round(seconds, 1) < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
