@@ -23,19 +23,20 @@ def write_arm_run(
     examples=EXAMPLES,
     diversity=(),
     recipe=None,
+    name=None,
     shared=False,
     steps=60,
 ) -> Path:
-    """A finished run. `kl` is its true forward KL; `recipe` are dotted changes of the resolved recipe."""
+    """A finished run. `kl` is its true forward KL; `recipe` are dotted changes of the resolved recipe called `name`."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = yaml.safe_load(RECIPE)
-    tree["name"] = folder.name
+    tree["name"] = name or folder.name
     tree["objective"] |= {"name": objective, "temperature": temperature}
     tree["train"]["seed"] = seed
     tree["evaluate"] = {"groups": ["fidelity", "rouge"], "max_new_tokens": 64, "fidelity": {"top_k": 5}}
     for key, value in (recipe or {}).items():
-        section, _, name = key.partition(".")
-        tree[section][name] = value
+        section, _, leaf = key.partition(".")
+        tree[section][leaf] = value
     (folder / "recipe.resolved.yaml").write_text(yaml.safe_dump(tree), "utf-8")
     rng = np.random.default_rng([seed, round(1000 * kl), len(objective)])
     shift = 0.02 * rng.normal()

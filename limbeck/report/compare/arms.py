@@ -25,6 +25,8 @@ ASIDE = {
     *(f"responses.server.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
     *(f"evaluate.judge.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
 }
+# Arms that differ in more keys are named as their recipes are.
+LABEL_KEYS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +208,17 @@ def _derived(found: Sequence[Member]) -> list[Member]:
         if not member.run or not member.run.recipe:
             name = member.arm or Path(member.place).name
         members.append(replace(member, arm=name, keys=own))
-    return members
+    return _by_recipe(members) if len(keys) > LABEL_KEYS else members
+
+
+def _by_recipe(members: Sequence[Member]) -> list[Member]:
+    """Arms named as their recipes are, where these names tell them apart; a label of many keys nobody reads."""
+    pairs = {(member.arm, name_of(member.run)) for member in members if member.run and member.run.recipe}
+    arms, names = {arm for arm, _ in pairs}, {name for _, name in pairs}
+    if not len(pairs) == len(arms) == len(names):
+        return list(members)
+    recipes = dict(pairs)
+    return [replace(member, arm=recipes.get(member.arm, member.arm)) for member in members]
 
 
 def _compared(found: Sequence[Member], *, swept: bool) -> Comparison:
