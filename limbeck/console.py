@@ -35,9 +35,8 @@ class _Pace:
     since: float | None = None
     fresh: float = 0.0
 
-    def advance(self, amount: float) -> float | None:
+    def advance(self, amount: float, now: float) -> float | None:
         """Work a second so far; None while nothing can be said of it."""
-        now = time.monotonic()
         if self.since is None:
             self.since = now
             return None
@@ -57,7 +56,8 @@ class _PlainMeter:
 
     def advance(self, amount: float, note: str = "") -> None:
         self.done += amount
-        rate, now = self.pace.advance(amount), time.monotonic()
+        now = time.monotonic()
+        rate = self.pace.advance(amount, now)
         if now - self.spoken >= PLAIN_INTERVAL_S:
             self.spoken = now
             print(self.line(rate, note), file=self.file or sys.stderr, flush=True)
@@ -140,7 +140,7 @@ class RichConsole:
 
             class Live:
                 def advance(self, amount: float, note: str = "") -> None:
-                    rate = pace.advance(amount)
+                    rate = pace.advance(amount, time.monotonic())
                     progress.update(task, advance=amount, rate=_rate(rate, unit) if rate else "", note=note)
 
             yield Live()

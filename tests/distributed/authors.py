@@ -1,6 +1,6 @@
 """Students that write in a training of one process or of two: the same scenarios for both, and what was written.
 
-In float64, as in updates.py: sums of other shapes round otherwise, and AdamW divides small by small.
+In float64, for the reason in updates.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from limbeck.flow import Response, Sampling, TokenPrompt
@@ -20,6 +19,7 @@ from limbeck.responses.replay import Replay, ReplaySettings
 from limbeck.responses.rounds import Rounds
 from limbeck.responses.samplers import LocalSampler
 from limbeck.student.loss import Judgement
+from tests.distributed.updates import EXACT
 from tests.student.play import VOCAB, play, settings, tiny_model, tiny_responses, tiny_teacher
 
 # Eleven prompts: the last step of an epoch is short, and has nothing, or less, for the second rank.
@@ -57,7 +57,7 @@ def own(student: nn.Module, folder: Path, refresh: int | None = 1) -> Author:
 
 
 def pairs(student: nn.Module, folder: Path) -> Author:
-    teacher = writer(tiny_teacher(dtype=torch.float64).model, "teacher")
+    teacher = writer(tiny_teacher(dtype=EXACT).model, "teacher")
 
     def begin(shift: Shift) -> Supply:
         mine = pen(student, shift, folder, None)
@@ -95,8 +95,8 @@ SCENARIOS: dict[str, tuple[Callable[[nn.Module, Path], Author], Judgement, dict[
 def play_author(name: str, folder: Path, **cut: int) -> tuple[nn.Module, Written]:
     """Play a scenario: first a stage on what is there, then with the student writing."""
     author_of, judgement, changes = SCENARIOS[name]
-    student = tiny_model(1, dtype=torch.float64)
-    teacher = tiny_teacher(dtype=torch.float64)
+    student = tiny_model(1, dtype=EXACT)
+    teacher = tiny_teacher(dtype=EXACT)
     written: Written = []
     # What the student would say now: the more it learns, the less it finds it likely.
     heldout = writer(student, "student").respond(PROMPTS[:5], SAMPLING)
