@@ -119,6 +119,8 @@ class Response:
         logp: log-probability at temperature 1 of every response id, where the sampler was asked to keep it.
         sampled_logp: log-probability of every response id under what it was drawn from, where that was neither model
             alone (MiniLLM's mixture).
+        replaced: how many of its tokens the teacher put in the place of the student's, where both wrote; no part of
+            what makes two responses equal.
     """
 
     prompt_id: str
@@ -130,6 +132,7 @@ class Response:
     split: Split = "train"
     logp: tuple[float, ...] | None = None
     sampled_logp: tuple[float, ...] | None = None
+    replaced: int | None = field(default=None, compare=False)
 
     @property
     def length(self) -> int:

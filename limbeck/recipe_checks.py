@@ -110,6 +110,8 @@ _READ_BY = {
     "decay": ("replay",),
     "tolerance": ("replay",),
     "bump": ("replay",),
+    "compare_with": ("replay",),
+    "validate_steps": ("replay",),
 }
 
 

@@ -104,7 +104,7 @@ class OnPolicySection:
     for pairs an epoch."""
     share: Annotated[float, Field(ge=0, le=1)] | None = None
     """mixed: the share of steps on the student's own responses (lambda of GKD), 0.5 if null. replay: where DistiLLM's
-    adaptive share begins, 0 if null."""
+    adaptive share begins, 0.2 if null."""
     share_end: Annotated[float, Field(ge=0, le=1)] | None = None
     """mixed: where the share arrives at the end, in a line; null leaves it where it is."""
     temperature: NonNegative | None = None
@@ -121,13 +121,17 @@ class OnPolicySection:
     """student: every token is drawn from so much of the teacher's distribution and the rest of the student's (MiniLLM:
     0.2)."""
     buffer: Count = 1000
-    """replay: responses the buffer holds."""
+    """replay: responses the buffer holds. It is drawn from once it is full."""
     decay: Literal["decreasing", "constant", "increasing"] = "decreasing"
     """replay: how often fresh responses are written over training."""
     tolerance: NonNegative = 0.1
-    """replay: the share grows when the held-out loss has grown by so much."""
+    """replay: the share grows when the held-out loss is by so much above what it is compared with."""
     bump: Probability = 0.1
     """replay: by so much."""
+    compare_with: Literal["last_growth", "lowest"] = "last_growth"
+    """replay: what the held-out loss is compared with: its value when the share grew last, or the lowest since then."""
+    validate_steps: Count | None = None
+    """replay: steps from one measurement of the held-out loss to the next; null is an epoch."""
 
 
 @dataclass(config=STRICT, kw_only=True)

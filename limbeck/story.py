@@ -274,6 +274,9 @@ def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], up
         write_json(run.root / "provenance.json", provenance(story, prints))
     for stage in wanted:
         _play_stage(story, stage, prints[stage.name])
+    # At the very end, where a person looks: what was asked for and did not happen.
+    for sentence in (run.manifest("student") or {}).get("never_acted", ()):
+        story.console.warn(sentence)
 
 
 def require_same(story: Story, stages: Sequence[Stage], prints: dict[str, str]) -> None:

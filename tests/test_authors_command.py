@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.limbeck_command import CommandServer
 from tests.test_bad_input import refused
 from tests.tiny_pair import TinyPair, mute_end, questions, silence, write_model, write_prompts
+
+RECIPES = Path(__file__).resolve().parents[1] / "limbeck" / "recipes"
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -118,6 +121,68 @@ class TestOnTheWay:
         assert not list((run / "checkpoints").glob("step-*")) and not (run / "student").exists()
         mended = limbeck.run("train", recipe, "train.max_steps=2", "--update")
         assert mended.code == 0 and "responses: done earlier" in mended.stderr
+
+
+class TestMechanisms:
+    """What was asked for and never happened is said on the console's last lines, in the manifest and in the report."""
+
+    def test_a_student_that_never_wrote(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+        """DistiLLM from a share of 0, the held-out loss falling: skew KL on the teacher's answers by another name."""
+        run = tmp_path / "run"
+        responses = {"author": "replay", "on_policy": {"share": 0.0, "tolerance": 9.0, "validate_steps": 2}}
+        recipe = tiny.recipe(run, responses=responses, train={"max_steps": 5})
+        finished = limbeck.run("run", recipe)
+        assert finished.code == 0, finished.stderr
+        last = metrics(run)[-1]
+        total, held = int(last["so_far/responses"]), last["buffer"]
+        assert last["so_far/student"] == last["so_far/replayed"] == last["so_far/growths"] == held == 0
+        assert last["so_far/validations"] == 2 and last["heldout_loss"] > 0
+        never = json.loads((run / "stages" / "student.json").read_text("utf-8"))["never_acted"]
+        assert [sentence.split(";")[0] for sentence in never][:2] == [
+            f"the student wrote 0 of {total} responses: its share of the steps is 0",
+            "the buffer replayed 0 responses: it is drawn from once it is full and held 0 at the end",
+        ]
+        assert never[2].startswith("the share never grew from 0: the held-out loss ")
+        assert finished.stderr.splitlines()[-3:] == [f"warning: {sentence}" for sentence in never]
+        page = (run / "report.html").read_text("utf-8")
+        assert "What never acted" in page and f"The student wrote 0 of {total} responses that were trained on" in page
+        # Whoever looks again is told again.
+        assert limbeck.run("run", recipe).stderr.splitlines()[-3:] == finished.stderr.splitlines()[-3:]
+
+    def test_the_shipped_distillm_on_a_tiny_pair(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+        """Both of its mechanisms act at its own number of steps."""
+        run = tmp_path / "run"
+        own = yaml.safe_load((RECIPES / "distillm.yaml").read_text("utf-8"))
+        source = write_prompts(tmp_path / "p.jsonl", [{"prompt": q} for q in questions(320)])
+        recipe = tiny.recipe(
+            run,
+            prompts={"source": str(source), "eval_fraction": 0.1},
+            responses=own["responses"] | {"max_new_tokens": 6},
+            train={key: own["train"][key] for key in ("num_train_epochs", "per_device_train_batch_size", "seed")}
+            | {"max_steps": None, "save_steps": 100},
+        )
+        finished = limbeck.run("train", recipe)
+        assert finished.code == 0, finished.stderr
+        lines = metrics(run)
+        assert sum("responses/count" in line for line in lines) >= 0.2 * len(lines)
+        assert lines[-1]["so_far/student"] >= 0.2 * lines[-1]["so_far/responses"]
+        assert lines[-1]["so_far/replayed"] > 0 and lines[-1]["so_far/validations"] >= 8
+        said = [line for line in finished.stderr.splitlines() if "its share grew" in line]
+        assert len(said) == 1 and "of them out of the buffer" in said[0]
+
+    def test_a_teacher_that_replaced_no_token(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+        responses = {"author": "speculative", "on_policy": {"teacher_top_k": 100_000}}
+        recipe = tiny.recipe(tmp_path / "run", responses=responses, train={"max_steps": 2})
+        finished = limbeck.run("train", recipe)
+        assert finished.code == 0, finished.stderr
+        tokens = int(metrics(tmp_path / "run")[-1]["so_far/replaceable"])
+        assert finished.stderr.splitlines()[-1] == (
+            f"warning: the teacher replaced 0 of the student's {tokens:,} tokens; lower "
+            "responses.on_policy.teacher_top_k, or raise responses.on_policy.teacher_share"
+        )
+        narrow = limbeck.run("train", recipe, "responses.on_policy.teacher_top_k=1", "--update")
+        assert narrow.code == 0 and "warning: the teacher replaced" not in narrow.stderr
+        assert metrics(tmp_path / "run")[-1]["so_far/replaced"] > 0
 
 
 class TestUpdates:

@@ -68,11 +68,13 @@ CURVES = (
     ("log_q/student", "Log q", "nats/token of its own", False, True),
     ("kl_p99", "99th percentile", "of the divergence", True, True),
     ("share", "Share", "by the student", True, False),
+    ("heldout_loss", "Held-out loss", "nats/token", False, False),
     ("alpha/teacher", "Alpha", "teacher's responses", True, True),
     ("alpha/student", "Alpha", "student's responses", True, True),
     ("beta", "Beta", "weight of its responses", True, False),
 )
-GROUPS = {"log_q/student": OWN, "kl_p99": OWN, "share": MIX, "alpha/teacher": MIX, "alpha/student": MIX, "beta": MIX}
+MIXED = ("share", "heldout_loss", "alpha/teacher", "alpha/student", "beta")
+GROUPS = {"log_q/student": OWN, "kl_p99": OWN} | dict.fromkeys(MIXED, MIX)
 
 
 def charts(run: Run) -> list[Chart]:

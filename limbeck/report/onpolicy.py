@@ -11,6 +11,7 @@ from typing import Any
 
 from limbeck.report.run import Run, number
 from limbeck.report.words import figure, setting, share
+from limbeck.responses.account import never_acted, told
 from limbeck.responses.alarms import ALARMS, EMPTY, REPEATED, TRUNCATED
 from limbeck.responses.health import loops
 
@@ -83,6 +84,16 @@ def _warned(name: str, rows: Sequence[Mapping[str, Any]]) -> Warned:
         meaning=kind.meaning if kind else "",
         remedy=kind.remedy if kind else "",
     )
+
+
+def account(run: Run) -> tuple[str, list[str]]:
+    """Who wrote what was trained on, in a sentence that may be empty, and what never acted."""
+    last = run.steps[-1] if run.steps else {}
+    try:
+        return told(last), never_acted(last)
+    except (KeyError, TypeError, ValueError):
+        # A page of whatever is there: a line that lacks half of its numbers is no account.
+        return "", []
 
 
 def exchanges(run: Run) -> list[Exchange]:

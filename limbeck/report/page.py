@@ -12,7 +12,7 @@ from typing import Any
 from limbeck.report import words
 from limbeck.report.charts import HEIGHT, WIDTH, charts
 from limbeck.report.evidence import evidence
-from limbeck.report.onpolicy import exchanges, warned
+from limbeck.report.onpolicy import account, exchanges, warned
 from limbeck.report.run import Run, number, read_run, score, value_at
 from limbeck.rundir import write_text
 
@@ -59,6 +59,7 @@ def render(run: Run) -> str:
         tiles=_tiles(run),
         charts=[(group, list(some)) for group, some in groupby(curves, key=lambda chart: chart.group)],
         warned=warned(run),
+        account=account(run),
         exchanges=exchanges(run),
         drawing=(WIDTH, HEIGHT),
         points={chart.name: chart.points for chart in curves},

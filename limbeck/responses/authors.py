@@ -55,7 +55,8 @@ class Supply(Protocol):
     Attributes:
         steps_per_epoch: optimizer steps in which each prompt comes once.
         prompts: ids of the prompts.
-        wants_validation: whether `validated` is to be told the held-out loss at the start and after each epoch.
+        wants_validation: whether `validated` is to be told the held-out loss, at the start and as training goes on.
+        validation_steps: optimizer steps from one such measurement to the next.
     """
 
     @property
@@ -64,6 +65,8 @@ class Supply(Protocol):
     def prompts(self) -> frozenset[str]: ...
     @property
     def wants_validation(self) -> bool: ...
+    @property
+    def validation_steps(self) -> int: ...
 
     def step(self, clock: Clock) -> dict[int, Response]:
         """The responses of the step by number, longest first; the same on all ranks.
@@ -82,6 +85,10 @@ class Supply(Protocol):
         """What is logged of the supply beside its responses."""
         ...
 
+    def counts(self, clock: Clock) -> dict[str, float]:
+        """What it has done since the first step, this one included; see `limbeck.responses.account`."""
+        ...
+
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
@@ -93,6 +100,7 @@ class Stateless:
     """A supply that keeps nothing between steps and asks for nothing."""
 
     wants_validation = False
+    validation_steps = 1
 
     def begins_round(self, clock: Clock) -> bool:
         return False
@@ -101,6 +109,9 @@ class Stateless:
         return
 
     def metrics(self, clock: Clock) -> dict[str, float]:
+        return {}
+
+    def counts(self, clock: Clock) -> dict[str, float]:
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -191,6 +202,9 @@ class Own(Stateless):
 
     def begins_round(self, clock: Clock) -> bool:
         return self.refresh > 1 and clock.step % self.refresh == 0
+
+    def counts(self, clock: Clock) -> dict[str, float]:
+        return {"rounds": clock.step // self.refresh + 1.0} if self.refresh > 1 else {}
 
     def step(self, clock: Clock) -> dict[int, Response]:
         plan, responses = self._responses(clock)
@@ -290,6 +304,9 @@ class Pairs(Stateless):
 
     def begins_round(self, clock: Clock) -> bool:
         return self.own.begins_round(clock)
+
+    def counts(self, clock: Clock) -> dict[str, float]:
+        return self.own.counts(clock)
 
     def step(self, clock: Clock) -> dict[int, Response]:
         plan, pairs = self._pairs(clock)

@@ -70,6 +70,7 @@ class Draft:
     sampled_logp: list[float] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     stop: StopReason | None = None
+    replaced: int | None = None
 
 
 def row_seed(sampling: Sampling, author: Author, prompt_id: str) -> int:

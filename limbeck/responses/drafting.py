@@ -211,7 +211,10 @@ def _runs(writer: Writer, rows: list[_Row], seen: Round, verdict: Verdict, tally
         tally.rounds += 1
         tally.drafted += min(len(run) if draft.stop in ("eos", "stop") else room, len(drafted))
         tally.accepted += min(kept, len(run))
-        tally.rejected += kept < min(len(drafted), len(run))
+        refused = kept < min(len(drafted), len(run))
+        tally.rejected += refused
+        if draft.replaced is not None:
+            draft.replaced += refused
         runs.append(run)
     return runs
 

@@ -21,18 +21,24 @@ class ReplaySettings:
     """How often the student writes and how its responses are used (arXiv 2402.03898, Algorithm 1).
 
     Attributes:
-        share: phi at the start, the probability that a step trains on the student's responses.
+        share: phi at the start, the probability that a step trains on the student's responses. The authors' scripts
+            have 0 (GPT-2, OPT) and 0.2 (OpenLLaMA).
         capacity: responses the buffer holds; the oldest leave first.
         decay: how often fresh ones are written over training: with probability phi * (1 - t/T), phi / 2 or phi * t/T.
-        tolerance: phi grows when the held-out loss is by so much above what it was when phi grew last.
+        tolerance: phi grows when the held-out loss is by so much above what it is compared with.
         bump: by how much.
+        compare_with: what the held-out loss was when phi grew last (at the start, until then), as in the authors' code;
+            or the lowest it has been since then.
+        validation_steps: steps from one measurement of the held-out loss to the next; None is an epoch.
     """
 
-    share: float = 0.0
+    share: float = 0.2
     capacity: int = 1000
     decay: Literal["decreasing", "constant", "increasing"] = "decreasing"
     tolerance: float = 0.1
     bump: float = 0.1
+    compare_with: Literal["last_growth", "lowest"] = "last_growth"
+    validation_steps: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -46,9 +52,8 @@ class ReplaySettings:
 class Replay:
     """Each step trains on fresh responses of the student (which enter the buffer), on buffered ones, or on fixed ones.
 
-    The held-out loss is measured before training and after each epoch; the first measurement is what the share's first
-    growth is compared with. While the buffer is not full, every step that would draw from it writes instead. All ranks
-    throw the same die and hold the same buffer.
+    The held-out loss is measured before training and every so many steps. While the buffer is not full, every step that
+    would draw from it writes instead. All ranks throw the same die and hold the same buffer.
     """
 
     wants_validation = True
@@ -56,7 +61,8 @@ class Replay:
     def __init__(self, own: Own, base: Fixed, settings: ReplaySettings, *, step_rows: int, seed: int):
         self.own, self.base, self.settings, self.step_rows, self.seed = own, base, settings, step_rows, seed
         self.prompts = own.prompts | base.prompts
-        self.phi, self.loss = settings.share, None
+        self.phi, self.loss, self.latest = settings.share, None, None
+        self.done = {"replayed": 0, "validations": 0, "rises": 0, "growths": 0}
         self.buffer: deque[Response] = deque(maxlen=settings.capacity)
         longest = max(len(p.ids) for p in own.asked) + own.pen.sampling.max_new_tokens
         require_room(settings.capacity, longest)
@@ -64,6 +70,10 @@ class Replay:
     @property
     def steps_per_epoch(self) -> int:
         return self.base.steps_per_epoch
+
+    @property
+    def validation_steps(self) -> int:
+        return self.settings.validation_steps or self.steps_per_epoch
 
     def step(self, clock: Clock) -> dict[int, Response]:
         draw = die(self.seed, clock.step)
@@ -73,27 +83,46 @@ class Replay:
             self.buffer.extend(fresh.values())
             return fresh
         if r < self.phi:
-            return longest_first(draw.sample(list(self.buffer), min(self.step_rows, len(self.buffer))))
+            again = draw.sample(list(self.buffer), min(self.step_rows, len(self.buffer)))
+            self.done["replayed"] += len(again)
+            return longest_first(again)
         return self.base.step(clock)
 
     def begins_round(self, clock: Clock) -> bool:
         return False
 
     def validated(self, loss: float) -> None:
-        """The held-out loss as it is now: where it has grown by more than the tolerance, so does the share."""
-        if self.loss is None:
-            self.loss = loss
-        elif loss > self.loss + self.settings.tolerance:
+        """The held-out loss as it is now: where it is above an earlier one by more than the tolerance, phi grows."""
+        if self.loss is None or self.latest is None:
+            self.loss = self.latest = loss
+            return
+        self.done["validations"] += 1
+        self.done["rises"] += loss > self.latest
+        self.latest = loss
+        if loss > self.loss + self.settings.tolerance:
+            self.done["growths"] += self.phi < 1
             self.phi, self.loss = min(self.phi + self.settings.bump, 1.0), loss
+        elif self.settings.compare_with == "lowest":
+            self.loss = min(self.loss, loss)
 
     def metrics(self, clock: Clock) -> dict[str, float]:
         return {"share": self.phi, "buffer": float(len(self.buffer))}
 
+    def counts(self, clock: Clock) -> dict[str, float]:
+        return {name: float(count) for name, count in self.done.items()}
+
     def state(self) -> dict[str, Any]:
-        return {"phi": self.phi, "loss": self.loss, "buffer": [asdict(r) for r in self.buffer]}
+        return {
+            "phi": self.phi,
+            "loss": self.loss,
+            "latest": self.latest,
+            "done": dict(self.done),
+            "buffer": [asdict(r) for r in self.buffer],
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.phi, self.loss = state["phi"], state["loss"]
+        self.phi, self.loss, self.latest = state["phi"], state["loss"], state["latest"]
+        self.done = dict(state["done"])
         self.buffer.clear()
         self.buffer.extend(response_of(fields) for fields in state["buffer"])
 

@@ -203,6 +203,7 @@ def response_of(draft: Draft, sampling: Sampling, author: Author) -> Response:
         split=draft.prompt.split,
         logp=tuple(draft.logp) or None,
         sampled_logp=tuple(draft.sampled_logp) or None,
+        replaced=draft.replaced,
     )
 
 

@@ -143,11 +143,18 @@ class TwoModels(ABC):
         on_step: Callable[[int, int], None],
         linears: AbstractContextManager[object],
     ) -> Answered:
+        (_, drafter), (_, judge) = self._drafter, self._judge
+        # Of the teacher's own responses nothing is replaced, whoever drafted them.
+        replaced = 0 if drafter is self.model else None
         drafts = [
-            Draft(index=index, prompt=prompt, uniforms=row_uniforms(sampling, self.author, prompt.id))
+            Draft(
+                index=index,
+                prompt=prompt,
+                uniforms=row_uniforms(sampling, self.author, prompt.id),
+                replaced=replaced,
+            )
             for index, prompt in asked
         ]
-        (_, drafter), (_, judge) = self._drafter, self._judge
         duo = Duo(
             drafter=self._writer(drafter, sampling),
             judge=self._writer(judge, sampling),

@@ -78,8 +78,15 @@ def _refresh(section: ResponsesSection) -> int | None:
 
 
 def _replay(own: OnPolicySection) -> ReplaySettings:
+    share = {} if own.share is None else {"share": own.share}
     return ReplaySettings(
-        share=own.share or 0.0, capacity=own.buffer, decay=own.decay, tolerance=own.tolerance, bump=own.bump
+        **share,
+        capacity=own.buffer,
+        decay=own.decay,
+        tolerance=own.tolerance,
+        bump=own.bump,
+        compare_with=own.compare_with,
+        validation_steps=own.validate_steps,
     )
 
 

@@ -20,6 +20,7 @@ from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
 from limbeck.objectives.sums import nested
 from limbeck.recipe_sections import SftSection
+from limbeck.responses.account import never_acted, told
 from limbeck.responses.authors import fixed
 from limbeck.rundir import Json, flatten, read_json, write_json
 from limbeck.stages.authors import author_of
@@ -104,10 +105,13 @@ def _play_student(story: Story) -> Json:
     save_student(trained, student.tokenizer, run.student)
     write_json(run.student / "student.json", _student_record(story, student))
     last = json.loads(run.metrics.read_text("utf-8").splitlines()[-1])
+    if account := told(last):
+        story.console.say(f"train: {account}")
     return {
         "steps": last["step"],
         "tokens": last["tokens"],
         "loop_tokens_per_s": last["tokens"] / last["seconds"],
+        "never_acted": never_acted(last),
         "temperature": {
             part.name: temperature_of(recipe).record(part)
             for objective in judgement_of(recipe).objectives

@@ -27,6 +27,7 @@ from limbeck.flow import Interrupted, LimbeckError, Response, Teacher
 from limbeck.objectives import Temperature, TemperatureSchedule
 from limbeck.objectives.rules import AlphaByGap
 from limbeck.recipe_sections import TrainSection
+from limbeck.responses.account import SO_FAR, counted
 from limbeck.responses.authors import Author, Clock, Shift, Supply
 from limbeck.responses.health import health_of
 from limbeck.student import checkpoints, launch, schedules
@@ -186,10 +187,12 @@ class _Run:
 
     def _prepare(self, progress: Progress) -> None:
         """What comes before a step: a held-out loss where it is due, a checkpoint where a round begins."""
-        if self.supply.wants_validation and progress.step == progress.validations * self.supply.steps_per_epoch:
+        if self.supply.wants_validation and progress.step == progress.validations * self.supply.validation_steps:
             # Measured on every rank, where unlike machines may differ in the last bit: their mean is the same for all.
             measured = torch.tensor(self.probe.heldout_loss(self.heldout), device=self.accelerator.device)
-            self.supply.validated(self.accelerator.reduce(measured, reduction="mean").item())  # type: ignore[union-attr]
+            loss: float = self.accelerator.reduce(measured, reduction="mean").item()  # type: ignore[union-attr]
+            self.supply.validated(loss)
+            progress.heldout_loss = loss
             progress.validations += 1
         if progress.step > progress.saved and self.supply.begins_round(self._clock(progress)):
             self._check_student(progress)
@@ -214,7 +217,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
-        extra = self._authored(progress, by_row, written)
+        extra = self._authored(progress, by_row, means, written)
         progress.step += 1
         progress.tokens += tokens
         progress.seconds += seconds
@@ -237,7 +240,9 @@ class _Run:
         meter.advance(1, f"step {progress.step}/{self.total}, loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
         return stop
 
-    def _authored(self, progress: Progress, by_row: Mapping[int, Response], written: float) -> dict[str, Any]:
+    def _authored(
+        self, progress: Progress, by_row: Mapping[int, Response], means: Mapping[str, float], written: float
+    ) -> dict[str, Any]:
         """What is logged where the student writes: the health of its responses, and who wrote how much."""
         if not self.module.judgement.authored:
             return {}
@@ -246,7 +251,11 @@ class _Run:
         beta = self.balance.beta_at(clock, self.supply.steps_per_epoch)
         if beta is not None:
             extra["beta"] = beta
-        return extra | health_of(by_row.values())
+        if progress.heldout_loss is not None:
+            extra["heldout_loss"] = progress.heldout_loss
+        progress.so_far = counted(progress.so_far, by_row.values(), means) | self.supply.counts(clock)
+        so_far = {f"{SO_FAR}{name}": count for name, count in progress.so_far.items()}
+        return extra | so_far | health_of(by_row.values())
 
     def _clock(self, progress: Progress) -> Clock:
         return Clock(step=progress.step, total=self.total)

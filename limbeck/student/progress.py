@@ -15,7 +15,9 @@ class Progress:
 
     Attributes:
         gaps: sums and counts of the gaps by writer over the epochs that a rule measures its reference in.
-        validations: how often the held-out loss was measured.
+        validations: how often the held-out loss was measured for the author.
+        heldout_loss: what it was the last time.
+        so_far: what is counted since the first step; see `limbeck.responses.account`.
         saved: step of the newest checkpoint.
         now: the step and its responses, so that they are written once.
     """
@@ -25,6 +27,8 @@ class Progress:
     seconds: float = 0.0
     gaps: dict[str, list[float]] = field(default_factory=dict)
     validations: int = 0
+    heldout_loss: float | None = None
+    so_far: dict[str, float] = field(default_factory=dict)
     saved: int = 0
     now: tuple[int, dict[int, Response]] = (-1, {})
 
@@ -49,6 +53,8 @@ class Progress:
             "seconds": self.seconds,
             "gaps": self.gaps,
             "validations": self.validations,
+            "heldout_loss": self.heldout_loss,
+            "so_far": self.so_far,
         }
 
     @classmethod
@@ -60,5 +66,7 @@ class Progress:
             seconds=state["seconds"],
             gaps=state["gaps"],
             validations=state["validations"],
+            heldout_loss=state["heldout_loss"],
+            so_far=state["so_far"],
             saved=state["step"],
         )

@@ -117,6 +117,38 @@ def test_the_share_grows_by_hand(tmp_path):
     assert supply.wants_validation
 
 
+def test_the_share_grows_above_the_lowest_loss(tmp_path):
+    supply, shares = replay_of(tmp_path, share=0.2, tolerance=0.05, compare_with="lowest"), []
+    losses = (3.0, 2.5, 2.54, 2.56, 2.4, 2.6, 2.61, 2.66)
+    for loss in losses:
+        supply.validated(loss)
+        shares.append(supply.phi)
+    # Never above where it began, yet it rises four times; after a growth the loss of then is what counts.
+    assert shares == pytest.approx([0.2, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5])
+    counts = supply.counts(Clock(step=0, total=1))
+    assert counts == {"replayed": 0, "validations": 7, "rises": 5, "growths": 3}
+    falls = replay_of(tmp_path, share=0.2, tolerance=0.05)
+    for loss in losses:
+        falls.validated(loss)
+    assert falls.phi == 0.2 and falls.counts(Clock(step=0, total=1))["growths"] == 0
+
+
+def test_what_is_replayed_is_counted(tmp_path):
+    supply = replay_of(tmp_path, share=0.9, capacity=8)
+    drawn = 0
+    for step in range(TOTAL):
+        before = list(supply.buffer)
+        responses = supply.step(Clock(step=step, total=TOTAL))
+        mine = [r for r in responses.values() if r.author == "student"]
+        drawn += len(mine) if list(supply.buffer) == before else 0
+    assert supply.counts(Clock(step=0, total=1))["replayed"] == drawn > 0
+
+
+def test_the_held_out_loss_is_due_as_often_as_asked(tmp_path):
+    assert replay_of(tmp_path).validation_steps == replay_of(tmp_path).steps_per_epoch == 3
+    assert replay_of(tmp_path, validation_steps=2).validation_steps == 2
+
+
 @pytest.mark.parametrize("stop", [1, 7, 31])
 def test_a_replay_continues_from_its_state_in_json(tmp_path, stop):
     straight = driven(replay_of(tmp_path / "a", share=0.6), range(TOTAL))
