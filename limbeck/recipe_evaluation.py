@@ -87,6 +87,7 @@ class TasksSection:
     timeout_s: Positive = 10.0
     """For a program in the sandbox."""
     memory_mb: Count = 512
+    """For a program with its files, which lie in memory: they get 64 MiB of it, a quarter at most."""
     seed: Seed = 0
     lm_eval: Strings = ()
     """Tasks of lm-evaluation-harness, where it is installed."""

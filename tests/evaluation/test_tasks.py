@@ -105,6 +105,18 @@ def test_the_group_on_answers_that_are_known(tiny: Tiny, tmp_path, monkeypatch):
 
 
 @confined
+def test_where_programs_can_write_no_file_it_is_said(tiny: Tiny, tmp_path, monkeypatch, capsys):
+    for module in ("evaluation.sandbox.host", "evaluation.sandbox.log", "stages.groups.tasks"):
+        monkeypatch.setattr(f"limbeck.{module}.files_possible", lambda: False)
+    exam = tiny.exam(tmp_path / "run", section(tmp_path, ["mbpp"], seed=4))
+    plant(monkeypatch, "chat")
+    measured = GROUPS["tasks"].measure(exam)
+    assert measured.detail["mbpp"]["right"] == 1
+    assert "nothing to write: this machine lets no process mount" in measured.detail["sandbox"]["file_system"]
+    assert "warning: tasks: programs have nothing to write" in capsys.readouterr().err
+
+
+@confined
 def test_a_student_without_a_chat_template_continues_text(tiny: Tiny, tmp_path):
     """A real, random student: it is asked in plain words, answers once, and is wrong."""
     exam = tiny.exam(tmp_path / "run", section(tmp_path, tuple(ROWS)))

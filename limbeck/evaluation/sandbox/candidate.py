@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import operator
 import sys
 import types
@@ -9,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from limbeck.evaluation.sandbox import tmpfs
 from limbeck.evaluation.sandbox.jail import confine
 from limbeck.evaluation.sandbox.wire import Link, decode, encode
 
@@ -79,14 +81,20 @@ class Candidate:
 
 def _failure(error: BaseException) -> dict[str, Any]:
     kind = {SystemExit: "exit", MemoryError: "memory"}.get(type(error), "exception")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        kind = "disk"
     return {"error": type(error).__name__, "text": str(error)[:300], "kind": kind}
 
 
 def main() -> None:
-    """Arguments: the package's folder, the two pipes, folder, MiB of memory, seconds of processor, MiB of a file."""
-    root, reading, writing, folder, memory_mb, cpu_s, file_mb = sys.argv[1:]
+    """Arguments: the package's folder, the two pipes, MiB of memory, seconds of processor, MiB of a file, and where it
+    may write any: a folder, MiB of all its files, their number."""
+    root, reading, writing, memory_mb, cpu_s, file_mb, *own = sys.argv[1:]
     link = Link(int(reading), int(writing))
     try:
+        if own:
+            tmpfs.mount(own[0], size_mb=int(own[1]), entries=int(own[2]))
+        folder = own[0] if own else None
         confine(folder=folder, memory_mb=int(memory_mb), cpu_s=int(cpu_s), file_mb=int(file_mb))
     except OSError as error:
         link.send({"unconfined": str(error)})

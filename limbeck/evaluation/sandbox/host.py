@@ -1,10 +1,12 @@
 """The door of the sandbox: programs and their tests go in, verdicts come out.
 
 Each program runs in a fresh interpreter that the kernel confines before the program is handed to it (`jail`,
-`syscalls`): it reads the Python installation, writes to one directory of its own that is removed afterwards, and
-reaches no network, no other process, no signal, no thread and no further program. Its tests run in a second such
-interpreter (`tester`) that gets nothing but values from the first, so that the program can neither read what is
-expected nor say that it passed. Input is empty, and what it prints goes nowhere.
+`syscalls`): it reads the Python installation, writes to one directory of its own that ends with it, and reaches no
+network, no other process, no signal, no thread and no further program. That directory is in memory, bounded by the
+kernel and part of the program's memory (`tmpfs`); where a machine lets no process mount one, a program writes no file
+at all, and whoever asked is told. Its tests run in a second such interpreter (`tester`) that gets nothing but values
+from the first, so that the program can neither read what is expected nor say that it passed. Input is empty, and what
+it prints goes nowhere.
 
 What stays possible: to ask whether a path exists (stat) and where a link points, and to use the time, memory and disk
 that the limits allow. What differs from tests in the same process: a function that the tests hand to the program is
@@ -13,6 +15,7 @@ refused, and an object of the program's own class is never equal to a plain valu
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import select
@@ -27,7 +30,6 @@ from pathlib import Path
 from typing import Literal, cast
 
 from limbeck.evaluation.sandbox import jail, syscalls
-from limbeck.evaluation.sandbox.folders import larger_than, remove
 from limbeck.flow import LimbeckError
 from limbeck.rundir import Json
 
@@ -37,9 +39,34 @@ Kind = Literal[
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from limbeck.evaluation.sandbox.{} import main; main()"
-# How often it is looked whether the time or the disk is used up.
-_TICK_S = 0.05
+_MOUNTS = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from limbeck.evaluation.sandbox.tmpfs import mount; "
+    "mount(sys.argv[2], size_mb=1, entries=1)"
+)
 _SIGXCPU = 24
+# What a program of the trial reaches for, which it must not get.
+_REACH = """
+import socket
+
+def outside():
+    open("/etc/passwd")
+
+def net():
+    socket.socket()
+
+def fill(most):
+    held, before = 0, -1
+    while before < held <= most:
+        before = held
+        try:
+            with open(str(held), "wb", 0) as file:
+                while held <= most:
+                    held += file.write(bytes(1 << 16))
+        except OSError:
+            pass
+    return held
+"""
+NO_FILES = "nothing to write: this machine lets no process mount a file system of its own (user namespaces, or root)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +88,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a program may use: seconds of processor (and twice as many by the clock), MiB, entries of its directory."""
+    """What a program may use: seconds of processor (and twice as many by the clock), MiB, entries of its directory.
+
+    Its files lie in memory, so `memory_mb` holds them too: they get `folder_mb` of it, a quarter at most.
+    """
 
     timeout_s: float = 10.0
     memory_mb: int = 512
@@ -72,6 +102,14 @@ class Limits:
     @property
     def cpu_s(self) -> int:
         return max(1, -int(-self.timeout_s // 1))
+
+    @property
+    def disk_mb(self) -> int:
+        return max(1, min(self.folder_mb, self.memory_mb // 4))
+
+    @property
+    def process_mb(self) -> int:
+        return max(1, self.memory_mb - self.disk_mb)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +142,15 @@ def require_sandbox(scratch: Path, limits: Limits) -> Json:
             f"programs that a model wrote are run in a sandbox only, and this machine has no {lacking}; "
             "evaluate on a machine that has, or take humaneval and mbpp out of evaluate.tasks.files"
         )
-    reach = "import socket\ndef outside():\n    open('/etc/passwd')\ndef net():\n    socket.socket()\n"
     attempts = "".join(
         f"try:\n    {call}()\n    raise AssertionError('{call}')\nexcept PermissionError:\n    pass\n"
         for call in ("outside", "net")
     )
-    trial = run(Job(program=reach, setup="", names=("outside", "net"), tests=attempts), limits, scratch)
+    most, files = limits.disk_mb << 20, files_possible()
+    attempts += f"assert {'0 < fill(most) <= most' if files else 'fill(most) == 0'}, 'more on disk than allowed'\n"
+    trial = run(
+        Job(program=_REACH, setup=f"most = {most}\n", names=("outside", "net", "fill"), tests=attempts), limits, scratch
+    )
     if not trial.passed:
         raise LimbeckError(
             f"the sandbox for programs failed its trial ({trial.kind}: {trial.text}); raise evaluate.tasks.memory_mb "
@@ -117,11 +158,20 @@ def require_sandbox(scratch: Path, limits: Limits) -> Json:
         )
     return {
         "system_calls": f"seccomp allows {len(syscalls.ALLOWED) + 4}, none that makes a process, a thread or a socket",
-        "file_system": f"Landlock version {jail.landlock_version()}: the Python installation, and a directory to write",
+        "file_system": f"Landlock version {jail.landlock_version()}: the Python installation, and "
+        + (f"a directory in memory of {limits.disk_mb} MiB to write" if files else NO_FILES),
         "privileges": "no capabilities, none to gain",
         "verdict": "tests run in another process than the program",
         "limits": asdict(limits),
     }
+
+
+@functools.cache
+def files_possible() -> bool:
+    """Whether this machine lets a process mount a directory that the kernel bounds; else no program may write."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-I", "-S", "-c", _MOUNTS, _PACKAGE_ROOT, folder]
+        return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def run_all(jobs: Sequence[Job], limits: Limits, scratch: Path) -> Iterator[tuple[int, Verdict]]:
@@ -140,7 +190,7 @@ def run(job: Job, limits: Limits, scratch: Path) -> Verdict:
     """The verdict on one program.
 
     Args:
-        scratch: where its directory is made, and removed.
+        scratch: where the directory lies that its own one is mounted over; nothing is ever written to it.
 
     Raises:
         LimbeckError: its process could not be confined; the program has not run.
@@ -150,7 +200,7 @@ def run(job: Job, limits: Limits, scratch: Path) -> Verdict:
     try:
         verdict = _run_in(folder, job, limits)
     finally:
-        remove(folder)
+        folder.rmdir()
     if verdict.kind == "unconfined":
         raise LimbeckError(
             f"a program could not be confined and was not run ({verdict.text}); see that nothing else limits this "
@@ -162,16 +212,17 @@ def run(job: Job, limits: Limits, scratch: Path) -> Verdict:
 def _run_in(folder: Path, job: Job, limits: Limits) -> Verdict:
     asking, asked, telling, told = (end for pair in (os.pipe(), os.pipe()) for end in reversed(pair))
     reading, writing = os.pipe()
-    fixed = (str(limits.memory_mb), str(limits.cpu_s))
+    fixed = (str(limits.process_mb), str(limits.cpu_s))
+    own = (str(folder), str(limits.disk_mb), str(limits.folder_entries)) if files_possible() else ()
     with tempfile.TemporaryFile() as given:
         given.write(json.dumps(asdict(job)).encode())
         given.seek(0)
-        candidate = _start("candidate", folder, (asked, telling), (str(folder), *fixed, str(limits.file_mb)))
+        candidate = _start("candidate", folder, (asked, telling), (*fixed, str(limits.file_mb), *own))
         tester = _start("tester", folder, (told, asking), fixed, stdin=given.fileno(), stdout=writing)
     for end in (asking, asked, telling, told, writing):
         os.close(end)
     try:
-        said, over = _listen(reading, folder, limits)
+        said, over = _listen(reading, limits)
     finally:
         for process in (candidate, tester):
             process.kill()
@@ -206,20 +257,15 @@ def _start(
     )
 
 
-def _listen(reading: int, folder: Path, limits: Limits) -> tuple[bytes, Verdict | None]:
+def _listen(reading: int, limits: Limits) -> tuple[bytes, Verdict | None]:
     """What the tester says, or why it is not waited for any longer."""
     said, until = b"", time.monotonic() + 2 * limits.timeout_s
-    while True:
-        if select.select([reading], [], [], _TICK_S)[0]:
-            part = os.read(reading, 1 << 16)
-            if not part:
-                return said, None
-            said += part
-        elif time.monotonic() > until:
-            return said, Verdict(kind="timeout", text=f"more than {2 * limits.timeout_s:g} s by the clock")
-        elif larger_than(folder, entries=limits.folder_entries, size=limits.folder_mb << 20):
-            most = f"{limits.folder_mb} MiB or {limits.folder_entries} entries"
-            return said, Verdict(kind="disk", text=f"more than {most}")
+    while select.select([reading], [], [], max(0.0, until - time.monotonic()))[0]:
+        part = os.read(reading, 1 << 16)
+        if not part:
+            return said, None
+        said += part
+    return said, Verdict(kind="timeout", text=f"more than {2 * limits.timeout_s:g} s by the clock")
 
 
 def _verdict(said: bytes, candidate_code: int, tester_code: int) -> Verdict:

@@ -67,7 +67,8 @@ def confine(*, folder: str | None, memory_mb: int, cpu_s: int, file_mb: int) -> 
     """Confine this process.
 
     Args:
-        folder: the one directory that it may write to, and work in; None for none.
+        folder: the one directory that it may write to; None for none. The kernel must bound it (`tmpfs`): what lies
+            here bounds one file and no more.
 
     Raises:
         OSError: the kernel refused; the process is not to be used then.

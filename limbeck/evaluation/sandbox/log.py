@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from limbeck.evaluation.sandbox.host import Job, Limits, Verdict, run_all
+from limbeck.evaluation.sandbox.host import Job, Limits, Verdict, files_possible, run_all
 from limbeck.journal import append_to_log, damaged, read_log
 from limbeck.rundir import fingerprint
 
@@ -19,7 +19,9 @@ def judge_all(jobs: Sequence[Job], limits: Limits, *, log: Path, scratch: Path) 
     Raises:
         LimbeckError: a line of the log is damaged, or `run` would raise.
     """
-    keys = [fingerprint([asdict(job), asdict(limits)]) for job in jobs]
+    # Where no program may write, one that needs to fails: that verdict holds nowhere else.
+    where = [] if files_possible() else ["no files"]
+    keys = [fingerprint([asdict(job), asdict(limits), *where]) for job in jobs]
     known = _known(log)
     for number, key in enumerate(keys):
         if key in known:

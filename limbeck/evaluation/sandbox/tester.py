@@ -74,7 +74,7 @@ class Program:
 
     def _exception(self, answer: dict[str, Any]) -> BaseException:
         """The program's exception as one of Python's own: tests may expect it."""
-        kind = answer.get("kind") if answer.get("kind") in ("exit", "memory", "syntax") else "exception"
+        kind = answer.get("kind") if answer.get("kind") in ("exit", "memory", "disk", "syntax") else "exception"
         failure = {"kind": str(kind), "text": f"{answer['error']}: {answer.get('text', '')}"[:300]}
         if kind == "exit":
             self.failure = failure

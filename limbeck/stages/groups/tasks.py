@@ -17,7 +17,7 @@ from limbeck.evaluation.lmeval import require_lm_eval, run_lm_eval
 from limbeck.evaluation.mathanswers import MathChecker, extract
 from limbeck.evaluation.passk import pass_at_k
 from limbeck.evaluation.problems import CODE, STOPS, Problem, read_problems
-from limbeck.evaluation.sandbox.host import Limits, require_sandbox
+from limbeck.evaluation.sandbox.host import NO_FILES, Limits, files_possible, require_sandbox
 from limbeck.evaluation.sandbox.log import judge_all
 from limbeck.flow import LimbeckError, Prompt, Response, Sampling, ScoredRow
 from limbeck.recipe_evaluation import TasksSection
@@ -46,6 +46,8 @@ def _measure(exam: Exam) -> Measured:
     scratch = exam.story.run.root / ".sandbox.partial"
     if any(task in CODE for task in section.files):
         detail["sandbox"] = require_sandbox(scratch, _limits(section))
+        if not files_possible():
+            exam.story.console.warn(f"tasks: programs have {NO_FILES}; an answer that writes a file counts as wrong")
     for task, path in section.files.items():
         problems = read_problems(task, Path(path), section.limit)
         answers = _answers(exam, problems)
