@@ -168,7 +168,11 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], l
             settings=TrainSection(per_device_train_batch_size=batch, max_steps=steps, save_steps=10**9),
             vocab_size=vocab_size,
             pad_id=0,
-            context=LoopContext(checkpoints=Path(folder) / "checkpoints", metrics=metrics),
+            context=LoopContext(
+                learning_rate=Path(folder) / "learning_rate.json",
+                checkpoints=Path(folder) / "checkpoints",
+                metrics=metrics,
+            ),
         )
         lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     print("writing", [line["writing_seconds"] for line in lines], file=sys.stderr)

@@ -131,7 +131,11 @@ def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
             settings=settings,
             vocab_size=real_vocab_size(student.tokenizer),
             pad_id=0,
-            context=LoopContext(checkpoints=Path(folder) / "checkpoints", metrics=metrics),
+            context=LoopContext(
+                learning_rate=Path(folder) / "learning_rate.json",
+                checkpoints=Path(folder) / "checkpoints",
+                metrics=metrics,
+            ),
         )
         lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     ends = [0.0, *(line["seconds"] for line in lines)]

@@ -24,6 +24,7 @@ def check(recipe: Recipe) -> None:
     _check_server(recipe)
     _check_key_names(recipe)
     _check_draft(recipe)
+    _check_evaluation_while_training(recipe)
     student = recipe.student
     if student.init == "pretrained" and student.model is None:
         raise LimbeckError("student.model is missing; name a model, or set student.init=depth_prune to cut the teacher")
@@ -33,6 +34,15 @@ def check(recipe: Recipe) -> None:
         raise LimbeckError(f"student.layers and student.keep belong to init depth_prune, not to init {student.init}")
     if student.init != "scratch" and student.config:
         raise LimbeckError(f"student.config belongs to init scratch, not to init {student.init}")
+
+
+def _check_evaluation_while_training(recipe: Recipe) -> None:
+    written = recipe.sft is not None or recipe.responses.author not in ("student", "speculative")
+    if recipe.train.eval_steps is not None and not written:
+        raise LimbeckError(
+            "train.eval_steps measures on training prompts that were answered before training, but with "
+            f"responses.author={recipe.responses.author} and no sft none are; remove it, or add a section sft"
+        )
 
 
 def _check_server(recipe: Recipe) -> None:

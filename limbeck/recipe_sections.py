@@ -247,8 +247,8 @@ class SftSection:
     """A first stage on the responses that are there before training; then the training proper begins."""
 
     num_train_epochs: Positive = 1.0
-    learning_rate: Positive | None = None
-    """Null takes train.learning_rate."""
+    learning_rate: Positive | Literal["auto"] | None = None
+    """Null takes train.learning_rate; auto is searched for this stage apart."""
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "ce"})
 
 
@@ -259,7 +259,8 @@ class TrainSection:
     """Stop after this many optimizer steps, whatever the epochs."""
     per_device_train_batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
-    learning_rate: Positive = 1e-4
+    learning_rate: Positive | Literal["auto"] = "auto"
+    """Peak of the schedule; auto tries several on some steps that are taken back, and takes the best."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_min_lr"
     ] = "cosine"
@@ -284,6 +285,13 @@ class TrainSection:
     logging_steps: Count = 1
     report_to: Strings = ()
     """Names of accelerate trackers (tensorboard, wandb, ...); metrics.jsonl is always written."""
+    eval_steps: Count | None = None
+    """Measure the loss on training prompts that are set aside, at the start, after every so many steps and at the end;
+    null never."""
+    eval_size: Count = 16
+    """How many, by the hash of their ids, at most a tenth of all; never trained on, and not among the held-out ones."""
+    load_best_model_at_end: bool = True
+    """With eval_steps: hand on the student of the lowest of these losses, the start included; false: the last one."""
 
 
 @dataclass(config=STRICT, kw_only=True)

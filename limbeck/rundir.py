@@ -195,6 +195,11 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def learning_rate(self) -> Path:
+        """Searches for the learning rate, a file for each training that left it open."""
+        return self.root / "learning_rate"
+
+    @property
     def student(self) -> Path:
         return self.root / "student"
 

@@ -75,6 +75,13 @@ class Supply(Protocol):
         """
         ...
 
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        """The responses of up to `count` first steps, at least one, by the weights as they are.
+
+        A look that changes nothing: training then gets what it would have got without it.
+        """
+        ...
+
     def begins_round(self, clock: Clock) -> bool:
         """Whether responses that are kept on disk are written before this step, with the weights as they are."""
         ...
@@ -94,6 +101,14 @@ class Supply(Protocol):
 
 
 Author = Callable[[Shift], Supply]
+
+# Steps that are looked at beforehand where each costs writing its responses.
+WRITTEN_PREVIEWS = 6
+
+
+def first_steps(supply: Supply, count: int, total: int) -> list[dict[int, Response]]:
+    """The responses of the first steps, up to the end of the first epoch."""
+    return [supply.step(Clock(step=step, total=total)) for step in range(min(count, supply.steps_per_epoch, total))]
 
 
 class Stateless:
@@ -139,6 +154,9 @@ class Fixed(Stateless):
 
     def step(self, clock: Clock) -> dict[int, Response]:
         return {row: self.responses[row] for row in self.plan.at(clock.step)}
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        return first_steps(self, count, total)
 
 
 def fixed(responses: Sequence[Response]) -> Author:
@@ -206,6 +224,10 @@ class Own(Stateless):
     def counts(self, clock: Clock) -> dict[str, float]:
         return {"rounds": clock.step // self.refresh + 1.0} if self.refresh > 1 else {}
 
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        # The first round is written with these weights in any case; a later one would be kept and be the wrong one.
+        return first_steps(self, min(count, self.refresh if self.refresh > 1 else WRITTEN_PREVIEWS), total)
+
     def step(self, clock: Clock) -> dict[int, Response]:
         plan, responses = self._responses(clock)
         return longest_first([responses[row] for row in plan.at(clock.step)])
@@ -252,6 +274,12 @@ class Mixed(Stateless):
     @property
     def steps_per_epoch(self) -> int:
         return self.base.steps_per_epoch
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        if self.own.refresh > 1:
+            # Its first round may be written later than at the first step.
+            return self.base.preview(count, total)
+        return first_steps(self, min(count, WRITTEN_PREVIEWS), total)
 
     def step(self, clock: Clock) -> dict[int, Response]:
         chosen = self.own if die(self.seed, clock.step).random() < self._share(clock) else self.base
@@ -307,6 +335,9 @@ class Pairs(Stateless):
 
     def counts(self, clock: Clock) -> dict[str, float]:
         return self.own.counts(clock)
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        return first_steps(self, count, total)
 
     def step(self, clock: Clock) -> dict[int, Response]:
         plan, pairs = self._pairs(clock)

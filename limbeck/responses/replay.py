@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from limbeck.flow import LimbeckError, Response
-from limbeck.responses.authors import Clock, Fixed, Own, die, longest_first
+from limbeck.responses.authors import WRITTEN_PREVIEWS, Clock, Fixed, Own, die, first_steps, longest_first
 from limbeck.responses.records import response_of
 
 # Bytes of a token in a buffered response: an int object and its place in a tuple, generously.
@@ -74,6 +74,12 @@ class Replay:
     @property
     def validation_steps(self) -> int:
         return self.settings.validation_steps or self.steps_per_epoch
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        before = self.state()
+        steps = first_steps(self, min(count, WRITTEN_PREVIEWS), total)
+        self.restore(before)
+        return steps
 
     def step(self, clock: Clock) -> dict[int, Response]:
         draw = die(self.seed, clock.step)

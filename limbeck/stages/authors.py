@@ -24,19 +24,27 @@ from limbeck.teachers.local import LocalTeacher
 
 
 def author_of(
-    story: Story, student: Student, base: Sequence[Response], teacher: Teacher, should_stop: Callable[[], bool]
+    story: Story,
+    student: Student,
+    base: Sequence[Response],
+    teacher: Teacher,
+    should_stop: Callable[[], bool],
+    *,
+    aside: frozenset[str] = frozenset(),
 ) -> Author:
     """The author that a recipe names.
 
     Args:
         base: the training responses that were there before.
         teacher: judges the student's responses, and writes beside it where the author asks for that.
+        aside: ids of prompts that are not trained on.
     """
     section = story.recipe.responses
     if not story.recipe.on_policy:
         return fixed(base)
     assert isinstance(teacher, RoundTeacher), "nobody else can judge what is not written yet"
-    prompts, own = read_asked(story.run.responses / "asked.jsonl"), section.on_policy
+    prompts = [p for p in read_asked(story.run.responses / "asked.jsonl") if p.id not in aside]
+    own = section.on_policy
     writing = _Writing(story, student, teacher.local)
 
     def begin(shift: Shift) -> Supply:

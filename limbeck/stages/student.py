@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from limbeck import config
-from limbeck.flow import Interrupted, Objective
+from limbeck.flow import Interrupted, Objective, Response
 from limbeck.models.fingerprints import weight_files
 from limbeck.models.loading import source_config
 from limbeck.models.sources import resolve
@@ -22,6 +22,7 @@ from limbeck.objectives.sums import nested
 from limbeck.recipe_sections import SftSection
 from limbeck.responses.account import never_acted, told
 from limbeck.responses.authors import fixed
+from limbeck.responses.development import ids_of, set_aside
 from limbeck.rundir import Json, flatten, read_json, write_json
 from limbeck.stages.authors import author_of
 from limbeck.stages.checks import check_student, student_spec
@@ -125,9 +126,13 @@ def _play_sft(story: Story, student: Student, section: SftSection, should_stop: 
     """The first stage, on what was written before training; its last checkpoint is where the training begins."""
     recipe, run = story.recipe, story.run
     by_row = load_responses(story, "train")
-    rate = section.learning_rate or recipe.train.learning_rate
     settings = replace(
-        recipe.train, num_train_epochs=section.num_train_epochs, max_steps=None, learning_rate=rate, report_to=()
+        recipe.train,
+        num_train_epochs=section.num_train_epochs,
+        max_steps=None,
+        learning_rate=section.learning_rate or recipe.train.learning_rate,
+        eval_steps=None,
+        report_to=(),
     )
     folder = run.checkpoints / "sft"
     if (done := folder / "done.safetensors").exists():
@@ -153,28 +158,35 @@ def _play_sft(story: Story, student: Student, section: SftSection, should_stop: 
 def _play_training(story: Story, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:
     """The training proper."""
     recipe, run = story.recipe, story.run
-    by_row = load_responses(story, "train")
+    by_row, aside = _trained_and_aside(story)
     vocab_size = real_vocab_size(student.tokenizer)
     if recipe.on_policy:
-        teacher = round_teacher(story, by_row)
+        teacher = round_teacher(story, by_row | aside)
     elif not recipe.signal.cache and not judgement_of(recipe).heeds_teacher:
         teacher = UnheardTeacher.of(vocab_size)
     else:
-        teacher = open_teacher(story, list(by_row))
+        teacher = open_teacher(story, [*by_row, *aside])
     return train(
         student.model,
-        author_of(story, student, list(by_row.values()), teacher, should_stop),
+        author_of(story, student, list(by_row.values()), teacher, should_stop, aside=ids_of(aside)),
         teacher,
         judgement_of(recipe),
         temperature=temperature_of(recipe),
         schedule=recipe.objective.schedule,
         balance=balance_of(recipe),
         heldout=list(load_responses(story, "heldout").values()),
+        development=dict(enumerate(aside.values(), start=len(by_row))),
         settings=recipe.train,
         vocab_size=vocab_size,
         pad_id=pad_token_id(student.tokenizer),
         context=_context(story, should_stop, checkpoints=run.checkpoints, metrics=run.metrics, label="train"),
     )
+
+
+def _trained_and_aside(story: Story) -> tuple[dict[int, Response], dict[int, Response]]:
+    """The training responses by their row on disk, and those set aside to measure on while it trains."""
+    responses, settings = load_responses(story, "train"), story.recipe.train
+    return set_aside(responses, settings.eval_size) if settings.eval_steps else (responses, {})
 
 
 def _context(
@@ -183,6 +195,7 @@ def _context(
     return LoopContext(
         checkpoints=checkpoints,
         metrics=metrics,
+        learning_rate=story.run.learning_rate / f"{label}.json",
         examples=story.run.examples if story.recipe.on_policy and label == "train" else None,
         console=story.console,
         should_stop=should_stop,
@@ -242,6 +255,7 @@ STAGE = Stage(
         run.rounds,
         run.metrics,
         run.sft_metrics,
+        run.learning_rate,
         run.root / "blocks.json",
     ),
 )

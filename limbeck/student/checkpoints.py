@@ -1,6 +1,7 @@
 """Checkpoints: everything a step depends on, in safetensors, atomically, the newest few.
 
     checkpoints/step-000050/  model.safetensors  optimizer.safetensors  state.json
+    checkpoints/best-000050.safetensors    the weights of the lowest loss on the set-aside responses
 
 Only trainable weights are kept: the rest of the student is rebuilt from the recipe. The learning rate, the order of the
 data and all random numbers are functions of the seed and the step number, so that number is their whole state.
@@ -74,6 +75,27 @@ def save_weights(path: Path, model: nn.Module) -> None:
 def restore_weights(path: Path, model: nn.Module) -> None:
     """Put the weights of `save_weights` back."""
     set_model_state_dict(model, dict(load_file(path)), options=_SCATTERED)
+
+
+def save_best(folder: Path, step: int, model: nn.Module) -> None:
+    """Keep the trainable weights as the best so far, in place of those that were before."""
+    path = _best(folder, step)
+    save_weights(path, model)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        for other in folder.glob("best-*.safetensors"):
+            if other != path:
+                other.unlink()
+
+
+def restore_best(folder: Path, step: int, model: nn.Module) -> None:
+    """Put the weights of `save_best` back. All ranks call, after the first one wrote."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    restore_weights(_best(folder, step), model)
+
+
+def _best(folder: Path, step: int) -> Path:
+    return folder / f"best-{step:06d}.safetensors"
 
 
 def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

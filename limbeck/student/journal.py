@@ -27,6 +27,7 @@ class LoopContext:
     Attributes:
         checkpoints: folder for checkpoints.
         metrics: JSON lines, one a logging step.
+        learning_rate: JSON file of the search, where the recipe leaves the learning rate to it.
         examples: JSON lines of some responses over the training, where the student writes too.
         console: where progress is shown.
         should_stop: asked after each step; True writes a checkpoint and raises `Interrupted`.
@@ -36,6 +37,7 @@ class LoopContext:
 
     checkpoints: Path
     metrics: Path
+    learning_rate: Path
     examples: Path | None = None
     console: Console = field(default_factory=QuietConsole)
     should_stop: Callable[[], bool] = lambda: False

@@ -98,7 +98,8 @@ def adamw(module: StudentLoss, settings: TrainSection) -> torch.optim.AdamW:
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
+        # The loop sets the rate of every step; where it is still to be found, none is known here.
+        lr=0.0 if settings.learning_rate == "auto" else settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         fused=True,

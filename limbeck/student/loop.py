@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +23,22 @@ from torch import Tensor, nn
 
 from limbeck import onednn
 from limbeck.console import Meter
-from limbeck.flow import Interrupted, LimbeckError, Response, Teacher
+from limbeck.flow import Interrupted, LimbeckError, Response, Signal, Teacher, TokenBatch
+from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, TemperatureSchedule
 from limbeck.objectives.rules import AlphaByGap
 from limbeck.recipe_sections import TrainSection
 from limbeck.responses.account import SO_FAR, counted
 from limbeck.responses.authors import Author, Clock, Shift, Supply
 from limbeck.responses.health import health_of
-from limbeck.student import checkpoints, launch, schedules
+from limbeck.student import checkpoints, launch, learning_rate, schedules
 from limbeck.student.balance import Balance
 from limbeck.student.batches import collate, micro_batches, padding
 from limbeck.student.journal import Journal, LoopContext
 from limbeck.student.loss import Judgement, Moment, StudentLoss, make_projection
 from limbeck.student.probe import Probe
-from limbeck.student.progress import Progress
+from limbeck.student.progress import Best, Progress
+from limbeck.student.rate_trials import RateTrials, previews_wanted
 from limbeck.student.tail import Tail
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def train(
     schedule: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     balance: Balance | None = None,
     heldout: Sequence[Response] = (),
+    development: Mapping[int, Response] = MappingProxyType({}),
     settings: TrainSection,
     vocab_size: int,
     pad_id: int,
@@ -70,6 +73,8 @@ def train(
         schedule: options of the objective that move in a line from one value to another over the training.
         balance: weights of the teacher's and the student's responses against each other; None treats all alike.
         heldout: responses whose loss is measured where the author asks for it.
+        development: responses, by the teacher's number, whose loss is measured every `settings.eval_steps`; the student
+            of the lowest is returned where the settings say so.
         vocab_size: real token ids of the pair.
 
     Raises:
@@ -90,15 +95,11 @@ def train(
             f"{judgement.rule.name} compares pairs side by side; expected an even number"
         )
     total = schedules.total_steps(settings, supply.steps_per_epoch)
-    rate_of = schedules.learning_rate(settings, total)
     student.train()
     projection_ED = None
     if any("hidden" in objective.reads for objective in judgement.objectives):
-        before = supply.state()
-        row, response = next(iter(supply.step(Clock(step=0, total=total)).items()))
+        row, response = next(iter(supply.preview(1, total)[0].items()))
         one = collate({row: response}, (row,), pad_id=pad_id)
-        # Only a look: the step itself is still to come.
-        supply.restore(before)
         projection_ED = make_projection(student, teacher, one, vocab_size=vocab_size, seed=settings.seed)
     loss_module = StudentLoss(
         student, judgement, vocab_size=vocab_size, projection_ED=projection_ED, compile=settings.compile
@@ -115,6 +116,7 @@ def train(
         balance=balance or Balance(reduction=settings.reduction),
         supply=supply,
         heldout=heldout,
+        development=development,
         teacher=teacher,
         settings=settings,
         step_rows=step_rows,
@@ -125,7 +127,8 @@ def train(
     )
     progress = run.resume()
     try:
-        run.play(progress, rate_of)
+        run.play(progress, schedules.learning_rate(run.with_learning_rate(progress), total))
+        run.hand_on_best(progress)
     finally:
         # Not accelerate's end_training: that would also end the process group, which is the launcher's.
         for tracker in accelerator.trackers:
@@ -147,6 +150,7 @@ class _Run:
     balance: Balance
     supply: Supply
     heldout: Sequence[Response]
+    development: Mapping[int, Response]
     teacher: Teacher
     settings: TrainSection
     step_rows: int
@@ -166,12 +170,111 @@ class _Run:
             pad_id=self.pad_id,
         )
 
+    def with_learning_rate(self, progress: Progress) -> TrainSection:
+        """The settings with a learning rate: the recipe's own, or the one that a search finds."""
+        if self.settings.learning_rate != "auto":
+            return self.settings
+        if progress.learning_rate is None:
+            progress.learning_rate = self._search()
+            self.context.console.say(f"{self.context.label}: learning rate {progress.learning_rate:.3g}, by a search")
+        return replace(self.settings, learning_rate=progress.learning_rate)
+
+    def _search(self) -> float:
+        """The learning rate that the student as it stands learns best with."""
+        factor_of = schedules.learning_rate(self.settings, self.total)
+        inner = self.module.student
+        trials = RateTrials.of(
+            self.supply.preview(previews_wanted(self.step_rows), self.total),
+            module=self.module,
+            optimizer=self.optimizer.optimizer,  # type: ignore[attr-defined]
+            update=self._trial_update,
+            loss_on=self.loss_on,
+        )
+        found = learning_rate.search(
+            self.context.learning_rate,
+            metric=self.module.judgement.gauge,
+            guess=learning_rate.first_guess(
+                head_of(inner, self.module.vocab_size, verify=False).weight_VD.shape[1],
+                adapters=any("lora_" in name for name, _ in inner.named_parameters()),
+            ),
+            training_steps=sum(factor_of(step) for step in range(self.total)),
+            before=trials.before,
+            try_rate=trials.try_rate,
+            accelerator=self.accelerator,
+            say=lambda line: self.context.console.say(f"{self.context.label}: {line}"),
+        )
+        assert found.chosen is not None, "a search ends with a choice"
+        return found.chosen
+
+    def _trial_update(self, step: int, by_row: Mapping[int, Response], rate: float) -> bool:
+        """One update with the gradients of some responses, of which nothing is logged."""
+        self._seed(step)
+        progress = Progress(step=step)
+        means, stop = self._gradients(by_row, self._moment(progress), progress)
+        finite = math.isfinite(means["loss"]) and math.isfinite(self._clip())
+        if finite:
+            self._update(rate)
+        self.optimizer.zero_grad()
+        if stop:
+            raise Interrupted("stopped while the learning rate was searched")
+        return finite
+
+    def _update(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def loss_on(self, steps: Sequence[Mapping[int, Response]]) -> float:
+        """Mean per token of `Judgement.gauge` on the responses of some steps, over all ranks, with what moves over
+        training as it stands at the end."""
+        moment = replace(self._moment(Progress(step=self.total - 1)), reference=None)
+        sums = torch.zeros(2, device=self.accelerator.device)
+        place = self.module.stats.index(self.module.judgement.gauge)
+        self.model.eval()
+        for by_row in steps:
+            for micro in filter(None, self._micro_batches(by_row)):
+                batch, signal = self._batch(micro, by_row)
+                with onednn.linears():
+                    sums += self.model(batch, signal, torch.ones_like(batch.labels_N).float(), moment)[1][place]
+        self.model.train()
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
+        return total / max(count, 1.0)
+
+    def evaluate(self, progress: Progress) -> float:
+        """The loss on the set-aside responses; the weights of the lowest so far are kept."""
+        loss = self.loss_on([self.development])
+        if math.isfinite(loss) and (progress.best is None or loss < progress.best.loss):
+            progress.best = Best(step=progress.step, loss=loss)
+            checkpoints.save_best(self.context.checkpoints, progress.step, self.module)
+        return loss
+
+    def _evaluates_after(self, step: int) -> bool:
+        every = self.settings.eval_steps or self.total
+        return bool(self.development) and (step % every == 0 or step == self.total)
+
+    def hand_on_best(self, progress: Progress) -> None:
+        """Take the weights of the lowest loss on the set-aside responses, where they are not the last ones."""
+        best = progress.best
+        if best is None or not self.settings.load_best_model_at_end or best.step == progress.step:
+            return
+        checkpoints.restore_best(self.context.checkpoints, best.step, self.module)
+        where = f"after step {best.step}" if best.step else "before training"
+        self.context.console.warn(
+            f"{self.context.label}: the loss on the set-aside prompts was lowest {where} ({best.loss:.4g}): that "
+            f"student is handed on, not the one of step {progress.step}; "
+            "lower train.learning_rate, train for fewer steps, or set train.load_best_model_at_end=false"
+        )
+
     def play(self, progress: Progress, rate_of: Callable[[int], float]) -> None:
         """All steps that are left, with checkpoints on the way."""
         with self.context.console.meter(self.context.label, self.total, "steps", progress.step) as meter:
             share = 1.0 if self.context.pause_at is None else self.context.pause_at
             # 0.1 of 30 steps is 3, though a little more than that in binary.
             pause = math.ceil(round(share * self.total, 6))
+            if self.development and progress.step == 0:
+                progress.first_loss = self.evaluate(progress)
             while progress.step < self.total:
                 if progress.step >= pause:
                     raise Interrupted(f"paused after step {progress.step} of {self.total}")
@@ -212,10 +315,7 @@ class _Run:
             raise self._not_finite(
                 progress.step + 1, f"loss {loss}, gradient norm {grad_norm}", begun=progress.step > 0
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._update(rate)
         seconds = time.perf_counter() - started
         extra = self._authored(progress, by_row, means, written)
         progress.step += 1
@@ -236,6 +336,11 @@ class _Run:
             "padding": round(padding(by_row, self.settings.per_device_train_batch_size), 4),
         }
         due = progress.step % self.settings.logging_steps == 0 or progress.step == self.total
+        if self.development and (
+            progress.step % (self.settings.eval_steps or self.total) == 0 or progress.step == self.total
+        ):
+            metrics |= {"eval_loss": self.evaluate(progress), "eval_loss_before": progress.first_loss}
+            due = True
         self.journal.record(metrics, by_row, due=due)
         meter.advance(1, f"step {progress.step}/{self.total}, loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
         return stop
@@ -279,12 +384,7 @@ class _Run:
         """The gradients of the step; means of what is logged and whether a rank was asked to stop, over all ranks."""
         sums = torch.zeros(len(self.module.stats), 2, device=self.accelerator.device)
         ranks = self.accelerator.num_processes
-        micros = micro_batches(
-            tuple(by_row),
-            rows_per_device=self.settings.per_device_train_batch_size,
-            rank=self.accelerator.process_index,
-            ranks=ranks,
-        )
+        micros = self._micro_batches(by_row)
         weights = self.balance.weights(by_row, self._clock(progress), self.supply.steps_per_epoch)
         # DDP averages over ranks, the step sums over them: hence the factor.
         weights = {row: ranks * weight for row, weight in weights.items()}
@@ -310,6 +410,14 @@ class _Run:
         if tail is not None:
             means["kl_p99"] = tail.value(self.accelerator.gather).item()  # type: ignore[arg-type]
         return means, stop > 0
+
+    def _micro_batches(self, by_row: Mapping[int, Response]) -> list[tuple[int, ...]]:
+        return micro_batches(
+            tuple(by_row),
+            rows_per_device=self.settings.per_device_train_batch_size,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
 
     def _check_student(self, progress: Progress) -> None:
         """A student whose last update ruined it is neither kept nor handed on."""
@@ -353,14 +461,18 @@ class _Run:
     ) -> tuple[Tensor, Tensor]:
         """Backward of one micro-batch. An empty one runs on a row of weight 0: all ranks meet in the backward."""
         rows = micro or tuple(by_row)[-1:]
-        batch = collate(by_row, rows, pad_id=self.pad_id)
-        signal = self.teacher.signal(batch)
-        batch = batch.to(self.accelerator.device)
+        batch, signal = self._batch(rows, by_row)
         weight_B = torch.tensor([weights[row] if micro else 0.0 for row in rows], device=batch.labels_N.device)
         with nullcontext() if last else self.accelerator.no_sync(self.model), onednn.linears():
             loss, sums, value_N = self.model(batch, signal, weight_B[batch.sequence_N], moment)
             self.accelerator.backward(loss)
         return (sums, value_N) if micro else (torch.zeros_like(sums), value_N[:0])
+
+    def _batch(self, rows: tuple[int, ...], by_row: Mapping[int, Response]) -> tuple[TokenBatch, Signal]:
+        """Some rows as tensors on the device, and what the teacher says of them."""
+        batch = collate(by_row, rows, pad_id=self.pad_id)
+        signal = self.teacher.signal(batch)
+        return batch.to(self.accelerator.device), signal
 
     def _clip(self) -> float:
         limit = self.settings.max_grad_norm or math.inf

@@ -75,6 +75,17 @@ class Judgement:
         labels = frozenset({"labels"})
         return self.rule is not None or any(part.reads != labels for one in self.objectives for _, part in leaves(one))
 
+    @property
+    def gauge(self) -> str:
+        """Of `stats`, the mean that tells how well the student fits: the lower the better.
+
+        The loss, but for objectives that push sampled tokens alone: their value says nothing of the fit, the forward KL
+        that is measured beside them does.
+        """
+        pushed = {"opd", "policy_gradient"}
+        pushing = any(part.name in pushed for one in self.objectives for _, part in leaves(one))
+        return "forward_kl" if pushing and "forward_kl" in self.stats else "loss"
+
     def measured(self, objective: AnyObjective) -> bool:
         """Whether entropies can be measured beside an objective."""
         return self.support != "sampled" and any("teacher" in part.reads for _, part in row_leaves(objective))

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from limbeck.flow import Response
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest loss per token on the set-aside responses, and the step after which it was measured."""
+
+    step: int
+    loss: float
 
 
 @dataclass
@@ -18,6 +26,9 @@ class Progress:
         validations: how often the held-out loss was measured for the author.
         heldout_loss: what it was the last time.
         so_far: what is counted since the first step; see `limbeck.responses.account`.
+        learning_rate: the peak that a search found; None where the recipe gives it.
+        first_loss: the loss on the set-aside responses before training.
+        best: the lowest loss on the set-aside responses.
         saved: step of the newest checkpoint.
         now: the step and its responses, so that they are written once.
     """
@@ -29,6 +40,9 @@ class Progress:
     validations: int = 0
     heldout_loss: float | None = None
     so_far: dict[str, float] = field(default_factory=dict)
+    learning_rate: float | None = None
+    first_loss: float | None = None
+    best: Best | None = None
     saved: int = 0
     now: tuple[int, dict[int, Response]] = (-1, {})
 
@@ -55,6 +69,9 @@ class Progress:
             "validations": self.validations,
             "heldout_loss": self.heldout_loss,
             "so_far": self.so_far,
+            "learning_rate": self.learning_rate,
+            "first_loss": self.first_loss,
+            "best": None if self.best is None else asdict(self.best),
         }
 
     @classmethod
@@ -68,5 +85,8 @@ class Progress:
             validations=state["validations"],
             heldout_loss=state["heldout_loss"],
             so_far=state["so_far"],
+            learning_rate=state["learning_rate"],
+            first_loss=state["first_loss"],
+            best=None if state["best"] is None else Best(**state["best"]),
             saved=state["step"],
         )

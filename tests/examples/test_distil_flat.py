@@ -83,7 +83,9 @@ def test_losses_of_flat_twin_and_package_agree(flat: ModuleType, tmp_path: Path)
         settings=load_recipe("quickstart", [f"train.max_steps={STEPS}", "train.compile=off"]).train,
         vocab_size=VOCABULARY,
         pad_id=0,
-        context=LoopContext(checkpoints=tmp_path / "checkpoints", metrics=metrics),
+        context=LoopContext(
+            learning_rate=tmp_path / "learning_rate.json", checkpoints=tmp_path / "checkpoints", metrics=metrics
+        ),
     )
     import json
 

@@ -87,7 +87,11 @@ def ours(
         settings=settings(max_steps=1, per_device_train_batch_size=len(responses)),
         vocab_size=vocab,
         pad_id=0,
-        context=LoopContext(checkpoints=folder / "checkpoints", metrics=folder / "metrics.jsonl"),
+        context=LoopContext(
+            learning_rate=folder / "learning_rate.json",
+            checkpoints=folder / "checkpoints",
+            metrics=folder / "metrics.jsonl",
+        ),
     )
     (line,) = metrics(folder)
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)

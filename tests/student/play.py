@@ -133,7 +133,10 @@ def play(
         vocab_size=VOCAB,
         pad_id=0,
         context=LoopContext(
-            checkpoints=folder / "checkpoints", metrics=folder / "metrics.jsonl", should_stop=should_stop
+            learning_rate=folder / "learning_rate.json",
+            checkpoints=folder / "checkpoints",
+            metrics=folder / "metrics.jsonl",
+            should_stop=should_stop,
         ),
     )
 

@@ -1,0 +1,32 @@
+"""Training prompts that are set aside to choose among the students of a training: neither trained on nor held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from limbeck.flow import Response
+
+# Of few prompts a tenth at most: the student needs them more.
+LARGEST_SHARE = 0.1
+
+
+def set_aside(responses: Mapping[int, Response], size: int) -> tuple[dict[int, Response], dict[int, Response]]:
+    """The responses to train on, and those of `size` prompts to measure on, longest first.
+
+    Which prompts depends on their ids alone. All responses of a prompt stay together.
+    """
+    prompts = sorted({r.prompt_id for r in responses.values()}, key=_order)
+    chosen = set(prompts[: min(size, int(LARGEST_SHARE * len(prompts)))])
+    trained = {row: r for row, r in responses.items() if r.prompt_id not in chosen}
+    aside = {row: r for row, r in responses.items() if r.prompt_id in chosen}
+    return trained, dict(sorted(aside.items(), key=lambda item: -item[1].length))
+
+
+def ids_of(responses: Mapping[int, Response]) -> frozenset[str]:
+    """The prompts that were answered."""
+    return frozenset(r.prompt_id for r in responses.values())
+
+
+def _order(prompt_id: str) -> str:
+    return hashlib.sha256(f"development {prompt_id}".encode()).hexdigest()
