@@ -256,7 +256,17 @@ def play(
                 stage.check(story)
         with story.stop.installed(), run.locked(console.warn):
             _play_all(story, stages, wanted, update)
+        _say_harm(run, console)
     return run
+
+
+def _say_harm(run: RunDirectory, console: Console) -> None:
+    """Last of all, whether the student got worse."""
+    from limbeck.report.outcome import harm
+    from limbeck.report.run import read_run
+
+    if (run.root / "scores.json").exists() and (sentence := harm(read_run(run.root))) is not None:
+        console.warn(sentence)
 
 
 def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], update: bool) -> None:

@@ -49,7 +49,7 @@ def in_file(folder: Path, text: str) -> Recipe:
 
 def test_the_smallest_recipe_has_every_default():
     small = recipe()
-    assert small.train.learning_rate == 1e-4 and small.objective.name == "fkl" and small.responses.author == "teacher"
+    assert small.train.learning_rate == "auto" and small.objective.name == "fkl" and small.responses.author == "teacher"
     assert small.directory == Path("runs/run")
     assert recipe("output_dir=elsewhere").directory == Path("elsewhere")
 

@@ -11,7 +11,7 @@ from limbeck.report.curves import Axis, axis, path, smooth, thin, tight_axis
 from limbeck.report.onpolicy import names_in
 from limbeck.report.run import Run, number
 from limbeck.report.words import count, figure, objective_of, setting
-from limbeck.responses.alarms import ALARMS
+from limbeck.responses.alarms import EVERY_ALARM
 
 # The drawing area in its own units; the page stretches it to the width there is, lines keep their thickness.
 WIDTH, HEIGHT = 1000, 400
@@ -56,6 +56,7 @@ OWN, MIX = "The student's own responses", "Mixture and objective"
 CURVES = (
     ("loss", "Loss", "", False, True),
     ("forward_kl", "Forward KL", "at temperature 1", True, True),
+    ("eval_loss", "Loss", "on set-aside prompts", False, False),
     ("student_entropy", "Student's entropy", "at the loss temperature", True, True),
     ("temperature", "Temperature", "of the loss", True, False),
     ("learning_rate", "Learning rate", "", True, False),
@@ -124,7 +125,7 @@ def _alarms(rows: Sequence[Mapping[str, Any]], key: str, across: Axis) -> tuple[
         Mark(at=100 * across.at(row["step"]), label=name)
         for row in rows
         for name in names_in(row)
-        if name in ALARMS and ALARMS[name].keys[0] == key
+        if name in EVERY_ALARM and EVERY_ALARM[name].keys[0] == key
     )
 
 

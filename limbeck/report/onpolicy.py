@@ -12,7 +12,7 @@ from typing import Any
 from limbeck.report.run import Run, number
 from limbeck.report.words import figure, setting, share
 from limbeck.responses.account import never_acted, told
-from limbeck.responses.alarms import ALARMS, EMPTY, REPEATED, TRUNCATED
+from limbeck.responses.alarms import EMPTY, EVERY_ALARM, REPEATED, TRUNCATED
 from limbeck.responses.health import loops
 
 Decode = Callable[[list[int]], str]
@@ -68,7 +68,7 @@ def warned(run: Run) -> list[Warned]:
 
 
 def _warned(name: str, rows: Sequence[Mapping[str, Any]]) -> Warned:
-    kind = ALARMS.get(name)
+    kind = EVERY_ALARM.get(name)
     first, *more = [f"{row['step']:,.0f}" for row in rows]
     again = f", again at {', '.join(more[:3])}{' …' if more[3:] else ''}" if more else ""
     seen = []

@@ -13,6 +13,8 @@ from limbeck.report import words
 from limbeck.report.charts import HEIGHT, WIDTH, charts
 from limbeck.report.evidence import evidence
 from limbeck.report.onpolicy import account, exchanges, warned
+from limbeck.report.outcome import harm
+from limbeck.report.rate_search import search_charts
 from limbeck.report.run import Run, number, read_run, score, value_at
 from limbeck.rundir import write_text
 
@@ -48,13 +50,14 @@ def render(run: Run) -> str:
     )
     templates = files("limbeck.report") / "templates"
     style, script = ((templates / name).read_text(encoding="utf-8") for name in ("style.css", "hover.js"))
-    curves = charts(run)
+    curves = charts(run) + search_charts(run)
     return environment.get_template("report.html.j2").render(
         style=style,
         script=script,
         run=run,
         name=words.name_of(run),
         headline=words.headline(run),
+        harm=harm(run),
         story=_story(run),
         tiles=_tiles(run),
         charts=[(group, list(some)) for group, some in groupby(curves, key=lambda chart: chart.group)],

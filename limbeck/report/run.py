@@ -35,6 +35,7 @@ class Run:
         alone: an evaluation of a student that was not trained here, so that nothing of a training is missed.
         stages: the manifests, in the order in which the stages were started.
         steps: one mapping a logging step of the training.
+        searches: what was tried to find the learning rate, by the training it was for.
         written: some of the responses that were trained on, of both authors, as token ids.
         missing: file to what its absence means.
         broken: one sentence for each file, or part of one, that could not be read.
@@ -48,6 +49,7 @@ class Run:
     student: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Mapping[str, Any], ...] = ()
     steps: tuple[Mapping[str, Any], ...] = ()
+    searches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     written: tuple[Mapping[str, Any], ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()
     scores: Mapping[str, Any] = field(default_factory=dict)
@@ -83,6 +85,11 @@ def read_run(run_dir: Path) -> Run:
         steps=tuple(
             row for row in _lines(texts["metrics.jsonl"], "metrics.jsonl", broken) if number(row, "step") is not None
         ),
+        searches={
+            path.stem: found
+            for path in sorted((run_dir / "learning_rate").glob("*.json"))
+            if (found := _object(_text(run_dir, f"learning_rate/{path.name}", broken), path.name, broken))
+        },
         written=tuple(_lines(_text(run_dir, WRITTEN, broken), WRITTEN, broken)),
         samples=tuple(_lines(texts["samples.jsonl"], "samples.jsonl", broken)),
         scores=_object(texts["scores.json"], "scores.json", broken),

@@ -104,3 +104,16 @@ ALARMS: Mapping[str, Kind] = {
         "train on the teacher's responses first",
     ),
 }
+
+LOSS_CLIMBS = "loss_climbs"
+# Of trainings on responses that never change; see `limbeck.student.loss_alarm`.
+OFF_POLICY_ALARMS: Mapping[str, Kind] = {
+    LOSS_CLIMBS: Kind(
+        keys=("loss", "forward_kl"),
+        meaning="The loss has climbed away from its best: the updates are larger than the student bears",
+        remedy="set train.learning_rate=auto, or a tenth of what it is, and add --update; with train.eval_steps the "
+        "best student on the way is handed on",
+    ),
+}
+# For whoever explains them: the report.
+EVERY_ALARM: Mapping[str, Kind] = {**ALARMS, **OFF_POLICY_ALARMS}

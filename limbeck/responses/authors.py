@@ -107,8 +107,11 @@ WRITTEN_PREVIEWS = 6
 
 
 def first_steps(supply: Supply, count: int, total: int) -> list[dict[int, Response]]:
-    """The responses of the first steps, up to the end of the first epoch."""
-    return [supply.step(Clock(step=step, total=total)) for step in range(min(count, supply.steps_per_epoch, total))]
+    """The responses of the first steps, up to the end of the first epoch; the supply is then as it was."""
+    before = supply.state()
+    steps = [supply.step(Clock(step=step, total=total)) for step in range(min(count, supply.steps_per_epoch, total))]
+    supply.restore(before)
+    return steps
 
 
 class Stateless:

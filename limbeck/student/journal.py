@@ -12,6 +12,7 @@ from limbeck.console import Console, QuietConsole
 from limbeck.flow import Response
 from limbeck.responses.watch import Watch
 from limbeck.rundir import write_text
+from limbeck.student.loss_alarm import LossAlarm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,7 +50,7 @@ class LoopContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Journal:
-    """Writes metrics.jsonl, examples.jsonl and the trackers; raises alarms where the student writes too.
+    """Writes metrics.jsonl, examples.jsonl and the trackers; raises alarms.
 
     Attributes:
         prompts: ids of all prompts; the responses of the first few are kept, the same over the whole training.
@@ -60,10 +61,11 @@ class Journal:
     authored: bool
     prompts: frozenset[str]
     watch: Watch = field(default_factory=Watch)
+    loss_alarm: LossAlarm = field(default_factory=LossAlarm)
 
     def record(self, metrics: dict[str, Any], by_row: Mapping[int, Response], *, due: bool) -> None:
         """The metrics of a finished step where they are due, or an alarm went off."""
-        alarms = self.watch.see(metrics) if self.authored else []
+        alarms = self.watch.see(metrics) if self.authored else self.loss_alarm.see(metrics)
         if alarms:
             metrics["warnings"] = [alarm.name for alarm in alarms]
         due = due or bool(alarms)
@@ -79,6 +81,15 @@ class Journal:
         if due:
             numbers = {key: value for key, value in metrics.items() if key not in ("step", "warnings")}
             self.accelerator.log(numbers, step=metrics["step"])
+
+    def state(self) -> dict[str, Any]:
+        """What the alarms remember, for a checkpoint."""
+        return {"watch": self.watch.state(), "loss_alarm": self.loss_alarm.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state` gave."""
+        self.watch.restore(state["watch"])
+        self.loss_alarm.restore(state["loss_alarm"])
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps that are done again."""

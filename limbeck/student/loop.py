@@ -483,7 +483,7 @@ class _Run:
         state = progress.state() | {
             "step_rows": self.step_rows,
             "supply": self.supply.state(),
-            "watch": self.journal.watch.state(),
+            **self.journal.state(),
         }
         checkpoints.save(
             self.context.checkpoints,
@@ -510,6 +510,6 @@ class _Run:
                 )
             progress = Progress.of(state)
             self.supply.restore(state["supply"])
-            self.journal.watch.restore(state["watch"])
+            self.journal.restore(state)
         self.journal.rewind(progress.step)
         return progress
