@@ -7,17 +7,19 @@ from collections.abc import Mapping
 
 from limbeck.flow import Response
 
-# Of few prompts a tenth at most: the student needs them more.
-LARGEST_SHARE = 0.1
+# Of few prompts a tenth at most: the student needs them more. And none at all rather than so few that chance chooses.
+LARGEST_SHARE, FEWEST = 0.1, 8
 
 
 def set_aside(responses: Mapping[int, Response], size: int) -> tuple[dict[int, Response], dict[int, Response]]:
     """The responses to train on, and those of `size` prompts to measure on, longest first.
 
-    Which prompts depends on their ids alone. All responses of a prompt stay together.
+    Which prompts depends on their ids alone. All responses of a prompt stay together. Where a tenth of the prompts is
+    fewer than `FEWEST`, none are set aside.
     """
     prompts = sorted({r.prompt_id for r in responses.values()}, key=_order)
-    chosen = set(prompts[: min(size, int(LARGEST_SHARE * len(prompts)))])
+    spared = int(LARGEST_SHARE * len(prompts))
+    chosen = set(prompts[: min(size, spared)]) if spared >= FEWEST else set()
     trained = {row: r for row, r in responses.items() if r.prompt_id not in chosen}
     aside = {row: r for row, r in responses.items() if r.prompt_id in chosen}
     return trained, dict(sorted(aside.items(), key=lambda item: -item[1].length))

@@ -22,7 +22,7 @@ from limbeck.objectives.sums import nested
 from limbeck.recipe_sections import SftSection
 from limbeck.responses.account import never_acted, told
 from limbeck.responses.authors import fixed
-from limbeck.responses.development import ids_of, set_aside
+from limbeck.responses.development import FEWEST, LARGEST_SHARE, ids_of, set_aside
 from limbeck.rundir import Json, flatten, read_json, write_json
 from limbeck.stages.authors import author_of
 from limbeck.stages.checks import check_student, student_spec
@@ -159,6 +159,11 @@ def _play_training(story: Story, student: Student, should_stop: Callable[[], boo
     """The training proper."""
     recipe, run = story.recipe, story.run
     by_row, aside = _trained_and_aside(story)
+    if recipe.train.eval_steps and not aside:
+        story.console.warn(
+            f"train.eval_steps: {len(by_row)} answered training prompts are too few to set some aside "
+            f"({round(FEWEST / LARGEST_SHARE)} would do), so the last student is handed on unmeasured"
+        )
     vocab_size = real_vocab_size(student.tokenizer)
     if recipe.on_policy:
         teacher = round_teacher(story, by_row | aside)
