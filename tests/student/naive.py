@@ -37,6 +37,9 @@ class Scripted(Stateless):
     def step(self, clock: Clock) -> dict[int, Response]:
         return dict(enumerate(self.steps[clock.step % len(self.steps)]))
 
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        return [self.step(Clock(step=step, total=total)) for step in range(min(count, len(self.steps)))]
+
 
 def written(author: Author, count: int, *, seed: int, longest: int = 9) -> list[Response]:
     """Responses of very different lengths to the prompts "0", "1", ..., which do not depend on the author."""
