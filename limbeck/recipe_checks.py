@@ -115,6 +115,7 @@ _READ_BY = {
     "share_end": ("mixed",),
     "resample_teacher": ("pairs",),
     "teacher_top_k": ("speculative",),
+    "teacher_redraw": ("speculative",),
     "teacher_share": ("student",),
     "buffer": ("replay",),
     "decay": ("replay",),
@@ -161,6 +162,7 @@ def _check_author(recipe: Recipe) -> None:
 def _check_policy(recipe: Recipe) -> None:
     """A policy gradient is one of the student as it samples."""
     objective, contrast, own = recipe.objective, recipe.contrast, recipe.responses.on_policy
+    rule = (contrast.rule or {}).get("name")
     if recipe.sft is not None and _names(recipe.sft.objective, "opd"):
         raise LimbeckError(
             "sft.objective opd is a gradient over the student's own responses, but sft trains on earlier ones; "
@@ -170,21 +172,25 @@ def _check_policy(recipe: Recipe) -> None:
         what = "objective opd"
     elif _names(contrast.student, "opd"):
         what = "contrast.student opd"
-    elif (contrast.rule or {}).get("name") == "minillm":
-        what = "contrast.rule=minillm"
+    elif rule in ("minillm", "importance"):
+        what = f"contrast.rule={rule}"
     else:
         return
-    # With an objective of their own the student's responses may stand beside others, else these would be pushed too.
-    fine = ("student", "mixed", "pairs") if what.startswith("contrast.student") else ("student",)
+    fine = ("student",)
+    if what.startswith("contrast.student"):
+        # With an objective of their own the student's may stand beside others, else these would be pushed too.
+        fine = ("student", "mixed", "pairs")
+    elif what == "contrast.rule=importance":
+        fine = ("student", "mixed", "replay", "pairs")
     if recipe.responses.author not in fine:
         raise LimbeckError(
             f"{what} is a gradient over responses that the student of now wrote, but responses.author="
             f"{recipe.responses.author}; set responses.author=student"
         )
-    if own.teacher_share and (contrast.rule or {}).get("name") != "minillm":
+    if own.teacher_share and rule not in ("minillm", "importance"):
         raise LimbeckError(
             f"{what} is biased where the teacher draws too, but responses.on_policy.teacher_share is "
-            f"{own.teacher_share}; remove it, or weigh the tokens with contrast.rule={{name: minillm}}"
+            f"{own.teacher_share}; remove it, or weigh the tokens with contrast.rule={{name: importance}}"
         )
     for key, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
         value = getattr(recipe.responses, key) if getattr(own, key) is None else getattr(own, key)
@@ -192,6 +198,41 @@ def _check_policy(recipe: Recipe) -> None:
             raise LimbeckError(
                 f"{what} is biased unless the student samples from its whole distribution, but {key} is {value}; "
                 f"set responses.on_policy.{key}={plain}"
+            )
+    _check_fresh(recipe, what, weighed=rule in ("minillm", "importance"))
+    if rule == "minillm":
+        _check_untempered(recipe)
+
+
+def _check_fresh(recipe: Recipe, what: str, *, weighed: bool) -> None:
+    """Responses of an earlier student are another's: their tokens need weights."""
+    refresh, author = recipe.responses.on_policy.refresh, recipe.responses.author
+    fresh = author != "pairs" and refresh in (None, "step", 1)
+    if fresh or weighed:
+        return
+    lived = f"responses.on_policy.refresh={refresh}" if refresh else "responses.author=pairs"
+    remedy = "set responses.on_policy.refresh=step" if author != "pairs" else "set responses.author=student or mixed"
+    raise LimbeckError(
+        f"{what} is a gradient over responses that the student of now wrote, but with {lived} they are used for many "
+        f"steps; {remedy}, or weigh the tokens with contrast.rule={{name: importance}}"
+    )
+
+
+def _check_untempered(recipe: Recipe) -> None:
+    """MiniLLM's two parts are one gradient at temperature 1 alone: the policy gradient knows no other."""
+    for key, plain in (
+        ("temperature", (1.0,)),
+        ("teacher_temperature", (None, 1.0)),
+        ("student_temperature", (None, 1.0)),
+        ("temperature_end", (None, 1.0)),
+        ("temperature_adapt", (None, 0.0)),
+    ):
+        value = getattr(recipe.objective, key)
+        if value not in plain:
+            remedy = f"set objective.{key}=1" if key == "temperature" else f"remove objective.{key}"
+            raise LimbeckError(
+                f"contrast.rule=minillm is the gradient of a divergence at loss temperature 1 alone, but objective."
+                f"{key} is {value}: the current token's part would be tempered and the later ones' not; {remedy}"
             )
 
 

@@ -117,6 +117,9 @@ class OnPolicySection:
     """pairs: the teacher answers anew in every round too; false keeps its first answers."""
     teacher_top_k: Count = 25
     """speculative: a token of the student's outside the teacher's so many likeliest ones is replaced by one of them."""
+    teacher_redraw: Literal["top_k", "nucleus"] = "top_k"
+    """speculative: what replaces it: a draw from those, or from all that the temperature, top_p and top_k of the
+    student's sampling leave of the teacher (the authors' code)."""
     teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """student: every token is drawn from so much of the teacher's distribution and the rest of the student's (MiniLLM:
     0.2)."""
@@ -239,7 +242,8 @@ class ContrastSection:
     beta_end: Annotated[float, Field(ge=0, le=1)] = 0.75
     scale: Positive = 2.0
     rule: dict[str, Any] | None = None
-    """What responses say to their tokens: {name: adaptive_alpha}, {name: dpkd} or {name: minillm} with options."""
+    """What responses say to their tokens: {name: adaptive_alpha}, {name: dpkd}, {name: minillm} or {name: importance},
+    with options."""
 
 
 @dataclass(config=STRICT, kw_only=True)

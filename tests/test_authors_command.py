@@ -123,6 +123,28 @@ class TestOnTheWay:
         assert mended.code == 0 and "responses: done earlier" in mended.stderr
 
 
+class TestStale:
+    """Responses of a student that has moved on, weighed with the log-probabilities they were drawn with."""
+
+    def test_opd_over_an_epoch(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        own = {"refresh": "epoch"}
+        recipe = tiny.recipe(
+            run,
+            responses={"author": "student", "on_policy": own},
+            objective={"name": "opd", "temperature": 1.0},
+            contrast={"rule": {"name": "importance", "importance": "prefix"}},
+            train={"max_steps": 12, "learning_rate": 3e-3},
+        )
+        finished = limbeck.run("train", recipe)
+        assert finished.code == 0, finished.stderr
+        weights = [line["weight/student"] for line in metrics(run)]
+        rounds = sorted((run / "rounds").glob("0*/student/*.jsonl"))
+        assert rounds and all(json.loads(line)["logp"] for p in rounds for line in p.read_text("utf-8").splitlines())
+        assert weights[0] == pytest.approx(1, abs=1e-3), "the student of now wrote them"
+        assert max(abs(weight - 1) for weight in weights) > 0.01
+
+
 class TestMechanisms:
     """What was asked for and never happened is said on the console's last lines, in the manifest and in the report."""
 

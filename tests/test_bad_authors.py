@@ -12,6 +12,7 @@ from tests.tiny_pair import TinyPair
 
 PAIRS = ("responses.author=pairs",)
 STUDENT = ("responses.author=student",)
+MINILLM = (*STUDENT, "objective.name=policy_gradient", "contrast.rule={name: minillm}", "objective.temperature=1")
 PUSHED = "contrast.student={name: srkl}"
 
 
@@ -32,6 +33,7 @@ PUSHED = "contrast.student={name: srkl}"
         (("responses.author=mixed", "responses.on_policy.buffer=9"), ("on_policy.buffer", "replay", "not mixed")),
         (("responses.on_policy.refresh=epoch",), ("on_policy.refresh", "not teacher", "change the author")),
         ((*PAIRS, "responses.on_policy.teacher_top_k=5"), ("on_policy.teacher_top_k", "speculative", "not pairs")),
+        ((*STUDENT, "responses.on_policy.teacher_redraw=nucleus"), ("teacher_redraw", "speculative", "not student")),
         # What cannot be.
         (
             ("responses.author=replay", "responses.on_policy.buffer=2000000000"),
@@ -86,6 +88,29 @@ PUSHED = "contrast.student={name: srkl}"
             (*STUDENT, "objective.name=policy_gradient", "contrast.rule={name: minillm}", "responses.temperature=0.8"),
             ("contrast.rule=minillm", "temperature is 0.8"),
         ),
+        # ... and of the student of now, unless its tokens are weighed.
+        (
+            (*STUDENT, "objective.name=opd", "responses.on_policy.refresh=epoch"),
+            ("opd", "responses.on_policy.refresh=epoch", "refresh=step", "contrast.rule={name: importance}"),
+        ),
+        ((*STUDENT, "objective.name=opd", "responses.on_policy.refresh=2"), ("opd", "responses.on_policy.refresh=2")),
+        ((*PAIRS, "contrast.student={name: opd}"), ("contrast.student opd", "author=pairs", "{name: importance}")),
+        (("contrast.rule={name: importance}",), ("contrast.rule=importance", "author=teacher", "author=student")),
+        (
+            (*STUDENT, "contrast.rule={name: importance}", "responses.temperature=0.8"),
+            ("contrast.rule=importance", "temperature is 0.8"),
+        ),
+        ((*STUDENT, "contrast.rule={name: importance, importance: prefx}"), ("importance='prefx'", "step, prefix")),
+        # MiniLLM's two parts are one gradient at temperature 1 alone.
+        (
+            (*MINILLM, "objective.temperature=2"),
+            ("contrast.rule=minillm", "temperature is 2", "objective.temperature=1"),
+        ),
+        ((*MINILLM, "objective.teacher_temperature=2"), ("minillm", "remove objective.teacher_temperature")),
+        ((*MINILLM, "objective.student_temperature=2"), ("minillm", "remove objective.student_temperature")),
+        ((*MINILLM, "objective.temperature_end=2"), ("minillm", "remove objective.temperature_end")),
+        ((*MINILLM, "objective.temperature_adapt=0.5"), ("minillm", "remove objective.temperature_adapt")),
+        ((*MINILLM, "contrast.rule={name: minillm, clip_ratio: 2.0}"), ("clip_ratio=2.0", "such as 0.2")),
     ],
 )
 def test_refused(

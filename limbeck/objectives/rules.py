@@ -10,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from limbeck.flow import LimbeckError
 from limbeck.objectives.contrast import AdaptiveAlpha, dpkd_advantage, sequence_mean
+from limbeck.objectives.importance import Ratio, importance_weight
 from limbeck.objectives.registry import nearest
-from limbeck.objectives.returns import Importance, minillm_advantage
+from limbeck.objectives.returns import Importance, check_minillm, minillm_advantage, minillm_return
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Seen:
         by_student_B: who wrote each row.
         partners: of each row the one with the other author's response to the same prompt; -1 for none.
         reference: the mean gap of responses by the teacher and by the student, once it is known.
+        whitening: mean and standard deviation of what a rule whitens, over the whole step, once they are known.
     """
 
     log_q_N: Tensor
@@ -41,6 +43,13 @@ class Seen:
     by_student_B: Tensor
     partners: tuple[int, ...]
     reference: tuple[float, float] | None = None
+    whitening: tuple[float, float] | None = None
+
+    @property
+    def log_drawn_N(self) -> Tensor:
+        """What each token was drawn with. Where nothing was kept the student of now drew it, or somebody else did: its
+        own log-probability, a weight of 1."""
+        return torch.where(self.drawn_logp_N.isnan(), self.log_q_N, self.drawn_logp_N.to(self.log_q_N))
 
     def mean_B(self, value_N: Tensor) -> Tensor:
         """Mean over the tokens of each row."""
@@ -55,11 +64,13 @@ class Told:
         options: token options of the objective, each (N,).
         weight_N: factor on the weight of each token; None is 1.
         measured_B: what is logged, one number a row.
+        plain_N: what is to be whitened, of a rule that whitens.
     """
 
     options: Mapping[str, Tensor] = field(default_factory=dict)
     weight_N: Tensor | None = None
     measured_B: Mapping[str, Tensor] = field(default_factory=dict)
+    plain_N: Tensor | None = None
 
 
 class Rule(Protocol):
@@ -68,8 +79,9 @@ class Rule(Protocol):
     Attributes:
         name: the key in `RULES`.
         measures: names of what is logged by row.
-        option: the token option it gives; the objective must have it.
+        option: the token option it gives; the objective must have it. None where it only gives weights.
         pairs: whether it needs two responses of one prompt side by side.
+        whiten: whether it needs the mean and deviation of `Told.plain_N` over the step before it can say anything else.
     """
 
     @property
@@ -77,9 +89,11 @@ class Rule(Protocol):
     @property
     def measures(self) -> tuple[str, ...]: ...
     @property
-    def option(self) -> str: ...
+    def option(self) -> str | None: ...
     @property
     def pairs(self) -> bool: ...
+    @property
+    def whiten(self) -> bool: ...
     def tell(self, seen: Seen) -> Told: ...
 
 
@@ -95,6 +109,7 @@ class AlphaByGap(AdaptiveAlpha):
     measures = ("gap", "alpha")
     option = "alpha"
     pairs = False
+    whiten = False
 
     warmup_epochs: int = 1
 
@@ -128,6 +143,7 @@ class DPKD:
     measures = ("dpkd",)
     option = "advantage"
     pairs = True
+    whiten = False
 
     beta: float = 0.1
 
@@ -140,10 +156,49 @@ class DPKD:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportanceWeights:
+    """Weights for responses that an earlier student drew, or the teacher beside it: see `importance_weight`.
+
+    With `opd` and the ratio of the token itself ("step") the expected gradient is that of `rkl` after the same tokens,
+    whoever wrote them; with that of the response so far ("prefix") or of the whole one ("sequence") it is the gradient
+    on responses of the student of now, of a variance that grows with length. Tokens of other writers weigh 1.
+
+    Attributes:
+        importance: whose ratio.
+        clip_weight: no weight is above this; 0 is off. A clipped estimate is biased.
+    """
+
+    name = "importance"
+    measures = ("weight",)
+    option = None
+    pairs = False
+    whiten = False
+
+    importance: Ratio = "step"
+    clip_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.importance not in get_args(Ratio):
+            raise LimbeckError(f"importance={self.importance!r}: expected one of {', '.join(get_args(Ratio))}")
+        if not self.clip_weight >= 0:
+            raise LimbeckError(f"importance clip_weight={self.clip_weight}: expected zero (off) or more")
+
+    def tell(self, seen: Seen) -> Told:
+        weight_N = importance_weight(
+            seen.log_q_N, seen.log_drawn_N, seen.sequence_N, ratio=self.importance, clip_weight=self.clip_weight
+        )
+        return Told(weight_N=weight_N, measured_B={"weight": seen.mean_B(weight_N)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class MiniLLM:
     """MiniLLM's long-term part and importance weights (arXiv 2306.08543): see `minillm_advantage`.
 
     With the sum of `rkl` (the single-step part, exact) and `policy_gradient`. Logged is the sampled reverse KL a token.
+
+    Attributes:
+        whiten: advantages minus their mean, over their standard deviation, of all tokens of the step. The released
+            code does it, a micro-batch at a time.
     """
 
     name = "minillm"
@@ -153,32 +208,49 @@ class MiniLLM:
 
     gamma: float = 1.0
     length_norm: bool = True
+    own_reward: bool = False
+    reward_scaling: float = 1.0
     clip_reward: float = 0.0
     clip_weight: float = 0.0
+    clip_ratio: float = 0.0
     importance: Importance = "step"
+    whiten: bool = False
+
+    def __post_init__(self) -> None:
+        check_minillm(
+            self.gamma, self.reward_scaling, self.clip_reward, self.clip_weight, self.clip_ratio, self.importance
+        )
 
     def tell(self, seen: Seen) -> Told:
-        # Where nothing was kept the student of now drew the token: weight 1.
-        drawn_N = torch.where(seen.drawn_logp_N.isnan(), seen.log_q_N, seen.drawn_logp_N.to(seen.log_q_N))
+        rewards: Any = {
+            "gamma": self.gamma,
+            "length_norm": self.length_norm,
+            "own_reward": self.own_reward,
+            "reward_scaling": self.reward_scaling,
+            "clip_reward": self.clip_reward,
+        }
         advantage_N, weight_N = minillm_advantage(
             seen.log_q_N,
             seen.log_p_N,
-            drawn_N,
+            seen.log_drawn_N,
             seen.sequence_N,
-            gamma=self.gamma,
-            length_norm=self.length_norm,
-            clip_reward=self.clip_reward,
             clip_weight=self.clip_weight,
+            clip_ratio=self.clip_ratio,
             importance=self.importance,
+            whitening=seen.whitening,
+            **rewards,
         )
         return Told(
             options={"advantage": advantage_N},
             weight_N=weight_N,
             measured_B={"reverse_kl": seen.mean_B(seen.log_q_N - seen.log_p_N)},
+            plain_N=minillm_return(seen.log_q_N, seen.log_p_N, seen.sequence_N, **rewards) if self.whiten else None,
         )
 
 
-RULES: dict[str, type[AlphaByGap | DPKD | MiniLLM]] = {"adaptive_alpha": AlphaByGap, "dpkd": DPKD, "minillm": MiniLLM}
+RULES: dict[str, type[AlphaByGap | DPKD | ImportanceWeights | MiniLLM]] = {
+    rule.name: rule for rule in (AlphaByGap, DPKD, ImportanceWeights, MiniLLM)
+}
 
 
 def build_rule(name: str, **options: object) -> Rule:

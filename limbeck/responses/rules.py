@@ -10,13 +10,15 @@ the last draft), V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from limbeck.flow import Sampling
 from limbeck.responses.nucleus import pick, probabilities
+
+Redraw = Literal["top_k", "nucleus"]
 
 
 def accept_or_resample(
@@ -57,12 +59,13 @@ def accept_or_resample(
 
 
 def veto(
-    judge_BKV: Tensor, ids_BK: Tensor, next_BK: Tensor, sampling: Sampling, *, top_k: int
+    judge_BKV: Tensor, ids_BK: Tensor, next_BK: Tensor, sampling: Sampling, *, top_k: int, redraw: Redraw = "top_k"
 ) -> tuple[Tensor, Tensor]:
-    """Speculative knowledge distillation: an id outside the teacher's `top_k` most likely is replaced by one of them.
+    """Speculative knowledge distillation: an id outside the teacher's `top_k` most likely is replaced by the teacher's.
 
-    The replacement is drawn from the teacher's distribution at the temperature of sampling over those tokens alone (Xu
-    et al. 2025, arXiv:2410.11325, algorithm 1). Of equally likely tokens the lower ids are the more likely ones.
+    The replacement is drawn from the teacher's distribution at the temperature of sampling over those tokens alone
+    ("top_k"), or as in the authors' code over all that sampling allows, its own top-p and top-k ("nucleus"; Xu et al.
+    2025, arXiv:2410.11325). Of equally likely tokens the lower ids are the more likely ones.
 
     Args:
         judge_BKV: the teacher's logits, finite.
@@ -77,8 +80,8 @@ def veto(
     before_BK = ((judge_BKV > own_BK1) | ((judge_BKV == own_BK1) & earlier_BKV)).sum(-1)
     kept_B = (before_BK < top_k).long().cumprod(-1).sum(-1)
     row_B, place_B = torch.arange(len(ids_BK), device=ids_BK.device), kept_B.clamp(max=drafted - 1)
-    narrow = replace(sampling, top_p=1.0, top_k=min(top_k, vocabulary))
-    next_B = pick(probabilities(judge_BKV[row_B, place_B], narrow), next_BK[row_B, place_B])
+    wanted = sampling if redraw == "nucleus" else replace(sampling, top_p=1.0, top_k=min(top_k, vocabulary))
+    next_B = pick(probabilities(judge_BKV[row_B, place_B], wanted), next_BK[row_B, place_B])
     return kept_B, next_B.masked_fill(kept_B == drafted, -1)
 
 
@@ -199,10 +202,13 @@ class Veto:
     """The tokens are the drafting model's where the judging model finds them likely enough, else the judge's."""
 
     top_k: int
+    redraw: Redraw = "top_k"
     looks_ahead: bool = False
 
     def __call__(self, seen: Round) -> Verdict:
-        kept_B, next_B = veto(seen.judge_BJV, seen.ids_BK, seen.next_BJ, seen.sampling, top_k=self.top_k)
+        kept_B, next_B = veto(
+            seen.judge_BJV, seen.ids_BK, seen.next_BJ, seen.sampling, top_k=self.top_k, redraw=self.redraw
+        )
         return Verdict(kept_B=kept_B, next_B=next_B)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from limbeck.flow import Author, LimbeckError
-from limbeck.responses.rules import Exact, Mixed, Rule, Veto
+from limbeck.responses.rules import Exact, Mixed, Redraw, Rule, Veto
 from limbeck.responses.together import TwoModels
 
 
@@ -81,14 +81,18 @@ class SkdSampler(StudentWithTeacher):
     knowledge distillation (Xu et al. 2025, arXiv:2410.11325).
 
     Each token is drawn from the student with the settings of sampling. One that is not among the teacher's `top_k` most
-    likely there is replaced by a draw from those, at the same temperature. With the whole vocabulary as `top_k` the
-    responses are the student's own; with 1 they are the teacher's greedy ones. `tally.replaced` counts.
+    likely there is replaced by a draw from those, at the same temperature, or as the authors' code has it from the
+    teacher's distribution with the settings of sampling (temperature, top-p, top-k). With the whole vocabulary as
+    `top_k` the responses are the student's own; with 1 and a draw from those they are the teacher's greedy ones.
+    `tally.replaced` counts.
 
     Attributes:
         top_k: K; 25 in the paper.
+        redraw: what a token is replaced by: a draw from the teacher's K ("top_k") or from its nucleus ("nucleus").
     """
 
     top_k: int = 25
+    redraw: Redraw = "top_k"
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -97,7 +101,7 @@ class SkdSampler(StudentWithTeacher):
 
     @property
     def _rule(self) -> Rule:
-        return Veto(top_k=self.top_k)
+        return Veto(top_k=self.top_k, redraw=self.redraw)
 
 
 @dataclass(frozen=True, kw_only=True)

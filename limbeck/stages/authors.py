@@ -109,7 +109,7 @@ class _Writing:
         batch_size, rule = self.story.recipe.responses.batch_size, self.story.recipe.contrast.rule or {}
         sampler = sampler_for(self.story, model, self.student.tokenizer, self.template, author, batch_size)
         # What was drawn with other weights, or is used once more, has an importance that only this number tells.
-        return replace(sampler, keep_logp=author == "student" and rule.get("name") == "minillm")
+        return replace(sampler, keep_logp=author == "student" and rule.get("name") in ("minillm", "importance"))
 
     def own_sampler(self) -> BatchSampler:
         """The student alone, or with the teacher."""
@@ -125,7 +125,7 @@ class _Writing:
             "batch_size": alone.batch_size,
         }
         if section.author == "speculative":
-            return SkdSampler(**shared, top_k=own.teacher_top_k)
+            return SkdSampler(**shared, top_k=own.teacher_top_k, redraw=own.teacher_redraw)
         if own.teacher_share:
             return MixtureSampler(**shared, alpha=own.teacher_share)
         return alone

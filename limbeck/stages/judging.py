@@ -112,7 +112,9 @@ def check_objectives(story: Story) -> None:
 def _check_rule(judgement: Judgement) -> None:
     """Somebody must listen to what a rule says."""
     rule = judgement.rule
-    if rule is None or any(rule.option in part.token_fields for o in judgement.objectives for _, part in row_leaves(o)):
+    if rule is None or rule.option is None:
+        return
+    if any(rule.option in part.token_fields for o in judgement.objectives for _, part in row_leaves(o)):
         return
     fields = {name: getattr(objective, "token_fields", ()) for name, objective in OBJECTIVES.items()}
     listen = [name for name, known in fields.items() if isinstance(known, frozenset) and rule.option in known]
@@ -138,7 +140,7 @@ def _try(
     if form is not None:
         signal = replace(form, k=min(form.k, vocabulary)).of(signal, seed=0)
     # A value that every option may have.
-    told = {} if judgement.rule is None else {judgement.rule.option: 0.5}
+    told = {judgement.rule.option: 0.5} if judgement.rule is not None and judgement.rule.option is not None else {}
     fused_distillation_loss(
         student_ND,
         head,

@@ -36,10 +36,12 @@ from limbeck.student.balance import Balance
 from limbeck.student.batches import collate, micro_batches, padding
 from limbeck.student.journal import Journal, LoopContext
 from limbeck.student.loss import Judgement, Moment, StudentLoss, make_projection
+from limbeck.student.precision import rounding_warning
 from limbeck.student.probe import Probe
 from limbeck.student.progress import Best, Progress
 from limbeck.student.rate_trials import RateTrials, previews_wanted
 from limbeck.student.tail import Tail
+from limbeck.student.whitening import whitened
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -127,7 +129,9 @@ def train(
     )
     progress = run.resume()
     try:
-        run.play(progress, schedules.learning_rate(run.with_learning_rate(progress), total))
+        rated = run.with_learning_rate(progress)
+        run.warn_of_rounding(rated)
+        run.play(progress, schedules.learning_rate(rated, total))
         run.hand_on_best(progress)
     finally:
         # Not accelerate's end_training: that would also end the process group, which is the launcher's.
@@ -178,6 +182,12 @@ class _Run:
             progress.learning_rate = self._search()
             self.context.console.say(f"{self.context.label}: learning rate {progress.learning_rate:.3g}, by a search")
         return replace(self.settings, learning_rate=progress.learning_rate)
+
+    def warn_of_rounding(self, rated: TrainSection) -> None:
+        """Say of weights in 16 bits how many cannot move; once, not for a first stage too."""
+        assert isinstance(rated.learning_rate, float), "found by now"
+        if self.context.label == "train" and (warning := rounding_warning(self.module.student, rated.learning_rate)):
+            self.context.console.warn(warning)
 
     def _search(self) -> float:
         """The learning rate that the student as it stands learns best with."""
@@ -391,8 +401,17 @@ class _Run:
         tail = None
         if self.module.judgement.authored:
             tail = Tail(sum(len(r.response_ids) for r in by_row.values()), device=self.accelerator.device)
+        seen: dict[int, tuple[TokenBatch, Signal]] = {}
+        if self.module.judgement.rule is not None and self.module.judgement.rule.whiten:
+            seen = {i: self._batch(micro, by_row) for i, micro in enumerate(micros)}
+            looks = [(*seen[i], bool(micro)) for i, micro in enumerate(micros)]
+            moment = whitened(moment, looks, accelerator=self.accelerator, model=self.model)
         for i, micro in enumerate(micros):
-            part, value_N = self._backward(micro, by_row, moment, weights=weights, last=i == len(micros) - 1)
+            batch, signal = seen.get(i) or self._batch(micro, by_row)
+            weight_B = [weights[row] if micro else 0.0 for row in batch.rows]
+            part, value_N = self._backward(batch, signal, weight_B, moment, last=i == len(micros) - 1)
+            if not micro:
+                continue
             sums += part
             if tail is not None:
                 tail.add(value_N)
@@ -451,26 +470,19 @@ class _Run:
         return progress.now[1]
 
     def _backward(
-        self,
-        micro: tuple[int, ...],
-        by_row: Mapping[int, Response],
-        moment: Moment,
-        *,
-        weights: Mapping[int, float],
-        last: bool,
+        self, batch: TokenBatch, signal: Signal | None, weight_B: Sequence[float], moment: Moment, *, last: bool
     ) -> tuple[Tensor, Tensor]:
-        """Backward of one micro-batch. An empty one runs on a row of weight 0: all ranks meet in the backward."""
-        rows = micro or tuple(by_row)[-1:]
-        batch, signal = self._batch(rows, by_row)
-        weight_B = torch.tensor([weights[row] if micro else 0.0 for row in rows], device=batch.labels_N.device)
+        """Backward of one micro-batch: what `StudentLoss` says of it beside the loss."""
+        weight_N = torch.tensor(weight_B, device=batch.labels_N.device)[batch.sequence_N]
         with nullcontext() if last else self.accelerator.no_sync(self.model), onednn.linears():
-            loss, sums, value_N = self.model(batch, signal, weight_B[batch.sequence_N], moment)
+            loss, sums, value_N = self.model(batch, signal, weight_N, moment)
             self.accelerator.backward(loss)
-        return (sums, value_N) if micro else (torch.zeros_like(sums), value_N[:0])
+        return sums, value_N
 
     def _batch(self, rows: tuple[int, ...], by_row: Mapping[int, Response]) -> tuple[TokenBatch, Signal]:
-        """Some rows as tensors on the device, and what the teacher says of them."""
-        batch = collate(by_row, rows, pad_id=self.pad_id)
+        """Some rows as tensors on the device, and what the teacher says of them. None are one that will weigh 0: all
+        ranks meet in the backward."""
+        batch = collate(by_row, rows or tuple(by_row)[-1:], pad_id=self.pad_id)
         signal = self.teacher.signal(batch)
         return batch.to(self.accelerator.device), signal
 

@@ -27,11 +27,19 @@ WRITERS = ("teacher", "student")
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What moves over training, as it stands at a step: temperature, options of the objective, the rule's reference."""
+    """What moves over training, as it stands at a step: temperature, options of the objective, what the rule must know.
+
+    Attributes:
+        reference: the mean gaps of an adaptive rule.
+        whitening: mean and standard deviation of what a rule whitens, over the step.
+        rule_only: ask for what is to be whitened alone.
+    """
 
     temperature: Temperature = field(default_factory=Temperature)
     options: Mapping[str, float] = field(default_factory=dict)
     reference: tuple[float, float] | None = None
+    whitening: tuple[float, float] | None = None
+    rule_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +168,8 @@ class StudentLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted sum of the per-token values; sums and counts of `stats` (S, 2) and a divergence (N,), detached.
 
-        The divergence is the forward KL at temperature 1 where it is measured, else the value itself.
+        The divergence is the forward KL at temperature 1 where it is measured, else the value itself. With
+        `moment.rule_only` there is no loss, and what the rule is to whiten takes the place of the divergence.
 
         Args:
             signal: None leaves objective and teacher out: the cross-entropy of the labels, which tells whether the
@@ -178,6 +187,9 @@ class StudentLoss(nn.Module):
         sequence_N = batch.sequence_N
         by_student_N = batch.by_student_B[sequence_N]
         told = self._tell(hidden_ND, head, batch, signal, moment, sums)
+        if moment.rule_only:
+            assert told.plain_N is not None, "asked of a rule that whitens"
+            return hidden_ND.new_zeros(()), sums.of_S2, told.plain_N
         if told.weight_N is not None:
             weight_N = weight_N * told.weight_N.to(weight_N)
         loss, value_N = hidden_ND.new_zeros(()), weight_N.new_zeros(weight_N.shape)
@@ -244,6 +256,7 @@ class StudentLoss(nn.Module):
                 by_student_B=batch.by_student_B,
                 partners=batch.partners,
                 reference=moment.reference,
+                whitening=moment.whitening,
             )
         )
         for measure, value_B in told.measured_B.items():

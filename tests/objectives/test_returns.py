@@ -121,6 +121,89 @@ def test_weights_by_step_are_biased_and_bounded():
     torch.testing.assert_close(short.minillm(short.mixed(0.2)), short.exact(), rtol=1e-10, atol=1e-13)
 
 
+def part(tables: Tables, parts: list[str], drawn: Tensor | None = None, **settings: Any) -> Tensor:
+    """The expected gradient of some parts, MiniLLM's advantage in the policy gradient."""
+    settings = {"length_norm": False} | settings
+    advantage_N, weight_N = minillm_advantage(tables.log_q_N, tables.log_p_N, drawn, tables.sequence_N, **settings)
+    return tables.estimate(tables.log_q_N if drawn is None else drawn, weight_N, parts, advantage=advantage_N)
+
+
+def test_with_a_tokens_own_reward_the_policy_gradient_is_the_whole_gradient():
+    """The released code's return: REINFORCE, so that beside `rkl` the current token's part counts twice."""
+    tables = Tables()
+    torch.testing.assert_close(
+        part(tables, ["policy_gradient"], own_reward=True), tables.exact(), rtol=1e-10, atol=1e-13
+    )
+    single = tables.estimate(tables.log_q_N, torch.ones_like(tables.log_q_N), ["rkl"])
+    both = part(tables, ["rkl", "policy_gradient"], own_reward=True)
+    torch.testing.assert_close(both, tables.exact() + single, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("scaling", [0.5, 2.0])
+def test_scaled_rewards_scale_the_later_tokens_part(scaling):
+    tables = Tables()
+    later_part = part(tables, ["policy_gradient"])
+    found = part(tables, ["policy_gradient"], reward_scaling=scaling)
+    torch.testing.assert_close(found, later_part / scaling, rtol=1e-10, atol=1e-13)
+    # What is clipped is the scaled reward.
+    reward_N = (tables.log_p_N - tables.log_q_N) / scaling
+    clipped_N, _ = minillm_advantage(
+        tables.log_q_N,
+        tables.log_p_N,
+        None,
+        tables.sequence_N,
+        gamma=0.0,
+        own_reward=True,
+        length_norm=False,
+        reward_scaling=scaling,
+        clip_reward=0.3,
+    )
+    torch.testing.assert_close(clipped_N, reward_N.clamp(-0.3, 0.3))
+
+
+def test_a_baseline_does_not_move_the_expected_gradient_and_the_deviation_divides_it():
+    tables = Tables()
+    plain = part(tables, ["policy_gradient"])
+    found = part(tables, ["policy_gradient"], whitening=(0.7, 2.5))
+    torch.testing.assert_close(found, plain / 2.5, rtol=1e-10, atol=1e-13)
+
+
+def test_the_codes_weights_leave_the_current_tokens_part_as_it_was_drawn():
+    tables = Tables()
+    drawn_N, ones_N = tables.mixed(0.2), torch.ones_like(tables.log_q_N)
+    by_policy = part(tables, ["rkl", "policy_gradient"], drawn_N, importance="policy")
+    single = tables.estimate(drawn_N, ones_N, ["rkl"])
+    long_term = part(tables, ["policy_gradient"], drawn_N)
+    torch.testing.assert_close(by_policy, single + long_term, rtol=1e-10, atol=1e-13)
+
+
+def ppo(tables: Tables, drawn_N: Tensor, epsilon: float) -> Tensor:
+    """Gradient of the mean of max(-A ratio, -A clip(ratio)) over responses drawn so, by autograd."""
+    advantage_N, _ = minillm_advantage(tables.log_q_N, tables.log_p_N, None, tables.sequence_N, length_norm=False)
+    log_q_N = (tables.hidden_ND @ tables.student_PV).log_softmax(-1).gather(-1, tables.label_N[:, None])[:, 0]
+    ratio_N = (log_q_N - drawn_N).exp()
+    loss_N = torch.max(-advantage_N * ratio_N, -advantage_N * ratio_N.clamp(1 - epsilon, 1 + epsilon))
+    chance_N = tables.total(drawn_N).exp()[tables.sequence_N]
+    return torch.autograd.grad((chance_N * loss_N).sum(), tables.student_PV)[0]
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.2, 0.9])
+@pytest.mark.parametrize("importance", ["step", "policy"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_clipped_ratio_is_ppos(epsilon, importance, seed):
+    tables = Tables(seed=seed)
+    drawn_N = tables.mixed(0.2) if epsilon < 0.5 else (0.9 * tables.log_p_N.exp() + 0.1 * tables.log_q_N.exp()).log()
+    found = part(tables, ["policy_gradient"], drawn_N, clip_ratio=epsilon, importance=importance)
+    torch.testing.assert_close(found, ppo(tables, drawn_N, epsilon), rtol=1e-10, atol=1e-13)
+    unclipped = part(tables, ["policy_gradient"], drawn_N, importance=importance)
+    assert (found - unclipped).norm() > 0.01 * unclipped.norm()
+
+
+def test_on_fresh_responses_no_ratio_is_clipped():
+    tables = Tables()
+    torch.testing.assert_close(tables.minillm(tables.log_q_N, clip_ratio=0.2), tables.exact(), rtol=1e-10, atol=1e-13)
+
+
 def later(reward: list[float], t: int, gamma: float) -> float:
     return sum(gamma**k * reward[t + k] for k in range(1, len(reward) - t))
 
@@ -128,19 +211,28 @@ def later(reward: list[float], t: int, gamma: float) -> float:
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("length_norm", [False, True])
 @pytest.mark.parametrize("clip", [0.0, 0.7])
-def test_returns_equal_a_loop(gamma, length_norm, clip):
+@pytest.mark.parametrize("own", [0, 1])
+def test_returns_equal_a_loop(gamma, length_norm, clip, own):
     lengths = [5, 1, 8, 3, 0, 2]
     g = torch.Generator().manual_seed(0)
     log_q_N, log_p_N = torch.randn(2, sum(lengths), generator=g, dtype=torch.float64)
     sequence_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     advantage_N, weight_N = minillm_advantage(
-        log_q_N, log_p_N, None, sequence_N, gamma=gamma, length_norm=length_norm, clip_reward=clip
+        log_q_N,
+        log_p_N,
+        None,
+        sequence_N,
+        gamma=gamma,
+        length_norm=length_norm,
+        clip_reward=clip,
+        own_reward=bool(own),
     )
     reward_N = (log_p_N - log_q_N).clamp(-clip, clip) if clip else log_p_N - log_q_N
     expected = []
     for reward in (part.tolist() for part in reward_N.split(lengths)):
-        counts = [max(1, len(reward) - t - 1) if length_norm else 1 for t in range(len(reward))]
-        expected += [later(reward, t, gamma) / count for t, count in enumerate(counts)]
+        counts = [max(1, len(reward) - t - 1 + own) if length_norm else 1 for t in range(len(reward))]
+        returns = [later(reward, t, gamma) + own * reward[t] for t in range(len(reward))]
+        expected += [value / count for value, count in zip(returns, counts, strict=True)]
     torch.testing.assert_close(advantage_N, torch.tensor(expected, dtype=torch.float64))
     assert torch.equal(weight_N, torch.ones_like(weight_N))
 
@@ -170,6 +262,8 @@ def test_no_tokens_have_no_advantage():
         ({"clip_reward": -1.0}, "clip_reward=-1.0: expected zero"),
         ({"clip_weight": float("nan")}, "clip_weight=nan"),
         ({"importance": "product"}, "expected one of step, sequence"),
+        ({"reward_scaling": 0.0}, "reward_scaling=0.0: expected a number above 0"),
+        ({"clip_ratio": 1.0}, "clip_ratio=1.0: expected zero"),
         ({"sequence_N": torch.tensor([1, 0])}, "row by row"),
     ],
 )

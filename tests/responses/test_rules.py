@@ -142,6 +142,24 @@ def test_veto_replaces_what_the_teacher_ranks_low(top_k: int, sampling: Sampling
         assert (place(ids_BK, kept_B, next_B, 0) == teacher_KV[0].argmax()).all()
 
 
+@pytest.mark.parametrize("top_k", [1, 3, VOCAB])
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_veto_replaces_with_the_teachers_whole_nucleus(top_k: int, sampling: Sampling) -> None:
+    """The authors' code: a refused token is drawn anew from all that the settings leave of the teacher."""
+    student_KV, teacher_KV = logits(DRAFTS, 2), logits(DRAFTS, 3)
+    q_KV, p_KV = probabilities(student_KV, sampling), probabilities(teacher_KV, sampling)
+    ids_BK = drafted(q_KV)
+    kept_B, next_B = veto(
+        teacher_KV.expand(ROWS, -1, -1), ids_BK, numbers(DRAFTS, 5), sampling, top_k=top_k, redraw="nucleus"
+    )
+    for k in range(DRAFTS):
+        among_V = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, teacher_KV[k].topk(top_k).indices, True)
+        expected_V = q_KV[k] * among_V + (q_KV[k] * ~among_V).sum() * p_KV[k]
+        # Few rows come to a late place where most are refused.
+        if len(ids_N := place(ids_BK, kept_B, next_B, k)) > 200:
+            assert_shares(ids_N, expected_V)
+
+
 def test_of_equally_likely_tokens_the_lower_ids_rank_higher() -> None:
     flat = torch.zeros(1, 1, 5)
     for token in range(5):

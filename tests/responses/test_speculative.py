@@ -148,6 +148,20 @@ def test_the_student_alone_is_what_is_left_without_the_teacher() -> None:
     ]
 
 
+def test_a_refused_token_may_be_drawn_from_the_teachers_nucleus() -> None:
+    teacher = tiny_model()
+    student = near(teacher)
+
+    def written(redraw: str, sampling: Sampling) -> list[tuple[int, ...]]:
+        sampler = skd(teacher, student, top_k=1, redraw=redraw)
+        return [r.response_ids for r in sampler.respond(tiny_prompts(), sampling)]
+
+    assert written("nucleus", PLAIN) != written("top_k", PLAIN)
+    # Of a nucleus of one token there is one draw.
+    narrow = replace(PLAIN, top_p=1e-6)
+    assert written("nucleus", narrow) == written("top_k", narrow)
+
+
 @EVERY
 @pytest.mark.parametrize("family", IN_DOUBLE)
 def test_a_response_depends_on_no_neighbour_and_not_on_what_may_follow(build: Build, family: str) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from limbeck.flow import LimbeckError, Response
 from limbeck.objectives import build_objective
 from limbeck.objectives.contrast import Beta
-from limbeck.objectives.rules import DPKD, MiniLLM
+from limbeck.objectives.rules import DPKD, ImportanceWeights, MiniLLM
 from limbeck.student.balance import Balance
 from limbeck.student.loss import Judgement
 from tests.student.naive import Both, gap, gradients, norm, one_step, pairs, read, stale, written
@@ -115,6 +115,10 @@ def step_weight(row: Both) -> Tensor:
     return no_weight(row) if drawn is None else (row.log_q_T.detach() - torch.tensor(drawn)).exp()
 
 
+def prefix_weight(row: Both) -> Tensor:
+    return step_weight(row).cumprod(0)
+
+
 def sequence_weight(row: Both) -> Tensor:
     return step_weight(row).prod().expand(len(row.log_q_T))
 
@@ -141,6 +145,27 @@ def test_stale_responses_are_weighed_by_what_they_were_drawn_with(tmp_path, draw
     assert gap(grads, gradients(student, unweighed)) > 0.1
 
 
+@pytest.mark.parametrize("cut", [6, 2])
+@pytest.mark.parametrize("importance", ["step", "prefix", "sequence"])
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_opd_on_stale_responses_is_weighed(tmp_path, drawn, importance, cut):
+    """Token mean of w_t A_t (-log q(y_t)), A = log p - log q held constant."""
+    responses = DRAWN[drawn]
+    rule = ImportanceWeights(importance=importance)
+    judgement = Judgement(objective=build_objective("opd"), rule=rule, authored=True)
+    line, grads = one_step(tmp_path, responses, judgement, cut=cut)
+    student, rows = read(responses)
+
+    def loss(weight: Callable[[Both], Tensor]) -> Tensor:
+        return torch.cat([weight(r) * (r.log_q_T - r.log_p_T).detach() * r.log_q_T for r in rows]).mean()
+
+    weight = {"step": step_weight, "prefix": prefix_weight, "sequence": sequence_weight}[importance]
+    assert gap(grads, gradients(student, loss(weight))) < 1e-4
+    assert gap(grads, gradients(student, loss(no_weight))) > 0.1
+    mean = torch.stack([weight(row).mean() for row in rows]).mean().item()
+    assert line["weight/student"] == pytest.approx(mean, rel=1e-4)
+
+
 def test_responses_of_the_student_of_now_weigh_one(tmp_path):
     """Whether the sampler kept what it drew with or not: then it is what the student says now."""
     _, rows = read(OWN)
@@ -149,6 +174,39 @@ def test_responses_of_the_student_of_now_weigh_one(tmp_path):
     _, plain = one_step(tmp_path / "a", OWN, judgement)
     _, grads = one_step(tmp_path / "b", kept, judgement)
     assert gap(grads, plain) < 1e-4
+
+
+@pytest.mark.parametrize("cut", [6, 4, 2, 1])
+def test_whitening_is_of_the_whole_step_however_it_is_cut(tmp_path, cut):
+    rule = MiniLLM(length_norm=False, gamma=0.95, own_reward=True, reward_scaling=0.5, whiten=True)
+    _, grads = one_step(tmp_path, OWN, Judgement(objective=WHOLE, rule=rule, authored=True), cut=cut)
+    student, rows = read(OWN)
+
+    def advantage(row: Both) -> Tensor:
+        reward_T = 2 * (row.log_p_T - row.log_q_T).detach()
+        return torch.stack([(0.95 ** torch.arange(len(r))) @ r for r in (reward_T[t:] for t in range(len(reward_T)))])
+
+    every = torch.cat([advantage(row) for row in rows])
+    mean, deviation = every.mean(), (every.var(correction=0) + 1e-8).sqrt()
+    loss = minillm_loss(rows, lambda row: (advantage(row) - mean) / deviation, no_weight)
+    assert gap(grads, gradients(student, loss)) < 1e-4
+    plain = minillm_loss(rows, advantage, no_weight)
+    assert gap(grads, gradients(student, plain)) > 0.1
+
+
+@pytest.mark.parametrize("cut", [6, 2])
+def test_ratios_beyond_ppos_clip_do_not_push_the_later_tokens_part(tmp_path, cut):
+    responses = DRAWN["stale"]
+    rule = MiniLLM(length_norm=False, clip_ratio=0.2, importance="policy")
+    _, grads = one_step(tmp_path, responses, Judgement(objective=WHOLE, rule=rule, authored=True), cut=cut)
+    student, rows = read(responses)
+    losses = []
+    for row in rows:
+        drawn, advantage = row.response.logp, returns(row, 1.0, length_norm=False)
+        ratio = (row.log_q_T - torch.tensor(drawn)).exp()
+        clipped = torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+        losses.append(row.rkl_T() + clipped)
+    assert gap(grads, gradients(student, torch.cat(losses).mean())) < 1e-4
 
 
 def test_no_weight_is_above_its_clip(tmp_path):
