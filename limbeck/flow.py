@@ -38,6 +38,11 @@ class Interrupted(Exception):
     """A stage was asked to stop and did so in order: everything it finished is on disk."""
 
 
+def is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can spell and no tokenizer and no UTF-8 file can hold."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn of a conversation, in the ecosystem's form."""

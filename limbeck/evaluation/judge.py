@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from limbeck.evaluation.judgements import Judgement
-from limbeck.evaluation.verdicts import Opinion, read_opinion
+from limbeck.evaluation.verdicts import Opinion, no_completion, read_opinion
 from limbeck.flow import LimbeckError
 from limbeck.rundir import fingerprint
 from limbeck.server.client import Refusal, Server
 from limbeck.server.concurrency import concurrently
-from limbeck.server.said import Json
+from limbeck.server.said import Json, short
 
 # Everything in one turn of the user: some chat templates have no system turn.
 _TASK = """\
@@ -37,7 +37,8 @@ Your reasons, and then one verdict:"""
 
 # Statuses by which a server declines this request; any other refusal would meet every request.
 _DECLINES_ONE = frozenset({400, 413, 422, 451})
-# So many refusals in a row, before anything was answered, are not about what was asked.
+# So many refusals in a row before anything was answered, or replies in a row that are none, are not about what was
+# asked. One that is none, such as an empty list of choices from a filter of contents, is about its question alone.
 _PATIENCE = 8
 # Bytes of text to a token, roughly, for whatever tokenizer the judge has.
 _BYTES_PER_TOKEN = 4
@@ -134,24 +135,31 @@ class Judge:
             answered_before: this judge is known to take such questions, so that refusals are about what is asked.
 
         Raises:
-            LimbeckError: whatever `Server` raises, a reply that is no chat completion, or a refusal that would meet
-                every request; replies that were under way are handed over first. Nothing but refusals at the start.
+            LimbeckError: whatever `Server` raises, or a refusal that would meet every request; replies that were under
+                way are handed over first. Nothing but refusals at the start, or no chat completion many times in a row.
         """
-        refused: list[Judgement] = []
+        doubtful: list[Judgement] = []
         for judgement in concurrently(self._ask, questions, min(self.concurrency, len(questions))):
-            if answered_before or judgement.opinion.unread != "refused":
+            unread = judgement.opinion.unread
+            if unread != "odd" and (answered_before or unread != "refused"):
                 answered_before = True
-                yield from refused
-                refused.clear()
+                yield from doubtful
+                doubtful.clear()
                 yield judgement
                 continue
-            refused.append(judgement)
-            if len(refused) == _PATIENCE:
-                raise LimbeckError(
-                    f"{self.server.root} declines the first {_PATIENCE} requests ({judgement.opinion.text[:240]}); "
-                    f"correct {self.server.section}.model, or look at the server's log"
-                )
-        yield from refused
+            doubtful.append(judgement)
+            if len(doubtful) == min(_PATIENCE, len(questions)):
+                raise self._useless(judgement)
+        yield from doubtful
+
+    def _useless(self, last: Judgement) -> LimbeckError:
+        """The error for a judge that says nothing of use, by the last that it said."""
+        if last.opinion.unread == "odd":
+            return no_completion(last.opinion.text)
+        return LimbeckError(
+            f"{self.server.root} declines the first {_PATIENCE} requests ({last.opinion.text[:240]}); "
+            f"correct {self.server.section}.model, or look at the server's log"
+        )
 
     def _ask(self, question: Question) -> Judgement:
         wording = self._wording
@@ -166,7 +174,11 @@ class Judge:
                 )
             return self._judgement(question, Opinion(text=str(reply), unread="refused"), wording, {})
         self._wording = wording
-        return self._judgement(question, read_opinion(reply), wording, reply)
+        try:
+            opinion = read_opinion(reply)
+        except LimbeckError:
+            opinion = Opinion(text=short(reply), unread="odd")
+        return self._judgement(question, opinion, wording, reply)
 
     def _post(self, question: Question, wording: _Wording) -> Json | Refusal:
         body: Json = {"model": self.model, "messages": [{"role": "user", "content": question.text}]}
@@ -178,7 +190,7 @@ class Judge:
             pair_id=question.pair_id,
             student_first=question.student_first,
             model=self.model,
-            opinion=opinion,
+            opinion=replace(opinion, text=self.server.masked(opinion.text)),
             max_new_tokens=self.max_new_tokens,
             greedy=wording.greedy,
             prompt_tokens=_counted(reply, "prompt_tokens"),
@@ -190,4 +202,5 @@ def _counted(reply: Json, name: str) -> int | None:
     """Tokens as the server counts them; None where it does not."""
     usage = reply.get("usage")
     count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and count >= 0 else None
+    # What a counter can reach; thousands of digits would end in an error where they are added up and printed.
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 1 << 53 else None

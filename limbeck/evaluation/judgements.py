@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from limbeck.evaluation.verdicts import Opinion
+from limbeck.evaluation.verdicts import Opinion, without_garbled
 from limbeck.journal import append_to_log, damaged, read_log
 from limbeck.server.said import Json
 
@@ -50,7 +50,7 @@ class JudgementLog:
         log = cls(path)
         for number, entry in read_log(path):
             try:
-                judgement = Judgement(opinion=Opinion(**entry.pop("opinion")), **entry)
+                judgement = Judgement(opinion=without_garbled(Opinion(**entry.pop("opinion"))), **entry)
             except (KeyError, TypeError, ValueError) as error:
                 raise damaged(path, number, error) from None
             log.known[judgement.key] = judgement
@@ -62,13 +62,17 @@ class JudgementLog:
         self.known[judgement.key] = judgement
 
     def holds(self, key: str, max_new_tokens: int) -> bool:
-        """Whether a question need not be asked: a reply is there, and was not cut off at a lower limit."""
+        """Whether a question need not be asked: a reply is there, is one, and was not cut off at a lower limit."""
         known = self.known.get(key)
-        return known is not None and not (known.opinion.unread == "truncated" and known.max_new_tokens < max_new_tokens)
+        if known is None or known.opinion.unread == "odd":
+            return False
+        return not (known.opinion.unread == "truncated" and known.max_new_tokens < max_new_tokens)
 
     def has_verdict_of(self, model: str) -> bool:
         """Whether a judge of this name answered before."""
-        return any(known.model == model and known.opinion.unread != "refused" for known in self.known.values())
+        return any(
+            known.model == model and known.opinion.unread not in ("refused", "odd") for known in self.known.values()
+        )
 
 
 def used(judgements: Sequence[Judgement]) -> Json:

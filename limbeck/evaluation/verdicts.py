@@ -13,14 +13,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from limbeck.flow import LimbeckError, ScoredRow
+from limbeck.flow import LimbeckError, ScoredRow, is_unicode
 from limbeck.server.said import Json, short
 
 Verdict = Literal["A", "B", "C"]
-Unread = Literal["none", "contradictory", "truncated", "empty", "refused"]
+Unread = Literal["none", "contradictory", "truncated", "empty", "refused", "garbled", "odd"]
 
 UNREAD: dict[str, str] = {
     "none": "no verdict in it",
@@ -28,6 +28,8 @@ UNREAD: dict[str, str] = {
     "truncated": "cut off at evaluate.judge.max_new_tokens",
     "empty": "nothing said",
     "refused": "refused to judge",
+    "garbled": "half of a surrogate pair in it, which is no text",
+    "odd": "no chat completion",
 }
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _THOUGHT_ENDS = "</think>"
@@ -85,15 +87,36 @@ def read_opinion(reply: Json) -> Opinion:
     Raises:
         LimbeckError: the reply is no chat completion.
     """
+    return without_garbled(_read(reply))
+
+
+def without_garbled(opinion: Opinion) -> Opinion:
+    """An opinion whose verdict does not count where its text is none."""
+    if is_unicode(opinion.text) or opinion.unread in ("refused", "truncated", "odd"):
+        return opinion
+    return Opinion(text=opinion.text, unread="garbled")
+
+
+def printable(opinion: Opinion) -> Opinion:
+    """An opinion as files of UTF-8 can hold it: halves of surrogate pairs are spelled out."""
+    return replace(opinion, text=opinion.text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def no_completion(shown: str) -> LimbeckError:
+    """The error for a reply that is no chat completion."""
+    return LimbeckError(
+        f"the judge answers {shown}, expected a chat completion; check that evaluate.judge.base_url is that of an "
+        "OpenAI-compatible server"
+    )
+
+
+def _read(reply: Json) -> Opinion:
     choices = reply.get("choices")
     choice: Any = choices[0] if isinstance(choices, list) and choices else None
     message: Any = choice.get("message") if isinstance(choice, dict) else None
     content = message.get("content") if isinstance(message, dict) else 0
     if not (content is None or isinstance(content, str)):
-        raise LimbeckError(
-            f"the judge answers {short(reply)}, expected a chat completion; check that evaluate.judge.base_url is that "
-            "of an OpenAI-compatible server"
-        )
+        raise no_completion(short(reply))
     said, finish = content or "", choice.get("finish_reason")
     if finish == "content_filter" or message.get("refusal"):
         return Opinion(text=str(message.get("refusal") or said), unread="refused")

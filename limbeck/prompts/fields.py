@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from limbeck.flow import LimbeckError, Message
+from limbeck.flow import LimbeckError, Message, is_unicode
 
 Row = Mapping[str, Any]
 
@@ -107,11 +107,6 @@ def shown(value: Any) -> str:
     """A value as messages quote it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def is_unicode(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can spell and no tokenizer and no UTF-8 file can hold."""
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _require_unicode(value: str, field: str, where: str) -> None:

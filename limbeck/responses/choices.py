@@ -14,8 +14,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from limbeck.flow import LimbeckError, TokenPrompt
-from limbeck.prompts.fields import is_unicode
+from limbeck.flow import LimbeckError, TokenPrompt, is_unicode
 from limbeck.server.said import short
 
 Json = dict[str, Any]

@@ -18,8 +18,15 @@ _URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#
 # Statuses that another try may mend; every other 4xx is the server's last word on the request.
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_PAUSE_S = 60.0
+_SHORTEST_SECRET = 8
 # What a server may ask us to wait; beyond it a person should decide.
 _LONGEST_WISH_S = 600.0
+
+
+def without_key(text: str, api_key_env: str | None) -> str:
+    """A text without the key that a variable holds. Words such as EMPTY, given to servers that need no key, stay."""
+    key = os.environ.get(api_key_env or "", "").strip()
+    return text.replace(key, "***") if len(key) >= _SHORTEST_SECRET else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +141,10 @@ class Server:
         if offered and wanted not in offered and not wanted.startswith("/"):
             raise LimbeckError(f"{self.root} has no model {wanted!r}; it offers {listed}: set {self.section}.model")
         return wanted
+
+    def masked(self, text: str) -> str:
+        """A text without the key, for what is kept."""
+        return without_key(text, self.api_key_env)
 
     def check_key(self) -> None:
         """See that the key is there, where one is named, without asking the server.

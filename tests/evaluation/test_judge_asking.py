@@ -202,3 +202,86 @@ def test_the_key_is_sent_and_never_said(judge: Judge, state: JudgeState, monkeyp
     judge.server.check_key()
     state.rule = always_a
     assert "s3cret" not in json.dumps([judgement.opinion.text for judgement in asked(judge).values()])
+
+
+HALF = "Both say \ud800 much.\n\n[[A]]"
+
+
+def completion(content: Any, **more: Any) -> dict[str, Any]:
+    return {
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}]
+    } | more
+
+
+# What one reply among good ones may be: its body, and how it is counted (None: as the verdict that it holds).
+ODD: dict[str, tuple[Any, str | None]] = {
+    "half of a surrogate pair": (completion(HALF), "garbled"),
+    "half of a pair after a thought": (completion("<think>\udfff</think>[[B]]"), "garbled"),
+    "half of a pair in a refusal": ({"choices": [{"message": {"content": None, "refusal": "\ud800"}}]}, "refused"),
+    "no choices": ({"choices": []}, "odd"),
+    "choices that are none": ({"choices": {"0": 1}}, "odd"),
+    "a choice that is none": ({"choices": [None]}, "odd"),
+    "no message": ({"choices": [{"finish_reason": "stop"}]}, "odd"),
+    "a message that is text": ({"choices": [{"message": "[[A]]"}]}, "odd"),
+    "parts for content": (completion([{"type": "text", "text": "[[A]]"}]), "odd"),
+    "a number for content": (completion(7), "odd"),
+    "another object": ({"id": "\ud800" * 500}, "odd"),
+    "no content": (completion(None), "empty"),
+    "nothing but white space": (completion(" \u2028\x85\t"), "empty"),
+    "a thought without end": (completion("<think>[[A]]"), None),
+    "line ends of Unicode": (completion("a\u2028b\u2029c\x85d\x0b\x1c\n[[A]]"), None),
+    "control characters": (completion("\x00\x1b[2J\x07\ufeff\u202e[[B]]"), None),
+    "a very long reply": (completion("x" * (1 << 20) + "[[C]]"), None),
+    "other brackets": (completion("[[\uff21]] [[D]] [[AA]]"), "none"),
+    "two verdicts": (completion("[[A]][[B]]"), "contradictory"),
+    "a finish that is no text": ({"choices": [{"finish_reason": {"x": 1}, "message": {"content": "[[A]]"}}]}, None),
+    "a refusal that is no text": ({"choices": [{"message": {"content": "[[A]]", "refusal": {"why": [1]}}}]}, "refused"),
+    "usage that is none": (completion("[[A]]", usage=[1]), None),
+    "counts without end": (completion("[[A]]", usage={"prompt_tokens": 10**4000, "completion_tokens": -1}), None),
+    "counts that are none": (completion("[[A]]", usage={"prompt_tokens": True, "completion_tokens": 1e400}), None),
+    "HTML in it": (completion("</script><script>alert(1)</script>[[A]]"), None),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_one_odd_reply_is_that_pairs_alone(name: str, judge: Judge, state: JudgeState, tmp_path: Path) -> None:
+    body, unread = ODD[name]
+    state.faults = [None, None, {"status": 200, "body": body}]
+    log = JudgementLog.open(tmp_path / "log.jsonl")
+    for judgement in asked(judge).values():
+        log.add(judgement)
+    kinds = [judgement.opinion.unread for judgement in log.known.values() if judgement.opinion.unread]
+    assert len(log.known) == 20 and kinds == ([unread] if unread else [])
+    assert JudgementLog.open(log.path).known == log.known
+    counted = used(list(log.known.values()))
+    assert f"{counted['prompt_tokens']:,}" in ("1,900", "2,000")
+    # What is no completion may pass; everything else is kept.
+    again = [question for question in QUESTIONS if not log.holds(question.key, 64)]
+    assert len(again) == (unread == "odd")
+
+
+def test_a_reply_that_is_no_text_is_kept_as_it_came(judge: Judge, state: JudgeState, tmp_path: Path) -> None:
+    state.faults = [{"status": 200, "body": completion(HALF)}]
+    log = JudgementLog.open(tmp_path / "log.jsonl")
+    for judgement in asked(judge).values():
+        log.add(judgement)
+    assert HALF in [known.opinion.text for known in JudgementLog.open(log.path).known.values()]
+    # As an earlier version wrote it down: with a verdict.
+    entry = json.loads(next(line for line in log.path.read_text().splitlines() if "ud800" in line))
+    entry["opinion"] = {"text": HALF, "verdict": "A", "unread": None}
+    log.path.write_text(json.dumps(entry) + "\n")
+    (known,) = JudgementLog.open(log.path).known.values()
+    assert known.opinion.unread == "garbled" and known.opinion.text == HALF
+
+
+def test_a_judge_that_repeats_the_key_is_kept_without_it(
+    judge: Judge, state: JudgeState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "sk-0123456789"
+    monkeypatch.setenv("JUDGE_KEY", key)
+    state.key, state.rule = key, lambda a, b: f"Your key is {key}. [[A]]"
+    state.faults = [None, {"status": 200, "body": {"said": key}}, {"status": 400, "body": {"error": f"not with {key}"}}]
+    judge.server = Server(base_url=judge.server.base_url, api_key_env="JUDGE_KEY", section="evaluate.judge")
+    found = asked(judge)
+    assert key not in repr(found)
+    assert sum("Your key is ***. [[A]]" in j.opinion.text for j in found.values()) == 18

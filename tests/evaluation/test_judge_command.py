@@ -231,3 +231,41 @@ def test_the_fields_own_files_are_prompts_with_references(
 
     loaded = load_prompts(str(shared_data / name), heldout_fraction=1.0, fields=fields)
     assert loaded.with_completion == answers and all(p.text for p in loaded.prompts)
+
+
+KEY = "sk-judge-0123456789"
+
+
+def test_one_reply_that_is_no_text_and_a_key_that_is_repeated_end_nothing(bench: Bench, tmp_path: Path) -> None:
+    """The odd reply is one unread pair, in this run and in those that find it in the record."""
+    output, odd = tmp_path / "run", [True]
+
+    def rule(a: str, b: str) -> str:
+        half = "\ud800" if odd else ""
+        odd.clear()
+        return f"{half}I was asked with {KEY}. {longer(a, b)}"
+
+    bench.state.rule, bench.state.key = rule, KEY
+    settings = ("evaluate.judge.api_key_env=JUDGE_KEY", "evaluate.judge.concurrency=1")
+    end = bench.evaluate(output, *settings, env={"JUDGE_KEY": KEY})
+    assert end.code == 0, end.stderr
+    told = detail(output)
+    assert told["counted"] == PROMPTS - 1 and told["unread"].keys() == {"garbled"}
+    assert told["unread"]["garbled"]["examples"][0]["text"].startswith("\\ud800I was asked with ***")
+    pairs = lines(output / "scores/after.judge.pairs.jsonl")
+    assert sum("\\ud800" in pair["g1_judgment"] + pair["g2_judgment"] for pair in pairs) == 1
+    for path in [path for path in output.rglob("*") if path.is_file()]:
+        assert KEY.encode() not in path.read_bytes(), path
+    # The record of an earlier version: the verdict of the odd reply counted, and the key was in it.
+    log, asked = output / "judgements.jsonl", len(bench.state.judged)
+    kept = lines(log)
+    for line in kept:
+        line["opinion"]["text"] = line["opinion"]["text"].replace("***", KEY)
+        if line["opinion"]["unread"]:
+            line["opinion"] |= {"verdict": "A", "unread": None}
+    log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    end = bench.evaluate(output, *settings, "evaluate.groups=[rouge, judge]", "--update", env={"JUDGE_KEY": KEY})
+    assert end.code == 0, end.stderr
+    assert detail(output) == told and len(bench.state.judged) == asked
+    for path in [path for path in output.glob("scores/after*") if path.is_file()]:
+        assert KEY.encode() not in path.read_bytes(), path

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from limbeck.evaluation.judge import Judge, Pair, Question, estimate, questions_of
 from limbeck.evaluation.judgements import Judgement, JudgementLog, used
-from limbeck.evaluation.verdicts import JudgedPair, score_pairs, summarise_pairs, unread_warning
+from limbeck.evaluation.verdicts import JudgedPair, printable, score_pairs, summarise_pairs, unread_warning
 from limbeck.flow import LimbeckError, Prompt
 from limbeck.recipe_evaluation import EvaluateSection, JudgeSection
 from limbeck.rundir import write_text
-from limbeck.server.client import Server
+from limbeck.server.client import Server, without_key
 from limbeck.stages.exam import Exam, Group, Measured, Need
 from limbeck.stages.groups.rouge import greedy
 from limbeck.story import Story
@@ -42,12 +42,12 @@ def _measure(exam: Exam) -> Measured:
             concurrency=section.concurrency,
         )
         _ask(exam, judge, log, left, known=len(every) - len(left))
-    judged = [_judged(pair, orders, log) for pair, orders in zip(pairs, asked, strict=True)]
+    judged = [_judged(pair, orders, log, server) for pair, orders in zip(pairs, asked, strict=True)]
     rows = score_pairs(judged, _METRIC[section.against])
     if (warning := unread_warning(judged)) is not None:
         exam.story.console.warn(warning)
     judgements = [log.known[question.key] for question in every]
-    _write_pairs(exam, model, pairs, judged)
+    _write_pairs(exam, model, [_masked(exam, pair) for pair in pairs], judged)
     own = sum(not judgement.greedy for judgement in judgements)
     detail = {"model": model, "against": section.against} | summarise_pairs(judged)
     return Measured(tables={"": rows}, detail=detail | {"used": used(judgements), "at_the_judges_own_temperature": own})
@@ -143,9 +143,19 @@ def _price(section: JudgeSection, input_tokens: int, output_tokens: int) -> str:
     return f"{(input_tokens * into + output_tokens * out_of) / 1e6:.2f} at evaluate.judge.price_per_million"
 
 
-def _judged(pair: Pair, orders: tuple[Question, Question], log: JudgementLog) -> JudgedPair:
-    first, second = (log.known[question.key].opinion for question in orders)
+def _judged(pair: Pair, orders: tuple[Question, Question], log: JudgementLog, server: Server) -> JudgedPair:
+    heard = [printable(log.known[question.key].opinion) for question in orders]
+    # Masked here as well: the record may be one that knew no mask.
+    first, second = (replace(opinion, text=server.masked(opinion.text)) for opinion in heard)
     return JudgedPair(id=pair.id, first=first, second=second, lengths=(len(pair.student), len(pair.other)))
+
+
+def _masked(exam: Exam, pair: Pair) -> Pair:
+    """A pair whose answers repeat no key: neither the judge's nor that of the teacher's server."""
+    for section in (exam.section.judge, exam.story.recipe.responses.server):
+        name = section.api_key_env if section else None
+        pair = replace(pair, student=without_key(pair.student, name), other=without_key(pair.other, name))
+    return pair
 
 
 def _write_pairs(exam: Exam, model: str, pairs: Sequence[Pair], judged: Sequence[JudgedPair]) -> None:
