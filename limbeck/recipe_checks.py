@@ -37,11 +37,11 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_evaluation_while_training(recipe: Recipe) -> None:
-    written = recipe.sft is not None or recipe.responses.author not in ("student", "speculative")
+    written = recipe.sft_on_responses or recipe.responses.author not in ("student", "speculative")
     if recipe.train.eval_steps is not None and not written:
         raise LimbeckError(
             "train.eval_steps measures on training prompts that were answered before training, but with "
-            f"responses.author={recipe.responses.author} and no sft none are; remove it, or add a section sft"
+            f"responses.author={recipe.responses.author} and no sft on them none are; remove it, or add a section sft"
         )
 
 

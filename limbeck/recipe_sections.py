@@ -248,8 +248,11 @@ class ContrastSection:
 
 @dataclass(config=STRICT, kw_only=True)
 class SftSection:
-    """A first stage on the responses that are there before training; then the training proper begins."""
+    """A first stage on responses that are there before training, or on the data's; then the training proper begins."""
 
+    source: Literal["responses", "data"] = "responses"
+    """What it is taught from: the responses that are there before training (responses.base), or the data's own answers,
+    which the training itself does not see where the teacher answers."""
     num_train_epochs: Positive = 1.0
     learning_rate: Positive | Literal["auto"] | None = None
     """Null takes train.learning_rate; auto is searched for this stage apart."""
@@ -326,6 +329,16 @@ class Recipe:
         """Who wrote the responses that are there before training."""
         author = self.responses.author
         return author if author in ("teacher", "data") else self.responses.base
+
+    @property
+    def sft_on_data(self) -> bool:
+        """Whether a first stage is taught from answers of the data that nothing else is taught from."""
+        return self.sft is not None and self.sft.source == "data" and self.base_author != "data"
+
+    @property
+    def sft_on_responses(self) -> bool:
+        """Whether a first stage is taught from the responses that are there before training."""
+        return self.sft is not None and not self.sft_on_data
 
     @property
     def directory(self) -> Path:

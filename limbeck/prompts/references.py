@@ -25,3 +25,17 @@ def require_references(prompts: Sequence[Prompt], remedy: str) -> dict[str, tupl
             f"prompts; expected one or more for each: {remedy}"
         )
     return found
+
+
+def require_answers_for_sft(prompts: Sequence[Prompt]) -> None:
+    """See that a first stage that is taught from the data's answers has them, before the teacher has answered anything.
+
+    Raises:
+        LimbeckError: a training prompt has none; names it and its place in the data.
+    """
+    without = [prompt for prompt in prompts if prompt.completion is None]
+    if without:
+        raise LimbeckError(
+            f"prompt {label(without[0])} has no answer, one of {len(without)} among {len(prompts)} training prompts, "
+            "but sft.source=data teaches from the data's answers; give data with answers, or set sft.source=responses"
+        )

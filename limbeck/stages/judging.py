@@ -61,10 +61,9 @@ def judgement_of(recipe: config.Recipe) -> Judgement:
 
 
 def sft_judgement(recipe: config.Recipe, section: SftSection) -> Judgement:
-    """The objective of the first stage."""
-    return Judgement(
-        objective=config.named_objective("sft.objective", section.objective), support=recipe.signal.support
-    )
+    """The objective of the first stage. What the teacher says of the data's answers is not kept, and so it is whole."""
+    support = "full" if recipe.sft_on_data else recipe.signal.support
+    return Judgement(objective=config.named_objective("sft.objective", section.objective), support=support)
 
 
 def balance_of(recipe: config.Recipe) -> Balance:
@@ -106,7 +105,7 @@ def check_objectives(story: Story) -> None:
     if recipe.sft is not None:
         with config.at("sft.objective"):
             sft = sft_judgement(recipe, recipe.sft)
-            _try(sft, sft.objective, form, Temperature(), {})
+            _try(sft, sft.objective, None if recipe.sft_on_data else form, Temperature(), {})
 
 
 def _check_rule(judgement: Judgement) -> None:

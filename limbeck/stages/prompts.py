@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from limbeck.prompts.record import write_prompts
+from limbeck.prompts.references import require_answers_for_sft
 from limbeck.prompts.rows import source_digest
 from limbeck.prompts.sources import PromptSet, load_prompts
 from limbeck.rundir import Json
@@ -39,6 +40,8 @@ def read_prompt_source(story: Story, heldout_fraction: float) -> PromptSet:
 
 def _play_prompts(story: Story) -> Json:
     loaded = read_prompt_source(story, story.recipe.prompts.eval_fraction)
+    if story.recipe.sft_on_data:
+        require_answers_for_sft(loaded.of("train"))
     counts = loaded.counts()
     story.console.say(f"prompts: {counts['train']} to train on, {counts['heldout']} held out")
     return counts

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from limbeck.flow import Author, LimbeckError, Response, Split, TokenPrompt
+from limbeck.flow import Author, LimbeckError, Prompt, Response, Split, TokenPrompt
 from limbeck.models.loading import LoadedModel, load_tokenizer
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.record import read_prompts
+from limbeck.prompts.references import require_answers_for_sft
 from limbeck.prompts.templates import TemplateName, encode_prompts, encode_responses, end_token_ids, resolve_template
 from limbeck.recipe_sections import Recipe
 from limbeck.responses.records import read_responses, write_asked, write_responses
@@ -56,7 +57,8 @@ def _response_inputs(story: Story) -> Json:
     if prompts.chat_options:
         chosen["chat_options"] = prompts.chat_options
     captured = {"captured": story.recipe.signal.dtype} if captures(story) else {}
-    return section | chosen | captured | {"teacher": teacher_inputs(story), "window": story.window}
+    sft = {"sft": "data"} if story.recipe.sft_on_data else {}
+    return section | chosen | captured | sft | {"teacher": teacher_inputs(story), "window": story.window}
 
 
 def captures(story: Story) -> bool:
@@ -83,22 +85,23 @@ def _play_responses(story: Story) -> Json:
         train = [p for p in asked if p.split == "train"]
         check_rounds(story, len(train))
         write_asked(run.responses / "asked.jsonl", train)
+    more: Json = {}
+    if story.recipe.sft_on_data:
+        require_answers_for_sft([p for p in prompts if p.split == "train"])
+        train = [p for p in asked if p.split == "train"]
+        answers = _from_data(story, prompts, train, tokenizer, template)
+        write_responses(run.responses / "sft.jsonl", answers)
+        more["sft"] = {"responses": len(answers), "tokens": sum(len(r.response_ids) for r in answers)}
+    if story.recipe.on_policy:
         asked = _answered(story, asked)
-    served: Json = {}
     if author == "data":
-        kept = {prompt.id for prompt in asked}
-        responses = encode_responses(
-            [p for p in prompts if p.id in kept],
-            tokenizer,
-            template,
-            max_new_tokens=section.max_new_tokens,
-            control_tokens=story.recipe.prompts.control_tokens,
-            chat_options=story.recipe.prompts.chat_options,
-        )
+        responses = _from_data(story, prompts, asked, tokenizer, template)
     elif teacher is not None:
         responses, served = _sample(story, teacher, asked, template)
+        more |= served
     else:
         responses, served = ask_server(story, tokenizer, prompts, asked, template, sampling_of(section))
+        more |= served
     for split in ("train", "heldout"):
         written = [r for r in responses if r.split == split]
         if written and all(_is_empty(r) for r in written):
@@ -114,12 +117,27 @@ def _play_responses(story: Story) -> Json:
         "dropped_too_long": len(dropped),
         "ended": sum(r.stop != "length" for r in responses),
         "tokens": sum(len(r.response_ids) for r in responses),
-    } | served
+    } | more
+
+
+def _from_data(
+    story: Story, prompts: Sequence[Prompt], asked: Sequence[TokenPrompt], tokenizer: Any, template: TemplateName
+) -> list[Response]:
+    """The data's own answers to some prompts."""
+    kept = {prompt.id for prompt in asked}
+    return encode_responses(
+        [p for p in prompts if p.id in kept],
+        tokenizer,
+        template,
+        max_new_tokens=story.recipe.responses.max_new_tokens,
+        control_tokens=story.recipe.prompts.control_tokens,
+        chat_options=story.recipe.prompts.chat_options,
+    )
 
 
 def _answers_train(recipe: Recipe) -> Literal["all", "some", "none"]:
     """How many of the training prompts are answered before training: the student may write what it trains on itself."""
-    if recipe.sft is not None or recipe.responses.author not in ("student", "speculative"):
+    if recipe.sft_on_responses or recipe.responses.author not in ("student", "speculative"):
         return "all"
     return "some" if recipe.student.init == "depth_prune" and not recipe.student.keep else "none"
 
@@ -238,6 +256,11 @@ def load_responses(story: Story, split: Split) -> dict[int, Response]:
     """The non-empty responses of a split by their row in the file, which is also their row in the signal."""
     every = read_responses(story.run.responses / f"{story.recipe.base_author}.jsonl")
     return {row: r for row, r in enumerate(every) if r.split == split and r.response_ids}
+
+
+def load_sft_answers(story: Story) -> list[Response]:
+    """The data's answers that a first stage is taught from, without empty ones."""
+    return [r for r in read_responses(story.run.responses / "sft.jsonl") if r.response_ids]
 
 
 STAGE = Stage(

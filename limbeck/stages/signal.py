@@ -86,7 +86,7 @@ def _judge(story: Story, teacher: LocalTeacher) -> int:
 
 def _judges_train(story: Story) -> bool:
     """Whether anybody asks what the teacher says of the training responses that are there before training."""
-    return not story.recipe.on_policy or story.recipe.sft is not None
+    return not story.recipe.on_policy or story.recipe.sft_on_responses
 
 
 def local_teacher(story: Story) -> LocalTeacher:

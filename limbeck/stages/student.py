@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from limbeck import config
-from limbeck.flow import Interrupted, Objective, Response
+from limbeck.flow import Interrupted, Objective, Response, Teacher
 from limbeck.models.fingerprints import weight_files
 from limbeck.models.loading import source_config
 from limbeck.models.sources import resolve
@@ -27,10 +27,10 @@ from limbeck.rundir import Json, flatten, read_json, write_json
 from limbeck.stages.authors import author_of
 from limbeck.stages.checks import check_student, student_spec
 from limbeck.stages.judging import balance_of, judgement_of, sft_judgement, temperature_of
-from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, pad_token_id
+from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, load_sft_answers, pad_token_id
 from limbeck.stages.rounds import round_teacher
 from limbeck.stages.sharing import initial_student, once, student_inputs
-from limbeck.stages.signal import open_teacher
+from limbeck.stages.signal import local_teacher, open_teacher
 from limbeck.story import Stage, Story
 from limbeck.student import checkpoints
 from limbeck.student.batches import collate
@@ -125,7 +125,6 @@ def _play_student(story: Story) -> Json:
 def _play_sft(story: Story, student: Student, section: SftSection, should_stop: Callable[[], bool]) -> None:
     """The first stage, on what was written before training; its last checkpoint is where the training begins."""
     recipe, run = story.recipe, story.run
-    by_row = load_responses(story, "train")
     settings = replace(
         recipe.train,
         num_train_epochs=section.num_train_epochs,
@@ -138,10 +137,11 @@ def _play_sft(story: Story, student: Student, section: SftSection, should_stop: 
     if (done := folder / "done.safetensors").exists():
         checkpoints.restore_weights(done, student.model)
         return
+    responses, teacher = _sft_responses(story, section, vocab_size=real_vocab_size(student.tokenizer))
     train(
         student.model,
-        fixed(list(by_row.values())),
-        open_teacher(story, list(by_row)),
+        fixed(responses),
+        teacher,
         sft_judgement(recipe, section),
         temperature=Temperature(),
         settings=settings,
@@ -153,6 +153,15 @@ def _play_sft(story: Story, student: Student, section: SftSection, should_stop: 
     if not story.rank:
         for old in checkpoints.all_in(folder):
             shutil.rmtree(old)
+
+
+def _sft_responses(story: Story, section: SftSection, *, vocab_size: int) -> tuple[list[Response], Teacher]:
+    """What the first stage is taught from, and who says what of it. Nothing is kept of the data's answers on disk."""
+    if not story.recipe.sft_on_data:
+        by_row = load_responses(story, "train")
+        return list(by_row.values()), open_teacher(story, list(by_row))
+    heeded = sft_judgement(story.recipe, section).heeds_teacher
+    return load_sft_answers(story), local_teacher(story) if heeded else UnheardTeacher.of(vocab_size)
 
 
 def _play_training(story: Story, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:
