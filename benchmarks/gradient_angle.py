@@ -77,9 +77,7 @@ def main() -> None:
     log_q = torch.cat([student.log_softmax(-1) for student, _ in pairs])
     log_p = torch.cat([teacher.log_softmax(-1) for _, teacher in pairs])
     entropy, kl = -(log_p.exp() * log_p).sum(-1).mean(), (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    print(
-        f"{len(heldout)} responses, {len(log_p):,} tokens: forward KL {kl:.3f}, teacher's entropy {entropy:.2f} nats"
-    )
+    print(f"{len(heldout)} responses, {len(log_p):,} tokens: forward KL {kl:.3f}, teacher's entropy {entropy:.2f} nats")
     print("| temperature | cosine | forward over reverse | off the teacher's top 10 |\n|---:|---:|---:|---:|")
     for temperature in options.temperatures:
         cosine, ratio, outside = measure(pairs, temperature)  # type: ignore[arg-type]

@@ -132,7 +132,8 @@ class AlphaMixture(Divergence):
     """KL between the teacher or the student and an assistant r between them, r normalised over the vocabulary:
     r ~ [l p^c + (1 - l) q^c]^(1/c) with c = (1 - a)/2, and r ~ p^l q^(1 - l) at a = 1.
 
-    AMiD, arXiv 2510.15982 (its KL member). a = -1 is the arithmetic mean (skew KLs), 1 the geometric, 3 the harmonic.
+    AMiD, arXiv 2510.15982 (its KL member). a = -1 is the arithmetic mean (skew KLs), 1 the geometric, 3 the harmonic:
+    the definition, where the authors' code takes the geometric mean for every a >= 1.
     Limits: "teacher_assistant" at a = -1 is skew KL with alpha = l; tau^2 KL(p||r) tends to (1 - l)^2 / 2 times the
     variance of the logit error. "assistant_student" with a detached assistant is a moving target (TAID).
 
@@ -195,8 +196,9 @@ def assistant(log_p_NK: Tensor, log_q_NK: Tensor, share: Tensor | float, alpha: 
 class TAID(Divergence):
     """KL(r || q) with r ~ p^t q^(1 - t), r held constant: a target that walks from the student to the teacher.
 
-    TAID, arXiv 2501.16937: the assistant interpolates the logits. Gradient (q - r) / tau. Its schedule moves t from
-    about 0.4 to 1: in a recipe ``schedule: {progress: [0.4, 1.0]}``, in Python a token option.
+    TAID, arXiv 2501.16937: the assistant interpolates the logits. Gradient (q - r) / tau. t moves in a line from about
+    0.4 to 1: in a recipe ``schedule: {progress: [0.4, 1.0]}``, in Python a token option. The paper's t is the larger of
+    that line and of an adaptive update, with momentum, by how fast the loss falls: that update is not here.
     Limits: t = 1 is forward KL; tau^2 D tends to t^2 / 2 times the variance of the logit error.
 
     Attributes:

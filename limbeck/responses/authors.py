@@ -265,7 +265,11 @@ class Own(Stateless):
 
 
 class Mixed(Stateless):
-    """Whole steps of the student's with probability lambda, else of what is fixed; all ranks throw the same die."""
+    """Whole steps of the student's with probability lambda, else of what is fixed; all ranks throw the same die.
+
+    Lambda moves in a line. ImitKD (arXiv 2010.07859) lets the fixed share fall exponentially; what others call ImitKD
+    is the student's own responses alone, through a buffer.
+    """
 
     def __init__(self, own: Own, base: Fixed, *, share: tuple[float, float], seed: int):
         for value in share:
