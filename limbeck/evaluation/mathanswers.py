@@ -21,6 +21,9 @@ from typing import Literal
 Where = Literal["boxed", "hashes", "last number", "none"]
 
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+# The beginning of a box, a brace; a brace after a backslash is one of a set, and closes nothing.
+_BOX = r"\\(?:boxed|fbox)\s*\{"
+_BRACES = re.compile(rf"{_BOX}|\\(?!{_BOX}).|[{{}}]", re.DOTALL)
 _INTEGER = re.compile(r"-?(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*|0)")
 
 
@@ -49,14 +52,17 @@ def extract(text: str) -> Found:
 
 def last_boxed(text: str) -> str | None:
     """The content of the last \\boxed{...} or \\fbox{...} whose braces close; None where there is none."""
-    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        # A brace after a backslash is one of a set, and closes nothing.
-        for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                return text[start : start + brace.start()]
-    return None
+    # Where braces that are still open began; None for those of no box. One pass: a model may repeat itself without end.
+    opened: list[int | None] = []
+    last, end = -1, -1
+    for token in _BRACES.finditer(text):
+        if token.group() == "}":
+            start = opened.pop() if opened else None
+            if start is not None and start > last:
+                last, end = start, token.start()
+        elif token.group().endswith("{") and token.group() != "\\{":
+            opened.append(token.end() if len(token.group()) > 1 else None)
+    return text[last:end] if last >= 0 else None
 
 
 def settled(reference: str, answer: str) -> bool | None:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.evaluation.mathanswers import extract, last_boxed
-from limbeck.flow import LimbeckError
+from limbeck.flow import LimbeckError, is_unicode
 
 TaskName = Literal["gsm8k", "math", "humaneval", "mbpp"]
 CODE: tuple[TaskName, ...] = ("humaneval", "mbpp")
@@ -73,15 +74,15 @@ def read_problems(task: TaskName, path: Path, limit: int | None = None) -> list[
         raise LimbeckError(f"evaluate.tasks.files.{task} is {path}, which is no file; give the path of its JSONL")
     problems: list[Problem] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in _lines(path):
         if limit is not None and len(problems) == limit:
             break
-        if not line.strip():
-            continue
         where = f"{path}:{number}"
         problem = _READERS[task](_row(line, where), where, number)
         if problem.id in seen:
-            raise LimbeckError(f"{where}: got {problem.id} a second time; expected one line a problem: remove one")
+            raise LimbeckError(
+                f"{where}: got {_shown(problem.id)[1:-1]} a second time; expected one line a problem: remove one"
+            )
         seen.add(problem.id)
         problems.append(problem)
     if not problems:
@@ -89,10 +90,23 @@ def read_problems(task: TaskName, path: Path, limit: int | None = None) -> list[
     return problems
 
 
-def _row(line: str, where: str) -> _Row:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that hold something, with their numbers. JSON may hold every other line end of Unicode."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LimbeckError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _row(line: bytes, where: str) -> _Row:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise LimbeckError(f"{where}: got byte {error.start} that is no UTF-8; expected UTF-8: convert it") from None
+    except (ValueError, RecursionError) as error:
         raise LimbeckError(f"{where}: got a line that is no JSON ({error}); expected one object a line") from None
     if not isinstance(row, dict):
         raise LimbeckError(f"{where}: got a {type(row).__name__}; expected a JSON object: one problem a line")
@@ -103,8 +117,8 @@ def _text(row: _Row, where: str, *fields: str) -> str:
     """The first of some fields that is there."""
     for name in fields:
         if isinstance(row.get(name), str) and row[name].strip():
-            return row[name]
-    got = ", ".join(sorted(row)) or "none"
+            return _unicode(row[name], where, name)
+    got = _shown(", ".join(sorted(row)) or "none")[1:-1]
     raise LimbeckError(f"{where}: got the fields {got}; expected {' or '.join(fields)}, a text that is not empty")
 
 
@@ -112,23 +126,50 @@ def _texts(row: _Row, where: str, name: str, *, needed: bool = False) -> list[st
     found = row.get(name) or []
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found) or (needed and not found):
         raise LimbeckError(f"{where}: got {name} {str(found)[:40]!r}; expected a list of lines of Python")
-    return found
+    return [_unicode(text, where, name) for text in found]
+
+
+def _unicode(text: str, where: str, name: str) -> str:
+    if not is_unicode(text):
+        raise LimbeckError(f"{where}: {name} holds half of a surrogate pair; expected Unicode text: repair the line")
+    return text
+
+
+def _id(row: _Row, where: str, name: str, number: int) -> str:
+    """The name of a problem as the data has it, or the number of its line."""
+    found = row.get(name)
+    if found is None:
+        return str(number)
+    if not isinstance(found, str | int | float):
+        raise LimbeckError(f"{where}: got {name} {str(found)[:40]!r}; expected a text or a number: repair the line")
+    return _unicode(str(found), where, name)
+
+
+def _shown(text: str) -> str:
+    """A text as one line of a message."""
+    return repr(text if len(text) <= 120 else f"{text[:120]} ...")
 
 
 def _tree(source: str, where: str, name: str) -> ast.Module:
     try:
-        return ast.parse(source)
-    except (SyntaxError, ValueError) as error:
-        raise LimbeckError(
-            f"{where}: {name} is no Python ({error}); expected code: repair or remove the line"
-        ) from None
+        with warnings.catch_warnings():
+            # What Python warns of, such as an unknown escape, it runs all the same.
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        # The parser's own stack ends in a MemoryError without a word.
+        why = str(error) or "nested too deeply"
+        raise LimbeckError(f"{where}: {name} is no Python ({why}); expected code: repair or remove the line") from None
 
 
 def _gsm8k(row: _Row, where: str, number: int) -> Problem:
     question, solution = _text(row, where, "question"), _text(row, where, "answer")
     if "####" not in solution:
         raise LimbeckError(f"{where}: the answer ends in no '#### NUMBER'; expected the form of GSM8K: repair the line")
-    return _maths("gsm8k", f"gsm8k/{row.get('id', number)}", question, extract(solution.rpartition("\n")[2]).answer)
+    answer = extract(solution.rstrip().rpartition("\n")[2]).answer
+    if not answer:
+        raise LimbeckError(f"{where}: nothing stands behind '####'; expected the form of GSM8K: repair the line")
+    return _maths("gsm8k", f"gsm8k/{_id(row, where, 'id', number)}", question, answer)
 
 
 def _math(row: _Row, where: str, number: int) -> Problem:
@@ -136,7 +177,7 @@ def _math(row: _Row, where: str, number: int) -> Problem:
     answer = given if isinstance(row.get("answer"), str) and row["answer"].strip() else last_boxed(given)
     if answer is None:
         raise LimbeckError(f"{where}: the solution holds no \\boxed answer; expected one, or a field answer: add it")
-    return _maths("math", f"math/{row.get('unique_id', number)}", _text(row, where, "problem"), answer)
+    return _maths("math", f"math/{_id(row, where, 'unique_id', number)}", _text(row, where, "problem"), answer)
 
 
 def _maths(task: TaskName, id: str, question: str, answer: str) -> Problem:
@@ -153,10 +194,12 @@ def _humaneval(row: _Row, where: str, number: int) -> Problem:
     opening, entry = _text(row, where, "prompt"), _text(row, where, "entry_point")
     tests = _text(row, where, "test") + f"\n\ncheck({entry})\n"
     if entry not in _defined(_tree(opening, where, "prompt")):
-        raise LimbeckError(f"{where}: prompt does not begin the function {entry!r}; expected the one of entry_point")
+        raise LimbeckError(
+            f"{where}: prompt does not begin the function {_shown(entry)}; expected the one of entry_point"
+        )
     _tree(tests, where, "test")
     return Problem(
-        id=f"humaneval/{row.get('task_id', number)}",
+        id=f"humaneval/{_id(row, where, 'task_id', number)}",
         task="humaneval",
         request=f"Write the whole Python function that begins so. {CODE_REQUEST}\n\n```python\n{opening.rstrip()}\n```",
         plain=opening,
@@ -171,7 +214,10 @@ def _mbpp(row: _Row, where: str, number: int) -> Problem:
     asked, checks = _text(row, where, "text", "prompt"), _texts(row, where, "test_list", needed=True)
     reference = _tree(_text(row, where, "code"), where, "code")
     imports = [ast.unparse(node) for node in reference.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    tests = "\n".join([row.get("test_setup_code") or "", *checks]) + "\n"
+    begin = row.get("test_setup_code") or ""
+    if not isinstance(begin, str):
+        raise LimbeckError(f"{where}: got test_setup_code {str(begin)[:40]!r}; expected Python in one text")
+    tests = "\n".join([_unicode(begin, where, "test_setup_code"), *checks]) + "\n"
     used = [node.id for node in ast.walk(_tree(tests, where, "test_list")) if isinstance(node, ast.Name)]
     names = tuple(dict.fromkeys(name for name in used if name in _defined(reference)))
     if not names:
@@ -180,7 +226,7 @@ def _mbpp(row: _Row, where: str, number: int) -> Problem:
         )
     shown = "\n".join(checks)
     return Problem(
-        id=f"mbpp/{row.get('task_id', number)}",
+        id=f"mbpp/{_id(row, where, 'task_id', number)}",
         task="mbpp",
         request=f"{asked}\n\nYour code should pass these tests:\n\n{shown}\n\n{CODE_REQUEST}",
         plain=f"You are an expert Python programmer, and here is your task: {asked} Your code should pass these tests:"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.evaluation.mathanswers import MathChecker, extract, last_boxed, settled
@@ -108,3 +109,28 @@ def test_the_answers_of_gsm8k_are_those_of_its_solutions(shared_data: Path, chec
     for problem, solution in zip(problems, solutions, strict=True):
         assert checker.check(problem.answer, extract(solution).answer) == "equal"
         assert checker.check(problem.answer, problem.answer + "1") == "different"
+
+
+def boxed_one_by_one(text: str) -> str | None:
+    """The last box whose braces close, each box read on its own."""
+    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                return text[start : start + brace.start()]
+    return None
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.sampled_from(["\\boxed{", "\\fbox {", "\\", "{", "}", "x", "\n", "\\{", "\\}", "boxed{"]), max_size=14)
+)
+def test_boxes_are_found_in_one_pass(parts):
+    assert last_boxed("".join(parts)) == boxed_one_by_one("".join(parts))
+
+
+def test_boxes_without_end_take_no_time():
+    many = 10**5
+    assert last_boxed("\\boxed{" * many) is None
+    assert last_boxed("\\boxed{" * many + "4}" + "{") == "4"

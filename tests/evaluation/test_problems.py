@@ -81,6 +81,73 @@ def test_a_problem_given_twice_is_named(tmp_path):
         read_problems("math", write(tmp_path, "math", MATH * 2))
 
 
+def lines_of(tmp_path: Path, *lines: bytes) -> Path:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    """Every other line end of Unicode may stand in JSON as it is; a byte order mark before it, and CRLF behind it."""
+    row = {"question": "One\u2028two\u2029three\x85four\x7f\u00a0?", "answer": "a\u2028b\n#### 4\n"}
+    line = json.dumps(row, ensure_ascii=False).encode()
+    path = lines_of(tmp_path, b"\xef\xbb\xbf" + line + b"\r", b"", line + b"\r", b"\r", b"")
+    found = read_problems("gsm8k", path)
+    assert [p.id for p in found] == ["gsm8k/1", "gsm8k/3"] and {p.answer for p in found} == {"4"}
+    assert row["question"] in found[0].request and row["question"] in found[1].plain
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"a": "\xff"}', ":2: got byte 7 that is no UTF-8"),
+        (b'{"a": "\xed\xa0\x80"}', ":2: got byte 7 that is no UTF-8"),
+        (b'{"a": ' + DEEP + b"}", ":2: got a line that is no JSON"),
+        (DEEP, ":2: got a line that is no JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", ":2: got a line that is no JSON"),
+        (b"\xff\xfe{\x00}\x00", ":2: got byte 0 that is no UTF-8"),
+        (b"null", ":2: got a NoneType"),
+        (b"{}", ":2: got the fields none"),
+        (b'{"a\\nb\\u001b[2J": 1, "%s": 2}' % (b"x" * 9999), ":2: got the fields "),
+    ],
+    ids=["UTF-8", "surrogate bytes", "deep", "deep array", "digits", "UTF-16", "null", "empty", "keys"],
+)
+def test_a_line_that_cannot_be_read_is_named_in_one_line(task, line, said, tmp_path):
+    good = json.dumps(ROWS[task][0]).encode()
+    with pytest.raises(LimbeckError) as caught:
+        read_problems(task, lines_of(tmp_path, good, line))
+    assert said in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+ODD_VALUES = [
+    None, True, 3, 1e400, float("nan"), [], ["x"], [[1]], {}, {"a": [1]}, "", " ", "\ud800", "x\udfff", "\0", "\x1b[2J",
+    "-" * 100_000, "(" * 100_000, "a" + ".a" * 50_000, "x = " + "[" * 99 + "]" * 99, "lambda: " * 5000 + "1",
+    "if 1:\n" + " if 1:\n" * 200, "'\\d'", "\ufeffx = 1", "def add(a, b):\n\treturn 1\n        return 2", "9" * 5000,
+    "\\boxed{" * 2000, "####", "#### ", "#### \n", "import " + "a" * 5000, "f'{" * 200, "\u2028", "x" * (1 << 20),
+    ["-" * 100_000], ["assert add"], ["\ud800"], [None, "x"], "x\ny", "async", "None", "1add", "add)", [""] * 1000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.parametrize("number", range(len(ODD_VALUES)))
+def test_an_odd_value_is_read_or_named_in_one_line(task, number, tmp_path):
+    for field in (*ROWS[task][0], "id", "unique_id", "task_id", "test_setup_code", "test_imports", "answer"):
+        path = write(tmp_path, task, [ROWS[task][0] | {field: ODD_VALUES[number]}])
+        try:
+            (found,) = read_problems(task, path)
+        except LimbeckError as error:
+            said = str(error)
+            assert said.isprintable() and f"{task}.jsonl:1" in said and len(said) < 600, field
+        else:
+            # What is read can be asked, kept and run: it is text of Unicode, and has something to be compared with.
+            texts = (found.id, found.request, found.plain, found.answer, found.tests, found.setup)
+            assert json.dumps(texts, ensure_ascii=False).encode() and (found.answer or found.tests), field
+
+
 ANSWERS = [
     (f"Sure!\n```python\n{WHOLE}```\nIt adds.", False, "block"),
     (f"```python\nprint(1)\n```\nthen\n```\n{WHOLE}```\n```python\nadd(1, 2)\n```", False, "block"),

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from limbeck.evaluation.sandbox import jail, syscalls
+from limbeck.evaluation.sandbox import jail, syscalls, trial
 from limbeck.flow import LimbeckError
 from limbeck.rundir import Json
 
@@ -44,28 +44,6 @@ _MOUNTS = (
     "mount(sys.argv[2], size_mb=1, entries=1)"
 )
 _SIGXCPU = 24
-# What a program of the trial reaches for, which it must not get.
-_REACH = """
-import socket
-
-def outside():
-    open("/etc/passwd")
-
-def net():
-    socket.socket()
-
-def fill(most):
-    held, before = 0, -1
-    while before < held <= most:
-        before = held
-        try:
-            with open(str(held), "wb", 0) as file:
-                while held <= most:
-                    held += file.write(bytes(1 << 16))
-        except OSError:
-            pass
-    return held
-"""
 NO_FILES = "nothing to write: this machine lets no process mount a file system of its own (user namespaces, or root)"
 
 
@@ -142,18 +120,12 @@ def require_sandbox(scratch: Path, limits: Limits) -> Json:
             f"programs that a model wrote are run in a sandbox only, and this machine has no {lacking}; "
             "evaluate on a machine that has, or take humaneval and mbpp out of evaluate.tasks.files"
         )
-    attempts = "".join(
-        f"try:\n    {call}()\n    raise AssertionError('{call}')\nexcept PermissionError:\n    pass\n"
-        for call in ("outside", "net")
-    )
-    most, files = limits.disk_mb << 20, files_possible()
-    attempts += f"assert {'0 < fill(most) <= most' if files else 'fill(most) == 0'}, 'more on disk than allowed'\n"
-    trial = run(
-        Job(program=_REACH, setup=f"most = {most}\n", names=("outside", "net", "fill"), tests=attempts), limits, scratch
-    )
-    if not trial.passed:
+    files = files_possible()
+    tests = trial.tests(limits.disk_mb << 20 if files else 0)
+    found = run(Job(program=trial.PROGRAM, setup="", names=trial.NAMES, tests=tests), limits, scratch)
+    if not found.passed:
         raise LimbeckError(
-            f"the sandbox for programs failed its trial ({trial.kind}: {trial.text}); raise evaluate.tasks.memory_mb "
+            f"the sandbox for programs failed its trial ({found.kind}: {found.text}); raise evaluate.tasks.memory_mb "
             "or evaluate.tasks.timeout_s, or take humaneval and mbpp out of evaluate.tasks.files"
         )
     return {
