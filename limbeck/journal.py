@@ -25,7 +25,7 @@ def read_log(path: Path) -> Iterator[tuple[int, Json]]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise damaged(path, number, error) from None
         if not isinstance(entry, dict):
             raise damaged(path, number, TypeError("no JSON object"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from limbeck.evaluation.verdicts import Opinion, without_garbled
@@ -32,6 +32,17 @@ class Judgement:
     prompt_tokens: int | None
     completion_tokens: int | None
 
+    def check(self) -> None:
+        """See that the fields that are counted with and looked up are of their types, for a line of a file.
+
+        Raises:
+            TypeError: one is not.
+        """
+        counts = (self.max_new_tokens, self.prompt_tokens or 0, self.completion_tokens or 0)
+        texts = (self.key, self.pair_id, self.model, self.opinion.text)
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(count, int) for count in counts):
+            raise TypeError("a text or a count is none")
+
 
 @dataclass
 class JudgementLog:
@@ -50,10 +61,11 @@ class JudgementLog:
         log = cls(path)
         for number, entry in read_log(path):
             try:
-                judgement = Judgement(opinion=without_garbled(Opinion(**entry.pop("opinion"))), **entry)
+                judgement = Judgement(opinion=Opinion(**entry.pop("opinion")), **entry)
+                judgement.check()
             except (KeyError, TypeError, ValueError) as error:
                 raise damaged(path, number, error) from None
-            log.known[judgement.key] = judgement
+            log.known[judgement.key] = replace(judgement, opinion=without_garbled(judgement.opinion))
         return log
 
     def add(self, judgement: Judgement) -> None:

@@ -95,7 +95,26 @@ def test_the_log_keeps_what_was_said(judge: Judge, tmp_path: Path) -> None:
     assert counted == {"replies": 20, "prompt_tokens": 2000, "completion_tokens": 200, "uncounted_replies": 0}
 
 
-@pytest.mark.parametrize("line", ["{}", "[1]", "no", '{"key": "k", "opinion": {"text": "t"}}'])
+_LINE = {
+    "key": "k", "pair_id": "p", "student_first": True, "model": "m", "opinion": {"text": "t", "verdict": "A"},
+    "max_new_tokens": 1, "greedy": True, "prompt_tokens": 1, "completion_tokens": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{}", "[1]", "no", '{"key": "k", "opinion": {"text": "t"}}', "[" * 10**5 + "]" * 10**5, "1" * 5000),
+        *(
+            json.dumps(_LINE | {name: value})
+            for name in _LINE
+            for value in ([7], {"a": 1})
+            if name not in ("student_first", "greedy")
+        ),
+        json.dumps(_LINE | {"opinion": {"text": 3, "verdict": "A"}}),
+        json.dumps(_LINE | {"opinion": {"text": "t", "verdict": ["A"]}}),
+    ],
+)
 def test_a_damaged_log_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text(line + "\n")

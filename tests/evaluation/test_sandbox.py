@@ -223,6 +223,8 @@ def test_verdicts_are_kept_and_a_cut_line_is_judged_again(tmp_path, monkeypatch)
     assert judged() == [True, False, True] and log.read_text() == whole
     monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_all", None)
     assert judged() == [True, False, True]
-    log.write_text("{}\n" + whole)
-    with pytest.raises(LimbeckError, match=r"log\.jsonl:1 is damaged"):
-        judged()
+    odd = ('{"job": [1], "kind": "passed", "text": ""}', '{"job": "x", "kind": ["passed"], "text": ""}')
+    for line in ("{}", *odd, '{"job": "x", "kind": "perfect", "text": ""}', "[" * 10**5 + "]" * 10**5):
+        log.write_text(f"{line}\n" + whole)
+        with pytest.raises(LimbeckError, match=r"log\.jsonl:1 is damaged"):
+            judged()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast, get_args
 
-from limbeck.evaluation.sandbox.host import Job, Limits, Verdict, files_possible, run_all
+from limbeck.evaluation.sandbox.host import Job, Kind, Limits, Verdict, files_possible, run_all
 from limbeck.journal import append_to_log, damaged, read_log
 from limbeck.rundir import fingerprint
 
@@ -44,7 +45,10 @@ def _known(log: Path) -> dict[str, Verdict]:
     known = {}
     for number, entry in read_log(log):
         try:
-            known[entry["job"]] = Verdict(kind=entry["kind"], text=entry["text"])
+            job, kind, text = entry["job"], entry["kind"], entry["text"]
         except KeyError as error:
             raise damaged(log, number, error) from None
+        if not (isinstance(job, str) and isinstance(kind, str) and isinstance(text, str)) or kind not in get_args(Kind):
+            raise damaged(log, number, TypeError("no verdict"))
+        known[job] = Verdict(kind=cast(Kind, kind), text=text)
     return known
