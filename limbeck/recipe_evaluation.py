@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.recipe_values import STRICT, Count, NonNegative, Positive, Seed, Strings
+from limbeck.recipe_values import NEUTRAL, SAME_ARM, STRICT, Count, NonNegative, Positive, Seed, Strings
 
 Whose = Literal["responses", "teacher", "student", "references"]
 EvaluationGroup = Literal["fidelity", "rouge", "diversity", "judge", "tasks", "speculation", "cost"]
@@ -50,25 +50,21 @@ class DiversitySection:
 
 @dataclass(config=STRICT, kw_only=True)
 class JudgeSection:
-    base_url: str | None = None
+    base_url: Annotated[str | None, NEUTRAL] = None
     """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
     model: str | None = None
     """The judge's name there; null takes the only model it offers."""
     against: Literal["teacher", "references", "before"] = "teacher"
     """Whose answers the student's are set beside."""
-    concurrency: Count = 8
-    timeout_s: Positive = 120.0
-    retries: Annotated[int, Field(ge=0)] = 5
-    api_key_env: str | None = None
+    concurrency: Annotated[Count, NEUTRAL] = 8
+    timeout_s: Annotated[Positive, NEUTRAL] = 120.0
+    retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
+    api_key_env: Annotated[str | None, NEUTRAL] = None
     """Environment variable that holds the key; never the key itself."""
     max_new_tokens: Count = 512
     """Length of a judgement."""
-    price_per_million: tuple[NonNegative, NonNegative] | None = None
+    price_per_million: Annotated[tuple[NonNegative, NonNegative] | None, NEUTRAL] = None
     """Of input and output tokens, in any currency, for the estimate."""
-
-
-# Where a judge answers is no matter of what it is asked.
-JUDGE_CONNECTION = ("base_url", "concurrency", "timeout_s", "retries", "api_key_env", "price_per_million")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -123,7 +119,7 @@ class EvaluateSection:
     """Answers for at most this many held-out prompts; null for all."""
     samples: Annotated[int, Field(ge=0)] = 6
     """Answers shown side by side in the report."""
-    batch_size: Count = 32
+    batch_size: Annotated[Count, SAME_ARM] = 32
     fidelity: FidelitySection = field(default_factory=FidelitySection)
     rouge: RougeSection = field(default_factory=RougeSection)
     diversity: DiversitySection = field(default_factory=DiversitySection)

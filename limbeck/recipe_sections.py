@@ -19,7 +19,18 @@ from limbeck.recipe_evaluation import (
     SpeculationSection,
     TasksSection,
 )
-from limbeck.recipe_values import STRICT, Count, Fraction, NonNegative, Positive, Probability, Seed, Strings
+from limbeck.recipe_values import (
+    NEUTRAL,
+    SAME_ARM,
+    STRICT,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Probability,
+    Seed,
+    Strings,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -139,19 +150,19 @@ class OnPolicySection:
 
 @dataclass(config=STRICT, kw_only=True)
 class ServerSection:
-    base_url: str
+    base_url: Annotated[str, NEUTRAL]
     """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
     model: str | None = None
     """The server's name of the teacher; null takes the only model it offers."""
     api: Literal["auto", "completions", "chat"] = "auto"
     """Which of its two doors to use; auto takes the one that keeps tokens exact, where it is open."""
-    concurrency: Count = 8
+    concurrency: Annotated[Count, NEUTRAL] = 8
     """Prompts asked at a time."""
-    timeout_s: Positive = 120.0
+    timeout_s: Annotated[Positive, NEUTRAL] = 120.0
     """Seconds for one whole answer."""
-    retries: Annotated[int, Field(ge=0)] = 5
+    retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
     """Further tries when the server is out of reach, full or too slow."""
-    api_key_env: str | None = None
+    api_key_env: Annotated[str | None, NEUTRAL] = None
     """Name of the environment variable that holds the key; never the key itself."""
 
 
@@ -181,7 +192,7 @@ class ResponsesSection:
     top_p: Probability = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     stop: Strings = ()
-    batch_size: Count = 48
+    batch_size: Annotated[Count, SAME_ARM] = 48
     seed: Seed = 0
     server: ServerSection | None = None
     """Where the teacher answers instead of in this process; its signal still comes from the teacher here."""
@@ -286,11 +297,11 @@ class TrainSection:
     """Mixed precision: float32 weights, bfloat16 matrix products, float32 losses."""
     compile: Literal["auto", "on", "off"] = "auto"
     """The loss's elementwise body through torch.compile; auto where a C++ compiler exists."""
-    seed: Seed = 0
-    save_steps: Count = 50
-    save_total_limit: Count = 2
-    logging_steps: Count = 1
-    report_to: Strings = ()
+    seed: Annotated[Seed, SAME_ARM] = 0
+    save_steps: Annotated[Count, NEUTRAL] = 50
+    save_total_limit: Annotated[Count, NEUTRAL] = 2
+    logging_steps: Annotated[Count, NEUTRAL] = 1
+    report_to: Annotated[Strings, NEUTRAL] = ()
     """Names of accelerate trackers (tensorboard, wandb, ...); metrics.jsonl is always written."""
     eval_steps: Count | None = None
     """Measure the loss on training prompts that are set aside, at the start, after every so many steps and at the end;
@@ -305,9 +316,9 @@ class TrainSection:
 class Recipe:
     """One run from prompts to report."""
 
-    name: str = "run"
+    name: Annotated[str, NEUTRAL] = "run"
     """Names the run; the run directory is runs/NAME unless output_dir says otherwise."""
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, NEUTRAL] = None
     teacher: TeacherSection
     student: StudentSection = field(default_factory=StudentSection)
     prompts: PromptsSection = field(default_factory=PromptsSection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -14,3 +15,16 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Strings = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Says in a key's annotation that it changes less than what a run writes; see `recipe_keys`."""
+
+    name: str
+
+
+# No fingerprint holds such a key: two runs may differ in it and be the same run.
+NEUTRAL = Effect("neutral")
+# What is written depends on such a key, but a comparison takes runs that differ in it alone for one arm.
+SAME_ARM = Effect("same arm")

@@ -22,7 +22,7 @@ from limbeck.config import Recipe
 from limbeck.console import Console, QuietConsole, default_console, format_seconds
 from limbeck.failures import in_one_line
 from limbeck.flow import LimbeckError
-from limbeck.recipe_evaluation import JUDGE_CONNECTION
+from limbeck.recipe_keys import neutral_keys
 from limbeck.rundir import Json, RunDirectory, fingerprint, flatten, read_json, write_json, write_text
 from limbeck.shelf import Shelf
 
@@ -31,13 +31,6 @@ if TYPE_CHECKING:
 
     from limbeck.models.loading import LoadedModel
     from limbeck.models.vocabulary import VocabularyCard
-
-# Keys that change nothing that is written but metrics and checkpoints; two runs may differ in them and be the same run.
-NEUTRAL_KEYS = (
-    *("output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to"),
-    *(f"responses.server.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
-    *(f"evaluate.judge.{key}" for key in JUDGE_CONNECTION),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,7 +385,7 @@ def _refusal(story: Story, stage: Stage) -> str:
         # As it stands, not as this version of limbeck would read it.
         there = flatten(yaml.safe_load(run.recipe.read_text("utf-8")) or {})
         here = flatten(config.as_tree(story.recipe))
-        keys = [k for k in {**there, **here} if there.get(k) != here.get(k) and k not in NEUTRAL_KEYS]
+        keys = [k for k in {**there, **here} if there.get(k) != here.get(k) and k not in neutral_keys()]
         if keys:
             listed = "; ".join(f"{k} is {there.get(k)!r} there and {here.get(k)!r} here" for k in keys[:3])
             more = f" and {len(keys) - 3} more keys differ" if len(keys) > 3 else ""

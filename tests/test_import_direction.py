@@ -27,6 +27,7 @@ LEAVES = {
     "recipe_values": set(),
     "recipe_evaluation": {"recipe_values"},
     "recipe_sections": {"recipe_evaluation", "recipe_values"},
+    "recipe_keys": {"recipe_sections", "recipe_values"},
     "recipe_checks": {"flow", "recipe_sections"},
     # Only to build objectives and rules and to list the objectives' options in the schema, inside functions.
     "config": {
@@ -46,13 +47,13 @@ PARTS = {
     "student": USABLE | {"objectives", "models", "responses", "prompts"},
     "evaluation": {"flow", "rundir", "objectives", "models", "server", "journal"},
     # Of responses the words of the alarms and what a loop is, which need no torch.
-    "report": {"flow", "rundir", "evaluation", "responses"},
+    "report": {"flow", "rundir", "recipe_keys", "evaluation", "responses"},
     "card": {"flow", "rundir", "report"},
     # Reads what a run wrote, and writes it for others; adapters are merged as the student is saved.
     "export": {"flow", "rundir", "models", "prompts", "student"},
 }
 # What plays the story may import every part; the stages are handed to it.
-STORY = USABLE | set(PARTS) | {"shelf"}
+STORY = USABLE | set(PARTS) | {"shelf", "recipe_keys"}
 TOP = {
     "story": STORY | {"failures"},
     "stages": STORY | {"story", "recipe_mistakes"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 
 from limbeck.card import write_card
 from limbeck.evaluation.scores import read_rows, write_rows, write_scores
@@ -13,7 +12,7 @@ from limbeck.flow import ScoredRow
 from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
 from limbeck.prompts.rows import source_digest
-from limbeck.recipe_evaluation import JUDGE_CONNECTION
+from limbeck.recipe_keys import fingerprinted
 from limbeck.rundir import Json, read_json, write_json, write_text
 from limbeck.stages.exam import Exam, Group, Part, table_name
 from limbeck.stages.groups import GROUPS
@@ -26,15 +25,13 @@ Tables = dict[str, Sequence[ScoredRow]]
 
 def evaluation_inputs(story: Story) -> Json:
     """What the evaluation reads of the recipe: the sections of the groups that are asked for."""
-    section = asdict(story.recipe.evaluate)
+    section = fingerprinted(story.recipe.evaluate)
     for name in GROUPS:
         if name not in section["groups"]:
             del section[name]
     if "tasks" in section:
         files = section["tasks"]["files"]
         section["tasks"]["content"] = {task: source_digest(path) for task, path in files.items()}
-    if "judge" in section:
-        section["judge"] = {key: value for key, value in section["judge"].items() if key not in JUDGE_CONNECTION}
     return section
 
 

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.record import read_prompts
 from limbeck.prompts.references import require_answers_for_sft
 from limbeck.prompts.templates import TemplateName, encode_prompts, encode_responses, end_token_ids, resolve_template
+from limbeck.recipe_keys import fingerprinted
 from limbeck.recipe_sections import Recipe
 from limbeck.responses.records import read_responses, write_asked, write_responses
 from limbeck.responses.samplers import Answered, LocalSampler, SamplingProgress
@@ -28,7 +28,7 @@ from limbeck.stages.batches import write_in_batches
 from limbeck.stages.checks import check_responses, check_rounds
 from limbeck.stages.drafted import draft_inputs, draft_record, keep_counts, with_draft
 from limbeck.stages.sampling import sampling_of
-from limbeck.stages.served import ask_server, server_inputs
+from limbeck.stages.served import ask_server
 from limbeck.story import Stage, Story
 from limbeck.teachers.store import write_shard
 
@@ -38,7 +38,7 @@ CALIBRATION_RESPONSES = 24
 
 def _response_inputs(story: Story) -> Json:
     prompts = story.recipe.prompts
-    section = asdict(story.recipe.responses)
+    section = fingerprinted(story.recipe.responses)
     del section["server"], section["draft"]
     # How the student writes later is no matter of this stage; whose responses are there before, and of whom, is.
     del section["on_policy"], section["base"]
@@ -46,7 +46,7 @@ def _response_inputs(story: Story) -> Json:
     if story.recipe.on_policy:
         section["answered"] = _answers_train(story.recipe)
     server = story.recipe.responses.server
-    section |= {"server": server_inputs(server)} if server else {}
+    section |= {"server": fingerprinted(server)} if server else {}
     draft = story.recipe.responses.draft
     section |= {"draft": draft_inputs(draft)} if draft else {}
     chosen: Json = {

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from limbeck.recipe_sections import ServerSection
 
 
-def server_inputs(section: ServerSection) -> Json:
-    """What of the section changes what is written: not where the server stands, nor how it is asked."""
-    return {"model": section.model, "api": section.api}
-
-
 def check_server(story: Story) -> None:
     """The server is up and has the model.
 

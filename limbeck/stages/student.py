@@ -19,6 +19,7 @@ from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
 from limbeck.objectives.sums import nested
+from limbeck.recipe_keys import fingerprinted
 from limbeck.recipe_sections import SftSection
 from limbeck.responses.account import never_acted, told
 from limbeck.responses.authors import fixed
@@ -43,10 +44,7 @@ from limbeck.teachers.local import UnheardTeacher
 
 def _student_inputs(story: Story) -> Json:
     recipe = story.recipe
-    train = asdict(recipe.train)
-    for neutral in ("save_steps", "save_total_limit", "logging_steps", "report_to"):
-        del train[neutral]
-    inputs = student_inputs(story) | {"objective": asdict(recipe.objective), "train": train}
+    inputs = student_inputs(story) | {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
     if recipe.on_policy:
         inputs |= {"author": recipe.responses.author, "on_policy": asdict(recipe.responses.on_policy)}
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}

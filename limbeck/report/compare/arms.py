@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.flow import LimbeckError
+from limbeck.recipe_keys import same_arm_keys
 from limbeck.report.compare.labels import differing, label, titled
 from limbeck.report.run import Run, number, read_run, value_at
 from limbeck.report.words import name_of
@@ -18,13 +20,6 @@ from limbeck.rundir import flatten
 State = Literal["waiting", "running", "done", "failed", "dropped"]
 
 ARMS = "arms.jsonl"
-# Keys in which runs may differ and be the same arm: where and how they are written, and the seed.
-ASIDE = {
-    *("name", "output_dir", "train.seed", "train.save_steps", "train.save_total_limit", "train.logging_steps"),
-    *("train.report_to", "evaluate.batch_size", "responses.batch_size"),
-    *(f"responses.server.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
-    *(f"evaluate.judge.{key}" for key in ("base_url", "concurrency", "timeout_s", "retries", "api_key_env")),
-}
 # Arms that differ in more keys are named as their recipes are.
 LABEL_KEYS = 4
 
@@ -124,14 +119,14 @@ def read_arms(path: Path) -> list[Mapping[str, Any]]:
         LimbeckError: a line is no object with an arm; names file and line.
     """
     lines = []
-    for count, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for line_number, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("arm"), str):
             raise LimbeckError(
-                f"{path}:{count}: got no object with an arm; start the sweep again, it writes the file anew"
+                f"{path}:{line_number}: got no object with an arm; start the sweep again, it writes the file anew"
             )
         lines.append(line)
     return lines
@@ -199,16 +194,27 @@ def _judged(member: Member) -> Member:
 def _derived(found: Sequence[Member]) -> list[Member]:
     """Members with arms and keys from their resolved recipes: those that differ in the seed alone are one arm."""
     flats = [flatten(member.run.recipe) if member.run else dict(member.keys) for member in found]
-    flats = [{key: value for key, value in flat.items() if key not in ASIDE} for flat in flats]
+    flats = [{key: value for key, value in flat.items() if key not in same_arm_keys()} for flat in flats]
     keys = differing(flats)
     members = []
+    names: dict[str, str] = {}
     for member, flat in zip(found, flats, strict=True):
         own = {key: flat[key] for key in keys if key in flat}
-        name = label(own, keys) or (name_of(member.run) if member.run else member.arm)
-        if not member.run or not member.run.recipe:
+        if member.run and member.run.recipe:
+            # Runs called differently are one arm all the same, and are called as the first of them.
+            said = json.dumps(own, sort_keys=True, default=str)
+            name = names.get(said) or _free(label(own, keys) or name_of(member.run), names)
+            names[said] = name
+        else:
             name = member.arm or Path(member.place).name
         members.append(replace(member, arm=name, keys=own))
     return _by_recipe(members) if len(keys) > LABEL_KEYS else members
+
+
+def _free(name: str, names: Mapping[str, str]) -> str:
+    """The name, with a number where another arm has it: 2 and "2" read the same."""
+    others = set(names.values())
+    return next(free for n in count(1) if (free := f"{name} ({n})" if n > 1 else name) not in others)
 
 
 def _by_recipe(members: Sequence[Member]) -> list[Member]:

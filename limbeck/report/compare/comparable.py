@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from limbeck.flow import ScoredRow
-from limbeck.report.compare.arms import ASIDE, Member
+from limbeck.recipe_keys import same_arm_keys
+from limbeck.report.compare.arms import Member
 from limbeck.report.compare.labels import plain, short
 from limbeck.report.run import value_at
 from limbeck.rundir import flatten
@@ -35,7 +36,7 @@ def settings_of(member: Member, table: str) -> dict[str, str]:
     assert member.run is not None
     flat = flatten(member.run.recipe)
     group, _, _ = table.partition("@")
-    keys = [*_ALWAYS, *(key for key in flat if key.startswith(f"evaluate.{group}.") and key not in ASIDE)]
+    keys = [*_ALWAYS, *(key for key in flat if key.startswith(f"evaluate.{group}.") and key not in same_arm_keys())]
     found = {}
     if table == "fidelity":
         keys += _RESPONSES

@@ -37,7 +37,7 @@ def plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float) and math.isfinite(value):
-        return f"{value:g}"
+        return short_number if float(short_number := f"{value:g}") == value else repr(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
