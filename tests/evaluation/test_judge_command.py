@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.evaluation.judge_server import JUDGE, JudgeState, always_a, answers_in, judging, longer
+from tests.evaluation.odd_replies import ODD
 from tests.limbeck_command import CommandServer, Finished
 from tests.tiny_pair import TinyPair, write_model, write_prompts
 
@@ -269,3 +270,19 @@ def test_one_reply_that_is_no_text_and_a_key_that_is_repeated_end_nothing(bench:
     assert detail(output) == told and len(bench.state.judged) == asked
     for path in [path for path in output.glob("scores/after*") if path.is_file()]:
         assert KEY.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_odd_replies_among_good_ones_are_counted_and_end_nothing(part: int, bench: Bench, tmp_path: Path) -> None:
+    chosen = list(ODD.values())[part::3]
+    bench.state.faults = [fault for body, _ in chosen for fault in (None, {"status": 200, "body": body})]
+    end = bench.evaluate(tmp_path / "run", "evaluate.judge.concurrency=1")
+    assert end.code == 0, end.stderr
+    told = detail(tmp_path / "run")
+    expected = [unread for _, unread in chosen if unread]
+    found = {kind: unread["replies"] for kind, unread in told["unread"].items()}
+    # Equal answers are asked about once, and stand for both orders.
+    assert found.keys() == set(expected) and sum(found.values()) >= len(expected)
+    assert 0 < told["counted"] < PROMPTS
+    report = bench.limbeck.run("report", str(tmp_path / "run"))
+    assert "Traceback" not in report.stderr

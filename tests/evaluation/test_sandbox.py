@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from limbeck.evaluation.sandbox import jail, syscalls
-from limbeck.evaluation.sandbox.host import Job, Limits, require_sandbox, run
+from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run
 from limbeck.evaluation.sandbox.log import judge_all
 from limbeck.evaluation.sandbox.tester import Program, judge
 from limbeck.evaluation.sandbox.wire import Link
@@ -61,7 +61,10 @@ def verdicts(secret: Path, tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_a_failed_sample_and_nothing_else(name, verdicts):
     attack, after = verdicts[0][name]
-    assert not attack.passed and attack.kind in ATTACKS[name][1], attack
+    # Where no program may write, it ends with an error before it fills anything.
+    assert not attack.passed and attack.kind in ATTACKS[name][1] | (set() if files_possible() else {"exception"}), (
+        attack
+    )
     assert after.passed, after
 
 
@@ -113,7 +116,7 @@ HONEST = {
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_program_passes(name, tmp_path):
     verdict = run(job(*HONEST[name]), PATIENT, tmp_path)
-    assert verdict.passed, verdict
+    assert verdict.passed == ("files" not in name or files_possible()), verdict
 
 
 @confined
