@@ -81,7 +81,9 @@ def _usage_line(error: Any) -> str:
 
 
 def _fail(message: str) -> None:
-    print(f"limbeck: {' '.join(message.split())}", file=sys.stderr)
+    from limbeck.console import printable
+
+    print(f"limbeck: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 

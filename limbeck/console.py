@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TextIO
 
 PLAIN_INTERVAL_S = 15.0
+# Longer lines hold somebody's data; what they say stands at their beginning, and the remedy at their end.
+_LONGEST_LINE, _TAIL = 2000, 500
+
+
+def printable(text: str) -> str:
+    """A text that may have come from a server or a file, without what a terminal or a log would take for a command.
+
+    Control characters and those that turn the direction of writing are escaped, a long text loses its middle.
+    """
+    if len(text) > _LONGEST_LINE:
+        left_out = len(text) - _LONGEST_LINE
+        text = f"{text[: _LONGEST_LINE - _TAIL]} ... ({left_out:,} characters left out) ... {text[-_TAIL:]}"
+    return "".join(ascii(c)[1:-1] if _commands(c) else c for c in text)
+
+
+def _commands(c: str) -> bool:
+    # Control characters, halves of a surrogate pair, ends of lines and paragraphs.
+    if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"):
+        return c not in "\n\t"
+    return unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 class Meter(Protocol):
@@ -78,7 +99,7 @@ class PlainConsole:
     file: TextIO | None = None
 
     def say(self, line: str) -> None:
-        print(line, file=self.file or sys.stderr, flush=True)
+        print(printable(line), file=self.file or sys.stderr, flush=True)
 
     def warn(self, line: str) -> None:
         self.say(f"warning: {line}")
@@ -96,7 +117,7 @@ class QuietConsole:
         del line
 
     def warn(self, line: str) -> None:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {line}"), file=sys.stderr, flush=True)
 
     @contextmanager
     def meter(self, label: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
@@ -117,10 +138,10 @@ class RichConsole:
         self._terminal = Terminal(stderr=True, highlight=False)
 
     def say(self, line: str) -> None:
-        self._terminal.print(line, markup=False)
+        self._terminal.print(printable(line), markup=False)
 
     def warn(self, line: str) -> None:
-        self._terminal.print(f"warning: {line}", style="yellow", markup=False)
+        self._terminal.print(printable(f"warning: {line}"), style="yellow", markup=False)
 
     @contextmanager
     def meter(self, label: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:

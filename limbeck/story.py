@@ -113,6 +113,7 @@ class Story:
     Attributes:
         shelf: what it shares with other runs; None for a run of its own.
         pause_at: share of the optimizer steps after which training pauses with a checkpoint.
+        wanted: names of the stages that are to be played; None for all.
     """
 
     recipe: Recipe
@@ -120,6 +121,7 @@ class Story:
     stop: StopWish = field(default_factory=StopWish)
     shelf: Shelf | None = None
     pause_at: float | None = None
+    wanted: frozenset[str] | None = None
 
     @cached_property
     def run(self) -> RunDirectory:
@@ -239,7 +241,8 @@ def play(
     console = console or default_console()
     wanted = stages[: 1 + [stage.verb for stage in stages].index(until or stages[-1].verb)]
     with in_one_line():
-        story = Story(recipe, console, shelf=shelf, pause_at=pause_at)
+        names = frozenset(stage.name for stage in wanted)
+        story = Story(recipe, console, shelf=shelf, pause_at=pause_at, wanted=names)
         if story.rank:
             return _follow(replace(story, console=QuietConsole()), wanted)
         run = story.run

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from limbeck import console
-from limbeck.console import PlainConsole, QuietConsole, RichConsole, default_console, format_seconds
+from limbeck.console import PlainConsole, QuietConsole, RichConsole, default_console, format_seconds, printable
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,28 @@ from limbeck.console import PlainConsole, QuietConsole, RichConsole, default_con
 )
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+HOSTILE = "a\x1b[2J\x07\x9b1m\r\u2028\u202eb\ud800 ä\U0001f468\u200d\U0001f469 é\n\tend"
+TAMED = r"a\x1b[2J\x07\x9b1m\r\u2028\u202eb\ud800 " + "ä\U0001f468\u200d\U0001f469 é\n\tend"
+
+
+def test_what_a_terminal_would_obey_is_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a server's error or a file's name; what people write with stays as it is."""
+    assert printable(HOSTILE) == TAMED
+    for made in (PlainConsole(), QuietConsole(), RichConsole()):
+        made.warn(HOSTILE)
+    PlainConsole().say(HOSTILE)
+    said = capsys.readouterr().err
+    assert said.count(r"a\x1b[2J\x07\x9b1m\r\u2028\u202eb\ud800") == 4
+    assert not set("\x1b\x07\x9b\r\u2028\u202e") & set(said)
+
+
+def test_a_long_line_loses_its_middle() -> None:
+    line = printable("what: " + "x" * 100_000 + "; the remedy")
+    assert line.startswith("what: xxx") and line.endswith("xxx; the remedy") and len(line) < 2100
+    assert "(98,018 characters left out)" in line
+    assert printable("x" * 2000) == "x" * 2000
 
 
 class Clock:

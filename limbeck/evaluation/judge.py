@@ -190,7 +190,7 @@ class Judge:
             pair_id=question.pair_id,
             student_first=question.student_first,
             model=self.model,
-            opinion=replace(opinion, text=self.server.masked(opinion.text)),
+            opinion=opinion,
             max_new_tokens=self.max_new_tokens,
             greedy=wording.greedy,
             prompt_tokens=_counted(reply, "prompt_tokens"),

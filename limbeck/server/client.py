@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import time
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from limbeck.flow import LimbeckError
-from limbeck.server.said import Json, message_in, parsed, short, wish_s
-from limbeck.server.transport import CONNECT_S, Answer, Broken, exchange
+from limbeck.server.keys import Key, read_key
+from limbeck.server.said import Json, Said, short, wish_s
+from limbeck.server.transport import CONNECT_S, MAX_BYTES, Broken, exchange
 
 _URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?")
 # Statuses that another try may mend; every other 4xx is the server's last word on the request.
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_PAUSE_S = 60.0
-_SHORTEST_SECRET = 8
 # What a server may ask us to wait; beyond it a person should decide.
 _LONGEST_WISH_S = 600.0
-
-
-def without_key(text: str, api_key_env: str | None) -> str:
-    """A text without the key that a variable holds. Words such as EMPTY, given to servers that need no key, stay."""
-    key = os.environ.get(api_key_env or "", "").strip()
-    return text.replace(key, "***") if len(key) >= _SHORTEST_SECRET else text
+_FOR_EVER_S = 1e8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +52,8 @@ class Server:
         timeout_s: seconds for one whole answer.
         retries: further tries after what may pass, with pauses that double from `backoff_s`, jittered, never shorter
             than the server's Retry-After.
-        api_key_env: environment variable that holds the key; the key itself is kept nowhere.
+        api_key_env: environment variable that holds the key; the key itself is kept nowhere, and leaves this machine
+            only for hosts that the environment allows (`keys`).
         section: of the recipe, whose keys messages name.
     """
 
@@ -77,7 +72,9 @@ class Server:
                 f"{self.section}.base_url holds a user name, a password or a query; leave it out, and name the "
                 f"environment variable that holds the key with {self.section}.api_key_env"
             )
-        if not _URL.fullmatch(self.base_url):
+        if not (
+            _URL.fullmatch(self.base_url) and _has_port(parts) and parts.path.isascii() and parts.path.isprintable()
+        ):
             raise LimbeckError(
                 f"{self.section}.base_url is {self.base_url!r}, expected something like http://localhost:8000/v1"
             )
@@ -142,17 +139,13 @@ class Server:
             raise LimbeckError(f"{self.root} has no model {wanted!r}; it offers {listed}: set {self.section}.model")
         return wanted
 
-    def masked(self, text: str) -> str:
-        """A text without the key, for what is kept."""
-        return without_key(text, self.api_key_env)
-
     def check_key(self) -> None:
         """See that the key is there, where one is named, without asking the server.
 
         Raises:
             LimbeckError: the variable is not set, or what it holds can be no key.
         """
-        self._key()
+        read_key(self.api_key_env, root=self.root, section=self.section)
 
     def _ask(self, path: str, body: Json | None) -> Json | Refusal:
         tries, reply = 1, self._attempt(path, body)
@@ -164,71 +157,74 @@ class Server:
         if not isinstance(reply, _Trouble):
             return reply
         wish = f" and asks to wait {reply.wish_s:.0f} s" if reply.wish_s else ""
+        if reply.wish_s > _FOR_EVER_S:
+            wish = " and asks to wait for years"
         tried = f" ({tries} tries)" if tries > 1 else ""
         raise LimbeckError(f"{self.root} {reply.what}{wish}{tried}; {reply.remedy}")
 
     def _attempt(self, path: str, body: Json | None) -> Json | Refusal | _Trouble:
         headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "limbeck"}
-        if key := self._key():
-            headers["Authorization"] = f"Bearer {key}"
+        key = read_key(self.api_key_env, root=self.root, section=self.section)
+        if key.value:
+            headers["Authorization"] = f"Bearer {key.value}"
         data = None if body is None else json.dumps(body).encode()
         answer = exchange(self.root + path, data, headers, self.timeout_s)
-        return self._lament(answer) if isinstance(answer, Broken) else self._judge(answer, data)
+        if isinstance(answer, Broken):
+            return self._lament(answer, key)
+        # From here on nothing holds the key, whatever the server has repeated.
+        return self._judge(Said.of(answer, key), asked_for_a_list=data is None)
 
-    def _lament(self, broken: Broken) -> _Trouble:
+    def _lament(self, broken: Broken, key: Key) -> _Trouble:
         if broken.kind == "untrusted":
             raise LimbeckError(
-                f"{self.root} shows a certificate that cannot be verified ({broken.why}); "
+                f"{self.root} shows a certificate that cannot be verified ({key.hidden_in(broken.why)}); "
                 "let SSL_CERT_FILE point to its authority's certificate"
             )
         if broken.kind == "unreachable":
             limit = f" within {min(CONNECT_S, self.timeout_s):g} s" if broken.why == "nothing answers" else ""
-            what = f"cannot be reached ({broken.why}{limit})"
+            what = f"cannot be reached ({key.hidden_in(broken.why)}{limit})"
             return _Trouble(what=what, remedy=f"start the server, or correct {self.section}.base_url")
         if broken.kind == "slow":
             what = f"did not answer within {self.timeout_s:g} s"
             remedy = f"raise {self.section}.timeout_s or lower {self.section}.concurrency"
             return _Trouble(what=what, remedy=remedy)
+        if broken.kind == "long":
+            remedy = f"check that {self.section}.base_url is that of an OpenAI-compatible server, with its /v1"
+            return _Trouble(what=f"answers with more than {MAX_BYTES >> 20} MiB", remedy=remedy)
         what = "cut the connection off in the middle of an answer"
         return _Trouble(what=what, remedy="look at the server's log; the same command then continues")
 
-    def _judge(self, answer: Answer, data: bytes | None) -> Json | Refusal | _Trouble:
-        reply, status = parsed(answer.raw), answer.status
+    def _judge(self, said: Said, *, asked_for_a_list: bool) -> Json | Refusal | _Trouble:
+        status = said.status
         if 200 <= status < 300:
-            if isinstance(reply, dict):
-                return reply
-            said = " ".join(answer.raw[:400].decode("utf-8", "replace").split())
+            if isinstance(said.reply, dict):
+                return said.reply
             remedy = f"check that {self.section}.base_url is that of an OpenAI-compatible server, with its /v1"
-            return _Trouble(what=f"answers {said[:80]!r}, expected a JSON object", remedy=remedy)
-        said = message_in(answer.raw, secret=self._key())
+            return _Trouble(what=f"answers {said.text[:80]!r}, expected a JSON object", remedy=remedy)
         if 300 <= status < 400:
             raise LimbeckError(
-                f"{self.root} redirects to {answer.headers.get('Location')}; give that as {self.section}.base_url"
+                f"{self.root} redirects to {said.header('Location') or 'nowhere'}; give that as {self.section}.base_url"
             )
         if status in (401, 403):
             has = f"check the key in the environment variable that {self.section}.api_key_env names"
             lacks = f"name the environment variable that holds one with {self.section}.api_key_env"
             raise LimbeckError(
-                f"{self.root} does not let us in (HTTP {status}: {said}); {has if self.api_key_env else lacks}"
+                f"{self.root} does not let us in (HTTP {status}: {said.message}); {has if self.api_key_env else lacks}"
             )
         # A list that a server fails to make is one it does not have (transformers serve without a cache of models).
-        if status in _PASSING and not (status == 500 and data is None):
+        if status in _PASSING and not (status == 500 and asked_for_a_list):
             remedy = f"lower {self.section}.concurrency" if status == 429 else "look at the server's log"
             return _Trouble(
-                what=f"cannot answer (HTTP {status}: {said})",
+                what=f"cannot answer (HTTP {status}: {said.message})",
                 remedy=f"{remedy}; the same command then continues",
-                wish_s=wish_s(answer.headers.get("Retry-After")),
+                wish_s=wish_s(said.header("Retry-After")),
             )
-        return Refusal(status=status, message=said)
+        return Refusal(status=status, message=said.message)
 
-    def _key(self) -> str | None:
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env, "").strip()
-        # The name is not repeated: a key may have been put in its place.
-        if not key or not key.isascii() or not key.isprintable():
-            state = "holds characters that no HTTP header may hold" if key else "is not set"
-            raise LimbeckError(
-                f"the environment variable that {self.section}.api_key_env names {state}; export it with the key"
-            )
-        return key
+
+def _has_port(parts: SplitResult) -> bool:
+    """Whether an address names no port, or one that there is."""
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False

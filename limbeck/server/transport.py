@@ -1,18 +1,30 @@
-"""One request and its answer, or what became of it. Standard library alone: HTTP packages come and go with others."""
+"""One request and its answer, or what became of it.
+
+Standard library alone: no HTTP package among the dependencies of others bounds a whole answer in time, and they come
+and go with those others. A timer that shuts the socket does, whatever is being waited for.
+"""
 
 from __future__ import annotations
 
+import base64
+import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from ipaddress import ip_address
 from ssl import SSLCertVerificationError
-from typing import Any, Literal
-from urllib.error import URLError
-from urllib.request import HTTPErrorProcessor, HTTPHandler, HTTPSHandler, Request, build_opener
+from typing import Literal
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 # To reach a server; how long it may take to answer is the caller's business.
 CONNECT_S = 10.0
+# An answer of 100,000 tokens with everything that servers say of each is smaller.
+MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,77 +38,126 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Broken:
-    """No whole answer: out of reach, a certificate that cannot be verified, too slow, or cut off in the middle."""
+    """No whole answer: out of reach, a certificate that cannot be verified, too slow, too long, or cut off."""
 
-    kind: Literal["unreachable", "untrusted", "slow", "cut"]
+    kind: Literal["unreachable", "untrusted", "slow", "long", "cut"]
     why: str = ""
 
 
 def exchange(url: str, data: bytes | None, headers: dict[str, str], timeout_s: float) -> Answer | Broken:
     """Send a request (POST where there is data) and read the whole answer.
 
+    Every status is an answer: errors are read, and no redirect is followed, which might carry a key to another host.
+
     Args:
-        timeout_s: for the whole answer, however slowly it drips in.
+        timeout_s: for the whole answer, its status line and headers included, however slowly it drips in.
     """
-    opener = build_opener(_AsIs, _Plain, _Secure)
     deadline = time.monotonic() + timeout_s
     try:
-        with opener.open(Request(url, data=data, headers=headers), timeout=timeout_s) as reply:
-            chunks = []
-            while chunk := reply.read1(1 << 16):
-                chunks.append(chunk)
-                if time.monotonic() > deadline:
-                    return Broken(kind="slow")
-            raw, length = b"".join(chunks), reply.headers.get("Content-Length", "")
-            if length.isdigit() and len(raw) < int(length):
-                return Broken(kind="cut")
-            return Answer(status=reply.status, headers=reply.headers, raw=raw)
-    except TimeoutError:
-        return Broken(kind="slow")
-    except URLError as error:
-        return _unreachable(error.reason)
-    except (HTTPException, OSError):
-        return Broken(kind="cut")
+        connection, target, headers = _connection(urlsplit(url), headers, min(CONNECT_S, timeout_s))
+    except (HTTPException, ValueError):
+        return Broken(kind="unreachable", why="the proxy that the environment names has no such address")
+    with _shut_after(connection, timeout_s) as shut:
+        try:
+            connection.connect()
+        except (HTTPException, OSError, ValueError) as error:
+            cut_off = shut.is_set() and not isinstance(error, TimeoutError)
+            return Broken(kind="slow") if cut_off else _unreachable(error)
+        shut.watched.append(connection.sock)
+        # A timer that rang while the connection was being made found no socket yet.
+        if time.monotonic() > deadline:
+            return Broken(kind="slow")
+        try:
+            connection.sock.settimeout(timeout_s)
+            connection.request("GET" if data is None else "POST", target, body=data, headers=headers)
+            answer = _read(connection)
+        # http.client reads numbers with int(), which has words of its own for what is none.
+        except (HTTPException, OSError, ValueError) as error:
+            return Broken(kind="slow" if shut.is_set() or isinstance(error, TimeoutError) else "cut")
+        # A socket that was shut looks like the end of an answer that says no length.
+        return Broken(kind="slow") if shut.is_set() else answer
 
 
-def _unreachable(reason: object) -> Broken:
-    if isinstance(reason, SSLCertVerificationError):
-        return Broken(kind="untrusted", why=reason.verify_message)
-    if isinstance(reason, TimeoutError):
+def is_this_machine(host: str) -> bool:
+    """Whether what is sent to a host stays on this machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
+
+
+def _read(connection: HTTPConnection) -> Answer | Broken:
+    with connection.getresponse() as reply:
+        chunks, size = [], 0
+        while chunk := reply.read1(1 << 16):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > MAX_BYTES:
+                return Broken(kind="long")
+        # What is left of the length that the server had announced.
+        if reply.length:
+            return Broken(kind="cut")
+        return Answer(status=reply.status, headers=reply.headers, raw=b"".join(chunks))
+
+
+class _Shut(threading.Event):
+    """Set when the time is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched: list[socket.socket] = []
+
+
+@contextmanager
+def _shut_after(connection: HTTPConnection, seconds: float) -> Iterator[_Shut]:
+    """Shut the connection's socket after some seconds, which ends whatever waits for it, and close it at the end."""
+    shut = _Shut()
+
+    def end() -> None:
+        shut.set()
+        # The connection forgets its socket once it has handed it to an answer; hence the list.
+        for sock in {*shut.watched, connection.sock} - {None}:
+            try:
+                # Not SSLSocket's own, which takes its layer away from under whoever reads.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                continue
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield shut
+    finally:
+        timer.cancel()
+        connection.close()
+
+
+def _connection(
+    url: SplitResult, headers: dict[str, str], connect_s: float
+) -> tuple[HTTPConnection, str, dict[str, str]]:
+    """The connection, not made yet, and the target and headers to send: straight, or by the environment's proxy."""
+    host, path = url.hostname or "", url.path + (f"?{url.query}" if url.query else "")
+    kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
+    said = None if is_this_machine(host) or proxy_bypass(url.netloc) else getproxies().get(url.scheme)
+    if not said:
+        return kind(host, url.port, timeout=connect_s), path, headers
+    proxy = urlsplit(said if "//" in said else f"http://{said}")
+    via = {}
+    if proxy.username:
+        user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        via["Proxy-Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+    connection = kind(proxy.hostname or "", proxy.port or 80, timeout=connect_s)
+    if url.scheme == "http":
+        return connection, url.geturl(), headers | via
+    connection.set_tunnel(host, url.port or 443, via)
+    return connection, path, headers
+
+
+def _unreachable(error: Exception) -> Broken:
+    if isinstance(error, SSLCertVerificationError):
+        return Broken(kind="untrusted", why=error.verify_message)
+    if isinstance(error, TimeoutError):
         return Broken(kind="unreachable", why="nothing answers")
-    said = getattr(reason, "strerror", None) or reason
+    said = getattr(error, "strerror", None) or error
     return Broken(kind="unreachable", why=" ".join(str(said).split()))
-
-
-class _AsIs(HTTPErrorProcessor):
-    """Every status is an answer: errors are read, and no redirect carries a key to another host."""
-
-    def http_response(self, request: Any, response: Any) -> Any:
-        return response
-
-    https_response = http_response
-
-
-class _Patient(HTTPConnection):
-    """Made within `CONNECT_S`, then given the time of the request."""
-
-    def connect(self) -> None:
-        answer_s = self.timeout
-        self.timeout = CONNECT_S if answer_s is None else min(CONNECT_S, answer_s)
-        super().connect()
-        self.timeout = answer_s
-        self.sock.settimeout(answer_s)
-
-
-class _PatientSecure(_Patient, HTTPSConnection):
-    pass
-
-
-class _Plain(HTTPHandler):
-    def http_open(self, req: Request) -> Any:
-        return self.do_open(_Patient, req)
-
-
-class _Secure(HTTPSHandler):
-    def https_open(self, req: Request) -> Any:
-        return self.do_open(_PatientSecure, req)

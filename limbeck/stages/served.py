@@ -32,6 +32,9 @@ def check_server(story: Story) -> None:
     section = story.recipe.responses.server
     if section is None or story.run.done("responses"):
         return
+    if story.wanted is not None and "responses" not in story.wanted:
+        # Nothing that is asked for needs the server: no request, and no key, leaves this machine.
+        return
     if section.api == "chat" and story.recipe.prompts.template in ("alpaca", "plain"):
         raise LimbeckError(
             f"responses.server.api=chat has the server write its chat template, but prompts.template is "

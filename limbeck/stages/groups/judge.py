@@ -12,7 +12,8 @@ from limbeck.evaluation.verdicts import JudgedPair, printable, score_pairs, summ
 from limbeck.flow import LimbeckError, Prompt
 from limbeck.recipe_evaluation import EvaluateSection, JudgeSection
 from limbeck.rundir import write_text
-from limbeck.server.client import Server, without_key
+from limbeck.server.client import Server
+from limbeck.server.keys import without_key
 from limbeck.stages.exam import Exam, Group, Measured, Need
 from limbeck.stages.groups.rouge import greedy
 from limbeck.story import Story
@@ -146,7 +147,7 @@ def _price(section: JudgeSection, input_tokens: int, output_tokens: int) -> str:
 def _judged(pair: Pair, orders: tuple[Question, Question], log: JudgementLog, server: Server) -> JudgedPair:
     heard = [printable(log.known[question.key].opinion) for question in orders]
     # Masked here as well: the record may be one that knew no mask.
-    first, second = (replace(opinion, text=server.masked(opinion.text)) for opinion in heard)
+    first, second = (replace(opinion, text=without_key(opinion.text, server.api_key_env)) for opinion in heard)
     return JudgedPair(id=pair.id, first=first, second=second, lengths=(len(pair.student), len(pair.other)))
 
 

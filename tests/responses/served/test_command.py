@@ -11,6 +11,7 @@ import pytest
 from limbeck.rundir import RunDirectory
 from tests.limbeck_command import CommandServer
 from tests.responses.served.fake_server import MODEL, FakeServer
+from tests.server.evil import once, playing, whole
 from tests.tiny_pair import TinyPair
 
 
@@ -128,6 +129,31 @@ def test_the_key_is_written_nowhere(tiny: TinyPair, server: FakeServer, limbeck:
     assert end.code == 0 and "s3cret" not in end.stdout + end.stderr
     for file in (tmp_path / "run").rglob("*"):
         assert not file.is_file() or b"s3cret" not in file.read_bytes()
+
+
+def test_prompts_are_read_without_asking_the_server(
+    tiny: TinyPair, server: FakeServer, limbeck: CommandServer, tmp_path: Path
+) -> None:
+    """Whoever looks at the prompts of somebody's recipe sends its server nothing, least of all a key."""
+    with playing(once(whole(b'{"data": []}'))) as (url, asked):
+        path = recipe(tiny, server, tmp_path / "run", base_url=url, api_key_env="AWS_SECRET_ACCESS_KEY", model="m")
+        env = {"AWS_SECRET_ACCESS_KEY": "aws-very-secret"}
+        assert limbeck.run("prompts", path, env=env).code == 0 and not asked
+        away = limbeck.run("respond", path, "responses.server.base_url=http://evil.example/v1", env=env)
+        assert "trust the recipe and that host with it, export LIMBECK_ALLOW_KEY_TO=http://evil" in away.error_line
+        assert "LIMBECK_ALLOW_KEY_TO" not in limbeck.run("respond", path, env=env).error_line
+        assert asked and "Bearer aws-very-secret" in asked[0]
+
+
+def test_escape_codes_and_long_messages_reach_no_terminal(
+    tiny: TinyPair, server: FakeServer, limbeck: CommandServer, tmp_path: Path
+) -> None:
+    path = recipe(tiny, server, tmp_path / "run")
+    server.order(faults=[{"status": 400, "body": {"error": "\x1b]0;owned\x07\x1b[2J"}}] * 30)
+    line = limbeck.run("respond", path).error_line
+    assert line.isprintable() and r"\x1b]0;owned\x07\x1b[2J" in line
+    line = limbeck.run("respond", path, f"responses.server.model={'x' * 100_000}").error_line
+    assert len(line) < 2200 and "characters left out" in line and line.endswith("set responses.server.model")
 
 
 @pytest.mark.parametrize(
