@@ -38,7 +38,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def main() -> None:
-    """Entry point: errors a person can mend are one line and exit code 2; Ctrl-C is 130, SIGTERM 143."""
+    """Entry point: errors a person can mend are one line and exit code 2; stopped by a signal 128 + number."""
     try:
         # Not `app()`: typer would turn an interruption into a silent exit and a wrong option into a page of help.
         with typer.main.get_command(app).make_context("limbeck", sys.argv[1:]) as context:

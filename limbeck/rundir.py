@@ -3,8 +3,9 @@
     recipe.resolved.yaml  provenance.json  prompts.jsonl  responses/  signal/  checkpoints/  rounds/  metrics.jsonl
     student/  scores/  scores.json  samples.jsonl  report.html  report.svg  stages/NAME.json
 
-A stage is done when its manifest exists; the manifest holds the fingerprint of everything the stage read. Whatever is
-written appears under its final name only when it is whole, so a kill at any moment leaves finished things finished.
+A stage is done when its manifest says so; the manifest holds the fingerprint of everything the stage read and the hash
+of every file it wrote (`limbeck.outputs`). Whatever is written appears under its final name only when it is whole, so a
+kill at any moment leaves finished things finished.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from limbeck.flow import LimbeckError
+from limbeck.folders import partial_in, remove
 
 Json = dict[str, Any]
 
@@ -65,6 +67,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with naming(path):
+            # What a kill left, or a link that would have somebody else's file written.
+            remove(partial)
             partial.touch()
             mode = stat.S_IMODE(partial.stat().st_mode)
             yield partial
@@ -96,8 +100,42 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LimbeckError(f"{path} is damaged ({error}); delete it and run the same command again") from None
+
+
+def read_object(path: Path) -> Json:
+    """A JSON object.
+
+    Raises:
+        LimbeckError: the file holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise LimbeckError(
+            f"{path} is damaged (it holds a {type(value).__name__} where an object belongs); delete it and run the "
+            "same command again"
+        )
+    return value
+
+
+def sealed(record: Json) -> Json:
+    """A record with the fingerprint of itself, so that whoever reads it sees whether it is what was written."""
+    plain = {key: value for key, value in record.items() if key != "check"}
+    # As it will be read: JSON turns every key into text.
+    return plain | {"check": fingerprint(json.loads(json.dumps(plain)))}
+
+
+def read_sealed(path: Path) -> Json:
+    """The record of `sealed` that a file holds; one without a fingerprint of itself passes.
+
+    Raises:
+        LimbeckError: it is not as it was written.
+    """
+    record = read_object(path)
+    if record != sealed(record) and "check" in record:
+        raise LimbeckError(f"{path} is damaged (it is not what was written); delete it and run the same command again")
+    return {key: value for key, value in record.items() if key != "check"}
 
 
 @contextmanager
@@ -108,7 +146,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     partial.mkdir()
     try:
         with naming(path):
@@ -118,6 +156,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     _settle(file, mode)
         replaced = path.with_name(f".{path.name}.replaced.partial")
+        remove(replaced)
         if path.exists():
             path.replace(replaced)
         partial.replace(path)
@@ -127,7 +166,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 # Files that grow by lines in place: a second name for one of them would change with it.
-_APPENDED = ("metrics.jsonl", "metrics.sft.jsonl", "examples.jsonl", "served.jsonl")
+APPENDED = ("metrics.jsonl", "metrics.sft.jsonl", "examples.jsonl", "served.jsonl")
 
 
 def link(path: Path, target: Path) -> None:
@@ -138,7 +177,7 @@ def link(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     partial.unlink(missing_ok=True)
-    if path.name in _APPENDED:
+    if path.name in APPENDED:
         shutil.copyfile(path, partial)
     else:
         try:
@@ -152,8 +191,17 @@ def link(path: Path, target: Path) -> None:
     partial.unlink(missing_ok=True)
 
 
-# The name under which writers of a run directory keep what is not whole yet.
-_UNFINISHED = ".*.partial"
+def _open_lock(path: Path) -> IO[str]:
+    """The lock file; a link there would have somebody else's file overwritten."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise LimbeckError(
+            f"{path} is a link; expected a plain file: delete it and run the same command again"
+        ) from None
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +277,19 @@ class RunDirectory:
     def manifest(self, stage: str) -> Json | None:
         """The record of a finished (or begun, see `finished`) stage."""
         path = self.manifest_path(stage)
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        record = read_sealed(path)
+        kinds = {"fingerprint": str, "done": bool, "seconds": (int, float)}
+        if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+            raise LimbeckError(
+                f"{path} is damaged (expected {', '.join(kinds)}); delete it and run the same command again"
+            )
+        return record
+
+    def write_manifest(self, stage: str, record: Json) -> None:
+        """Write the record of a stage."""
+        write_json(self.manifest_path(stage), sealed(record))
 
     def done(self, stage: str) -> bool:
         """Whether the stage is done, for whatever inputs."""
@@ -241,6 +301,11 @@ class RunDirectory:
         record = self.manifest(stage)
         return record is not None and record["done"] and record["fingerprint"] == print_
 
+    def begun(self, stage: str, print_: str) -> bool:
+        """Whether the stage is being made from exactly these inputs."""
+        record = self.manifest(stage)
+        return record is not None and not record["done"] and record["fingerprint"] == print_
+
     @contextmanager
     def locked(self, warn: Callable[[str], None]) -> Iterator[None]:
         """Keep a second run out of the directory. The lock dies with the process, so a kill never leaves it behind.
@@ -249,7 +314,7 @@ class RunDirectory:
             warn: told where the file system has no locks.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("a+") as file:
+        with _open_lock(self.root / ".lock") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -271,11 +336,8 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove what a killed run left half written. Only under the lock: a living run's files look the same."""
-        for left in sorted(self.root.rglob(_UNFINISHED)):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink(missing_ok=True)
+        for left in partial_in(self.root):
+            remove(left)
 
     def set_aside(self, stage: str, outputs: tuple[Path, ...]) -> Path | None:
         """Move the outputs of a superseded stage to superseded/, so that nothing finished is lost.
@@ -290,18 +352,36 @@ class RunDirectory:
         record = self.manifest(stage)
         if not present and record is None:
             return None
-        print_ = record["fingerprint"][:8] if record else "unknown"
-        name = f"{stage}-{print_}-{time.strftime('%Y%m%dT%H%M%S')}"
-        folder, number = self.root / "superseded", 1
-        while (folder / name).exists():
-            number += 1
-            name = f"{name.partition('_')[0]}_{number}"
-        target = folder / name
+        target = self._superseded(f"{stage}-{record['fingerprint'][:8] if record else 'unknown'}")
         if record is not None:
             write_json(target / f"{stage}.json", record)
-            write_json(self.manifest_path(stage), record | {"done": False})
+            self.write_manifest(stage, record | {"done": False})
         target.mkdir(parents=True, exist_ok=True)
         for path in present:
             path.replace(target / path.name)
         self.manifest_path(stage).unlink(missing_ok=True)
         return target
+
+    def set_files_aside(self, stage: str, names: Iterable[str]) -> Path | None:
+        """Move damaged files of a stage to superseded/, by their names below the run directory.
+
+        Returns:
+            where they are now; None where none was there.
+        """
+        present = [name for name in names if os.path.lexists(self.root / name)]
+        if not present:
+            return None
+        target = self._superseded(f"{stage}-damaged")
+        for name in present:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / name).replace(target / name)
+        return target
+
+    def _superseded(self, what: str) -> Path:
+        """A new folder's path for what is set aside now."""
+        name = f"{what}-{time.strftime('%Y%m%dT%H%M%S')}"
+        folder, number = self.root / "superseded", 1
+        while (folder / name).exists():
+            number += 1
+            name = f"{name.partition('_')[0]}_{number}"
+        return folder / name

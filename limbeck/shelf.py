@@ -1,10 +1,11 @@
 """What runs of a sweep have in common: made by the first that needs it, linked into the directories of the others.
 
     shared/KEY.json  which run has the stage with this fingerprint        shared/KEY.lock  held by whoever makes it
-    shared/KEY/      files smaller than a stage
+    shared/KEY/      files smaller than a stage            shared/KEY.files.json  their hashes
 
 A key is the fingerprint of everything that the shared thing was made from, so nobody ever gets what it would not have
-made itself, bit for bit on the same machine with the same number of threads.
+made itself, bit for bit on the same machine with the same number of threads. What is damaged is not taken: a file has
+one content under all its names, so that whoever needs it makes it anew.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.rundir import RunDirectory, link, read_json, whole_folder, write_json
+from limbeck.outputs import faults, made_from, matching, written_below
+from limbeck.rundir import Json, RunDirectory, link, read_object, read_sealed, sealed, whole_folder, write_json
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -53,43 +55,65 @@ class Shelf:
         path = self.root / f"{print_}.json"
         if not path.exists():
             return None
-        donor = RunDirectory(Path(os.path.normpath(self.root / read_json(path)["directory"])))
+        donor = RunDirectory(Path(os.path.normpath(self.root / str(read_object(path).get("directory")))))
         return donor if donor.finished(stage, print_) else None
 
     def adopt(
-        self, stage: str, print_: str, run: RunDirectory, outputs: Callable[[RunDirectory], Sequence[Path]]
+        self,
+        stage: str,
+        print_: str,
+        run: RunDirectory,
+        outputs: Callable[[RunDirectory], Sequence[Path]],
+        *,
+        sources: Json | None = None,
+        working: Sequence[str] = (),
     ) -> Path | None:
         """Link the finished stage of another run into this one, its manifest last.
 
         Safe to kill: the stage counts as begun before the first link, and what is linked by then is part of it.
 
+        Args:
+            sources: what this run's own stage would read (`limbeck.integrity.sources_of`).
+            working: patterns of files that may be missing.
+
         Returns:
-            the directory it came from; None where no run has it.
+            the directory it came from; None where no run has it whole.
         """
         donor = self._donor(stage, print_)
-        if donor is None:
+        record = {} if donor is None else donor.manifest(stage) or {}
+        if donor is None or not made_from(record, sources or {}):
             return None
-        record = (donor.manifest(stage) or {}) | {"shared_from": os.path.relpath(donor.root, run.root)}
-        write_json(run.manifest_path(stage), record | {"done": False})
+        found = faults(donor.root, record.get("outputs", {}), content=True)
+        may_be_missing = matching(record.get("outputs", {}), working)
+        if any(fault != "is missing" or name not in may_be_missing for name, fault in found.items()):
+            return None
+        record |= {"shared_from": os.path.relpath(donor.root, run.root)}
+        run.write_manifest(stage, record | {"done": False})
         for there, here in zip(outputs(donor), outputs(run), strict=True):
             for file in [there] if there.is_file() else _files_below(there):
                 link(file, here / file.relative_to(there) if file != there else here)
-        write_json(run.manifest_path(stage), record)
+        run.write_manifest(stage, record)
         return donor.root
 
     def take(self, key: str, folder: Path) -> bool:
-        """Link the files kept under a key into a folder; whether there were any."""
-        kept = self.root / key
+        """Link the files kept under a key into a folder; whether there were any, all as they were kept."""
+        kept, record = self.root / key, self.root / f"{key}.files.json"
+        if not record.exists() or faults(kept, read_sealed(record)["files"], content=True):
+            return False
         for file in _files_below(kept):
             link(file, folder / file.relative_to(kept))
-        return kept.exists()
+        return True
 
     def keep(self, key: str, folder: Path, files: Sequence[Path]) -> None:
-        """Keep files of a folder under a key, all or none."""
-        if not (self.root / key).exists():
-            with whole_folder(self.root / key) as partial:
-                for file in files:
-                    link(file, partial / file.relative_to(folder))
+        """Keep files of a folder under a key, all or none, unless they are kept whole."""
+        kept, record = self.root / key, self.root / f"{key}.files.json"
+        if record.exists() and not faults(kept, read_sealed(record)["files"], content=True):
+            return
+        record.unlink(missing_ok=True)
+        with whole_folder(kept) as partial:
+            for file in files:
+                link(file, partial / file.relative_to(folder))
+        write_json(record, sealed({"files": written_below(kept, [kept])}))
 
 
 def _files_below(folder: Path) -> list[Path]:

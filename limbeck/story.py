@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from limbeck.config import Recipe
 from limbeck.console import Console, QuietConsole, default_console, format_seconds
 from limbeck.failures import in_one_line
 from limbeck.flow import LimbeckError
+from limbeck.integrity import closeness, differs, intact, reopen_damaged, sources_of
+from limbeck.outputs import written_below
 from limbeck.recipe_keys import neutral_keys
 from limbeck.rundir import Json, RunDirectory, fingerprint, flatten, read_json, write_json, write_text
 from limbeck.shelf import Shelf
@@ -43,6 +45,10 @@ class Stage:
         play: does the work and returns what its manifest records beside time and memory.
         outputs: what is moved aside when the stage is superseded, and shared with a run that has the same inputs.
         shared: whether another run with the same inputs would write the same.
+        working: patterns of outputs that only the stage itself reads, to go on where it was stopped; they may be gone
+            once it is done, and so may all outputs of an `intermediate` stage once those that read them are done.
+        handed_on: patterns of those working files that the next stage reads.
+        cheap: played again without being asked for where what it reads was made again and differs.
     """
 
     name: str
@@ -52,11 +58,19 @@ class Stage:
     outputs: Callable[[RunDirectory], tuple[Path, ...]]
     check: Callable[[Story], None] = lambda story: None
     shared: bool = True
+    working: tuple[str, ...] = ()
+    handed_on: tuple[str, ...] = ()
+    intermediate: bool = False
+    cheap: bool = False
+
+
+# Ctrl-C, a terminal that closes, and what schedulers send before they kill (SIGTERM; SLURM's --signal=USR1).
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
 class StopWish:
-    """Ctrl-C and SIGTERM. While `deferred`, the first one is only remembered, so that a step or a write can finish."""
+    """A signal's wish that a run end. While `deferred`, the first one is only remembered, so that a step can finish."""
 
     number: int = 0
     _depth: int = 0
@@ -91,7 +105,9 @@ class StopWish:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        # What `nohup` has made deaf to a closing terminal stays so.
+        heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
         finally:
@@ -103,7 +119,9 @@ class StopWish:
         again, self.number = self.wished, number
         if again or not self._depth:
             raise KeyboardInterrupt(number)
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        # The terminal may be what has gone.
+        with suppress(OSError):
+            print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -278,11 +296,32 @@ def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], up
     write_text(run.recipe, config.to_yaml(recipe))
     if not all(run.finished(stage.name, prints[stage.name]) for stage in wanted):
         write_json(run.root / "provenance.json", provenance(story, prints))
+    looks = closeness(run, wanted, prints)
     for stage in wanted:
-        _play_stage(story, stage, prints[stage.name])
+        if differs(run, stages, stage):
+            _set_aside_other(story, stage, update=update)
+        elif run.finished(stage.name, prints[stage.name]):
+            reopen_damaged(run, stage, looks[stage.name], story.console)
+        _play_stage(story, stages, stage, prints[stage.name])
     # At the very end, where a person looks: what was asked for and did not happen.
     for sentence in (run.manifest("student") or {}).get("never_acted", ()):
         story.console.warn(sentence)
+
+
+def _set_aside_other(story: Story, stage: Stage, *, update: bool) -> None:
+    """Make room for a stage that was made from files that have been made again since, and differ.
+
+    Raises:
+        LimbeckError: nobody has asked for that.
+    """
+    run = story.run
+    if not update and not stage.cheap:
+        raise LimbeckError(
+            f"{run.root}: files that its {stage.name} was made from were damaged, and those made again differ from "
+            "them; add --update to redo what depends on them (the old results move to superseded/)"
+        )
+    target = run.set_aside(stage.name, stage.outputs(run))
+    story.console.say(f"{stage.name}: made from other files; moved to {target}")
 
 
 def require_same(story: Story, stages: Sequence[Stage], prints: dict[str, str]) -> None:
@@ -296,7 +335,7 @@ def require_same(story: Story, stages: Sequence[Stage], prints: dict[str, str]) 
         raise LimbeckError(_refusal(story, stale))
 
 
-def _play_stage(story: Story, stage: Stage, print_: str) -> None:
+def _play_stage(story: Story, stages: Sequence[Stage], stage: Stage, print_: str) -> None:
     run, console = story.run, story.console
     # Whoever pauses wants to see how the training stands there, not how it ended elsewhere.
     shelf = story.shelf if stage.shared and (stage.name != "student" or story.pause_at is None) else None
@@ -309,12 +348,13 @@ def _play_stage(story: Story, stage: Stage, print_: str) -> None:
     if orphans is not None:
         console.warn(f"{stage.name}: files without a record of what they were made from; moved to {orphans}")
     if shelf is None:
-        _make_stage(story, stage, print_)
+        _make_stage(story, stages, stage, print_)
     else:
         with shelf.claimed(print_):
-            donor = shelf.adopt(stage.name, print_, run, stage.outputs)
+            sources = sources_of(run, stages, stage)
+            donor = shelf.adopt(stage.name, print_, run, stage.outputs, sources=sources, working=stage.working)
             if donor is None:
-                _make_stage(story, stage, print_)
+                _make_stage(story, stages, stage, print_)
                 # Before anybody else may ask for it.
                 shelf.offer(stage.name, print_, run)
             else:
@@ -322,26 +362,29 @@ def _play_stage(story: Story, stage: Stage, print_: str) -> None:
     story.stop.heed()
 
 
-def _make_stage(story: Story, stage: Stage, print_: str) -> None:
+def _make_stage(story: Story, stages: Sequence[Stage], stage: Stage, print_: str) -> None:
     run, console = story.run, story.console
     begun = run.manifest(stage.name)
     earlier_s = begun["seconds"] if begun else 0.0
-    started = time.time()
+    # Not the time of day, which somebody may set back meanwhile.
+    started = time.monotonic()
     record: Json = {"stage": stage.name, "fingerprint": print_, "done": False, "seconds": earlier_s}
     record["code_revision"] = code_revision()
-    record["started"] = begun["started"] if begun else time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started))
-    write_json(run.manifest_path(stage.name), record)
+    record["started"] = (begun or {}).get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record["made_from"] = sources_of(run, stages, stage)
+    run.write_manifest(stage.name, record)
     reset_peak_memory()
     try:
         record |= stage.play(story)
+        record["outputs"] = written_below(run.root, stage.outputs(run))
         record["done"] = True
     finally:
         # Also after an interruption: the time it took so far is part of the cost of the run.
-        record["seconds"] = round(earlier_s + time.time() - started, 2)
+        record["seconds"] = round(earlier_s + time.monotonic() - started, 2)
         record["peak_memory_mib"] = peak_memory_mib()
         if record.get("tokens"):
             record["tokens_per_s"] = round(record["tokens"] / max(record["seconds"], 1e-9), 1)
-        write_json(run.manifest_path(stage.name), record)
+        run.write_manifest(stage.name, record)
     detail = f", {record['tokens']:,} tokens" if record.get("tokens") else ""
     console.say(f"{stage.name}: done in {format_seconds(record['seconds'])}{detail}")
 
@@ -350,10 +393,12 @@ def _follow(story: Story, stages: Sequence[Stage]) -> RunDirectory:
     """What ranks other than the first do: train beside it, and wait while it does the rest."""
     run = story.run
     prints = story.fingerprints(stages)
+    looks = closeness(run, stages, prints)
     for stage in stages:
-        if stage.name == "student" and not run.finished(stage.name, prints[stage.name]):
-            # Not before the first rank has set aside what other inputs made: blocks and checkpoints are read there.
-            while (run.manifest(stage.name) or {}).get("fingerprint") != prints[stage.name]:
+        if stage.name == "student" and not intact(run, stage, prints[stage.name], looks[stage.name]):
+            # Not before the first rank has set aside what is damaged or other inputs made: blocks and checkpoints are
+            # read there.
+            while not run.begun(stage.name, prints[stage.name]):
                 time.sleep(0.2)
             with story.stop.installed():
                 stage.play(story)
@@ -393,7 +438,10 @@ def _refusal(story: Story, stage: Stage) -> str:
             listed = "; ".join(f"{k} is {there.get(k)!r} there and {here.get(k)!r} here" for k in keys[:3])
             more = f" and {len(keys) - 3} more keys differ" if len(keys) > 3 else ""
             return f"{run.root} was made by another recipe: {listed}{more}; {remedy}"
-    return f"{run.root}: the inputs of its {stage.name} have changed since (a data file or a model); {remedy}"
+    return (
+        f"{run.root}: the inputs of its {stage.name} have changed since (a data file, or a model with its "
+        f"tokenizer and chat template); {remedy}"
+    )
 
 
 def provenance(story: Story, prints: dict[str, str]) -> Json:

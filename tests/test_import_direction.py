@@ -17,9 +17,12 @@ LEAVES = {
     "flow": set(),
     "console": set(),
     "onednn": set(),
-    "rundir": {"flow"},
+    "folders": set(),
+    "hashing": set(),
+    "rundir": {"flow", "folders"},
+    "outputs": {"hashing", "rundir"},
     "failures": {"flow"},
-    "shelf": {"rundir"},
+    "shelf": {"outputs", "rundir"},
     "journal": {"flow", "rundir"},
     "recipe_mistakes": set(),
     "recipe_text": {"flow", "recipe_mistakes"},
@@ -35,7 +38,7 @@ LEAVES = {
         "objectives",
     },
 }
-USABLE = {"flow", "config", "recipe_evaluation", "recipe_sections", "rundir", "console", "onednn"}
+USABLE = {"flow", "config", "recipe_evaluation", "recipe_sections", "rundir", "hashing", "console", "onednn"}
 PARTS = {
     "models": USABLE,
     "objectives": {"flow", "onednn"},
@@ -55,7 +58,9 @@ PARTS = {
 # What plays the story may import every part; the stages are handed to it.
 STORY = USABLE | set(PARTS) | {"shelf", "recipe_keys"}
 TOP = {
-    "story": STORY | {"failures"},
+    # Of the story what a stage is.
+    "integrity": {"console", "flow", "outputs", "rundir", "story"},
+    "story": STORY | {"failures", "integrity", "outputs"},
     "stages": STORY | {"story", "recipe_mistakes"},
     "api": {"flow", "config", "console", "stages", "story"},
     "sweep": STORY

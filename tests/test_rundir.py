@@ -20,7 +20,17 @@ from safetensors import SafetensorError
 
 from limbeck import rundir
 from limbeck.flow import LimbeckError
-from limbeck.rundir import RunDirectory, fingerprint, read_json, whole_file, whole_folder, write_json, write_text
+from limbeck.rundir import (
+    RunDirectory,
+    fingerprint,
+    read_json,
+    read_sealed,
+    sealed,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=8
@@ -133,6 +143,18 @@ class TestLock:
         with run.locked(print):
             assert (run.root / ".lock").read_text() == f"process {os.getpid()}"
 
+    def test_a_link_is_not_followed(self, tmp_path: Path) -> None:
+        mine, run = tmp_path / "mine", RunDirectory(tmp_path / "run")
+        mine.write_text("mine")
+        run.root.mkdir()
+        (run.root / ".lock").symlink_to(mine)
+        with pytest.raises(LimbeckError, match=r"\.lock is a link; .*delete it"), run.locked(print):
+            pass
+        assert mine.read_text() == "mine"
+        (run.root / ".lock").unlink()
+        with run.locked(print):
+            pass
+
     def test_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(file: object, operation: int) -> None:
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -196,6 +218,24 @@ class TestSettingAside:
         assert run.set_aside("student", (run.student, run.metrics)) is not None
         contents = [path.name for path in (tmp_path / "superseded").rglob("*") if path.is_file()]
         assert sorted(contents) == ["config.json", "metrics.jsonl", "student.json", "student.json"]
+
+
+class TestSealing:
+    def test_as_written(self, tmp_path: Path) -> None:
+        record = {"a": 0.1 + 0.2, "b": {"10": None, 9: ["x", 1e300]}, "check": "old"}
+        write_json(tmp_path / "a.json", sealed(record))
+        assert read_sealed(tmp_path / "a.json") == {"a": 0.1 + 0.2, "b": {"10": None, "9": ["x", 1e300]}}
+
+    @pytest.mark.parametrize("text", ["[]", "null", "3", '"text"', "{", "[" * 9000, '{"check": 1}', "\x80"])
+    def test_something_else(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "a.json").write_text(text, "latin-1")
+        with pytest.raises(LimbeckError, match=r"a\.json is damaged .*; delete it and run the same command again"):
+            read_sealed(tmp_path / "a.json")
+
+    def test_another_value(self, tmp_path: Path) -> None:
+        write_json(tmp_path / "a.json", sealed({"a": 1, "b": 2}) | {"b": 3})
+        with pytest.raises(LimbeckError, match="it is not what was written"):
+            read_sealed(tmp_path / "a.json")
 
 
 def test_sweep_removes_what_a_kill_left(tmp_path: Path) -> None:

@@ -49,6 +49,21 @@ class TestStopWish:
             signal.raise_signal(signal.SIGINT)
         StopWish().heed()
 
+    @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+    def test_of_terminals_and_schedulers(self, number: signal.Signals) -> None:
+        stop, before = StopWish(), signal.getsignal(number)
+        with pytest.raises(KeyboardInterrupt) as caught, stop.installed():
+            signal.raise_signal(number)
+        assert caught.value.args == (number,) and signal.getsignal(number) is before
+
+    def test_nohup(self) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with StopWish().installed():
+                signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
     def test_outside_the_main_thread(self) -> None:
         before, entered = signal.getsignal(signal.SIGINT), []
 
@@ -105,7 +120,7 @@ class TestPlaying:
         self, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         trace, clock = Trace(), iter(range(1000, 9000, 10))
-        monkeypatch.setattr("limbeck.story.time.time", lambda: float(next(clock)))
+        monkeypatch.setattr("limbeck.story.time.monotonic", lambda: float(next(clock)))
         trace.fail["two"] = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
             trace.play(tiny, tmp_path / "run")
@@ -114,6 +129,14 @@ class TestPlaying:
         trace.play(tiny, tmp_path / "run")
         second = read_json(tmp_path / "run" / "stages" / "two.json")
         assert second["done"] and second["seconds"] == 20 and second["started"] == first["started"]
+
+    def test_a_clock_that_is_set_back(self, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        trace, clock = Trace(), iter(range(10**9, 0, -7200))
+        monkeypatch.setattr("limbeck.story.time.time", lambda: float(next(clock)))
+        run = trace.play(tiny, tmp_path / "run")
+        for name in trace.values:
+            record = run.manifest(name)
+            assert record is not None and 0 <= record["seconds"] < 60 and record["tokens_per_s"] < 1e12
 
     def test_update_redoes_what_depends_on_it(self, tiny: TinyPair, tmp_path: Path) -> None:
         trace, root = Trace(), tmp_path / "run"

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.models.sources import Source
+from limbeck.hashing import sha256_of
+from limbeck.models.sources import Source, shards_of_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# What transformers reads beside configuration and weights: tokenizer, chat templates, generation settings, adapters,
+# and the Python files of a model that brings its own.
+_BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("generation_config.json", "adapter_config.json", "*.safetensors.index.json", "*.py"),
+)
 
 
 def weight_files(source: Source) -> list[Path]:
     """The files that make the model: the GGUF, or config.json and every safetensors file, sorted by name."""
     if source.gguf is not None:
         return [source.gguf]
-    return [source.directory / "config.json", *sorted(source.directory.glob("*.safetensors"))]
+    named = (shard for shard in shards_of_index(source.directory) if shard.is_file())
+    shards = {*source.directory.glob("*.safetensors"), *named}
+    return [source.directory / "config.json", *sorted(shards)]
+
+
+def model_files(source: Source) -> list[Path]:
+    """Everything that decides what the model says: `weight_files`, tokenizer, chat template, settings, adapters."""
+    if source.gguf is not None:
+        return weight_files(source)
+    beside = {path for pattern in _BESIDE for path in source.directory.glob(pattern)}
+    return [*weight_files(source), *sorted(path for path in beside if path.is_file())]
 
 
 def model_fingerprint(source: Source) -> str:
-    """sha256 over names and contents of `weight_files`. The same bytes give the same value, wherever they lie."""
+    """sha256 over names and contents of `model_files`. The same bytes give the same value, wherever they lie."""
     whole = hashlib.sha256()
-    for path in weight_files(source):
+    for path in model_files(source):
         # The GGUF's own name is the user's choice and no part of the model.
-        name = "gguf" if source.gguf is not None else path.name
+        name = "gguf" if source.gguf is not None else path.relative_to(source.directory).as_posix()
         whole.update(f"{name}\0{_content(path)}\n".encode())
     return whole.hexdigest()
 
@@ -59,13 +77,4 @@ def _content(path: Path) -> str:
     # The hub cache names a large file's blob by its sha256 already.
     if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
         return real.name
-    stat = real.stat()
-    return _digest(real, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    """`size` and `mtime_ns` are part of the cache's key alone."""
-    del size, mtime_ns
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(real)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
 from limbeck.flow import LimbeckError
@@ -107,6 +108,7 @@ def _local(name: str, path: Path, weights: bool) -> Source:
         raise LimbeckError(f"{name} is no model: {_what_instead(path)}")
     if weights:
         require_safetensors(name, [file.name for file in path.iterdir()])
+        require_inside(name, path)
     return Source(name=name, kind="directory", directory=path.resolve())
 
 
@@ -133,6 +135,43 @@ def require_safetensors(name: str, files: list[str]) -> None:
             "convert them to safetensors with transformers' save_pretrained if you trust them"
         )
     raise LimbeckError(f"{name} has a config.json but no .safetensors weights; expected model.safetensors")
+
+
+def shards_of_index(folder: Path) -> list[Path]:
+    """The weight files that a model's index names, in their order of first mention; none without an index.
+
+    Raises:
+        LimbeckError: the index is no index, or names a file outside of the folder.
+    """
+    return [shard for path in sorted(folder.glob("*.safetensors.index.json")) for shard in _shards_of(path)]
+
+
+def _shards_of(path: Path) -> list[Path]:
+    try:
+        named = json.loads(path.read_text("utf-8"))["weight_map"].values()
+        shards = list(dict.fromkeys(PurePath(name) for name in named))
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise LimbeckError(
+            f"{path} is no index of weights ({one_line(error)}); expected an object weight_map of tensor to file: "
+            "download the model again"
+        ) from None
+    outside = next((shard for shard in shards if shard.is_absolute() or ".." in shard.parts), None)
+    if outside is not None:
+        raise LimbeckError(
+            f"{path} names {str(outside)!r}, which is outside of the model's folder; move the file into the folder and "
+            "name it there"
+        )
+    return [path.parent / shard for shard in shards]
+
+
+def require_inside(name: str, folder: Path) -> None:
+    """Refuse a model that does not lie in its folder as a whole: what lies elsewhere can change unseen.
+
+    Raises:
+        LimbeckError: names the file that is outside, or is not there.
+    """
+    if absent := next((shard for shard in shards_of_index(folder) if not shard.is_file()), None):
+        raise LimbeckError(f"{name} lacks {absent.name}, which its index names; download it again")
 
 
 def _hub(repo: str, revision: str | None, weights: bool, trust_remote_code: bool, progress: Progress | None) -> Source:
@@ -211,5 +250,6 @@ def _snapshot(repo: str, folder: Path, weights: bool, license_name: object) -> S
         raise LimbeckError(f"the hub model {repo} has no config.json; give a model in transformers' form")
     if weights:
         require_safetensors(repo, os.listdir(folder))
+        require_inside(repo, folder)
     name = license_name if isinstance(license_name, str) else None
     return Source(name=repo, kind="hub", directory=folder, revision=folder.name, license=name)

@@ -134,6 +134,7 @@ EXAMINATION: tuple[Stage, ...] = (
         inputs=_exam_inputs,
         play=_play_exam,
         outputs=evaluation.STAGE.outputs,
+        working=evaluation.STAGE.working,
     ),
     report.STAGE,
 )

@@ -134,5 +134,6 @@ STAGE = Stage(
     check=check_groups,
     inputs=evaluation_inputs,
     play=_play_evaluation,
-    outputs=lambda run: (run.scores, run.samples, run.root / "scores.json"),
+    outputs=lambda run: (run.scores, run.samples, run.root / "scores.json", run.student / "README.md"),
+    working=("scores/answers/*",),
 )

@@ -21,4 +21,5 @@ STAGE = Stage(
     outputs=lambda run: (run.report, run.picture),
     # The page shows the run's own name.
     shared=False,
+    cheap=True,
 )

@@ -270,4 +270,6 @@ STAGE = Stage(
     inputs=_response_inputs,
     play=_play_responses,
     outputs=lambda run: (run.responses,),
+    working=("responses/batches/*",),
+    handed_on=("responses/batches/*.safetensors",),
 )

@@ -114,4 +114,5 @@ STAGE = Stage(
     inputs=_signal_inputs,
     play=_play_signal,
     outputs=lambda run: (run.signal,),
+    intermediate=True,
 )

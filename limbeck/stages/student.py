@@ -270,4 +270,6 @@ STAGE = Stage(
         run.learning_rate,
         run.root / "blocks.json",
     ),
+    # The model card is the evaluation's.
+    working=("checkpoints/*", "rounds/*", "learning_rate/*", "metrics*.jsonl", "student/README.md"),
 )

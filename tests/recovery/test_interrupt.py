@@ -33,6 +33,8 @@ def evaluating(run: Path) -> bool:
         (training, "student", signal.SIGINT),
         (evaluating, "evaluation", signal.SIGINT),
         (training, "student", signal.SIGTERM),
+        (training, "student", signal.SIGHUP),
+        (sampling, "responses", signal.SIGUSR1),
     ],
 )
 def test_interrupted(
