@@ -354,7 +354,7 @@ class RunDirectory:
             return None
         target = self._superseded(f"{stage}-{record['fingerprint'][:8] if record else 'unknown'}")
         if record is not None:
-            write_json(target / f"{stage}.json", record)
+            write_json(target / f"{stage}.json", sealed(record))
             self.write_manifest(stage, record | {"done": False})
         target.mkdir(parents=True, exist_ok=True)
         for path in present:
