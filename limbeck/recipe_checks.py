@@ -25,6 +25,10 @@ def check(recipe: Recipe) -> None:
     _check_key_names(recipe)
     _check_draft(recipe)
     _check_evaluation_while_training(recipe)
+    if recipe.train.lm is not None and recipe.train.lm.weight == 0:
+        raise LimbeckError(
+            "train.lm.weight is 0, so that its text changes nothing; give a weight above 0, or set train.lm=null"
+        )
     student = recipe.student
     if student.init == "pretrained" and student.model is None:
         raise LimbeckError("student.model is missing; name a model, or set student.init=depth_prune to cut the teacher")

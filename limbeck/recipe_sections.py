@@ -271,6 +271,26 @@ class SftSection:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class LmSection:
+    """Text of a second corpus, for a language-modelling loss beside the objective (MiniLLM, DistiLLM and CSD:
+    OpenWebText, weight 1)."""
+
+    source: str
+    """A JSONL or parquet file, a glob or folder of them, or a datasets directory or hub id, with rows of plain text."""
+    weight: NonNegative = 1.0
+    """Factor on the mean cross-entropy per token, which is added to the loss."""
+    text_field: str = "text"
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a block: documents are put one after another and cut into blocks."""
+    per_device_batch_size: Count | None = None
+    """Blocks of a micro-batch; null takes train.per_device_train_batch_size."""
+    max_tokens: Count = 10_000_000
+    """Read no more of the source than this."""
+    dataset_split: str = "train"
+    dataset_config: str | None = None
+
+
+@dataclass(config=STRICT, kw_only=True)
 class TrainSection:
     num_train_epochs: Positive = 1.0
     max_steps: Count | None = None
@@ -297,6 +317,8 @@ class TrainSection:
     """Mixed precision: float32 weights, bfloat16 matrix products, float32 losses."""
     compile: Literal["auto", "on", "off"] = "auto"
     """The loss's elementwise body through torch.compile; auto where a C++ compiler exists."""
+    lm: LmSection | None = None
+    """A language-modelling loss on text of its own in every step of the training, not of the first stage."""
     seed: Annotated[Seed, SAME_ARM] = 0
     save_steps: Annotated[Count, NEUTRAL] = 50
     save_total_limit: Annotated[Count, NEUTRAL] = 2
@@ -371,6 +393,7 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "contrast"): ContrastSection,
     (Recipe, "sft"): SftSection,
     (Recipe, "train"): TrainSection,
+    (TrainSection, "lm"): LmSection,
     (Recipe, "evaluate"): EvaluateSection,
     (EvaluateSection, "fidelity"): FidelitySection,
     (EvaluateSection, "rouge"): RougeSection,

@@ -243,6 +243,11 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def corpus(self) -> Path:
+        """The text of train.lm as blocks of token ids."""
+        return self.root / "lm.safetensors"
+
+    @property
     def learning_rate(self) -> Path:
         """Searches for the learning rate, a file for each training that left it open."""
         return self.root / "learning_rate"

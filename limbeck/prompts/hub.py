@@ -20,7 +20,7 @@ _OFFLINE = "HF_HUB_OFFLINE"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load_hub(name: str, split: str, config: str | None) -> Dataset:
+def load_hub(name: str, split: str, config: str | None, *, keys: str = "prompts") -> Dataset:
     """A split of a hub data set; without a network from the cache of `datasets`.
 
     Raises:
@@ -39,7 +39,7 @@ def load_hub(name: str, split: str, config: str | None) -> Dataset:
             said = " ".join((away or str(error)).split())
             raise LimbeckError(
                 f"{name} is neither a local file or folder nor a data set the hub gives ({said[:160]}); "
-                "check the name, prompts.dataset_config, prompts.dataset_split, and the network or login"
+                f"check the name, {keys}.dataset_config, {keys}.dataset_split, and the network or login"
             ) from None
 
 

@@ -28,18 +28,24 @@ class PlacedRow:
     where: str
 
 
-def rows_of(source: str, dataset_split: str = "train", dataset_config: str | None = None) -> Iterator[PlacedRow]:
+def rows_of(
+    source: str, dataset_split: str = "train", dataset_config: str | None = None, *, keys: str = "prompts"
+) -> Iterator[PlacedRow]:
     """All rows of a source (see `load_prompts`), lazily.
+
+    Args:
+        keys: the section of the recipe that messages name.
 
     Raises:
         LimbeckError: nothing there, nothing in it, or not readable, naming file and line.
     """
     empty = True
-    for row in _dispatch(source, dataset_split, dataset_config):
+    for row in _dispatch(source, dataset_split, dataset_config, keys):
         empty = False
         yield row
     if empty:
-        raise LimbeckError(f"{source} holds no rows, expected at least two prompts; check the path or the split")
+        wanted = "at least two prompts" if keys == "prompts" else "rows of text"
+        raise LimbeckError(f"{source} holds no rows, expected {wanted}; check the path or the split")
 
 
 def source_digest(source: str) -> str | None:
@@ -77,22 +83,28 @@ def _local(source: str) -> list[Path]:
     return [Path(match) for match in sorted(glob(str(path), recursive=True))] if _is_pattern(source) else []
 
 
-def _dispatch(source: str, split: str, config: str | None) -> Iterator[PlacedRow]:
+def is_path(source: str) -> bool:
+    """Whether a source can only be a file, a folder or a pattern, whether it is there or not."""
+    spelled = source.startswith((".", "/", "~")) or Path(source).suffix in _SUFFIXES or _is_pattern(source)
+    return spelled or Path(source).exists()
+
+
+def _dispatch(source: str, split: str, config: str | None, keys: str) -> Iterator[PlacedRow]:
     if source == "builtin":
         return _read_json_lines(_builtin(), "the built-in set")
     found = _local(source)
     if len(found) == 1 and found[0].is_dir():
-        return _read_folder(found[0], split)
+        return _read_folder(found[0], split, keys)
     if found:
         return _read_files(found)
-    if source.startswith((".", "/", "~")) or Path(source).suffix in _SUFFIXES or _is_pattern(source):
+    if is_path(source):
         raise LimbeckError(f"{source} does not exist; give a file or folder, a hub id, or builtin")
-    return _read_dataset(load_hub(source, split, config), source)
+    return _read_dataset(load_hub(source, split, config, keys=keys), source)
 
 
-def _read_folder(path: Path, split: str) -> Iterator[PlacedRow]:
+def _read_folder(path: Path, split: str, keys: str) -> Iterator[PlacedRow]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _read_saved(path, split)
+        return _read_saved(path, split, keys)
     found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
     if not found:
         raise LimbeckError(
@@ -167,7 +179,7 @@ def _read_parquet(path: Path) -> Iterator[PlacedRow]:
         raise LimbeckError(f"{path} is no readable parquet file ({_one_line(error)}); write it again") from None
 
 
-def _read_saved(path: Path, split: str) -> Iterator[PlacedRow]:
+def _read_saved(path: Path, split: str, keys: str) -> Iterator[PlacedRow]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -177,7 +189,7 @@ def _read_saved(path: Path, split: str) -> Iterator[PlacedRow]:
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise LimbeckError(
-                f"{path} has the splits {', '.join(map(str, saved))}, not {split!r}; set prompts.dataset_split"
+                f"{path} has the splits {', '.join(map(str, saved))}, not {split!r}; set {keys}.dataset_split"
             )
         saved = saved[split]
     yield from _read_dataset(saved, str(path))

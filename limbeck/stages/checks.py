@@ -21,6 +21,7 @@ from limbeck.prompts.templates import resolve_template
 from limbeck.recipe_sections import StudentSection, TeacherSection
 from limbeck.responses.authors import require_whole_epochs
 from limbeck.responses.replay import require_room
+from limbeck.stages.corpus import check_corpus
 from limbeck.stages.drafted import check_draft
 from limbeck.stages.judging import check_objectives
 from limbeck.stages.served import check_server
@@ -83,6 +84,7 @@ def check_student(story: Story) -> None:
         # Prompts come on top, once they are known.
         require_room(responses.on_policy.buffer, responses.max_new_tokens)
     require_trackers(story.recipe.train.report_to)
+    check_corpus(story)
     section = story.recipe.student
     if section.model is not None and section.init != "scratch":
         resolvable(section)

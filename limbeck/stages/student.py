@@ -27,6 +27,7 @@ from limbeck.responses.development import FEWEST, LARGEST_SHARE, ids_of, set_asi
 from limbeck.rundir import Json, flatten, read_json, write_json
 from limbeck.stages.authors import author_of
 from limbeck.stages.checks import check_student, student_spec
+from limbeck.stages.corpus import corpus_inputs, open_corpus
 from limbeck.stages.judging import balance_of, judgement_of, sft_judgement, temperature_of
 from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, load_sft_answers, pad_token_id
 from limbeck.stages.rounds import round_teacher
@@ -44,7 +45,8 @@ from limbeck.teachers.local import UnheardTeacher
 
 def _student_inputs(story: Story) -> Json:
     recipe = story.recipe
-    inputs = student_inputs(story) | {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
+    inputs = student_inputs(story) | corpus_inputs(story)
+    inputs |= {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
     if recipe.on_policy:
         inputs |= {"author": recipe.responses.author, "on_policy": asdict(recipe.responses.on_policy)}
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
@@ -188,6 +190,7 @@ def _play_training(story: Story, student: Student, should_stop: Callable[[], boo
         balance=balance_of(recipe),
         heldout=list(load_responses(story, "heldout").values()),
         development=dict(enumerate(aside.values(), start=len(by_row))),
+        corpus=open_corpus(story, student.tokenizer),
         settings=recipe.train,
         vocab_size=vocab_size,
         pad_id=pad_token_id(student.tokenizer),
@@ -268,6 +271,7 @@ STAGE = Stage(
         run.metrics,
         run.sft_metrics,
         run.learning_rate,
+        run.corpus,
         run.root / "blocks.json",
     ),
     # The model card is the evaluation's.

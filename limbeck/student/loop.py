@@ -34,6 +34,7 @@ from limbeck.responses.health import health_of
 from limbeck.student import checkpoints, launch, learning_rate, schedules
 from limbeck.student.balance import Balance
 from limbeck.student.batches import collate, micro_batches, padding
+from limbeck.student.corpus import Corpus
 from limbeck.student.journal import Journal, LoopContext
 from limbeck.student.loss import Judgement, Moment, StudentLoss, make_projection
 from limbeck.student.precision import rounding_warning
@@ -62,6 +63,7 @@ def train(
     balance: Balance | None = None,
     heldout: Sequence[Response] = (),
     development: Mapping[int, Response] = MappingProxyType({}),
+    corpus: Corpus | None = None,
     settings: TrainSection,
     vocab_size: int,
     pad_id: int,
@@ -77,6 +79,7 @@ def train(
         heldout: responses whose loss is measured where the author asks for it.
         development: responses, by the teacher's number, whose loss is measured every `settings.eval_steps`; the student
             of the lowest is returned where the settings say so.
+        corpus: text whose cross-entropy is added to the loss of every step.
         vocab_size: real token ids of the pair.
 
     Raises:
@@ -119,6 +122,7 @@ def train(
         supply=supply,
         heldout=heldout,
         development=development,
+        corpus=corpus,
         teacher=teacher,
         settings=settings,
         step_rows=step_rows,
@@ -155,6 +159,7 @@ class _Run:
     supply: Supply
     heldout: Sequence[Response]
     development: Mapping[int, Response]
+    corpus: Corpus | None
     teacher: Teacher
     settings: TrainSection
     step_rows: int
@@ -342,6 +347,7 @@ class _Run:
             "grad_norm": grad_norm,
             "tokens": progress.tokens,
             "tokens_per_s": round(tokens / seconds, 1),
+            **self._text_tokens(progress),
             "seconds": round(progress.seconds, 3),
             "padding": round(padding(by_row, self.settings.per_device_train_batch_size), 4),
         }
@@ -406,6 +412,7 @@ class _Run:
             seen = {i: self._batch(micro, by_row) for i, micro in enumerate(micros)}
             looks = [(*seen[i], bool(micro)) for i, micro in enumerate(micros)]
             moment = whitened(moment, looks, accelerator=self.accelerator, model=self.model)
+        text = self._text_gradients(progress.step)
         for i, micro in enumerate(micros):
             batch, signal = seen.get(i) or self._batch(micro, by_row)
             weight_B = [weights[row] if micro else 0.0 for row in batch.rows]
@@ -417,7 +424,8 @@ class _Run:
                 tail.add(value_N)
         # Ranks must agree to stop at the same step, so the wish travels with the loss.
         wish = torch.tensor([float(self.context.should_stop())], device=sums.device)
-        *summed, stop = self.accelerator.reduce(torch.cat([sums.flatten(), wish]), reduction="sum").tolist()  # type: ignore[union-attr]
+        every = torch.cat([sums.flatten(), text, wish])
+        *summed, text_sum, text_count, stop = self.accelerator.reduce(every, reduction="sum").tolist()  # type: ignore[union-attr]
         found = {
             name: (total, count)
             for name, total, count in zip(self.module.stats, summed[::2], summed[1::2], strict=True)
@@ -426,9 +434,36 @@ class _Run:
         if self._measures_gaps(progress):
             progress.measure_gaps(found)
         means = {name: total / count for name, (total, count) in found.items()}
+        if text_count:
+            means["loss/lm"] = text_sum / text_count
         if tail is not None:
             means["kl_p99"] = tail.value(self.accelerator.gather).item()  # type: ignore[arg-type]
         return means, stop > 0
+
+    def _text_tokens(self, progress: Progress) -> dict[str, int]:
+        """Tokens of the second corpus so far, which are not among the others."""
+        if self.corpus is None:
+            return {}
+        ranks, accumulation = self.accelerator.num_processes, self.settings.gradient_accumulation_steps
+        return {"lm_tokens": progress.step * self.corpus.tokens(accumulation=accumulation, ranks=ranks)}
+
+    def _text_gradients(self, step: int) -> Tensor:
+        """The gradients of the language-modelling loss; sum and count of its tokens on this rank."""
+        found = torch.zeros(2, device=self.accelerator.device)
+        if self.corpus is None:
+            return found
+        for batch, weight_B in self.corpus.batches(
+            step,
+            accumulation=self.settings.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            pad_id=self.pad_id,
+        ):
+            # The last backward of a step, in which ranks meet, is one of the responses.
+            batch = batch.to(self.accelerator.device)
+            _, value_N = self._backward(batch, None, weight_B, Moment(), last=False)
+            found += torch.stack([value_N.float().sum(), found.new_tensor(float(len(value_N)))])
+        return found
 
     def _micro_batches(self, by_row: Mapping[int, Response]) -> list[tuple[int, ...]]:
         return micro_batches(

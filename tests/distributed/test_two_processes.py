@@ -58,6 +58,10 @@ def test_two_processes_make_the_update_of_one(played, tmp_path, name):
         # Ranks exchange what is logged in float32.
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-6)
+        assert ("loss/lm" in one) == ("loss/lm" in two) == name.startswith("text")
+        if "loss/lm" in one:
+            assert one["lm_tokens"] == two["lm_tokens"]
+            assert one["loss/lm"] == pytest.approx(two["loss/lm"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from limbeck.objectives import build_objective
+from limbeck.objectives.rules import MiniLLM
 from limbeck.student.build import StudentSpec, build_student
-from tests.student.play import play, settings, tiny_lora, tiny_model, tiny_responses, tiny_teacher
+from limbeck.student.loss import Judgement
+from tests.student.play import play, settings, tiny_corpus, tiny_lora, tiny_model, tiny_responses, tiny_teacher
 
 EXACT = torch.float64
-UPDATES = ("tied", "untied", "short", "lora", "recomputed")
+UPDATES = ("tied", "untied", "short", "lora", "recomputed", "text", "text lora", "whitened")
 
 
 def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.Module:
@@ -26,6 +30,9 @@ def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.M
         "untied": lambda: tiny_model(1, tied=False, dtype=EXACT),
         "short": lambda: tiny_model(1, dtype=EXACT),
         "lora": lambda: tiny_lora(1, dtype=EXACT),
+        "text": lambda: tiny_model(1, dtype=EXACT),
+        "text lora": lambda: tiny_lora(1, dtype=EXACT),
+        "whitened": lambda: tiny_model(1, dtype=EXACT),
         "recomputed": lambda: build_student(
             StudentSpec(model=str(model), gradient_checkpointing=ranks > 1)
         ).model.double(),
@@ -35,10 +42,19 @@ def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.M
     cut = {"per_device_train_batch_size": 8 // ranks // parts, "gradient_accumulation_steps": parts}
     # 11 rows: the second step of an epoch has three, and nothing for the second rank.
     short = {"max_steps": None, "num_train_epochs": 2.0} if name == "short" else {}
+    more: dict[str, Any] = {}
+    if name.startswith("text"):
+        more["corpus"] = tiny_corpus(rows=4 // ranks // parts)
+    if name == "whitened":
+        both = build_objective("sum", parts=["rkl", "policy_gradient"])
+        more["judgement"] = Judgement(objective=both, rule=MiniLLM(whiten=True))
+        # The last step of an epoch has nothing for the second rank.
+        short, more["temperature"] = {"max_steps": None, "num_train_epochs": 2.0}, 1.0
     return play(
         students[name](),
         folder,
         settings(**cut, **short),
         responses=tiny_responses(11) if short else None,
         teacher=tiny_teacher(dtype=EXACT),
+        **more,
     )

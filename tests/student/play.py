@@ -21,6 +21,7 @@ from limbeck.objectives import Temperature, build_objective
 from limbeck.objectives.sums import AnyObjective
 from limbeck.responses.authors import Author, fixed
 from limbeck.student.balance import Balance
+from limbeck.student.corpus import Corpus
 from limbeck.student.journal import LoopContext
 from limbeck.student.loop import train
 from limbeck.student.loss import Judgement
@@ -85,6 +86,12 @@ def tiny_responses(count: int = 22, *, seed: int = 0) -> list[Response]:
     ]
 
 
+def tiny_corpus(rows: int = 2, *, weight: float = 0.7, blocks: int = 10, length: int = 12) -> Corpus:
+    """Blocks of random ids."""
+    ids_NL = torch.randint(3, VOCAB, (blocks, length), generator=torch.Generator().manual_seed(4))
+    return Corpus(blocks_NL=ids_NL, weight=weight, rows=rows, seed=0)
+
+
 def tiny_teacher(*, width: int = 48, dtype: torch.dtype = torch.float32) -> LocalTeacher:
     """A wider model than the student."""
     model = tiny_model(7, width=width, tied=False, dtype=dtype)
@@ -118,6 +125,7 @@ def play(
     balance: Balance | None = None,
     temperature: float = 2.0,
     heldout: Sequence[Response] = (),
+    corpus: Corpus | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Train through the public door, with checkpoints and metrics in `folder`."""
@@ -129,6 +137,7 @@ def play(
         temperature=Temperature(loss=temperature),
         balance=balance,
         heldout=heldout,
+        corpus=corpus,
         settings=chosen,
         vocab_size=VOCAB,
         pad_id=0,
