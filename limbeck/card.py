@@ -13,7 +13,18 @@ from typing import Any
 
 from limbeck.report.evidence import evidence
 from limbeck.report.run import Run, number, read_run, score, value_at
-from limbeck.report.words import count, duration, headline, megabytes, name_of, setting, share, share_of_teacher
+from limbeck.report.words import (
+    code,
+    count,
+    duration,
+    headline,
+    markdown,
+    megabytes,
+    name_of,
+    setting,
+    share,
+    share_of_teacher,
+)
 from limbeck.rundir import write_text
 
 # Only these have a meaning of their own on the hub; a path or a file name would be taken for somebody's repository.
@@ -48,9 +59,10 @@ def card(run: Run, *, base_model: str | None = None, license: str | None = None,
 
     base = base_model or _hub_id(_origin(run))
     source = _hub_id(value_at(run.recipe, "prompts.source"))
+    versions = value_at(run.provenance, "versions")
     front = metadata(run, base_model=base, license=license, datasets=datasets or ([source] if source else ()))
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": markdown, "code": code}
     template = environment.from_string((files("limbeck.report") / "templates" / "card.md.j2").read_text("utf-8"))
     body = template.render(
         name=name_of(run),
@@ -64,7 +76,7 @@ def card(run: Run, *, base_model: str | None = None, license: str | None = None,
         meanings=_meanings(run),
         source=_source(run),
         training=_training(run),
-        versions=value_at(run.provenance, "versions") or {},
+        versions=versions if isinstance(versions, Mapping) else {},
         revision=run.provenance.get("code_revision"),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}"
@@ -174,7 +186,7 @@ def _method(run: Run) -> list[str]:
     said = []
     kept, layers = run.student.get("kept_blocks"), number(run.student, "teacher_layers")
     if isinstance(kept, list) and layers:
-        blocks = ", ".join(str(block) for block in kept)
+        blocks = markdown(", ".join(str(block) for block in kept))
         said.append(f"The student is the starting model with {len(kept)} of its {layers:.0f} blocks kept ({blocks}).")
     own, ratio = number(run.student, "parameters"), share_of_teacher(run.student)
     if own:
@@ -191,13 +203,15 @@ def _method(run: Run) -> list[str]:
             for key, label in (("temperature", "sampling temperature"), ("top_p", "top-p"))
             if number(run.recipe, f"responses.{key}") is not None
         ]
-        written = f"sampled from the teacher ({', '.join(drawn)})" if author == "teacher" else f"by the {author}"
-        said.append(f"Prompts: {_source(run)}. Responses: {written}.")
+        written = (
+            f"sampled from the teacher ({', '.join(drawn)})" if author == "teacher" else f"by the {markdown(author)}"
+        )
+        said.append(f"Prompts: {markdown(_source(run))}. Responses: {written}.")
     objective = value_at(run.recipe, "objective.name")
     if objective:
-        shown = OBJECTIVES.get(str(objective), str(objective))
+        shown = markdown(OBJECTIVES.get(str(objective), str(objective)))
         said.append(
-            f"Objective: {shown} (`{objective}`) at temperature "
+            f"Objective: {shown} (`{code(objective)}`) at temperature "
             f"{setting(number(run.recipe, 'objective.temperature') or 1.0)}, per response token."
         )
     return said
@@ -205,7 +219,7 @@ def _method(run: Run) -> list[str]:
 
 def _training(run: Run) -> list[tuple[str, str]]:
     train = value_at(run.recipe, "train")
-    rows = [(f"`{k}`", _plain(v)) for k, v in train.items()] if isinstance(train, Mapping) else []
+    rows = [(f"`{code(k)}`", markdown(_plain(v))) for k, v in train.items()] if isinstance(train, Mapping) else []
     if run.steps:
         last = run.steps[-1]
         rows.append(("steps taken", f"{last['step']:,.0f}"))
@@ -216,8 +230,3 @@ def _training(run: Run) -> list[tuple[str, str]]:
 
 def _plain(value: Any) -> str:
     return setting(value) if isinstance(value, float) else "none" if value in (None, [], ()) else str(value)
-
-
-def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

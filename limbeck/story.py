@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck import config
+from limbeck import config, recipe_text
 from limbeck.config import Recipe
 from limbeck.console import Console, QuietConsole, default_console, format_seconds
 from limbeck.failures import in_one_line
@@ -422,8 +422,6 @@ def _check_directory(run: RunDirectory) -> None:
 
 
 def _refusal(story: Story, stage: Stage) -> str:
-    import yaml
-
     run = story.run
     remedy = (
         "name another directory with output_dir=..., or add --update to redo what depends on it "
@@ -431,7 +429,9 @@ def _refusal(story: Story, stage: Stage) -> str:
     )
     if run.recipe.exists():
         # As it stands, not as this version of limbeck would read it.
-        there = flatten(yaml.safe_load(run.recipe.read_text("utf-8")) or {})
+        there = _read_recipe(run.recipe)
+        if there is None:
+            return f"{run.root} was made by a recipe that cannot be read, {run.recipe}; {remedy}"
         here = flatten(config.as_tree(story.recipe))
         keys = [k for k in {**there, **here} if there.get(k) != here.get(k) and k not in neutral_keys()]
         if keys:
@@ -442,6 +442,15 @@ def _refusal(story: Story, stage: Stage) -> str:
         f"{run.root}: the inputs of its {stage.name} have changed since (a data file, or a model with its "
         f"tokenizer and chat template); {remedy}"
     )
+
+
+def _read_recipe(path: Path) -> dict[str, Any] | None:
+    """The keys of a resolved recipe; None where the file holds none."""
+    try:
+        tree = recipe_text.parse(path.read_text("utf-8"), str(path))
+    except (LimbeckError, UnicodeDecodeError):
+        return None
+    return flatten(tree) if isinstance(tree, dict) else None
 
 
 def provenance(story: Story, prints: dict[str, str]) -> Json:

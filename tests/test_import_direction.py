@@ -17,6 +17,7 @@ LEAVES = {
     "flow": set(),
     "console": set(),
     "onednn": set(),
+    "jsonlines": set(),
     "folders": set(),
     "hashing": set(),
     "rundir": {"flow", "folders"},
@@ -38,7 +39,17 @@ LEAVES = {
         "objectives",
     },
 }
-USABLE = {"flow", "config", "recipe_evaluation", "recipe_sections", "rundir", "hashing", "console", "onednn"}
+USABLE = {
+    "flow",
+    "jsonlines",
+    "config",
+    "recipe_evaluation",
+    "recipe_sections",
+    "rundir",
+    "hashing",
+    "console",
+    "onednn",
+}
 PARTS = {
     "models": USABLE,
     "objectives": {"flow", "onednn"},
@@ -48,15 +59,15 @@ PARTS = {
     "responses": USABLE | {"models", "prompts", "server", "journal"},
     # A teacher is handed in, never imported.
     "student": USABLE | {"objectives", "models", "responses", "prompts"},
-    "evaluation": {"flow", "rundir", "objectives", "models", "server", "journal"},
+    "evaluation": {"flow", "jsonlines", "rundir", "objectives", "models", "server", "journal"},
     # Of responses the words of the alarms and what a loop is, which need no torch.
-    "report": {"flow", "rundir", "recipe_keys", "evaluation", "responses"},
+    "report": {"flow", "jsonlines", "rundir", "recipe_keys", "recipe_text", "evaluation", "responses"},
     "card": {"flow", "rundir", "report"},
     # Reads what a run wrote, and writes it for others; adapters are merged as the student is saved.
-    "export": {"flow", "rundir", "models", "prompts", "student"},
+    "export": {"flow", "recipe_text", "rundir", "models", "prompts", "student"},
 }
 # What plays the story may import every part; the stages are handed to it.
-STORY = USABLE | set(PARTS) | {"shelf", "recipe_keys"}
+STORY = USABLE | set(PARTS) | {"shelf", "recipe_keys", "recipe_text"}
 TOP = {
     # Of the story what a stage is.
     "integrity": {"console", "flow", "outputs", "rundir", "story"},

@@ -10,12 +10,16 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from limbeck.evaluation.bootstrap import CONFIDENCE, RESAMPLES, paired_change, summarise
 from limbeck.evaluation.metrics import METRICS, describe
 from limbeck.flow import LimbeckError, Score, ScoredRow, Scores
+from limbeck.jsonlines import json_lines
 from limbeck.rundir import write_text
 
+# Of more than this sums of squares would overflow; nothing that is measured comes near.
+LARGEST = 1e100
 Groups = Mapping[str, Sequence[ScoredRow]]
 
 
@@ -59,18 +63,33 @@ def read_rows(path: Path) -> list[ScoredRow]:
         LimbeckError: a line is no such row; names file and line.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in json_lines(path.read_text("utf-8")):
         try:
             fields = json.loads(line)
-            sums = {name: tuple(parts) for name, parts in fields.pop("sums", {}).items()}
-            row = ScoredRow(id=fields.pop("id"), weight=float(fields.pop("weight")), values=fields, sums=sums)
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError, ValueError) as error:
+            sums = {name: tuple(map(_finite, parts)) for name, parts in fields.pop("sums", {}).items()}
+            name, weight = fields.pop("id"), float(_finite(fields.pop("weight")))
+            if not isinstance(name, str) or weight < 0:
+                raise ValueError("its id is no text, or its weight is negative")
+            values = {metric: _finite(value) for metric, value in fields.items()}
+            row = ScoredRow(id=name, weight=weight, values=values, sums=sums)
+        except (KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
             raise LimbeckError(
                 f"{path}:{number}: got a line that is no scored row ({error}); expected an object with id, weight and "
                 "metrics: delete the file and evaluate again"
             ) from error
         rows.append(row)
     return rows
+
+
+def _finite(value: Any) -> float:
+    """The number that a metric is, as it was read.
+
+    Raises:
+        ValueError: it is none that means could be taken of.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise ValueError(f"got {str(value)[:40]!r}, expected a finite number")
+    return value
 
 
 def write_scores(run_dir: Path, *, before: Groups, after: Groups, seed: int = 0, resamples: int = RESAMPLES) -> Scores:

@@ -15,7 +15,7 @@ def front_matter(card: str) -> dict[str, Any]:
     found = _FRONT.match(card)
     try:
         read = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
 

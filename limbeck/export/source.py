@@ -6,7 +6,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,7 @@ from limbeck.flow import LimbeckError
 from limbeck.models.loading import DTYPES, load_model, load_tokenizer, source_config
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import resolve
+from limbeck.recipe_text import parse
 from limbeck.student.saving import merged_state
 
 if TYPE_CHECKING:
@@ -73,11 +74,14 @@ def _of_run(run: Path, trust_remote_code: bool) -> Exportable:
 
 def _origins(run: Path) -> list[Path]:
     """Local folders of the models that the student's weights began as, and of the teacher: their licences hold on."""
-    import yaml
-
-    recipe: Any = yaml.safe_load((run / "recipe.resolved.yaml").read_text("utf-8"))
-    names = [recipe.get(section, {}).get("model") for section in ("student", "teacher")]
-    sources = [resolve(name, weights=False) for name in names if name is not None and _is_here(name)]
+    path = run / "recipe.resolved.yaml"
+    try:
+        recipe = parse(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise LimbeckError(f"{path} is not UTF-8 text; play the run again, or export {run / 'student'}") from None
+    sections = [recipe.get(name) for name in ("student", "teacher")] if isinstance(recipe, dict) else []
+    names = [section.get("model") for section in sections if isinstance(section, dict)]
+    sources = [resolve(name, weights=False) for name in names if isinstance(name, str) and _is_here(name)]
     return [source.directory for source in sources]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.flow import LimbeckError, Message, Prompt
+from limbeck.jsonlines import json_lines
 from limbeck.rundir import write_text
 
 
@@ -30,7 +31,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise LimbeckError(f"{path} does not exist; run the stage that writes prompts first") from None
     except UnicodeDecodeError:
         raise LimbeckError(f"{path} is damaged (not UTF-8); delete it and run the same command again") from None
-    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(data.split("\n"), start=1) if line]
+    return [_parse(line, f"{path}, line {number}") for number, line in json_lines(data)]
 
 
 def _parse(line: str, where: str) -> Prompt:

@@ -43,7 +43,8 @@ def tight_axis(values: Sequence[float], *, marks: int = 5) -> Axis:
     low, high = min(values), max(values)
     wide = axis(values, marks=marks)
     if low == high:
-        return Axis(low=low - 0.5, high=high + 0.5, marks=(low,))
+        around = max(0.5, 1e-6 * abs(low))
+        return Axis(low=low - around, high=high + around, marks=(low,))
     return Axis(low=low, high=high, marks=tuple(mark for mark in wide.marks if low <= mark <= high))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.report.run import Run, number
+from limbeck.report.run import Run, lines_of, number
 from limbeck.report.words import figure, setting, share
 from limbeck.responses.account import never_acted, told
 from limbeck.responses.alarms import EMPTY, EVERY_ALARM, REPEATED, TRUNCATED
@@ -203,16 +202,11 @@ def decoder(run_dir: Path) -> Decode:
 def _asked(run_dir: Path, names: set[str]) -> dict[str, str]:
     """The prompts as people wrote them, where prompts.jsonl has them: the ids carry the chat template."""
     found = {}
-    try:
-        lines = (run_dir / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and row.get("id") in names:
-            turns = [turn.get("content") for turn in row.get("messages") or () if isinstance(turn, dict)]
-            found[row["id"]] = row.get("text") or "\n".join(str(turn) for turn in turns)
+    for row in lines_of(run_dir, "prompts.jsonl", []):
+        if isinstance(row.get("id"), str) and row["id"] in names:
+            turns = row.get("messages")
+            contents = (
+                [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+            )
+            found[row["id"]] = str(row.get("text") or "") or "\n".join(str(content) for content in contents)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from itertools import groupby
@@ -30,6 +31,8 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+# More blocks than this are no model's, and no picture.
+MOST_BLOCKS = 4096
 # What a page of a student that was not trained here says of its recipe.
 OF_AN_EVALUATION = ("teacher", "student", "prompts")
 
@@ -151,20 +154,21 @@ def _sample(row: Mapping[str, Any], alone: bool) -> dict[str, Any]:
 def _anatomy(run: Run) -> list[dict[str, Any]]:
     """One cell a block of the teacher: kept or not, and how much it was found to matter."""
     kept, total = run.student.get("kept_blocks"), number(run.student, "teacher_layers")
-    if not isinstance(kept, list) or total is None:
+    if not isinstance(kept, list) or total is None or total > MOST_BLOCKS:
         return []
     scores = run.student.get("block_scores")
     scores = scores if isinstance(scores, list) and len(scores) == int(total) else [None] * int(total)
     finite = [s for s in scores if isinstance(s, int | float)]
     top = max([*finite, 0]) or 1.0
     order = run.student.get("removed_blocks")
-    order = {block: turn for turn, block in enumerate(order, start=1)} if isinstance(order, list) else {}
+    order = order if isinstance(order, list) else []
+    turns = {block: turn for turn, block in enumerate(order, start=1) if isinstance(block, int)}
     cells = []
     for block, value in enumerate(scores):
         stays = block in kept
         remark = f"block {block}: {'kept' if stays else 'removed'}"
-        if block in order:
-            remark += f", taken out as number {order[block]}"
+        if block in turns:
+            remark += f", taken out as number {turns[block]}"
         if isinstance(value, int | float):
             remark += f", influence {words.figure(value)}"
         height = round(100 * (max(0.0, value) / top) ** 0.5, 1) if isinstance(value, int | float) else None
@@ -200,28 +204,37 @@ def _kept(run: Run) -> float | None:
 def _stages(run: Run) -> list[dict[str, Any]]:
     # While the report is written its own stage has begun, but there is nothing to say about it.
     rows = [stage for stage in run.stages if stage["stage"] != "report" or stage.get("done") is not False]
-    seconds = [number(stage, "seconds") or 0.0 for stage in rows]
+    times = [_seconds(stage) for stage in rows]
+    seconds = [spent or 0.0 for spent in times]
     longest = max([*seconds, 0.0]) or 1.0
     return [
         {
             "name": str(stage["stage"]),
-            "seconds": number(stage, "seconds"),
+            "seconds": known,
             "width": round(100 * spent / longest, 2),
             "share": words.share(spent / sum(seconds)) if sum(seconds) else "",
             "tokens": number(stage, "tokens"),
-            "tokens_per_s": number(stage, "tokens_per_s"),
+            "tokens_per_s": None if known is None else number(stage, "tokens_per_s"),
             "peak_memory_mib": number(stage, "peak_memory_mib"),
             "started": _moment(stage.get("started")),
             "unfinished": stage.get("done") is False,
             "fingerprint": str(stage.get("fingerprint", ""))[:12],
         }
-        for stage, spent in zip(rows, seconds, strict=True)
+        for stage, spent, known in zip(rows, seconds, times, strict=True)
     ]
+
+
+def _seconds(stage: Mapping[str, Any]) -> float | None:
+    """What a stage took; None where nothing is known, as when the clock was set back while it played."""
+    seconds = number(stage, "seconds")
+    return None if seconds is None or seconds < 0 else seconds
 
 
 def _moment(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        # A calendar ends long before numbers do.
+        with suppress(OverflowError, ValueError, OSError):
+            return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M UTC")
     return str(value)[:16].replace("T", " ") if value else ""
 
 

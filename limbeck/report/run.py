@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from limbeck.flow import LimbeckError
+from limbeck.jsonlines import json_lines
+from limbeck.report.values import LARGEST, cleaned, of_mappings, parsed, shown
 
 # In the order of the story. Each with what its absence means to the reader.
 FILES = {
@@ -22,7 +22,8 @@ FILES = {
 }
 OF_TRAINING = ("student/student.json", "metrics.jsonl", "samples.jsonl")
 # Absent where the student wrote none of what it was trained on, and not missed then.
-WRITTEN = "responses/examples.jsonl"
+WRITTEN = "rounds/examples.jsonl"
+RECIPE = "recipe.resolved.yaml"
 STORY = ("prompts", "responses", "signal", "student", "evaluation", "report")
 
 
@@ -66,33 +67,31 @@ def read_run(run_dir: Path) -> Run:
     if not run_dir.is_dir():
         raise LimbeckError(f"{run_dir} is no directory; expected a run directory: give the one `limbeck run` wrote")
     broken: list[str] = []
-    texts = {name: _text(run_dir, name, broken) for name in FILES}
     stages = _stages(run_dir, broken)
-    if not stages and not any(texts.values()):
+    if not stages and not any((run_dir / name).is_file() for name in FILES):
         raise LimbeckError(
             f"{run_dir} holds none of {', '.join(FILES)}; expected a run directory: give the one `limbeck run` wrote"
         )
+    recipe_text = text_of(run_dir, RECIPE, broken)
     alone = any(row["stage"] == "evaluation" and row.get("alone") is True for row in stages)
     expected = {name: what for name, what in FILES.items() if not (alone and name in OF_TRAINING)}
     return Run(
         directory=run_dir,
         alone=alone,
-        recipe_text=texts["recipe.resolved.yaml"],
-        recipe=_yaml(texts["recipe.resolved.yaml"], broken),
-        provenance=_object(texts["provenance.json"], "provenance.json", broken),
-        student=_object(texts["student/student.json"], "student/student.json", broken),
+        recipe_text=shown(recipe_text),
+        recipe=_recipe(recipe_text, broken),
+        provenance=_object(run_dir, "provenance.json", broken),
+        student=_object(run_dir, "student/student.json", broken),
         stages=stages,
-        steps=tuple(
-            row for row in _lines(texts["metrics.jsonl"], "metrics.jsonl", broken) if number(row, "step") is not None
-        ),
+        steps=tuple(row for row in lines_of(run_dir, "metrics.jsonl", broken) if number(row, "step") is not None),
         searches={
             path.stem: found
             for path in sorted((run_dir / "learning_rate").glob("*.json"))
-            if (found := _object(_text(run_dir, f"learning_rate/{path.name}", broken), path.name, broken))
+            if (found := _object(run_dir, f"learning_rate/{path.name}", broken))
         },
-        written=tuple(_lines(_text(run_dir, WRITTEN, broken), WRITTEN, broken)),
-        samples=tuple(_lines(texts["samples.jsonl"], "samples.jsonl", broken)),
-        scores=_object(texts["scores.json"], "scores.json", broken),
+        written=tuple(lines_of(run_dir, WRITTEN, broken)),
+        samples=tuple(lines_of(run_dir, "samples.jsonl", broken)),
+        scores=_scores(run_dir, broken),
         missing={name: what for name, what in expected.items() if not (run_dir / name).is_file()},
         broken=tuple(broken),
     )
@@ -101,7 +100,7 @@ def read_run(run_dir: Path) -> Run:
 def number(mapping: Mapping[str, Any], key: str) -> float | None:
     """The finite number under a key, or None. A dotted key looks into nested mappings."""
     value = value_at(mapping, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return None
     return float(value)
 
@@ -118,11 +117,14 @@ def value_at(mapping: Mapping[str, Any], key: str) -> Any:
 
 def score(run: Run, part: str, metric: str) -> Mapping[str, Any] | None:
     """A score with a finite mean, or None."""
-    found = value_at(run.scores, f"{part}.{metric}")
+    found = value_at(run.scores, part)
+    # Not by a dotted key: a condition such as T=0.7 has a dot of its own.
+    found = found.get(metric) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) and number(found, "mean") is not None else None
 
 
-def _text(run_dir: Path, name: str, broken: list[str]) -> str:
+def text_of(run_dir: Path, name: str, broken: list[str]) -> str:
+    """A file's text; empty where there is none, or where it cannot be read, which is said in `broken`."""
     path = run_dir / name
     if not path.is_file():
         return ""
@@ -133,28 +135,13 @@ def _text(run_dir: Path, name: str, broken: list[str]) -> str:
         return ""
 
 
-def _object(text: str, name: str, broken: list[str]) -> Mapping[str, Any]:
-    if not text:
-        return {}
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        broken.append(f"{name} is not JSON: {error}")
-        return {}
-    if not isinstance(value, dict):
-        broken.append(f"{name} holds a {type(value).__name__} where an object belongs")
-        return {}
-    return value
-
-
-def _lines(text: str, name: str, broken: list[str]) -> list[Mapping[str, Any]]:
+def lines_of(run_dir: Path, name: str, broken: list[str]) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; what else stands in it is left out, which is said in `broken`."""
     rows, bad = [], []
-    for count, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
+    for count, line in json_lines(text_of(run_dir, name, broken)):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parsed(line)
+        except ValueError:
             row = None
         if isinstance(row, dict):
             rows.append(row)
@@ -167,24 +154,59 @@ def _lines(text: str, name: str, broken: list[str]) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _yaml(text: str, broken: list[str]) -> Mapping[str, Any]:
-    import yaml
+def _object(run_dir: Path, name: str, broken: list[str]) -> dict[str, Any]:
+    text = text_of(run_dir, name, broken)
+    if not text:
+        return {}
+    try:
+        value = parsed(text)
+    except ValueError as error:
+        broken.append(f"{name} is not JSON: {error}")
+        return {}
+    if not isinstance(value, dict):
+        broken.append(f"{name} holds a {type(value).__name__} where an object belongs")
+        return {}
+    return value
+
+
+def _recipe(text: str, broken: list[str]) -> Mapping[str, Any]:
+    from limbeck.recipe_text import parse
 
     if not text:
         return {}
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        broken.append(f"recipe.resolved.yaml is not YAML: {' '.join(str(error).split())}")
+        value = cleaned(parse(text, RECIPE))
+    except LimbeckError as error:
+        broken.append(f"{RECIPE} is not YAML: {str(error).partition(': ')[2]}")
         return {}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        broken.append(f"{RECIPE} holds a {type(value).__name__} where sections belong")
+        return {}
+    return value
+
+
+def _scores(run_dir: Path, broken: list[str]) -> dict[str, Any]:
+    """The scores, in the shape that everything after this relies on: mappings of mappings, descriptions in words."""
+    scores = _object(run_dir, "scores.json", broken)
+    for part in ("before", "after", "change", "metrics"):
+        if part in scores:
+            whole = of_mappings(scores[part])
+            if whole != scores[part]:
+                broken.append(f"scores.json: {part} holds what is no score and is left out")
+            scores[part] = whole
+    if "rows" in scores:
+        scores["rows"] = of_mappings(scores["rows"])
+    for about in scores.get("metrics", {}).values():
+        for name in about.keys() - {"teacher_value"}:
+            about[name] = about[name] if about[name] is None else str(about[name])
+    return scores
 
 
 def _stages(run_dir: Path, broken: list[str]) -> tuple[Mapping[str, Any], ...]:
     rows = []
     for path in sorted((run_dir / "stages").glob("*.json")):
         name = f"stages/{path.name}"
-        row = _object(_text(run_dir, name, broken), name, broken)
+        row = _object(run_dir, name, broken)
         if row:
             rows.append({"stage": path.stem, **row})
 

@@ -45,7 +45,7 @@ def share(value: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """Seconds as the two largest units."""
-    if seconds is None:
+    if seconds is None or seconds < 0:
         return "n/a"
     if seconds < 0.05:
         return "under 0.1 s"
@@ -71,6 +71,19 @@ def megabytes(size: float | None) -> str:
     if size is None:
         return "n/a"
     return f"{size:.0f} MB" if size < 1000 else f"{size / 1000:.2f} GB"
+
+
+def markdown(value: Any) -> str:
+    """Text that Markdown shows as it is, on one line, also inside a cell of a table."""
+    text = " ".join(str(value).split())
+    for sign in "\\`*_[]<>|":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def code(value: Any) -> str:
+    """Text between the backticks of Markdown, in which nothing has an escape but the bar of a table's cell."""
+    return " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
 
 
 def share_of_teacher(student: Mapping[str, Any]) -> float | None:

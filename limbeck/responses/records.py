@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.flow import LimbeckError, Response, Sampling, TokenPrompt
+from limbeck.jsonlines import json_lines
 from limbeck.rundir import write_text
 
 
@@ -24,7 +25,7 @@ def write_asked(path: Path, prompts: Iterable[TokenPrompt]) -> None:
 
 def read_asked(path: Path) -> list[TokenPrompt]:
     """The prompts of `write_asked`."""
-    lines = map(json.loads, path.read_text("utf-8").splitlines())
+    lines = [json.loads(line) for _, line in json_lines(path.read_text("utf-8"))]
     return [TokenPrompt(id=line["id"], ids=tuple(line["ids"])) for line in lines]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from limbeck import config
 from limbeck.flow import Interrupted, Objective, Response, Teacher
+from limbeck.jsonlines import json_lines
 from limbeck.models.fingerprints import weight_files
 from limbeck.models.loading import source_config
 from limbeck.models.sources import resolve
@@ -105,7 +106,7 @@ def _play_student(story: Story) -> Json:
         return {}
     save_student(trained, student.tokenizer, run.student)
     write_json(run.student / "student.json", _student_record(story, student))
-    last = json.loads(run.metrics.read_text("utf-8").splitlines()[-1])
+    last = json.loads([line for _, line in json_lines(run.metrics.read_text("utf-8"))][-1])
     if account := told(last):
         story.console.say(f"train: {account}")
     return {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.console import Console, QuietConsole
 from limbeck.flow import Response
+from limbeck.jsonlines import json_lines
 from limbeck.responses.watch import Watch
 from limbeck.rundir import write_text
 from limbeck.student.loss_alarm import LossAlarm
@@ -123,7 +124,7 @@ def _keep_lines(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines():
+    for _, line in json_lines(path.read_text("utf-8")):
         # A killed process may leave half a last line; it belongs to a step that is done again.
         if line.endswith("}") and json.loads(line)["step"] <= step:
             kept.append(line)

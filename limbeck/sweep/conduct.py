@@ -181,5 +181,6 @@ class _Conductor:
             title=self.sweep.name,
             arms=ledger.records(),
             metric=chosen_by if states["done"] else None,
+            replacing=True,
         )
         return end

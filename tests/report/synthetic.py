@@ -7,6 +7,7 @@ import numpy as np
 
 from limbeck.evaluation.scores import write_scores
 from limbeck.flow import ScoredRow
+from limbeck.rundir import RunDirectory
 
 RECIPE = """\
 name: quickstart
@@ -208,9 +209,10 @@ def write_on_policy(run_dir: Path, *, steps: int = 160, tokenizer: bool = True, 
     path = run_dir / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     _lines(path, (row | _own_metrics(rng, row["step"] / steps) | _warnings(row["step"], steps) for row in rows))
-    _lines(run_dir / "prompts.jsonl", _prompts())
-    (run_dir / "responses").mkdir(exist_ok=True)
-    _lines(run_dir / "responses" / "examples.jsonl", _written(steps))
+    _lines(RunDirectory(run_dir).prompts, _prompts())
+    run = RunDirectory(run_dir)
+    run.rounds.mkdir(exist_ok=True)
+    _lines(run.examples, _written(steps))
     if tokenizer:
         _byte_tokenizer().save(str(run_dir / "student" / "tokenizer.json"))
     return run_dir

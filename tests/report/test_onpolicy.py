@@ -11,6 +11,7 @@ from limbeck.report.charts import MIX, OWN, charts
 from limbeck.report.onpolicy import decoder, exchanges, warned
 from limbeck.report.run import read_run
 from limbeck.responses.alarms import ALARMS
+from limbeck.rundir import RunDirectory
 from tests.report.synthetic import ANSWERS, SAMPLES, write_on_policy, write_run
 from tests.report.test_report import parse, words
 
@@ -28,7 +29,7 @@ def page_of(run_dir):
 def edited(tmp_path, edit, **options):
     """A run whose lines of examples.jsonl went through `edit`."""
     run_dir = write_on_policy(write_run(tmp_path / "run", steps=40), steps=40, **options)
-    path = run_dir / "responses" / "examples.jsonl"
+    path = RunDirectory(run_dir).examples
     rows = [edit(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run_dir
@@ -108,7 +109,7 @@ def test_many_prompts_and_moments_become_a_handful(tmp_path):
     row = {"author": "student", "prompt_ids": [65], "response_ids": [66, 256], "stop": "eos"}
     rows = [row | {"step": n, "epoch": n, "prompt_id": f"q{p}"} for n in range(1, 40) for p in range(30)]
     rows += [row | {"step": 9, "epoch": 9, "prompt_id": "q29", "author": "data"}]
-    (run_dir / "responses" / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    RunDirectory(run_dir).examples.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = exchanges(read_run(run_dir))
     assert [len(exchange.moments) for exchange in found] == [5] * 5
     assert found[0].moments[0][0] == "epoch 1, step 1" and found[0].moments[-1][0] == "epoch 39, step 39"

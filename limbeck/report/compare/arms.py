@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.flow import LimbeckError
+from limbeck.jsonlines import json_lines
 from limbeck.recipe_keys import same_arm_keys
 from limbeck.report.compare.labels import differing, label, titled
 from limbeck.report.run import Run, number, read_run, value_at
+from limbeck.report.values import parsed
 from limbeck.report.words import name_of
 from limbeck.rundir import flatten
 
@@ -119,10 +121,10 @@ def read_arms(path: Path) -> list[Mapping[str, Any]]:
         LimbeckError: a line is no object with an arm; names file and line.
     """
     lines = []
-    for line_number, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for line_number, text in json_lines(_read(path)):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parsed(text)
+        except ValueError:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("arm"), str):
             raise LimbeckError(
@@ -130,6 +132,13 @@ def read_arms(path: Path) -> list[Mapping[str, Any]]:
             )
         lines.append(line)
     return lines
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise LimbeckError(f"{path} is not UTF-8 text; start the sweep again, it writes the file anew") from None
 
 
 def _from_line(line: Mapping[str, Any], folders: Sequence[Path], home: Path) -> Member:

@@ -42,7 +42,7 @@ def bill(comparison: Comparison) -> Bill:
     for member in [*comparison.members, *comparison.tuning]:
         for stage in member.run.stages if member.run else ():
             # A stage that was taken over from another run has that run's record, and says so.
-            seconds = number(stage, "seconds") or 0.0
+            seconds = max(0.0, number(stage, "seconds") or 0.0)
             if stage.get("shared_from"):
                 saved += seconds
             else:
@@ -77,7 +77,9 @@ def _counted(members: Sequence[Member]) -> list[Member]:
 
 
 def _seconds(run: Run, name: str) -> float | None:
-    return next((number(stage, "seconds") for stage in run.stages if stage["stage"] == name), None)
+    seconds = next((number(stage, "seconds") for stage in run.stages if stage["stage"] == name), None)
+    # A clock that was set back meanwhile has measured nothing.
+    return None if seconds is None or seconds < 0 else seconds
 
 
 def _speed(run: Run) -> float | None:

@@ -17,6 +17,7 @@ from limbeck.report.compare.arms import Arm, Comparison, Member, gather
 from limbeck.report.compare.comparable import Apart
 from limbeck.report.compare.costs import Bill, bill
 from limbeck.report.compare.drawing import TONES, Plate
+from limbeck.report.compare.files import page_of, require_free
 from limbeck.report.compare.frontier import frontier
 from limbeck.report.compare.labels import extra, short, value_of
 from limbeck.report.compare.learning import learning
@@ -39,6 +40,7 @@ def write_comparison(
     title: str,
     arms: Sequence[Mapping[str, Any]] | None = None,
     metric: str | None = None,
+    replacing: bool = False,
 ) -> Path:
     """Write the page `out`, and beside it the same numbers as .md and .csv, and its first charts as .svg.
 
@@ -47,15 +49,18 @@ def write_comparison(
         arms: a sweep's lines (arm, seed, keys, tuning, state, error, directory); without them arms are worked out from
             the resolved recipes: runs that differ in train.seed alone are one arm.
         metric: the one to rank by (METRIC or METRIC@CONDITION); None takes the first of the usual ones.
+        replacing: write over whatever has these names: the folder is limbeck's own.
 
     Returns:
         The path of the page.
 
     Raises:
-        LimbeckError: fewer than two runs, a folder that is no run directory, an empty sweep, or a metric that was not
-            measured.
+        LimbeckError: fewer than two runs, a folder that is no run directory, an empty sweep, a metric that was not
+            measured, or a file of somebody else's where one is to be written.
     """
-    page = out.with_suffix(".html")
+    page = page_of(out)
+    if not replacing:
+        require_free(page)
     comparison = gather(folders, arms, page.parent)
     seen = View(title=title, comparison=comparison, tables=Tables(comparison), metric=metric)
     texts = {".html": _render("compare.html.j2", seen), ".md": _render("compare.md.j2", seen), ".csv": tidy(comparison)}
@@ -119,9 +124,10 @@ class View:
         if self.lead:
             facts.append(("examples", str(self.lead.n)))
         for name, key in (("teacher", "teacher.model"), ("prompts", "prompts.source")):
-            values = {value_at(m.run.recipe, key) for m in self.comparison.members if m.run} - {None}
+            said = [value_at(m.run.recipe, key) for m in self.comparison.members if m.run]
+            values = {value for value in said if isinstance(value, str)}
             if len(values) == 1:
-                facts.append((name, short(Path(str(values.pop())).name, 40)))
+                facts.append((name, short(Path(values.pop()).name, 40)))
         return facts
 
     def extra(self, arm: Arm) -> str:
@@ -210,18 +216,10 @@ def _render(template: str, view: View) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        duration=words.duration, memory=words.memory, count=words.count, figure=words.figure, cell=_cell
+        duration=words.duration, memory=words.memory, count=words.count, figure=words.figure, cell=words.markdown
     )
     templates = files("limbeck.report") / "templates"
     style = "".join((templates / name).read_text(encoding="utf-8") for name in ("style.css", "compare.css"))
     return environment.get_template(template).render(
         view=view, style=style, drawing=(WIDTH, HEIGHT), open_rows=OPEN_ROWS
     )
-
-
-def _cell(value: Any) -> str:
-    """Text that stays inside a cell of a Markdown table."""
-    text = " ".join(str(value).split())
-    for sign in "\\`*_[]<>|":
-        text = text.replace(sign, f"\\{sign}")
-    return text

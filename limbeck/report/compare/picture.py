@@ -34,7 +34,7 @@ def draw(title: str, headline: str, plates: Sequence[Plate]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" font-family="{FONT}" role="img">\n<title>{escape(title)}: {escape(headline)}</title>\n'
         + "\n".join(body)
-        + "\n</svg>\n"
+        + "\n<!-- written by limbeck compare -->\n</svg>\n"
     )
 
 

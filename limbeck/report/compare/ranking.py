@@ -108,7 +108,7 @@ def rank(column: Column) -> Ranking:
     low, high = _span(estimates, column.teacher if column.about.better == "match" else None)
 
     def at(value: float) -> float:
-        return round(100 * min(1.0, max(0.0, (value - low) / (high - low))), 2)
+        return round(100 * min(1.0, max(0.0, (value - low) / ((high - low) or 1.0))), 2)
 
     lines, leader = [], order[0]
     for place, n in enumerate(order, start=1):
