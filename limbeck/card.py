@@ -70,6 +70,8 @@ def card(run: Run, *, base_model: str | None = None, license: str | None = None,
         base=base,
         teacher=_without_folder(value_at(run.recipe, "teacher.model")),
         origin=_without_folder(_origin(run)),
+        chat=run.student.get("template") in ("chat", "alpaca"),
+        answers=_answers(run),
         method=_method(run),
         evidence=evidence(run),
         examples=_examples(run),
@@ -215,6 +217,25 @@ def _method(run: Run) -> list[str]:
             f"{setting(number(run.recipe, 'objective.temperature') or 1.0)}, per response token."
         )
     return said
+
+
+_TEMPLATES = {
+    "chat": "the teacher's chat template (`tokenizer.apply_chat_template`)",
+    "alpaca": "the Alpaca wording, which its chat template writes (`tokenizer.apply_chat_template`)",
+    "plain": "prompts as plain text, without a chat template",
+}
+
+
+def _answers(run: Run) -> str:
+    """With what prompts it was trained and what ends its answers; "" where no record says so."""
+    template, ends = run.student.get("template"), run.student.get("ends")
+    if template not in _TEMPLATES or not isinstance(ends, list):
+        return ""
+    options = run.student.get("chat_options")
+    with_options = f" with {' '.join(f'{key}={value!r}' for key, value in options.items())}" if options else ""
+    said = f"The student was trained with {_TEMPLATES[template]}{with_options}"
+    stops = " or ".join(f"`{end}`" for end in ends)
+    return f"{said}, and {f'ends an answer with {stops}, where `generate` stops' if stops else 'knows no end'}."
 
 
 def _training(run: Run) -> list[tuple[str, str]]:

@@ -298,6 +298,7 @@ def doctor(
 
     from limbeck.models.doctor import doctor as examine
     from limbeck.models.doctor import render
+    from limbeck.stages.endings import doctor_says
 
     found = examine(
         teacher,
@@ -306,7 +307,11 @@ def doctor(
         student_revision=student_revision,
         trust_remote_code=trust_remote_code,
     )
-    Console().print(render(found))
+    pair = {
+        "teacher": {"model": teacher, "revision": teacher_revision, "trust_remote_code": trust_remote_code},
+        "student": {"model": student, "revision": student_revision, "trust_remote_code": trust_remote_code},
+    }
+    Console().print(render(found, doctor_says(found.teacher, found.student, pair)))
     if not found.distillable:
         raise typer.Exit(1)
 

@@ -14,6 +14,7 @@ import torch
 
 from limbeck.export.gguf_tokens import Vocabulary
 from limbeck.flow import LimbeckError
+from limbeck.student.endings import stop_ids
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -49,7 +50,7 @@ def write_gguf(
 
     config: Any = model.config
     require_known(config)
-    vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
+    vocabulary = Vocabulary.of(tokenizer, config.vocab_size, stop_ids(model))
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
     writer.add_type("model")
     writer.add_name(name)

@@ -6,6 +6,7 @@ has a name for is refused, since other ids would come out of the same text.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,12 @@ class Vocabulary:
     chat_template: str | None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, rows: int, stops: Iterable[int] = ()) -> Vocabulary:
         """Read a tokenizer.
 
         Args:
             rows: of the embedding; ids from the last token on are padding.
+            stops: further tokens at which the model's own generation stops.
 
         Raises:
             LimbeckError: no byte-level BPE, one that cuts in a way without a name, or more ids than rows.
@@ -69,7 +71,7 @@ class Vocabulary:
             tokens=tokens,
             types=types,
             merges=tuple(_merge(pair) for pair in rules["model"]["merges"]),
-            special=_special(tokenizer),
+            special=_special(tokenizer, stops),
             adds_bos=around[0] != inner,
             adds_eos=around[-1] != inner,
             chat_template=text if isinstance(text, str) else None,
@@ -154,7 +156,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[tuple[str, .
     )
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _special(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]) -> dict[str, int]:
     roles = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     roles |= {"padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}
     found = {role: index for role, index in roles.items() if isinstance(index, int)}
@@ -164,5 +166,6 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
             "set tokenizer.eos_token and save it again"
         )
     ends = end_token_ids(tokenizer, "chat") if isinstance(tokenizer.chat_template, str) else ()
-    turns = [index for index in ends if index != found["eos"]]
-    return found | ({"eot": turns[0]} if turns else {})
+    others = [index for index in dict.fromkeys([*ends, *stops]) if index != found["eos"]]
+    # The ends of a turn and of a message: llama.cpp stops at either as at the end of sequence.
+    return found | dict(zip(("eot", "eom"), others, strict=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,8 +66,12 @@ def rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     return [(label, show(report.teacher), show(report.student)) for label, show in shown]
 
 
-def render(report: DoctorReport) -> Group:
-    """The report for `rich.console.Console.print`, which makes it plain where there is no terminal."""
+def render(report: DoctorReport, changes: Sequence[str] = ()) -> Group:
+    """The report for `rich.console.Console.print`, which makes it plain where there is no terminal.
+
+    Args:
+        changes: what a run changes in the student.
+    """
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
@@ -84,7 +88,7 @@ def render(report: DoctorReport) -> Group:
         f"Can be distilled? {_VERDICTS[found.verdict]}", style="bold green" if report.distillable else "bold red"
     )
     lines = [Text(f"- {line}", style="red") for line in found.differences]
-    lines += [Text(f"- {line}") for line in found.notes]
+    lines += [Text(f"- {line}") for line in (*found.notes, *changes)]
     if report.distillable:
         lines.append(Text(f"Objectives run over {found.vocab_size:,} token ids."))
     return Group(table, Text(), verdict, *lines)

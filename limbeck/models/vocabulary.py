@@ -7,13 +7,13 @@ equal width may name entirely different tokens. What counts is the map from toke
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.flow import LimbeckError
 from limbeck.models.fingerprints import backend_rules
+from limbeck.models.headers import EMBEDDINGS, safetensors_header
 from limbeck.models.sources import Source, resolve
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class VocabularyCard:
     Attributes:
         ids: token to id, added tokens included.
         added: the added tokens, by id.
+        control: ids of the control tokens, which no text is meant to spell.
         splits: how text becomes tokens (normalisation, pre-tokenisation, merges), as one comparable string.
         roles: bos, eos, pad and unk token as text and id; None where there is none.
         head_rows: rows of the output embedding, padding included.
@@ -43,6 +44,7 @@ class VocabularyCard:
     architecture: str
     ids: dict[str, int]
     added: dict[int, str]
+    control: frozenset[int]
     roles: dict[str, tuple[str, int] | None]
     splits: str
     chat_template: str | None
@@ -107,6 +109,7 @@ def _card(
         architecture=(config.architectures or [config.model_type])[0],
         ids=ids,
         added={index: str(token) for index, token in tokenizer.added_tokens_decoder.items()},
+        control=frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special),
         roles=roles,
         splits=_splitting_rules(tokenizer),
         chat_template=_template(tokenizer),
@@ -134,9 +137,9 @@ def _splitting_rules(tokenizer: PreTrainedTokenizerBase) -> str:
 def _stored_head(source: Source) -> tuple[int | None, str | None]:
     """Rows and dtype of the output embedding from the safetensors headers; None where they are not at hand."""
     for path in sorted(source.directory.glob("*.safetensors")):
-        header = _safetensors_header(path)
+        header = safetensors_header(path)
         for name, entry in header.items():
-            if name.endswith(("lm_head.weight", "embed_tokens.weight", "wte.weight", "embed_out.weight")):
+            if name.endswith(EMBEDDINGS) and entry["shape"]:
                 return int(entry["shape"][0]), _DTYPE_NAMES.get(entry["dtype"], entry["dtype"])
     return None, None
 
@@ -144,20 +147,9 @@ def _stored_head(source: Source) -> tuple[int | None, str | None]:
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """The JSON header: an eight-byte little-endian length, then that many bytes (safetensors format)."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8 or (length := struct.unpack("<Q", prefix)[0]) > path.stat().st_size:
-            raise LimbeckError(f"{path} is cut short or no safetensors file; download it again")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header
-
-
 def compare(teacher: VocabularyCard, student: VocabularyCard) -> VocabularyReport:
     """Whether every id means the same token to both, and what else differs."""
-    differences = _token_differences(teacher, student)
+    differences, lacking = _token_differences(teacher, student)
     for card in (teacher, student):
         if card.vocab_size > card.head_rows:
             differences.append(
@@ -170,7 +162,7 @@ def compare(teacher: VocabularyCard, student: VocabularyCard) -> VocabularyRepor
         verdict=verdict,
         vocab_size=0 if differences else teacher.vocab_size,
         differences=tuple(differences),
-        notes=tuple(_notes(teacher, student)),
+        notes=(*lacking, *_notes(teacher, student)),
     )
 
 
@@ -190,22 +182,32 @@ def require_same(teacher: VocabularyCard, student: VocabularyCard) -> int:
     return report.vocab_size
 
 
-def _token_differences(teacher: VocabularyCard, student: VocabularyCard) -> list[str]:
+def _token_differences(teacher: VocabularyCard, student: VocabularyCard) -> tuple[list[str], list[str]]:
+    """What makes the pair impossible, and control tokens that one of the two lacks: no text is meant to spell those."""
     if teacher.ids == student.ids:
-        return []
+        return [], []
     by_id_teacher = {index: token for token, index in teacher.ids.items()}
     by_id_student = {index: token for token, index in student.ids.items()}
     moved = sorted(i for i in by_id_teacher.keys() & by_id_student.keys() if by_id_teacher[i] != by_id_student[i])
-    found = []
+    found, lacking = [], []
     if moved:
         shown = ", ".join(f"{i} is {by_id_teacher[i]!r} / {by_id_student[i]!r}" for i in moved[:_SHOWN])
         found.append(f"{len(moved)} ids name different tokens (teacher / student: {shown})")
-    for here, there, who in ((by_id_teacher, by_id_student, "teacher"), (by_id_student, by_id_teacher, "student")):
+    sides = ((by_id_teacher, by_id_student, teacher, "teacher"), (by_id_student, by_id_teacher, student, "student"))
+    for here, there, card, who in sides:
         only = sorted(here.keys() - there.keys())
-        if only:
-            shown = ", ".join(f"{i} {here[i]!r}" for i in only[:_SHOWN])
-            found.append(f"{len(only)} ids only the {who} has ({shown})")
-    return found
+        if not only:
+            continue
+        shown = ", ".join(f"{i} {here[i]!r}" for i in only[:_SHOWN])
+        without_row = who == "teacher" and only[-1] >= student.head_rows
+        if set(only) <= card.control and not without_row:
+            why = "their rows of its head are untrained" if who == "teacher" else "they get no mass"
+            other = "student" if who == "teacher" else "teacher"
+            lacking.append(f"the {other} lacks {len(only)} control tokens of the {who} ({shown}); {why}")
+        else:
+            rows = f"; the student's head has {student.head_rows} rows" if without_row else ""
+            found.append(f"{len(only)} ids only the {who} has ({shown}{rows})")
+    return found, lacking
 
 
 def _notes(teacher: VocabularyCard, student: VocabularyCard) -> list[str]:

@@ -21,6 +21,7 @@ from limbeck.prompts.chat import Options, render, require_asked, require_options
 from limbeck.prompts.control import ControlTokens, refuse_control_tokens, special_tokens
 from limbeck.prompts.endings import cut_after_end, first_run
 from limbeck.prompts.naming import label
+from limbeck.prompts.saved_template import alpaca_chat_template
 from limbeck.prompts.wording import alpaca_text, plain_text
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ _PROBE_ANSWER = "A probe of the template."
 def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> TemplateName:
     """The template that `choice` means for this tokenizer and these prompts, to be recorded with the run.
 
-    "auto" is the tokenizer's chat template where it has one. Without one it is alpaca when every prompt is an
+    "auto" is the tokenizer's chat template where it has one; where that is the one that a student of the Alpaca wording
+    is saved with, it is alpaca, which also has words for an input. Without one it is alpaca when every prompt is an
     instruction or a single user turn, and plain when any is raw text.
 
     Raises:
@@ -43,7 +45,7 @@ def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase, prompts: S
     has_chat = tokenizer.chat_template is not None
     if choice == "auto":
         if has_chat:
-            return "chat"
+            return "alpaca" if tokenizer.chat_template == alpaca_chat_template(tokenizer) else "chat"
         instructions = all(prompt.instruction is not None or prompt.messages is not None for prompt in prompts)
         return "alpaca" if instructions else "plain"
     if choice == "chat":

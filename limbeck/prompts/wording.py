@@ -21,6 +21,11 @@ def alpaca_text(prompt: Prompt) -> str:
         instruction, given = prompt.instruction
     else:
         instruction, given = (_single_turn(prompt, "alpaca") if prompt.text is None else prompt.text), ""
+    return alpaca_text_of(instruction, given)
+
+
+def alpaca_text_of(instruction: str, given: str) -> str:
+    """The Alpaca wording of an instruction and its input, which may be empty."""
     if not given.strip():
         return f"{_OPENING}. {_REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
     return (

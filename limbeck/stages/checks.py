@@ -23,6 +23,7 @@ from limbeck.responses.authors import require_whole_epochs
 from limbeck.responses.replay import require_room
 from limbeck.stages.corpus import check_corpus
 from limbeck.stages.drafted import check_draft
+from limbeck.stages.endings import check_endings
 from limbeck.stages.judging import check_objectives
 from limbeck.stages.served import check_server
 from limbeck.story import Story
@@ -90,6 +91,7 @@ def check_student(story: Story) -> None:
         resolvable(section)
     if story.student_card is not None:
         require_same(story.teacher_card, story.student_card)
+    check_endings(story)
     _check_anatomy(story)
 
 

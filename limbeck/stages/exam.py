@@ -25,6 +25,7 @@ from limbeck.recipe_evaluation import EvaluateSection
 from limbeck.responses.records import read_responses, write_responses
 from limbeck.rundir import Json, fingerprint
 from limbeck.stages.batches import write_in_batches
+from limbeck.stages.endings import same_tokens
 from limbeck.stages.responses import load_responses, sampler_for, sampling_meter
 from limbeck.stages.sharing import once
 from limbeck.stages.student import build_initial_student
@@ -156,7 +157,9 @@ class Exam:
         """The tokenizer of one of the two; no weights are loaded for it."""
         if who in self.__dict__:
             return self.speaker(who).tokenizer
-        source = self.source(who)
+        # Before training it is built with the teacher's, where the two have the same tokens.
+        built = who == "student" and self.part == "before" and same_tokens(self.story)
+        source = self.source("teacher" if built else who)
         return load_tokenizer(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
     def release(self, *, student: bool) -> None:

@@ -29,6 +29,7 @@ from limbeck.rundir import Json, flatten, read_json, write_json
 from limbeck.stages.authors import author_of
 from limbeck.stages.checks import check_student, student_spec
 from limbeck.stages.corpus import corpus_inputs, open_corpus
+from limbeck.stages.endings import endings_record, say_endings, with_endings
 from limbeck.stages.judging import balance_of, judgement_of, sft_judgement, temperature_of
 from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, load_sft_answers, pad_token_id
 from limbeck.stages.rounds import round_teacher
@@ -77,6 +78,7 @@ def _build(story: Story) -> Student:
     student = build_student(spec, teacher=teacher, calibration=calibration, progress=story.console.say)
     if student.blocks is not None and not blocks.exists():
         write_json(run.root / "blocks.json", asdict(student.blocks))
+    student = with_endings(story, student, teacher)
     student.model.to(story.device)  # type: ignore[arg-type]
     return student
 
@@ -90,6 +92,7 @@ def wait_for(path: Path) -> None:
 def _play_student(story: Story) -> Json:
     recipe, run = story.recipe, story.run
     student = build_initial_student(story)
+    say_endings(story, student)
     # Dropout inside adapters draws from torch's own generator.
     torch.manual_seed(recipe.train.seed)
     with story.stop.deferred() as should_stop:
@@ -233,16 +236,20 @@ def _student_record(story: Story, student: Student) -> Json:
     section, folder = story.recipe.teacher, story.run.student
     trust = section.trust_remote_code
     source = resolve(section.model, revision=section.revision, trust_remote_code=trust)
-    return {
-        "init": story.recipe.student.init,
-        "parameters": student.parameters,
-        "trainable": student.trainable,
-        "share": student.share_of_teacher,
-        "size_mb": sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6,
-        "teacher_size_mb": sum(path.stat().st_size for path in weight_files(source)) / 1e6,
-        "teacher_parameters": student.teacher_parameters,
-        "teacher_layers": getattr(source_config(source, trust_remote_code=trust), "num_hidden_layers", None),
-    } | _anatomy(story.run.root / "blocks.json")
+    return (
+        {
+            "init": story.recipe.student.init,
+            "parameters": student.parameters,
+            "trainable": student.trainable,
+            "share": student.share_of_teacher,
+            "size_mb": sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6,
+            "teacher_size_mb": sum(path.stat().st_size for path in weight_files(source)) / 1e6,
+            "teacher_parameters": student.teacher_parameters,
+            "teacher_layers": getattr(source_config(source, trust_remote_code=trust), "num_hidden_layers", None),
+        }
+        | endings_record(story, student)
+        | _anatomy(story.run.root / "blocks.json")
+    )
 
 
 def _anatomy(blocks: Path) -> Json:

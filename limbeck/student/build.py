@@ -27,6 +27,7 @@ from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.student.adapters import LoraSpec, with_adapters
 from limbeck.student.blocks import depth_prune, per_layer_fields
+from limbeck.student.endings import AnswerFormat
 from limbeck.student.pruning import BlockChoice, choose_blocks
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Student:
         parameters: of the student as it will be saved, tied weights counted once, adapters not counted.
         trainable: parameters that get gradients.
         teacher_parameters: None without a teacher.
+        answers: what it is trained and saved with, where that is known; its tokenizer is `tokenizer`.
     """
 
     model: nn.Module
@@ -86,6 +88,7 @@ class Student:
     parameters: int
     trainable: int
     teacher_parameters: int | None
+    answers: AnswerFormat | None = None
 
     @property
     def share_of_teacher(self) -> float | None:

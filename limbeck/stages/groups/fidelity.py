@@ -112,7 +112,8 @@ def _chunks(exam: Exam, answers: _Answers) -> Iterator[FidelityChunk]:
     """The answers as the student and the teacher see them, a few rows at a time."""
     responses, teacher = answers.responses, _teacher(exam, answers)
     model, device = exam.student.model, exam.story.device
-    head = head_of(model, real_vocab_size(exam.student.tokenizer))
+    # One that was not trained here may have control tokens that the teacher lacks.
+    head = head_of(model, real_vocab_size(exam.tokenizer("teacher")))
     order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
     with exam.meter("evaluate", sum(len(r.response_ids) for r in responses), "tokens") as meter:
         for start in range(0, len(order), JUDGE_ROWS):
