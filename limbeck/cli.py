@@ -222,7 +222,7 @@ def sweep(
 
     end = play_sweep(sweep, *(overrides or []), update=update)
     print(end.page)
-    if end.failed == end.runs:
+    if end.failed == end.runs or end.lost:
         raise typer.Exit(1)
 
 

@@ -32,11 +32,13 @@ class SweepEnd:
 
     Attributes:
         runs: that were to be compared, without those that only tuned; the failed among them.
+        lost: of all runs those whose process was killed twice: the sweep is not what it would have been.
     """
 
     directory: Path
     runs: int
     failed: int
+    lost: int = 0
 
     @property
     def page(self) -> Path:
@@ -173,7 +175,10 @@ class _Conductor:
         states = {state: sum(line.state == state for line in lines) for state in ("done", "dropped", "failed")}
         said = ", ".join(f"{count} {state}" for state, count in states.items() if count)
         self.console.say(f"sweep {self.sweep.name}: {len(lines)} runs, {said}")
-        end = SweepEnd(directory=self.sweep.directory, runs=len(lines), failed=states["failed"])
+        lost = sum(line.lost for line in ledger.lines.values())
+        if lost:
+            self.console.warn(f"{lost} of the failed runs had their process killed, twice; start the sweep again")
+        end = SweepEnd(directory=self.sweep.directory, runs=len(lines), failed=states["failed"], lost=lost)
         chosen_by = self.sweep.tune_metric if self.sweep.tune else None
         write_comparison(
             [self.sweep.directory],

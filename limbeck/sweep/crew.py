@@ -98,7 +98,7 @@ class Workers:
     _all: list[_Worker] = field(default_factory=list)
 
     def play(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
-        waiting, stop, told = list(range(len(tasks))), StopWish(), 0
+        waiting, stop, told, again = list(range(len(tasks))), StopWish(), 0, set[int]()
         with stop.installed(), stop.deferred() as wished:
             while (waiting and not wished()) or any(worker.task is not None for worker in self._all):
                 if wished() and not told:
@@ -111,7 +111,11 @@ class Workers:
                 for worker in self._spoken():
                     number, worker.task = worker.task, None
                     outcome = self._outcome(worker, stopping=bool(told))
-                    if number is not None:
+                    if number is not None and outcome.lost and number not in again:
+                        # What ends a process says nothing of the run: it goes on once from where it was.
+                        again.add(number)
+                        waiting.append(number)
+                    elif number is not None:
                         ended(number, outcome)
             stop.heed()
 
@@ -169,7 +173,7 @@ class Workers:
             how = "was killed, as systems do when memory runs out; lower parallel or the batch sizes"
         else:
             how = f"ended with exit code {code}; {self.log} may say why"
-        return Outcome(state="failed", error=f"its process {how}")
+        return Outcome(state="failed", error=f"its process {how}", lost=True)
 
 
 @contextmanager

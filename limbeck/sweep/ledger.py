@@ -21,11 +21,13 @@ class Line:
 
     Attributes:
         error: why it failed or was dropped.
+        lost: whether it failed because its process was killed, which says nothing of the run.
     """
 
     run: ArmRun
     state: State = "waiting"
     error: str | None = None
+    lost: bool = False
 
 
 @dataclass
@@ -41,9 +43,9 @@ class Ledger:
             self.lines.setdefault(run.directory, Line(run=run)).run = run
         self._write()
 
-    def set(self, run: ArmRun, state: State, error: str | None = None) -> None:
+    def set(self, run: ArmRun, state: State, error: str | None = None, *, lost: bool = False) -> None:
         line = self.lines[run.directory]
-        line.state, line.error = state, error
+        line.state, line.error, line.lost = state, error, lost
         self._write()
 
     def state(self, run: ArmRun) -> State:

@@ -61,7 +61,7 @@ class Player:
 
         def ended(number: int, outcome: Outcome) -> None:
             outcomes[todo[number].directory] = outcome
-            self.ledger.set(todo[number], _STATE[outcome.state], outcome.error)
+            self.ledger.set(todo[number], _STATE[outcome.state], outcome.error, lost=outcome.lost)
             self._report(todo[number], outcome)
 
         try:

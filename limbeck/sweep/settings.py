@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from limbeck.recipe_values import STRICT, Count, Fraction, Seed
 Tree = dict[str, Any]
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 RESOLVED = "sweep.resolved.yaml"
+# Each is looked at before the first plays, and nobody waits for more.
+MOST_RUNS = 5_000
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -73,6 +76,13 @@ class Sweep:
         of_arms = {key: "arms" for changes in self.arms.values() for key in flat(changes)}
         fixed = {"train.seed": "seeds"} | dict.fromkeys(self.first, "first")
         return fixed | of_arms | dict.fromkeys(self.tune, "tune") | dict.fromkeys(self.grid, "grid")
+
+    @property
+    def size(self) -> int:
+        """How many runs it has, those that tune included; counted without making them."""
+        arms = max(1, len(self.arms)) * math.prod(map(len, self.grid.values()))
+        tuning = math.prod(map(len, self.tune.values())) if self.tune else 0
+        return arms * (len(self.seeds) + tuning)
 
 
 _ADAPTER = TypeAdapter(Sweep)
@@ -165,6 +175,11 @@ def _check(sweep: Sweep) -> None:
     parts = Path(sweep.name).parts
     if not parts or ".." in parts or Path(sweep.name).is_absolute() or not sweep.name.isprintable():
         raise LimbeckError(f"name: got {sweep.name!r}; expected a plain name, a path belongs in output_dir")
+    if sweep.size > MOST_RUNS:
+        raise LimbeckError(
+            f"the sweep has {sweep.size:,} runs; expected at most {MOST_RUNS:,}: give grid, tune, arms or seeds fewer "
+            "values, or make several sweeps of it"
+        )
     for key in sweep.first:
         if key.rpartition(".")[2] != "model" or key not in known_keys():
             near = nearest(key, [known for known in known_keys() if known.endswith(".model")])

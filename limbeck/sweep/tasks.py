@@ -47,12 +47,14 @@ class Outcome:
         error: one line where it failed.
         means: what was measured at a pause.
         number: of the signal that stopped it.
+        lost: whether its process was killed or ended by itself, so that nothing is known of the run.
     """
 
     state: Literal["done", "paused", "failed", "stopped"]
     error: str | None = None
     means: Mapping[str, float] | None = None
     number: int = 0
+    lost: bool = False
 
 
 def perform(task: Task) -> Outcome:

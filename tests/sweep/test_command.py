@@ -101,8 +101,29 @@ def test_mistakes_are_one_line(limbeck: CommandServer, tiny: TinyPair, tmp_path:
     assert "is a sweep, not a recipe" in limbeck.run("run", path).error_line
 
 
+def test_a_run_whose_worker_is_killed_once_goes_on(tiny: TinyPair, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_tree(tiny) | {"output_dir": str(tmp_path / "a")})
+    task = Task(recipe=as_tree(recipe), shelf=str(tmp_path / "shared"), update=False)
+    outcomes: list[Outcome] = []
+    workers = Workers(shelf=tmp_path / "shared", count=1, threads=1, log=tmp_path / "workers.log")
+    begun: list[int] = []
+
+    def kill_the_first(number: int) -> None:
+        begun.append(number)
+        if len(begun) == 1:
+            while not workers_of(tmp_path):
+                time.sleep(0.01)
+            os.kill(workers_of(tmp_path)[0], signal.SIGKILL)
+
+    try:
+        workers.play([task], kill_the_first, lambda _, outcome: outcomes.append(outcome))
+    finally:
+        workers.close()
+    assert outcomes == [Outcome(state="done")] and begun == [0, 0]
+
+
 def test_a_worker_that_is_killed(tiny: TinyPair, tmp_path: Path) -> None:
-    """Its run has failed, the next one gets another worker."""
+    """Again and again: its run has failed, the next one gets another worker."""
     recipes = [load_recipe(recipe_tree(tiny) | {"output_dir": str(tmp_path / name)}) for name in "ab"]
     tasks = [Task(recipe=as_tree(recipe), shelf=str(tmp_path / "shared"), update=False) for recipe in recipes]
     outcomes: dict[int, Outcome] = {}
@@ -121,6 +142,6 @@ def test_a_worker_that_is_killed(tiny: TinyPair, tmp_path: Path) -> None:
     assert outcomes[0].state == "failed" and "was killed, as systems do when memory runs out" in (
         outcomes[0].error or ""
     )
-    assert outcomes[1] == Outcome(state="done")
+    assert outcomes[0].lost and outcomes[1] == Outcome(state="done")
     record = RunDirectory(tmp_path / "b").manifest("student")
     assert record is not None and record["done"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from limbeck.flow import LimbeckError
 from limbeck.rundir import RunDirectory
+from limbeck.sweep import crew
+from limbeck.sweep.tasks import Outcome, Task
 from tests.sweep.conftest import Play, Tree, alone, made_here
 from tests.tiny_pair import TinyPair
 
@@ -59,3 +62,23 @@ class TestFailing:
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(LimbeckError, match="start `limbeck sweep` alone"):
             played(tmp_path / "s")
+
+    @pytest.mark.parametrize("more", [{}, {"tune": {"signal.k": list(range(1, 101))}}, {"seeds": list(range(50))}])
+    def test_more_runs_than_anybody_waits_for(self, played: Play, tmp_path: Path, more: Tree) -> None:
+        many = [1.0 + n / 1000 for n in range(10_000 if not more else 200)]
+        started = time.monotonic()
+        with pytest.raises(LimbeckError, match=r"the sweep has [\d,]+ runs; expected at most 5,000"):
+            played(tmp_path / "s", grid={"objective.temperature": many}, **more)
+        assert time.monotonic() - started < 5
+        assert not (tmp_path / "s").exists()
+
+
+def test_a_run_that_was_lost_is_told_from_one_that_failed(
+    played: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(task: Task) -> Outcome:
+        return Outcome(state="failed", error="its process was killed", lost="rkl" in str(task.recipe["objective"]))
+
+    monkeypatch.setattr(crew, "perform", lose)
+    done = played(tmp_path / "s", grid={"objective.name": ["fkl", "rkl"]})
+    assert (done.end.runs, done.end.failed, done.end.lost) == (2, 2, 1)
