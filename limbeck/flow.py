@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -45,15 +45,24 @@ def is_unicode(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation, in the ecosystem's form."""
+    """One turn of a conversation, in the ecosystem's form.
+
+    Attributes:
+        fields: what else it holds for the chat template: tool_calls, tool_call_id, name, reasoning_content.
+    """
 
     role: str
     content: str
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def as_turn(self) -> dict[str, Any]:
+        """The turn as chat templates read it."""
+        return {"role": self.role, "content": self.content, **self.fields}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What is asked. Exactly one of `messages` (a conversation ending with the user) and `text` (raw text) is set.
+    """What is asked. Exactly one of `messages` (a conversation to be answered) and `text` (raw text) is set.
 
     Attributes:
         id: stable name within its source; a hash of the content.
@@ -61,6 +70,8 @@ class Prompt:
             template that words the two apart (Alpaca) needs them. The input may be empty.
         completion: the reference answer, where the data has one; the first where it has several.
         references: all of them where the data has several; else empty. See `known_answers`.
+        answer: the reference answer as a turn, where it is more than text: with calls of tools, or a thought.
+        tools: schemas of the tools that the prompt offers.
         split: training or held-out, decided by a hash of the content so that it never depends on order or neighbours.
         where: place in the source ("data.jsonl, line 7"), for messages; no part of what the prompt is.
     """
@@ -71,6 +82,8 @@ class Prompt:
     instruction: tuple[str, str] | None = None
     completion: str | None = None
     references: tuple[str, ...] = ()
+    answer: Message | None = None
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     split: Split = "train"
     category: str | None = None
     where: str | None = field(default=None, compare=False)

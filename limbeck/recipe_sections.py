@@ -89,6 +89,8 @@ class PromptsSection:
     """Use only this many prompts, in the order of their hashes."""
     fields: dict[Literal["prompt", "completion", "category"], str] | None = None
     """For data in none of the known formats: its own names of the fields."""
+    ignore_columns: Strings = ()
+    """Columns of the data to leave out as if they were not there; `messages.weight` is a field of the turns."""
     dataset_split: str = "train"
     """Part of a `datasets` source to read."""
     dataset_config: str | None = None
@@ -101,6 +103,9 @@ class PromptsSection:
     """Variables for the chat template, such as {enable_thinking: false}."""
     control_tokens: Literal["error", "parse"] = "error"
     """What happens to text that spells a control token of the tokenizer."""
+    loss_on: Literal["all", "last"] = "all"
+    """Of a conversation that the data answers: every turn of the assistant is learnt from, or the last one alone. A
+    model answers the last one."""
     too_long: Literal["error", "drop"] = "error"
     """What happens to a prompt that does not fit the window; dropped ones are counted and reported."""
 

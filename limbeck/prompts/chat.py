@@ -11,7 +11,7 @@ from limbeck.flow import LimbeckError, Message, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
 Options = Mapping[str, Any]
 
 _NO_THINKING = (
@@ -39,7 +39,7 @@ def turns_of(prompt: Prompt) -> Turns:
     """The conversation of a prompt; a text is one user turn."""
     assert prompt.messages or prompt.text is not None, f"prompt {prompt.id} has neither text nor messages"
     turns = prompt.messages or (Message(role="user", content=prompt.text or ""),)
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+    return [turn.as_turn() for turn in turns]
 
 
 def render(

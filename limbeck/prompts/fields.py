@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from limbeck.flow import LimbeckError, Message, is_unicode
 
 Row = Mapping[str, Any]
+# What a turn may hold beside role and text, for the chat template.
+TURN_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
 def text_in(row: Row, field: str, where: str) -> str:
@@ -72,10 +75,17 @@ def answers_in(row: Row, *fields: str, where: str) -> tuple[str, ...]:
     return ()
 
 
-def category_of(row: Row) -> str | None:
-    """The field `category` as text."""
+def category_of(row: Row, where: str) -> str | None:
+    """The field `category` as text.
+
+    Raises:
+        LimbeckError: text that is no Unicode.
+    """
     value = row.get("category")
-    return str(value) if value not in (None, "") else None
+    if value in (None, ""):
+        return None
+    _require_unicode(text := str(value), "category", where)
+    return text
 
 
 def turns_in(value: Any, field: str, where: str, role_key: str = "role", text_key: str = "content") -> list[Message]:
@@ -90,22 +100,99 @@ def turns_in(value: Any, field: str, where: str, role_key: str = "role", text_ke
             f"{where}: got {shown(value)} in {field!r}, expected {text}a list of messages, such as "
             f"[{{{role_key!r}: 'user', {text_key!r}: '...'}}]; rewrite the row"
         )
-    turns = []
-    for turn in value:
-        role, content = (turn.get(role_key), turn.get(text_key)) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
+    return [_turn(turn, field, where, role_key, text_key) for turn in value]
+
+
+def _turn(turn: Any, field: str, where: str, role_key: str, text_key: str) -> Message:
+    role, content, more = None, None, {}
+    if isinstance(turn, Mapping):
+        role, content = turn.get(role_key), turn.get(text_key)
+        more = {name: turn[name] for name in TURN_FIELDS if turn.get(name) not in (None, "", [], ())}
+    if "tool_calls" in more:
+        more["tool_calls"] = _tool_calls(more["tool_calls"], field, where)
+        content = "" if content is None else content
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise LimbeckError(
+            f"{where}: expected turns with {role_key!r} and {text_key!r} as text in {field!r}, got {shown(turn)}; "
+            "only text conversations are read"
+        )
+    for name in more.keys() - {"tool_calls"}:
+        if not isinstance(more[name], str):
+            raise LimbeckError(f"{where}: expected text in {name!r} of a turn in {field!r}, got {shown(more[name])}")
+    for text in (role, content, *texts_in(more)):
+        _require_unicode(text, field, where)
+    return Message(role=role, content=content, fields=more)
+
+
+def _tool_calls(value: Any, field: str, where: str) -> list[dict[str, Any]]:
+    """Calls of tools in the one form that templates read: a function with its arguments as an object, never as text."""
+    calls = []
+    for call in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        arguments = _as_json(function.get("arguments") or {}) if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not isinstance(arguments, Mapping):
             raise LimbeckError(
-                f"{where}: expected turns with {role_key!r} and {text_key!r} as text in {field!r}, got {shown(turn)}; "
-                "only text conversations are read"
+                f"{where}: got {shown(call)} in 'tool_calls' of {field!r}, expected a name and arguments, such as "
+                "{'type': 'function', 'function': {'name': '...', 'arguments': {...}}}; rewrite the row"
             )
-        _require_unicode(content, field, where)
-        turns.append(Message(role=role, content=content))
-    return turns
+        beside = {key: call[key] for key in ("id", "type") if call.get(key) is not None}
+        calls.append({"type": "function", **beside, "function": {"name": name, "arguments": dict(arguments)}})
+    return calls
+
+
+def tools_in(row: Row, where: str) -> tuple[Mapping[str, Any], ...]:
+    """The schemas of the tools that a row offers, as a list or as JSON; none where there is no column `tools`.
+
+    Raises:
+        LimbeckError: anything but a list of objects.
+    """
+    value = _as_json(row.get("tools"))
+    if value is None or value == "":
+        return ()
+    tools = [_as_json(tool) for tool in value] if isinstance(value, Sequence) and not isinstance(value, str) else [None]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise LimbeckError(
+            f"{where}: got {shown(value)} in 'tools', expected a list of schemas, such as "
+            "[{'type': 'function', 'function': {'name': '...', 'parameters': {...}}}]; rewrite the row"
+        )
+    for text in texts_in(tools):
+        _require_unicode(text, "tools", where)
+    return tuple(tools)
+
+
+def _as_json(value: Any) -> Any:
+    """The value that a text spells as JSON; the value itself where it is no such text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def texts_in(value: Any) -> list[str]:
+    """Every text inside nested lists and objects, names of fields included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for key, inner in value.items() for text in (str(key), *texts_in(inner))]
+    return [text for inner in value for text in texts_in(inner)] if isinstance(value, Sequence) else []
+
+
+def quoted(name: str) -> str:
+    """A column's name as messages and the console show it: JSON can spell what no terminal can."""
+    return name if name.isprintable() and is_unicode(name) else ascii(name)
 
 
 def shown(value: Any) -> str:
     """A value as messages quote it."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = type(value).__name__
+    if not is_unicode(text):
+        text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -7,17 +7,28 @@
     question [answer]     problem [solution]         GSM8K, MATH
 
 An answer may be a list of texts: several references of one prompt, the first of which is trained on. Fields with null
-count as absent, other fields are ignored, `category` is kept.
+count as absent, `category` is kept, `tools` are offered to the model; other fields are counted (prompts.columns).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from limbeck.flow import LimbeckError, Message
-from limbeck.prompts.fields import Row, answers_in, are_texts, category_of, prompt_in, shown, text_in, turns_in
+from limbeck.prompts.fields import (
+    Row,
+    answers_in,
+    are_texts,
+    category_of,
+    prompt_in,
+    quoted,
+    shown,
+    text_in,
+    tools_in,
+    turns_in,
+)
 
 Mapped = Literal["prompt", "completion", "category"]
 
@@ -33,6 +44,7 @@ _SHAREGPT_ROLES = {
     "model": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "tool": "tool",
 }
 
 
@@ -43,6 +55,8 @@ class Example:
     Attributes:
         completion: the reference answer, the first of several.
         references: all of them, where there are several; else empty.
+        answer: the reference answer as a turn, where it is more than text.
+        tools: schemas of the tools that the prompt offers.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -50,6 +64,8 @@ class Example:
     instruction: tuple[str, str] | None = None
     completion: str | None = None
     references: tuple[str, ...] = ()
+    answer: Message | None = None
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     category: str | None = None
 
 
@@ -65,10 +81,10 @@ def family_of(row: Row, where: str) -> str:
     present = {name for name, value in row.items() if value is not None}
     if {"prompt", "completion"} <= present:
         return "prompt"
-    for field in _READERS:
-        if field in present:
-            return field
-    got = ", ".join(sorted(present)) or "none"
+    for name in _READERS:
+        if name in present:
+            return name
+    got = ", ".join(quoted(name) for name in sorted(present)) or "none"
     raise LimbeckError(
         f"{where}: got the fields {got}, expected one of the formats {KNOWN_FORMATS}; "
         "rename the fields, or say which of them is the prompt (prompts.fields)"
@@ -81,7 +97,8 @@ def read_row(row: Row, family: str, where: str) -> list[Example]:
     Raises:
         LimbeckError: a blank prompt, or a field of the wrong type, naming the place.
     """
-    return _READERS[family](row, where)
+    examples, tools = _READERS[family](row, where), tools_in(row, where)
+    return [replace(example, tools=tools) for example in examples] if tools else examples
 
 
 def rename_fields(row: Row, fields: Mapping[Mapped, str], where: str) -> Row:
@@ -90,25 +107,40 @@ def rename_fields(row: Row, fields: Mapping[Mapped, str], where: str) -> Row:
     if missing:
         raise LimbeckError(
             f"{where}: expected the field {missing[0]!r} that prompts.fields names, "
-            f"got {', '.join(sorted(row)) or 'none'}; correct the name"
+            f"got {', '.join(quoted(name) for name in sorted(row)) or 'none'}; correct the name"
         )
     return {name: row[source] for name, source in fields.items()}
 
 
-def _conversation(turns: list[Message], field: str, where: str) -> tuple[tuple[Message, ...], str | None]:
+def _conversation(turns: list[Message], field: str, where: str) -> tuple[tuple[Message, ...], Message | None]:
     """Split a conversation into the prompt and the last answer."""
-    completion = None
+    last = None
     if turns[-1].role == "assistant":
-        completion = turns[-1].content if turns[-1].content.strip() else None
+        last = turns[-1] if _answers(turns[-1]) else None
         turns = turns[:-1]
-    if not turns or turns[-1].role != "user":
+    if not turns or turns[-1].role not in ("user", "tool"):
         got = f"one that ends with {turns[-1].role!r}" if turns else "the answer alone"
         raise LimbeckError(
             f"{where}: expected a conversation in {field!r} with a user turn to answer, got {got}; repair it"
         )
     if not turns[-1].content.strip():
-        raise LimbeckError(f"{where}: got a blank last user turn in {field!r}; fill it in or remove the row")
-    return tuple(turns), completion
+        raise LimbeckError(
+            f"{where}: got a blank last {turns[-1].role} turn in {field!r}; fill it in or remove the row"
+        )
+    return tuple(turns), last
+
+
+def _answers(turn: Message) -> bool:
+    """Whether an assistant's turn says or calls anything."""
+    return bool(turn.content.strip()) or "tool_calls" in turn.fields
+
+
+def _told(example: Example, turn: Message | None) -> Example:
+    """An example with its last turn as the reference answer."""
+    if turn is None:
+        return example
+    text = turn.content if turn.content.strip() else None
+    return replace(example, completion=text, answer=turn if turn.fields else None)
 
 
 def _read_prompt(row: Row, where: str) -> list[Example]:
@@ -117,9 +149,13 @@ def _read_prompt(row: Row, where: str) -> list[Example]:
         messages, trailing = _conversation(turns_in(value, "prompt", where), "prompt", where)
         if trailing is not None:
             raise LimbeckError(f"{where}: 'prompt' ends with an answer; put that turn into 'completion'")
-        return [_answered(Example(messages=messages, category=category_of(row)), _completions(row, where))]
-    text = prompt_in(row, "prompt", where)
-    return [_answered(Example(text=text, category=category_of(row)), _completions(row, where))]
+        example = Example(messages=messages, category=category_of(row, where))
+    else:
+        example = Example(text=prompt_in(row, "prompt", where), category=category_of(row, where))
+    told = row.get("completion")
+    if told is None or isinstance(told, str) or are_texts(told):
+        return [_answered(example, answers_in(row, "completion", where=where))]
+    return [_told(example, _completion(told, where))]
 
 
 def _answered(example: Example, answers: Sequence[str]) -> Example:
@@ -128,22 +164,19 @@ def _answered(example: Example, answers: Sequence[str]) -> Example:
     return replace(example, completion=answers[0] if answers else None, references=references)
 
 
-def _completions(row: Row, where: str) -> tuple[str, ...]:
-    value = row.get("completion")
-    if value is None or isinstance(value, str) or are_texts(value):
-        return answers_in(row, "completion", where=where)
+def _completion(value: Any, where: str) -> Message | None:
     turns = turns_in(value, "completion", where)
     if len(turns) != 1 or turns[0].role != "assistant":
         roles = ", ".join(turn.role for turn in turns)
         raise LimbeckError(
             f"{where}: expected one assistant turn in 'completion', got {roles}; move the others to 'prompt'"
         )
-    return (turns[0].content,) if turns[0].content.strip() else ()
+    return turns[0] if _answers(turns[0]) else None
 
 
 def _read_messages(row: Row, where: str) -> list[Example]:
-    messages, completion = _conversation(turns_in(row["messages"], "messages", where), "messages", where)
-    return [Example(messages=messages, completion=completion, category=category_of(row))]
+    messages, last = _conversation(turns_in(row["messages"], "messages", where), "messages", where)
+    return [_told(Example(messages=messages, category=category_of(row, where)), last)]
 
 
 def _read_conversations(row: Row, where: str) -> list[Example]:
@@ -156,10 +189,12 @@ def _read_conversations(row: Row, where: str) -> list[Example]:
         role = _SHAREGPT_ROLES.get(turn.role)
         if role is None:
             known = ", ".join(_SHAREGPT_ROLES)
-            raise LimbeckError(f"{where}: got a turn from {turn.role!r}, expected one of {known}; rename the speaker")
-        turns.append(Message(role=role, content=turn.content))
-    messages, completion = _conversation(turns, "conversations", where)
-    return [Example(messages=messages, completion=completion, category=category_of(row))]
+            raise LimbeckError(
+                f"{where}: got a turn from {shown(turn.role)}, expected one of {known}; rename the speaker"
+            )
+        turns.append(replace(turn, role=role))
+    messages, last = _conversation(turns, "conversations", where)
+    return [_told(Example(messages=messages, category=category_of(row, where)), last)]
 
 
 def instruction_example(instruction: str, given: str = "", category: str | None = None) -> Example:
@@ -182,14 +217,14 @@ def _instance(instruction: str, given: Row, row: Row, where: str) -> Example:
     parts = [text for field in ("input", "context") if (text := text_in(given, field, where)).strip()]
     if len(parts) > 1:
         raise LimbeckError(f"{where}: got both 'input' and 'context', expected at most one; remove one of them")
-    example = instruction_example(instruction, "".join(parts), category=category_of(row))
+    example = instruction_example(instruction, "".join(parts), category=category_of(row, where))
     return _answered(example, answers_in(given, "output", "response", where=where))
 
 
 def _question_reader(question: str, answer: str) -> Callable[[Row, str], list[Example]]:
     def read(row: Row, where: str) -> list[Example]:
         text = prompt_in(row, question, where)
-        example = instruction_example(text, category=category_of(row))
+        example = instruction_example(text, category=category_of(row, where))
         return [_answered(example, answers_in(row, answer, where=where))]
 
     return read

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from limbeck.flow import LimbeckError, Message, Prompt
 from limbeck.jsonlines import json_lines
-from limbeck.rundir import write_text
+from limbeck.rundir import whole_file
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """One JSON object a line, absent fields left out. The file appears only when it is whole and on disk."""
-    rows = ({name: value for name, value in asdict(prompt).items() if value not in (None, ())} for prompt in prompts)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
+
+
+def _row(prompt: Prompt) -> dict[str, Any]:
+    row = {f.name: value for f in fields(prompt) if (value := getattr(prompt, f.name)) not in (None, ())}
+    if prompt.messages is not None:
+        row["messages"] = [turn.as_turn() for turn in prompt.messages]
+    if prompt.answer is not None:
+        row["answer"] = prompt.answer.as_turn()
+    return row
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -36,14 +45,20 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _parse(line: str, where: str) -> Prompt:
     try:
-        fields: dict[str, Any] = json.loads(line)
-        if "messages" in fields:
-            fields["messages"] = tuple(Message(**turn) for turn in fields["messages"])
-        if "instruction" in fields:
-            given, more = fields["instruction"]
-            fields["instruction"] = (given, more)
-        if "references" in fields:
-            fields["references"] = tuple(fields["references"])
-        return Prompt(**fields)
-    except (ValueError, TypeError) as error:
+        row: dict[str, Any] = json.loads(line)
+        if "messages" in row:
+            row["messages"] = tuple(_turn(turn) for turn in row["messages"])
+        if "answer" in row:
+            row["answer"] = _turn(row["answer"])
+        if "instruction" in row:
+            given, more = row["instruction"]
+            row["instruction"] = (given, more)
+        row |= {name: tuple(row[name]) for name in ("references", "tools") if name in row}
+        return Prompt(**row)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise LimbeckError(f"{where} is damaged ({error}); delete the file and run the same command again") from None
+
+
+def _turn(turn: Mapping[str, Any]) -> Message:
+    more = {name: value for name, value in turn.items() if name not in ("role", "content")}
+    return Message(role=turn["role"], content=turn["content"], fields=more)

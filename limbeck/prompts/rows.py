@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.flow import LimbeckError
+from limbeck.prompts.fields import quoted
 from limbeck.prompts.hub import load_hub
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _read_json_array(data: bytes, name: str) -> Iterator[PlacedRow]:
 
 def _parse(data: bytes, where: str, lines: int | None) -> Any:
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise LimbeckError(f"{where} is not UTF-8 (byte {error.start}); convert the file") from None
     except json.JSONDecodeError as error:
@@ -156,6 +157,15 @@ def _parse(data: bytes, where: str, lines: int | None) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:
         raise LimbeckError(f"{where}: unreadable JSON ({error}), expected an object with text fields") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a field that stands there twice, which JSON allows, nobody knows which one is meant."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(name for name in row if sum(name == key for key, _ in pairs) > 1)
+        raise ValueError(f"the field {quoted(twice)} stands there twice")
+    return row
 
 
 def _placed(row: Any, where: str) -> PlacedRow:
@@ -174,7 +184,7 @@ def _read_parquet(path: Path) -> Iterator[PlacedRow]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield PlacedRow(row, f"{path}, row {number}")
+                    yield PlacedRow(_without_nulls(row), f"{path}, row {number}")
     except (ArrowException, OSError) as error:
         raise LimbeckError(f"{path} is no readable parquet file ({_one_line(error)}); write it again") from None
 
@@ -197,7 +207,15 @@ def _read_saved(path: Path, split: str, keys: str) -> Iterator[PlacedRow]:
 
 def _read_dataset(dataset: Dataset, name: str) -> Iterator[PlacedRow]:
     for number, row in enumerate(dataset, start=1):
-        yield _placed(row, f"{name}, row {number}")
+        yield _placed(_without_nulls(row), f"{name}, row {number}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of a typed table without null fields: there every object of a column has all fields that any of them has,
+    so that a schema of tools would be full of fields that it does not name."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _one_line(error: Exception) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from limbeck.flow import LimbeckError, Message, Prompt, Split
+from limbeck.prompts.columns import Columns
 from limbeck.prompts.formats import Example, Mapped, family_of, instruction_example, read_row, rename_fields
 from limbeck.prompts.rows import PlacedRow, rows_of
 
@@ -24,6 +26,7 @@ class PromptSet:
         rows: rows of the source.
         duplicates: examples dropped because their prompt had been read before.
         limited: prompts left out by `limit`.
+        unread: rows in which a column holds something that nobody reads, by its name.
     """
 
     source: str
@@ -31,6 +34,7 @@ class PromptSet:
     rows: int
     duplicates: int
     limited: int
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     def of(self, split: Split) -> tuple[Prompt, ...]:
         """The prompts of one split."""
@@ -63,6 +67,7 @@ def load_prompts(
     fields: Mapping[Mapped, str] | None = None,
     dataset_split: str = "train",
     dataset_config: str | None = None,
+    ignore_columns: Sequence[str] = (),
 ) -> PromptSet:
     """Read a source and split it into training and held-out prompts.
 
@@ -77,10 +82,11 @@ def load_prompts(
         limit: keep the prompts with the smallest hashes, so many; a smaller limit keeps a subset.
         fields: for data in none of the known formats, its own names of `prompt`, and of `completion` and `category`.
         dataset_split, dataset_config: the part of a `datasets` source, in its own words.
+        ignore_columns: columns to leave out as if they were not there.
 
     Raises:
         LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
-            formats, a blank prompt, a split without prompts.
+            formats, a blank prompt, a column of a method that is not played, a split without prompts.
     """
     if not 0.0 < heldout_fraction <= 1.0:
         raise LimbeckError(
@@ -90,7 +96,8 @@ def load_prompts(
         raise LimbeckError(f"prompts.limit is {limit}, expected at least 2 prompts: one to train on, one held out")
     if fields is not None and "prompt" not in fields:
         raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
-    rows, examples = _read(rows_of(source, dataset_split, dataset_config), fields)
+    columns = Columns(ignore=ignore_columns)
+    rows, examples = _read(rows_of(source, dataset_split, dataset_config), fields, columns)
     if source == BUILTIN:
         examples = [(instruction_example(one.text or "", category=one.category), where) for one, where in examples]
     unique = _unique(examples, heldout_fraction, split_seed)
@@ -101,19 +108,23 @@ def load_prompts(
         rows=rows,
         duplicates=len(examples) - len(unique),
         limited=len(unique) - len(prompts),
+        unread=dict(columns.unread),
     )
     if heldout_fraction < 1.0:
         _require_both_splits(loaded, heldout_fraction)
     return loaded
 
 
-def _read(rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None) -> tuple[int, list[PlacedExample]]:
+def _read(
+    rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None, columns: Columns
+) -> tuple[int, list[PlacedExample]]:
     examples: list[PlacedExample] = []
     first: PlacedRow | None = None
     expected = ""
     count = 0
     for placed in rows:
-        row = placed.row if fields is None else rename_fields(placed.row, fields, placed.where)
+        given = columns.kept(placed)
+        row = given if fields is None else rename_fields(given, fields, placed.where)
         family = family_of(row, placed.where)
         if first is None:
             first, expected = placed, family
@@ -123,7 +134,9 @@ def _read(rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None) -> tup
                 "put rows of different formats into different sources"
             )
         examples.extend((example, placed.where) for example in read_row(row, family, placed.where))
+        columns.count(given)
         count += 1
+    columns.finish()
     return count, examples
 
 
@@ -139,6 +152,8 @@ def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_se
                 instruction=example.instruction,
                 completion=example.completion,
                 references=example.references,
+                answer=example.answer,
+                tools=example.tools,
                 split=split_of(content, heldout_fraction, split_seed),
                 category=example.category,
                 where=where,
@@ -149,7 +164,10 @@ def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_se
 def canonical_content(prompt: Example | Prompt) -> str:
     """What a prompt says, whatever its format: its turns with runs of white space made one. A text is one user turn."""
     turns = prompt.messages or (Message(role="user", content=prompt.text or ""),)
-    return json.dumps([[turn.role, " ".join(turn.content.split())] for turn in turns], ensure_ascii=False)
+    said: list[Any] = [
+        [turn.role, " ".join(turn.content.split()), *([turn.fields] if turn.fields else [])] for turn in turns
+    ]
+    return json.dumps(said + ([{"tools": prompt.tools}] if prompt.tools else []), ensure_ascii=False)
 
 
 def content_id(content: str) -> str:

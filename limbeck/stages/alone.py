@@ -82,7 +82,7 @@ def _refuse_teacher(recipe: Recipe) -> None:
 def _play_prompts(story: Story) -> Json:
     loaded = read_prompt_source(story, heldout_fraction=1.0)
     story.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
-    return loaded.counts()
+    return {**loaded.counts(), "unread_columns": dict(loaded.unread)}
 
 
 def _check_exam(story: Story) -> None:

@@ -195,7 +195,7 @@ class Exam:
             keep_logp: with the log-probability of each id at temperature 1.
         """
         prompts = self.prompts[: self.section.prompts] if prompts is None else prompts
-        asked_of = [(p.id, p.text, [asdict(m) for m in p.messages or ()]) for p in prompts]
+        asked_of = [(p.id, p.text, [m.as_turn() for m in p.messages or ()]) for p in prompts]
         key = fingerprint([asked_of, asdict(sampling), *(["logp"] if keep_logp else [])])[:12]
         writer = who if who == "teacher" else self.part
         path = self.folder / "answers" / f"{writer}-{key}.jsonl"

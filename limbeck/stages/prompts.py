@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from limbeck.prompts.columns import unread_line
 from limbeck.prompts.record import write_prompts
 from limbeck.prompts.references import require_answers_for_sft
 from limbeck.prompts.rows import source_digest
@@ -16,8 +17,10 @@ from limbeck.story import Stage, Story
 def prompt_inputs(story: Story) -> Json:
     """What decides which prompts there are."""
     section = asdict(story.recipe.prompts)
-    for later in ("template", "chat_options", "too_long", "control_tokens"):
+    for later in ("template", "chat_options", "too_long", "control_tokens", "loss_on"):
         del section[later]
+    if not section["ignore_columns"]:
+        del section["ignore_columns"]
     return section | {"content": source_digest(story.recipe.prompts.source)}
 
 
@@ -32,7 +35,12 @@ def read_prompt_source(story: Story, heldout_fraction: float) -> PromptSet:
         fields=section.fields,
         dataset_split=section.dataset_split,
         dataset_config=section.dataset_config,
+        ignore_columns=section.ignore_columns,
     )
+    if loaded.unread:
+        story.console.say(unread_line(loaded.unread, loaded.rows))
+    if loaded.duplicates:
+        story.console.say(f"prompts: {loaded.duplicates} rows ask what an earlier row asks, and are left out")
     require_known_answers(story.recipe.evaluate, loaded.prompts)
     write_prompts(story.run.prompts, loaded.prompts)
     return loaded
@@ -44,7 +52,7 @@ def _play_prompts(story: Story) -> Json:
         require_answers_for_sft(loaded.of("train"))
     counts = loaded.counts()
     story.console.say(f"prompts: {counts['train']} to train on, {counts['heldout']} held out")
-    return counts
+    return {**counts, "unread_columns": dict(loaded.unread)}
 
 
 STAGE = Stage(

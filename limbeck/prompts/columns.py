@@ -1,0 +1,144 @@
+"""Columns of a data set: those that nobody reads are counted, those of methods that are not played are refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from limbeck.flow import LimbeckError
+from limbeck.prompts.fields import TURN_FIELDS, Row, quoted
+from limbeck.prompts.rows import PlacedRow
+
+# What a data set means by a column that no method here reads, and that changes what a row asks or answers.
+UNPLAYED: dict[str, str] = {
+    "privileged_context": "is context for the teacher alone, and teacher and student read the same prompt here",
+    "teacher_id": "names a teacher for each row, and one teacher answers all rows here",
+    "chosen": "is one answer of a preference pair, and no objective here learns from preferences in the data",
+    "rejected": "is one answer of a preference pair, and no objective here learns from preferences in the data",
+    "reward": "rates an answer, and no objective here weighs the data's answers by a rating",
+    "label": "says whether an answer is wanted (KTO), and no objective here learns to avoid an answer of the data",
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"), "belongs to the prompt, and only text is read here"
+    ),
+}
+# The same inside a turn of a conversation.
+UNPLAYED_IN_TURNS: dict[str, str] = dict.fromkeys(
+    ("weight", "train"), "says which turns to train on, which prompts.loss_on decides here"
+)
+_SHOWN = 12
+_READ_IN_TURNS = frozenset({"role", "content", "from", "value", *TURN_FIELDS})
+
+
+class ReadRow(dict[str, Any]):
+    """A row that remembers which of its columns were asked for."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+@dataclass(kw_only=True)
+class Columns:
+    """What becomes of the columns of a source.
+
+    Attributes:
+        ignore: columns to leave out as if they were not there; `messages.weight` is a field of the turns of `messages`.
+        unread: rows in which a column holds something that nobody reads, by its name.
+    """
+
+    ignore: Sequence[str] = ()
+    unread: Counter[str] = field(default_factory=Counter)
+    _met: set[str] = field(default_factory=set)
+
+    def kept(self, placed: PlacedRow) -> ReadRow:
+        """The row without what is ignored.
+
+        Raises:
+            LimbeckError: a column of a method that is not played.
+        """
+        row = dict(placed.row)
+        for name in self.ignore:
+            column, _, inner = name.partition(".")
+            if name in row:
+                self._met.add(name)
+                del row[name]
+            elif inner and _is_list(row.get(column)):
+                turns = row[column]
+                if any(isinstance(turn, Mapping) and inner in turn for turn in turns):
+                    self._met.add(name)
+                row[column] = [_without(turn, inner) for turn in turns]
+        for name, reason in _unplayed(row):
+            raise LimbeckError(
+                f"{placed.where}: the column {name!r} {reason}; remove it, or say that it is left out on purpose: "
+                f"prompts.ignore_columns=[{name}]"
+            )
+        return ReadRow(row)
+
+    def count(self, row: ReadRow) -> None:
+        """Note what a row holds that was not asked for."""
+        names = [name for name, value in row.items() if name not in row.read and _says(value)]
+        names += {f"{c}.{key}" for c, key in _turn_fields(row) if c in row.read and key not in _READ_IN_TURNS}
+        self.unread.update(names)
+
+    def finish(self) -> None:
+        """Check that everything that is ignored was there: a name that is misspelt would change nothing, silently.
+
+        Raises:
+            LimbeckError: it was not.
+        """
+        for name in self.ignore:
+            if name not in self._met:
+                raise LimbeckError(
+                    f"prompts.ignore_columns names {name!r}, which no row of the data has; correct or remove it"
+                )
+
+
+def unread_line(unread: Mapping[str, int], rows: int) -> str:
+    """The columns that nobody reads, for the console."""
+    shown = [
+        quoted(name) + ("" if count == rows else f" (in {count} of {rows} rows)")
+        for name, count in list(unread.items())[:_SHOWN]
+    ]
+    more = f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
+    return f"prompts: columns that nobody reads: {', '.join(shown)}{more}"
+
+
+def _unplayed(row: Row) -> Iterator[tuple[str, str]]:
+    for name, reason in UNPLAYED.items():
+        # Of a column `label` only truth values are KTO's; others name classes.
+        if _says(value := row.get(name)) and (name != "label" or isinstance(value, bool)):
+            yield name, reason
+    for column, key in _turn_fields(row):
+        if key in UNPLAYED_IN_TURNS:
+            yield f"{column}.{key}", UNPLAYED_IN_TURNS[key]
+
+
+def _turn_fields(row: Row) -> Iterator[tuple[str, str]]:
+    """The columns that hold conversations, each with every field that says something in one of its turns."""
+    for column, value in row.items():
+        turns = [turn for turn in value if isinstance(turn, Mapping)] if _is_list(value) else []
+        if any("role" in turn or "from" in turn for turn in turns):
+            yield from ((column, key) for turn in turns for key, inner in turn.items() if _says(inner))
+
+
+def _without(turn: Any, key: str) -> Any:
+    return {name: value for name, value in turn.items() if name != key} if isinstance(turn, Mapping) else turn
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _says(value: Any) -> bool:
+    """Whether a value is there: null and empty ones are not."""
+    return value is not None and value != "" and not (isinstance(value, Sequence | Mapping) and not value)
