@@ -30,6 +30,14 @@ TemperatureScale = Literal["auto", "none", "tau", "tau2"] | float
 LOG_ZERO = -1e30
 
 
+_IDS: dict[int, int] = {}
+
+
+def shared_ids(ids: Sequence[int]) -> tuple[int, ...]:
+    """The ids with one object for each distinct one: a Python integer takes 28 bytes, and a run holds millions."""
+    return tuple([_IDS.setdefault(i, i) for i in ids])
+
+
 class LimbeckError(ValueError):
     """A mistake at a public door. The message is one line: what was got, what was expected, the remedy."""
 
@@ -133,6 +141,8 @@ class Response:
 
     Attributes:
         response_ids: include the end-of-sequence token when `stop` is "eos".
+        spans: of a conversation, the parts of `response_ids` that the assistant wrote, ascending, as (start, end): the
+            loss is on these alone, the rest is context. Empty where that is all of them.
         sampling: how it was drawn; None for data.
         logp: log-probability at temperature 1 of every response id, where the sampler was asked to keep it.
         sampled_logp: log-probability of every response id under what it was drawn from, where that was neither model
@@ -151,6 +161,19 @@ class Response:
     logp: tuple[float, ...] | None = None
     sampled_logp: tuple[float, ...] | None = None
     replaced: int | None = field(default=None, compare=False)
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def label_ids(self) -> tuple[int, ...]:
+        """The response ids that enter the loss."""
+        if not self.spans:
+            return self.response_ids
+        return tuple(i for start, end in self.spans for i in self.response_ids[start:end])
+
+    @property
+    def tokens(self) -> int:
+        """How many response ids enter the loss."""
+        return sum(end - start for start, end in self.spans) if self.spans else len(self.response_ids)
 
     @property
     def length(self) -> int:

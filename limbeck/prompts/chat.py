@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from limbeck.flow import LimbeckError, Message, Prompt
+from limbeck.prompts.control import special_tokens
+from limbeck.prompts.endings import last_run
+from limbeck.prompts.tools import CallForm, Turns, require_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turns = list[dict[str, Any]]
 Options = Mapping[str, Any]
 
+_PROBE_ANSWER = "A probe of the template."
 _NO_THINKING = (
     "where the template has a switch for thinking, turn it off (prompts.chat_options={enable_thinking: false}), "
     "or let the teacher answer (responses.author=teacher)"
@@ -42,67 +48,126 @@ def turns_of(prompt: Prompt) -> Turns:
     return [turn.as_turn() for turn in turns]
 
 
-def render(
-    conversations: Sequence[Turns],
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    options: Options | None,
-    *,
-    ask: bool,
-) -> list[str]:
-    """The text of each conversation. Its ids without added special tokens are what apply_chat_template returns.
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """A tokenizer's chat template at work.
 
-    Args:
-        names: of the prompts, for messages.
+    Attributes:
         options: variables of the template.
-        ask: end with the template's opening of an assistant turn.
-
-    Raises:
-        LimbeckError: the template refuses a conversation (Gemma: a system turn).
+        form: how it reads calls of tools.
     """
-    from jinja2 import TemplateError
 
-    texts = []
-    for name, conversation in zip(names, conversations, strict=True):
+    tokenizer: PreTrainedTokenizerBase
+    options: Options
+    form: CallForm = field(default_factory=CallForm)
+
+    @cached_property
+    def control(self) -> dict[int, str]:
+        """The tokenizer's special tokens: id to spelling."""
+        return special_tokens(self.tokenizer)
+
+    @property
+    def where(self) -> str:
+        """How messages name the template."""
+        return f"the chat template of {self.tokenizer.name_or_path}"
+
+    def text(self, name: str, turns: Turns, tools: Sequence[Mapping[str, Any]], *, ask: bool) -> str:
+        """The text of a conversation. Its ids without added special tokens are what apply_chat_template returns.
+
+        Args:
+            name: of the prompt, for messages.
+            ask: end with the template's opening of an assistant turn.
+
+        Raises:
+            LimbeckError: the template refuses the conversation (Gemma: a system turn).
+        """
+        from jinja2 import TemplateError
+
         try:
-            text = tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=ask, tokenize=False, **dict(options or {})
+            text = self.tokenizer.apply_chat_template(
+                self.form.shaped(turns),
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=ask,
+                tokenize=False,
+                **dict(self.options),
             )
         except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(turn["role"] for turn in conversation)
-            raise LimbeckError(
-                f"prompt {name}: the chat template of {tokenizer.name_or_path} refuses the turns {roles} "
-                f"({' '.join(str(error).split())}); change the conversation or use another template"
-            ) from None
+            raise self._refused(name, turns, error) from None
         assert isinstance(text, str)
-        texts.append(text)
-    return texts
+        return text
 
+    def marks(self, name: str, turns: Turns, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and what the template marks as the assistant's (`{% generation %}`)."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-def require_asked(name: str, tokenizer: PreTrainedTokenizerBase, turns: Turns, text: str) -> None:
-    """Check that the rendered prompt holds the last user turn; templates of vision models leave plain text out.
+        offered = [dict(tool) for tool in tools] or None
+        try:
+            texts, marks = render_jinja_template(
+                conversations=[self.form.shaped(turns)],
+                tools=offered,
+                chat_template=self.tokenizer.get_chat_template(tools=offered),
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self.options},
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise self._refused(name, turns, error) from None
+        return texts[0], [(start, stop) for start, stop in marks[0]]
 
-    Raises:
-        LimbeckError: it does not.
-    """
-    asked = turns[-1]["content"].strip()
-    if asked not in text:
-        raise LimbeckError(
-            f"prompt {name}: the chat template of {tokenizer.name_or_path} drops or changes the user's text "
-            f"{asked[:40]!r}; use template alpaca or plain, or a tokenizer whose template takes plain text"
+    def _refused(self, name: str, turns: Turns, error: Exception) -> LimbeckError:
+        roles = ", ".join(str(turn["role"]) for turn in turns)
+        return LimbeckError(
+            f"prompt {name}: {self.where} refuses the turns {roles} "
+            f"({' '.join(str(error).split())}); change the conversation or use another template"
         )
 
+    @cached_property
+    def usual_edges(self) -> tuple[str, str]:
+        """What the template writes before and behind an answer that is text alone, beside the prompt.
 
-def text_after_answer(
-    name: str, tokenizer: PreTrainedTokenizerBase, prompt: str, conversation: str, completion: str
-) -> str:
-    """What the template writes behind the completion, having checked that before it stands the rendered prompt.
+        Raises:
+            LimbeckError: it refuses or drops an assistant's text.
+        """
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE_ANSWER}]
+        asked, text = self.text("probe", turns[:1], (), ask=True), self.text("probe", turns, (), ask=False)
+        if _PROBE_ANSWER not in text:
+            raise LimbeckError(
+                f"{self.where} drops an assistant's text, so that its end cannot be found; use template alpaca or "
+                "plain, or a tokenizer whose template takes plain text"
+            )
+        before, _, behind = text.rpartition(_PROBE_ANSWER)
+        return before[len(asked) :] if before.startswith(asked) else "", behind
+
+
+def require_asked(name: str, rendering: Rendering, prompt: Prompt, text: str) -> None:
+    """Check that a rendered prompt holds what was said to the assistant, and the tools that it is offered.
+
+    Raises:
+        LimbeckError: it does not; templates of vision models leave plain text out.
+    """
+    for turn in turns_of(prompt):
+        said = turn["content"].strip()
+        if turn["role"] == "system":
+            # Switches that Qwen3 and SmolLM3 read and take out.
+            said = said.replace("/no_think", "").replace("/think", "").strip()
+        if turn["role"] == "assistant" or said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text:
+            continue
+        whose = {"user": "user's", "tool": "tool's"}.get(turn["role"], f"{turn['role']} turn's")
+        raise LimbeckError(
+            f"prompt {name}: {rendering.where} drops or changes the {whose} text "
+            f"{said[:40]!r}; use template alpaca or plain, or a tokenizer whose template takes plain text"
+        )
+    require_tools(name, rendering.tokenizer, prompt.tools, text)
+
+
+def text_after_answer(name: str, rendering: Rendering, prompt: str, conversation: str, turn: Mapping[str, Any]) -> str:
+    """What the template writes behind an answer, having checked that before it stands the rendered prompt.
 
     Raises:
         LimbeckError: it is not. Reasoning templates open the answer with a thought when they ask and leave it out, or
             write an empty one, when they tell: training on that would teach another format than the one sampled from.
     """
-    where = f"prompt {name}: the chat template of {tokenizer.name_or_path}"
+    where = f"prompt {name}: {rendering.where}"
     if not conversation.startswith(prompt):
         same = next(
             (i for i, (a, b) in enumerate(zip(prompt, conversation, strict=False)) if a != b), len(conversation)
@@ -111,9 +176,24 @@ def text_after_answer(
             f"{where} writes a prompt that does not begin its own conversation (from character {same} on: "
             f"{prompt[same : same + 30]!r} against {conversation[same : same + 30]!r}); {_NO_THINKING}"
         )
-    answer = conversation[len(prompt) :].lstrip()
-    if not answer.startswith(completion):
-        raise LimbeckError(
-            f"{where} changes the answer (got {answer[:40]!r}, expected {completion[:40]!r}); {_NO_THINKING}"
-        )
-    return answer[len(completion) :]
+    answer, completion = conversation[len(prompt) :].lstrip(), str(turn["content"])
+    thought = str(turn.get("reasoning_content", "")).strip()
+    names = [str(call["function"]["name"]) for call in turn.get("tool_calls", ())]
+    if not thought and not names:
+        if not answer.startswith(completion):
+            raise LimbeckError(
+                f"{where} changes the answer (got {answer[:40]!r}, expected {completion[:40]!r}); {_NO_THINKING}"
+            )
+        return answer[len(completion) :]
+    for what, part in (("thought", thought), ("text", completion), *(("call of", called) for called in names)):
+        if part not in answer:
+            raise LimbeckError(
+                f"{where} drops or changes the {what} {part[:40]!r} of an answer; use a tokenizer whose template "
+                "writes it, or leave the row or the field out (prompts.ignore_columns=[messages.FIELD])"
+            )
+    if not names:
+        return answer.rpartition(completion)[2]
+    before, behind = rendering.usual_edges
+    if not thought and before.strip() and answer.startswith(before.lstrip()):
+        raise LimbeckError(f"{where} changes the answer (it begins with {before!r}, which nobody said); {_NO_THINKING}")
+    return behind if answer.endswith(behind) else last_run(answer, rendering.control)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.flow import LimbeckError, Prompt
+from limbeck.prompts.fields import texts_in
 from limbeck.prompts.naming import label
 
 if TYPE_CHECKING:
@@ -52,5 +53,7 @@ def refuse_control_tokens(
 
 
 def _content(prompt: Prompt, answers: bool) -> str:
-    turns = [turn.content for turn in prompt.messages or ()]
-    return "\0".join([*turns, prompt.text or "", (prompt.completion or "") if answers else ""])
+    turns = [*(prompt.messages or ()), *([prompt.answer] if answers and prompt.answer else [])]
+    texts = [turn.content for turn in turns] + texts_in([turn.fields for turn in turns if turn.fields])
+    texts += texts_in(prompt.tools) if prompt.tools else []
+    return "\0".join([*texts, prompt.text or "", (prompt.completion or "") if answers else ""])

@@ -14,22 +14,28 @@ use. That is refused, unless the caller asks for it with control_tokens="parse".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from limbeck.flow import Author, LimbeckError, Prompt, Response, StopReason, TokenPrompt
-from limbeck.prompts.chat import Options, render, require_asked, require_options, text_after_answer, turns_of
-from limbeck.prompts.control import ControlTokens, refuse_control_tokens, special_tokens
-from limbeck.prompts.endings import cut_after_end, first_run
+from limbeck.flow import Author, LimbeckError, Prompt, Response, TokenPrompt
+from limbeck.prompts.chat import Options, Rendering, require_asked, require_options, turns_of
+from limbeck.prompts.control import ControlTokens, refuse_control_tokens
+from limbeck.prompts.endings import end_token
+from limbeck.prompts.ids import tokenize
 from limbeck.prompts.naming import label
 from limbeck.prompts.saved_template import alpaca_chat_template
+from limbeck.prompts.tools import call_form
+from limbeck.prompts.turns import Told, has_earlier_answers, tokens_told, told_of
 from limbeck.prompts.wording import alpaca_text, plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TemplateName = Literal["chat", "plain", "alpaca"]
+LossOn = Literal["all", "last"]
 
-_PROBE_ANSWER = "A probe of the template."
+# Rendered at a time: the texts of a data set are larger than its ids.
+_CONVERSATIONS = 512
 
 
 def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> TemplateName:
@@ -97,6 +103,7 @@ def encode_responses(
     max_new_tokens: int | None = None,
     control_tokens: ControlTokens = "error",
     chat_options: Options | None = None,
+    loss_on: LossOn = "last",
 ) -> list[Response]:
     """The reference answers as token ids, each beside the ids of its prompt, ended by the end-of-turn token.
 
@@ -107,6 +114,9 @@ def encode_responses(
 
     Args:
         max_new_tokens: cut longer answers to so many tokens; they carry stop "length" and no end token.
+        loss_on: of a conversation every turn of the assistant, or the last one alone. With "all" a conversation is one
+            response whose spans are these turns, or several where the template writes an earlier turn otherwise than
+            the model would (see `limbeck.prompts.turns`): then each turn is a response of its own.
 
     Raises:
         LimbeckError: a prompt without a reference answer, a template whose conversation is not prompt + answer + end
@@ -114,22 +124,25 @@ def encode_responses(
     """
     name = resolve_template(template, tokenizer, prompts)
     for prompt in prompts:
-        if prompt.completion is None:
+        if prompt.completion is None and prompt.answer is None:
             raise LimbeckError(
                 f"prompt {label(prompt)} has no completion; let the teacher answer (responses.author=teacher), "
                 "or give data with answers"
             )
     refuse_control_tokens(prompts, tokenizer, control_tokens, answers=True)
-    texts = _prompt_texts(prompts, tokenizer, name, chat_options)
-    prompt_ids = _tokenize_prompts(texts, tokenizer, name)
-    if name == "chat":
-        answers = _chat_answers(prompts, texts, prompt_ids, tokenizer, chat_options)
-    else:
+    if name != "chat":
+        prompt_ids = _tokenize_prompts(_prompt_texts(prompts, tokenizer, name, chat_options), tokenizer, name)
         answers = _plain_answers(prompts, tokenizer)
-    return [
-        _response(prompt, ids, answer, author, max_new_tokens)
-        for prompt, ids, answer in zip(prompts, prompt_ids, answers, strict=True)
-    ]
+        every = [
+            _response(prompt, (*ids, *answer), [(len(ids), len(ids) + len(answer))], author)
+            for prompt, ids, answer in zip(prompts, prompt_ids, answers, strict=True)
+        ]
+    else:
+        rendering = _rendering(prompts, tokenizer, chat_options)
+        every = []
+        for start in range(0, len(prompts), _CONVERSATIONS):
+            every += _chat_responses(prompts[start : start + _CONVERSATIONS], rendering, author, loss_on)
+    return every if max_new_tokens is None else [_cut(response, max_new_tokens) for response in every]
 
 
 def end_token_ids(
@@ -144,72 +157,82 @@ def end_token_ids(
     """
     ends = set() if tokenizer.eos_token_id is None else {_eos(tokenizer)}
     if template == "chat":
-        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE_ANSWER}]
-        (text,) = render([turns], tokenizer, ["probe"], chat_options, ask=False)
-        if _PROBE_ANSWER not in text:
-            raise LimbeckError(
-                f"the chat template of {tokenizer.name_or_path} drops an assistant's text, so that its end cannot be "
-                "found; use template alpaca or plain, or a tokenizer whose template takes plain text"
-            )
-        ending = _tokenize([text.rpartition(_PROBE_ANSWER)[2]], tokenizer, special=False)[0]
-        ends.update(first_run(ending, special_tokens(tokenizer))[-1:])
+        rendering = Rendering(tokenizer=tokenizer, options=chat_options or {})
+        end = end_token(rendering.usual_edges[1], rendering.control)
+        ends |= set() if end is None else {end}
     return tuple(sorted(ends))
 
 
-def _response(
-    prompt: Prompt, prompt_ids: tuple[int, ...], answer: tuple[int, ...], author: Author, max_new_tokens: int | None
-) -> Response:
-    stop: StopReason = "eos"
-    if max_new_tokens is not None and len(answer) > max_new_tokens:
-        answer, stop = answer[:max_new_tokens], "length"
+def _rendering(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, options: Options | None) -> Rendering:
+    require_options(options or {}, tokenizer)
+    return Rendering(tokenizer=tokenizer, options=options or {}, form=call_form(prompts, tokenizer, options or {}))
+
+
+def _chat_responses(prompts: Sequence[Prompt], rendering: Rendering, author: Author, loss_on: LossOn) -> list[Response]:
+    """The responses of some conversations: one of each, unless its turns need prompts of their own."""
+    every: list[tuple[Prompt, Told]] = []
+    for prompt in prompts:
+        asked = rendering.text(label(prompt), turns_of(prompt), prompt.tools, ask=True)
+        require_asked(label(prompt), rendering, prompt, asked)
+        several = loss_on == "all" and has_earlier_answers(prompt)
+        every += [(prompt, told) for told in told_of(prompt, rendering, every_turn=several)]
+    ids = tokens_told([(label(prompt), told) for prompt, told in every], rendering)
+    return [_response(prompt, *found, author) for (prompt, _), found in zip(every, ids, strict=True)]
+
+
+def _response(prompt: Prompt, ids: tuple[int, ...], spans: Sequence[tuple[int, int]], author: Author) -> Response:
+    """A response from the first of the answered parts of some ids on."""
+    begin = spans[0][0]
     return Response(
         prompt_id=prompt.id,
         author=author,
-        prompt_ids=prompt_ids,
-        response_ids=answer,
-        stop=stop,
+        prompt_ids=ids[:begin],
+        response_ids=ids[begin:],
+        stop="eos",
         split=prompt.split,
+        spans=tuple((start - begin, end - begin) for start, end in spans) if len(spans) > 1 else (),
     )
+
+
+def _cut(response: Response, most: int) -> Response:
+    """A response whose last answer has at most so many tokens; what went before is context, which stays as it is."""
+    start = response.spans[-1][0] if response.spans else 0
+    if len(response.response_ids) - start <= most:
+        return response
+    end = start + most
+    spans = (*response.spans[:-1], (start, end)) if response.spans else ()
+    return replace(response, response_ids=response.response_ids[:end], spans=spans, stop="length")
 
 
 def _prompt_texts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, name: TemplateName, options: Options | None
 ) -> list[str]:
     if name == "chat":
-        require_options(options or {}, tokenizer)
-        conversations = [turns_of(prompt) for prompt in prompts]
-        texts = render(conversations, tokenizer, [label(prompt) for prompt in prompts], options, ask=True)
-        for prompt, turns, text in zip(prompts, conversations, texts, strict=True):
-            require_asked(label(prompt), tokenizer, turns, text)
+        rendering, texts = _rendering(prompts, tokenizer, options), []
+        for prompt in prompts:
+            text = rendering.text(label(prompt), turns_of(prompt), prompt.tools, ask=True)
+            require_asked(label(prompt), rendering, prompt, text)
+            texts.append(text)
         return texts
     if options:
         raise LimbeckError(
             f"prompts.chat_options are for the chat template, got {sorted(options)} with template {name!r}; "
             "leave them out, or set prompts.template=chat"
         )
+    for prompt in prompts:
+        if prompt.tools or prompt.answer:
+            raise LimbeckError(
+                f"prompt {label(prompt)} has tools or an answer that calls them, which template {name!r} has no words "
+                "for; use a tokenizer with a chat template, or leave them out: prompts.ignore_columns=[tools]"
+            )
     return [alpaca_text(prompt) if name == "alpaca" else plain_text(prompt) for prompt in prompts]
-
-
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[tuple[int, ...]]:
-    if not texts:
-        return []
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return [tuple(ids) for ids in encoded["input_ids"]]  # type: ignore[union-attr]
 
 
 def _tokenize_prompts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: TemplateName
 ) -> list[tuple[int, ...]]:
     # A chat template writes its own special tokens; otherwise the tokenizer adds what its models expect (Llama's BOS).
-    rows = _tokenize(texts, tokenizer, special=name != "chat")
+    rows = tokenize(texts, tokenizer, special=name != "chat")
     if name != "chat" and tokenizer.eos_token_id is not None:
         for text, ids in zip(texts, rows, strict=True):
             if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
@@ -225,7 +248,7 @@ def _plain_answers(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
         raise LimbeckError(
             f"{tokenizer.name_or_path} has no end-of-sequence token to end an answer with; set eos_token"
         )
-    rows = _tokenize([str(prompt.completion) for prompt in prompts], tokenizer, special=False)
+    rows = tokenize([str(prompt.completion) for prompt in prompts], tokenizer, special=False)
     return [(*ids, _eos(tokenizer)) for ids in rows]
 
 
@@ -233,36 +256,3 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int)
     return eos
-
-
-def _chat_answers(
-    prompts: Sequence[Prompt],
-    prompt_texts: Sequence[str],
-    prompt_ids: Sequence[tuple[int, ...]],
-    tokenizer: PreTrainedTokenizerBase,
-    options: Options | None,
-) -> list[tuple[int, ...]]:
-    completions = [str(prompt.completion).strip() for prompt in prompts]
-    conversations = [
-        [*turns_of(prompt), {"role": "assistant", "content": completion}]
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    names = [label(prompt) for prompt in prompts]
-    texts = render(conversations, tokenizer, names, options, ask=False)
-    rows = _tokenize(texts, tokenizer, special=False)
-    control = special_tokens(tokenizer)
-    endings: dict[str, tuple[int, ...]] = {}
-    answers = []
-    for name, completion, before, text, ids, whole in zip(
-        names, completions, prompt_texts, texts, prompt_ids, rows, strict=True
-    ):
-        ending = text_after_answer(name, tokenizer, before, text, completion)
-        if whole[: len(ids)] != ids:
-            raise LimbeckError(
-                f"prompt {name}: the tokenizer merges the end of the prompt with the beginning of its answer "
-                f"{completion[:20]!r}, so that the prompt's ids do not begin the conversation's; change or drop the row"
-            )
-        if ending not in endings:
-            endings[ending] = _tokenize([ending], tokenizer, special=False)[0]
-        answers.append(cut_after_end(name, whole[len(ids) :], endings[ending], control, tokenizer))
-    return answers

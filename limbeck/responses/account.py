@@ -28,7 +28,7 @@ def counted(before: Mapping[str, float], responses: Iterable[Response], means: M
         counts["student"] += response.author == "student"
         if response.replaced is not None:
             counts["replaced"] = counts.get("replaced", 0.0) + response.replaced
-            counts["replaceable"] = counts.get("replaceable", 0.0) + len(response.response_ids)
+            counts["replaceable"] = counts.get("replaceable", 0.0) + response.tokens
     alphas = [means[key] for key in ("alpha/teacher", "alpha/student") if key in means]
     if alphas:
         counts["alpha_low"] = min(counts.get("alpha_low", alphas[0]), *alphas)

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from limbeck.flow import LimbeckError, Response, Sampling, TokenPrompt
+from limbeck.flow import LimbeckError, Response, Sampling, TokenPrompt, shared_ids
 from limbeck.jsonlines import json_lines
-from limbeck.rundir import write_text
+from limbeck.rundir import whole_file, write_text
 
 
 def write_responses(path: Path, responses: Iterable[Response]) -> None:
     """Write all or nothing."""
-    write_text(path, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in responses))
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(fields_of(r), ensure_ascii=False) + "\n" for r in responses)
+
+
+def fields_of(response: Response) -> dict[str, Any]:
+    """A response as plain values; what only conversations have is left out of others."""
+    row = {f.name: getattr(response, f.name) for f in fields(response)}
+    if response.sampling is not None:
+        row["sampling"] = asdict(response.sampling)
+    if not response.spans:
+        del row["spans"]
+    return row
 
 
 def write_asked(path: Path, prompts: Iterable[TokenPrompt]) -> None:
@@ -39,12 +50,14 @@ def read_responses(path: Path) -> list[Response]:
         return [_parse(line, path, number) for number, line in enumerate(file, start=1)]
 
 
-def response_of(fields: dict[str, Any]) -> Response:
-    """A response from the plain values that `dataclasses.asdict` and JSON make of it."""
-    sampling = fields["sampling"]
-    if sampling is not None:
-        fields = fields | {"sampling": Sampling(**(sampling | {"stop": tuple(sampling["stop"])}))}
-    plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+def response_of(row: dict[str, Any]) -> Response:
+    """A response from the plain values that `fields_of` (or `dataclasses.asdict`) and JSON make of it."""
+    plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
+    if (sampling := row["sampling"]) is not None:
+        plain["sampling"] = Sampling(**(sampling | {"stop": tuple(sampling["stop"])}))
+    plain |= {name: shared_ids(row[name]) for name in ("prompt_ids", "response_ids")}
+    if "spans" in row:
+        plain["spans"] = tuple((start, end) for start, end in row["spans"])
     return Response(**plain)
 
 

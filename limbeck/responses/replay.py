@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from limbeck.flow import LimbeckError, Response
 from limbeck.responses.authors import WRITTEN_PREVIEWS, Clock, Fixed, Own, die, first_steps, longest_first
-from limbeck.responses.records import response_of
+from limbeck.responses.records import fields_of, response_of
 
 # Bytes of a token in a buffered response: an int object and its place in a tuple, generously.
 TOKEN_BYTES = 40
@@ -120,7 +120,7 @@ class Replay:
             "loss": self.loss,
             "latest": self.latest,
             "done": dict(self.done),
-            "buffer": [asdict(r) for r in self.buffer],
+            "buffer": [fields_of(r) for r in self.buffer],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:

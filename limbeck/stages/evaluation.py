@@ -29,6 +29,8 @@ def evaluation_inputs(story: Story) -> Json:
     for name in GROUPS:
         if name not in section["groups"]:
             del section[name]
+    if "fidelity" in section and "references" in section["fidelity"]["whose"]:
+        section["fidelity"]["loss_on"] = story.recipe.prompts.loss_on
     if "tasks" in section:
         files = section["tasks"]["files"]
         section["tasks"]["content"] = {task: source_digest(path) for task, path in files.items()}

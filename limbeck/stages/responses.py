@@ -17,7 +17,15 @@ from limbeck.models.vocabulary import real_vocab_size
 from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.record import read_prompts
 from limbeck.prompts.references import require_answers_for_sft
-from limbeck.prompts.templates import TemplateName, encode_prompts, encode_responses, end_token_ids, resolve_template
+from limbeck.prompts.templates import (
+    LossOn,
+    TemplateName,
+    encode_prompts,
+    encode_responses,
+    end_token_ids,
+    resolve_template,
+)
+from limbeck.prompts.turns import has_earlier_answers
 from limbeck.recipe_keys import fingerprinted
 from limbeck.recipe_sections import Recipe
 from limbeck.responses.records import read_responses, write_asked, write_responses
@@ -57,6 +65,8 @@ def _response_inputs(story: Story) -> Json:
     if prompts.chat_options:
         chosen["chat_options"] = prompts.chat_options
     captured = {"captured": story.recipe.signal.dtype} if captures(story) else {}
+    if story.recipe.base_author == "data" or story.recipe.sft_on_data:
+        chosen["loss_on"] = prompts.loss_on
     sft = {"sft": "data"} if story.recipe.sft_on_data else {}
     return section | chosen | captured | sft | {"teacher": teacher_inputs(story), "window": story.window}
 
@@ -76,8 +86,8 @@ def teacher_inputs(story: Story) -> Json:
 def _play_responses(story: Story) -> Json:
     run, section, author = story.run, story.recipe.responses, story.recipe.base_author
     prompts = read_prompts(run.prompts)
-    # A server answers without the weights being here; they come with the signal.
-    teacher = story.load_teacher() if section.server is None else None
+    # A server and the data answer without the weights being here; they come with the signal.
+    teacher = story.load_teacher() if section.server is None and author == "teacher" else None
     tokenizer = teacher.tokenizer if teacher else _tokenizer(story)
     template = resolve_template(story.recipe.prompts.template, tokenizer, prompts)
     asked, dropped = _token_prompts(story, tokenizer, prompts, template)
@@ -89,14 +99,17 @@ def _play_responses(story: Story) -> Json:
     if story.recipe.sft_on_data:
         require_answers_for_sft([p for p in prompts if p.split == "train"])
         train = [p for p in asked if p.split == "train"]
-        answers = _from_data(story, prompts, train, tokenizer, template)
+        answers = _from_data(story, prompts, train, tokenizer, template, loss_on=story.recipe.prompts.loss_on)
         write_responses(run.responses / "sft.jsonl", answers)
-        more["sft"] = {"responses": len(answers), "tokens": sum(len(r.response_ids) for r in answers)}
+        more["sft"] = {"responses": len(answers), "tokens": sum(r.tokens for r in answers)}
     if story.recipe.on_policy:
         asked = _answered(story, asked)
     if author == "data":
-        responses = _from_data(story, prompts, asked, tokenizer, template)
+        # Pairs are two answers to one prompt.
+        loss_on = "last" if story.recipe.responses.author == "pairs" else story.recipe.prompts.loss_on
+        responses = _from_data(story, prompts, asked, tokenizer, template, loss_on=loss_on)
     elif teacher is not None:
+        _say_what_is_answered(story, prompts)
         responses, served = _sample(story, teacher, asked, template)
         more |= served
     else:
@@ -116,12 +129,18 @@ def _play_responses(story: Story) -> Json:
         "empty": sum(_is_empty(r) for r in responses),
         "dropped_too_long": len(dropped),
         "ended": sum(r.stop != "length" for r in responses),
-        "tokens": sum(len(r.response_ids) for r in responses),
+        "tokens": sum(r.tokens for r in responses),
     } | more
 
 
 def _from_data(
-    story: Story, prompts: Sequence[Prompt], asked: Sequence[TokenPrompt], tokenizer: Any, template: TemplateName
+    story: Story,
+    prompts: Sequence[Prompt],
+    asked: Sequence[TokenPrompt],
+    tokenizer: Any,
+    template: TemplateName,
+    *,
+    loss_on: LossOn,
 ) -> list[Response]:
     """The data's own answers to some prompts."""
     kept = {prompt.id for prompt in asked}
@@ -132,7 +151,16 @@ def _from_data(
         max_new_tokens=story.recipe.responses.max_new_tokens,
         control_tokens=story.recipe.prompts.control_tokens,
         chat_options=story.recipe.prompts.chat_options,
+        loss_on=loss_on,
     )
+
+
+def _say_what_is_answered(story: Story, prompts: Sequence[Prompt]) -> None:
+    if earlier := sum(has_earlier_answers(prompt) for prompt in prompts):
+        story.console.say(
+            f"respond: {earlier} prompts are conversations; the teacher answers the last turn of each, the data's "
+            "earlier answers are context"
+        )
 
 
 def _answers_train(recipe: Recipe) -> Literal["all", "some", "none"]:
@@ -156,7 +184,7 @@ def _tokenizer(story: Story) -> Any:
 
 def _is_empty(response: Response) -> bool:
     """Nothing, or nothing but the end."""
-    return len(response.response_ids) <= (response.stop == "eos")
+    return response.tokens <= (response.stop == "eos")
 
 
 def _token_prompts(

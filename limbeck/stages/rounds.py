@@ -66,7 +66,7 @@ class RoundTeacher:
             for start in range(0, len(responses), JUDGE_ROWS):
                 some = responses[start : start + JUDGE_ROWS]
                 hidden_ND = self.local.signal(collate(some, range(len(some)), pad_id=0)).hidden_ND
-                parts += hidden_ND.split([len(r.response_ids) for r in some])
+                parts += hidden_ND.split([r.tokens for r in some])
             hidden = parts
         write_shard(path.with_suffix(".safetensors"), dict(enumerate(hidden)), dtype=self.dtype)
 
@@ -79,7 +79,7 @@ class RoundTeacher:
 
 
 def _key(response: Response) -> Ids:
-    return (len(response.response_ids), *response.prompt_ids, *response.response_ids)
+    return (response.tokens, *response.prompt_ids, *response.response_ids)
 
 
 def _keys_of(batch: TokenBatch) -> list[Ids]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from limbeck.flow import LimbeckError, Prompt, Response, Sampling, TokenPrompt
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.prompts.chat import turns_of
+from limbeck.prompts.naming import label
 from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.responses.served import ServedSampler
 from limbeck.responses.servedlog import ServedLog
@@ -107,7 +108,14 @@ def _sampler(
         raise LimbeckError(
             f"{tokenizer.name_or_path} has no end-of-sequence token to end an answer with; set eos_token"
         )
-    turns: dict[str, Any] = {prompt.id: turns_of(prompt) for prompt in prompts} if template == "chat" else {}
+    tooled = next((p for p in prompts if p.tools or any(turn.fields for turn in p.messages or ())), None)
+    if tooled is not None and section.api == "chat":
+        raise LimbeckError(
+            f"prompt {label(tooled)} has tools, which only completions take as the template writes them; "
+            "set responses.server.api=completions"
+        )
+    plain = template == "chat" and tooled is None
+    turns: dict[str, Any] = {prompt.id: turns_of(prompt) for prompt in prompts} if plain else {}
     return ServedSampler(
         server=server,
         model=server.model(section.model),

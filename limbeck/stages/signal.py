@@ -60,7 +60,7 @@ def _judge(story: Story, teacher: LocalTeacher) -> int:
         responses |= load_responses(story, "train")
     form, dtype = sparse_form(story.recipe), getattr(torch, story.recipe.signal.dtype)
     rows = sorted(responses, key=lambda row: (-responses[row].length, row))
-    tokens = sum(len(r.response_ids) for r in responses.values())
+    tokens = sum(r.tokens for r in responses.values())
     with story.console.meter("teach", tokens, "tokens") as meter:
         for number in range(0, len(rows), SHARD_ROWS):
             path = story.run.signal / f"{number // SHARD_ROWS:05d}.safetensors"
@@ -70,7 +70,7 @@ def _judge(story: Story, teacher: LocalTeacher) -> int:
                 for start in range(0, len(shard), JUDGE_ROWS):
                     micro = shard[start : start + JUDGE_ROWS]
                     batch = collate(responses, micro, pad_id=0)
-                    parts = teacher.signal(batch).hidden_ND.split([len(responses[r].response_ids) for r in micro])
+                    parts = teacher.signal(batch).hidden_ND.split([responses[r].tokens for r in micro])
                     hidden |= dict(zip(micro, parts, strict=True))
                 whole = {row: h for row, h in hidden.items() if form is None or responses[row].split == "heldout"}
                 tensors = dense_rows(whole, dtype=dtype)
@@ -80,7 +80,7 @@ def _judge(story: Story, teacher: LocalTeacher) -> int:
                     signals = {row: DenseSignal(hidden_ND=hidden[row], head=teacher.head) for row in kept}
                     tensors |= sparse_rows({row: form.of(signal, seed=row) for row, signal in signals.items()})
                 write_rows(path, tensors)
-            meter.advance(sum(len(responses[row].response_ids) for row in shard))
+            meter.advance(sum(responses[row].tokens for row in shard))
     return tokens
 
 

@@ -39,7 +39,7 @@ class Balance:
         weights: dict[int, float] = {}
         for own, rows in sides.items():
             factor = 1.0 if beta is None else self.scale * (beta if own else 1 - beta)
-            lengths = {row: len(by_row[row].response_ids) for row in rows}
+            lengths = {row: by_row[row].tokens for row in rows}
             if self.reduction == "token":
                 weights |= dict.fromkeys(rows, factor / sum(lengths.values()))
             else:

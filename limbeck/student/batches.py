@@ -49,9 +49,11 @@ def collate(responses: Sequence[Response] | Mapping[int, Response], rows: Sequen
         assert response.prompt_ids, "the first token of an answer is predicted from the last one of its prompt"
         ids = (*response.prompt_ids, *response.response_ids)[:-1]
         input_ids_BT[i, : len(ids)] = torch.tensor(ids)
-        loss_mask_BT[i, len(response.prompt_ids) - 1 : len(ids)] = True
-        labels += response.response_ids
-        drawn += response.sampled_logp or response.logp or [math.nan] * len(response.response_ids)
+        first = len(response.prompt_ids) - 1
+        for start, end in response.spans or ((0, len(response.response_ids)),):
+            loss_mask_BT[i, first + start : first + end] = True
+        labels += response.label_ids
+        drawn += response.sampled_logp or response.logp or [math.nan] * response.tokens
     steps_T = torch.arange(width)
     ends_B1 = torch.tensor([[r.length - 1] for r in chosen])
     return TokenBatch(

@@ -322,7 +322,7 @@ class _Run:
         self._seed(progress.step)
         by_row, moment = self._responses(progress), self._moment(progress)
         written = time.perf_counter() - started
-        tokens = sum(len(r.response_ids) for r in by_row.values())
+        tokens = sum(r.tokens for r in by_row.values())
         means, stop = self._gradients(by_row, moment, progress)
         loss = means["loss"]
         grad_norm = self._clip()
@@ -406,7 +406,7 @@ class _Run:
         weights = {row: ranks * weight for row, weight in weights.items()}
         tail = None
         if self.module.judgement.authored:
-            tail = Tail(sum(len(r.response_ids) for r in by_row.values()), device=self.accelerator.device)
+            tail = Tail(sum(r.tokens for r in by_row.values()), device=self.accelerator.device)
         seen: dict[int, tuple[TokenBatch, Signal]] = {}
         if self.module.judgement.rule is not None and self.module.judgement.rule.whiten:
             seen = {i: self._batch(micro, by_row) for i, micro in enumerate(micros)}

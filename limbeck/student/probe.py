@@ -58,7 +58,7 @@ class Probe:
         starts = range(0, len(ordered), self.rows)
         total = sum(self._cross_entropy(dict(enumerate(ordered[i : i + self.rows]))).item() for i in starts)
         self.model.train()
-        return total / sum(len(r.response_ids) for r in ordered)
+        return total / sum(r.tokens for r in ordered)
 
     def _cross_entropy(self, by_row: Mapping[int, Response]) -> Tensor:
         """Sum over the tokens of some responses of -log q."""

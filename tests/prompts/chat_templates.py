@@ -38,3 +38,24 @@ NO_END = (
     "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+# transformers' own mark of what the assistant writes; here with the line break behind the end inside, as TRL's have it.
+GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Mistral 7B v0.3: tools stand before the last user turn, so that they move; no opening of an answer.
+MISTRAL = (
+    "{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}{{ bos_token }}"
+    "{%- for m in messages %}{%- if m['role'] == 'user' %}{%- if tools is defined and tools and m == users[-1] %}"
+    "{{ '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}"
+    "{{ '[INST] ' + m['content'] + '[/INST]' }}"
+    "{%- elif m['tool_calls'] is defined %}{{ '[TOOL_CALLS] [' }}{%- for c in m['tool_calls'] %}"
+    "{%- if c['id'] | length != 9 %}{{ raise_exception('Tool call IDs should be nine letters and digits!') }}"
+    "{%- endif %}{{ (c['function'] | tojson)[:-1] + ', \"id\": \"' + c['id'] + '\"}' }}"
+    "{{ ', ' if not loop.last else ']' }}"
+    "{%- endfor %}{{ eos_token }}{%- elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+    "{%- elif m['role'] == 'tool' %}{{ '[TOOL_RESULTS] {\"content\": ' + m['content'] | string + ', \"call_id\": \"'"
+    " + m['tool_call_id'] + '\"}[/TOOL_RESULTS]' }}{%- endif %}{%- endfor %}"
+)

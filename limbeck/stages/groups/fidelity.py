@@ -82,6 +82,7 @@ def _answers(exam: Exam, source: Whose) -> _Answers:
             max_new_tokens=section.max_new_tokens,
             control_tokens=prompts.control_tokens,
             chat_options=prompts.chat_options,
+            loss_on=prompts.loss_on,
         )
     else:
         sampling = Sampling(
@@ -115,7 +116,7 @@ def _chunks(exam: Exam, answers: _Answers) -> Iterator[FidelityChunk]:
     # One that was not trained here may have control tokens that the teacher lacks.
     head = head_of(model, real_vocab_size(exam.tokenizer("teacher")))
     order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
-    with exam.meter("evaluate", sum(len(r.response_ids) for r in responses), "tokens") as meter:
+    with exam.meter("evaluate", sum(r.tokens for r in responses), "tokens") as meter:
         for start in range(0, len(order), JUDGE_ROWS):
             batch = collate(responses, order[start : start + JUDGE_ROWS], pad_id=0)
             with torch.inference_mode():
@@ -128,7 +129,7 @@ def _chunks(exam: Exam, answers: _Answers) -> Iterator[FidelityChunk]:
                 teacher=signal,
                 label_ids_N=batch.labels_N.to(device),
                 ids=tuple(responses[i].prompt_id for i in batch.rows),
-                lengths=tuple(len(responses[i].response_ids) for i in batch.rows),
+                lengths=tuple(responses[i].tokens for i in batch.rows),
             )
             meter.advance(len(batch.labels_N))
 
