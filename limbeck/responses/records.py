@@ -51,7 +51,7 @@ def read_responses(path: Path) -> list[Response]:
 
 
 def response_of(row: dict[str, Any]) -> Response:
-    """A response from the plain values that `fields_of` (or `dataclasses.asdict`) and JSON make of it."""
+    """A response from the plain values that `fields_of` and JSON make of it."""
     plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
     if (sampling := row["sampling"]) is not None:
         plain["sampling"] = Sampling(**(sampling | {"stop": tuple(sampling["stop"])}))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from limbeck.flow import LimbeckError, Response
 from limbeck.journal import append_to_log, damaged, read_log
-from limbeck.responses.records import response_of
+from limbeck.responses.records import fields_of, response_of
 from limbeck.responses.served import Served
 
 
@@ -54,7 +54,7 @@ class ServedLog:
             "api": served.api,
             "reencoded": served.reencoded,
             "prompt_differs": served.prompt_differs,
-            "response": asdict(served.response),
+            "response": fields_of(served.response),
         }
         append_to_log(self.path, entry)
         self._count(entry)
