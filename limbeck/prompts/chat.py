@@ -86,7 +86,7 @@ class Rendering:
         try:
             text = self.tokenizer.apply_chat_template(
                 self.form.shaped(turns),
-                tools=[dict(tool) for tool in tools] or None,
+                tools=[dict(tool) for tool in tools] or None,  # type: ignore[arg-type]
                 add_generation_prompt=ask,
                 tokenize=False,
                 **dict(self.options),
@@ -101,9 +101,9 @@ class Rendering:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        offered = [dict(tool) for tool in tools] or None
+        offered: Any = [dict(tool) for tool in tools] or None
         try:
-            texts, marks = render_jinja_template(
+            found: Any = render_jinja_template(
                 conversations=[self.form.shaped(turns)],
                 tools=offered,
                 chat_template=self.tokenizer.get_chat_template(tools=offered),
@@ -112,7 +112,8 @@ class Rendering:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise self._refused(name, turns, error) from None
-        return texts[0], [(start, stop) for start, stop in marks[0]]
+        (text,), (marks,) = found
+        return text, [(start, stop) for start, stop in marks]
 
     def _refused(self, name: str, turns: Turns, error: Exception) -> LimbeckError:
         roles = ", ".join(str(turn["role"]) for turn in turns)

@@ -126,7 +126,8 @@ def _turn(turn: Any, field: str, where: str, role_key: str, text_key: str) -> Me
 
 def _tool_calls(value: Any, field: str, where: str) -> list[dict[str, Any]]:
     """Calls of tools in the one form that templates read: a function with its arguments as an object, never as text."""
-    calls = []
+    calls: list[dict[str, Any]] = []
+    call: Any
     for call in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -150,7 +151,9 @@ def tools_in(row: Row, where: str) -> tuple[Mapping[str, Any], ...]:
     value = _as_json(row.get("tools"))
     if value is None or value == "":
         return ()
-    tools = [_as_json(tool) for tool in value] if isinstance(value, Sequence) and not isinstance(value, str) else [None]
+    tools: list[Any] = [None]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        tools = [_as_json(tool) for tool in value]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise LimbeckError(
             f"{where}: got {shown(value)} in 'tools', expected a list of schemas, such as "

@@ -277,6 +277,6 @@ def test_white_space_that_the_end_token_swallows_is_no_second_end(make_tokenizer
 
     # Phi-3's own tokenizer: the line break behind <|end|> belongs to it, and the end of the text follows.
     tokenizer = published("phi3", make_tokenizer)
-    tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)], special_tokens=True)  # type: ignore[list-item]
     (response,) = encode_responses([Prompt(id="p", text="Hi", completion="Hello")], tokenizer)
     assert text_of(tokenizer, response.response_ids).rstrip() == "Hello<|end|>"
