@@ -41,6 +41,11 @@ def explain(error: Exception) -> str | None:
             f"out of memory{said}; lower train.per_device_train_batch_size, responses.batch_size or "
             "evaluate.batch_size, or set train.gradient_checkpointing=true, and add --update; nothing finished is lost"
         )
+    if _is_lost_rank(error):
+        return (
+            f"another rank of this launch has ended or cannot be reached ({' '.join(str(error).split())[:160]}); look "
+            "at what it said, and start the same command again: nothing finished is lost"
+        )
     return _explain_safetensors_error(error)
 
 
@@ -64,6 +69,14 @@ def _is_torch_memory_error(error: Exception) -> bool:
     if torch is None or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _is_lost_rank(error: Exception) -> bool:
+    """An exchange between ranks that failed: torch's own errors, and the plain ones of gloo."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError) or not torch.distributed.is_available():
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def _explain_safetensors_error(error: Exception) -> str | None:

@@ -276,6 +276,11 @@ class RunDirectory:
     def recipe(self) -> Path:
         return self.root / "recipe.resolved.yaml"
 
+    @property
+    def lock(self) -> Path:
+        """Held by the run; the first rank of a launch also touches it, as a sign of life."""
+        return self.root / ".lock"
+
     def manifest_path(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
 

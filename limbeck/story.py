@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ from limbeck.config import Recipe
 from limbeck.console import Console, QuietConsole, default_console, format_seconds
 from limbeck.failures import in_one_line
 from limbeck.flow import LimbeckError
+from limbeck.heartbeat import beating, wait_until
 from limbeck.integrity import closeness, differs, intact, reopen_damaged, sources_of
+from limbeck.launched import launched
 from limbeck.outputs import written_below
 from limbeck.recipe_keys import neutral_keys
 from limbeck.rundir import Json, RunDirectory, fingerprint, flatten, read_json, write_json, write_text
@@ -220,6 +222,14 @@ class Story:
         loaded.model.to(self.device)  # type: ignore[arg-type]
         return loaded
 
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """On a rank other than the first: wait for what that one writes, as long as it shows that it lives.
+
+        Raises:
+            LimbeckError: it does not, or not where this rank looks.
+        """
+        wait_until(ready, sign=self.run.lock, rank=self.rank)
+
     def fingerprints(self, stages: Sequence[Stage]) -> dict[str, str]:
         """The fingerprint of every stage: its own inputs and, through the chain, those of all stages before it."""
         prints: dict[str, str] = {}
@@ -259,19 +269,29 @@ def play(
     console = console or default_console()
     wanted = stages[: 1 + [stage.verb for stage in stages].index(until or stages[-1].verb)]
     with in_one_line():
+        launch = launched()
         names = frozenset(stage.name for stage in wanted)
         story = Story(recipe, console, shelf=shelf, pause_at=pause_at, wanted=names)
         if story.rank:
             return _follow(replace(story, console=QuietConsole()), wanted)
         run = story.run
         _check_directory(run)
-        if update or any(not run.done(stage.name) for stage in wanted):
-            for stage in stages:
-                stage.check(story)
-        with story.stop.installed(), run.locked(console.warn):
-            _play_all(story, stages, wanted, update)
+        console.say(launch.line(*_step_batch(recipe, names)))
+        # Before anything that may take long, so that the other ranks see this one live.
+        with beating(run.lock) if launch.ranks > 1 else nullcontext():
+            if update or any(not run.done(stage.name) for stage in wanted):
+                for stage in stages:
+                    stage.check(story)
+            with story.stop.installed(), run.locked(console.warn):
+                _play_all(story, stages, wanted, update)
         _say_harm(run, console)
     return run
+
+
+def _step_batch(recipe: Recipe, stages: Container[str]) -> tuple[int, ...]:
+    """Responses per device and accumulated micro-batches of a step; nothing where none of the stages trains."""
+    train = recipe.train
+    return (train.per_device_train_batch_size, train.gradient_accumulation_steps) if "student" in stages else ()
 
 
 def _say_harm(run: RunDirectory, console: Console) -> None:
@@ -398,12 +418,10 @@ def _follow(story: Story, stages: Sequence[Stage]) -> RunDirectory:
         if stage.name == "student" and not intact(run, stage, prints[stage.name], looks[stage.name]):
             # Not before the first rank has set aside what is damaged or other inputs made: blocks and checkpoints are
             # read there.
-            while not run.begun(stage.name, prints[stage.name]):
-                time.sleep(0.2)
+            story.wait_until(partial(run.begun, stage.name, prints[stage.name]))
             with story.stop.installed():
                 stage.play(story)
-        while not run.finished(stage.name, prints[stage.name]):
-            time.sleep(0.5)
+        story.wait_until(partial(run.finished, stage.name, prints[stage.name]))
     return run
 
 
@@ -472,6 +490,7 @@ def provenance(story: Story, prints: dict[str, str]) -> Json:
             "threads": torch.get_num_threads(),
             "cpus": os.cpu_count(),
         },
+        "launch": launched().record(*_step_batch(recipe, prints)),
         "fingerprints": {"teacher": story.teacher_fingerprint} | {f"stage {name}": p for name, p in prints.items()},
         "seeds": {"responses": recipe.responses.seed, "train": recipe.train.seed, "split": recipe.prompts.split_seed},
     }

@@ -23,6 +23,8 @@ LEAVES = {
     "rundir": {"flow", "folders"},
     "outputs": {"hashing", "rundir"},
     "failures": {"flow"},
+    "launched": {"flow"},
+    "heartbeat": {"flow"},
     "shelf": {"outputs", "rundir"},
     "journal": {"flow", "rundir"},
     "recipe_mistakes": set(),
@@ -58,7 +60,7 @@ PARTS = {
     "server": {"flow", "rundir"},
     "responses": USABLE | {"models", "prompts", "server", "journal"},
     # A teacher is handed in, never imported.
-    "student": USABLE | {"objectives", "models", "responses", "prompts"},
+    "student": USABLE | {"launched", "objectives", "models", "responses", "prompts"},
     "evaluation": {"flow", "jsonlines", "rundir", "objectives", "models", "server", "journal"},
     # Of responses the words of the alarms and what a loop is, which need no torch.
     "report": {"flow", "jsonlines", "rundir", "recipe_keys", "recipe_text", "evaluation", "responses"},
@@ -71,11 +73,11 @@ STORY = USABLE | set(PARTS) | {"shelf", "recipe_keys", "recipe_text"}
 TOP = {
     # Of the story what a stage is.
     "integrity": {"console", "flow", "outputs", "rundir", "story"},
-    "story": STORY | {"failures", "integrity", "outputs"},
+    "story": STORY | {"failures", "heartbeat", "integrity", "launched", "outputs"},
     "stages": STORY | {"story", "recipe_mistakes"},
     "api": {"flow", "config", "console", "stages", "story"},
     "sweep": STORY
-    | {"api", "failures", "recipe_files", "recipe_mistakes", "recipe_text", "recipe_values"}
+    | {"api", "failures", "launched", "recipe_files", "recipe_mistakes", "recipe_text", "recipe_values"}
     | {"stages", "story"},
     "__init__": {"api", "config", "flow", "objectives"},
     "cli": STORY | set(LEAVES) | {"api", "stages", "story", "sweep"},

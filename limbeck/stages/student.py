@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -70,7 +69,7 @@ def _build(story: Story) -> Student:
     teacher = story.load_teacher()
     if story.rank and spec.init == "depth_prune" and not spec.keep:
         # One rank measures for all: what two machines measure may differ in the last bit and in a block.
-        wait_for(blocks)
+        story.wait_until(blocks.exists)
     if blocks.exists():
         spec = replace(spec, keep=tuple(read_json(blocks)["keep"]), layers=None)
     responses = list(load_responses(story, "train").values())[:CALIBRATION_RESPONSES]
@@ -81,12 +80,6 @@ def _build(story: Story) -> Student:
     student = with_endings(story, student, teacher)
     student.model.to(story.device)  # type: ignore[arg-type]
     return student
-
-
-def wait_for(path: Path) -> None:
-    """Until the first rank has written it; the launcher ends this rank if that one fails."""
-    while not path.exists():
-        time.sleep(0.2)
 
 
 def _play_student(story: Story) -> Json:

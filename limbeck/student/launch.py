@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from limbeck.flow import LimbeckError
+from limbeck.launched import launched, require_trained_by
 from limbeck.recipe_sections import TrainSection
 
 if TYPE_CHECKING:
@@ -64,7 +65,11 @@ def require_trackers(names: Sequence[str]) -> None:
 def accelerator(
     settings: TrainSection, folder: Path, *, run_name: str, tracker_config: Mapping[str, Any]
 ) -> Accelerator:
-    """accelerate for this process, with the trackers of the recipe, whose files go below `folder`."""
+    """accelerate for this process, with the trackers of the recipe, whose files go below `folder`.
+
+    Raises:
+        LimbeckError: a tracker that is not there, or a launch that asks for what limbeck cannot train with.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -78,6 +83,7 @@ def accelerator(
         log_with=list(settings.report_to) or None,
         project_dir=str(folder / "trackers") if settings.report_to else None,
     )
+    require_trained_by(made.distributed_type.value, made.num_processes, launched())
     if settings.report_to:
         made.init_trackers(run_name, config=dict(tracker_config))
     return made

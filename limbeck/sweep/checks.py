@@ -10,6 +10,7 @@ from pathlib import Path
 
 from limbeck.config import Recipe, as_tree, at
 from limbeck.flow import LimbeckError
+from limbeck.launched import launched
 from limbeck.story import Story, require_same
 from limbeck.sweep.arms import ArmRun
 
@@ -113,13 +114,14 @@ def refuse_launcher() -> None:
     """A sweep starts its own processes.
 
     Raises:
-        LimbeckError: under a launcher, which would start the sweep once a rank.
+        LimbeckError: under a launcher, which would start the sweep once a rank, or that asks for what no run can do.
     """
     if "RANK" in os.environ:
         raise LimbeckError(
             "a sweep was started by a launcher of several processes; start `limbeck sweep` alone, it plays its runs "
             "side by side itself (parallel), each in one process"
         )
+    launched()
 
 
 def refuse_other_files(root: Path) -> None:

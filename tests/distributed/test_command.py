@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,14 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 
 
-def ended(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+def ended(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
-def play(*command: str) -> None:
+def play(*command: str) -> list[str]:
+    """Lines of what it says, with those of other libraries."""
     done = ended(*command)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr.splitlines()
 
 
 def test_two_ranks_train_the_student_of_one(tmp_path: Path) -> None:
@@ -35,7 +38,13 @@ def test_two_ranks_train_the_student_of_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     limbeck = (sys.executable, "-m", "limbeck", "run", str(recipe))
     play(*limbeck, *steps, f"output_dir={one}", "train.per_device_train_batch_size=4")
-    play(*LAUNCHER, "limbeck", "run", str(recipe), *steps, f"output_dir={two}", "train.per_device_train_batch_size=2")
+    batch = "train.per_device_train_batch_size=2"
+    said = play(*LAUNCHER, "limbeck", "run", str(recipe), *steps, f"output_dir={two}", batch)
+    first = (
+        "launch: 2 ranks, wrapper DDP, started by torchrun; 4 responses a step (2 per device x 1 accumulated x 2 ranks)"
+    )
+    assert next(line for line in said if line.startswith(("launch:", "prompts:"))) == first
+    assert json.loads((two / "provenance.json").read_text())["launch"]["effective_batch"] == 4
     alone, beside = (load_file(folder / "student" / "model.safetensors") for folder in (one, two))
     assert alone.keys() == beside.keys()
     for name, tensor in alone.items():

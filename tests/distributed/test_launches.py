@@ -1,0 +1,132 @@
+"""Launches that cannot do what they were asked for, for real: refused in one line, or given up in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_command import LAUNCHER, ROOT, ended
+from tests.tiny_pair import TinyPair
+
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+num_machines: 1
+num_processes: 2
+use_cpu: true
+mixed_precision: 'no'
+"""
+
+
+def own_lines(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("limbeck: ")]
+
+
+@pytest.mark.parametrize("options", [("--cpu", "--num_processes", "2"), ("--config_file", "CONFIG")], ids=str)
+def test_accelerate_starts_one_process_on_a_cpu_whatever_it_was_asked_for(
+    options: tuple[str, ...], tiny: TinyPair, tmp_path: Path
+) -> None:
+    (tmp_path / "CONFIG").write_text(CONFIG)
+    recipe, run = tiny.recipe(tmp_path / "run"), tmp_path / "run"
+    told = [str(tmp_path / option) if option == "CONFIG" else option for option in options]
+    end = ended(*ACCELERATE, *told, "-m", "limbeck", "run", str(recipe))
+    [line] = own_lines(end.stderr)
+    assert "accelerate launch was asked for 2 processes and has started 1" in line
+    assert "`torchrun --nproc-per-node=2 -m limbeck run RECIPE`" in line and "exit status 2" in end.stderr
+    assert end.returncode != 0 and not run.exists()
+
+
+def test_accelerate_with_fsdp_is_refused_on_every_rank(tiny: TinyPair, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    recipe, config = tiny.recipe(tmp_path / "run"), str(tmp_path / "config.yaml")
+    end = ended(*ACCELERATE, "--config_file", config, "--use_fsdp", "-m", "limbeck", "run", str(recipe))
+    lines = own_lines(end.stderr)
+    # The first to end may take the other one with it.
+    assert 1 <= len(lines) <= 2 and all("asks for FSDP (ACCELERATE_USE_FSDP)" in line for line in lines)
+    assert end.returncode != 0 and "exitcode  : 2" in end.stderr and not (tmp_path / "run").exists()
+
+
+def test_accelerate_starts_ranks_that_know_of_each_other_where_it_is_told_so(tiny: TinyPair, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    recipe, config = tiny.recipe(tmp_path / "run", train={"max_steps": 2}), str(tmp_path / "config.yaml")
+    end = ended(*ACCELERATE, "--config_file", config, "--multi_gpu", "-m", "limbeck", "train", str(recipe))
+    assert end.returncode == 0, end.stderr[-3000:]
+    launch = json.loads((tmp_path / "run" / "provenance.json").read_text())["launch"]
+    assert (launch["ranks"], launch["wrapper"], launch["launcher"]) == (2, "DDP", "accelerate launch")
+
+
+def test_fewer_ranks_than_a_checkpoint_was_made_with(tiny: TinyPair, tmp_path: Path) -> None:
+    """What the refusals say is so, and both remedies work."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    recipe = str(tiny.recipe(run, train={"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 2}))
+    dying = ("tests.distributed.dying", str(run), "checkpoints/.step-000004*", "train", recipe)
+    died = ended(*LAUNCHER, *dying, DIES="0")
+    assert died.returncode != 0 and (run / "checkpoints" / "step-000002").exists(), died.stderr[-3000:]
+    shutil.copytree(run, copy)
+    alone = (sys.executable, "-m", "limbeck", "train", recipe, f"output_dir={copy}")
+    [line] = own_lines(ended(*alone).stderr)
+    assert "was made with 4 responses a step and this launch has 2; launch 2 processes again, or delete" in line
+    [other] = own_lines(ended(*alone, "train.per_device_train_batch_size=4").stderr)
+    assert "was made by another recipe: train.per_device_train_batch_size is 2 there and 4 here" in other
+    assert f"or delete {copy / 'checkpoints'} to train from the start" in line
+    shutil.rmtree(copy / "checkpoints")
+    for end, folder in ((ended(*LAUNCHER, "limbeck", "train", recipe), run), (ended(*alone), copy)):
+        assert end.returncode == 0, end.stderr[-3000:]
+        steps = [json.loads(text)["step"] for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def two_ranks(runs: tuple[Path, Path], recipe: Path, dies_at: str) -> list[subprocess.CompletedProcess[str]]:
+    """Both ranks without a launcher that would end one for the other; each gives up after 6 s without a sign."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank, run in enumerate(runs):
+        env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.distributed.alone", "6", str(run), dies_at if rank == 0 else ""]
+        command += ["run", str(recipe), f"output_dir={run}"]
+        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    try:
+        said = [rank.communicate(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [
+        subprocess.CompletedProcess(rank.args, rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)
+    ]
+
+
+def test_a_rank_without_the_first_ones_directory_gives_up(tiny: TinyPair, tmp_path: Path) -> None:
+    """Two machines, no shared disk. The first waits in vain for the other to train with, until its launcher ends it."""
+    recipe = tiny.recipe(tmp_path / "run", train={"max_steps": 2})
+    _, other = two_ranks((tmp_path / "here", tmp_path / "there"), recipe, dies_at="stages/student.json")
+    [line] = own_lines(other.stderr)
+    assert other.returncode == 2 and f"rank 1 does not see rank 0 work in {tmp_path / 'there'}" in line
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("dies_at", "said"),
+    [
+        ("responses/*", "rank 1 has seen no sign of rank 0"),
+        ("metrics.jsonl", "another rank of this launch has ended or cannot be reached"),
+    ],
+)
+def test_a_rank_whose_first_one_died_gives_up(dies_at: str, said: str, tiny: TinyPair, tmp_path: Path) -> None:
+    """While it waits for a file, and in the middle of a training step."""
+    recipe = tiny.recipe(tmp_path / "run", train={"max_steps": 4})
+    first, other = two_ranks((tmp_path / "run", tmp_path / "run"), recipe, dies_at)
+    assert first.returncode == -9
+    [line] = own_lines(other.stderr)
+    assert other.returncode == 2 and said in line and "start the same command again" in line
+    assert "Traceback" not in other.stderr
