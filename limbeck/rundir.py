@@ -119,6 +119,20 @@ def read_object(path: Path) -> Json:
     return value
 
 
+def read_fields(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> Json:
+    """A JSON object with certain fields.
+
+    Raises:
+        LimbeckError: the file holds something else.
+    """
+    record = read_object(path)
+    wrong = next((name for name, kind in fields.items() if not isinstance(record.get(name), kind)), None)
+    if wrong is not None:
+        got = f"no {wrong}" if wrong not in record else f"a {type(record[wrong]).__name__} as {wrong}"
+        raise LimbeckError(f"{path} is damaged (it holds {got}); delete it and run the same command again")
+    return record
+
+
 def sealed(record: Json) -> Json:
     """A record with the fingerprint of itself, so that whoever reads it sees whether it is what was written."""
     plain = {key: value for key, value in record.items() if key != "check"}
@@ -289,13 +303,8 @@ class RunDirectory:
         path = self.manifest_path(stage)
         if not path.exists():
             return None
-        record = read_sealed(path)
-        kinds = {"fingerprint": str, "done": bool, "seconds": (int, float)}
-        if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
-            raise LimbeckError(
-                f"{path} is damaged (expected {', '.join(kinds)}); delete it and run the same command again"
-            )
-        return record
+        read_fields(path, {"fingerprint": str, "done": bool, "seconds": (int, float)})
+        return read_sealed(path)
 
     def write_manifest(self, stage: str, record: Json) -> None:
         """Write the record of a stage."""

@@ -48,6 +48,7 @@ USABLE = {
     "recipe_evaluation",
     "recipe_sections",
     "rundir",
+    "folders",
     "hashing",
     "console",
     "onednn",

@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         data = path.read_text("utf-8")
     except FileNotFoundError:
-        raise LimbeckError(f"{path} does not exist; run the stage that writes prompts first") from None
+        raise LimbeckError(f"{path} does not exist; run the same command again") from None
     except UnicodeDecodeError:
         raise LimbeckError(f"{path} is damaged (not UTF-8); delete it and run the same command again") from None
     return [_parse(line, f"{path}, line {number}") for number, line in json_lines(data)]
@@ -55,7 +55,7 @@ def _parse(line: str, where: str) -> Prompt:
             row["instruction"] = (given, more)
         row |= {name: tuple(row[name]) for name in ("references", "tools") if name in row}
         return Prompt(**row)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LimbeckError(f"{where} is damaged ({error}); delete the file and run the same command again") from None
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from limbeck.flow import LimbeckError, Response, Sampling, TokenPrompt, shared_ids
-from limbeck.jsonlines import json_lines
 from limbeck.rundir import whole_file, write_text
+
+_T = TypeVar("_T")
 
 
 def write_responses(path: Path, responses: Iterable[Response]) -> None:
@@ -35,9 +36,13 @@ def write_asked(path: Path, prompts: Iterable[TokenPrompt]) -> None:
 
 
 def read_asked(path: Path) -> list[TokenPrompt]:
-    """The prompts of `write_asked`."""
-    lines = [json.loads(line) for _, line in json_lines(path.read_text("utf-8"))]
-    return [TokenPrompt(id=line["id"], ids=tuple(line["ids"])) for line in lines]
+    """The prompts of `write_asked`.
+
+    Raises:
+        LimbeckError: a damaged line, with its number.
+    """
+    with path.open("rb") as file:
+        return [_parse(line, path, number, _asked_of) for number, line in enumerate(file, start=1)]
 
 
 def read_responses(path: Path) -> list[Response]:
@@ -47,11 +52,40 @@ def read_responses(path: Path) -> list[Response]:
         LimbeckError: a damaged line, with its number.
     """
     with path.open("rb") as file:
-        return [_parse(line, path, number) for number, line in enumerate(file, start=1)]
+        return [_parse(line, path, number, response_of) for number, line in enumerate(file, start=1)]
+
+
+def read_batch(path: Path, count: int) -> list[Response]:
+    """The responses of a batch.
+
+    Raises:
+        LimbeckError: a damaged line, or another number of them.
+    """
+    responses = read_responses(path)
+    if len(responses) != count:
+        raise LimbeckError(
+            f"{path} is damaged (it holds {len(responses)} responses of {count}); delete {path} and run the same "
+            "command again"
+        )
+    return responses
+
+
+def _asked_of(fields: dict[str, Any]) -> TokenPrompt:
+    _require_ids(fields["ids"])
+    if not isinstance(fields["id"], str):
+        raise TypeError("the id is no text")
+    return TokenPrompt(id=fields["id"], ids=tuple(fields["ids"]))
+
+
+def _require_ids(ids: object) -> None:
+    if not isinstance(ids, list | tuple) or set(map(type, ids)) - {int}:
+        raise TypeError("the ids of tokens are no whole numbers")
 
 
 def response_of(row: dict[str, Any]) -> Response:
     """A response from the plain values that `fields_of` and JSON make of it."""
+    _require_ids(row["prompt_ids"])
+    _require_ids(row["response_ids"])
     plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
     if (sampling := row["sampling"]) is not None:
         plain["sampling"] = Sampling(**(sampling | {"stop": tuple(sampling["stop"])}))
@@ -61,8 +95,10 @@ def response_of(row: dict[str, Any]) -> Response:
     return Response(**plain)
 
 
-def _parse(line: bytes, path: Path, number: int) -> Response:
+def _parse(line: bytes, path: Path, number: int, read: Callable[[dict[str, Any]], _T]) -> _T:
     try:
-        return response_of(json.loads(line))
-    except (ValueError, KeyError, TypeError) as error:
-        raise LimbeckError(f"{path}:{number} is damaged ({error}); delete {path} and run `limbeck respond`") from None
+        return read(json.loads(line))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise LimbeckError(
+            f"{path}:{number} is damaged ({error}); delete {path} and run the same command again"
+        ) from None

@@ -2,6 +2,7 @@
 
     rounds/003/student/00000.jsonl ...         one file a batch of the sampler; whole or not there
     rounds/003/student/00000.safetensors ...   what the teacher says of it, until the next round begins
+    rounds/003/student/round.json              the hashes of all, once the round is whole
 
 A round depends on the weights at the step that first asks for it, its number and the recipe. The loop keeps a
 checkpoint where a round begins, so that a run that was killed while it wrote continues with the very next batch.
@@ -9,16 +10,21 @@ checkpoint where a round begins, so that a run that was killed while it wrote co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from limbeck.flow import Author, Interrupted, Response, Sampling, TokenPrompt
-from limbeck.responses.records import read_responses, write_responses
+from limbeck.flow import Author, Interrupted, LimbeckError, Response, Sampling, TokenPrompt
+from limbeck.hashing import sha256_of
+from limbeck.responses.records import read_batch, read_responses, write_responses
+from limbeck.rundir import read_sealed, sealed, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_WHOLE = "round.json"
 
 
 class World(Protocol):
@@ -123,6 +129,7 @@ class Rounds:
             Interrupted: `should_stop` said so; the batches that ended are on disk.
         """
         folder = self.folder / f"{number:03d}" / author
+        self._require_unchanged(folder)
         if self.keeper is not None:
             self.keeper.begin(folder.parent)
         sampling = for_round(sampling, number)
@@ -140,14 +147,45 @@ class Rounds:
             self.report(author, written, len(prompts))
             if self.world.ranks == 1 and self.should_stop():
                 raise Interrupted(f"stopped while {author} responses of round {number} were written")
+        self._judge_again(paths[rows] for rows in mine)
         self.world.wait()
         answers: dict[int, Response] = {}
         for rows, path in paths.items():
-            responses = read_responses(path)
+            responses = read_batch(path, len(rows))
             if self.keeper is not None:
                 self.keeper.know(path, responses)
             answers |= dict(zip(rows, responses, strict=True))
+        if self.world.rank == 0 and not (folder / _WHOLE).exists():
+            files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+            write_json(folder / _WHOLE, sealed({"files": files}))
         return [answers[i] for i in range(len(prompts))]
+
+    def _judge_again(self, paths: Iterable[Path]) -> None:
+        """What the teacher says of responses that are used once more: it goes when the next round begins, and a
+        training that had come there may have had to go back for want of a whole checkpoint."""
+        for path in paths:
+            if self.keeper is not None and not path.with_suffix(".safetensors").exists():
+                self.keeper.keep(path, read_responses(path), None)
+
+    def _require_unchanged(self, folder: Path) -> None:
+        """A round that was whole still is, but for what the teacher said: nobody could write it again.
+
+        Raises:
+            LimbeckError: it is not.
+        """
+        record = folder / _WHOLE
+        if not record.exists():
+            return
+        for name, digest in read_sealed(record)["files"].items():
+            path = folder / name
+            if path.exists() or path.suffix == ".jsonl":
+                if path.exists() and sha256_of(path) == digest:
+                    continue
+                raise LimbeckError(
+                    f"{path} is missing or not what was written, and the weights that wrote it are gone; delete "
+                    f"{self.folder} and {self.folder.with_name('checkpoints')} and run the same command again to "
+                    "train from the start"
+                )
 
 
 def for_round(sampling: Sampling, number: int) -> Sampling:

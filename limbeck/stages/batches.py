@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from limbeck.flow import Response, Sampling, TokenPrompt
-from limbeck.responses.records import read_responses, write_responses
+from limbeck.responses.records import read_batch, write_responses
 from limbeck.responses.samplers import Answered, LocalSampler, SamplingProgress
 from limbeck.responses.speculative import SpeculativeSampler
 from limbeck.story import StopWish
@@ -48,5 +48,5 @@ def write_in_batches(
             stop.heed()
     answers: dict[int, Response] = {}
     for rows, path in paths.items():
-        answers |= dict(zip(rows, read_responses(path), strict=True))
+        answers |= dict(zip(rows, read_batch(path, len(rows)), strict=True))
     return [answers[i] for i in range(len(asked))], tuple(paths.values())

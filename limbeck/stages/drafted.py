@@ -15,7 +15,7 @@ from limbeck.recipe_sections import DraftSection
 from limbeck.responses.rules import Tally
 from limbeck.responses.samplers import LocalSampler
 from limbeck.responses.speculative import SpeculativeSampler
-from limbeck.rundir import Json, read_json, write_json
+from limbeck.rundir import Json, read_fields, write_json
 from limbeck.story import Story
 
 
@@ -79,7 +79,7 @@ def draft_record(section: DraftSection | None, batches: Iterable[Path]) -> Json:
         return {}
     total = Tally()
     for batch in batches:
-        total.add(Tally(**read_json(_counts_of(batch))))
+        total.add(Tally(**read_fields(_counts_of(batch), dict.fromkeys(asdict(Tally()), int))))
     acceptance = {"acceptance": round(total.acceptance, 4)} if total.drafted else {}
     return {"draft": {"model": section.model, "tokens": section.tokens} | asdict(total) | acceptance}
 

@@ -13,7 +13,7 @@ from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
 from limbeck.prompts.rows import source_digest
 from limbeck.recipe_keys import fingerprinted
-from limbeck.rundir import Json, read_json, write_json, write_text
+from limbeck.rundir import Json, read_fields, write_json, write_text
 from limbeck.stages.exam import Exam, Group, Part, table_name
 from limbeck.stages.groups import GROUPS
 from limbeck.stages.groups.rouge import greedy
@@ -91,7 +91,7 @@ def _rows_of(exam: Exam, group: Group) -> Tables:
         for name, rows in measured.named(group.name).items():
             write_rows(exam.folder / f"{exam.part}.{name}.jsonl", rows)
         write_json(record, {"conditions": list(measured.tables), "detail": measured.detail})
-    names = [table_name(group.name, condition) for condition in read_json(record)["conditions"]]
+    names = [table_name(group.name, condition) for condition in read_fields(record, {"conditions": list})["conditions"]]
     return {name: read_rows(exam.folder / f"{exam.part}.{name}.jsonl") for name in names}
 
 

@@ -41,8 +41,12 @@ class _PausedExam(Exam):
     def student(self) -> Speaker:
         if self._trained:
             return super().student
-        checkpoint = checkpoints.newest(self.story.run.checkpoints)
-        assert checkpoint is not None, "whoever pauses writes one"
+        checkpoint = checkpoints.usable(self.story.run.checkpoints, self.story.console.warn)
+        if checkpoint is None:
+            raise LimbeckError(
+                f"{self.story.run.checkpoints} holds no whole checkpoint to measure at a pause; delete it and run the "
+                "same command again to train from the start"
+            )
         built = build_initial_student(self.story)
         checkpoints.restore_student(checkpoint, built.model)
         return self._speaker("student", built.model.eval(), built.tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from limbeck import config
 from limbeck.flow import Interrupted, Objective, Response, Teacher
+from limbeck.folders import remove
 from limbeck.jsonlines import json_lines
 from limbeck.models.fingerprints import weight_files
 from limbeck.models.loading import source_config
@@ -24,7 +24,7 @@ from limbeck.recipe_sections import SftSection
 from limbeck.responses.account import never_acted, told
 from limbeck.responses.authors import fixed
 from limbeck.responses.development import FEWEST, LARGEST_SHARE, ids_of, set_aside
-from limbeck.rundir import Json, flatten, read_json, write_json
+from limbeck.rundir import Json, flatten, read_fields, write_json
 from limbeck.stages.authors import author_of
 from limbeck.stages.checks import check_student, student_spec
 from limbeck.stages.corpus import corpus_inputs, open_corpus
@@ -71,7 +71,7 @@ def _build(story: Story) -> Student:
         # One rank measures for all: what two machines measure may differ in the last bit and in a block.
         story.wait_until(blocks.exists)
     if blocks.exists():
-        spec = replace(spec, keep=tuple(read_json(blocks)["keep"]), layers=None)
+        spec = replace(spec, keep=tuple(_measured(blocks)["keep"]), layers=None)
     responses = list(load_responses(story, "train").values())[:CALIBRATION_RESPONSES]
     calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
     student = build_student(spec, teacher=teacher, calibration=calibration, progress=story.console.say)
@@ -82,6 +82,12 @@ def _build(story: Story) -> Student:
     return student
 
 
+def _measured(blocks: Path) -> Json:
+    """What was measured of the teacher's blocks."""
+    kinds = {"keep": list, "removed": list, "influence": list, "path": list, "criterion": str}
+    return read_fields(blocks, kinds)
+
+
 def _play_student(story: Story) -> Json:
     recipe, run = story.recipe, story.run
     student = build_initial_student(story)
@@ -90,8 +96,13 @@ def _play_student(story: Story) -> Json:
     torch.manual_seed(recipe.train.seed)
     with story.stop.deferred() as should_stop:
         try:
-            if recipe.sft is not None and checkpoints.newest(run.checkpoints) is None:
-                _play_sft(story, student, recipe.sft, should_stop)
+            if recipe.sft is not None:
+                if checkpoints.usable(run.checkpoints) is None:
+                    _play_sft(story, student, recipe.sft, should_stop)
+                if not story.rank:
+                    # Not asked for again, whether it ended now or in a run that was killed before it came here.
+                    for old in checkpoints.all_in(run.checkpoints / "sft"):
+                        remove(old)
             trained = _play_training(story, student, should_stop)
         except Interrupted as stopped:
             story.console.say(f"train: {stopped}")
@@ -131,9 +142,12 @@ def _play_sft(story: Story, student: Student, section: SftSection, should_stop: 
         report_to=(),
     )
     folder = run.checkpoints / "sft"
-    if (done := folder / "done.safetensors").exists():
+    done = folder / "done.safetensors"
+    if checkpoints.has_weights(done):
         checkpoints.restore_weights(done, student.model)
         return
+    if done.exists():
+        story.console.warn(f"{done} is not what was written; the first stage is trained again")
     responses, teacher = _sft_responses(story, section, vocab_size=real_vocab_size(student.tokenizer))
     train(
         student.model,
@@ -147,9 +161,6 @@ def _play_sft(story: Story, student: Student, section: SftSection, should_stop: 
         context=_context(story, should_stop, checkpoints=folder, metrics=run.sft_metrics, label="sft"),
     )
     checkpoints.save_weights(done, student.model)
-    if not story.rank:
-        for old in checkpoints.all_in(folder):
-            shutil.rmtree(old)
 
 
 def _sft_responses(story: Story, section: SftSection, *, vocab_size: int) -> tuple[list[Response], Teacher]:
@@ -249,7 +260,7 @@ def _anatomy(blocks: Path) -> Json:
     """Which blocks of the teacher were kept and how much each had mattered, where blocks were cut."""
     if not blocks.exists():
         return {}
-    measured = read_json(blocks)
+    measured = _measured(blocks)
     return {
         "kept_blocks": measured["keep"],
         "removed_blocks": measured["removed"],

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.console import Console, QuietConsole
-from limbeck.flow import Response
-from limbeck.jsonlines import json_lines
+from limbeck.flow import LimbeckError, Response
 from limbeck.responses.watch import Watch
 from limbeck.rundir import write_text
 from limbeck.student.loss_alarm import LossAlarm
@@ -124,8 +123,15 @@ def _keep_lines(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for _, line in json_lines(path.read_text("utf-8")):
-        # A killed process may leave half a last line; it belongs to a step that is done again.
-        if line.endswith("}") and json.loads(line)["step"] <= step:
-            kept.append(line)
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode())
+        except (ValueError, LookupError, TypeError, RecursionError):
+            # A killed process may leave half a last line; it belongs to a step that is done again.
+            if number < len(lines):
+                raise LimbeckError(
+                    f"{path}:{number} is damaged; delete the line and run the same command again"
+                ) from None
     write_text(path, "".join(line + "\n" for line in kept))

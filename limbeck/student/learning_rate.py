@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.rundir import read_json, write_json
+from limbeck.rundir import read_fields, write_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,7 +67,7 @@ class RateSearch:
         """What `write` wrote; None where there is nothing."""
         if not path.exists():
             return None
-        record: dict[str, Any] = read_json(path)
+        record: dict[str, Any] = read_fields(path, {"metric": str, "before": (int, float), "trials": list})
         trials = tuple(
             Trial(learning_rate=t["learning_rate"], loss=math.inf if t["loss"] is None else t["loss"])
             for t in record["trials"]

@@ -544,7 +544,7 @@ class _Run:
 
     def resume(self) -> Progress:
         """Where to start: the newest checkpoint, or the beginning. Later lines of metrics.jsonl are dropped."""
-        newest = checkpoints.newest(self.context.checkpoints)
+        newest = checkpoints.usable(self.context.checkpoints, self.context.console.warn)
         progress = Progress()
         if newest is not None:
             state = checkpoints.restore(newest, model=self.module, optimizer=self.optimizer.optimizer)  # type: ignore[attr-defined]

@@ -9,13 +9,14 @@ interrupted pass continues with the next one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.flow import DenseSignal, Head, LimbeckError, SampledSignal, Signal, TokenBatch, TopKSignal
-from limbeck.rundir import read_json, whole_file, write_json
+from limbeck.rundir import read_fields, whole_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -95,20 +96,42 @@ def write_head(folder: Path, head: Head) -> None:
 def read_head(folder: Path) -> Head:
     from safetensors.torch import load_file
 
+    """The head that `write_head` wrote.
+
+    Raises:
+        LimbeckError: the files hold something else.
+    """
     tensors = load_file(folder / "head.safetensors")
-    scalars: dict[str, Any] = read_json(folder / "head.json")
+    kinds = {"scale": (int, float), "softcap": (int, float, type(None)), "vocab_size": int}
+    scalars: dict[str, Any] = read_fields(folder / "head.json", kinds)
+    if tensors.keys() - {"bias"} != {"weight"} or len(tensors["weight"]) != scalars["vocab_size"]:
+        raise _damaged(folder / "head.safetensors", f"it holds {', '.join(tensors) or 'nothing'}")
     return Head(weight_VD=tensors["weight"], bias_V=tensors.get("bias"), **scalars)
 
 
+_ROW = re.compile(rf"row-([0-9]{{7,}})(?:\.(?:{'|'.join(_COLUMNS.values())}))?")
+
+
+def _damaged(path: Path, what: str) -> LimbeckError:
+    return LimbeckError(f"{path} is damaged ({what}); delete it and run the same command again")
+
+
 def shards_of(folder: Path) -> dict[int, Path]:
-    """The shard of every row in a folder."""
+    """The shard of every row in a folder.
+
+    Raises:
+        LimbeckError: a shard holds something else than rows.
+    """
     from safetensors import safe_open
 
     shards: dict[int, Path] = {}
     for path in sorted(folder.glob("[0-9]*.safetensors")):
         with safe_open(path, framework="pt") as shard:
-            names = {name.removeprefix("row-").partition(".")[0] for name in shard.keys()}  # noqa: SIM118 (no dict)
-        shards |= {int(name): path for name in names}
+            names = list(shard.keys())
+        rows = [_ROW.fullmatch(name) for name in names]
+        if not all(rows):
+            raise _damaged(path, f"it holds {names[rows.index(None)]}")
+        shards |= {int(row[1]): path for row in rows if row}
     return shards
 
 
@@ -181,7 +204,7 @@ class StoredTeacher:
         if found != expected:
             raise LimbeckError(
                 f"{self.folder} holds signals of {found} tokens for responses of {expected} tokens; "
-                "it was made from other responses: delete it and run `limbeck teach` again"
+                "it was made from other responses: delete it and run the same command again"
             )
         joined = {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
         if "ids" not in joined:
@@ -196,5 +219,7 @@ class StoredTeacher:
         """The tensors of a row by their short names."""
         path = self.shards.get(row)
         if path is None:
-            raise LimbeckError(f"{self.folder} has no signal for response {row}; run `limbeck teach` again")
+            raise LimbeckError(
+                f"{self.folder} has no signal for response {row}; delete it and run the same command again"
+            )
         return self._open.row(path, row)

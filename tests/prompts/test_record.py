@@ -87,7 +87,7 @@ def test_damage_is_named(tmp_path: Path, line: str) -> None:
 
 def test_absent_and_undecodable_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    with pytest.raises(LimbeckError, match="does not exist; run the stage that writes prompts first"):
+    with pytest.raises(LimbeckError, match="does not exist; run the same command again"):
         read_prompts(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(LimbeckError, match="is damaged"):

@@ -80,7 +80,7 @@ def test_the_head_comes_back_without_its_padding(tmp_path, bias):
 def test_a_row_that_is_not_there_is_named(tmp_path, teacher):
     responses = tiny_responses(12)
     store(tmp_path, teacher, responses)
-    with pytest.raises(LimbeckError, match=r"no signal for response 7.*limbeck teach"):
+    with pytest.raises(LimbeckError, match=r"no signal for response 7; delete it and run the same command"):
         opened(tmp_path, [7]).signal(collate(responses, [0], pad_id=0))
 
 

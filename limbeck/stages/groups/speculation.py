@@ -20,7 +20,7 @@ from limbeck.flow import LimbeckError, Response, Sampling, ScoredRow, TokenPromp
 from limbeck.responses.rules import Tally
 from limbeck.responses.samplers import LocalSampler
 from limbeck.responses.speculative import SpeculativeSampler
-from limbeck.rundir import Json, read_json
+from limbeck.rundir import Json, read_fields
 from limbeck.stages.exam import Exam, Group, Measured
 from limbeck.stages.responses import sampler_for
 
@@ -148,7 +148,7 @@ def _expected_acceptance(exam: Exam, sampling: Sampling) -> float | None:
     record = exam.folder / f"{exam.part}.fidelity.json"
     if sampling.temperature != 1 or not record.exists():
         return None
-    conditions = read_json(record)["conditions"]
+    conditions = read_fields(record, {"conditions": list})["conditions"]
     by_teacher = exam.story.recipe.base_author == "teacher"
     name = "fidelity@teacher" if "teacher" in conditions else "fidelity" if "" in conditions and by_teacher else None
     if name is None:
