@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from limbeck.recipe_values import NEUTRAL, SAME_ARM, STRICT, Count, NonNegative, Positive, Seed, Strings
 
 Whose = Literal["responses", "teacher", "student", "references"]
-EvaluationGroup = Literal["fidelity", "rouge", "diversity", "judge", "tasks", "speculation", "cost"]
+EvaluationGroup = Literal["fidelity", "rouge", "diversity", "judge", "tasks", "speculation", "cost", "nll"]
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -24,6 +24,12 @@ class FidelitySection:
     temperature: NonNegative = 1.0
     """Of the fresh answers; their length is evaluate.max_new_tokens."""
     seed: Seed = 0
+
+
+@dataclass(config=STRICT, kw_only=True)
+class NllSection:
+    whose: Literal["responses", "references"] = "responses"
+    """Whose answers the student's likelihood is measured on: the held-out responses of the run, or the data's."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -121,6 +127,7 @@ class EvaluateSection:
     """Answers shown side by side in the report."""
     batch_size: Annotated[Count, SAME_ARM] = 32
     fidelity: FidelitySection = field(default_factory=FidelitySection)
+    nll: NllSection = field(default_factory=NllSection)
     rouge: RougeSection = field(default_factory=RougeSection)
     diversity: DiversitySection = field(default_factory=DiversitySection)
     judge: JudgeSection = field(default_factory=JudgeSection)

@@ -99,6 +99,10 @@ METRICS: dict[str, Metric] = {
         label="Teacher negative log-likelihood", unit=NATS, better="context",
         meaning="the teacher's surprise at the tokens of the held-out responses",
     ),
+    "nll": Metric(
+        label="Negative log-likelihood", unit=NATS, better="lower",
+        meaning="surprise of the student alone at the tokens of the held-out answers, in its own tokens",
+    ),
     "student_ece": Metric(
         label="Calibration error", unit="", better="lower", teacher="teacher_ece",
         meaning="how far the confidence in the likeliest token is from how often that token followed, over 15 bins",

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 _VERDICTS = {
     "same": "yes: the same tokens, heads without padding",
     "same_padded": "yes: the same tokens; padded head rows get no mass",
-    "different": "not yet: different tokens (distilling across tokenizers is not supported)",
+    "different": "not yet: different tokens. From text alone, yes: sft, and seqkd with signal.cache=false",
 }
+
+_TEXT_ONLY = (
+    "- from text the student learns with the objective ce, in its own template and tokens, on the teacher's answers or "
+    "the data's; the teacher's distributions (all other objectives, signal, fidelity, speculation) need the same "
+    "tokens; rouge, diversity, judge, tasks, cost and nll measure such a pair"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +95,8 @@ def render(report: DoctorReport, changes: Sequence[str] = ()) -> Group:
     )
     lines = [Text(f"- {line}", style="red") for line in found.differences]
     lines += [Text(f"- {line}") for line in (*found.notes, *changes)]
+    if not report.distillable:
+        lines.append(Text(_TEXT_ONLY))
     if report.distillable:
         lines.append(Text(f"Objectives run over {found.vocab_size:,} token ids."))
     return Group(table, Text(), verdict, *lines)

@@ -32,13 +32,19 @@ def require_options(options: Options, tokenizer: PreTrainedTokenizerBase) -> Non
     Raises:
         LimbeckError: it does not, or the option is one that limbeck sets itself.
     """
-    template = str(tokenizer.chat_template)
     for name in options:
-        if name in ("messages", "add_generation_prompt") or not re.search(rf"\b{re.escape(name)}\b", template):
+        if not reads_option(name, tokenizer):
             raise LimbeckError(
                 f"prompts.chat_options has {name!r}, which is no variable of the chat template of "
                 f"{tokenizer.name_or_path} that can be set; correct the name or leave it out"
             )
+
+
+def reads_option(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template has a variable of this name that a caller may set."""
+    if name in ("messages", "add_generation_prompt"):
+        return False
+    return re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)) is not None
 
 
 def turns_of(prompt: Prompt) -> Turns:

@@ -16,7 +16,6 @@ import torch
 from limbeck.flow import LimbeckError
 from limbeck.models.loading import load_tokenizer, source_config
 from limbeck.models.sources import resolve
-from limbeck.models.vocabulary import require_same
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe_sections import StudentSection, TeacherSection
 from limbeck.responses.authors import require_whole_epochs
@@ -26,6 +25,7 @@ from limbeck.stages.drafted import check_draft
 from limbeck.stages.endings import check_endings
 from limbeck.stages.judging import check_objectives
 from limbeck.stages.served import check_server
+from limbeck.stages.text_only import check_text_only
 from limbeck.story import Story
 from limbeck.student.adapters import LoraSpec, check_adapters
 from limbeck.student.blocks import pruned_config
@@ -89,8 +89,7 @@ def check_student(story: Story) -> None:
     section = story.recipe.student
     if section.model is not None and section.init != "scratch":
         resolvable(section)
-    if story.student_card is not None:
-        require_same(story.teacher_card, story.student_card)
+    check_text_only(story)
     check_endings(story)
     _check_anatomy(story)
 

@@ -29,6 +29,7 @@ from limbeck.stages.endings import same_tokens
 from limbeck.stages.responses import load_responses, sampler_for, sampling_meter
 from limbeck.stages.sharing import once
 from limbeck.stages.student import build_initial_student
+from limbeck.stages.text_only import text_options
 from limbeck.story import Story
 
 Part = Literal["before", "after"]
@@ -179,7 +180,7 @@ class Exam:
             speaker.tokenizer,
             speaker.template,
             control_tokens=section.control_tokens,
-            chat_options=section.chat_options,
+            chat_options=text_options(self.story, speaker.tokenizer),
         )
         config: Any = speaker.model.config
         window = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -251,7 +252,10 @@ class Exam:
         return self.story.run.manifest("student") is not None
 
     def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> Speaker:
-        template = (self.story.run.manifest("responses") or {}).get("template")
+        record = self.story.run.manifest("responses") or {}
+        # Where the two have different tokens, the responses are the student's way of writing.
+        apart = who == "teacher" and record.get("tokens_of") == "student"
+        template = None if apart else record.get("template")
         if template is None:
             template = resolve_template(self.story.recipe.prompts.template, tokenizer, self.prompts)
         return Speaker(who=who, model=model, tokenizer=tokenizer, template=template)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from limbeck.flow import Author, LimbeckError, Prompt, Response, Split, TokenPrompt
+from limbeck.models.fingerprints import tokenizer_fingerprint
 from limbeck.models.loading import LoadedModel, load_tokenizer
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.prompts.lengths import check_lengths
@@ -35,8 +36,10 @@ from limbeck.rundir import Json
 from limbeck.stages.batches import write_in_batches
 from limbeck.stages.checks import check_responses, check_rounds
 from limbeck.stages.drafted import draft_inputs, draft_record, keep_counts, with_draft
+from limbeck.stages.endings import same_tokens
 from limbeck.stages.sampling import sampling_of
 from limbeck.stages.served import ask_server
+from limbeck.stages.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
 from limbeck.story import Stage, Story
 from limbeck.teachers.store import write_shard
 
@@ -68,6 +71,8 @@ def _response_inputs(story: Story) -> Json:
     if story.recipe.base_author == "data" or story.recipe.sft_on_data:
         chosen["loss_on"] = prompts.loss_on
     sft = {"sft": "data"} if story.recipe.sft_on_data else {}
+    if not same_tokens(story):
+        sft["read_by"] = tokenizer_fingerprint(load_student_tokenizer(story))
     return section | chosen | captured | sft | {"teacher": teacher_inputs(story), "window": story.window}
 
 
@@ -88,9 +93,14 @@ def _play_responses(story: Story) -> Json:
     prompts = read_prompts(run.prompts)
     # A server and the data answer without the weights being here; they come with the signal.
     teacher = story.load_teacher() if section.server is None and author == "teacher" else None
-    tokenizer = teacher.tokenizer if teacher else _tokenizer(story)
+    # Where the two have different tokens, the student reads text in its own.
+    apart = not same_tokens(story)
+    own = load_student_tokenizer(story) if apart else None
+    tokenizer = teacher.tokenizer if teacher else own if own and author == "data" else _tokenizer(story)
     template = resolve_template(story.recipe.prompts.template, tokenizer, prompts)
     asked, dropped = _token_prompts(story, tokenizer, prompts, template)
+    reader = (own or tokenizer, student_template(story, own, prompts) if own else template)
+    read, more_dropped = _token_prompts(story, reader[0], prompts, reader[1]) if own else (asked, ())
     if story.recipe.on_policy:
         train = [p for p in asked if p.split == "train"]
         check_rounds(story, len(train))
@@ -99,7 +109,7 @@ def _play_responses(story: Story) -> Json:
     if story.recipe.sft_on_data:
         require_answers_for_sft([p for p in prompts if p.split == "train"])
         train = [p for p in asked if p.split == "train"]
-        answers = _from_data(story, prompts, train, tokenizer, template, loss_on=story.recipe.prompts.loss_on)
+        answers = _from_data(story, prompts, train, *reader, loss_on=story.recipe.prompts.loss_on)
         write_responses(run.responses / "sft.jsonl", answers)
         more["sft"] = {"responses": len(answers), "tokens": sum(r.tokens for r in answers)}
     if story.recipe.on_policy:
@@ -115,6 +125,9 @@ def _play_responses(story: Story) -> Json:
     else:
         responses, served = ask_server(story, tokenizer, prompts, asked, template, sampling_of(section))
         more |= served
+    if own is not None and author == "teacher":
+        responses, told = in_the_students_tokens(story, prompts, responses, tokenizer, read)
+        more |= told
     for split in ("train", "heldout"):
         written = [r for r in responses if r.split == split]
         if written and all(_is_empty(r) for r in written):
@@ -127,7 +140,7 @@ def _play_responses(story: Story) -> Json:
         "template": template,
         "responses": len(responses),
         "empty": sum(_is_empty(r) for r in responses),
-        "dropped_too_long": len(dropped),
+        "dropped_too_long": len({*dropped, *more_dropped}),
         "ended": sum(r.stop != "length" for r in responses),
         "tokens": sum(r.tokens for r in responses),
     } | more
@@ -150,7 +163,7 @@ def _from_data(
         template,
         max_new_tokens=story.recipe.responses.max_new_tokens,
         control_tokens=story.recipe.prompts.control_tokens,
-        chat_options=story.recipe.prompts.chat_options,
+        chat_options=text_options(story, tokenizer),
         loss_on=loss_on,
     )
 
@@ -197,7 +210,7 @@ def _token_prompts(
         tokenizer,
         template,
         control_tokens=section.control_tokens,
-        chat_options=section.chat_options,
+        chat_options=text_options(story, tokenizer),
     )
     fitting = check_lengths(
         encoded,

@@ -167,6 +167,8 @@ def _sft_responses(story: Story, section: SftSection, *, vocab_size: int) -> tup
     """What the first stage is taught from, and who says what of it. Nothing is kept of the data's answers on disk."""
     if not story.recipe.sft_on_data:
         by_row = load_responses(story, "train")
+        if not story.recipe.signal.cache and not sft_judgement(story.recipe, section).heeds_teacher:
+            return list(by_row.values()), UnheardTeacher.of(vocab_size)
         return list(by_row.values()), open_teacher(story, list(by_row))
     heeded = sft_judgement(story.recipe, section).heeds_teacher
     return load_sft_answers(story), local_teacher(story) if heeded else UnheardTeacher.of(vocab_size)

@@ -6,16 +6,26 @@ from limbeck.flow import Prompt
 from limbeck.prompts.references import require_references
 from limbeck.recipe_evaluation import EvaluateSection
 from limbeck.stages.exam import Group
-from limbeck.stages.groups import cost, diversity, fidelity, judge, rouge, speculation, tasks
+from limbeck.stages.groups import cost, diversity, fidelity, judge, nll, rouge, speculation, tasks
 
 GROUPS: dict[str, Group] = {
     group.name: group
-    for group in (fidelity.GROUP, rouge.GROUP, diversity.GROUP, judge.GROUP, tasks.GROUP, speculation.GROUP, cost.GROUP)
+    for group in (
+        fidelity.GROUP,
+        nll.GROUP,
+        rouge.GROUP,
+        diversity.GROUP,
+        judge.GROUP,
+        tasks.GROUP,
+        speculation.GROUP,
+        cost.GROUP,
+    )
 }
 
 # What to change where the data has no answers of its own.
 _REMEDIES = {
     "rouge": "set evaluate.rouge.against to [teacher]",
+    "nll": "set evaluate.nll.whose=responses",
     "fidelity": "take references out of evaluate.fidelity.whose",
 }
 
