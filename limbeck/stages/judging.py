@@ -66,6 +66,21 @@ def sft_judgement(recipe: config.Recipe, section: SftSection) -> Judgement:
     return Judgement(objective=config.named_objective("sft.objective", section.objective), support=support)
 
 
+def trial_judgement(recipe: config.Recipe) -> Judgement:
+    """What the learning rate is searched with before a first stage: the objective on what was written before training.
+
+    Objectives that push sampled tokens say nothing on the text of others; reverse KL, which they estimate, stands for
+    them there. What a rule says of whole responses is left out.
+    """
+    judgement = judgement_of(recipe)
+    alone = replace(judgement, own=None, rule=None, authored=False)
+    return (
+        replace(alone, objective=config.named_objective("objective", {"name": "rkl"}))
+        if alone.pushes_samples
+        else alone
+    )
+
+
 def balance_of(recipe: config.Recipe) -> Balance:
     """What each response counts, as a recipe says it."""
     contrast = recipe.contrast

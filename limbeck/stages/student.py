@@ -29,7 +29,7 @@ from limbeck.stages.authors import author_of
 from limbeck.stages.checks import check_student, student_spec
 from limbeck.stages.corpus import corpus_inputs, open_corpus
 from limbeck.stages.endings import endings_record, say_endings, with_endings
-from limbeck.stages.judging import balance_of, judgement_of, sft_judgement, temperature_of
+from limbeck.stages.judging import balance_of, judgement_of, sft_judgement, temperature_of, trial_judgement
 from limbeck.stages.responses import CALIBRATION_RESPONSES, load_responses, load_sft_answers, pad_token_id
 from limbeck.stages.rounds import round_teacher
 from limbeck.stages.sharing import initial_student, once, student_inputs
@@ -39,7 +39,7 @@ from limbeck.student import checkpoints
 from limbeck.student.batches import collate
 from limbeck.student.build import Student, build_student
 from limbeck.student.journal import LoopContext
-from limbeck.student.loop import train
+from limbeck.student.loop import find_learning_rate, train
 from limbeck.student.saving import save_student
 from limbeck.teachers.local import UnheardTeacher
 
@@ -98,6 +98,8 @@ def _play_student(story: Story) -> Json:
         try:
             if recipe.sft is not None:
                 if checkpoints.usable(run.checkpoints) is None:
+                    if recipe.train.learning_rate == "auto":
+                        _search_learning_rate(story, student, should_stop)
                     _play_sft(story, student, recipe.sft, should_stop)
                 if not story.rank:
                     # Not asked for again, whether it ended now or in a run that was killed before it came here.
@@ -172,6 +174,26 @@ def _sft_responses(story: Story, section: SftSection, *, vocab_size: int) -> tup
         return list(by_row.values()), open_teacher(story, list(by_row))
     heeded = sft_judgement(story.recipe, section).heeds_teacher
     return load_sft_answers(story), local_teacher(story) if heeded else UnheardTeacher.of(vocab_size)
+
+
+def _search_learning_rate(story: Story, student: Student, should_stop: Callable[[], bool]) -> None:
+    """The learning rate of the training proper, searched before the first stage on what was written before both."""
+    recipe, run = story.recipe, story.run
+    by_row, _ = _trained_and_aside(story)
+    judgement, vocab_size = trial_judgement(recipe), real_vocab_size(student.tokenizer)
+    heeded = recipe.signal.cache or judgement.heeds_teacher
+    find_learning_rate(
+        student.model,
+        fixed(list(by_row.values())),
+        open_teacher(story, list(by_row)) if heeded else UnheardTeacher.of(vocab_size),
+        judgement,
+        temperature=temperature_of(recipe),
+        schedule=recipe.objective.schedule,
+        settings=recipe.train,
+        vocab_size=vocab_size,
+        pad_id=pad_token_id(student.tokenizer),
+        context=_context(story, should_stop, checkpoints=run.checkpoints, metrics=run.metrics, label="train"),
+    )
 
 
 def _play_training(story: Story, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:

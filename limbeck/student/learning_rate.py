@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from limbeck.rundir import read_fields, write_json
 
@@ -25,8 +25,6 @@ TRIAL_STEPS, WARMUP_STEPS, FALLING_STEPS = 12, 3, 4
 # Half a decade between rates: the loss after a training is flat within that around its best.
 RATIO = math.sqrt(10)
 LOWEST, HIGHEST = 1e-7, 1e-1
-# A longer training goes further at the same rate, and its best rate is lower: by this power of the length.
-LENGTH_POWER = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +42,12 @@ class RateSearch:
     Attributes:
         metric: what the losses are: `loss` of the objective, per token, or `forward_kl` beside it.
         before: the loss of the student as it begins.
-        length_factor: the chosen rate over the best of the trials, for the longer training that follows.
         chosen: the learning rate to train with; None while trials are missing.
     """
 
     metric: str
     before: float
     trials: tuple[Trial, ...] = ()
-    length_factor: float = 1.0
     chosen: float | None = None
 
     def write(self, path: Path) -> None:
@@ -85,11 +81,6 @@ def trial_factors() -> list[float]:
 def first_guess(width: int, *, adapters: bool) -> float:
     """Where a search begins: 3e-4 at the width of 576 and less in wider models; adapters take ten times as much."""
     return 3e-4 * min(1.0, 576 / width) * (10 if adapters else 1)
-
-
-def length_factor(steps_of_the_training: float) -> float:
-    """The factor from the best rate of a trial to that of a training, by the steps of each at full rate."""
-    return min(1.0, (sum(trial_factors()) / max(steps_of_the_training, 1e-9)) ** LENGTH_POWER)
 
 
 def next_rate(guess: float, before: float, trials: Sequence[Trial]) -> float | None:
@@ -133,38 +124,49 @@ def best_rate(guess: float, before: float, trials: Sequence[Trial]) -> float:
     return guess * RATIO ** (best + shift)
 
 
+class Trials(Protocol):
+    """What tries rates; see `limbeck.student.rate_trials`."""
+
+    def before(self) -> float:
+        """The loss of the student as it begins."""
+        ...
+
+    def try_rate(self, rate: float) -> float:
+        """The loss after a trial at a rate; the student is then as before."""
+        ...
+
+
 def search(
     path: Path,
     *,
     metric: str,
     guess: float,
-    training_steps: float,
-    before: Callable[[], float],
-    try_rate: Callable[[float], float],
+    trials: Callable[[], Trials],
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> RateSearch:
     """The search kept at `path`: what is there is read, what is missing is tried.
 
     Args:
-        training_steps: steps of the training that follows, each counted by its share of the learning rate.
-        before: measures the loss of the student as it begins.
-        try_rate: the loss after a trial at a rate; the student is then as before.
+        trials: makes what tries rates; not called where the search is over already.
         accelerator: its processes try the same together; the first one keeps the trials.
     """
     found = _of_the_first(RateSearch.read(path) if accelerator.is_main_process else None)
+    if found is not None and found.chosen is not None:
+        return found
+    tried = trials()
     if found is None:
-        found = RateSearch(metric=metric, before=before(), length_factor=length_factor(training_steps))
+        found = RateSearch(metric=metric, before=tried.before())
     while found.chosen is None:
         rate = next_rate(guess, found.before, found.trials)
         if rate is None:
-            chosen = float(f"{best_rate(guess, found.before, found.trials) * found.length_factor:.3g}")
+            chosen = float(f"{best_rate(guess, found.before, found.trials):.3g}")
             found = RateSearch(**{**vars(found), "chosen": chosen})
         else:
-            loss = try_rate(rate)
+            loss = tried.try_rate(rate)
             say(f"learning rate {rate:.2g}: {metric} {found.before:.4g} -> {loss:.4g} in {TRIAL_STEPS} steps")
-            trials = (*found.trials, Trial(learning_rate=rate, loss=loss))
-            found = RateSearch(**{**vars(found), "trials": trials})
+            more = (*found.trials, Trial(learning_rate=rate, loss=loss))
+            found = RateSearch(**{**vars(found), "trials": more})
         if accelerator.is_main_process:
             found.write(path)
     return found

@@ -87,6 +87,92 @@ def train(
         Interrupted: `context` said so; a checkpoint of the finished step is on disk.
         LimbeckError: nothing is held out for an author that asks for its loss, or pairs would be cut apart.
     """
+    run = _prepared(
+        student,
+        author,
+        teacher,
+        judgement,
+        temperature=temperature,
+        schedule=schedule,
+        balance=balance,
+        heldout=heldout,
+        development=development,
+        corpus=corpus,
+        settings=settings,
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        context=context,
+    )
+    progress = run.resume()
+    try:
+        rated = run.with_learning_rate(progress)
+        run.warn_of_rounding(rated)
+        run.play(progress, schedules.learning_rate(rated, run.total))
+        run.hand_on_best(progress)
+    finally:
+        # Not accelerate's end_training: that would also end the process group, which is the launcher's.
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
+    student.eval()
+    return student
+
+
+def find_learning_rate(
+    student: nn.Module,
+    author: Author,
+    teacher: Teacher,
+    judgement: Judgement,
+    *,
+    temperature: Temperature | TemperatureSchedule,
+    schedule: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    settings: TrainSection,
+    vocab_size: int,
+    pad_id: int,
+    context: LoopContext,
+) -> None:
+    """Search the learning rate of a training that comes later, and keep it at `context.learning_rate`.
+
+    A first stage leaves the student where any larger step does harm at first, though it pays later; so the training
+    that follows is tried on the student as it was before. The student is left as it is.
+    """
+    run = _prepared(
+        student,
+        author,
+        teacher,
+        judgement,
+        temperature=temperature,
+        schedule=schedule,
+        balance=None,
+        heldout=(),
+        development={},
+        corpus=None,
+        settings=replace(settings, report_to=()),
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        context=context,
+    )
+    run.search()
+    student.eval()
+
+
+def _prepared(
+    student: nn.Module,
+    author: Author,
+    teacher: Teacher,
+    judgement: Judgement,
+    *,
+    temperature: Temperature | TemperatureSchedule,
+    schedule: Mapping[str, tuple[float, float]],
+    balance: Balance | None,
+    heldout: Sequence[Response],
+    development: Mapping[int, Response],
+    corpus: Corpus | None,
+    settings: TrainSection,
+    vocab_size: int,
+    pad_id: int,
+    context: LoopContext,
+) -> _Run:
+    """The parts of a loop, ready to run; see `train`."""
     accelerator = launch.accelerator(
         settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
     )
@@ -111,7 +197,7 @@ def train(
     )
     optimizer = launch.adamw(loss_module, settings)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
-    run = _Run(
+    return _Run(
         accelerator=accelerator,
         model=model,
         module=loss_module,
@@ -131,18 +217,6 @@ def train(
         total=total,
         journal=Journal(accelerator=accelerator, context=context, authored=judgement.authored, prompts=supply.prompts),
     )
-    progress = run.resume()
-    try:
-        rated = run.with_learning_rate(progress)
-        run.warn_of_rounding(rated)
-        run.play(progress, schedules.learning_rate(rated, total))
-        run.hand_on_best(progress)
-    finally:
-        # Not accelerate's end_training: that would also end the process group, which is the launcher's.
-        for tracker in accelerator.trackers:
-            tracker.finish()
-    student.eval()
-    return student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +258,7 @@ class _Run:
         if self.settings.learning_rate != "auto":
             return self.settings
         if progress.learning_rate is None:
-            progress.learning_rate = self._search()
+            progress.learning_rate = self.search()
             self.context.console.say(f"{self.context.label}: learning rate {progress.learning_rate:.3g}, by a search")
         return replace(self.settings, learning_rate=progress.learning_rate)
 
@@ -194,17 +268,9 @@ class _Run:
         if self.context.label == "train" and (warning := rounding_warning(self.module.student, rated.learning_rate)):
             self.context.console.warn(warning)
 
-    def _search(self) -> float:
+    def search(self) -> float:
         """The learning rate that the student as it stands learns best with."""
-        factor_of = schedules.learning_rate(self.settings, self.total)
         inner = self.module.student
-        trials = RateTrials.of(
-            self.supply.preview(previews_wanted(self.step_rows), self.total),
-            module=self.module,
-            optimizer=self.optimizer.optimizer,  # type: ignore[attr-defined]
-            update=self._trial_update,
-            loss_on=self.loss_on,
-        )
         found = learning_rate.search(
             self.context.learning_rate,
             metric=self.module.judgement.gauge,
@@ -212,14 +278,21 @@ class _Run:
                 head_of(inner, self.module.vocab_size, verify=False).weight_VD.shape[1],
                 adapters=any("lora_" in name for name, _ in inner.named_parameters()),
             ),
-            training_steps=sum(factor_of(step) for step in range(self.total)),
-            before=trials.before,
-            try_rate=trials.try_rate,
+            trials=self._trials,
             accelerator=self.accelerator,
             say=lambda line: self.context.console.say(f"{self.context.label}: {line}"),
         )
         assert found.chosen is not None, "a search ends with a choice"
         return found.chosen
+
+    def _trials(self) -> RateTrials:
+        return RateTrials.of(
+            self.supply.preview(previews_wanted(self.step_rows), self.total),
+            module=self.module,
+            optimizer=self.optimizer.optimizer,  # type: ignore[attr-defined]
+            update=self._trial_update,
+            loss_on=self.loss_on,
+        )
 
     def _trial_update(self, step: int, by_row: Mapping[int, Response], rate: float) -> bool:
         """One update with the gradients of some responses, of which nothing is logged."""
@@ -249,10 +322,13 @@ class _Run:
         place = self.module.stats.index(self.module.judgement.gauge)
         self.model.eval()
         for by_row in steps:
-            for micro in filter(None, self._micro_batches(by_row)):
-                batch, signal = self._batch(micro, by_row)
+            for micro in self._micro_batches(by_row):
+                # As in training, ranks meet at each pass: one that has run out looks at a row that does not count.
+                batch, signal = self._batch(micro or tuple(by_row)[-1:], by_row)
                 with onednn.linears():
-                    sums += self.model(batch, signal, torch.ones_like(batch.labels_N).float(), moment)[1][place]
+                    part = self.model(batch, signal, torch.ones_like(batch.labels_N).float(), moment)[1][place]
+                if micro:
+                    sums += part
         self.model.train()
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return total / max(count, 1.0)

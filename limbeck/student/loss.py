@@ -90,9 +90,13 @@ class Judgement:
         The loss, but for objectives that push sampled tokens alone: their value says nothing of the fit, the forward KL
         that is measured beside them does.
         """
-        pushed = {"opd", "policy_gradient"}
-        pushing = any(part.name in pushed for one in self.objectives for _, part in leaves(one))
-        return "forward_kl" if pushing and "forward_kl" in self.stats else "loss"
+        return "forward_kl" if self.pushes_samples and "forward_kl" in self.stats else "loss"
+
+    @property
+    def pushes_samples(self) -> bool:
+        """Whether an objective moves sampled tokens by how good they are found, not whole distributions."""
+        pushing = {"opd", "policy_gradient"}
+        return any(part.name in pushing for one in self.objectives for _, part in leaves(one))
 
     def measured(self, objective: AnyObjective) -> bool:
         """Whether entropies can be measured beside an objective."""
