@@ -69,6 +69,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         with naming(path):
             # What a kill left, or a link that would have somebody else's file written.
             remove(partial)
+            if path.is_dir():
+                raise _a_folder(path)
             partial.touch()
             mode = stat.S_IMODE(partial.stat().st_mode)
             yield partial
@@ -87,6 +89,10 @@ def _settle(file: Path, mode: int) -> None:
         file.chmod(mode)
 
 
+def _a_folder(path: Path) -> LimbeckError:
+    return LimbeckError(f"{path} is a folder where a file belongs; delete it and run the same command again")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old one or the new one, also after a crash."""
     with whole_file(path) as partial:
@@ -100,6 +106,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
+    except IsADirectoryError:
+        raise _a_folder(path) from None
     except (ValueError, RecursionError) as error:
         raise LimbeckError(f"{path} is damaged ({error}); delete it and run the same command again") from None
 
@@ -210,6 +218,8 @@ def _open_lock(path: Path) -> IO[str]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
+        if error.errno == errno.EISDIR:
+            raise _a_folder(path) from None
         if error.errno != errno.ELOOP:
             raise
         raise LimbeckError(

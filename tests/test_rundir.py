@@ -65,6 +65,16 @@ class TestWriting:
         with pytest.raises(LimbeckError, match=r"file\.json is damaged"):
             read_json(path)
 
+    def test_a_folder_in_the_place_of_a_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "file.json"
+        path.mkdir()
+        for use in (lambda: write_json(path, {}), lambda: read_json(path)):
+            with pytest.raises(LimbeckError, match=r"file\.json is a folder where a file belongs; delete it"):
+                use()
+        path.rename(tmp_path / ".lock")
+        with pytest.raises(LimbeckError, match="is a folder"), RunDirectory(tmp_path).locked(print):
+            pass
+
     def test_folder_appears_whole_and_replaces(self, tmp_path: Path) -> None:
         target = tmp_path / "step"
         for content in ("first", "second"):

@@ -162,3 +162,9 @@ def test_the_teacher_speaks_another_way(limbeck: CommandServer, tmp_path: Path, 
     refused = limbeck.run("run", recipe)
     assert refused.code == 2 and "the inputs of its responses have changed" in refused.error_line
     assert limbeck.run("run", recipe, "train.max_steps=1", "--update").code == 0
+
+
+def test_no_bars_of_others(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
+    """What transformers draws while it reads and writes weights is not of the run."""
+    finished = limbeck.run("train", tiny.recipe(tmp_path / "run", train={"max_steps": 1}))
+    assert finished.code == 0 and "it/s" not in finished.stderr and "shards" not in finished.stderr
