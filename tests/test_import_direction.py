@@ -67,7 +67,7 @@ PARTS = {
     "report": {"flow", "jsonlines", "rundir", "recipe_keys", "recipe_text", "evaluation", "responses"},
     "card": {"flow", "rundir", "report"},
     # Reads what a run wrote, and writes it for others; adapters are merged as the student is saved.
-    "export": {"flow", "recipe_text", "rundir", "models", "prompts", "student"},
+    "export": {"flow", "outputs", "recipe_text", "rundir", "models", "prompts", "student"},
 }
 # What plays the story may import every part; the stages are handed to it.
 STORY = USABLE | set(PARTS) | {"shelf", "recipe_keys", "recipe_text"}

@@ -14,7 +14,9 @@ from limbeck.flow import LimbeckError
 from limbeck.models.loading import DTYPES, load_model, load_tokenizer, source_config
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import resolve
+from limbeck.outputs import faults, matching
 from limbeck.recipe_text import parse
+from limbeck.rundir import RunDirectory
 from limbeck.student.saving import merged_state
 
 if TYPE_CHECKING:
@@ -69,6 +71,13 @@ def _of_run(run: Path, trust_remote_code: bool) -> Exportable:
     student = run / "student"
     if not (student / "config.json").is_file():
         raise LimbeckError(f"{run} has no finished student, expected {student}; end it with `limbeck run {run}`")
+    written = (RunDirectory(run).manifest("student") or {}).get("outputs", {})
+    fault = next(iter(faults(run, matching(written, ["student/*"]), content=True).items()), None)
+    if fault is not None:
+        raise LimbeckError(
+            f"{run / fault[0]} {fault[1]} since it was written; make it again with `limbeck run {run}`, or export "
+            f"{student} as it stands"
+        )
     return _exportable(student, run.resolve().name, (student, *_origins(run)), trust_remote_code)
 
 

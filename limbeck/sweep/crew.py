@@ -104,7 +104,8 @@ class Workers:
                 if wished() and not told:
                     told = stop.number
                     for worker in self._all:
-                        worker.process.send_signal(told)
+                        # Between two runs a worker hears no others.
+                        worker.process.send_signal(told if told in STOPPING else signal.SIGTERM)
                 while waiting and not wished() and (worker := self._idle()) is not None:
                     begun(waiting[0])
                     worker.give(waiting[0], tasks[waiting.pop(0)])

@@ -168,3 +168,12 @@ def test_no_bars_of_others(limbeck: CommandServer, tiny: TinyPair, tmp_path: Pat
     """What transformers draws while it reads and writes weights is not of the run."""
     finished = limbeck.run("train", tiny.recipe(tmp_path / "run", train={"max_steps": 1}))
     assert finished.code == 0 and "it/s" not in finished.stderr and "shards" not in finished.stderr
+
+
+def test_a_damaged_student_is_not_exported(limbeck: CommandServer, run: Path, tmp_path: Path) -> None:
+    path = run / "student/model.safetensors"
+    one_bit(path)
+    refused = limbeck.run("export", run, tmp_path / "exported")
+    assert refused.code == 2 and f"{path} has changed since it was written" in refused.error_line
+    assert limbeck.run("run", run).code == 0
+    assert limbeck.run("export", run, tmp_path / "exported").code == 0
