@@ -88,6 +88,8 @@ class Columns:
         """Note what a row holds that was not asked for."""
         names = [name for name, value in row.items() if name not in row.read and _says(value)]
         names += {f"{c}.{key}" for c, key in _turn_fields(row) if c in row.read and key not in _READ_IN_TURNS}
+        instances: Any = dict.get(row, "instances") if "instances" in row.read else None
+        names += {f"instances.{key}" for one in instances or () for key in _unread_in_instance(one)}
         self.unread.update(names)
 
     def finish(self) -> None:
@@ -129,6 +131,13 @@ def _turn_fields(row: Row) -> Iterator[tuple[str, str]]:
         turns = [turn for turn in value if isinstance(turn, Mapping)] if _is_list(value) else []
         if any("role" in turn or "from" in turn for turn in turns):
             yield from ((column, key) for turn in turns for key, inner in turn.items() if _says(inner))
+
+
+def _unread_in_instance(one: Mapping[str, Any]) -> list[str]:
+    """What a pair of self-instruct holds that is not read: of two answers that is the second."""
+    twice = _says(one.get("output")) and _says(one.get("response"))
+    read = {"input", "context", "output"} | (set() if twice else {"response"})
+    return [key for key, value in one.items() if key not in read and _says(value)]
 
 
 def _without(turn: Any, key: str) -> Any:

@@ -82,7 +82,7 @@ def category_of(row: Row, where: str) -> str | None:
         LimbeckError: text that is no Unicode.
     """
     value = row.get("category")
-    if value in (None, ""):
+    if value in (None, "", [], {}):
         return None
     _require_unicode(text := str(value), "category", where)
     return text
@@ -129,7 +129,7 @@ def _tool_calls(value: Any, field: str, where: str) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     call: Any
     for call in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
+        function: Any = call.get("function", call) if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         arguments = _as_json(function.get("arguments") or {}) if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not isinstance(arguments, Mapping):
@@ -137,8 +137,11 @@ def _tool_calls(value: Any, field: str, where: str) -> list[dict[str, Any]]:
                 f"{where}: got {shown(call)} in 'tool_calls' of {field!r}, expected a name and arguments, such as "
                 "{'type': 'function', 'function': {'name': '...', 'arguments': {...}}}; rewrite the row"
             )
-        beside = {key: call[key] for key in ("id", "type") if call.get(key) is not None}
-        calls.append({"type": "function", **beside, "function": {"name": name, "arguments": dict(arguments)}})
+        named = {
+            key: call[key] for key in (call if "function" in call else ("id", "type")) if call.get(key) is not None
+        }
+        inner = {key: inner for key, inner in function.items() if "function" in call or key not in ("id", "type")}
+        calls.append({"type": "function", **named, "function": {**inner, "arguments": dict(arguments)}})
     return calls
 
 

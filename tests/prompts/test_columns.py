@@ -29,6 +29,10 @@ def load(tmp_path: Path, rows: Sequence[dict[str, Any]], **options: Any) -> Prom
         ({"prompt": "Hi", "prompt_id": "7", "messages": ANSWERED}, ["prompt", "prompt_id"]),
         ({"problem": "2 + 3?", "solution": "It is 5.", "answer": "5", "category": "sums"}, ["answer"]),
         ({"instruction": "Add", "input": "2", "output": "5", "response": "6"}, ["response"]),
+        (
+            {"instruction": "Add", "instances": [{"input": "2", "note": "x", "output": "3", "response": "4"}]},
+            ["instances.note", "instances.response"],
+        ),
         ({"messages": [{**ANSWERED[0], "mood": "calm"}, ANSWERED[1]]}, ["messages.mood"]),
         ({"messages": ANSWERED, "tools": [{"type": "function", "function": {"name": "f"}}]}, []),
         ({"prompt": "Hi", "label": 3}, ["label"]),
