@@ -276,7 +276,6 @@ def play(
             return _follow(replace(story, console=QuietConsole()), wanted)
         run = story.run
         _check_directory(run)
-        console.say(launch.line(*_step_batch(recipe, names)))
         # Before anything that may take long, so that the other ranks see this one live.
         with beating(run.lock) if launch.ranks > 1 else nullcontext():
             if update or any(not run.done(stage.name) for stage in wanted):
@@ -309,12 +308,15 @@ def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], up
     stale = [stage for stage in stages if _is_stale(run, stage, prints)]
     if not update:
         require_same(story, stages, prints)
+    todo = not all(run.finished(stage.name, prints[stage.name]) for stage in wanted)
+    if todo:
+        story.console.say(launched().line(*_step_batch(recipe, [stage.name for stage in wanted])))
     run.sweep()
     for stage in stale:
         target = run.set_aside(stage.name, stage.outputs(run))
         story.console.say(f"{stage.name}: made from other inputs; moved to {target}")
     write_text(run.recipe, config.to_yaml(recipe))
-    if not all(run.finished(stage.name, prints[stage.name]) for stage in wanted):
+    if todo:
         write_json(run.root / "provenance.json", provenance(story, prints))
     looks = closeness(run, wanted, prints)
     for stage in wanted:
