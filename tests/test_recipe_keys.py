@@ -49,7 +49,15 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
         folder / "drafted", **common, responses={"author": "mixed", "draft": {"model": str(tiny.teacher)}}
     )
     sparse = tiny.tree(folder / "sparse", **common, signal={"support": "topk_tail", "k": 5})
-    return [load_recipe(tree) for tree in (served, drafted, sparse)]
+    text = folder / "text.jsonl"
+    text.write_text('{"text": "Some text to learn from."}\n' * 20, "utf-8")
+    answered = folder / "answered.jsonl"
+    answered.write_text(
+        "".join(f'{{"prompt": "What is {i}?", "completion": "It is {i}."}}\n' for i in range(20)), "utf-8"
+    )
+    data = tiny.tree(folder / "data", **common, responses={"author": "data"}, train={"lm": {"source": str(text)}})
+    data["prompts"]["source"] = str(answered)
+    return [load_recipe(tree) for tree in (served, drafted, sparse, data)]
 
 
 def others(section: type, name: str, now: Any) -> Iterator[Any]:

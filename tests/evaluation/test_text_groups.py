@@ -18,6 +18,7 @@ import limbeck
 from limbeck.evaluation.diversity import diversity
 from limbeck.flow import LimbeckError, Sampling
 from limbeck.prompts.record import read_prompts, write_prompts
+from limbeck.rundir import sealed
 from limbeck.stages.exam import Exam, Measured, Who, text_of
 from limbeck.stages.groups import GROUPS
 from tests.evaluation.tiny_exam import EVALUATE, SEEDS, Tiny, tokenizer_of, written
@@ -229,7 +230,8 @@ def test_a_run_has_them_in_its_scores_and_asks_the_teacher_once(tmp_path: Path) 
     answers = {path: path.stat().st_mtime_ns for path in (scores / "answers").iterdir()}
     manifest = tmp_path / "run" / "stages" / "evaluation.json"
     record = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(record | {"done": False}))
+    # As a run that was killed leaves it; `sealed` writes the hash that belongs to it.
+    manifest.write_text(json.dumps(sealed(record | {"done": False})))
     limbeck.run(tree)
     assert {name: (scores / name).read_bytes() for name in kept} == kept
     assert {path: path.stat().st_mtime_ns for path in (scores / "answers").iterdir()} == answers
