@@ -281,8 +281,6 @@ def play(
             if update or any(not run.done(stage.name) for stage in wanted):
                 for stage in stages:
                     stage.check(story)
-                if "student" in names:
-                    console.say(launch.line(*_step_batch(recipe, names)))
             with story.stop.installed(), run.locked(console.warn):
                 _play_all(story, stages, wanted, update)
         _say_harm(run, console)
