@@ -119,7 +119,7 @@ def _conversation(turns: list[Message], field: str, where: str) -> tuple[tuple[M
         last = turns[-1] if _answers(turns[-1]) else None
         turns = turns[:-1]
     if not turns or turns[-1].role not in ("user", "tool"):
-        got = f"one that ends with {turns[-1].role!r}" if turns else "the answer alone"
+        got = f"one that ends with {shown(turns[-1].role)}" if turns else "the answer alone"
         raise LimbeckError(
             f"{where}: expected a conversation in {field!r} with a user turn to answer, got {got}; repair it"
         )
@@ -167,7 +167,7 @@ def _answered(example: Example, answers: Sequence[str]) -> Example:
 def _completion(value: Any, where: str) -> Message | None:
     turns = turns_in(value, "completion", where)
     if len(turns) != 1 or turns[0].role != "assistant":
-        roles = ", ".join(turn.role for turn in turns)
+        roles = ", ".join(shown(turn.role) for turn in turns[:4])
         raise LimbeckError(
             f"{where}: expected one assistant turn in 'completion', got {roles}; move the others to 'prompt'"
         )
