@@ -309,8 +309,9 @@ def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], up
     if not update:
         require_same(story, stages, prints)
     todo = not all(run.finished(stage.name, prints[stage.name]) for stage in wanted)
-    if todo:
-        story.console.say(launched().line(*_step_batch(recipe, [stage.name for stage in wanted])))
+    launch, batch = launched(), _step_batch(recipe, [stage.name for stage in wanted])
+    if todo and (batch or launch.ranks > 1):
+        story.console.say(launch.line(*batch))
     run.sweep()
     for stage in stale:
         target = run.set_aside(stage.name, stage.outputs(run))
