@@ -56,6 +56,8 @@ def _explain_os_error(error: OSError) -> str:
         remedy = "free some space, or name another disk with output_dir=...; the same command then continues"
     elif error.errno in _FORBIDDEN:
         remedy = "name a directory you can write to with output_dir=..."
+    elif error.errno == errno.EISDIR:
+        remedy = "a file belongs there: where it is in the run directory, delete it and run the same command again"
     elif error.errno in _NO_PLACE:
         remedy = "check the path; where it is the run directory, name another with output_dir=..."
     else:

@@ -167,6 +167,10 @@ class TestPlaying:
         ("error", "words"),
         [
             (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/file"), "cannot use /run/file: No space left"),
+            (
+                IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), "/run/x"),
+                "/run/x: Is a directory; .*delete it",
+            ),
             (SafetensorError("I/O error: File too large (os error 27)"), "File too large; free some space"),
             (MemoryError(), "out of memory; lower train.per_device"),
             (torch.OutOfMemoryError("tried to allocate 2 GiB\nand more"), "allocate 2 GiB and more.*batch_size"),
