@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -211,6 +212,19 @@ class TestRefusals:
         (tmp_path / "run").mkdir()
         (tmp_path / "run/recipe.resolved.yaml").write_text("name: run\n", "utf-8")
         assert "has no finished student" in self.refused(tmp_path / "run", tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            (b"a: &a [x]\nb: [*a, *a]\n", "anchors and aliases are not read"),
+            (b"[" * 3_000, "not valid YAML"),
+            (b"\xff", "not UTF-8"),
+        ],
+    )
+    def test_a_run_with_a_hostile_recipe(self, models: dict[str, Path], tmp_path: Path, text: bytes, said: str) -> None:
+        shutil.copytree(models["llama"], tmp_path / "run/student")
+        (tmp_path / "run/recipe.resolved.yaml").write_bytes(text)
+        assert said in self.refused(tmp_path / "run", tmp_path / "out")
 
     @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
     def test_a_wrong_weight_is_noticed(

@@ -21,6 +21,15 @@ from limbeck.rundir import Json, RunDirectory, flatten, read_json, write_text
 from limbeck.story import Stage, StopWish, Story, play
 from tests.tiny_pair import TinyPair, write_model
 
+# An alias bomb, one that holds itself, nested without end, no mapping, no text.
+ODD_RECIPES = (
+    b"a: &a [x, x]\n" + b"".join(b"%c: &%c [%s]\n" % (n, n, b"*%c, " % (n - 1) * 9) for n in range(98, 123)),
+    b"a: &a {b: *a}\n",
+    b"[" * 3_000,
+    b"- a\n",
+    b"\xff",
+)
+
 
 class TestStopWish:
     def test_at_once(self) -> None:
@@ -137,6 +146,14 @@ class TestPlaying:
         for name in trace.values:
             record = run.manifest(name)
             assert record is not None and 0 <= record["seconds"] < 60 and record["tokens_per_s"] < 1e12
+
+    @pytest.mark.parametrize("text", ODD_RECIPES)
+    def test_a_directory_whose_recipe_cannot_be_read(self, tiny: TinyPair, tmp_path: Path, text: bytes) -> None:
+        trace = Trace()
+        trace.play(tiny, tmp_path / "run").recipe.write_bytes(text)
+        trace.values["two"] = 2
+        with pytest.raises(LimbeckError, match=r"was made by a recipe that cannot be read.*--update"):
+            trace.play(tiny, tmp_path / "run")
 
     def test_update_redoes_what_depends_on_it(self, tiny: TinyPair, tmp_path: Path) -> None:
         trace, root = Trace(), tmp_path / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def _is_here(name: str) -> bool:
     """Whether a model can be found without a network."""
     from limbeck.models.assets import ASSETS
 
-    return name in ASSETS or Path(name).expanduser().exists()
+    return name in ASSETS or os.path.exists(os.path.expanduser(name))  # which never raise, whatever the name
 
 
 def _merged(folder: Path, trust_remote_code: bool) -> Exportable:

@@ -140,6 +140,8 @@ def _verdict(
 
 def _dot(found: Mapping[str, Any], part: str, top: float) -> Dot:
     low, high = number(found, "low"), number(found, "high")
+    if low is None or high is None:
+        low = high = None
     return Dot(
         at=_place(found["mean"], top),
         low=None if low is None else _place(low, top),

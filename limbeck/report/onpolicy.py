@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.report.run import Run, lines_of, number
+from limbeck.report.values import shown
 from limbeck.report.words import figure, setting, share
 from limbeck.responses.account import never_acted, told
 from limbeck.responses.alarms import EMPTY, EVERY_ALARM, REPEATED, TRUNCATED
@@ -183,6 +184,7 @@ def _said(row: Mapping[str, Any], decode: Decode, before: list[int] | None) -> S
 
 
 def _shortened(text: str) -> str:
+    text = shown(text)
     left_out = len(text) - BEGINNING - END
     return text if left_out < 100 else f"{text[:BEGINNING]} […{left_out:,} characters…] {text[-END:]}"
 

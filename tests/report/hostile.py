@@ -114,12 +114,12 @@ def _tree(path: Path, rng: random.Random) -> str:
         trees = (
             [json.loads(line) for line in text.split("\n") if line] if path.suffix == ".jsonl" else [json.loads(text)]
         )
-    changed = [rng.randrange(len(trees))] if rng.random() < 0.5 else range(len(trees))
+    numbers = [rng.randrange(len(trees))] if rng.random() < 0.5 else range(len(trees))
     odd, key, where = rng.choice(ODD), rng.choice(ODD_KEYS), rng.random()
     deep, kind = rng.randrange(1, 6), rng.randrange(8)
     said = ""
-    for number in changed:
-        trees[number], said = _changed(trees[number], random.Random(where), deep, kind, odd, key)
+    for number in numbers:
+        trees[number], said = changed(trees[number], random.Random(where), deep, kind, odd, key)
     if path.suffix == ".yaml":
         # As somebody would write it who does not quote half characters away.
         path.write_text(json.dumps(trees[0]), "utf-8")
@@ -128,7 +128,7 @@ def _tree(path: Path, rng: random.Random) -> str:
     return said
 
 
-def _changed(tree: Any, rng: random.Random, deep: int, kind: int, odd: Any, key: str) -> tuple[Any, str]:
+def changed(tree: Any, rng: random.Random, deep: int, kind: int, odd: Any, key: str) -> tuple[Any, str]:
     """The tree with one change some levels down."""
     if deep and isinstance(tree, dict | list) and tree:
         places = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
@@ -143,6 +143,6 @@ def _changed(tree: Any, rng: random.Random, deep: int, kind: int, odd: Any, key:
         if last and kind == 2:
             tree[place] = [tree[place]]
             return tree, f"{place!r} in a list"
-        tree[place], said = _changed(tree[place], rng, deep - 1, kind, odd, key)
+        tree[place], said = changed(tree[place], rng, deep - 1, kind, odd, key)
         return tree, f"{place!r} / {said}"
     return odd, repr(odd)[:60]

@@ -1,0 +1,80 @@
+"""Recipes and overrides as nobody should write them: each is read, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import limbeck
+from limbeck import recipe_files
+from limbeck.config import build_objective, build_rule, known_keys, load_recipe, to_yaml
+from limbeck.flow import LimbeckError
+from limbeck.sweep.arms import arms_of
+from limbeck.sweep.settings import load_sweep
+from tests.report.hostile import ODD, ODD_BYTES, ODD_KEYS, changed
+
+PLAIN: dict[str, Any] = {"teacher": {"model": "t"}, "student": {"init": "depth_prune", "layers": 2}}
+FOLDER = Path(limbeck.__file__).parent / "recipes"
+MUTANTS, BATCH = 300, 50
+
+
+def read(source: Any, *overrides: str) -> None:
+    """Everything that is done with a recipe before models are looked at."""
+    try:
+        recipe = load_recipe(source, overrides)
+        to_yaml(recipe)
+        build_objective(recipe)
+        build_rule(recipe)
+    except LimbeckError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("key", known_keys())
+def test_every_key_with_odd_values(key: str) -> None:
+    for odd in ODD:
+        read(PLAIN, f"{key}={json.dumps(odd)}")
+        tree = json.loads(json.dumps(PLAIN))
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = odd
+        read(tree)
+
+
+def mutant(seed: int) -> bytes:
+    """A shipped recipe or sweep with one thing wrong."""
+    rng = random.Random(seed)
+    names = sorted([*recipe_files.shipped_recipes(), *recipe_files.shipped_sweeps()])
+    whole = (FOLDER / f"{rng.choice(names)}.yaml").read_bytes()
+    kind = rng.randrange(5)
+    if kind == 0:
+        other = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 40))):
+            other[rng.randrange(len(other))] = rng.randrange(256)
+        return bytes(other)
+    if kind == 1:
+        return whole[: rng.randrange(len(whole))]
+    if kind == 2:
+        return rng.choice((b"", whole + b"\n")) + rng.choice(ODD_BYTES)
+    import yaml
+
+    deep, way, odd, key = rng.randrange(1, 5), rng.randrange(6), rng.choice(ODD), rng.choice(ODD_KEYS)
+    tree, _ = changed(yaml.safe_load(whole), rng, deep, way, odd, key)
+    return json.dumps(tree).encode()
+
+
+@pytest.mark.parametrize("first", range(0, MUTANTS, BATCH))
+def test_mutants(tmp_path: Path, first: int) -> None:
+    path = tmp_path / "mine.yaml"
+    for seed in range(first, first + BATCH):
+        path.write_bytes(mutant(seed))
+        read(path)
+        try:
+            arms_of(load_sweep(path))
+        except LimbeckError as error:
+            assert "\n" not in str(error)
