@@ -24,7 +24,7 @@ from limbeck.failures import in_one_line
 from limbeck.flow import LimbeckError
 from limbeck.heartbeat import beating, wait_until
 from limbeck.integrity import closeness, differs, intact, reopen_damaged, sources_of
-from limbeck.launched import launched
+from limbeck.launched import Launch, launched
 from limbeck.outputs import written_below
 from limbeck.recipe_keys import neutral_keys
 from limbeck.rundir import Json, RunDirectory, fingerprint, flatten, read_json, write_json, write_text
@@ -146,6 +146,15 @@ class Story:
     @cached_property
     def run(self) -> RunDirectory:
         return RunDirectory(self.recipe.directory)
+
+    @cached_property
+    def launch(self) -> Launch:
+        """How this process was started.
+
+        Raises:
+            LimbeckError: in a way that limbeck cannot train with.
+        """
+        return launched()
 
     @property
     def rank(self) -> int:
@@ -269,9 +278,10 @@ def play(
     console = console or default_console()
     wanted = stages[: 1 + [stage.verb for stage in stages].index(until or stages[-1].verb)]
     with in_one_line():
-        launch = launched()
         names = frozenset(stage.name for stage in wanted)
         story = Story(recipe, console, shelf=shelf, pause_at=pause_at, wanted=names)
+        # A launch that cannot train is refused before anything else.
+        launch = story.launch
         if story.rank:
             return _follow(replace(story, console=QuietConsole()), wanted)
         run = story.run
@@ -296,9 +306,9 @@ def _step_batch(recipe: Recipe, stages: Container[str]) -> tuple[int, ...]:
 def _say_harm(run: RunDirectory, console: Console) -> None:
     """Last of all, whether the student got worse."""
     from limbeck.report.outcome import harm
-    from limbeck.report.run import read_run
+    from limbeck.report.run import read_scores
 
-    if (run.root / "scores.json").exists() and (sentence := harm(read_run(run.root))) is not None:
+    if (run.root / "scores.json").exists() and (sentence := harm(read_scores(run.root))) is not None:
         console.warn(sentence)
 
 
@@ -309,7 +319,7 @@ def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], up
     if not update:
         require_same(story, stages, prints)
     todo = not all(run.finished(stage.name, prints[stage.name]) for stage in wanted)
-    launch, batch = launched(), _step_batch(recipe, [stage.name for stage in wanted])
+    launch, batch = story.launch, _step_batch(recipe, [stage.name for stage in wanted])
     if todo and (batch or launch.ranks > 1):
         story.console.say(launch.line(*batch))
     run.sweep()
@@ -493,7 +503,7 @@ def provenance(story: Story, prints: dict[str, str]) -> Json:
             "threads": torch.get_num_threads(),
             "cpus": os.cpu_count(),
         },
-        "launch": launched().record(*_step_batch(recipe, prints)),
+        "launch": story.launch.record(*_step_batch(recipe, prints)),
         "fingerprints": {"teacher": story.teacher_fingerprint} | {f"stage {name}": p for name, p in prints.items()},
         "seeds": {"responses": recipe.responses.seed, "train": recipe.train.seed, "split": recipe.prompts.split_seed},
     }

@@ -25,7 +25,7 @@ from limbeck.prompts.ids import tokenize
 from limbeck.prompts.naming import label
 from limbeck.prompts.saved_template import alpaca_chat_template
 from limbeck.prompts.tools import call_form
-from limbeck.prompts.turns import Told, has_earlier_answers, tokens_told, told_of
+from limbeck.prompts.turns import MarkedText, has_earlier_answers, marked_texts, marked_tokens
 from limbeck.prompts.wording import alpaca_text, plain_text
 
 if TYPE_CHECKING:
@@ -170,13 +170,13 @@ def _rendering(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, op
 
 def _chat_responses(prompts: Sequence[Prompt], rendering: Rendering, author: Author, loss_on: LossOn) -> list[Response]:
     """The responses of some conversations: one of each, unless its turns need prompts of their own."""
-    every: list[tuple[Prompt, Told]] = []
+    every: list[tuple[Prompt, MarkedText]] = []
     for prompt in prompts:
         asked = rendering.text(label(prompt), turns_of(prompt), prompt.tools, ask=True)
         require_asked(label(prompt), rendering, prompt, asked)
         several = loss_on == "all" and has_earlier_answers(prompt)
-        every += [(prompt, told) for told in told_of(prompt, rendering, every_turn=several)]
-    ids = tokens_told([(label(prompt), told) for prompt, told in every], rendering)
+        every += [(prompt, one) for one in marked_texts(prompt, rendering, every_turn=several)]
+    ids = marked_tokens([(label(prompt), one) for prompt, one in every], rendering)
     return [_response(prompt, *found, author) for (prompt, _), found in zip(every, ids, strict=True)]
 
 

@@ -29,7 +29,7 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class MarkedText:
     """A conversation as text, with the parts of it that the assistant writes, ascending: (start, end) in characters."""
 
     text: str
@@ -54,12 +54,12 @@ def has_earlier_answers(prompt: Prompt) -> bool:
     return any(turn.role == "assistant" for turn in prompt.messages or ())
 
 
-def told_of(prompt: Prompt, rendering: Rendering, *, every_turn: bool) -> list[Told]:
+def marked_texts(prompt: Prompt, rendering: Rendering, *, every_turn: bool) -> list[MarkedText]:
     """The conversation of a prompt and its answer with every turn of the assistant marked, or the last one alone."""
-    return _all_told(prompt, rendering) if every_turn else [_last_told(prompt, rendering)]
+    return _every_turn(prompt, rendering) if every_turn else [_last_turn(prompt, rendering)]
 
 
-def _last_told(prompt: Prompt, rendering: Rendering) -> Told:
+def _last_turn(prompt: Prompt, rendering: Rendering) -> MarkedText:
     """The conversation with its last turn marked, as far as the model would write it.
 
     Raises:
@@ -71,10 +71,10 @@ def _last_told(prompt: Prompt, rendering: Rendering) -> Told:
         if not marks_answers(rendering.tokenizer):
             raise
     every = marked(prompt, rendering)
-    return Told(text=every.text, spans=every.spans[-1:])
+    return MarkedText(text=every.text, spans=every.spans[-1:])
 
 
-def _all_told(prompt: Prompt, rendering: Rendering) -> list[Told]:
+def _every_turn(prompt: Prompt, rendering: Rendering) -> list[MarkedText]:
     """The conversation with each of the assistant's turns marked once: whole where that can be, else turn by turn.
 
     Raises:
@@ -94,17 +94,17 @@ def _all_told(prompt: Prompt, rendering: Rendering) -> list[Told]:
     whole = rendering.text(name, turns, prompt.tools, ask=False)
     spans = tuple(one.spans[0] for one in single)
     if all(whole.startswith(one.text[: one.spans[0][1]]) for one in single):
-        return [Told(text=whole, spans=spans)]
+        return [MarkedText(text=whole, spans=spans)]
     return single
 
 
-def one_turn(name: str, turns: Turns, prompt: Prompt, rendering: Rendering) -> Told:
+def one_turn(name: str, turns: Turns, prompt: Prompt, rendering: Rendering) -> MarkedText:
     """A conversation whose last turn alone is marked, exactly as far as the model would write it."""
     asked = rendering.text(name, turns[:-1], prompt.tools, ask=True)
     whole = rendering.text(name, turns, prompt.tools, ask=False)
     ending = text_after_answer(name, rendering, asked, whole, turns[-1])
     stop = len(whole) - len(ending) + end_of_text(f"prompt {name}: {rendering.where}", ending, rendering.control)
-    return Told(text=whole, spans=((len(asked), stop),))
+    return MarkedText(text=whole, spans=((len(asked), stop),))
 
 
 def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -114,7 +114,7 @@ def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
     return any(_MARKER.search(str(text)) for text in texts)
 
 
-def marked(prompt: Prompt, rendering: Rendering) -> Told:
+def marked(prompt: Prompt, rendering: Rendering) -> MarkedText:
     """The conversation with what the template marks, less the opening that it writes itself when it asks, and what
     follows the end of the turn.
 
@@ -145,7 +145,7 @@ def marked(prompt: Prompt, rendering: Rendering) -> Told:
                 "could not learn to stop; move the token into the mark"
             )
         spans.append((start, start + length))
-    return Told(text=text, spans=tuple(spans))
+    return MarkedText(text=text, spans=tuple(spans))
 
 
 def _last_end(text: str, control: Mapping[int, str]) -> int | None:
@@ -155,8 +155,8 @@ def _last_end(text: str, control: Mapping[int, str]) -> int | None:
     return len(stripped) if ends else None
 
 
-def tokens_told(
-    every: Sequence[tuple[str, Told]], rendering: Rendering
+def marked_tokens(
+    every: Sequence[tuple[str, MarkedText]], rendering: Rendering
 ) -> list[tuple[tuple[int, ...], list[tuple[int, int]]]]:
     """The ids of conversations as far as the assistant's last turn goes, each with its marked parts as (start, end).
 
@@ -166,17 +166,17 @@ def tokens_told(
     Raises:
         LimbeckError: the tokenizer merges the end of a prompt with the beginning of its answer.
     """
-    edges = [[edge for span in told.spans for edge in span] for _, told in every]
-    texts = [told.text[:edge] for (_, told), own in zip(every, edges, strict=True) for edge in own]
+    edges = [[edge for span in one.spans for edge in span] for _, one in every]
+    texts = [one.text[:edge] for (_, one), own in zip(every, edges, strict=True) for edge in own]
     cut = iter(tokenize(texts, rendering.tokenizer, special=False))
     found = []
-    for (name, told), own in zip(every, edges, strict=True):
+    for (name, one), own in zip(every, edges, strict=True):
         begun = [next(cut) for _ in own]
         for edge, ids in zip(own, begun, strict=True):
             if begun[-1][: len(ids)] != ids:
                 raise LimbeckError(
                     f"prompt {name}: the tokenizer merges the end of the prompt with the beginning of its answer "
-                    f"{told.text[edge : edge + 20]!r}, so that the prompt's ids do not begin the conversation's; "
+                    f"{one.text[edge : edge + 20]!r}, so that the prompt's ids do not begin the conversation's; "
                     "change or drop the row"
                 )
         lengths = [len(ids) for ids in begun]

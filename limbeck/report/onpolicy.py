@@ -11,7 +11,7 @@ from typing import Any
 from limbeck.report.run import Run, lines_of, number
 from limbeck.report.values import shown
 from limbeck.report.words import figure, setting, share
-from limbeck.responses.account import never_acted, told
+from limbeck.responses.account import never_acted, summary
 from limbeck.responses.alarms import EMPTY, EVERY_ALARM, REPEATED, TRUNCATED
 from limbeck.responses.health import loops
 
@@ -90,7 +90,7 @@ def account(run: Run) -> tuple[str, list[str]]:
     """Who wrote what was trained on, in a sentence that may be empty, and what never acted."""
     last = run.steps[-1] if run.steps else {}
     try:
-        return told(last), never_acted(last)
+        return summary(last), never_acted(last)
     except (KeyError, TypeError, ValueError):
         # A page of whatever is there: a line that lacks half of its numbers is no account.
         return "", []

@@ -97,6 +97,13 @@ def read_run(run_dir: Path) -> Run:
     )
 
 
+def read_scores(run_dir: Path) -> Run:
+    """Recipe and scores alone: of a long training the metrics take seconds to read."""
+    broken: list[str] = []
+    recipe = _recipe(text_of(run_dir, RECIPE, broken), broken)
+    return Run(directory=run_dir, recipe=recipe, scores=_scores(run_dir, broken), broken=tuple(broken))
+
+
 def number(mapping: Mapping[str, Any], key: str) -> float | None:
     """The finite number under a key, or None. A dotted key looks into nested mappings."""
     value = value_at(mapping, key)

@@ -36,7 +36,7 @@ def counted(before: Mapping[str, float], responses: Iterable[Response], means: M
     return counts
 
 
-def told(line: Mapping[str, Any]) -> str:
+def summary(line: Mapping[str, Any]) -> str:
     """One sentence on who wrote what, from the last line of the metrics; empty where nobody counted."""
     so_far = _so_far(line)
     if not so_far.get("responses"):

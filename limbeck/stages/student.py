@@ -21,7 +21,7 @@ from limbeck.objectives import Temperature
 from limbeck.objectives.sums import nested
 from limbeck.recipe_keys import fingerprinted
 from limbeck.recipe_sections import SftSection
-from limbeck.responses.account import never_acted, told
+from limbeck.responses.account import never_acted, summary
 from limbeck.responses.authors import fixed
 from limbeck.responses.development import FEWEST, LARGEST_SHARE, ids_of, set_aside
 from limbeck.rundir import Json, flatten, read_fields, write_json
@@ -116,7 +116,7 @@ def _play_student(story: Story) -> Json:
     save_student(trained, student.tokenizer, run.student)
     write_json(run.student / "student.json", _student_record(story, student))
     last = json.loads([line for _, line in json_lines(run.metrics.read_text("utf-8"))][-1])
-    if account := told(last):
+    if account := summary(last):
         story.console.say(f"train: {account}")
     return {
         "steps": last["step"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -161,12 +161,11 @@ def search(
         rate = next_rate(guess, found.before, found.trials)
         if rate is None:
             chosen = float(f"{best_rate(guess, found.before, found.trials):.3g}")
-            found = RateSearch(**{**vars(found), "chosen": chosen})
+            found = replace(found, chosen=chosen)
         else:
             loss = tried.try_rate(rate)
             say(f"learning rate {rate:.2g}: {metric} {found.before:.4g} -> {loss:.4g} in {TRIAL_STEPS} steps")
-            more = (*found.trials, Trial(learning_rate=rate, loss=loss))
-            found = RateSearch(**{**vars(found), "trials": more})
+            found = replace(found, trials=(*found.trials, Trial(learning_rate=rate, loss=loss)))
         if accelerator.is_main_process:
             found.write(path)
     return found

@@ -142,10 +142,6 @@ def find_learning_rate(
         judgement,
         temperature=temperature,
         schedule=schedule,
-        balance=None,
-        heldout=(),
-        development={},
-        corpus=None,
         settings=replace(settings, report_to=()),
         vocab_size=vocab_size,
         pad_id=pad_id,
@@ -163,10 +159,10 @@ def _prepared(
     *,
     temperature: Temperature | TemperatureSchedule,
     schedule: Mapping[str, tuple[float, float]],
-    balance: Balance | None,
-    heldout: Sequence[Response],
-    development: Mapping[int, Response],
-    corpus: Corpus | None,
+    balance: Balance | None = None,
+    heldout: Sequence[Response] = (),
+    development: Mapping[int, Response] = MappingProxyType({}),
+    corpus: Corpus | None = None,
     settings: TrainSection,
     vocab_size: int,
     pad_id: int,
@@ -302,7 +298,6 @@ class _Run:
         finite = math.isfinite(means["loss"]) and math.isfinite(self._clip())
         if finite:
             self._update(rate)
-        self.optimizer.zero_grad()
         if stop:
             raise Interrupted("stopped while the learning rate was searched")
         return finite
@@ -323,8 +318,7 @@ class _Run:
         self.model.eval()
         for by_row in steps:
             for micro in self._micro_batches(by_row):
-                # As in training, ranks meet at each pass: one that has run out looks at a row that does not count.
-                batch, signal = self._batch(micro or tuple(by_row)[-1:], by_row)
+                batch, signal = self._batch(micro, by_row)
                 with onednn.linears():
                     part = self.model(batch, signal, torch.ones_like(batch.labels_N).float(), moment)[1][place]
                 if micro:
@@ -428,9 +422,7 @@ class _Run:
             "padding": round(padding(by_row, self.settings.per_device_train_batch_size), 4),
         }
         due = progress.step % self.settings.logging_steps == 0 or progress.step == self.total
-        if self.development and (
-            progress.step % (self.settings.eval_steps or self.total) == 0 or progress.step == self.total
-        ):
+        if self._evaluates_after(progress.step):
             metrics |= {"eval_loss": self.evaluate(progress), "eval_loss_before": progress.first_loss}
             due = True
         self.journal.record(metrics, by_row, due=due)
@@ -591,8 +583,8 @@ class _Run:
         return sums, value_N
 
     def _batch(self, rows: tuple[int, ...], by_row: Mapping[int, Response]) -> tuple[TokenBatch, Signal]:
-        """Some rows as tensors on the device, and what the teacher says of them. None are one that will weigh 0: all
-        ranks meet in the backward."""
+        """Some rows as tensors on the device, and what the teacher says of them. None are one that does not count: all
+        ranks meet at each pass."""
         batch = collate(by_row, rows or tuple(by_row)[-1:], pad_id=self.pad_id)
         signal = self.teacher.signal(batch)
         return batch.to(self.accelerator.device), signal

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from limbeck.flow import Response
-from limbeck.responses.account import SO_FAR, counted, never_acted, told
+from limbeck.responses.account import SO_FAR, counted, never_acted, summary
 
 
 def response(author: Any, *, tokens: int = 3, replaced: int | None = None) -> Response:
@@ -42,20 +42,20 @@ def test_counts_by_hand():
 
 def test_a_training_in_which_all_acted_is_told_in_one_sentence():
     assert never_acted(replay()) == []
-    assert told(replay()) == (
+    assert summary(replay()) == (
         "the student wrote 120 of 584 responses that were trained on, 56 of them out of the buffer; its share "
         "grew once in 6 comparisons of the held-out loss, to 0.2"
     )
     skd = line(responses=584, student=584, replaced=7, replaceable=30_000)
-    assert never_acted(skd) == [] and told(skd).endswith("the teacher replaced 7 of 30,000 tokens")
+    assert never_acted(skd) == [] and summary(skd).endswith("the teacher replaced 7 of 30,000 tokens")
     pairs = line(responses=584, student=292, rounds=2, alpha_low=0.044, alpha_high=0.1)
     assert never_acted(pairs) == []
-    assert told(pairs).endswith("they were written 2 times; alpha moved between 0.044 and 0.1, means of a step")
+    assert summary(pairs).endswith("they were written 2 times; alpha moved between 0.044 and 0.1, means of a step")
 
 
 @pytest.mark.parametrize("metrics", [{}, {"step": 3, "loss": 1.0}, line(responses=0.0)])
 def test_nothing_is_said_where_nobody_counted(metrics: dict[str, Any]):
-    assert told(metrics) == "" and never_acted(metrics) == []
+    assert summary(metrics) == "" and never_acted(metrics) == []
 
 
 @pytest.mark.parametrize(

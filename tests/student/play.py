@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ def play(
     balance: Balance | None = None,
     temperature: float = 2.0,
     heldout: Sequence[Response] = (),
+    development: Mapping[int, Response] = MappingProxyType({}),
     corpus: Corpus | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
@@ -137,6 +139,7 @@ def play(
         temperature=Temperature(loss=temperature),
         balance=balance,
         heldout=heldout,
+        development=development,
         corpus=corpus,
         settings=chosen,
         vocab_size=VOCAB,

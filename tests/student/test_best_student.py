@@ -10,22 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limbeck.flow import Interrupted, Response
-from limbeck.objectives import Temperature, build_objective
-from limbeck.responses.authors import fixed
 from limbeck.responses.development import FEWEST, LARGEST_SHARE, set_aside
-from limbeck.student.journal import LoopContext
-from limbeck.student.loop import train
-from limbeck.student.loss import Judgement
 from limbeck.student.loss_alarm import QUIET, LossAlarm
 from tests.student.play import (
-    VOCAB,
     identical,
     metrics,
+    play,
     settings,
     stop_after,
     tiny_model,
     tiny_responses,
-    tiny_teacher,
     weights,
 )
 
@@ -34,22 +28,14 @@ def _evaluated(folder: Path, chosen: dict[str, Any], **how: Any):
     """A training of which the last four responses are set aside."""
     responses = tiny_responses()
     aside = dict(enumerate(responses[-4:], start=len(responses) - 4))
-    return train(
+    return play(
         tiny_model(1),
-        fixed(responses[:-4]),
-        tiny_teacher(),
-        Judgement(objective=build_objective("fkl")),
-        temperature=Temperature(),
+        folder,
+        settings(**{"max_steps": 12, "eval_steps": 4, "warmup_steps": 0, **chosen}),
+        responses=responses[:-4],
+        temperature=1.0,
         development=aside,
-        settings=settings(**{"max_steps": 12, "eval_steps": 4, "warmup_steps": 0, **chosen}),
-        vocab_size=VOCAB,
-        pad_id=0,
-        context=LoopContext(
-            checkpoints=folder / "checkpoints",
-            metrics=folder / "metrics.jsonl",
-            learning_rate=folder / "learning_rate.json",
-            **how,
-        ),
+        **how,
     )
 
 
