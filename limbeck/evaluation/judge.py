@@ -139,18 +139,21 @@ class Judge:
                 way are handed over first. Nothing but refusals at the start, or no chat completion many times in a row.
         """
         doubtful: list[Judgement] = []
+        # Handed over when all have answered: one that crosses good replies may be the first of many.
+        odd: list[Judgement] = []
         for judgement in concurrently(self._ask, questions, min(self.concurrency, len(questions))):
             unread = judgement.opinion.unread
             if unread != "odd" and (answered_before or unread != "refused"):
                 answered_before = True
-                yield from doubtful
+                odd += [one for one in doubtful if one.opinion.unread == "odd"]
+                yield from (one for one in doubtful if one.opinion.unread != "odd")
                 doubtful.clear()
                 yield judgement
                 continue
             doubtful.append(judgement)
             if len(doubtful) == min(_PATIENCE, len(questions)):
                 raise self._useless(judgement)
-        yield from doubtful
+        yield from (*odd, *doubtful)
 
     def _useless(self, last: Judgement) -> LimbeckError:
         """The error for a judge that says nothing of use, by the last that it said."""

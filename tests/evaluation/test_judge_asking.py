@@ -241,6 +241,14 @@ def test_one_odd_reply_is_that_pairs_alone(name: str, judge: Judge, state: Judge
     assert len(again) == (unread == "odd")
 
 
+def test_odd_replies_are_handed_over_when_all_have_answered(judge: Judge, state: JudgeState) -> None:
+    """The first of many may come before the last good one."""
+    state.faults = [None, {"status": 200, "body": {"id": 7}}]
+    judge.concurrency = 1
+    unread = [judgement.opinion.unread for judgement in judge.ask(QUESTIONS)]
+    assert len(unread) == 20 and unread.index("odd") == 19
+
+
 def test_a_reply_that_is_no_text_is_kept_as_it_came(judge: Judge, state: JudgeState, tmp_path: Path) -> None:
     state.faults = [{"status": 200, "body": completion(HALF)}]
     log = JudgementLog.open(tmp_path / "log.jsonl")
