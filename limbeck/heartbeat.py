@@ -18,6 +18,8 @@ from limbeck.flow import LimbeckError
 INTERVAL_S = 2.0
 # Without a sign. Network file systems show a change after some seconds.
 LIMIT_S = 60.0
+# A first rank that has died is told from one that works in another folder by how old its last sign is.
+RECENT_S = 60.0
 _POLL_S = 0.2
 
 
@@ -54,7 +56,8 @@ def wait_until(ready: Callable[[], bool], *, sign: Path, rank: int) -> None:
         LimbeckError: there is no such file, or nothing has touched it for long.
     """
     last, since = _touched(sign), time.monotonic()
-    seen = False
+    # Touched just before this rank came to look: the first one was here, and may have died since.
+    seen = last is not None and abs(time.time() - last / 1e9) < RECENT_S
     while not ready():
         time.sleep(_POLL_S)
         touched, now = _touched(sign), time.monotonic()

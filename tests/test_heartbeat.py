@@ -46,6 +46,13 @@ def test_a_first_rank_that_has_ended_is_not(tmp_path: Path) -> None:
     thread.join()
 
 
+def test_a_first_rank_that_ended_just_before_is_not_taken_for_one_elsewhere(tmp_path: Path) -> None:
+    sign = tmp_path / ".lock"
+    sign.touch()
+    with pytest.raises(LimbeckError, match=r"rank 1 has seen no sign of rank 0 in .* start the same command again"):
+        wait_until(lambda: False, sign=sign, rank=1)
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_a_directory_that_is_not_the_first_ranks_own(there: bool, tmp_path: Path) -> None:
     """None, or one of an earlier run."""
