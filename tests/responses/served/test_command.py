@@ -68,6 +68,8 @@ def test_resuming_asks_for_nothing_twice(
     with log.open("ab") as file:
         file.write(b'{"row": 3, "model": "ti')
     answered = server.record()["answered"]
+    # The second refusal may still stand there: the request it was for was perhaps never sent.
+    server.order(faults=[])
     assert limbeck.run("respond", path).code == 0
     again = server.record()["answered"][len(answered) :]
     assert sorted(line["response"]["prompt_ids"] for line in kept) == sorted(answered)
