@@ -55,6 +55,12 @@ def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Probe:
     Raises:
         LimbeckError: logits that are NaN or infinite.
     """
+    embeddings: Any = causal_model(model).get_input_embeddings()
+    if (ids := real_vocab_size(tokenizer)) > len(embeddings.weight):
+        raise LimbeckError(
+            f"the tokenizer has ids up to {ids - 1} and the model {len(embeddings.weight)} embeddings, expected one "
+            "for each id; export with the tokenizer that belongs to the model"
+        )
     texts = [*TEXTS, *_with_added_tokens(tokenizer)]
     coded = tuple((text, ids_of(tokenizer, text)) for text in texts)
     window = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None) or _TOKENS

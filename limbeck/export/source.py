@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from limbeck.flow import LimbeckError
-from limbeck.models.loading import DTYPES, load_model, load_tokenizer, source_config
+from limbeck.models.folders import read_object, require_regular_files
+from limbeck.models.headers import safetensors_header
+from limbeck.models.loading import DTYPES, load_model, source_config, source_tokenizer
 from limbeck.models.quiet import one_line, quiet_transformers
-from limbeck.models.sources import resolve
+from limbeck.models.sources import Source, resolve
 from limbeck.outputs import faults, matching
 from limbeck.recipe_text import parse
 from limbeck.rundir import RunDirectory
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_LARGEST_RANK = 65_536
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 
@@ -105,24 +107,23 @@ def _is_here(name: str) -> bool:
 def _merged(folder: Path, trust_remote_code: bool) -> Exportable:
     from peft import PeftModel
 
-    base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise LimbeckError(
-            f"{folder / 'adapter_config.json'} names no base model, expected base_model_name_or_path; add it"
-        )
+    base = _base_of(folder)
     loaded = load_model(base, trust_remote_code=trust_remote_code)
     try:
         with quiet_transformers(), warnings.catch_warnings():
             # transformers has renamed an attribute that PEFT reads.
             warnings.simplefilter("ignore", FutureWarning)
             adapted = PeftModel.from_pretrained(loaded.model, folder).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # PEFT raises whatever its many kinds of adapters raise over fields of the file
         raise LimbeckError(
             f"{folder} cannot be put onto its base model {base}: {one_line(error)}; "
             "check base_model_name_or_path in its adapter_config.json"
         ) from error
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code) if own else loaded.tokenizer
+    tokenizer = loaded.tokenizer
+    if own:
+        beside = Source(name=str(folder), kind="directory", directory=folder)
+        tokenizer = source_tokenizer(beside, trust_remote_code=trust_remote_code)
     return Exportable(
         name=folder.resolve().name,
         model=_plain(adapted, base, trust_remote_code),
@@ -132,6 +133,41 @@ def _merged(folder: Path, trust_remote_code: bool) -> Exportable:
         card=_card(folder),
         licences=_licences((folder, resolve(base, weights=False, trust_remote_code=trust_remote_code).directory)),
     )
+
+
+def _base_of(folder: Path) -> str:
+    """The base model of an adapter, whose files have been looked through.
+
+    Raises:
+        LimbeckError: no plain LoRA in safetensors, or files that are not what they should be.
+    """
+    path = folder / "adapter_config.json"
+    require_regular_files(folder)
+    told = read_object(path)
+    base = told.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise LimbeckError(f"{path} names no base model, expected base_model_name_or_path; add it")
+    # Megatron's option is the name of a module that PEFT would import.
+    if told.get("peft_type") != "LORA" or told.get("megatron_config") is not None:
+        raise LimbeckError(
+            f"{path}: peft_type is {str(told.get('peft_type'))[:40]!r}, expected LORA without megatron_config; "
+            "merge other adapters with PEFT itself"
+        )
+    rank = told.get("r")
+    if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+        raise LimbeckError(f"{path}: r is {str(rank)[:40]!r}, expected a whole number from 1 to {_LARGEST_RANK}")
+    if any(not file.name.startswith("adapter_") for file in folder.glob("*.safetensors")):
+        raise LimbeckError(
+            f"{folder} holds whole weights and an adapter, so which of the two is meant is not clear; "
+            "move adapter_config.json or the weights elsewhere"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise LimbeckError(
+            f"{folder} has no adapter_model.safetensors; adapters in .bin are pickles, which can run code when opened: "
+            "convert one that you trust with PEFT's save_pretrained"
+        )
+    safetensors_header(folder / "adapter_model.safetensors")
+    return base
 
 
 def _plain(adapted: nn.Module, base: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -165,13 +201,30 @@ def _stored(name: str | Path, trust_remote_code: bool) -> torch.dtype:
 
 def _card(folder: Path) -> str:
     path = folder / "README.md"
-    return path.read_text("utf-8") if path.is_file() else ""
+    if not path.is_file() or not _is_own(path, folder):
+        return ""
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise LimbeckError(f"{path} is no UTF-8 text ({error.reason}); mend or remove it") from error
+    return text
 
 
 def _licences(folders: tuple[Path, ...]) -> tuple[Path, ...]:
     """Of the first folder that has any: the student's own, else those of what it was made from."""
     for folder in folders:
-        found = sorted({path for pattern in _LICENCES for path in folder.glob(pattern) if path.is_file()})
-        if found:
+        named = {path for pattern in _LICENCES for path in folder.glob(pattern)}
+        if found := sorted(path for path in named if path.is_file() and _is_own(path, folder)):
             return tuple(found)
     return ()
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    """Whether a file lies where it seems to: a link out of the folder may lead to anything, and exports are published.
+
+    The hub's cache links from a snapshot to blobs beside it, which are the model's own files.
+    """
+    real, home = path.resolve(), folder.resolve()
+    if real.is_relative_to(home):
+        return True
+    return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"

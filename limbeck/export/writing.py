@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import os
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -18,7 +21,7 @@ from limbeck.rundir import whole_folder, write_text
 from limbeck.student.saving import save_student
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 Format = Literal["safetensors", "gguf"]
 _PRECISIONS = {"safetensors": tuple(DTYPES), "gguf": (*DTYPES, "q8_0")}
@@ -69,6 +72,19 @@ def export_model(
         LimbeckError: `out` exists, no such source, a format that cannot hold it, or a check that failed.
     """
     precisions = _require(out, format, dtype)
+    with _alone(out):
+        return _export(source, out, format, dtype, precisions, trust_remote_code, say)
+
+
+def _export(
+    source: str,
+    out: Path,
+    format: str,
+    dtype: str | None,
+    precisions: tuple[str, ...],
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+) -> Exported:
     found = find(source, trust_remote_code=trust_remote_code)
     dtype = dtype or str(found.dtype).removeprefix("torch.")
     assert dtype in precisions
@@ -101,6 +117,35 @@ def export_model(
         write_text(work / "README.md", exported_card(card, name=name, file=file, said=exported.said))
     say(f"export: {exported.said}")
     return exported
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second export out of the same folder. The lock dies with the process, so a kill leaves none behind.
+
+    Raises:
+        LimbeckError: another export is writing there, or has just done so.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.with_name(f".{out.name}.lock")
+    # Not through a link: opening must make nothing elsewhere.
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock.exists() or os.fstat(descriptor).st_ino != lock.stat().st_ino:
+                raise BlockingIOError  # whoever had it has just removed it, and somebody else may hold another
+        except BlockingIOError:
+            raise LimbeckError(f"{out} is being written by another export; wait for it, or name another") from None
+        try:
+            # Whoever held the lock may have finished between our look at the folder and here.
+            if out.exists():
+                raise LimbeckError(f"{out} exists, expected a new folder; name another, or delete it first")
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def _require(out: Path, format: str, dtype: str | None) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     Raises:
         LimbeckError: the file is cut short, or what it opens with is no such header.
     """
+    from safetensors import SafetensorError, safe_open
+
     damaged = LimbeckError(f"{path} is damaged or no safetensors file; download it again")
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -36,4 +38,9 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
         if not sizes or not isinstance(entry.get("dtype"), str):
             raise damaged
-    return header
+    try:
+        with safe_open(path, "pt"):
+            # The library's own look at offsets and sizes.
+            return header
+    except SafetensorError as error:
+        raise damaged from error

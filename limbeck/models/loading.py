@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from limbeck.flow import LimbeckError
+from limbeck.flow import LimbeckError, is_unicode
 from limbeck.models.assets import Progress
 from limbeck.models.dequantised import gguf_config, gguf_model, gguf_tokenizer
 from limbeck.models.fingerprints import model_fingerprint, tokenizer_fingerprint
+from limbeck.models.folders import refuse_adapter, require_fitting
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import Source, resolve
 
@@ -21,8 +25,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
+# Ids a tokenizer may have for each of its tokens: some leave gaps, and libraries make lists as long as the highest id.
+_WIDEST = 1000
 _DROPOUT = re.compile(r"(^|_)(dropout|pdrop|layerdrop|drop)(_|$)")
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,18 +138,19 @@ def source_config(source: Source, *, trust_remote_code: bool = False) -> Pretrai
     Raises:
         LimbeckError: unknown architecture, encoder, encoder-decoder, or custom code that was not allowed.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    refuse_adapter(source.name, source.directory)
     if source.gguf is not None:
         config = gguf_config(source.gguf)
     else:
-        try:
-            with quiet_transformers():
-                config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
-        except (*_LOADING_ERRORS, StrictDataclassError) as error:
-            raise _explained(source, error, "its config.json cannot be read") from error
-    _require_causal(source, config)
+        with _in_one_line(source, "its config.json cannot be read"), quiet_transformers():
+            config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+            # What everybody asks of it; a nested configuration may be of another kind than its name says.
+            config.get_text_config().to_dict()
+            _ = config.get_text_config().vocab_size, config.get_text_config().num_hidden_layers
+    with _in_one_line(source, "its config.json cannot be read"):
+        _require_causal(source, config)
     return config
 
 
@@ -183,32 +189,54 @@ def source_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreT
             f"{source.name} has no tokenizer ({source.directory / 'tokenizer.json'} is missing); "
             "save one there with tokenizer.save_pretrained"
         )
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the Rust tokenizers raise nothing narrower
-        raise _explained(source, error, "its tokenizer cannot be read") from error
+    with _in_one_line(source, "its tokenizer cannot be read"), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+        _require_usable(source, tokenizer)
+    return tokenizer
+
+
+def _require_usable(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What a damaged file may say and only the first use would show."""
+    vocabulary, window = tokenizer.get_vocab(), tokenizer.model_max_length
+    where = source.directory / "tokenizer_config.json"
+    if not vocabulary or not all(type(index) is int and index >= 0 for index in vocabulary.values()):
+        raise LimbeckError(f"{source.name} has a tokenizer without tokens, or without their ids; download it again")
+    if max(vocabulary.values()) > _WIDEST * len(vocabulary):
+        raise LimbeckError(
+            f"{source.name} has a tokenizer of {len(vocabulary)} tokens with ids up to {max(vocabulary.values())}, "
+            "expected few gaps between them; download it again"
+        )
+    if isinstance(window, bool) or not isinstance(window, int | float) or not window > 0:
+        raise LimbeckError(f"{where}: model_max_length is {str(window)[:60]!r}, expected a number; correct it")
+    templates = tokenizer.chat_template
+    texts = list(templates.values()) if isinstance(templates, dict) else [templates]
+    if not all(text is None or (isinstance(text, str) and is_unicode(text)) for text in texts):
+        raise LimbeckError(f"{where}: the chat template is no Unicode text; download it again")
+    for token in tokenizer.special_tokens_map.values():
+        if isinstance(token, str) and token not in vocabulary:
+            raise LimbeckError(f"{where} names the token {token[:60]!r}, which the vocabulary lacks; correct it")
+    tokenizer("A text.")
 
 
 def _from_safetensors(
     source: Source, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool
 ) -> PreTrainedModel:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.directory,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (*_LOADING_ERRORS, SafetensorError) as error:
-        raise _explained(source, error, "it cannot be loaded") from error
+        require_fitting(source.directory, config.get_text_config())
+    except LimbeckError as error:
+        raise LimbeckError(f"{source.name}: it cannot be loaded: {error}") from error
+    with _in_one_line(source, "it cannot be loaded"), quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     # transformers fills gaps with random weights and goes on; a teacher must not be partly random.
     if missing := sorted(info["missing_keys"]):
@@ -219,8 +247,28 @@ def _from_safetensors(
     return model
 
 
+@contextmanager
+def _in_one_line(source: Source, what: str) -> Iterator[None]:
+    """Turn whatever a library raises over the files of a model into a `LimbeckError`; our own pass unchanged.
+
+    Nothing narrower would do: over damaged files transformers raises what Python raises, and the Rust tokenizers panic
+    with an exception that is no `Exception`. Memory and disk have a remedy of their own.
+    """
+    try:
+        yield
+    except (LimbeckError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EIO):
+            raise
+        raise _explained(source, error, what) from error
+
+
 def _explained(source: Source, error: BaseException, what: str) -> LimbeckError:
-    said = one_line(error)
+    # A validator quotes the value that it refuses, however long.
+    said = one_line(error)[:400]
+    if "ignore_mismatched_sizes" in str(error):
+        said = "its weights have other shapes than config.json says (hidden_size, number of heads, ...)"
     if "trust_remote_code" in str(error):
         return LimbeckError(
             f"{source.name} brings its own Python code, which is not run unless you trust it; "

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 from limbeck.flow import LimbeckError
 from limbeck.models.assets import ASSETS, Progress, fetch
+from limbeck.models.folders import require_sound_folder
 from limbeck.models.quiet import one_line, quiet_transformers
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def _local(name: str, path: Path, weights: bool) -> Source:
         return Source(name=name, kind="gguf", directory=path.resolve().parent, gguf=path.resolve())
     if not (path / "config.json").is_file():
         raise LimbeckError(f"{name} is no model: {_what_instead(path)}")
+    require_sound_folder(name, path)
     if weights:
         require_safetensors(name, [file.name for file in path.iterdir()])
         require_inside(name, path)
@@ -114,7 +116,7 @@ def _local(name: str, path: Path, weights: bool) -> Source:
 
 def _what_instead(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
-        return "it holds a LoRA adapter; merge it into its base model and give that directory"
+        return "it holds a LoRA adapter; merge it into its base model with `limbeck export` and give that directory"
     if inside := sorted(path.glob("*.gguf")):
         return f"it has no config.json; give the file {inside[0].name} in it"
     return "it has no config.json; give a directory written by save_pretrained"
@@ -248,6 +250,7 @@ def _cached(repo: str, revision: str | None, patterns: list[str], weights: bool,
 def _snapshot(repo: str, folder: Path, weights: bool, license_name: object) -> Source:
     if not (folder / "config.json").is_file():
         raise LimbeckError(f"the hub model {repo} has no config.json; give a model in transformers' form")
+    require_sound_folder(repo, folder)
     if weights:
         require_safetensors(repo, os.listdir(folder))
         require_inside(repo, folder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from limbeck.flow import LimbeckError, Message, Prompt
+from limbeck.flow import LimbeckError, Message, Prompt, is_unicode
 from limbeck.prompts.control import special_tokens
 from limbeck.prompts.endings import last_run
 from limbeck.prompts.tools import CallForm, Turns, require_tools
@@ -87,8 +87,6 @@ class Rendering:
         Raises:
             LimbeckError: the template refuses the conversation (Gemma: a system turn).
         """
-        from jinja2 import TemplateError
-
         try:
             text = self.tokenizer.apply_chat_template(
                 self.form.shaped(turns),
@@ -97,14 +95,17 @@ class Rendering:
                 tokenize=False,
                 **dict(self.options),
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may divide by 0 or call itself for ever
             raise self._refused(name, turns, error) from None
-        assert isinstance(text, str)
+        if not isinstance(text, str) or not is_unicode(text):
+            raise LimbeckError(
+                f"prompt {name}: {self.where} writes what is no Unicode text (half a surrogate pair); correct the "
+                "template or use another"
+            )
         return text
 
     def marks(self, name: str, turns: Turns, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and what the template marks as the assistant's (`{% generation %}`)."""
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         offered: Any = [dict(tool) for tool in tools] or None
@@ -116,7 +117,7 @@ class Rendering:
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **self.options},
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # as above
             raise self._refused(name, turns, error) from None
         (text,), (marks,) = found
         return text, [(start, stop) for start, stop in marks]
@@ -125,7 +126,7 @@ class Rendering:
         roles = ", ".join(str(turn["role"]) for turn in turns)
         return LimbeckError(
             f"prompt {name}: {self.where} refuses the turns {roles} "
-            f"({' '.join(str(error).split())}); change the conversation or use another template"
+            f"({' '.join(str(error).split())[:300]}); change the conversation or use another template"
         )
 
     @cached_property

@@ -109,7 +109,9 @@ def stop_ids(model: nn.Module) -> tuple[int, ...]:
     config: Any = causal_model(model).generation_config
     found = None if config is None else config.eos_token_id
     ids = found if isinstance(found, list | tuple) else [found]
-    return tuple(index for index in ids if isinstance(index, int))
+    # A damaged file may name any number.
+    rows = causal_model(model).config.get_text_config().vocab_size
+    return tuple(index for index in ids if isinstance(index, int) and 0 <= index < rows)
 
 
 def _changes(

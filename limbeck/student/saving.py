@@ -35,6 +35,11 @@ def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory
             f"cannot write the student to {directory}: {error.strerror or one_line(error)}; "
             "free space or choose another directory"
         ) from error
+    except UnicodeEncodeError as error:
+        raise LimbeckError(
+            f"the tokenizer of {tokenizer.name_or_path}, or the model's configuration, holds half a surrogate pair, "
+            "which no file can hold; download the model again"
+        ) from error
     return directory
 
 
