@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from limbeck.flow import Response, Sampling, TokenPrompt
 from limbeck.models.loading import load_model
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.prompts.sources import load_prompts
 from limbeck.prompts.templates import encode_prompts
-from limbeck.responses.rules import Tally
-from limbeck.responses.samplers import LocalSampler
-from limbeck.responses.speculative import SpeculativeSampler
+from limbeck.sampling.acceptance import Tally
+from limbeck.sampling.local import LocalSampler
+from limbeck.sampling.speculative import SpeculativeSampler
+from limbeck.types import Response, Sampling, TokenPrompt
 
 
 def deepened(model: PreTrainedModel, blocks: int) -> PreTrainedModel:

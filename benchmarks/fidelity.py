@@ -25,21 +25,21 @@ from typing import Any
 
 import torch
 
-from limbeck import onednn
 from limbeck.evaluation.fidelity import measure
-from limbeck.evaluation.tokens import FidelityChunk
-from limbeck.flow import Head, Response, TokenBatch
+from limbeck.evaluation.token_metrics.tokens import FidelityChunk
+from limbeck.models.forward import hidden_states
 from limbeck.models.heads import head_of
-from limbeck.models.hidden import hidden_states
 from limbeck.models.loading import load_model
 from limbeck.models.vocabulary import real_vocab_size
-from limbeck.objectives.tiles import TILE_ROWS
+from limbeck.objectives.fused.tiles import TILE_ROWS
+from limbeck.ops import onednn
+from limbeck.pipeline.engine import peak_memory_mib, reset_peak_memory
+from limbeck.pipeline.stages.teach import JUDGE_ROWS
 from limbeck.prompts.sources import load_prompts
-from limbeck.stages.signal import JUDGE_ROWS
-from limbeck.story import peak_memory_mib, reset_peak_memory
-from limbeck.student.batches import collate
+from limbeck.rollouts.collate import collate
 from limbeck.student.blocks import depth_prune
 from limbeck.teachers.local import LocalTeacher
+from limbeck.types import Head, Response, TokenBatch
 
 KEEP = (*range(9), *range(21, 30))
 SIDES = ("forward", "fidelity")

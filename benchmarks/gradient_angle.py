@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from limbeck.config import load_recipe
-from limbeck.flow import Response
 from limbeck.models.loading import load_model
 from limbeck.objectives import build_objective, token_values
-from limbeck.responses.records import read_responses
+from limbeck.recipe.load import load_recipe
+from limbeck.rollouts.io import read_responses
+from limbeck.types import Response
 
 DOMINANT = 10
 

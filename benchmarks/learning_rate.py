@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.api import load
-from limbeck.stages import STAGES
-from limbeck.stages.student import build_initial_student
-from limbeck.story import Story, play
+from limbeck.pipeline.engine import Story, play
+from limbeck.pipeline.stages import STAGES
+from limbeck.pipeline.stages.train import build_initial_student
 
 GRID = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
 

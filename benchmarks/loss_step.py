@@ -29,13 +29,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from limbeck import onednn
 from limbeck.evaluation.cost import settle
-from limbeck.flow import DenseSignal, Head
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, fused_distillation_loss, token_values
-from limbeck.objectives.heads import prepare_projection
-from limbeck.objectives.tiles import plan_tiles
-from limbeck.story import peak_memory_mib, reset_peak_memory
+from limbeck.objectives.fused.projection import prepare_projection
+from limbeck.objectives.fused.tiles import plan_tiles
+from limbeck.ops import onednn
+from limbeck.pipeline.engine import peak_memory_mib, reset_peak_memory
+from limbeck.types import DenseSignal, Head
 
 FLOOR_ROWS = 2048
 TAU = 2.0

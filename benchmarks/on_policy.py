@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from limbeck.story import peak_memory_mib, reset_peak_memory
+from limbeck.pipeline.engine import peak_memory_mib, reset_peak_memory
 
 METHODS = ("limbeck", "trl DistillationTrainer")
 # Prompts of a round; with a batch of 8 an epoch of them is 4 steps.
@@ -122,20 +122,20 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], l
 
     import torch
 
-    from limbeck.flow import Sampling
     from limbeck.models.heads import head_of
     from limbeck.models.vocabulary import real_vocab_size
     from limbeck.objectives import Temperature, build_objective
+    from limbeck.pipeline.cached_teacher import RoundTeacher
     from limbeck.prompts.templates import encode_prompts, end_token_ids
-    from limbeck.recipe_sections import TrainSection
-    from limbeck.responses.authors import Own, Pen
-    from limbeck.responses.rounds import Rounds
-    from limbeck.responses.samplers import LocalSampler
-    from limbeck.stages.rounds import RoundTeacher
-    from limbeck.student.journal import LoopContext
-    from limbeck.student.loop import train
-    from limbeck.student.loss import Judgement
+    from limbeck.recipe.sections import TrainSection
+    from limbeck.rollouts.rounds import Rounds
+    from limbeck.rollouts.sources import Own, Pen
+    from limbeck.sampling.local import LocalSampler
     from limbeck.teachers.local import LocalTeacher
+    from limbeck.training.loop import train
+    from limbeck.training.loss import Judgement
+    from limbeck.training.metrics import LoopContext
+    from limbeck.types import Sampling
 
     teacher, student, prompts = pair()
     vocab_size = real_vocab_size(teacher.tokenizer)

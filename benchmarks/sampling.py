@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from limbeck.flow import Sampling, TokenPrompt
 from limbeck.models.heads import causal_model
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.prompts.sources import load_prompts
 from limbeck.prompts.templates import encode_prompts
-from limbeck.responses.samplers import LocalSampler
+from limbeck.sampling.local import LocalSampler
+from limbeck.types import Sampling, TokenPrompt
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from limbeck.config import to_yaml
 from limbeck.models.assets import ASSETS, fetch
+from limbeck.recipe.load import to_yaml
 from limbeck.sweep.arms import ArmRun, arms_of, final_runs
 from limbeck.sweep.settings import Sweep, load_sweep
 from limbeck.sweep.settings import to_yaml as sweep_to_yaml

@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from limbeck.story import peak_memory_mib, reset_peak_memory
+from limbeck.pipeline.engine import peak_memory_mib, reset_peak_memory
 
 METHODS = ("limbeck", "limbeck, stored signal", "trl GKDTrainer")
 WARM_UP_STEPS = 2
@@ -88,9 +88,9 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
 def _pair(arguments: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
     """The run's story, its initial student and its training answers."""
     from limbeck.api import load
-    from limbeck.stages.responses import load_responses
-    from limbeck.stages.student import build_initial_student
-    from limbeck.story import Story
+    from limbeck.pipeline.engine import Story
+    from limbeck.pipeline.stages.respond import load_responses
+    from limbeck.pipeline.stages.train import build_initial_student
 
     story = Story(load(str(arguments.run)))
     return story, build_initial_student(story), list(load_responses(story, "train").items())
@@ -99,14 +99,14 @@ def _pair(arguments: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
 def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
     import tempfile
 
-    from limbeck.config import build_objective
     from limbeck.models.vocabulary import real_vocab_size
     from limbeck.objectives import Temperature
-    from limbeck.responses.authors import fixed
-    from limbeck.stages.signal import open_teacher
-    from limbeck.student.journal import LoopContext
-    from limbeck.student.loop import train
-    from limbeck.student.loss import Judgement
+    from limbeck.pipeline.stages.teach import open_teacher
+    from limbeck.recipe.load import build_objective
+    from limbeck.rollouts.sources import fixed
+    from limbeck.training.loop import train
+    from limbeck.training.loss import Judgement
+    from limbeck.training.metrics import LoopContext
 
     story, student, rows = _pair(arguments)
     stored = arguments.method.endswith("stored signal")

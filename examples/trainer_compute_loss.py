@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from limbeck.flow import DenseSignal
 from limbeck.models.heads import decoder_of, head_of
 from limbeck.objectives import Temperature, build_objective, fused_distillation_loss
+from limbeck.types import DenseSignal
 
 OBJECTIVE = build_objective("sum", parts=[{"name": "ce", "weight": 0.5}, {"name": "js", "weight": 0.5}])
 TEMPERATURE = Temperature(loss=2.0)

@@ -3,7 +3,7 @@
     prompts ──► responses ──► teachers ──► objectives ──► student ──► evaluation ──► report
      Prompt      Response      Signal       (N,) values    weights     Scores        report.html
 
-`limbeck.run("quickstart")` plays the story, `limbeck.evaluate(...)` measures any pair. `limbeck.flow` has the nouns on
+`limbeck.run("quickstart")` plays the story, `limbeck.evaluate(...)` measures any pair. `limbeck.types` has the nouns on
 the arrows; start reading there.
 Names are imported when first used, so that `import limbeck` costs nothing.
 """
@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from limbeck.api import evaluate, load, run
-    from limbeck.config import Recipe
-    from limbeck.flow import DenseSignal, Head, LimbeckError, Response, SampledSignal, Sampling, TopKSignal
     from limbeck.objectives import (
         OBJECTIVES,
         AdaptiveTemperature,
@@ -27,19 +25,21 @@ if TYPE_CHECKING:
         build_objective,
         fused_distillation_loss,
     )
+    from limbeck.recipe.load import Recipe
+    from limbeck.types import DenseSignal, Head, LimbeckError, Response, SampledSignal, Sampling, TopKSignal
 
 _HOMES = {
     "evaluate": "limbeck.api",
     "load": "limbeck.api",
     "run": "limbeck.api",
-    "Recipe": "limbeck.config",
-    "DenseSignal": "limbeck.flow",
-    "Head": "limbeck.flow",
-    "LimbeckError": "limbeck.flow",
-    "Response": "limbeck.flow",
-    "Sampling": "limbeck.flow",
-    "SampledSignal": "limbeck.flow",
-    "TopKSignal": "limbeck.flow",
+    "Recipe": "limbeck.recipe.load",
+    "DenseSignal": "limbeck.types",
+    "Head": "limbeck.types",
+    "LimbeckError": "limbeck.types",
+    "Response": "limbeck.types",
+    "Sampling": "limbeck.types",
+    "SampledSignal": "limbeck.types",
+    "TopKSignal": "limbeck.types",
     "OBJECTIVES": "limbeck.objectives",
     "AdaptiveTemperature": "limbeck.objectives",
     "HiddenPair": "limbeck.objectives",

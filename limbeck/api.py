@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.config import Recipe, load_recipe
+from limbeck.recipe.load import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from limbeck.console import Console
-    from limbeck.story import Run
+    from limbeck.pipeline.engine import Run
+    from limbeck.runtime.console import Console
 
 
 def load(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Recipe:
@@ -43,8 +43,8 @@ def evaluate(
     Raises:
         LimbeckError: anything a person can mend, in one line.
     """
-    from limbeck.stages.alone import EXAMINATION, recipe_of
-    from limbeck.story import Run, play
+    from limbeck.pipeline.engine import Run, play
+    from limbeck.pipeline.standalone_evaluation import EXAMINATION, recipe_of
 
     recipe = recipe_of(str(student), None if teacher is None else str(teacher), str(prompts), overrides)
     return Run(play(recipe, stages=EXAMINATION, console=console, update=update).root)
@@ -67,8 +67,8 @@ def run(
     Raises:
         LimbeckError: anything a person can mend, in one line.
     """
-    from limbeck.stages import STAGES
-    from limbeck.story import Run, play
+    from limbeck.pipeline.engine import Run, play
+    from limbeck.pipeline.stages import STAGES
 
     chosen = recipe if isinstance(recipe, Recipe) else load(recipe, *overrides)
     return Run(play(chosen, stages=STAGES, console=console, update=update).root)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck.flow import LimbeckError
+from limbeck.types import LimbeckError
 
 app = typer.Typer(
     name="limbeck",
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _line_of(error: Exception) -> str | None:
-    from limbeck.failures import explain
+    from limbeck.runtime.errors import explain
 
     return explain(error)
 
@@ -81,7 +81,7 @@ def _usage_line(error: Any) -> str:
 
 
 def _fail(message: str) -> None:
-    from limbeck.console import printable
+    from limbeck.runtime.console import printable
 
     print(f"limbeck: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
@@ -89,7 +89,7 @@ def _fail(message: str) -> None:
 
 def _play(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> None:
     from limbeck.api import load
-    from limbeck.stages import STAGES
+    from limbeck.pipeline.stages import STAGES
 
     run = _played(load(recipe, *(overrides or [])), STAGES, verb, update)
     if not int(os.environ.get("RANK", "0")):
@@ -97,8 +97,8 @@ def _play(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> 
 
 
 def _played(recipe: Any, stages: Any, verb: str, update: bool) -> Any:
-    from limbeck.console import default_console
-    from limbeck.story import play
+    from limbeck.pipeline.engine import play
+    from limbeck.runtime.console import default_console
 
     console = default_console()
     with warnings.catch_warnings():
@@ -130,7 +130,7 @@ def run(
     del debug
     if print_config:
         from limbeck.api import load
-        from limbeck.config import build_objective, to_yaml
+        from limbeck.recipe.load import build_objective, to_yaml
 
         loaded = load(recipe, *(overrides or []))
         build_objective(loaded)
@@ -199,7 +199,7 @@ def evaluate(
             raise LimbeckError("--teacher goes with --prompts; of a run, name the teacher with teacher.model=...")
         _play(recipe, changes, "evaluate", update)
         return
-    from limbeck.stages.alone import EXAMINATION, recipe_of
+    from limbeck.pipeline.standalone_evaluation import EXAMINATION, recipe_of
 
     print(_played(recipe_of(recipe, teacher, prompts, changes), EXAMINATION, "report", update).report)
 
@@ -218,7 +218,7 @@ def sweep(
 ) -> None:
     """Play many runs around one recipe: arms, seeds, tuned values. What they have in common is made once."""
     del debug
-    from limbeck.sweep.conduct import play_sweep
+    from limbeck.sweep.runner import play_sweep
 
     end = play_sweep(sweep, *(overrides or []), update=update)
     print(end.page)
@@ -231,9 +231,9 @@ def report(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = F
     """Write the report of a run as far as it has come."""
     del debug
     from limbeck.api import load
-    from limbeck.console import default_console
     from limbeck.report import write_report
-    from limbeck.rundir import RunDirectory
+    from limbeck.runtime.console import default_console
+    from limbeck.runtime.rundir import RunDirectory
 
     found = RunDirectory(load(recipe, *(overrides or [])).directory)
     if not found.recipe.exists():
@@ -258,7 +258,7 @@ def compare(
 ) -> None:
     """Rank runs on one page, with what other examples and other seeds could have changed."""
     del debug
-    from limbeck.report.compare import write_comparison
+    from limbeck.compare import write_comparison
 
     title = runs[0].resolve().name if len(runs) == 1 else f"{len(runs)} runs compared"
     print(write_comparison(runs, out, title=title, metric=metric))
@@ -298,7 +298,7 @@ def doctor(
 
     from limbeck.models.doctor import doctor as examine
     from limbeck.models.doctor import render
-    from limbeck.stages.endings import doctor_says
+    from limbeck.pipeline.student_endings import doctor_says
 
     found = examine(
         teacher,
@@ -333,8 +333,8 @@ def export(
 ) -> None:
     """Write a student as safetensors or GGUF, read it back and compare; nothing appears that differs."""
     del debug
-    from limbeck.console import default_console
     from limbeck.export import export_model
+    from limbeck.runtime.console import default_console
 
     say = default_console().say
     print(export_model(source, out, format=format, dtype=dtype, trust_remote_code=trust_remote_code, say=say).file)
@@ -348,12 +348,12 @@ def init(
     """Write a recipe of your own to start from."""
     from importlib import resources
 
-    from limbeck.config import load_recipe
+    from limbeck.recipe.load import load_recipe
 
     if path.exists():
         raise LimbeckError(f"{path} exists; name another file, or delete it first")
     load_recipe(template)
-    text = (resources.files("limbeck") / "recipes" / f"{template}.yaml").read_text("utf-8")
+    text = (resources.files("limbeck.recipe") / "shipped" / f"{template}.yaml").read_text("utf-8")
     path.write_text(text, "utf-8")
     print(f"wrote {path}; play it with: limbeck run {path}")
 
@@ -363,6 +363,6 @@ def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     import json
 
-    from limbeck.config import json_schema
+    from limbeck.recipe.load import json_schema
 
     print(json.dumps(json_schema(), indent=2))

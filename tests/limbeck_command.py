@@ -217,11 +217,18 @@ def _import_all() -> None:
     from transformers.models.llama import modeling_llama
 
     import limbeck.cli
+    import limbeck.pipeline.stages
     import limbeck.report
-    import limbeck.stages
 
     used = (accelerate, datasets, peft, safetensors.torch, modeling_llama)
-    assert all(used) and AutoModelForCausalLM and AutoTokenizer and limbeck.cli and limbeck.stages and limbeck.report
+    assert (
+        all(used)
+        and AutoModelForCausalLM
+        and AutoTokenizer
+        and limbeck.cli
+        and limbeck.pipeline.stages
+        and limbeck.report
+    )
     torch.set_num_threads(1)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from limbeck.config import load_recipe
-from limbeck.flow import LimbeckError
 from limbeck.models.doctor import doctor
-from limbeck.stages import STAGES
-from limbeck.story import play
+from limbeck.pipeline.engine import play
+from limbeck.pipeline.stages import STAGES
+from limbeck.recipe.load import load_recipe
+from limbeck.types import LimbeckError
 from tests.limbeck_command import CommandServer
 from tests.tiny_pair import CHATML, TinyPair, questions, write_model, write_prompts
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import limbeck
-from limbeck.config import to_yaml
-from limbeck.flow import LimbeckError
+from limbeck.recipe.load import to_yaml
+from limbeck.types import LimbeckError
 from tests.tiny_pair import TinyPair
 
 PLAIN = {"name": "mine", "teacher": {"model": "t"}, "student": {"init": "depth_prune", "layers": 2}}

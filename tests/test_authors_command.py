@@ -14,7 +14,7 @@ from tests.limbeck_command import CommandServer
 from tests.test_bad_input import refused
 from tests.tiny_pair import TinyPair, mute_end, questions, silence, write_model, write_prompts
 
-RECIPES = Path(__file__).resolve().parents[1] / "limbeck" / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "limbeck" / "recipe" / "shipped"
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

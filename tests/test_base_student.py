@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from limbeck import run as play
 from limbeck.export import export_model
 from limbeck.export.gguf_tokens import Vocabulary
-from limbeck.flow import LimbeckError, Prompt
 from limbeck.models.loading import load_model
 from limbeck.models.vocabulary import describe
+from limbeck.pipeline.student_endings import doctor_says
 from limbeck.prompts.saved_template import saved_chat_template
 from limbeck.prompts.templates import encode_prompts, resolve_template
 from limbeck.prompts.wording import alpaca_text
-from limbeck.responses.records import read_responses
-from limbeck.stages.endings import doctor_says
+from limbeck.rollouts.io import read_responses
 from limbeck.student.endings import stop_ids
+from limbeck.types import LimbeckError, Prompt
 from tests.limbeck_command import CommandServer
 from tests.test_export import llama_cpp
 from tests.tiny_pair import TinyPair, questions, silence, write_model

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from limbeck.config import known_keys, load_recipe, shipped_recipes
 from limbeck.objectives import OBJECTIVES
+from limbeck.recipe.load import known_keys, load_recipe, shipped_recipes
 from tests.limbeck_command import ROOT, CommandServer
 from tests.tiny_pair import TinyPair
 

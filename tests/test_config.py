@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from limbeck.config import (
+from limbeck.objectives import OBJECTIVES
+from limbeck.recipe.load import (
     Recipe,
     as_tree,
     build_objective,
@@ -22,9 +23,8 @@ from limbeck.config import (
     shipped_recipes,
     to_yaml,
 )
-from limbeck.flow import LimbeckError
-from limbeck.objectives import OBJECTIVES
-from limbeck.recipe_text import dump, parse
+from limbeck.recipe.yaml_text import dump, parse
+from limbeck.types import LimbeckError
 
 SCHEMA = Path(__file__).resolve().parents[1] / "docs" / "recipe.schema.json"
 PLAIN: dict[str, Any] = {"teacher": {"model": "t"}, "student": {"init": "depth_prune", "layers": 2}}

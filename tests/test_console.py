@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from limbeck import console
-from limbeck.console import PlainConsole, QuietConsole, RichConsole, default_console, format_seconds, printable
+from limbeck.runtime import console
+from limbeck.runtime.console import PlainConsole, QuietConsole, RichConsole, default_console, format_seconds, printable
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from limbeck.config import load_recipe
-from limbeck.console import PlainConsole
-from limbeck.flow import LimbeckError
-from limbeck.stages import STAGES
-from limbeck.story import play
+from limbeck.pipeline.engine import play
+from limbeck.pipeline.stages import STAGES
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.console import PlainConsole
+from limbeck.types import LimbeckError
 from tests.tiny_pair import TOPICS, TinyPair, write_prompts
 
 
@@ -89,7 +89,7 @@ def test_the_teachers_likelihood_is_that_of_the_assistants_tokens(tiny: TinyPair
 
 
 def test_a_training_that_was_stopped_goes_on_as_if_it_had_not(tiny: TinyPair, tmp_path: Path) -> None:
-    from limbeck.flow import Interrupted
+    from limbeck.types import Interrupted
 
     whole = played(tiny, tmp_path / "whole", "train")
     source = tmp_path / "whole.jsonl"

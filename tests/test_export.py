@@ -27,8 +27,8 @@ from limbeck import run as play
 from limbeck.export import checks, export_model, gguf_model
 from limbeck.export.cards import exported_card, front_matter
 from limbeck.export.gguf_tokens import Vocabulary
-from limbeck.flow import LimbeckError
 from limbeck.models.loading import load_model
+from limbeck.types import LimbeckError
 from tests.models.tiny import save_tiny
 from tests.tiny_pair import TinyPair, questions, write_model
 

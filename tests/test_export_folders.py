@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from limbeck.export import export_model
-from limbeck.flow import LimbeckError
+from limbeck.types import LimbeckError
 from tests.tiny_pair import write_model
 
 

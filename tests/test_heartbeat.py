@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from limbeck import heartbeat
-from limbeck.flow import LimbeckError
-from limbeck.heartbeat import beating, wait_until
+from limbeck.runtime import heartbeat
+from limbeck.runtime.heartbeat import beating, wait_until
+from limbeck.types import LimbeckError
 
 
 @pytest.fixture(autouse=True)

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 import limbeck
-from limbeck import recipe_files
-from limbeck.config import build_objective, build_rule, known_keys, load_recipe, to_yaml
-from limbeck.flow import LimbeckError
+from limbeck.recipe import files as recipe_files
+from limbeck.recipe.load import build_objective, build_rule, known_keys, load_recipe, to_yaml
 from limbeck.sweep.arms import arms_of
 from limbeck.sweep.settings import load_sweep
+from limbeck.types import LimbeckError
 from tests.report.hostile import ODD, ODD_BYTES, ODD_KEYS, changed
 
 PLAIN: dict[str, Any] = {"teacher": {"model": "t"}, "student": {"init": "depth_prune", "layers": 2}}
-FOLDER = Path(limbeck.__file__).parent / "recipes"
+FOLDER = Path(limbeck.__file__).parent / "recipe" / "shipped"
 MUTANTS, BATCH = 300, 50
 
 

@@ -12,79 +12,41 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "limbeck"
 
-# Parts that everybody may import, and what little they need themselves.
-LEAVES = {
-    "flow": set(),
-    "console": set(),
-    "onednn": set(),
-    "jsonlines": set(),
-    "folders": set(),
-    "hashing": set(),
-    "rundir": {"flow", "folders"},
-    "outputs": {"hashing", "rundir"},
-    "failures": {"flow"},
-    "launched": {"flow"},
-    "heartbeat": {"flow"},
-    "shelf": {"outputs", "rundir"},
-    "journal": {"flow", "rundir"},
-    "recipe_mistakes": set(),
-    "recipe_text": {"flow", "recipe_mistakes"},
-    "recipe_files": {"flow", "recipe_mistakes", "recipe_text"},
-    "recipe_values": set(),
-    "recipe_evaluation": {"recipe_values"},
-    "recipe_sections": {"recipe_evaluation", "recipe_values"},
-    "recipe_keys": {"recipe_sections", "recipe_values"},
-    "recipe_checks": {"flow", "recipe_sections"},
-    # Only to build objectives and rules and to list the objectives' options in the schema, inside functions.
-    "config": {
-        *("flow", "recipe_checks", "recipe_files", "recipe_mistakes", "recipe_sections", "recipe_text"),
-        "objectives",
-    },
-}
-USABLE = {
-    "flow",
-    "jsonlines",
-    "config",
-    "recipe_evaluation",
-    "recipe_sections",
-    "rundir",
-    "folders",
-    "hashing",
-    "console",
-    "onednn",
-}
-PARTS = {
-    "models": USABLE,
-    "objectives": {"flow", "onednn"},
-    "prompts": USABLE | {"models"},
-    "teachers": USABLE | {"models"},
-    "server": {"flow", "rundir"},
-    "responses": USABLE | {"models", "prompts", "server", "journal"},
+# The library, from below: no part of it knows the pipeline, what plays it, or the command line.
+LIBRARY: dict[str, set[str]] = {
+    "types": set(),
+    "runtime": {"types"},
+    "ops": set(),
+    "client": {"types"},
+    "objectives": {"types", "ops"},
+    # Of the objectives their options, for the schema and to refuse wrong ones, inside functions.
+    "recipe": {"types", "objectives"},
+    "models": {"types", "runtime", "ops"},
+    "prompts": {"types", "runtime", "models"},
+    "teachers": {"types", "runtime", "ops", "models"},
+    "rollouts": {"types", "runtime"},
+    "sampling": {"types", "runtime", "ops", "client", "models", "rollouts"},
+    "student": {"types", "runtime", "ops", "models", "prompts"},
     # A teacher is handed in, never imported.
-    "student": USABLE | {"launched", "objectives", "models", "responses", "prompts"},
-    "evaluation": {"flow", "jsonlines", "rundir", "objectives", "models", "server", "journal"},
-    # Of responses the words of the alarms and what a loop is, which need no torch.
-    "report": {"flow", "jsonlines", "rundir", "recipe_keys", "recipe_text", "evaluation", "responses"},
-    "card": {"flow", "rundir", "report"},
-    # Reads what a run wrote, and writes it for others; adapters are merged as the student is saved.
-    "export": {"flow", "outputs", "recipe_text", "rundir", "models", "prompts", "student"},
+    "training": {"types", "runtime", "ops", "objectives", "recipe", "models", "rollouts"},
+    "evaluation": {"types", "runtime", "client", "objectives", "models"},
+    # Reads what a run wrote; of the rollouts the words of the alarms, which need no torch.
+    "report": {"types", "runtime", "recipe", "rollouts"},
+    "compare": {"types", "runtime", "recipe", "evaluation", "report"},
+    "export": {"types", "runtime", "recipe", "models", "prompts", "student"},
 }
-# What plays the story may import every part; the stages are handed to it.
-STORY = USABLE | set(PARTS) | {"shelf", "recipe_keys", "recipe_text"}
-TOP = {
-    # Of the story what a stage is.
-    "integrity": {"console", "flow", "outputs", "rundir", "story"},
-    "story": STORY | {"failures", "heartbeat", "integrity", "launched", "outputs"},
-    "stages": STORY | {"story", "recipe_mistakes"},
-    "api": {"flow", "config", "console", "stages", "story"},
-    "sweep": STORY
-    | {"api", "failures", "launched", "recipe_files", "recipe_mistakes", "recipe_text", "recipe_values"}
-    | {"stages", "story"},
-    "__init__": {"api", "config", "flow", "objectives"},
-    "cli": STORY | set(LEAVES) | {"api", "stages", "story", "sweep"},
+# What joins the parts by a recipe in a run directory, and what plays it.
+ABOVE: dict[str, set[str]] = {
+    "pipeline": set(LIBRARY) - {"compare", "export", "ops"},
+    "api": {"types", "recipe", "runtime", "pipeline"},
+    "sweep": {"types", "runtime", "recipe", "evaluation", "compare", "pipeline"},
+    "__init__": {"types", "recipe", "objectives", "api"},
+    "cli": {"types", "recipe", "runtime", "models", "objectives", "report", "compare", "export", "pipeline"}
+    | {"api", "sweep"},
     "__main__": {"cli"},
 }
-ALLOWED: dict[str, set[str]] = LEAVES | PARTS | TOP
+ALLOWED: dict[str, set[str]] = LIBRARY | ABOVE
+ROOMS, ARROWS = 25, 115
 
 
 def modules() -> list[Path]:
@@ -92,7 +54,7 @@ def modules() -> list[Path]:
 
 
 def part_of(path: Path) -> str:
-    """limbeck/student/loop.py -> student; limbeck/flow.py -> flow."""
+    """limbeck/training/loop.py -> training; limbeck/types.py -> types."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -126,11 +88,26 @@ def test_imports_follow_the_story(path):
 
 
 def test_the_rules_themselves_go_one_way():
-    assert not [part for part, others in ALLOWED.items() if "cli" in others and part != "__main__"]
-    assert not ALLOWED["flow"]
-    for part in PARTS:
-        assert not {"stages", "story", "api"} & ALLOWED[part]
-    assert "teachers" not in ALLOWED["student"] and "student" not in ALLOWED["evaluation"]
+    """Each part may import only what stands above it in the tables, so that no circle can be allowed."""
+    order = list(ALLOWED)
+    wrong = [(part, other) for part in ALLOWED for other in ALLOWED[part] if order.index(other) >= order.index(part)]
+    # The package's face and the command are listed where they are read.
+    assert not [pair for pair in wrong if pair[0] not in ("__init__",)]
+    assert "teachers" not in ALLOWED["training"] and "student" not in ALLOWED["evaluation"]
+
+
+def test_the_house_stays_small():
+    """One screen of parts, and no more ways between them than somebody can keep in mind."""
+    arrows = {
+        (part_of(path), other)
+        for path in modules()
+        for other, _ in imported_parts(path, path.read_text("utf-8"))
+        if other != part_of(path)
+    }
+    assert len(ALLOWED) <= ROOMS and len(arrows) <= ARROWS
+    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__" and path.suffix != ".typed"]
+    assert len([path for path in entries if path.is_file()]) <= 7
+    assert len([path for path in entries if path.is_dir()]) <= 18
 
 
 def test_every_rule_is_of_a_part_that_exists():
@@ -145,9 +122,9 @@ def test_a_forbidden_import_would_be_seen():
     assert imported_parts(Path("x.py"), source) == {("student", 2), ("cli", 4), ("api", 5)}
 
 
-def test_flow_and_objectives_need_torch_at_most():
+def test_types_and_objectives_need_torch_at_most():
     """What a training loop of somebody else imports, no more."""
-    for path in [PACKAGE / "flow.py", *sorted((PACKAGE / "objectives").glob("*.py"))]:
+    for path in [PACKAGE / "types.py", *sorted((PACKAGE / "objectives").glob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
@@ -169,7 +146,7 @@ def best_of_three(*command: str) -> float:
 HEAVY = ("torch", "transformers", "numpy", "datasets", "peft", "accelerate", "rouge_score")
 
 
-@pytest.mark.parametrize("module", ["limbeck", "limbeck.cli", "limbeck.config", "limbeck.api", "limbeck.flow"])
+@pytest.mark.parametrize("module", ["limbeck", "limbeck.cli", "limbeck.recipe.load", "limbeck.api", "limbeck.types"])
 def test_looking_around_loads_nothing_heavy(module):
     code = f"import {module}, sys; print(sorted(set(sys.modules) & {set(HEAVY)!r}))"
     end = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -9,16 +9,23 @@ from pathlib import Path
 import pytest
 
 import limbeck
-from limbeck.evaluation.scores import read_rows, write_rows
-from limbeck.flow import Prompt, Response, ScoredRow
-from limbeck.jsonlines import json_lines
-from limbeck.prompts.record import read_prompts, write_prompts
-from limbeck.responses.records import read_responses, write_responses
+from limbeck.evaluation.scores.files import read_rows, write_rows
+from limbeck.prompts.io import read_prompts, write_prompts
+from limbeck.rollouts.io import read_responses, write_responses
+from limbeck.runtime.json_lines import json_lines
+from limbeck.types import Prompt, Response, ScoredRow
 
 SEPARATORS = "\u0085\u2028\u2029\x0b\x0c\x1c\x1d\x1e"
 PACKAGE = Path(limbeck.__file__).parent
 # What is no JSON: a docstring, what programs and the kernel say; and bytes, which end at a line feed.
-OTHER_TEXT = {"cli.py", "onednn.py", "story.py", "models/assets.py", "models/quiet.py", "journal.py"}
+OTHER_TEXT = {
+    "cli.py",
+    "ops/onednn.py",
+    "pipeline/engine.py",
+    "models/assets.py",
+    "models/quiet.py",
+    "runtime/jsonl.py",
+}
 
 
 def test_numbers_count_blank_lines() -> None:

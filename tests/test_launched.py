@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from limbeck import launched as module
-from limbeck.failures import explain
-from limbeck.flow import LimbeckError
-from limbeck.launched import Launch, launched, require_trained_by
-from limbeck.student import launch as student_launch
+from limbeck.runtime import launcher as module
+from limbeck.runtime.errors import explain
+from limbeck.runtime.launcher import Launch, launched, require_trained_by
+from limbeck.training import launch as student_launch
+from limbeck.types import LimbeckError
 from tests.limbeck_command import CommandServer
 from tests.student.play import settings
 from tests.tiny_pair import TinyPair

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from limbeck.flow import LimbeckError
-from limbeck.recipe_sections import LmSection
-from limbeck.stages.corpus import pack
+from limbeck.pipeline.lm_corpus import pack
+from limbeck.recipe.sections import LmSection
+from limbeck.types import LimbeckError
 from tests.limbeck_command import CommandServer, KillAt
 from tests.recovery.conftest import measured
 from tests.test_bad_input import refused

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from limbeck.config import known_keys, load_recipe, shipped_recipes
 from limbeck.objectives import OBJECTIVES
-from limbeck.objectives.rules import RULES
+from limbeck.objectives.sequence.rules import RULES
+from limbeck.recipe.load import known_keys, load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text("utf-8")

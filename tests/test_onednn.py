@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from limbeck import onednn
+from limbeck.ops import onednn
 
 PREFERRED = onednn.preferred
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this build of torch has no oneDNN")

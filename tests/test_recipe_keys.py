@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from limbeck.config import Recipe, known_keys, load_recipe, to_yaml
-from limbeck.flow import LimbeckError
-from limbeck.recipe_evaluation import EvaluationGroup
-from limbeck.recipe_keys import neutral_keys, same_arm_keys
-from limbeck.report.compare.arms import gather
-from limbeck.stages import STAGES
-from limbeck.story import Story
+from limbeck.compare.runs import gather
+from limbeck.pipeline.engine import Story
+from limbeck.pipeline.stages import STAGES
+from limbeck.recipe.evaluation import EvaluationGroup
+from limbeck.recipe.keys import neutral_keys, same_arm_keys
+from limbeck.recipe.load import Recipe, known_keys, load_recipe, to_yaml
+from limbeck.types import LimbeckError
 from tests.report.compare_runs import write_arm_run
 from tests.tiny_pair import TinyPair
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from limbeck.flow import DenseSignal, Response, TokenBatch
-from limbeck.stages.rounds import RoundTeacher
-from limbeck.student.batches import collate
+from limbeck.pipeline.cached_teacher import RoundTeacher
+from limbeck.rollouts.collate import collate
+from limbeck.types import DenseSignal, Response, TokenBatch
 from tests.student.play import tiny_responses, tiny_teacher
 
 

@@ -18,9 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from limbeck import rundir
-from limbeck.flow import LimbeckError
-from limbeck.rundir import (
+from limbeck.runtime import rundir
+from limbeck.runtime.rundir import (
     RunDirectory,
     fingerprint,
     read_json,
@@ -31,6 +30,7 @@ from limbeck.rundir import (
     write_json,
     write_text,
 )
+from limbeck.types import LimbeckError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=8
@@ -135,7 +135,7 @@ class TestLock:
         code = textwrap.dedent("""
             import sys, time
             from pathlib import Path
-            from limbeck.rundir import RunDirectory
+            from limbeck.runtime.rundir import RunDirectory
             with RunDirectory(Path(sys.argv[1])).locked(print):
                 print("locked", flush=True)
                 time.sleep(60)

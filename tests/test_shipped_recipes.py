@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.config import shipped_recipes
+from limbeck.recipe.load import shipped_recipes
 from tests.limbeck_command import CommandServer
 from tests.tiny_pair import TinyPair, write_model
 

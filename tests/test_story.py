@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 
 import limbeck
-from limbeck.config import load_recipe
-from limbeck.failures import explain, in_one_line
-from limbeck.flow import LimbeckError
-from limbeck.rundir import Json, RunDirectory, flatten, read_json, write_text
-from limbeck.story import Stage, StopWish, Story, play
+from limbeck.pipeline.engine import Stage, StopWish, Story, play
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.errors import explain, in_one_line
+from limbeck.runtime.rundir import Json, RunDirectory, flatten, read_json, write_text
+from limbeck.types import LimbeckError
 from tests.tiny_pair import TinyPair, write_model
 
 # An alias bomb, one that holds itself, nested without end, no mapping, no text.
@@ -129,7 +129,7 @@ class TestPlaying:
         self, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         trace, clock = Trace(), iter(range(1000, 9000, 10))
-        monkeypatch.setattr("limbeck.story.time.monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr("limbeck.pipeline.engine.time.monotonic", lambda: float(next(clock)))
         trace.fail["two"] = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
             trace.play(tiny, tmp_path / "run")
@@ -141,7 +141,7 @@ class TestPlaying:
 
     def test_a_clock_that_is_set_back(self, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         trace, clock = Trace(), iter(range(10**9, 0, -7200))
-        monkeypatch.setattr("limbeck.story.time.time", lambda: float(next(clock)))
+        monkeypatch.setattr("limbeck.pipeline.engine.time.time", lambda: float(next(clock)))
         run = trace.play(tiny, tmp_path / "run")
         for name in trace.values:
             record = run.manifest(name)

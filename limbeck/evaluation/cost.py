@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from limbeck.flow import LimbeckError
 from limbeck.models.heads import causal_model
+from limbeck.types import LimbeckError
 
 Clock = Callable[[], float]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from limbeck.flow import LimbeckError
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from limbeck.evaluation.calibration import bin_sums, curve, pooled_parts
-from limbeck.evaluation.tokens import FIDELITY, FidelityChunk, TokenValues, token_values
-from limbeck.flow import LimbeckError, ScoredRow
-from limbeck.objectives.bodies import Compile
-from limbeck.rundir import Json
+from limbeck.evaluation.token_metrics.calibration import bin_sums, curve, pooled_parts
+from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, TokenValues, token_values
+from limbeck.objectives.fused.body import Compile
+from limbeck.runtime.rundir import Json
+from limbeck.types import LimbeckError, ScoredRow
 
 # Whose confidence against what, in the order of `TokenValues.confidences`.
 CALIBRATION: tuple[str, ...] = ("student_ece", "teacher_ece", "ece_to_teacher")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from limbeck.flow import LimbeckError, ScoredRow
+from limbeck.types import LimbeckError, ScoredRow
 
 
 def rouge_l(ids: Sequence[str], candidates: Sequence[str], references: Sequence[str]) -> list[ScoredRow]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from limbeck.flow import LimbeckError, ScoredRow
+from limbeck.types import LimbeckError, ScoredRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Drafted:
 
 
 def rows(prompts: Sequence[Drafted]) -> list[ScoredRow]:
-    """A row a prompt with its part of the sums that `limbeck.evaluation.pooled` makes the metrics of."""
+    """A row a prompt with its part of the sums that `limbeck.evaluation.scores.pooled` makes the metrics of."""
     return [
         ScoredRow(
             id=p.id,

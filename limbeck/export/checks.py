@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.flow import LimbeckError
 from limbeck.models.heads import causal_model
 from limbeck.models.vocabulary import real_vocab_size
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

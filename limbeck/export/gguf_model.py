@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from limbeck.export.gguf_tokens import Vocabulary
-from limbeck.flow import LimbeckError
 from limbeck.student.endings import stop_ids
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from limbeck.flow import LimbeckError
 from limbeck.models.fingerprints import backend_rules
 from limbeck.prompts.templates import end_token_ids
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

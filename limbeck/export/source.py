@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from limbeck.flow import LimbeckError
 from limbeck.models.folders import read_object, require_regular_files
 from limbeck.models.headers import safetensors_header
 from limbeck.models.loading import DTYPES, load_model, source_config, source_tokenizer
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import Source, resolve
-from limbeck.outputs import faults, matching
-from limbeck.recipe_text import parse
-from limbeck.rundir import RunDirectory
+from limbeck.recipe.yaml_text import parse
+from limbeck.runtime.outputs import faults, matching
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.student.saving import merged_state
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 from limbeck.export.cards import exported_card, front_matter
 from limbeck.export.checks import BOUNDS, compare, probe
 from limbeck.export.source import Exportable, find
-from limbeck.flow import LimbeckError
 from limbeck.models.loading import DTYPES, load_model
-from limbeck.rundir import whole_folder, write_text
+from limbeck.runtime.rundir import whole_folder, write_text
 from limbeck.student.saving import save_student
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

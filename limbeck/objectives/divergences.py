@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from limbeck.flow import LimbeckError, Rows
+from limbeck.types import LimbeckError, Rows
 
 ANY_SUPPORT = frozenset({"full", "topk_renorm", "topk_tail"})
 # Above this a ratio of probabilities stands still: e^60 times any vocabulary is still a float32.
@@ -23,7 +23,7 @@ AB_LIMIT = 1e-3
 
 
 class RowObjective(ABC):
-    """What most objectives have in common; see `limbeck.flow.Objective`."""
+    """What most objectives have in common; see `limbeck.types.Objective`."""
 
     name: str
     order: int | None = 2

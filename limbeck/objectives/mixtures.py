@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from limbeck.flow import LimbeckError, Rows
 from limbeck.objectives.divergences import Divergence, check_fraction, power
+from limbeck.types import LimbeckError, Rows
 
 JSForm = Literal["gkd", "endpoint", "normalized"]
 Assisted = Literal["teacher_assistant", "student_assistant", "assistant_teacher", "assistant_student"]

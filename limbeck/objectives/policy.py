@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.flow import LimbeckError, Rows
 from limbeck.objectives.divergences import ANY_SUPPORT, RowObjective, through_softmax
 from limbeck.objectives.sums import CrossEntropy, labels_of
+from limbeck.types import LimbeckError, Rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,14 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from limbeck.flow import HiddenObjective, LimbeckError, Objective
 from limbeck.objectives.adaptive import AdaptiveKL, EntropyGate, TailAwareKL, TokenwiseKL
 from limbeck.objectives.divergences import AlphaBeta, ForwardKL, Jeffreys, ReverseKL, SymmetricKL, TotalVariation
-from limbeck.objectives.hidden import HiddenMatching
+from limbeck.objectives.hidden_matching import HiddenMatching
+from limbeck.objectives.logit_matching import CSD, DirectLogit, LogitStandardization
 from limbeck.objectives.mixtures import TAID, AlphaMixture, JensenShannon, SkewKL, SkewReverseKL
 from limbeck.objectives.policy import PolicyGradient, SampledReverseKL
-from limbeck.objectives.scores import CSD, DirectLogit, LogitStandardization
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, WeightedSum
+from limbeck.types import HiddenObjective, LimbeckError, Objective
 
 # The values are frozen dataclasses that implement `Objective` or `HiddenObjective`; their fields are read, hence Any.
 OBJECTIVES: dict[str, type[Any]] = {

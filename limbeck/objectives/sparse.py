@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.flow import DenseSignal, LimbeckError, SampledSignal, Support, TopKSignal
-from limbeck.objectives.heads import prepare_projection
+from limbeck.objectives.fused.projection import prepare_projection
+from limbeck.types import DenseSignal, LimbeckError, SampledSignal, Support, TopKSignal
 
 # Logits of so many bytes exist at a time.
 BLOCK_BYTES = 64 << 20

@@ -10,9 +10,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from limbeck.flow import HiddenObjective, LimbeckError, Objective, Rows
 from limbeck.objectives.divergences import ANY_SUPPORT, ForwardKL
 from limbeck.objectives.temperature import scaled
+from limbeck.types import HiddenObjective, LimbeckError, Objective, Rows
 
 IGNORED = -100
 

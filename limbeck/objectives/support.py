@@ -18,9 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from limbeck.flow import DenseSignal, LimbeckError, Objective, Rows, SampledSignal, Signal, Support, TopKSignal
 from limbeck.objectives.sums import row_leaves
 from limbeck.objectives.temperature import Temperature
+from limbeck.types import DenseSignal, LimbeckError, Objective, Rows, SampledSignal, Signal, Support, TopKSignal
 
 Spread = Callable[[Tensor], Tensor]
 Columns = dict[str, Tensor]

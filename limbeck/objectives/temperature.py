@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from limbeck.flow import LimbeckError, Objective, Rows, TemperatureScale
+from limbeck.types import LimbeckError, Objective, Rows, TemperatureScale
 
 SCALES = ("auto", "none", "tau", "tau2")
 FLAT_ABOVE = 5.0

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from limbeck.flow import LimbeckError, Message, Prompt, is_unicode
-from limbeck.prompts.control import special_tokens
-from limbeck.prompts.endings import last_run
+from limbeck.prompts.special_tokens import special_tokens
 from limbeck.prompts.tools import CallForm, Turns, require_tools
+from limbeck.prompts.turn_ends import last_run
+from limbeck.types import LimbeckError, Message, Prompt, is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.flow import LimbeckError
 from limbeck.prompts.fields import TURN_FIELDS, Row, quoted
-from limbeck.prompts.rows import PlacedRow
+from limbeck.prompts.readers import PlacedRow
+from limbeck.types import LimbeckError
 
 # What a data set means by a column that no method here reads, and that changes what a row asks or answers.
 UNPLAYED: dict[str, str] = {

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from limbeck.flow import LimbeckError, Message, is_unicode
+from limbeck.types import LimbeckError, Message, is_unicode
 
 Row = Mapping[str, Any]
 # What a turn may hold beside role and text, for the chat template.

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from limbeck.flow import LimbeckError, Message
 from limbeck.prompts.fields import (
     Row,
     answers_in,
@@ -29,6 +28,7 @@ from limbeck.prompts.fields import (
     tools_in,
     turns_in,
 )
+from limbeck.types import LimbeckError, Message
 
 Mapped = Literal["prompt", "completion", "category"]
 

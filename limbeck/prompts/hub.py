@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from limbeck.flow import LimbeckError
 from limbeck.models.sources import HUB_TIMEOUT_S, network_errors
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from limbeck.flow import shared_ids
+from limbeck.types import shared_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

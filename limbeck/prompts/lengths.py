@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from limbeck.flow import LimbeckError, TokenPrompt
+from limbeck.types import LimbeckError, TokenPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from limbeck.flow import LimbeckError, Prompt
-from limbeck.prompts.naming import label
+from limbeck.prompts.labels import label
+from limbeck.types import LimbeckError, Prompt
 
 
 def require_references(prompts: Sequence[Prompt], remedy: str) -> dict[str, tuple[str, ...]]:

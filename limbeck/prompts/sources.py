@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.flow import LimbeckError, Message, Prompt, Split
 from limbeck.prompts.columns import Columns
 from limbeck.prompts.formats import Example, Mapped, family_of, instruction_example, read_row, rename_fields
-from limbeck.prompts.rows import PlacedRow, rows_of
+from limbeck.prompts.readers import PlacedRow, rows_of
+from limbeck.types import LimbeckError, Message, Prompt, Split
 
 BUILTIN = "builtin"
 PlacedExample = tuple[Example, str]

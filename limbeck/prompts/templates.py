@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from limbeck.flow import Author, LimbeckError, Prompt, Response, TokenPrompt
 from limbeck.prompts.chat import Options, Rendering, require_asked, require_options, turns_of
-from limbeck.prompts.control import ControlTokens, refuse_control_tokens
-from limbeck.prompts.endings import end_token
 from limbeck.prompts.ids import tokenize
-from limbeck.prompts.naming import label
+from limbeck.prompts.labels import label
 from limbeck.prompts.saved_template import alpaca_chat_template
+from limbeck.prompts.special_tokens import ControlTokens, refuse_control_tokens
 from limbeck.prompts.tools import call_form
+from limbeck.prompts.turn_ends import end_token
 from limbeck.prompts.turns import MarkedText, has_earlier_answers, marked_texts, marked_tokens
 from limbeck.prompts.wording import alpaca_text, plain_text
+from limbeck.types import Author, LimbeckError, Prompt, Response, TokenPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

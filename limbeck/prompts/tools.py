@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from limbeck.flow import LimbeckError, Prompt
+from limbeck.types import LimbeckError, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from limbeck.flow import LimbeckError, Prompt
 from limbeck.prompts.chat import Rendering, text_after_answer, turns_of
-from limbeck.prompts.endings import end_of_text, last_run
 from limbeck.prompts.ids import tokenize
-from limbeck.prompts.naming import label
+from limbeck.prompts.labels import label
 from limbeck.prompts.tools import Turns
+from limbeck.prompts.turn_ends import end_of_text, last_run
+from limbeck.types import LimbeckError, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

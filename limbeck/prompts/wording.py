@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from limbeck.flow import LimbeckError, Prompt
-from limbeck.prompts.naming import label
+from limbeck.prompts.labels import label
+from limbeck.types import LimbeckError, Prompt
 
 # The wording of Alpaca (Taori et al. 2023), which MiniLLM and its successors train and evaluate with.
 _OPENING = "Below is an instruction that describes a task"

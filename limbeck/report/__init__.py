@@ -5,6 +5,6 @@ anybody who was sent the directory. A run that is not finished still gets its pa
 """
 
 from limbeck.report.page import write_report
-from limbeck.report.picture import write_picture
+from limbeck.report.svg import write_picture
 
 __all__ = ["write_picture", "write_report"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.report.curves import Axis, axis, path, smooth, thin, tight_axis
-from limbeck.report.onpolicy import names_in
-from limbeck.report.run import Run, number
-from limbeck.report.words import count, figure, objective_of, setting
-from limbeck.responses.alarms import EVERY_ALARM
+from limbeck.report.format import count, figure, objective_of, setting
+from limbeck.report.on_policy import names_in
+from limbeck.report.read_run import Run, number
+from limbeck.rollouts.alarms import EVERY_ALARM
 
 # The drawing area in its own units; the page stretches it to the width there is, lines keep their thickness.
 WIDTH, HEIGHT = 1000, 400

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from limbeck.report.evidence import evidence
-from limbeck.report.run import Run, score, value_at
-from limbeck.report.words import figure, setting
+from limbeck.report.before_after import evidence
+from limbeck.report.format import figure, setting
+from limbeck.report.read_run import Run, score, value_at
 
 # The first of these that was measured decides; the others are named where they got worse too.
 DECIDING = ("forward_kl", "rouge_l_references", "rouge_l")

@@ -10,14 +10,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from limbeck.report import words
+from limbeck.report import format
+from limbeck.report.before_after import evidence
 from limbeck.report.charts import HEIGHT, WIDTH, charts
-from limbeck.report.evidence import evidence
-from limbeck.report.onpolicy import account, exchanges, warned
+from limbeck.report.on_policy import account, exchanges, warned
 from limbeck.report.outcome import harm
 from limbeck.report.rate_search import search_charts
-from limbeck.report.run import Run, number, read_run, score, value_at
-from limbeck.rundir import write_text
+from limbeck.report.read_run import Run, number, read_run, score, value_at
+from limbeck.runtime.rundir import write_text
 
 
 def write_report(run_dir: Path) -> Path:
@@ -49,7 +49,11 @@ def render(run: Run) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        duration=words.duration, memory=words.memory, count=words.count, figure=words.figure, megabytes=words.megabytes
+        duration=format.duration,
+        memory=format.memory,
+        count=format.count,
+        figure=format.figure,
+        megabytes=format.megabytes,
     )
     templates = files("limbeck.report") / "templates"
     style, script = ((templates / name).read_text(encoding="utf-8") for name in ("style.css", "hover.js"))
@@ -58,8 +62,8 @@ def render(run: Run) -> str:
         style=style,
         script=script,
         run=run,
-        name=words.name_of(run),
-        headline=words.headline(run),
+        name=format.name_of(run),
+        headline=format.headline(run),
         harm=harm(run),
         story=_story(run),
         tiles=_tiles(run),
@@ -97,17 +101,17 @@ def _story(run: Run) -> list[tuple[str, str]]:
             continue
         found = next((value for key in keys if (value := value_at(run.recipe, key)) is not None), None)
         if found is not None and not isinstance(found, Mapping | list):
-            facts.append((label, words.setting(found) if isinstance(found, float) else str(found)))
+            facts.append((label, format.setting(found) if isinstance(found, float) else str(found)))
     return facts
 
 
 def _tiles(run: Run) -> list[dict[str, str]]:
     """The figures one looks for first: value, label, and a remark."""
     tiles = []
-    ratio = words.share_of_teacher(run.student)
+    ratio = format.share_of_teacher(run.student)
     if ratio is not None:
-        own = words.count(number(run.student, "parameters"))
-        tiles.append({"value": words.share(ratio), "label": "of the teacher's parameters", "remark": f"{own} remain"})
+        own = format.count(number(run.student, "parameters"))
+        tiles.append({"value": format.share(ratio), "label": "of the teacher's parameters", "remark": f"{own} remain"})
     for metric, label, digits in (
         ("forward_kl", "forward KL, nats/token", 3),
         ("top1_agreement", "top-1 agreement", 3),
@@ -115,17 +119,17 @@ def _tiles(run: Run) -> list[dict[str, str]]:
     ):
         before, after = score(run, "before", metric), score(run, "after", metric)
         if after:
-            remark = f"from {words.figure(before['mean'], digits)}" if before else "not measured before training"
+            remark = f"from {format.figure(before['mean'], digits)}" if before else "not measured before training"
             remark = "" if run.alone else remark
-            tiles.append({"value": words.figure(after["mean"], digits), "label": label, "remark": remark})
+            tiles.append({"value": format.figure(after["mean"], digits), "label": label, "remark": remark})
     seconds = [row["seconds"] for row in _stages(run) if row["seconds"] is not None]
     if seconds:
         remark = f"{len(seconds)} stage{'' if len(seconds) == 1 else 's'}"
-        tiles.append({"value": words.duration(sum(seconds)), "label": "in all", "remark": remark})
+        tiles.append({"value": format.duration(sum(seconds)), "label": "in all", "remark": remark})
     peaks = [(p, str(s["stage"])) for s in run.stages if (p := number(s, "peak_memory_mib")) is not None]
     if peaks:
         peak, stage = max(peaks)
-        tiles.append({"value": words.memory(peak), "label": "peak memory", "remark": f"in {stage}"})
+        tiles.append({"value": format.memory(peak), "label": "peak memory", "remark": f"in {stage}"})
     return tiles
 
 
@@ -170,7 +174,7 @@ def _anatomy(run: Run) -> list[dict[str, Any]]:
         if block in turns:
             remark += f", taken out as number {turns[block]}"
         if isinstance(value, int | float):
-            remark += f", influence {words.figure(value)}"
+            remark += f", influence {format.figure(value)}"
         height = round(100 * (max(0.0, value) / top) ** 0.5, 1) if isinstance(value, int | float) else None
         cells.append({"block": block, "kept": stays, "height": height, "remark": remark})
     return cells
@@ -180,9 +184,9 @@ def _sizes(run: Run) -> list[dict[str, Any]]:
     """Teacher and student side by side: parameters, megabytes, blocks."""
     rows = []
     for label, teacher, own, form in (
-        ("Parameters", number(run.student, "teacher_parameters"), number(run.student, "parameters"), words.count),
-        ("On disk", number(run.student, "teacher_size_mb"), number(run.student, "size_mb"), words.megabytes),
-        ("Blocks", number(run.student, "teacher_layers"), _kept(run), words.count),
+        ("Parameters", number(run.student, "teacher_parameters"), number(run.student, "parameters"), format.count),
+        ("On disk", number(run.student, "teacher_size_mb"), number(run.student, "size_mb"), format.megabytes),
+        ("Blocks", number(run.student, "teacher_layers"), _kept(run), format.count),
     ):
         if own is not None:
             rows.append(
@@ -212,7 +216,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
             "name": str(stage["stage"]),
             "seconds": known,
             "width": round(100 * spent / longest, 2),
-            "share": words.share(spent / sum(seconds)) if sum(seconds) else "",
+            "share": format.share(spent / sum(seconds)) if sum(seconds) else "",
             "tokens": number(stage, "tokens"),
             "tokens_per_s": None if known is None else number(stage, "tokens_per_s"),
             "peak_memory_mib": number(stage, "peak_memory_mib"),

@@ -8,8 +8,8 @@ from typing import Any
 
 from limbeck.report.charts import HEIGHT, WIDTH, Chart, Mark
 from limbeck.report.curves import axis, path
-from limbeck.report.run import Run, number
-from limbeck.report.words import figure
+from limbeck.report.format import figure
+from limbeck.report.read_run import Run, number
 
 GROUP = "Search for the learning rate"
 # A trial that ruined the student would press all others onto one line: the axis ends here, in losses at the start.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from limbeck.flow import LimbeckError
 from limbeck.models.quiet import one_line
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

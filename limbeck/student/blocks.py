@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.flow import LimbeckError
 from limbeck.models.heads import causal_model, decoder_of
 from limbeck.models.loading import without_dropout
 from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from limbeck import onednn
-from limbeck.flow import LimbeckError, TokenBatch
 from limbeck.models.assets import Progress
 from limbeck.models.loading import (
     LoadedModel,
@@ -25,10 +23,12 @@ from limbeck.models.loading import (
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
+from limbeck.ops import onednn
 from limbeck.student.adapters import LoraSpec, with_adapters
 from limbeck.student.blocks import depth_prune, per_layer_fields
 from limbeck.student.endings import AnswerFormat
 from limbeck.student.pruning import BlockChoice, choose_blocks
+from limbeck.types import LimbeckError, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

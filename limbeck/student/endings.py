@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from limbeck.flow import LimbeckError
 from limbeck.models.heads import causal_model
 from limbeck.prompts.saved_template import saved_chat_template
 from limbeck.prompts.templates import TemplateName, end_token_ids
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from torch import nn

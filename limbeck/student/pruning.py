@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limbeck import onednn
-from limbeck.flow import Head, LimbeckError, TokenBatch
 from limbeck.models.assets import Progress
 from limbeck.models.heads import decoder_of, head_of, project
+from limbeck.ops import onednn
 from limbeck.student.blocks import decoder_blocks, last_block_output, left_out
+from limbeck.types import Head, LimbeckError, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

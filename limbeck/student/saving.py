@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from limbeck.flow import LimbeckError
 from limbeck.models.heads import causal_model
 from limbeck.models.quiet import one_line, quiet_transformers
-from limbeck.rundir import whole_folder
+from limbeck.runtime.rundir import whole_folder
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

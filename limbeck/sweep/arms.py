@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.config import Recipe, at, load_recipe
-from limbeck.flow import LimbeckError
-from limbeck.rundir import fingerprint
+from limbeck.recipe.load import Recipe, at, load_recipe
+from limbeck.runtime.rundir import fingerprint
 from limbeck.sweep.settings import Sweep, Tree, as_overrides, flat
+from limbeck.types import LimbeckError
 
 # The models that runs of their own make for all arms, by the key that takes them.
 Models = Mapping[str, str]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limbeck.config import Recipe, as_tree, at
-from limbeck.flow import LimbeckError
-from limbeck.launched import launched
-from limbeck.story import Story, require_same
+from limbeck.pipeline.engine import Story, require_same
+from limbeck.recipe.load import Recipe, as_tree, at
+from limbeck.runtime.launcher import launched
 from limbeck.sweep.arms import ArmRun
+from limbeck.types import LimbeckError
 
 Prints = dict[str, str]
 
@@ -37,7 +37,7 @@ class Inspector:
         Raises:
             LimbeckError: one would fail, or its directory holds another run.
         """
-        from limbeck.stages import STAGES
+        from limbeck.pipeline.stages import STAGES
 
         self.check(runs)
         for run in runs:
@@ -57,8 +57,8 @@ class Inspector:
         Raises:
             LimbeckError: a run would fail.
         """
-        from limbeck.stages import STAGES
-        from limbeck.stages.judging import judgement_of
+        from limbeck.pipeline.build import judgement_of
+        from limbeck.pipeline.stages import STAGES
 
         for run in runs:
             # The seeds of an arm share its mistakes.
@@ -101,7 +101,7 @@ def check_recipe(recipe: Recipe, *, update: bool) -> None:
     Raises:
         LimbeckError: it would fail, or its directory holds another run.
     """
-    from limbeck.stages import STAGES
+    from limbeck.pipeline.stages import STAGES
 
     story = Story(recipe)
     for stage in STAGES:

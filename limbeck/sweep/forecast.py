@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from limbeck.rundir import RunDirectory
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.sweep.arms import ArmRun
 from limbeck.sweep.checks import Inspector
-from limbeck.sweep.ledger import Ledger
+from limbeck.sweep.status import Ledger
 
 _OF_THE_TEACHER = ("prompts", "responses", "signal")
 

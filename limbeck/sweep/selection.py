@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-from limbeck.evaluation.metrics import describe
-from limbeck.flow import LimbeckError
-from limbeck.rundir import read_json
+from limbeck.evaluation.scores.metrics import describe
+from limbeck.runtime.rundir import read_json
 from limbeck.sweep.arms import Arm, ArmRun, Models, arms_of, final_runs, tuning_runs
-from limbeck.sweep.choosing import badness, best, survivors
-from limbeck.sweep.player import Player
+from limbeck.sweep.executor import Player
+from limbeck.sweep.ranking import badness, best, survivors
 from limbeck.sweep.settings import Tree
+from limbeck.types import LimbeckError
 
 Finals = dict[str, list[ArmRun]]
 

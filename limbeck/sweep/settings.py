@@ -12,13 +12,13 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from limbeck.config import apply_override, known_keys, recipe_tree
-from limbeck.evaluation.metrics import METRICS, describe
-from limbeck.flow import LimbeckError
-from limbeck.recipe_files import read_yaml, shipped_recipes
-from limbeck.recipe_mistakes import explain, nearest
-from limbeck.recipe_text import dump, plain
-from limbeck.recipe_values import STRICT, Count, Fraction, Seed
+from limbeck.evaluation.scores.metrics import METRICS, describe
+from limbeck.recipe.fields import STRICT, Count, Fraction, Seed
+from limbeck.recipe.files import read_yaml, shipped_recipes
+from limbeck.recipe.load import apply_override, known_keys, recipe_tree
+from limbeck.recipe.messages import explain, nearest
+from limbeck.recipe.yaml_text import dump, plain
+from limbeck.types import LimbeckError
 
 Tree = dict[str, Any]
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]

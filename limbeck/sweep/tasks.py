@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
-from limbeck.config import load_recipe
-from limbeck.console import PlainConsole
-from limbeck.failures import explain
-from limbeck.flow import Interrupted
-from limbeck.rundir import read_json
-from limbeck.shelf import Shelf
-from limbeck.story import Story, play
+from limbeck.pipeline.engine import Story, play
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.artifact_cache import Shelf
+from limbeck.runtime.console import PlainConsole
+from limbeck.runtime.errors import explain
+from limbeck.runtime.rundir import read_json
 from limbeck.sweep.settings import Tree
+from limbeck.types import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ def _played(story: Story, task: Task, log: TextIO) -> Outcome:
 
 
 def _play(story: Story, task: Task) -> Outcome:
-    from limbeck.stages import STAGES
-    from limbeck.stages.paused import measure_paused, paused_path
+    from limbeck.pipeline.halving_evaluation import measure_paused, paused_path
+    from limbeck.pipeline.stages import STAGES
 
     recipe, console = story.recipe, story.console
     if task.pause_at is None or task.metric is None:

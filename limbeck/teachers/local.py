@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from limbeck import onednn
-from limbeck.flow import DenseSignal, Head, TokenBatch
-from limbeck.models.hidden import hidden_states
+from limbeck.models.forward import hidden_states
+from limbeck.ops import onednn
+from limbeck.types import DenseSignal, Head, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ import runpy
 import signal
 import sys
 
-from limbeck import heartbeat
+from limbeck.runtime import heartbeat
 from tests.limbeck_command import signalled_at
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from limbeck.flow import Response, Sampling, TokenPrompt
 from limbeck.objectives import build_objective
-from limbeck.objectives.rules import build_rule
-from limbeck.responses.authors import Author, Clock, Fixed, Own, Pairs, Pen, Shift, Supply
-from limbeck.responses.replay import Replay, ReplaySettings
-from limbeck.responses.rounds import Rounds
-from limbeck.responses.samplers import LocalSampler
-from limbeck.student.loss import Judgement
+from limbeck.objectives.sequence.rules import build_rule
+from limbeck.rollouts.replay import Replay, ReplaySettings
+from limbeck.rollouts.rounds import Rounds
+from limbeck.rollouts.sources import Author, Clock, Fixed, Own, Pairs, Pen, Shift, Supply
+from limbeck.sampling.local import LocalSampler
+from limbeck.training.loss import Judgement
+from limbeck.types import Response, Sampling, TokenPrompt
 from tests.distributed.updates import EXACT
 from tests.student.play import VOCAB, play, settings, tiny_model, tiny_responses, tiny_teacher
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from limbeck.objectives import build_objective
-from limbeck.objectives.rules import MiniLLM
+from limbeck.objectives.sequence.rules import MiniLLM
 from limbeck.student.build import StudentSpec, build_student
-from limbeck.student.loss import Judgement
+from limbeck.training.loss import Judgement
 from tests.student.play import play, settings, tiny_corpus, tiny_lora, tiny_model, tiny_responses, tiny_teacher
 
 EXACT = torch.float64

@@ -14,8 +14,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from limbeck.flow import Interrupted
-from limbeck.student.loop import NonFiniteError
+from limbeck.training.loop import NonFiniteError
+from limbeck.types import Interrupted
 from tests.distributed.authors import SCENARIOS, play_author
 from tests.distributed.updates import UPDATES, play_update
 from tests.student.play import FailingTeacher, play, settings, stop_after, tiny_lora, tiny_model, weights

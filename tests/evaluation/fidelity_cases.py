@@ -2,8 +2,8 @@
 
 import torch
 
-from limbeck.evaluation.tokens import FidelityChunk
-from limbeck.flow import DenseSignal, Head
+from limbeck.evaluation.token_metrics.tokens import FidelityChunk
+from limbeck.types import DenseSignal, Head
 
 TOP_K = 5
 

@@ -119,7 +119,10 @@ ATTACKS: dict[str, tuple[str, set[str]]] = {
         at_import("import pickle\nassert pickle.loads(b'cposix\\nsystem\\n(S\"true\"\\ntR.') == 0"),
         RAISED,
     ),
-    "the harness of this package": (at_import("import importlib\nimportlib.import_module('limbeck.rundir')"), RAISED),
+    "the harness of this package": (
+        at_import("import importlib\nimportlib.import_module('limbeck.runtime.rundir')"),
+        RAISED,
+    ),
     "site packages": (at_import("import torch"), RAISED),
     "raising a limit": (
         at_import("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))"),

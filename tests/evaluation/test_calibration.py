@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.evaluation import scores
-from limbeck.evaluation.calibration import BINS, bin_sums, curve, pooled_parts
-from limbeck.evaluation.pooled import calibration_error
-from limbeck.flow import LimbeckError, ScoredRow
+from limbeck.evaluation.scores import files as scores
+from limbeck.evaluation.scores.pooled import calibration_error
+from limbeck.evaluation.token_metrics.calibration import BINS, bin_sums, curve, pooled_parts
+from limbeck.types import LimbeckError, ScoredRow
 
 
 def ece(confidence, outcome):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import limbeck
 from limbeck.evaluation.cost import parameters, timed_in_turns, weight_bytes
-from limbeck.flow import LimbeckError
 from limbeck.models.loading import load_model
+from limbeck.types import LimbeckError
 from tests.tiny_pair import TinyPair
 
 IDS = (5, 9, 12, 40, 7)

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from limbeck.evaluation.diversity import distinct, diversity, sample_nll, self_bleu, words
-from limbeck.flow import LimbeckError
+from limbeck.types import LimbeckError
 
 WORDS = st.sampled_from(["the", "The", "cat", "sat", "on", "a", "mat", ".", "3.5", "it's", "&amp;", "\n", "über"])
 ANSWERS = st.lists(st.lists(WORDS, max_size=9).map(" ".join), min_size=2, max_size=5)

@@ -8,11 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.evaluation.fidelity import BY_POSITION, CALIBRATION, measure
-from limbeck.evaluation.metrics import METRICS
-from limbeck.evaluation.scores import summarise
-from limbeck.evaluation.tokens import FIDELITY, FidelityChunk, token_values
-from limbeck.flow import DenseSignal, Head, LimbeckError
-from limbeck.objectives.bodies import compiler_available
+from limbeck.evaluation.scores.files import summarise
+from limbeck.evaluation.scores.metrics import METRICS
+from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, token_values
+from limbeck.objectives.fused.body import compiler_available
+from limbeck.types import DenseSignal, Head, LimbeckError
 from tests.evaluation.fidelity_cases import TOP_K, chunk, direct, logits
 
 VARIANTS = [

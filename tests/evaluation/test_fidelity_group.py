@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import limbeck
-from limbeck.evaluation.metrics import METRICS
-from limbeck.flow import LimbeckError, Response
-from limbeck.prompts.record import read_prompts
+from limbeck.evaluation.scores.metrics import METRICS
+from limbeck.pipeline.groups import GROUPS
+from limbeck.prompts.io import read_prompts
 from limbeck.prompts.templates import encode_responses
-from limbeck.responses.records import read_responses
-from limbeck.stages.groups import GROUPS
+from limbeck.rollouts.io import read_responses
+from limbeck.types import LimbeckError, Response
 from tests.tiny_pair import TinyPair, questions, write_model, write_prompts
 
 CONDITIONS = ("", "@teacher", "@student", "@references")

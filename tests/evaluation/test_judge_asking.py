@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from limbeck.evaluation.judge import Judge, Pair, estimate, questions_of
-from limbeck.evaluation.judgements import Judgement, JudgementLog, used
-from limbeck.flow import LimbeckError
-from limbeck.server.client import Server
+from limbeck.client.openai import Server
+from limbeck.evaluation.judge.asking import Judge, Pair, estimate, questions_of
+from limbeck.evaluation.judge.log import Judgement, JudgementLog, used
+from limbeck.types import LimbeckError
 from tests.evaluation.judge_server import JUDGE, JudgeState, always_a, answers_in, judging
 from tests.evaluation.odd_replies import HALF, ODD, completion
 

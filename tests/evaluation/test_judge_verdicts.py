@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.evaluation.metrics import METRICS
-from limbeck.evaluation.verdicts import (
+from limbeck.evaluation.judge.verdicts import (
     JudgedPair,
     Opinion,
     Verdict,
@@ -19,7 +18,8 @@ from limbeck.evaluation.verdicts import (
     summarise_pairs,
     unread_warning,
 )
-from limbeck.flow import LimbeckError
+from limbeck.evaluation.scores.metrics import METRICS
+from limbeck.types import LimbeckError
 
 VERDICTS: tuple[Verdict, ...] = ("A", "B", "C")
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.evaluation.likeliest import WIDTH, group_maxima, likeliest
+from limbeck.evaluation.token_metrics.likeliest import WIDTH, group_maxima, likeliest
 
 
 @settings(max_examples=80, deadline=None)

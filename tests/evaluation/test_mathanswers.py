@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.evaluation.mathanswers import MathChecker, extract, last_boxed, settled
-from limbeck.evaluation.problems import read_problems
+from limbeck.evaluation.tasks.math_answers import MathChecker, extract, last_boxed, settled
+from limbeck.evaluation.tasks.problems import read_problems
 
 
 @pytest.fixture(scope="module")

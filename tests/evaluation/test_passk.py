@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.evaluation.passk import pass_at_k
-from limbeck.flow import LimbeckError
+from limbeck.evaluation.tasks.passk import pass_at_k
+from limbeck.types import LimbeckError
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from limbeck.evaluation.codeanswers import job_of, program_of
-from limbeck.evaluation.problems import Problem, read_problems
 from limbeck.evaluation.sandbox import jail
 from limbeck.evaluation.sandbox.host import Limits, run, run_all
-from limbeck.flow import LimbeckError
+from limbeck.evaluation.tasks.code_answers import job_of, program_of
+from limbeck.evaluation.tasks.problems import Problem, read_problems
+from limbeck.types import LimbeckError
 from tests.evaluation.few_problems import BODY, HUMANEVAL, MATH, MBPP, ROWS, WHOLE, write
 
 confined = pytest.mark.skipif(bool(jail.missing()), reason=f"this machine has no {jail.missing()}")

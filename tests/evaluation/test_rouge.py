@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
 from limbeck.evaluation.rouge import best_rouge_l, rouge_l, scorable
-from limbeck.flow import LimbeckError, Prompt
 from limbeck.prompts.references import require_references
 from limbeck.prompts.sources import load_prompts
+from limbeck.types import LimbeckError, Prompt
 
 CANDIDATES = ["The cat sat on the mat.", "", "Dogs are running quickly", "unrelated words here", "Ünïcode 42"]
 REFERENCES = ["A cat was sitting on the mat", "Something", "The dog runs quick", "entirely other text", "unicode 42"]

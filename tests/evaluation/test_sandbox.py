@@ -19,7 +19,7 @@ from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require
 from limbeck.evaluation.sandbox.log import judge_all
 from limbeck.evaluation.sandbox.tester import Program, judge
 from limbeck.evaluation.sandbox.wire import Link
-from limbeck.flow import LimbeckError
+from limbeck.types import LimbeckError
 from tests.evaluation.sandbox_attacks import ATTACKS, GOOD
 
 confined = pytest.mark.skipif(bool(jail.missing()), reason=f"this machine has no {jail.missing()}")

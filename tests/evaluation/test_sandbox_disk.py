@@ -16,7 +16,7 @@ import pytest
 from limbeck.evaluation.sandbox import host, jail
 from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run
 from limbeck.evaluation.sandbox.log import judge_all
-from limbeck.flow import LimbeckError
+from limbeck.types import LimbeckError
 from tests.evaluation.disk_watch import LIMITS
 from tests.evaluation.sandbox_attacks import ENDLESS, GOOD
 from tests.evaluation.sandbox_disk_attacks import DISK, FORGED

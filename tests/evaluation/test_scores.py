@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.evaluation import scores
-from limbeck.evaluation.metrics import METRICS
-from limbeck.flow import LimbeckError, Score, ScoredRow
+from limbeck.evaluation.scores import files as scores
+from limbeck.evaluation.scores.metrics import METRICS
+from limbeck.types import LimbeckError, Score, ScoredRow
 
 
 def row(name, weight, **values):

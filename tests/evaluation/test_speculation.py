@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import limbeck
-from limbeck.evaluation.bootstrap import summarise
-from limbeck.evaluation.scores import read_rows
+from limbeck.evaluation.scores.bootstrap import summarise
+from limbeck.evaluation.scores.files import read_rows
 from limbeck.evaluation.speculation import Drafted, break_even, expected_speedup, expected_tokens_per_pass, rows
-from limbeck.flow import LimbeckError
+from limbeck.types import LimbeckError
 from tests.tiny_pair import TinyPair
 
 SHARES = st.floats(0, 1)

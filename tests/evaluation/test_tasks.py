@@ -9,15 +9,15 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from limbeck.pipeline.groups.tasks import _text_behind
 from transformers import AutoTokenizer
 
 from limbeck.evaluation.sandbox import jail
-from limbeck.flow import LimbeckError, Prompt, Response, Sampling
-from limbeck.rundir import read_json
-from limbeck.stages.evaluation import examine
-from limbeck.stages.exam import Exam
-from limbeck.stages.groups import GROUPS
-from limbeck.stages.groups.tasks import _text_behind
+from limbeck.pipeline.evaluation_context import Exam
+from limbeck.pipeline.groups import GROUPS
+from limbeck.pipeline.stages.evaluate import examine
+from limbeck.runtime.rundir import read_json
+from limbeck.types import LimbeckError, Prompt, Response, Sampling
 from tests.evaluation.few_problems import MBPP, ROWS, WHOLE, write
 from tests.evaluation.tiny_exam import Tiny
 from tests.tiny_pair import write_model

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import limbeck
 from limbeck.evaluation.diversity import diversity
-from limbeck.flow import LimbeckError, Sampling
-from limbeck.prompts.record import read_prompts, write_prompts
-from limbeck.rundir import sealed
-from limbeck.stages.exam import Exam, Measured, Who, text_of
-from limbeck.stages.groups import GROUPS
+from limbeck.pipeline.evaluation_context import Exam, Measured, Who, text_of
+from limbeck.pipeline.groups import GROUPS
+from limbeck.prompts.io import read_prompts, write_prompts
+from limbeck.runtime.rundir import sealed
+from limbeck.types import LimbeckError, Sampling
 from tests.evaluation.tiny_exam import EVALUATE, SEEDS, Tiny, tokenizer_of, written
 from tests.tiny_pair import TinyPair, questions
 from tests.tiny_pair import write_prompts as write_rows

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from limbeck.config import load_recipe
-from limbeck.flow import Prompt, Response, Sampling
-from limbeck.prompts.record import write_prompts
+from limbeck.pipeline.engine import Story
+from limbeck.pipeline.evaluation_context import Exam, Who
+from limbeck.prompts.io import write_prompts
 from limbeck.prompts.sources import load_prompts
-from limbeck.responses.records import read_responses
-from limbeck.stages.exam import Exam, Who
-from limbeck.story import Story
+from limbeck.recipe.load import load_recipe
+from limbeck.rollouts.io import read_responses
+from limbeck.types import Prompt, Response, Sampling
 from tests.tiny_pair import questions, write_model
 from tests.tiny_pair import write_prompts as write_rows
 

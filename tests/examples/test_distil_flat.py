@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from limbeck.config import load_recipe
-from limbeck.flow import Response
 from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, build_objective
-from limbeck.responses.authors import fixed
+from limbeck.recipe.load import load_recipe
+from limbeck.rollouts.sources import fixed
 from limbeck.student.blocks import depth_prune
-from limbeck.student.journal import LoopContext
-from limbeck.student.loop import train
-from limbeck.student.loss import Judgement
 from limbeck.teachers.local import LocalTeacher
+from limbeck.training.loop import train
+from limbeck.training.loss import Judgement
+from limbeck.training.metrics import LoopContext
+from limbeck.types import Response
 
 VOCABULARY = 97
 KEEP = (0, 1, 3)

@@ -148,6 +148,8 @@ def _header(folder: Path, draw: random.Random) -> str:
     (length,) = struct.unpack("<Q", data[:8])
     try:
         header = json.loads(data[8 : 8 + length])
+        if not isinstance(header, dict):
+            return "nothing"  # an earlier mutation of the same file
         name = draw.choice(sorted(set(header) - {"__metadata__"}))
     except (ValueError, IndexError, TypeError):
         return "nothing"

@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from limbeck.flow import LimbeckError
 from limbeck.models import assets
 from limbeck.models.assets import Asset, cache_root, fetch
-from limbeck.models.blank import cut
 from limbeck.models.loading import load_model
+from limbeck.models.untrained import cut
+from limbeck.types import LimbeckError
 
 from .tiny import save_gguf, tiny_model
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.flow import LimbeckError
 from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.sources import resolve
+from limbeck.types import LimbeckError
 from tests.models.tiny import save_tiny
 
 READ = (

@@ -18,13 +18,13 @@ from typing import Any, TextIO
 
 import pytest
 
-from limbeck.config import load_recipe
 from limbeck.export import export_model
-from limbeck.flow import LimbeckError
 from limbeck.models.doctor import doctor, render
-from limbeck.stages import STAGES
-from limbeck.stages.endings import doctor_says
-from limbeck.story import Story
+from limbeck.pipeline.engine import Story
+from limbeck.pipeline.stages import STAGES
+from limbeck.pipeline.student_endings import doctor_says
+from limbeck.recipe.load import load_recipe
+from limbeck.types import LimbeckError
 from tests.models.folder_mutants import fresh_copy, mutate
 from tests.tiny_pair import TinyPair, write_model, write_prompts
 

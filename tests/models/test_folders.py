@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from limbeck.flow import LimbeckError
 from limbeck.models.loading import load_model, load_tokenizer
 from limbeck.models.vocabulary import describe
 from limbeck.prompts.templates import end_token_ids
+from limbeck.types import LimbeckError
 from tests.tiny_pair import write_model
 
 

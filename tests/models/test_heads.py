@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertLMHeadModel
 
-from limbeck.flow import LimbeckError
 from limbeck.models.heads import causal_model, decoder_of, head_of, project
+from limbeck.types import LimbeckError
 
 from .tiny import FAMILIES, REAL, ROWS, tiny_model
 

@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub.constants
 import pytest
 
-from limbeck.flow import LimbeckError
 from limbeck.models import sources
 from limbeck.models.sources import resolve
+from limbeck.types import LimbeckError
 
 _ANSWERS = {
     "absent": (404, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}),

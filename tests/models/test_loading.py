@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
-from limbeck.flow import LimbeckError
 from limbeck.models.loading import load_model, load_tokenizer
+from limbeck.types import LimbeckError
 
 from .tiny import DEPTH, save_gguf, save_tiny, tiny_model, tiny_tokenizer
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from limbeck.flow import LimbeckError
 from limbeck.models.doctor import doctor, render
 from limbeck.models.loading import load_model
 from limbeck.models.vocabulary import compare, describe, real_vocab_size, require_same
+from limbeck.types import LimbeckError
 
 from .tiny import REAL, ROWS, save_gguf, save_tiny, tiny_model, tiny_tokenizer
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.flow import Objective, Rows, TemperatureScale
 from limbeck.objectives import OBJECTIVES, build_objective
 from limbeck.objectives.sums import row_leaves
+from limbeck.types import Objective, Rows, TemperatureScale
 
 WEIGHTINGS = ("student", "teacher", "uniform", "mixture")
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.flow import DenseSignal, Head
 from limbeck.objectives import FusedLoss, Temperature, fused_distillation_loss, token_values
 from limbeck.objectives.sums import AnyObjective
+from limbeck.types import DenseSignal, Head
 
 
 class Pair:

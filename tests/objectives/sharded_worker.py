@@ -18,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from limbeck.flow import DenseSignal, Head
 from limbeck.objectives import AdaptiveTemperature, Temperature, build_objective, fused_distillation_loss
+from limbeck.types import DenseSignal, Head
 
 V, D, N = 41, 8, 30
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.flow import LimbeckError
 from limbeck.objectives import (
     AdaptiveAlpha,
     Beta,
@@ -18,6 +17,7 @@ from limbeck.objectives import (
     sequence_mean,
     topk_signal,
 )
+from limbeck.types import LimbeckError
 from tests.objectives.pairs import Pair
 from tests.objectives.test_precision import Largest
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.flow import DenseSignal, Head, Signal
 from limbeck.objectives import SparseForm, Temperature, fused_distillation_loss
 from limbeck.objectives.divergences import AlphaBeta
 from limbeck.objectives.temperature import scaled
+from limbeck.types import DenseSignal, Head, Signal
 from tests.objectives.cases import CASES, DEFAULTS, make_rows
 
 # Squares of 1e30 are infinite in float32: a value may be infinite, a gradient and a NaN may not.

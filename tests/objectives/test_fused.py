@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from limbeck.flow import DenseSignal, Head, LimbeckError
 from limbeck.objectives import (
     HiddenPair,
     SparseForm,
@@ -16,7 +15,8 @@ from limbeck.objectives import (
     fused_distillation_loss,
     logit_tiles,
 )
-from limbeck.objectives.bodies import compiler_available
+from limbeck.objectives.fused.body import compiler_available
+from limbeck.types import DenseSignal, Head, LimbeckError
 from tests.objectives.cases import CASES, DEFAULTS
 from tests.objectives.pairs import Pair
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from limbeck.flow import DenseSignal, Head
 from limbeck.objectives import SparseForm, build_objective, fused_distillation_loss
-from limbeck.objectives.contrast import label_logp
-from limbeck.objectives.tiles import GPU_TILE_BYTES
+from limbeck.objectives.fused.tiles import GPU_TILE_BYTES
+from limbeck.objectives.sequence.distillm2 import label_logp
+from limbeck.types import DenseSignal, Head
 from tests.objectives.cases import CASES, DEFAULTS, is_teacherless
 from tests.objectives.pairs import Pair
 

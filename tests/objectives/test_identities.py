@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.flow import Objective
 from limbeck.objectives import build_objective
 from limbeck.objectives.adaptive import head_of
 from limbeck.objectives.temperature import scaled
+from limbeck.types import Objective
 from tests.objectives.cases import WEIGHTINGS, make_logits, make_rows
 
 STUDENT, TEACHER, _ = make_logits()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.flow import LimbeckError
-from limbeck.objectives.importance import importance_weight
-from limbeck.objectives.rules import ImportanceWeights, Seen, build_rule
+from limbeck.objectives.sequence.importance import importance_weight
+from limbeck.objectives.sequence.rules import ImportanceWeights, Seen, build_rule
+from limbeck.types import LimbeckError
 from tests.objectives.test_returns import Tables
 
 

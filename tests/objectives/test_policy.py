@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.flow import LimbeckError, Objective
 from limbeck.objectives import Temperature, build_objective, topk_signal
 from limbeck.objectives.temperature import scaled
+from limbeck.types import LimbeckError, Objective
 from tests.objectives.cases import make_logits, make_rows
 from tests.objectives.pairs import Pair
 

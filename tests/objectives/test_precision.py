@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from limbeck.flow import DenseSignal, Head
 from limbeck.objectives import build_objective, fused_distillation_loss, token_values
+from limbeck.types import DenseSignal, Head
 from tests.objectives.cases import DEFAULTS
 from tests.objectives.pairs import Pair
 
@@ -114,7 +114,7 @@ def test_nothing_of_size_n_by_v_appears(name):
 
 PEAK = """
 import resource, sys, torch
-from limbeck.flow import DenseSignal, Head
+from limbeck.types import DenseSignal, Head
 from limbeck.objectives import build_objective, fused_distillation_loss
 torch.manual_seed(0)
 n, v, d = int(sys.argv[1]), 20000, 8

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from limbeck import onednn
-from limbeck.flow import Head
-from limbeck.objectives import heads
+from limbeck.objectives.fused import projection as heads
+from limbeck.ops import onednn
+from limbeck.types import Head
 
 
 @pytest.mark.parametrize("strip_bytes", [1, 4 * 5 * 7, 4 * 5 * 1000])

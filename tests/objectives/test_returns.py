@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.flow import DenseSignal, Head, LimbeckError
 from limbeck.objectives import build_objective, fused_distillation_loss, label_logp, minillm_advantage
-from limbeck.objectives.returns import Importance
+from limbeck.objectives.sequence.minillm import Importance
+from limbeck.types import DenseSignal, Head, LimbeckError
 
 V, T = 3, 3
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from limbeck.flow import Objective
 from limbeck.objectives import build_objective
 from limbeck.objectives.temperature import scaled
+from limbeck.types import Objective
 from tests.objectives.cases import make_logits, make_rows
 
 STUDENT, TEACHER, _ = make_logits()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.flow import LimbeckError, Rows, SampledSignal
 from limbeck.objectives import SparseForm, Temperature, build_objective, sampled_signal, token_values, topk_signal
 from limbeck.objectives.support import restrict
+from limbeck.types import LimbeckError, Rows, SampledSignal
 from tests.objectives.cases import CASES, DEFAULTS
 from tests.objectives.pairs import Pair
 

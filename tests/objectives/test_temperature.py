@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from limbeck.flow import LimbeckError, Sampling
 from limbeck.objectives import (
     AdaptiveTemperature,
     Temperature,
@@ -18,8 +17,9 @@ from limbeck.objectives import (
     tail_weights,
     token_difficulty,
 )
-from limbeck.student.batches import collate
-from limbeck.student.loss import Judgement, Moment, StudentLoss
+from limbeck.rollouts.collate import collate
+from limbeck.training.loss import Judgement, Moment, StudentLoss
+from limbeck.types import LimbeckError, Sampling
 from tests.objectives.cases import DEFAULTS
 from tests.objectives.pairs import Pair
 from tests.student.play import VOCAB, tiny_model, tiny_responses, tiny_teacher

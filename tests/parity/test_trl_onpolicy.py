@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from limbeck.flow import Response
 from limbeck.models.heads import head_of
 from limbeck.objectives import build_objective
 from limbeck.objectives.temperature import Temperature
-from limbeck.responses.authors import Clock, fixed
-from limbeck.student.balance import Balance
-from limbeck.student.batches import collate
-from limbeck.student.journal import LoopContext
-from limbeck.student.loop import train
-from limbeck.student.loss import Judgement, Moment, StudentLoss
+from limbeck.rollouts.collate import collate
+from limbeck.rollouts.sources import Clock, fixed
 from limbeck.teachers.local import LocalTeacher
+from limbeck.training.loop import train
+from limbeck.training.loss import Judgement, Moment, StudentLoss
+from limbeck.training.metrics import LoopContext
+from limbeck.training.weighting import Balance
+from limbeck.types import Response
 from tests.student.play import metrics, settings
 from tests.tiny_pair import questions, write_model
 

@@ -8,8 +8,8 @@ from itertools import combinations
 
 import pytest
 
-from limbeck.flow import Prompt
 from limbeck.prompts.sources import PromptSet, load_prompts
+from limbeck.types import Prompt
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from limbeck.flow import LimbeckError
 from limbeck.prompts.columns import UNPLAYED, unread_line
 from limbeck.prompts.sources import PromptSet, load_prompts
+from limbeck.types import LimbeckError
 
 ANSWERED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 

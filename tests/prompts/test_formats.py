@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from limbeck.flow import LimbeckError, Message
 from limbeck.prompts.formats import Example, family_of, read_row
+from limbeck.types import LimbeckError, Message
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be kind."}

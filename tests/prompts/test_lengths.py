@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.flow import LimbeckError, Split, TokenPrompt
 from limbeck.prompts.lengths import check_lengths
+from limbeck.types import LimbeckError, Split, TokenPrompt
 
 
 def of_length(length: int, split: Split = "train") -> TokenPrompt:

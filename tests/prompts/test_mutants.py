@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from limbeck.flow import LimbeckError, Prompt
-from limbeck.prompts.record import read_prompts, write_prompts
+from limbeck.prompts.io import read_prompts, write_prompts
 from limbeck.prompts.sources import PromptSet, load_prompts
+from limbeck.types import LimbeckError, Prompt
 
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
 TALK = [

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.flow import Message, Prompt
-from limbeck.prompts.naming import label
-from limbeck.prompts.record import read_prompts, write_prompts
+from limbeck.prompts.io import read_prompts, write_prompts
+from limbeck.prompts.labels import label
 from limbeck.prompts.sources import load_prompts
+from limbeck.types import Message, Prompt
 from tests.tiny_pair import write_prompts as write_rows
 
 

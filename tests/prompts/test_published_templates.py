@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.flow import LimbeckError, Prompt
 from limbeck.prompts.templates import encode_prompts, encode_responses, end_token_ids
+from limbeck.types import LimbeckError, Prompt
 from tests.prompts.conftest import MakeTokenizer
 
 ASKED = Prompt(id="p", text=" What is 2 + 2?\n", completion="\nIt is 4. ")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.flow import LimbeckError, Message, Prompt
-from limbeck.prompts.record import read_prompts, write_prompts
+from limbeck.prompts.io import read_prompts, write_prompts
+from limbeck.types import LimbeckError, Message, Prompt
 
 TEXT = st.text(max_size=20) | st.sampled_from(["a\u2028b", "\x85", "\r\n", "\ufeff", '"\\'])
 MESSAGES = st.lists(st.builds(Message, role=TEXT, content=TEXT), min_size=1, max_size=3).map(tuple)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.flow import LimbeckError
 from limbeck.prompts.sources import load_prompts
 from limbeck.prompts.templates import encode_prompts, encode_responses
+from limbeck.types import LimbeckError
 from tests.prompts.chat_templates import CHATML_SYSTEM
 from tests.prompts.conftest import MakeTokenizer
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from limbeck.flow import LimbeckError, Message
 from limbeck.prompts import hub
 from limbeck.prompts.formats import Example, instruction_example
-from limbeck.prompts.rows import source_digest
+from limbeck.prompts.readers import source_digest
 from limbeck.prompts.sources import PromptSet, canonical_content, content_id, load_prompts, split_of
+from limbeck.types import LimbeckError, Message
 
 TWENTY = [{"prompt": f"Question number {n}?"} for n in range(20)]
 

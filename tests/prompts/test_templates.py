@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from limbeck.flow import LimbeckError, Message, Prompt
 from limbeck.prompts.templates import (
     encode_prompts,
     encode_responses,
     end_token_ids,
     resolve_template,
 )
+from limbeck.types import LimbeckError, Message, Prompt
 from tests.prompts.chat_templates import (
     CHATML,
     CHATML_SYSTEM,

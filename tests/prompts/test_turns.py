@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.flow import LimbeckError, Message, Prompt, Response
 from limbeck.prompts.templates import encode_prompts, encode_responses
+from limbeck.types import LimbeckError, Message, Prompt, Response
 from tests.prompts.chat_templates import CHATML, CHATML_SYSTEM, GEMMA, GENERATION, LLAMA2, MISTRAL
 from tests.prompts.conftest import MakeTokenizer
 from tests.prompts.test_published_templates import published, text_of

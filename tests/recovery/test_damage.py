@@ -114,7 +114,7 @@ def test_what_only_saves_time_may_be_deleted(limbeck: CommandServer, run: Path) 
 
 def test_made_again_and_different(limbeck: CommandServer, run: Path, reference: Reference) -> None:
     """Another machine may write other answers: what was made from the old ones is refused, and redone on request."""
-    from limbeck.rundir import RunDirectory
+    from limbeck.runtime.rundir import RunDirectory
 
     directory = RunDirectory(run)
     record = directory.manifest("student") or {}

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from limbeck.evaluation.scores import write_scores
-from limbeck.flow import ScoredRow
+from limbeck.evaluation.scores.files import write_scores
+from limbeck.types import ScoredRow
 from tests.report.synthetic import RECIPE, SAMPLES, STAGES
 
 EXAMPLES = 60

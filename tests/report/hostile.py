@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.card import write_card
-from limbeck.flow import LimbeckError
+from limbeck.compare import write_comparison
 from limbeck.report import write_report
-from limbeck.report.compare import write_comparison
+from limbeck.report.model_card import write_card
 from limbeck.report.outcome import harm
-from limbeck.report.picture import write_picture
-from limbeck.report.run import read_run
+from limbeck.report.read_run import read_run
+from limbeck.report.svg import write_picture
+from limbeck.types import LimbeckError
 
 ODD: Sequence[Any] = (
     *(None, True, False, 0, -1, 1, 3, 2**31, 2**63, -(2**70), 10**400, 1e308, -1e308, 1.7e308, 5e-324, -5e-324, 1e-310),

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from limbeck.evaluation.scores import write_scores
-from limbeck.flow import ScoredRow
-from limbeck.rundir import RunDirectory
+from limbeck.evaluation.scores.files import write_scores
+from limbeck.runtime.rundir import RunDirectory
+from limbeck.types import ScoredRow
 
 RECIPE = """\
 name: quickstart

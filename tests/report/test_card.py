@@ -5,9 +5,9 @@ import json
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from limbeck.card import write_card
-from limbeck.evaluation.scores import write_scores
-from limbeck.flow import LimbeckError, ScoredRow
+from limbeck.evaluation.scores.files import write_scores
+from limbeck.report.model_card import write_card
+from limbeck.types import LimbeckError, ScoredRow
 from tests.report.synthetic import KEPT, write_run
 
 

@@ -10,17 +10,17 @@ from itertools import pairwise
 
 import pytest
 
-from limbeck.evaluation.bootstrap import summarise
-from limbeck.evaluation.scores import read_rows
-from limbeck.flow import LimbeckError
-from limbeck.report.compare import write_comparison
-from limbeck.report.compare.arms import gather
-from limbeck.report.compare.costs import bill
-from limbeck.report.compare.drawing import spread
-from limbeck.report.compare.frontier import _front
-from limbeck.report.compare.labels import label, titled
-from limbeck.report.compare.page import View
-from limbeck.report.compare.tables import Tables
+from limbeck.compare import write_comparison
+from limbeck.compare.charts import spread
+from limbeck.compare.costs import bill
+from limbeck.compare.frontier import _front
+from limbeck.compare.labels import label, titled
+from limbeck.compare.page import View
+from limbeck.compare.runs import gather
+from limbeck.compare.tables import Tables
+from limbeck.evaluation.scores.bootstrap import summarise
+from limbeck.evaluation.scores.files import read_rows
+from limbeck.types import LimbeckError
 from tests.report.compare_runs import write_arm_run, write_sweep
 from tests.report.test_report import parse, words
 
@@ -345,7 +345,7 @@ def test_many_arms_stay_small_and_fold(tmp_path):
 
 def test_importing_is_light():
     code = (
-        "import sys, limbeck.report.compare\n"
+        "import sys, limbeck.compare\n"
         "heavy = {'torch', 'transformers', 'jinja2', 'yaml', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

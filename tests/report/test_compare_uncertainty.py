@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.report.compare.pairs import Gap, Pair, holm, letters
-from limbeck.report.compare.student_t import quantile, tail
-from limbeck.report.compare.uncertainty import Resampled, Sheet, arm_means, draws
+from limbeck.compare.pairwise import Gap, Pair, holm, letters
+from limbeck.compare.student_t import quantile, tail
+from limbeck.compare.uncertainty import Resampled, Sheet, arm_means, draws
 
 # Two-sided 5 % and 0.1 % points of Student's t, from printed tables.
 PRINTED = {1: (12.706, 636.62), 2: (4.3027, 31.599), 5: (2.5706, 6.8688), 10: (2.2281, 4.5869), 120: (1.9799, 3.3735)}

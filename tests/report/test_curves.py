@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from limbeck.report.charts import charts
 from limbeck.report.curves import axis, path, smooth, thin, tight_axis
-from limbeck.report.run import read_run
-from limbeck.report.words import count, duration, figure, memory, share
+from limbeck.report.format import count, duration, figure, memory, share
+from limbeck.report.read_run import read_run
 from tests.report.synthetic import write_run
 
 numbers = st.floats(-1e9, 1e9, allow_nan=False, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-9 else x)

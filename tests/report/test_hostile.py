@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.card import write_card
-from limbeck.flow import LimbeckError
+from limbeck.compare import write_comparison
 from limbeck.report import write_report
-from limbeck.report.compare import write_comparison
-from limbeck.report.run import read_run, score
-from limbeck.rundir import RunDirectory
+from limbeck.report.model_card import write_card
+from limbeck.report.read_run import read_run, score
+from limbeck.runtime.rundir import RunDirectory
+from limbeck.types import LimbeckError
 from tests.report.compare_runs import write_arm_run, write_sweep
 from tests.report.hostile import complaints, mutated
 from tests.report.synthetic import write_on_policy, write_run

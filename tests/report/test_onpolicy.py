@@ -8,10 +8,10 @@ import pytest
 
 from limbeck.report import write_report
 from limbeck.report.charts import MIX, OWN, charts
-from limbeck.report.onpolicy import decoder, exchanges, warned
-from limbeck.report.run import read_run
-from limbeck.responses.alarms import ALARMS
-from limbeck.rundir import RunDirectory
+from limbeck.report.on_policy import decoder, exchanges, warned
+from limbeck.report.read_run import read_run
+from limbeck.rollouts.alarms import ALARMS
+from limbeck.runtime.rundir import RunDirectory
 from tests.report.synthetic import ANSWERS, SAMPLES, write_on_policy, write_run
 from tests.report.test_report import parse, words
 

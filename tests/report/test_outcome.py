@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.evaluation.scores import write_scores
-from limbeck.flow import ScoredRow
+from limbeck.evaluation.scores.files import write_scores
 from limbeck.report import write_report
 from limbeck.report.outcome import harm
 from limbeck.report.rate_search import search_charts
-from limbeck.report.run import read_run
+from limbeck.report.read_run import read_run
+from limbeck.types import ScoredRow
 from tests.report.synthetic import write_run
 
 

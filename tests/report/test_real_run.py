@@ -8,9 +8,9 @@ import pytest
 
 import limbeck
 from limbeck.report import write_report
-from limbeck.report.onpolicy import exchanges
-from limbeck.report.run import FILES, WRITTEN, read_run
-from limbeck.rundir import RunDirectory
+from limbeck.report.on_policy import exchanges
+from limbeck.report.read_run import FILES, WRITTEN, read_run
+from limbeck.runtime.rundir import RunDirectory
 from tests.report.hostile import complaints, mutated
 from tests.report.test_report import parse, words
 from tests.tiny_pair import TinyPair

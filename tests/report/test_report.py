@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from limbeck.flow import LimbeckError
 from limbeck.report import write_report
-from limbeck.report.run import FILES, read_run
+from limbeck.report.read_run import FILES, read_run
+from limbeck.types import LimbeckError
 from tests.report.synthetic import RECIPE, SAMPLES, write_run
 
 VOID = {"meta", "path", "circle", "link", "img", "br", "hr", "input", "source"}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from limbeck.flow import Response
-from limbeck.responses.account import SO_FAR, counted, never_acted, summary
+from limbeck.rollouts.account import SO_FAR, counted, never_acted, summary
+from limbeck.types import Response
 
 
 def response(author: Any, *, tokens: int = 3, replaced: int | None = None) -> Response:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from limbeck.flow import Interrupted, LimbeckError, Response
-from limbeck.responses.authors import Clock, Fixed, Own, Shift, fixed
-from limbeck.responses.order import Plan
+from limbeck.rollouts.order import Plan
+from limbeck.rollouts.sources import Clock, Fixed, Own, Shift, fixed
+from limbeck.types import Interrupted, LimbeckError, Response
 from tests.responses.writing import FakeSampler, asked_in, base_of, own_of, pen_of, played, prompts_of
 
 SHIFT = Shift(step_rows=4, seed=11)

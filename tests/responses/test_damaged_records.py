@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.flow import LimbeckError
-from limbeck.responses.records import read_asked, read_batch, read_responses
+from limbeck.rollouts.io import read_asked, read_batch, read_responses
+from limbeck.types import LimbeckError
 
 JUNK = (b"[]", b"null", b"3", b'"text"', b"{}", b"{", b"\xff\xfe", b"[" * 9999, b'{"id": 3, "ids": [1]}')
 IDS = (

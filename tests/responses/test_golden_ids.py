@@ -16,13 +16,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from limbeck.config import load_recipe
-from limbeck.console import QuietConsole
-from limbeck.flow import Response, TokenBatch
-from limbeck.responses.samplers import LocalSampler
-from limbeck.stages import STAGES
-from limbeck.stages.rounds import RoundTeacher
-from limbeck.story import play
+from limbeck.pipeline.cached_teacher import RoundTeacher
+from limbeck.pipeline.engine import play
+from limbeck.pipeline.stages import STAGES
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.console import QuietConsole
+from limbeck.sampling.local import LocalSampler
+from limbeck.types import Response, TokenBatch
 from tests.prompts.chat_templates import CHATML, CHATML_SYSTEM, GEMMA, LLAMA2
 from tests.prompts.conftest import CONTROL, CORPUS
 from tests.tiny_pair import questions, write_prompts

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.flow import Author, Response, StopReason
-from limbeck.responses import alarms
-from limbeck.responses.alarms import ALARMS
-from limbeck.responses.health import Watch, health_of, loops, rates, repeated_share, tally
+from limbeck.rollouts import alarms
+from limbeck.rollouts.alarms import ALARMS
+from limbeck.rollouts.health import Watch, health_of, loops, rates, repeated_share, tally
+from limbeck.types import Author, Response, StopReason
 
 EOS = 2
 
@@ -225,5 +225,5 @@ def test_the_page_explains_every_alarm():
 
 
 def test_no_torch_is_needed():
-    code = "import limbeck.responses.health, limbeck.responses.watch, sys; assert 'torch' not in sys.modules"
+    code = "import limbeck.rollouts.health, limbeck.rollouts.monitor, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

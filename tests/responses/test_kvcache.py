@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.responses.kvcache import DecodeCache, order_without
+from limbeck.sampling.kv_cache import DecodeCache, order_without
 from tests.responses.tiny import config_of
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.flow import LimbeckError
-from limbeck.responses.authors import Clock, Fixed, Mixed, Shift, die
+from limbeck.rollouts.sources import Clock, Fixed, Mixed, Shift, die
+from limbeck.types import LimbeckError
 from tests.responses.writing import FakeSampler, base_of, own_of, played, prompts_of
 
 SHIFT = Shift(step_rows=4, seed=11)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from limbeck.flow import Sampling
-from limbeck.responses.nucleus import ATTEMPTS, draw, inside, nucleus, probabilities
+from limbeck.sampling.top_p import ATTEMPTS, draw, inside, nucleus, probabilities
+from limbeck.types import Sampling
 
 SETTINGS = [
     Sampling(temperature=0.8, top_p=0.95),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from limbeck.onednn import available
-from limbeck.responses.packed import PackedLinears
+from limbeck.ops.onednn import available
+from limbeck.ops.packed_linear import PackedLinears
 
 pytestmark = pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN")
 

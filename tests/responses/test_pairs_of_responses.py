@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.flow import LimbeckError, Response, Sampling
-from limbeck.responses.authors import Clock, Pairs, Shift
-from limbeck.student.batches import collate, micro_batches
+from limbeck.rollouts.collate import collate, micro_batches
+from limbeck.rollouts.sources import Clock, Pairs, Shift
+from limbeck.types import LimbeckError, Response, Sampling
 from tests.responses.writing import FakeSampler, asked_in, base_of, pen_of, played, prompts_of
 
 TEACHERS = Sampling(max_new_tokens=12, seed=77)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from limbeck.flow import Sampling, TokenPrompt
 from limbeck.models.heads import decoder_of, head_of, project
 from limbeck.models.loading import load_model
 from limbeck.models.vocabulary import real_vocab_size
-from limbeck.responses.samplers import LocalSampler
+from limbeck.sampling.local import LocalSampler
+from limbeck.types import Sampling, TokenPrompt
 
 QUESTIONS = ("Name a colour.", "What is the capital of France? Answer in one short sentence.")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from limbeck.flow import LimbeckError, Response
-from limbeck.responses.authors import Clock, Fixed, Shift, die
-from limbeck.responses.replay import Replay, ReplaySettings
+from limbeck.rollouts.replay import Replay, ReplaySettings
+from limbeck.rollouts.sources import Clock, Fixed, Shift, die
+from limbeck.types import LimbeckError, Response
 from tests.responses.writing import FakeSampler, base_of, own_of, prompts_of
 
 ROWS, TOTAL = 4, 60

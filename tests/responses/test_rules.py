@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from limbeck.flow import Sampling
-from limbeck.responses.nucleus import pick, probabilities
-from limbeck.responses.rules import Mixed, Round, accept_or_resample, veto
+from limbeck.sampling.acceptance import Mixed, Round, accept_or_resample, veto
+from limbeck.sampling.top_p import pick, probabilities
+from limbeck.types import Sampling
 from tests.responses.shares import assert_shares
 
 ROWS, DRAFTS, VOCAB = 5_000, 3, 7

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.flow import LimbeckError, Response, Sampler, Sampling, TokenPrompt
 from limbeck.models.heads import decoder_of, head_of, project
-from limbeck.responses import decoding
-from limbeck.responses.samplers import SamplingProgress
+from limbeck.sampling import decoding
+from limbeck.sampling.local import SamplingProgress
+from limbeck.types import LimbeckError, Response, Sampler, Sampling, TokenPrompt
 from tests.responses.tiny import EOS, FAMILIES, IN_DOUBLE, VOCAB, sampler_of, tiny_model, tiny_prompts
 
 WARM = Sampling(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=3)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from limbeck.flow import LimbeckError, Response, Sampler, Sampling, TokenPrompt
 from limbeck.models.heads import decoder_of, head_of, project
-from limbeck.responses import decoding
-from limbeck.responses.nucleus import probabilities
-from limbeck.responses.samplers import SamplingProgress
-from limbeck.responses.speculative import MixtureSampler, SkdSampler, SpeculativeSampler
-from limbeck.responses.together import TwoModels
+from limbeck.sampling import decoding
+from limbeck.sampling.draft_and_verify import TwoModels
+from limbeck.sampling.local import SamplingProgress
+from limbeck.sampling.speculative import MixtureSampler, SkdSampler, SpeculativeSampler
+from limbeck.sampling.top_p import probabilities
+from limbeck.types import LimbeckError, Response, Sampler, Sampling, TokenPrompt
 from tests.responses.shares import assert_shares
 from tests.responses.tiny import EOS, IN_DOUBLE, VOCAB, sampler_of, tiny_model, tiny_prompts
 

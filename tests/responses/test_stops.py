@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.flow import Sampling
-from limbeck.responses.stops import StopStrings
+from limbeck.sampling.stop_strings import StopStrings
+from limbeck.types import Sampling
 from tests.responses.tiny import sampler_of, tiny_model, tiny_prompts
 
 

@@ -10,8 +10,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from limbeck.flow import TokenPrompt
-from limbeck.responses.samplers import LocalSampler
+from limbeck.sampling.local import LocalSampler
+from limbeck.types import TokenPrompt
 
 VOCAB = 61
 EOS = 5

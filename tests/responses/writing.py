@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from limbeck.flow import Author, Response, Sampling, TokenPrompt
-from limbeck.responses.authors import Clock, Own, Pen, Shift, Supply
-from limbeck.responses.rounds import Rounds
-from limbeck.responses.samplers import Answered, in_order
+from limbeck.rollouts.rounds import Rounds
+from limbeck.rollouts.sources import Clock, Own, Pen, Shift, Supply
+from limbeck.sampling.local import Answered, in_order
+from limbeck.types import Author, Response, Sampling, TokenPrompt
 
 
 @dataclass

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from limbeck.console import printable
-from limbeck.flow import LimbeckError
-from limbeck.server import transport
-from limbeck.server.client import Refusal, Server
+from limbeck.client import http as transport
+from limbeck.client.openai import Refusal, Server
+from limbeck.runtime.console import printable
+from limbeck.types import LimbeckError
 from tests.server.evil import HEAD, Plot, dripped, hung, once, playing, poured, reset, whole
 
 TIMEOUT_S = 2.0

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from limbeck.flow import LimbeckError
-from limbeck.server.client import Refusal, Server
-from limbeck.server.keys import ALLOWED
+from limbeck.client.keys import ALLOWED
+from limbeck.client.openai import Refusal, Server
+from limbeck.types import LimbeckError
 from tests.server.evil import HEAD, Plot, once, playing, whole
 
 SECRET = "sk-do/not-repeat-me"
@@ -109,7 +109,7 @@ def test_a_key_goes_to_the_hosts_that_the_environment_names(monkeypatch: pytest.
 
 
 def test_a_key_in_a_traceback_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from limbeck.server.keys import read_key
+    from limbeck.client.keys import read_key
 
     monkeypatch.setenv("THE_API_KEY", SECRET)
     assert SECRET not in repr(read_key("THE_API_KEY", root="http://localhost/v1", section="responses.server"))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.flow import Author, Response
-from limbeck.responses.authors import Clock, Shift, Stateless
-from limbeck.student.balance import Balance
-from limbeck.student.loss import Judgement
+from limbeck.rollouts.sources import Clock, Shift, Stateless
+from limbeck.training.loss import Judgement
+from limbeck.training.weighting import Balance
+from limbeck.types import Author, Response
 from tests.student.play import VOCAB, metrics, play, settings, tiny_model, tiny_teacher
 
 Gradients = Mapping[str, Tensor]

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from limbeck.config import TrainSection
-from limbeck.flow import DenseSignal, Response, Teacher, TokenBatch
 from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, build_objective
 from limbeck.objectives.sums import AnyObjective
-from limbeck.responses.authors import Author, fixed
-from limbeck.student.balance import Balance
-from limbeck.student.corpus import Corpus
-from limbeck.student.journal import LoopContext
-from limbeck.student.loop import train
-from limbeck.student.loss import Judgement
+from limbeck.recipe.load import TrainSection
+from limbeck.rollouts.sources import Author, fixed
 from limbeck.teachers.local import LocalTeacher
+from limbeck.training.corpus import Corpus
+from limbeck.training.loop import train
+from limbeck.training.loss import Judgement
+from limbeck.training.metrics import LoopContext
+from limbeck.training.weighting import Balance
+from limbeck.types import DenseSignal, Response, Teacher, TokenBatch
 
 # The heads have three rows more than there are ids.
 VOCAB, HEAD_ROWS = 101, 104

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from limbeck.flow import Interrupted, LimbeckError, Response, Sampling, TokenPrompt
 from limbeck.objectives import build_objective
-from limbeck.objectives.contrast import Beta
-from limbeck.objectives.rules import AlphaByGap
-from limbeck.responses.authors import Author, Fixed, Mixed, Own, Pairs, Pen, Shift, Supply
-from limbeck.responses.replay import Replay, ReplaySettings
-from limbeck.responses.rounds import Rounds
-from limbeck.responses.samplers import LocalSampler
-from limbeck.student.balance import Balance
-from limbeck.student.loss import Judgement
+from limbeck.objectives.sequence.distillm2 import Beta
+from limbeck.objectives.sequence.rules import AlphaByGap
+from limbeck.rollouts.replay import Replay, ReplaySettings
+from limbeck.rollouts.rounds import Rounds
+from limbeck.rollouts.sources import Author, Fixed, Mixed, Own, Pairs, Pen, Shift, Supply
+from limbeck.sampling.local import LocalSampler
+from limbeck.training.loss import Judgement
+from limbeck.training.weighting import Balance
+from limbeck.types import Interrupted, LimbeckError, Response, Sampling, TokenPrompt
 from tests.student.naive import Both
 from tests.student.play import (
     VOCAB,

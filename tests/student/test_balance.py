@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from limbeck.flow import Author, Response
-from limbeck.objectives.contrast import Beta
-from limbeck.responses.authors import Clock
-from limbeck.student.balance import Balance
+from limbeck.objectives.sequence.distillm2 import Beta
+from limbeck.rollouts.sources import Clock
+from limbeck.training.weighting import Balance
+from limbeck.types import Author, Response
 
 HALF = Clock(step=5, total=10)
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.flow import Response
-from limbeck.responses.order import Plan
-from limbeck.student.batches import collate, micro_batches
+from limbeck.rollouts.collate import collate, micro_batches
+from limbeck.rollouts.order import Plan
+from limbeck.types import Response
 
 IDS = st.lists(st.integers(1, 50), min_size=1, max_size=9).map(tuple)
 

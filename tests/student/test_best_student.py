@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.flow import Interrupted, Response
-from limbeck.responses.development import FEWEST, LARGEST_SHARE, set_aside
-from limbeck.student.loss_alarm import QUIET, LossAlarm
+from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, set_aside
+from limbeck.training.loss_alarm import QUIET, LossAlarm
+from limbeck.types import Interrupted, Response
 from tests.student.play import (
     identical,
     metrics,

@@ -8,13 +8,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from limbeck.flow import LimbeckError
+from limbeck.models.forward import hidden_states
 from limbeck.models.heads import decoder_of, head_of, project
-from limbeck.models.hidden import hidden_states
 from limbeck.models.loading import LoadedModel, load_model
 from limbeck.student.adapters import LoraSpec
 from limbeck.student.build import StudentSpec, build_student
 from limbeck.student.saving import merged_state, save_student
+from limbeck.types import LimbeckError
 from tests.models.tiny import DEPTH, FAMILIES, REAL, save_tiny, tiny_model, tiny_tokenizer
 
 from .test_pruning import batch

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from limbeck.rundir import read_json
-from limbeck.student import checkpoints
+from limbeck.runtime.rundir import read_json
+from limbeck.training import checkpoints
 from tests.student.play import identical, play, settings, tiny_lora, tiny_model, weights
 
 

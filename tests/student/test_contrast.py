@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.flow import Interrupted
 from limbeck.objectives import build_objective
-from limbeck.objectives.contrast import Beta
 from limbeck.objectives.mixtures import SkewReverseKL
-from limbeck.objectives.rules import AlphaByGap
-from limbeck.student.balance import Balance
-from limbeck.student.loss import Judgement
+from limbeck.objectives.sequence.distillm2 import Beta
+from limbeck.objectives.sequence.rules import AlphaByGap
+from limbeck.training.loss import Judgement
+from limbeck.training.weighting import Balance
+from limbeck.types import Interrupted
 from tests.student.naive import (
     Both,
     Scripted,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from limbeck.flow import Interrupted
 from limbeck.objectives import build_objective
-from limbeck.student.corpus import Corpus
-from limbeck.student.loss import Judgement
+from limbeck.training.corpus import Corpus
+from limbeck.training.loss import Judgement
+from limbeck.types import Interrupted
 from tests.student.naive import Scripted, gap, gradients, read, recorded, written
 from tests.student.play import (
     VOCAB,

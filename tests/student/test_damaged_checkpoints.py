@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from limbeck.flow import LimbeckError
-from limbeck.student import checkpoints
+from limbeck.training import checkpoints
+from limbeck.types import LimbeckError
 from tests.student.play import identical, tiny_model, weights
 from tests.student.test_checkpoints import trained
 

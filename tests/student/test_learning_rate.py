@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.flow import Interrupted
-from limbeck.student.learning_rate import (
+from limbeck.training.learning_rate import (
     HIGHEST,
     LOWEST,
     RATIO,
@@ -24,6 +23,7 @@ from limbeck.student.learning_rate import (
     next_rate,
     trial_factors,
 )
+from limbeck.types import Interrupted
 from tests.student.play import identical, metrics, play, settings, stop_after, tiny_lora, tiny_model, weights
 
 

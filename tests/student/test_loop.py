@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from limbeck.flow import Interrupted, LimbeckError
 from limbeck.models.heads import project
 from limbeck.objectives import build_objective
-from limbeck.responses.order import Plan
-from limbeck.student import checkpoints
+from limbeck.rollouts.collate import collate
+from limbeck.rollouts.order import Plan
 from limbeck.student.adapters import LoraSpec
-from limbeck.student.batches import collate
 from limbeck.student.build import StudentSpec, build_student
-from limbeck.student.loop import NonFiniteError
+from limbeck.training import checkpoints
+from limbeck.training.loop import NonFiniteError
+from limbeck.types import Interrupted, LimbeckError
 from tests.student.play import (
     VOCAB,
     FailingTeacher,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from limbeck.flow import LimbeckError, Response
 from limbeck.objectives import build_objective
-from limbeck.objectives.contrast import Beta
-from limbeck.objectives.rules import DPKD, ImportanceWeights, MiniLLM
-from limbeck.student.balance import Balance
-from limbeck.student.loss import Judgement
+from limbeck.objectives.sequence.distillm2 import Beta
+from limbeck.objectives.sequence.rules import DPKD, ImportanceWeights, MiniLLM
+from limbeck.training.loss import Judgement
+from limbeck.training.weighting import Balance
+from limbeck.types import LimbeckError, Response
 from tests.student.naive import Both, gap, gradients, norm, one_step, pairs, read, stale, written
 
 POLICY = build_objective("policy_gradient")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from limbeck.student.precision import unmoved_share
+from limbeck.training.precision import unmoved_share
 from tests.limbeck_command import CommandServer
 from tests.student.play import tiny_lora, tiny_model
 from tests.tiny_pair import TinyPair

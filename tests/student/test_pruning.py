@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from limbeck.flow import LimbeckError, TokenBatch
 from limbeck.models.heads import decoder_of, head_of, project
 from limbeck.student.blocks import decoder_blocks, depth_prune, left_out
 from limbeck.student.pruning import calibration_rows, choose_blocks
+from limbeck.types import LimbeckError, TokenBatch
 from tests.models.tiny import DEPTH, FAMILIES, REAL, tiny_model
 
 

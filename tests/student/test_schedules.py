@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from limbeck.config import TrainSection
-from limbeck.flow import LimbeckError
-from limbeck.student.schedules import learning_rate, total_steps
+from limbeck.recipe.load import TrainSection
+from limbeck.training.schedules import learning_rate, total_steps
+from limbeck.types import LimbeckError
 
 KINDS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_min_lr")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from limbeck.flow import LimbeckError, Response
 from limbeck.objectives import build_objective
-from limbeck.responses.authors import Clock, Fixed, Shift
-from limbeck.student.loop import NonFiniteError
+from limbeck.rollouts.sources import Clock, Fixed, Shift
+from limbeck.training.loop import NonFiniteError
+from limbeck.types import LimbeckError, Response
 from tests.student.play import play, settings, tiny_model, tiny_responses
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from limbeck.student.tail import Tail
+from limbeck.training.percentile import Tail
 
 
 def nearest_rank(values, share):

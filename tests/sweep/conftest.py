@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import limbeck
-from limbeck.console import QuietConsole
-from limbeck.rundir import read_json
-from limbeck.sweep.conduct import SweepEnd, play_sweep
+from limbeck.runtime.console import QuietConsole
+from limbeck.runtime.rundir import read_json
+from limbeck.sweep.runner import SweepEnd, play_sweep
 from tests.tiny_pair import TinyPair
 
 Tree = dict[str, Any]

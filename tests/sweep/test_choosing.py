@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.flow import LimbeckError
-from limbeck.sweep.choosing import badness, best, survivors
+from limbeck.sweep.ranking import badness, best, survivors
+from limbeck.types import LimbeckError
 
 STANDING = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.floats(-5, 5), min_size=1, max_size=20)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.config import as_tree, load_recipe
-from limbeck.rundir import RunDirectory
-from limbeck.sweep.crew import Workers
+from limbeck.recipe.load import as_tree, load_recipe
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.sweep.tasks import Outcome, Task
+from limbeck.sweep.workers import Workers
 from tests.limbeck_command import CommandServer
 from tests.sweep.conftest import Play, Tree, alone, made_here, read_lines, recipe_tree, require_same_bits
 from tests.tiny_pair import TinyPair, write_recipe
@@ -41,7 +41,7 @@ def workers_of(root: Path) -> list[int]:
         except OSError:
             # It has ended meanwhile.
             continue
-        if b"limbeck.sweep.worker" in words and os.fsencode(root / "shared") in words:
+        if b"limbeck.sweep.worker_process" in words and os.fsencode(root / "shared") in words:
             found.append(int(entry.parent.name))
     return found
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.flow import LimbeckError
-from limbeck.rundir import RunDirectory
-from limbeck.sweep import crew
+from limbeck.runtime.rundir import RunDirectory
+from limbeck.sweep import workers as crew
 from limbeck.sweep.tasks import Outcome, Task
+from limbeck.types import LimbeckError
 from tests.sweep.conftest import Play, Tree, alone, made_here
 from tests.tiny_pair import TinyPair
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.config import load_recipe
-from limbeck.flow import Interrupted
-from limbeck.rundir import read_json
-from limbeck.stages import STAGES
-from limbeck.story import play
-from limbeck.sweep.choosing import survivors
+from limbeck.pipeline.engine import play
+from limbeck.pipeline.stages import STAGES
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.rundir import read_json
+from limbeck.sweep.ranking import survivors
+from limbeck.types import Interrupted
 from tests.sweep.conftest import SMALL, Play, alone, recipe_tree, require_same_bits
 from tests.tiny_pair import TinyPair
 

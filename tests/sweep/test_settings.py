@@ -14,12 +14,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.config import load_recipe
-from limbeck.flow import LimbeckError
-from limbeck.recipe_files import shipped_sweeps
-from limbeck.stages.judging import judgement_of
+from limbeck.pipeline.build import judgement_of
+from limbeck.recipe.files import shipped_sweeps
+from limbeck.recipe.load import load_recipe
 from limbeck.sweep.arms import arms_of, final_runs, first_recipes, tuning_runs
 from limbeck.sweep.settings import KEYS, load_sweep, to_yaml
+from limbeck.types import LimbeckError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweeping.md"
 RECIPE = {"teacher": {"model": "t"}, "student": {"model": "s"}, "train": {"max_steps": 7}}

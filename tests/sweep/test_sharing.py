@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.sweep.conduct import play_sweep
+from limbeck.sweep.runner import play_sweep
 from tests.sweep.conftest import Play, Played, alone, made_here, recipe_tree, require_same_bits
 from tests.tiny_pair import TinyPair
 

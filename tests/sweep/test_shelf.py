@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.rundir import RunDirectory, link, read_json, write_json, write_text
-from limbeck.shelf import Shelf
+from limbeck.runtime.artifact_cache import Shelf
+from limbeck.runtime.rundir import RunDirectory, link, read_json, write_json, write_text
 
 
 def finished_run(root: Path, print_: str = "abc") -> RunDirectory:

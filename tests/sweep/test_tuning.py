@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.config import load_recipe
-from limbeck.flow import LimbeckError
-from limbeck.rundir import read_json
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.rundir import read_json
+from limbeck.types import LimbeckError
 from tests.sweep.conftest import Play, Tree, made_here, recipe_tree
 from tests.tiny_pair import TinyPair, write_model
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from limbeck.flow import Head, LimbeckError
-from limbeck.teachers.store import read_head, shards_of, write_head
+from limbeck.teachers.stored import read_head, shards_of, write_head
+from limbeck.types import Head, LimbeckError
 
 
 @pytest.mark.parametrize("name", ["zzz", "row-12", "row-000000x", "row-0000001.zzz", "row-0000001.ids.ids"])

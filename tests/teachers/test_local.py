@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from limbeck.models.heads import head_of, project
-from limbeck.student.batches import collate
+from limbeck.rollouts.collate import collate
 from limbeck.teachers.local import LocalTeacher
 from tests.student.play import VOCAB, tiny_model, tiny_responses
 

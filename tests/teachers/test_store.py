@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from limbeck.flow import DenseSignal, Head, LimbeckError, Response
 from limbeck.models.heads import head_of
 from limbeck.objectives.sparse import SparseForm, sparse_columns
-from limbeck.student.batches import collate
+from limbeck.rollouts.collate import collate
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.store import StoredTeacher, read_head, sparse_rows, write_head, write_rows, write_shard
+from limbeck.teachers.stored import StoredTeacher, read_head, sparse_rows, write_head, write_rows, write_shard
+from limbeck.types import DenseSignal, Head, LimbeckError, Response
 from tests.student.play import HEAD_ROWS, VOCAB, tiny_model, tiny_responses
 
 CPU = torch.device("cpu")

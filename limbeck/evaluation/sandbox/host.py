@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from limbeck.evaluation.sandbox import jail, syscalls, trial
-from limbeck.flow import LimbeckError
-from limbeck.rundir import Json
+from limbeck.runtime.rundir import Json
+from limbeck.types import LimbeckError
 
 Kind = Literal[
     "passed", "wrong", "syntax", "exception", "exit", "killed", "timeout", "memory", "disk", "garbled", "unconfined"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import cast, get_args
 
 from limbeck.evaluation.sandbox.host import Job, Kind, Limits, Verdict, files_possible, run_all
-from limbeck.journal import append_to_log, damaged, read_log
-from limbeck.rundir import fingerprint
+from limbeck.runtime.jsonl import append_to_log, damaged, read_log
+from limbeck.runtime.rundir import fingerprint
 
 
 def judge_all(jobs: Sequence[Job], limits: Limits, *, log: Path, scratch: Path) -> Iterator[tuple[int, Verdict]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from limbeck.flow import Sampling, TokenPrompt
-from limbeck.responses.decoding import row_seed
-from limbeck.responses.served import Served, ServedSampler
+from limbeck.sampling.decoding import row_seed
+from limbeck.sampling.served import Served, ServedSampler
+from limbeck.types import Sampling, TokenPrompt
 from tests.responses.served.fake_server import FakeServer, draw
 from tests.tiny_pair import questions
 

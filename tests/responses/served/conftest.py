@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from limbeck.client.openai import Server
 from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import real_vocab_size
-from limbeck.responses.served import ServedSampler
-from limbeck.server.client import Server
+from limbeck.sampling.served import ServedSampler
 from tests.responses.served.fake_server import END, MODEL, FakeServer
 from tests.tiny_pair import TinyPair
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from limbeck.flow import LimbeckError
-from limbeck.server.client import Server
+from limbeck.client.openai import Server
+from limbeck.types import LimbeckError
 from tests.responses.served.fake_server import MODEL, FakeServer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.rundir import RunDirectory
+from limbeck.runtime.rundir import RunDirectory
 from tests.limbeck_command import CommandServer
 from tests.responses.served.fake_server import MODEL, FakeServer
 from tests.server.evil import once, playing, whole

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from limbeck.flow import LimbeckError
-from limbeck.responses.served import ServedSampler
+from limbeck.sampling.served import ServedSampler
+from limbeck.types import LimbeckError
 from tests.responses.served.asking import SAMPLING, at, drawn, prompts_of
 from tests.responses.served.fake_server import FakeServer
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from limbeck.flow import Sampling, TokenPrompt
 from limbeck.models.loading import load_model
-from limbeck.responses.records import read_responses
-from limbeck.responses.served import ServedSampler
-from limbeck.rundir import RunDirectory
+from limbeck.rollouts.io import read_responses
+from limbeck.runtime.rundir import RunDirectory
+from limbeck.sampling.served import ServedSampler
+from limbeck.types import Sampling, TokenPrompt
 from tests.limbeck_command import CommandServer
 from tests.models.tiny import save_gguf
 from tests.responses.served.asking import at_url, prompts_of

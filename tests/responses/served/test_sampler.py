@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from limbeck.flow import LimbeckError, Sampler
-from limbeck.responses.decoding import row_seed
-from limbeck.responses.served import ServedSampler
+from limbeck.sampling.decoding import row_seed
+from limbeck.sampling.served import ServedSampler
+from limbeck.types import LimbeckError, Sampler
 from tests.responses.served.asking import SAMPLING, drawn, prompts_of, served_of
 from tests.responses.served.fake_server import END, FakeServer
 

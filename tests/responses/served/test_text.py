@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from limbeck.flow import LimbeckError
-from limbeck.responses.served import ServedSampler
+from limbeck.sampling.served import ServedSampler
+from limbeck.types import LimbeckError
 from tests.responses.served.asking import SAMPLING, drawn, prompts_of, served_of, with_turns
 from tests.responses.served.fake_server import END, FakeServer
 

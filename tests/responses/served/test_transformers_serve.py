@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from limbeck.models.loading import load_tokenizer
-from limbeck.responses.records import read_responses
-from limbeck.rundir import RunDirectory
+from limbeck.rollouts.io import read_responses
+from limbeck.runtime.rundir import RunDirectory
 from tests.limbeck_command import CommandServer
 from tests.tiny_pair import TinyPair
 

@@ -1,0 +1,81 @@
+"""API keys: where they come from, whom they may be sent to, and how they stay out of what is kept and shown."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from limbeck.client.http import is_this_machine
+from limbeck.types import LimbeckError
+
+# Hosts that a key may be sent to. In the environment, because a recipe may come from anybody.
+ALLOWED = "LIMBECK_ALLOW_KEY_TO"
+# Shorter keys are placeholders such as EMPTY or ollama, which an answer may hold by chance.
+_SHORTEST_SECRET = 12
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key as it is sent; None where the server wants none. Its repr does not show it."""
+
+    value: str | None = field(repr=False)
+
+    def hidden_in(self, text: str) -> str:
+        """A text for a person, with the key blotted out."""
+        return text.replace(self.value, "***") if self.value else text
+
+    def hidden_in_data(self, value: Any) -> Any:
+        """JSON that is kept, in which a server may have repeated the key.
+
+        Raises:
+            RecursionError: it is nested deeper than Python goes.
+        """
+        if isinstance(value, str):
+            return self.hidden_in(value) if self.value and len(self.value) >= _SHORTEST_SECRET else value
+        if isinstance(value, list):
+            return [self.hidden_in_data(item) for item in value]
+        if isinstance(value, dict):
+            return {self.hidden_in_data(name): self.hidden_in_data(item) for name, item in value.items()}
+        return value
+
+
+def without_key(text: str, api_key_env: str | None) -> str:
+    """A text without the key that a variable holds, for what is kept of what was written elsewhere."""
+    return str(Key(os.environ.get(api_key_env or "", "").strip() or None).hidden_in_data(text))
+
+
+def read_key(name: str | None, *, root: str, section: str) -> Key:
+    """The key in the environment variable `name`, if it may be sent to the server at `root`.
+
+    Raises:
+        LimbeckError: the variable is not set, what it holds can be no key, or nobody at this machine has allowed that a
+            key leaves it for that host.
+    """
+    if name is None:
+        return Key(None)
+    key = os.environ.get(name, "").strip()
+    # The name is not repeated: a key may have been put in its place.
+    if not key or not key.isascii() or not key.isprintable():
+        state = "holds characters that no HTTP header may hold" if key else "is not set"
+        raise LimbeckError(f"the environment variable that {section}.api_key_env names {state}; export it with the key")
+    _require_allowed(root, section)
+    return Key(key)
+
+
+def _require_allowed(root: str, section: str) -> None:
+    parts = urlsplit(root)
+    host = (parts.hostname or "").lower()
+    if is_this_machine(host):
+        return
+    # http:// before a host says that the key may travel in clear.
+    wanted = host if parts.scheme == "https" else f"http://{host}"
+    allowed = [entry.strip().lower().rstrip("/") for entry in os.environ.get(ALLOWED, "").split(",")]
+    if wanted in allowed:
+        return
+    clear = "" if parts.scheme == "https" else ", in clear, which others on the way can read"
+    raise LimbeckError(
+        f"{section} would send the key that {section}.api_key_env names to {host}{clear}; where you trust the recipe "
+        f"and that host with it, export {ALLOWED}={wanted} (several hosts: commas between them)"
+    )

@@ -1,0 +1,230 @@
+"""A server as limbeck sees it: patient with what passes (a start, a full queue, a hang-up), plain about the rest."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urlsplit
+
+from limbeck.client.http import CONNECT_S, MAX_BYTES, Broken, exchange
+from limbeck.client.keys import Key, read_key
+from limbeck.client.replies import Json, Said, short, wish_s
+from limbeck.types import LimbeckError
+
+_URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?")
+# Statuses that another try may mend; every other 4xx is the server's last word on the request.
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
+_LONGEST_PAUSE_S = 60.0
+# What a server may ask us to wait; beyond it a person should decide.
+_LONGEST_WISH_S = 600.0
+_FOR_EVER_S = 1e8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """The server understood a request and declined it (HTTP 4xx); the message is its own, in one line."""
+
+    status: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"HTTP {self.status}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trouble:
+    """Something that may pass. `wish_s` is how long the server asks to wait."""
+
+    what: str
+    remedy: str
+    wish_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """An OpenAI-compatible server.
+
+    Attributes:
+        base_url: up to and including /v1; a bare host and port get it appended.
+        timeout_s: seconds for one whole answer.
+        retries: further tries after what may pass, with pauses that double from `backoff_s`, jittered, never shorter
+            than the server's Retry-After.
+        api_key_env: environment variable that holds the key; the key itself is kept nowhere, and leaves this machine
+            only for hosts that the environment allows (`keys`).
+        section: of the recipe, whose keys messages name.
+    """
+
+    base_url: str
+    timeout_s: float = 120.0
+    retries: int = 5
+    api_key_env: str | None = None
+    backoff_s: float = 0.5
+    section: str = "responses.server"
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        # Not repeated: the recipe is kept with the run, and messages are passed on.
+        if parts.username or parts.password or parts.query:
+            raise LimbeckError(
+                f"{self.section}.base_url holds a user name, a password or a query; leave it out, and name the "
+                f"environment variable that holds the key with {self.section}.api_key_env"
+            )
+        if not (
+            _URL.fullmatch(self.base_url) and _has_port(parts) and parts.path.isascii() and parts.path.isprintable()
+        ):
+            raise LimbeckError(
+                f"{self.section}.base_url is {self.base_url!r}, expected something like http://localhost:8000/v1"
+            )
+
+    @property
+    def root(self) -> str:
+        """What paths are appended to, without a slash at its end."""
+        url = self.base_url.rstrip("/")
+        return url if urlsplit(url).path else f"{url}/v1"
+
+    def get(self, path: str) -> Json | Refusal:
+        """The JSON object at a path such as "/models".
+
+        Raises:
+            LimbeckError: the server is down, too slow, sends no JSON, hangs up, refuses the key, or redirects.
+        """
+        return self._ask(path, None)
+
+    def post(self, path: str, body: Json) -> Json | Refusal:
+        """The JSON object that the server answers `body` with.
+
+        Raises:
+            LimbeckError: as for `get`.
+        """
+        return self._ask(path, body)
+
+    def models(self) -> tuple[str, ...]:
+        """The models the server says it has; none where it keeps no list.
+
+        Raises:
+            LimbeckError: as for `get`, or a list of another shape.
+        """
+        reply = self.get("/models")
+        if isinstance(reply, Refusal):
+            return ()
+        entries = reply.get("data")
+        names = [e.get("id") if isinstance(e, dict) else None for e in entries] if isinstance(entries, list) else [None]
+        if not all(isinstance(name, str) for name in names):
+            raise LimbeckError(
+                f"{self.root}/models answers {short(reply)}, expected a list of models; "
+                f"check that {self.section}.base_url is that of an OpenAI-compatible server"
+            )
+        return tuple(str(name) for name in names)
+
+    def model(self, wanted: str | None) -> str:
+        """The name to ask with: `wanted`, or the only model there is.
+
+        An absolute path is a folder on the server's machine that need not be listed (transformers serve): it is taken
+        as it is, like any name where the server keeps no list, and the first request tells.
+
+        Raises:
+            LimbeckError: not offered, or none wanted and not exactly one offered.
+        """
+        offered = self.models()
+        listed = ", ".join(offered[:8]) + (", ..." if len(offered) > 8 else "")
+        if wanted is None:
+            if len(offered) != 1:
+                offers = f"{len(offered)} models ({listed})" if offered else "no list of models"
+                raise LimbeckError(f"{self.root} offers {offers}; name one with {self.section}.model")
+            return offered[0]
+        if offered and wanted not in offered and not wanted.startswith("/"):
+            raise LimbeckError(f"{self.root} has no model {wanted!r}; it offers {listed}: set {self.section}.model")
+        return wanted
+
+    def check_key(self) -> None:
+        """See that the key is there, where one is named, without asking the server.
+
+        Raises:
+            LimbeckError: the variable is not set, or what it holds can be no key.
+        """
+        read_key(self.api_key_env, root=self.root, section=self.section)
+
+    def _ask(self, path: str, body: Json | None) -> Json | Refusal:
+        tries, reply = 1, self._attempt(path, body)
+        while isinstance(reply, _Trouble) and tries <= self.retries and reply.wish_s <= _LONGEST_WISH_S:
+            pause_s = min(self.backoff_s * 2 ** (tries - 1), _LONGEST_PAUSE_S)
+            # Apart from each other, so that requests that failed together do not come back together.
+            time.sleep(max(pause_s * random.uniform(0.5, 1.0), reply.wish_s * random.uniform(1.0, 1.1)))
+            tries, reply = tries + 1, self._attempt(path, body)
+        if not isinstance(reply, _Trouble):
+            return reply
+        wish = f" and asks to wait {reply.wish_s:.0f} s" if reply.wish_s else ""
+        if reply.wish_s > _FOR_EVER_S:
+            wish = " and asks to wait for years"
+        tried = f" ({tries} tries)" if tries > 1 else ""
+        raise LimbeckError(f"{self.root} {reply.what}{wish}{tried}; {reply.remedy}")
+
+    def _attempt(self, path: str, body: Json | None) -> Json | Refusal | _Trouble:
+        headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "limbeck"}
+        key = read_key(self.api_key_env, root=self.root, section=self.section)
+        if key.value:
+            headers["Authorization"] = f"Bearer {key.value}"
+        data = None if body is None else json.dumps(body).encode()
+        answer = exchange(self.root + path, data, headers, self.timeout_s)
+        if isinstance(answer, Broken):
+            return self._lament(answer, key)
+        # From here on nothing holds the key, whatever the server has repeated.
+        return self._judge(Said.of(answer, key), asked_for_a_list=data is None)
+
+    def _lament(self, broken: Broken, key: Key) -> _Trouble:
+        if broken.kind == "untrusted":
+            raise LimbeckError(
+                f"{self.root} shows a certificate that cannot be verified ({key.hidden_in(broken.why)}); "
+                "let SSL_CERT_FILE point to its authority's certificate"
+            )
+        if broken.kind == "unreachable":
+            limit = f" within {min(CONNECT_S, self.timeout_s):g} s" if broken.why == "nothing answers" else ""
+            what = f"cannot be reached ({key.hidden_in(broken.why)}{limit})"
+            return _Trouble(what=what, remedy=f"start the server, or correct {self.section}.base_url")
+        if broken.kind == "slow":
+            what = f"did not answer within {self.timeout_s:g} s"
+            remedy = f"raise {self.section}.timeout_s or lower {self.section}.concurrency"
+            return _Trouble(what=what, remedy=remedy)
+        if broken.kind == "long":
+            remedy = f"check that {self.section}.base_url is that of an OpenAI-compatible server, with its /v1"
+            return _Trouble(what=f"answers with more than {MAX_BYTES >> 20} MiB", remedy=remedy)
+        what = "cut the connection off in the middle of an answer"
+        return _Trouble(what=what, remedy="look at the server's log; the same command then continues")
+
+    def _judge(self, said: Said, *, asked_for_a_list: bool) -> Json | Refusal | _Trouble:
+        status = said.status
+        if 200 <= status < 300:
+            if isinstance(said.reply, dict):
+                return said.reply
+            remedy = f"check that {self.section}.base_url is that of an OpenAI-compatible server, with its /v1"
+            return _Trouble(what=f"answers {said.text[:80]!r}, expected a JSON object", remedy=remedy)
+        if 300 <= status < 400:
+            raise LimbeckError(
+                f"{self.root} redirects to {said.header('Location') or 'nowhere'}; give that as {self.section}.base_url"
+            )
+        if status in (401, 403):
+            has = f"check the key in the environment variable that {self.section}.api_key_env names"
+            lacks = f"name the environment variable that holds one with {self.section}.api_key_env"
+            raise LimbeckError(
+                f"{self.root} does not let us in (HTTP {status}: {said.message}); {has if self.api_key_env else lacks}"
+            )
+        # A list that a server fails to make is one it does not have (transformers serve without a cache of models).
+        if status in _PASSING and not (status == 500 and asked_for_a_list):
+            remedy = f"lower {self.section}.concurrency" if status == 429 else "look at the server's log"
+            return _Trouble(
+                what=f"cannot answer (HTTP {status}: {said.message})",
+                remedy=f"{remedy}; the same command then continues",
+                wish_s=wish_s(said.header("Retry-After")),
+            )
+        return Refusal(status=status, message=said.message)
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Whether an address names no port, or one that there is."""
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False

@@ -1,0 +1,88 @@
+"""What a server said, as far as it can be read, and without the key should it repeat it."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from limbeck.client.http import Answer
+from limbeck.client.keys import Key
+
+Json = dict[str, Any]
+
+# Of a text that a message may quote.
+_QUOTED = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """An answer in which the key is blotted out, for everything that is shown or kept of it.
+
+    Attributes:
+        reply: its JSON; None where it is none, or nested too deep to be an answer.
+    """
+
+    status: int
+    reply: Any
+    _answer: Answer
+    _key: Key
+
+    @classmethod
+    def of(cls, answer: Answer, key: Key) -> Said:
+        try:
+            reply = key.hidden_in_data(json.loads(answer.raw))
+        except (ValueError, RecursionError):
+            reply = None
+        return cls(status=answer.status, reply=reply, _answer=answer, _key=key)
+
+    @property
+    def text(self) -> str:
+        """The beginning of it, in one line."""
+        raw = self._answer.raw.decode("utf-8", "replace") if self.reply is None else json.dumps(self.reply)
+        # Hidden before it is cut, so that no part of the key is left.
+        return shortened(self._key.hidden_in(raw)[: 16 * _QUOTED])
+
+    @property
+    def message(self) -> str:
+        """What the server says is wrong, in one line."""
+        said = self.reply
+        for name in ("error", "detail", "message"):
+            if isinstance(said, dict) and said.get(name):
+                said = said[name]
+        if said is not None and not isinstance(said, str):
+            said = json.dumps(said)
+        text = self.text if said is None else shortened(self._key.hidden_in(said)[: 16 * _QUOTED])
+        return text or "no reason given"
+
+    def header(self, name: str) -> str:
+        """A header in one line; empty where there is none."""
+        return shortened(self._key.hidden_in(self._answer.headers.get(name) or ""))
+
+
+def shortened(text: str, most: int = _QUOTED) -> str:
+    """A text in one line, as a message quotes it."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def short(value: object) -> str:
+    """A value as a message shows it."""
+    return shortened(json.dumps(value, ensure_ascii=False, default=str), 120)
+
+
+def wish_s(header: str) -> float:
+    """Seconds of a Retry-After header: a number or a date; 0 for anything else."""
+    if header.isascii() and header.isdigit():
+        return float(header)
+    try:
+        date = email.utils.parsedate_tz(header)
+        return 0.0 if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    except OverflowError:
+        # The year 99999: as good as for ever.
+        return math.inf
+    except (ValueError, TypeError):
+        return 0.0

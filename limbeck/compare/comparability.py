@@ -1,0 +1,79 @@
+"""Which runs may be ranked together: those that measured the same examples in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from limbeck.compare.labels import plain, short
+from limbeck.compare.runs import Member
+from limbeck.recipe.keys import same_arm_keys
+from limbeck.report.read_run import value_at
+from limbeck.runtime.rundir import flatten
+from limbeck.types import ScoredRow
+
+# What changes what is measured, beside the section of the group itself.
+_ALWAYS = (
+    *("prompts.template", "prompts.chat_options", "prompts.control_tokens"),
+    *("evaluate.max_new_tokens", "evaluate.prompts"),
+)
+_RESPONSES = tuple(f"responses.{key}" for key in ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed"))
+# The teacher's own surprise at the responses: the same for all that looked at the same responses with the same teacher.
+_WITNESS = "teacher_nll"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apart:
+    """A run that is not ranked with the others in some tables."""
+
+    place: str
+    tables: tuple[str, ...]
+    why: str
+
+
+def settings_of(member: Member, table: str) -> dict[str, str]:
+    """What was set for a measurement, as text by key."""
+    assert member.run is not None
+    flat = flatten(member.run.recipe)
+    group, _, _ = table.partition("@")
+    keys = [*_ALWAYS, *(key for key in flat if key.startswith(f"evaluate.{group}.") and key not in same_arm_keys())]
+    found = {}
+    if table == "fidelity":
+        keys += _RESPONSES
+        author = flat.get("responses.author")
+        found["responses.base"] = plain(author if author in ("teacher", "data") else flat.get("responses.base"))
+    found |= {key: plain(flat[key]) if key in flat else "not set" for key in keys}
+    teacher = value_at(member.run.provenance, "fingerprints.teacher") or flat.get("teacher.model")
+    return found | {"the teacher": plain(teacher)}
+
+
+def difference(
+    ours: Sequence[ScoredRow],
+    theirs: Sequence[ScoredRow],
+    settings: Mapping[str, str],
+    usual: Mapping[str, str],
+    table: str,
+) -> str:
+    """Why two runs cannot be ranked together, or nothing."""
+    shared = len({row.id for row in ours} & {row.id for row in theirs})
+    if shared < max(len(ours), len(theirs)):
+        return f"it was measured on other examples: {shared} of {len(theirs)} are the same"
+    other = [key for key in dict.fromkeys([*usual, *settings]) if settings.get(key) != usual.get(key)]
+    if other:
+        told = [
+            f"{key} is {short(settings.get(key, 'not set'))} there, {short(usual.get(key, 'not set'))} elsewhere"
+            for key in other
+        ]
+        return "; ".join(told[:3]) + (f"; {len(told) - 3} more settings differ" if len(told) > 3 else "")
+    if not table.endswith("@student") and all(_WITNESS in rows[0].values for rows in (ours, theirs)):
+        one, two = _witness(ours), _witness(theirs)
+        if abs(one - two) > 0.01 * max(abs(one), abs(two)):
+            return (
+                f"the teacher or the responses differ: its negative log-likelihood of them is {one:.3f} nats/token "
+                f"there, {two:.3f} elsewhere"
+            )
+    return ""
+
+
+def _witness(rows: Sequence[ScoredRow]) -> float:
+    return sum(row.weight * row.values[_WITNESS] for row in rows) / sum(row.weight for row in rows)

@@ -1,0 +1,1 @@
+"""Scores: files, metrics, intervals."""

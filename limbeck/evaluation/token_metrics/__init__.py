@@ -1,0 +1,1 @@
+"""Metrics of single tokens: divergences, calibration, likeliest tokens."""

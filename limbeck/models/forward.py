@@ -1,0 +1,24 @@
+"""Hidden states where they enter a loss: the one forward pass that teacher, student and evaluation share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from limbeck.models.heads import decoder_of
+from limbeck.ops import onednn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from limbeck.types import TokenBatch
+
+
+def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Final hidden states of the positions in `batch.loss_mask_BT`, row by row: (N, D).
+
+    Rows are padded on the right and attention is causal, so real tokens never see padding: no attention mask is
+    needed, and without one the backend's own causal kernel is used.
+    """
+    with onednn.linears():
+        output = decoder_of(model)(input_ids=batch.input_ids_BT, use_cache=False)
+    return output.last_hidden_state[batch.loss_mask_BT]

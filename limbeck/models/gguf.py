@@ -1,0 +1,89 @@
+"""GGUF files as ordinary models: dequantised once, in memory, free of any trace of quantisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.types import LimbeckError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file opens with GGUF's magic bytes."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer a GGUF file carries."""
+    from transformers import AutoTokenizer
+
+    return _converted(path, lambda: AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name))
+
+
+def gguf_config(path: Path) -> PretrainedConfig:
+    """The configuration a GGUF file carries, without the mark of its quantisation. Reads no weights."""
+    from transformers import AutoConfig
+
+    config = _converted(path, lambda: AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name))
+    return _unmarked(config)
+
+
+def gguf_model(path: Path, *, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """The model of a GGUF file with plain `dtype` weights, ready to be trained and saved.
+
+    Raises:
+        LimbeckError: broken file, or an architecture transformers cannot convert.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def load() -> PreTrainedModel:
+        # Handing the configuration in spares transformers a second parse of the file's long token lists.
+        config = _unmarked(AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name))
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            config=config,
+            gguf_file=path.name,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            **_whole_dequantisation(),
+        )
+        _unmarked(model.config)
+        return model.eval()
+
+    return _converted(path, load)
+
+
+def _unmarked(config: PretrainedConfig) -> PretrainedConfig:
+    """A model marked as quantised refuses save_pretrained; the file's title is no model id."""
+    for key in ("quantization_config", "_model_name_or_path"):
+        config.__dict__.pop(key, None)
+    return config
+
+
+def _whole_dequantisation() -> dict[str, Any]:
+    """Newer transformers keep GGUF blocks packed where a kernel exists, unless told otherwise."""
+    from transformers.utils import quantization_config
+
+    gguf = quantization_config.__dict__.get("GgufConfig")
+    return {} if gguf is None else {"quantization_config": gguf(dequantize=True)}
+
+
+def _converted(path: Path, load: Any) -> Any:
+    if not is_gguf(path):
+        raise LimbeckError(f"{path} is no GGUF file (it does not start with {MAGIC.decode()}); give a .gguf file")
+    try:
+        with quiet_transformers():
+            return load()
+    except Exception as error:  # the Rust tokenizers raise nothing narrower
+        raise LimbeckError(
+            f"GGUF file {path} cannot be converted: {one_line(error)}; "
+            "use the safetensors directory or the hub id of the same model"
+        ) from error

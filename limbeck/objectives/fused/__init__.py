@@ -1,0 +1,1 @@
+"""The fused loss: objective and gradients in tiles of the logits, which are never held whole."""

@@ -1,0 +1,169 @@
+"""Who judges: temperature, objectives, rule and weights as a recipe says them, and a trial of three tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from limbeck.objectives import (
+    OBJECTIVES,
+    AdaptiveTemperature,
+    SparseForm,
+    Temperature,
+    TemperatureSchedule,
+    fused_distillation_loss,
+)
+from limbeck.objectives.sequence.distillm2 import Beta
+from limbeck.objectives.sums import AnyObjective, row_leaves
+from limbeck.pipeline.engine import Story
+from limbeck.recipe import load
+from limbeck.recipe.sections import SftSection
+from limbeck.training.loss import Judgement
+from limbeck.training.schedules import moved
+from limbeck.training.weighting import Balance
+from limbeck.types import DenseSignal, Head, LimbeckError, Signal
+
+
+def temperature_of(recipe: load.Recipe) -> Temperature | TemperatureSchedule:
+    """The loss temperature that a recipe asks for."""
+    section = recipe.objective
+    strength = section.temperature_adapt
+    adapt = None if strength is None else AdaptiveTemperature(strength=strength)
+    if section.temperature_end is not None:
+        return TemperatureSchedule(
+            start=section.temperature,
+            end=section.temperature_end,
+            shape=section.temperature_shape,
+            scale=section.temperature_scale,
+            adapt=adapt,
+        )
+    return Temperature(
+        loss=section.temperature,
+        teacher=section.teacher_temperature,
+        student=section.student_temperature,
+        scale=section.temperature_scale,
+        adapt=adapt,
+    )
+
+
+def judgement_of(recipe: load.Recipe) -> Judgement:
+    """Which objective for whose response, as a recipe says it."""
+    own = recipe.contrast.student
+    return Judgement(
+        objective=load.build_objective(recipe),
+        own=None if own is None else load.named_objective("contrast.student", own),
+        rule=load.build_rule(recipe),
+        authored=recipe.on_policy,
+        support=recipe.signal.support,
+    )
+
+
+def sft_judgement(recipe: load.Recipe, section: SftSection) -> Judgement:
+    """The objective of the first stage. What the teacher says of the data's answers is not kept, and so it is whole."""
+    support = "full" if recipe.sft_on_data else recipe.signal.support
+    return Judgement(objective=load.named_objective("sft.objective", section.objective), support=support)
+
+
+def trial_judgement(recipe: load.Recipe) -> Judgement:
+    """What the learning rate is searched with before a first stage: the objective on what was written before training.
+
+    Objectives that push sampled tokens say nothing on the text of others; reverse KL, which they estimate, stands for
+    them there. What a rule says of whole responses is left out.
+    """
+    judgement = judgement_of(recipe)
+    alone = replace(judgement, own=None, rule=None, authored=False)
+    return (
+        replace(alone, objective=load.named_objective("objective", {"name": "rkl"})) if alone.pushes_samples else alone
+    )
+
+
+def balance_of(recipe: load.Recipe) -> Balance:
+    """What each response counts, as a recipe says it."""
+    contrast = recipe.contrast
+    beta = None
+    if contrast.beta != "none":
+        beta = Beta(shape=contrast.beta, start=contrast.beta_start, end=contrast.beta_end)
+    return Balance(reduction=recipe.train.reduction, beta=beta, scale=contrast.scale)
+
+
+def sparse_form(recipe: load.Recipe) -> SparseForm | None:
+    """What is kept of the teacher at each position; None where that is everything."""
+    section = recipe.signal
+    if section.support == "full":
+        return None
+    return SparseForm(support=section.support, k=section.k, temperatures=load.signal_temperatures(recipe))
+
+
+def check_objectives(story: Story) -> None:
+    """Let each objective judge three tokens: whatever it cannot be combined with, it says now.
+
+    Raises:
+        LimbeckError: it cannot.
+    """
+    recipe, judgement = story.recipe, judgement_of(story.recipe)
+    form = sparse_form(recipe)
+    if form is not None and form.support != "sampled" and form.k > story.teacher_card.vocab_size:
+        raise LimbeckError(
+            f"signal.k is {form.k}, but the teacher has {story.teacher_card.vocab_size} tokens; lower it"
+        )
+    _check_rule(judgement)
+    for progress in (0.0, 1.0):
+        temperature, options = temperature_of(recipe).at(progress), moved(recipe.objective.schedule, progress)
+        _try(judgement, judgement.objective, form, temperature, options)
+        if judgement.own is not None:
+            with load.at("contrast.student"):
+                _try(judgement, judgement.own, form, temperature, options)
+    if recipe.sft is not None:
+        with load.at("sft.objective"):
+            sft = sft_judgement(recipe, recipe.sft)
+            _try(sft, sft.objective, None if recipe.sft_on_data else form, Temperature(), {})
+
+
+def _check_rule(judgement: Judgement) -> None:
+    """Somebody must listen to what a rule says."""
+    rule = judgement.rule
+    if rule is None or rule.option is None:
+        return
+    if any(rule.option in part.token_fields for o in judgement.objectives for _, part in row_leaves(o)):
+        return
+    fields = {name: getattr(objective, "token_fields", ()) for name, objective in OBJECTIVES.items()}
+    listen = [name for name, known in fields.items() if isinstance(known, frozenset) and rule.option in known]
+    raise LimbeckError(
+        f"contrast.rule={rule.name} tells each token its {rule.option}, but objective {judgement.objective.name!r} has "
+        f"none; set objective.name to one of {', '.join(listen)}"
+    )
+
+
+def _try(
+    judgement: Judgement,
+    objective: AnyObjective,
+    form: SparseForm | None,
+    temperature: Temperature,
+    options: Mapping[str, float],
+) -> None:
+    """Let one objective of a judgement judge three tokens of a vocabulary of seven."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, vocabulary = 3, 4, 7
+    student_ND, teacher_ND = torch.randn(2, tokens, width, generator=generator)
+    head = Head(weight_VD=torch.randn(vocabulary, width, generator=generator), vocab_size=vocabulary)
+    signal: Signal = DenseSignal(hidden_ND=teacher_ND, head=head)
+    if form is not None:
+        signal = replace(form, k=min(form.k, vocabulary)).of(signal, seed=0)
+    # A value that every option may have.
+    told = {judgement.rule.option: 0.5} if judgement.rule is not None and judgement.rule.option is not None else {}
+    fused_distillation_loss(
+        student_ND,
+        head,
+        signal,
+        objective,
+        temperature=temperature,
+        support=judgement.support,
+        label_N=torch.arange(tokens),
+        sequence_N=torch.zeros(tokens, dtype=torch.int64),
+        token_options=judgement.told(
+            objective, {name: torch.full((tokens,), value) for name, value in {**options, **told}.items()}
+        ),
+        compile="off",
+    )

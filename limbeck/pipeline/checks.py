@@ -1,0 +1,166 @@
+"""What is refused before any stage has worked: mistakes that can be seen without loading a model.
+
+A wrong pair, objective or tracker would otherwise come to light after the teacher has sampled for hours.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from limbeck.models.loading import load_tokenizer, source_config
+from limbeck.models.sources import resolve
+from limbeck.pipeline.build import check_objectives
+from limbeck.pipeline.drafted_responses import check_draft
+from limbeck.pipeline.engine import Story
+from limbeck.pipeline.lm_corpus import check_corpus
+from limbeck.pipeline.served_responses import check_server
+from limbeck.pipeline.student_endings import check_endings
+from limbeck.pipeline.text_only import check_text_only
+from limbeck.prompts.templates import resolve_template
+from limbeck.recipe.sections import StudentSection, TeacherSection
+from limbeck.rollouts.replay import require_room
+from limbeck.rollouts.sources import require_whole_epochs
+from limbeck.student.adapters import LoraSpec, check_adapters
+from limbeck.student.blocks import pruned_config
+from limbeck.student.build import StudentSpec, fresh_model
+from limbeck.training.launch import require_trackers
+from limbeck.types import LimbeckError
+
+
+def student_spec(story: Story) -> StudentSpec:
+    """The student that a recipe asks for."""
+    section = story.recipe.student
+    lora = section.lora
+    return StudentSpec(
+        init=section.init,
+        model=section.model,
+        revision=section.revision,
+        layers=section.layers,
+        keep=section.keep,
+        config=section.config,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=story.student_trusted,
+        freeze_embeddings=section.freeze_embeddings,
+        lora=LoraSpec(**asdict(lora)) if lora else None,
+        gradient_checkpointing=story.recipe.train.gradient_checkpointing,
+        seed=story.recipe.train.seed,
+    )
+
+
+def check_responses(story: Story) -> None:
+    """The teacher is a model, and the template is one that its tokenizer has.
+
+    Raises:
+        LimbeckError: no such teacher, or no such template.
+    """
+    section = story.recipe.teacher
+    resolvable(section)
+    window = story.window
+    if window is not None and window <= story.recipe.responses.max_new_tokens:
+        raise LimbeckError(
+            f"responses.max_new_tokens is {story.recipe.responses.max_new_tokens} and the window of the pair {window} "
+            "tokens, so no prompt fits; lower it"
+        )
+    check_template(story, section)
+    check_server(story)
+    check_draft(story)
+
+
+def check_student(story: Story) -> None:
+    """The student can be made and speaks the teacher's tokens; objective and trackers exist.
+
+    Raises:
+        LimbeckError: anything else.
+    """
+    check_objectives(story)
+    responses = story.recipe.responses
+    if responses.author == "replay":
+        # Prompts come on top, once they are known.
+        require_room(responses.on_policy.buffer, responses.max_new_tokens)
+    require_trackers(story.recipe.train.report_to)
+    check_corpus(story)
+    section = story.recipe.student
+    if section.model is not None and section.init != "scratch":
+        resolvable(section)
+    check_text_only(story)
+    check_endings(story)
+    _check_anatomy(story)
+
+
+def check_rounds(story: Story, prompts: int) -> None:
+    """Rounds of pairs end with an epoch, whose steps are known as soon as the training prompts are.
+
+    Raises:
+        LimbeckError: this one does not.
+    """
+    recipe, ranks = story.recipe, int(os.environ.get("WORLD_SIZE", "1"))
+    refresh = recipe.responses.on_policy.refresh
+    if recipe.responses.author == "pairs" and isinstance(refresh, int):
+        rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * ranks
+        require_whole_epochs(refresh, math.ceil(prompts / (rows // 2)))
+
+
+def check_template(story: Story, section: TeacherSection | StudentSection) -> None:
+    """The tokenizer of a model has the chat template that is asked for.
+
+    Raises:
+        LimbeckError: it has none.
+    """
+    if story.recipe.prompts.template == "chat":
+        assert section.model is not None
+        tokenizer = load_tokenizer(
+            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+        resolve_template("chat", tokenizer, ())
+
+
+def resolvable(section: TeacherSection | StudentSection) -> None:
+    """A model is there.
+
+    Raises:
+        LimbeckError: it is not.
+    """
+    assert section.model is not None
+    # Of a model that is not here yet only the small files: the weights are fetched when a stage needs them.
+    resolve(
+        section.model,
+        revision=section.revision,
+        weights=Path(section.model).expanduser().exists(),
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def _check_anatomy(story: Story) -> None:
+    """Depth, configuration and adapters of the student against what the model it begins as has."""
+    spec = student_spec(story)
+    section = story.recipe.student if spec.model is not None else story.recipe.teacher
+    assert section.model is not None
+    source = resolve(section.model, revision=section.revision, weights=False, trust_remote_code=spec.trust_remote_code)
+    there = source_config(source, trust_remote_code=spec.trust_remote_code)
+    if spec.init == "depth_prune":
+        kept = _kept_blocks(spec, section.model, there.get_text_config().num_hidden_layers)
+        there = pruned_config(there, kept)
+    if spec.init == "scratch" or spec.lora is not None:
+        with torch.device("meta"):
+            model = fresh_model(there, spec)
+        if spec.lora is not None:
+            check_adapters(model, spec.lora)
+
+
+def _kept_blocks(spec: StudentSpec, name: str, depth: int) -> Sequence[int]:
+    """Numbers of the blocks to keep; any as many where they are still to be measured."""
+    if spec.layers is not None and not 2 <= spec.layers < depth:
+        raise LimbeckError(f"student.layers is {spec.layers}; {name} has {depth} blocks, so expected 2 to {depth - 1}")
+    if spec.keep and list(spec.keep) != sorted(set(spec.keep) & set(range(depth))):
+        raise LimbeckError(
+            f"student.keep is {list(spec.keep)}; {name} has {depth} blocks, so expected ascending numbers from 0 "
+            f"to {depth - 1}"
+        )
+    return spec.keep or range(spec.layers or depth)

@@ -1,0 +1,98 @@
+"""The group `cost`: size, memory and speed of the student beside the teacher.
+
+What is counted is one row; what is timed is a row a repeat, so that its interval says how steady this machine is, not
+how far other prompts would differ. Seconds are never the same twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+
+from limbeck.evaluation.cost import Timing, parameters, require_window, timed_in_turns, weight_bytes
+from limbeck.models.fingerprints import weight_files
+from limbeck.models.sources import resolve
+from limbeck.pipeline.engine import Story
+from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Who
+from limbeck.recipe.evaluation import CostSection
+from limbeck.runtime.rundir import Json
+from limbeck.sampling.batching import cache_bytes_per_token
+from limbeck.types import ScoredRow
+
+_BOTH: tuple[Who, Who] = ("student", "teacher")
+
+
+def _check(story: Story) -> None:
+    section = story.recipe.evaluate.cost
+    require_window("pair", {"max_position_embeddings": story.window}, section.prompt_tokens + section.new_tokens)
+
+
+def _measure(exam: Exam) -> Measured:
+    section = exam.section.cost
+    sizes: dict[Who, dict[str, float]] = {who: _sizes(exam, who) for who in _BOTH}
+    timings = timed_in_turns(
+        {who: (exam.speaker(who).model, _prompt(exam, who, section)) for who in _BOTH},
+        new_tokens=section.new_tokens,
+        repeats=section.repeats,
+    )
+    counted = ScoredRow(id="model", weight=1.0, values={_name(w, key): v for w in _BOTH for key, v in sizes[w].items()})
+    timed = [
+        ScoredRow(id=f"repeat {number}", weight=1.0, values=_speeds(student, teacher, section))
+        for number, (student, teacher) in enumerate(zip(*(timings[who] for who in _BOTH), strict=True), start=1)
+    ]
+    return Measured(tables={"": [counted], f"prompt={section.prompt_tokens}": timed}, detail=_detail(sizes, timed))
+
+
+def _name(who: Who, metric: str) -> str:
+    return metric if who == "student" else f"teacher_{metric}"
+
+
+def _sizes(exam: Exam, who: Who) -> dict[str, float]:
+    model = exam.speaker(who).model
+    return {
+        "parameters": parameters(model) / 1e6,
+        "disk_size": _bytes_on_disk(exam, who) / 1e6,
+        "weight_memory": weight_bytes(model) / 1e6,
+        "cache_size": cache_bytes_per_token(model) / 1e3,
+    }
+
+
+def _bytes_on_disk(exam: Exam, who: Who) -> int:
+    """Of the weights, as they are stored."""
+    place = exam.source(who)
+    found = resolve(place.model, revision=place.revision, trust_remote_code=place.trust_remote_code)
+    return sum(path.stat().st_size for path in weight_files(found) if path.name != "config.json")
+
+
+def _prompt(exam: Exam, who: Who, section: CostSection) -> list[int]:
+    """Tokens of the held-out prompts, one behind the other, over and over where they are too few."""
+    asked = exam.asked(who, exam.prompts, max_new_tokens=1)
+    endless = itertools.cycle(itertools.chain.from_iterable(prompt.ids for prompt in asked))
+    return list(itertools.islice(endless, section.prompt_tokens))
+
+
+def _speeds(student: Timing, teacher: Timing, section: CostSection) -> dict[str, float]:
+    found = {}
+    for who, timing in zip(_BOTH, (student, teacher), strict=True):
+        found[_name(who, "prefill_speed")] = section.prompt_tokens / timing.prefill_s
+        found[_name(who, "decode_speed")] = 1 / timing.step_s
+    return found
+
+
+def _detail(sizes: dict[Who, dict[str, float]], timed: list[ScoredRow]) -> Json:
+    """Everything of both models, speeds as medians of the repeats, and what the student has of each."""
+    both: dict[Who, dict[str, float]] = {
+        who: sizes[who]
+        | {
+            key: statistics.median(row.values[_name(who, key)] for row in timed)
+            for key in ("prefill_speed", "decode_speed")
+        }
+        for who in _BOTH
+    }
+    ratio = {key: value / both["teacher"][key] for key, value in both["student"].items()}
+    return {**both, "student_over_teacher": ratio}
+
+
+GROUP = Group(
+    name="cost", measure=_measure, parts=("after",), needs=lambda section: frozenset({"teacher"}), check=_check
+)

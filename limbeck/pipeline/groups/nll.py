@@ -1,0 +1,99 @@
+"""The group `nll`: how surprised the student is at answers, in its own tokens. It needs nothing of a teacher.
+
+Whose answers (`evaluate.nll.whose`): the held-out responses of the run, or the data's references; an evaluation on its
+own has only the latter. Of a conversation the tokens count that `prompts.loss_on` names. Nats a token are of the
+student's own tokens: models with different tokenizers are compared by the bits a byte in the detail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from limbeck.models.forward import hidden_states
+from limbeck.models.heads import head_of
+from limbeck.models.vocabulary import real_vocab_size
+from limbeck.objectives import logit_tiles
+from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Need
+from limbeck.pipeline.stages.respond import load_responses
+from limbeck.pipeline.stages.teach import JUDGE_ROWS
+from limbeck.pipeline.text_only import text_options
+from limbeck.prompts.references import require_references
+from limbeck.prompts.templates import encode_responses
+from limbeck.recipe.evaluation import EvaluateSection
+from limbeck.rollouts.collate import collate
+from limbeck.teachers.local import UnheardTeacher
+from limbeck.types import Response, ScoredRow
+
+
+def _measure(exam: Exam) -> Measured:
+    whose = _whose(exam)
+    responses = _responses(exam, whose)
+    tokenizer = exam.student.tokenizer
+    sums: dict[str, list[float]] = {}
+    size = 0
+    with exam.meter("likelihood", sum(r.tokens for r in responses), "tokens") as meter:
+        for response, nll in _surprise(exam, responses):
+            total = sums.setdefault(response.prompt_id, [0.0, 0.0])
+            total[0] += nll
+            total[1] += response.tokens
+            size += len(str(tokenizer.decode(list(response.label_ids), skip_special_tokens=True)).encode())
+            meter.advance(response.tokens)
+    rows = [ScoredRow(id=name, weight=count, values={"nll": total / count}) for name, (total, count) in sums.items()]
+    nats = sum(total for total, _ in sums.values())
+    detail = {
+        "answers": whose,
+        "tokens": int(sum(count for _, count in sums.values())),
+        "bytes": size,
+        "bits_per_byte": nats / math.log(2) / size if size else None,
+    }
+    return Measured(tables={"": rows}, detail=detail)
+
+
+def _whose(exam: Exam) -> str:
+    trained = exam.story.run.manifest("responses") is not None
+    return exam.section.nll.whose if trained else "references"
+
+
+def _responses(exam: Exam, whose: str) -> Sequence[Response]:
+    if whose == "responses":
+        return list(load_responses(exam.story, "heldout").values())
+    section, prompts, speaker = exam.section, exam.story.recipe.prompts, exam.student
+    held = exam.prompts[: section.prompts]
+    require_references(held, "give data with answers, or leave nll out of evaluate.groups")
+    fitting = {asked.id for asked in exam.asked("student", held, max_new_tokens=section.max_new_tokens)}
+    return encode_responses(
+        [prompt for prompt in held if prompt.id in fitting],
+        speaker.tokenizer,
+        speaker.template,
+        max_new_tokens=section.max_new_tokens,
+        control_tokens=prompts.control_tokens,
+        chat_options=text_options(exam.story, speaker.tokenizer),
+        loss_on=prompts.loss_on,
+    )
+
+
+def _surprise(exam: Exam, responses: Sequence[Response]) -> Iterator[tuple[Response, float]]:
+    """Each response with the sum of -log q over its tokens."""
+    model, vocab_size = exam.student.model, real_vocab_size(exam.student.tokenizer)
+    head, unheard = head_of(model, vocab_size), UnheardTeacher.of(vocab_size)
+    order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
+    for start in range(0, len(order), JUDGE_ROWS):
+        batch = collate(responses, order[start : start + JUDGE_ROWS], pad_id=0).to(exam.story.device)
+        with torch.inference_mode():
+            hidden_ND = hidden_states(model, batch)
+            nll_N = torch.empty(len(batch.labels_N), dtype=torch.float64)
+            for tokens, logits_NV, _ in logit_tiles(hidden_ND, head, unheard.signal(batch)):
+                label_N = batch.labels_N[tokens]
+                nll_N[tokens] = -logits_NV.double().log_softmax(-1).gather(1, label_N[:, None])[:, 0].cpu()
+        parts = nll_N.split([responses[i].tokens for i in batch.rows])
+        yield from ((responses[i], float(part.sum())) for i, part in zip(batch.rows, parts, strict=True))
+
+
+def _needs(section: EvaluateSection) -> frozenset[Need]:
+    return frozenset({"references"} if section.nll.whose == "references" else ())
+
+
+GROUP = Group(name="nll", measure=_measure, needs=_needs)

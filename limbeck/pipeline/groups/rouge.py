@@ -1,0 +1,142 @@
+"""The group `rouge`: answers beside the teacher's, beside the reference answers of the data, or both.
+
+`teacher`: greedy answers of both models (metric rouge_l).
+
+`references`: the protocol of MiniLLM, DistiLLM and their followers (rouge_l_references). For each seed of
+`evaluate.rouge.seeds` one answer a prompt is sampled at `evaluate.rouge.temperature` from the whole vocabulary (top-p
+1, no top-k); ROUGE-L F1 with the stemmer, the best of a prompt's references counts; the mean over the seeds is the
+prompt's value. The teacher's own answers, where there is a teacher, are measured in the same way: it is rarely possible
+to get above them. The means of the seeds and their standard deviation (n - 1) are in the detail; it is the spread of
+decoding, not of training.
+
+To come near the papers' figures, which are 100 times these:
+
+- Their length is 512 tokens, prompt (at most 256) and answer together; here evaluate.max_new_tokens, so 256.
+- Their prompts are in the Alpaca template: prompts.template=alpaca.
+- Their final evaluation forbids a 6-gram to repeat (no_repeat_ngram_size 6 is the default of the code of DistiLLM,
+  AMiD and CSD). That is not done here: it changes the distribution that is measured. Weak students loop, and score
+  lower without it.
+- They measure whole test sets; here evaluate.prompts or prompts.eval_fraction may take a part of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from limbeck.evaluation.rouge import best_rouge_l, rouge_l
+from limbeck.pipeline.engine import Story
+from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Need, Who
+from limbeck.prompts.references import require_references
+from limbeck.recipe.evaluation import EvaluateSection
+from limbeck.runtime.rundir import Json
+from limbeck.types import LimbeckError, Sampling, ScoredRow
+
+Values = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BySeed:
+    """ROUGE-L F1 by prompt id, one mapping a decoding seed."""
+
+    scores: Sequence[Mapping[str, float]]
+
+    def mean(self, name: str) -> float:
+        return fmean(scores[name] for scores in self.scores)
+
+    def record(self, names: Sequence[str]) -> Json:
+        means = [fmean(scores[name] for name in names) for scores in self.scores]
+        return {"means": means, "standard_deviation": stdev(means) if len(means) > 1 else None}
+
+
+def greedy(section: EvaluateSection) -> Sampling:
+    """How the answers are drawn that the report shows side by side."""
+    return Sampling(max_new_tokens=section.max_new_tokens, temperature=0.0)
+
+
+def _measure(exam: Exam) -> Measured:
+    found: list[Values] = []
+    detail: Json = {}
+    if "teacher" in exam.section.rouge.against:
+        found.append(_beside_teacher(exam))
+    if "references" in exam.section.rouge.against:
+        values, detail["references"] = _beside_references(exam)
+        found.append(values)
+    names = [name for name in found[0] if all(name in values for values in found)]
+    rows = [
+        ScoredRow(id=name, weight=1.0, values={k: v for values in found for k, v in values[name].items()})
+        for name in names
+    ]
+    return Measured(tables={"": rows}, detail=detail)
+
+
+def _beside_teacher(exam: Exam) -> Values:
+    student, teacher = (exam.texts(who, greedy(exam.section)) for who in ("student", "teacher"))
+    shared = [name for name in student if name in teacher]
+    rows = rouge_l(shared, candidates=[student[name] for name in shared], references=[teacher[name] for name in shared])
+    return {row.id: dict(row.values) for row in rows}
+
+
+def _beside_references(exam: Exam) -> tuple[Values, Json]:
+    references = require_references(
+        exam.prompts[: exam.section.prompts], "give data with answers, or set evaluate.rouge.against=[teacher]"
+    )
+    speaking: tuple[Who, ...] = ("student", "teacher") if _has_teacher(exam) else ("student",)
+    found = {who: _by_seed(exam, who, references) for who in speaking}
+    names = [name for name in found["student"].scores[0] if all(name in one.scores[0] for one in found.values())]
+    called: dict[Who, str] = {"student": "rouge_l_references", "teacher": "teacher_rouge_l_references"}
+    values = {name: {called[who]: found[who].mean(name) for who in speaking} for name in names}
+    record: Json = {who: found[who].record(names) for who in speaking}
+    return values, record | {
+        "seeds": list(exam.section.rouge.seeds),
+        "prompts": len(names),
+        "with_several": sum(len(references[name]) > 1 for name in names),
+    }
+
+
+def _has_teacher(exam: Exam) -> bool:
+    """Evaluated on its own without a teacher, the student stands in its place; the student of a run never does."""
+    teacher, student = exam.story.recipe.teacher, exam.story.recipe.student
+    trained = exam.story.run.manifest("student") is not None
+    return trained or (teacher.model, teacher.revision) != (student.model, student.revision)
+
+
+def _by_seed(exam: Exam, who: Who, references: Mapping[str, Sequence[str]]) -> _BySeed:
+    scores = []
+    for seed in exam.section.rouge.seeds:
+        sampling = Sampling(
+            max_new_tokens=exam.section.max_new_tokens, temperature=exam.section.rouge.temperature, seed=seed
+        )
+        texts = exam.texts(who, sampling)
+        f1 = best_rouge_l(list(texts.values()), [references[name] for name in texts])
+        scores.append(dict(zip(texts, f1, strict=True)))
+    return _BySeed(scores=scores)
+
+
+def _check(story: Story) -> None:
+    section = story.recipe.evaluate.rouge
+    if not section.against:
+        raise LimbeckError(
+            "evaluate.rouge.against is empty; expected teacher, references or both: name one, or leave rouge out of "
+            "evaluate.groups"
+        )
+    if "references" not in section.against:
+        return
+    if not section.seeds or len(set(section.seeds)) < len(section.seeds):
+        raise LimbeckError(
+            f"evaluate.rouge.seeds is {list(section.seeds)}; expected one or more different seeds, such as [10, 20]"
+        )
+    if section.temperature == 0 and len(section.seeds) > 1:
+        raise LimbeckError(
+            f"evaluate.rouge.temperature is 0, so all {len(section.seeds)} seeds give the same answers; expected one "
+            "seed (evaluate.rouge.seeds=[0]) or a temperature above 0"
+        )
+
+
+def _needs(section: EvaluateSection) -> frozenset[Need]:
+    needs: dict[str, Need] = {"teacher": "teacher", "references": "references"}
+    return frozenset(needs[whose] for whose in section.rouge.against)
+
+
+GROUP = Group(name="rouge", measure=_measure, needs=_needs, check=_check)

@@ -1,0 +1,164 @@
+"""The group `speculation`: the student drafts for the teacher, one prompt at a time.
+
+The teacher alone and with the draft answer in turns, with the same seeds and through the same sampler. A first answer
+of each is not counted: it lays out weights. Seconds differ from run to run in their last digits, and with them the
+speed-up; everything else is reproducible.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from limbeck.evaluation.cost import settle, timed_in_turns
+from limbeck.evaluation.scores.bootstrap import summarise
+from limbeck.evaluation.scores.files import read_rows
+from limbeck.evaluation.speculation import Drafted, break_even, expected_speedup, expected_tokens_per_pass, rows
+from limbeck.pipeline.evaluation_context import Exam, Group, Measured
+from limbeck.pipeline.stages.respond import sampler_for
+from limbeck.runtime.rundir import Json, read_fields
+from limbeck.sampling.acceptance import Tally
+from limbeck.sampling.local import LocalSampler
+from limbeck.sampling.speculative import SpeculativeSampler
+from limbeck.types import LimbeckError, Response, Sampling, ScoredRow, TokenPrompt
+
+# Steps that the ratio of costs is measured over, and the times they are repeated.
+_STEPS, _REPEATS = 16, 3
+
+
+def _measure(exam: Exam) -> Measured:
+    section = exam.section.speculation
+    sampling = Sampling(max_new_tokens=exam.section.max_new_tokens, temperature=section.temperature, seed=section.seed)
+    asked = _asked(exam, sampling)
+    ratio = _cost_ratio(exam, asked)
+    tables: dict[str, list[ScoredRow]] = {}
+    detail: Json = {"cost_ratio": ratio, "prompts": len(asked)}
+    for draft_tokens in dict.fromkeys(section.draft_tokens):
+        name = f"draft={draft_tokens}"
+        tables[name] = rows(_in_turns(exam, asked, sampling, draft_tokens))
+        measured = summarise(tables[name])["draft_acceptance"].mean
+        expected = {"measured": _expected(measured, draft_tokens, ratio)}
+        if (share := _expected_acceptance(exam, sampling)) is not None:
+            expected["fidelity"] = _expected(share, draft_tokens, ratio)
+        detail[name] = {"break_even_acceptance": break_even(draft_tokens, ratio), "expected_from_acceptance": expected}
+    return Measured(tables=tables, detail=detail)
+
+
+def _expected(acceptance: float, draft_tokens: int, ratio: float) -> Json:
+    return {
+        "acceptance": acceptance,
+        "tokens_per_pass": expected_tokens_per_pass(acceptance, draft_tokens),
+        "speedup": expected_speedup(acceptance, draft_tokens, ratio),
+    }
+
+
+def _asked(exam: Exam, sampling: Sampling) -> list[TokenPrompt]:
+    """The prompts as the teacher reads them, those that fit both models."""
+    prompts = exam.prompts[: exam.section.speculation.prompts]
+    fits = {p.id for p in exam.asked("student", prompts, max_new_tokens=sampling.max_new_tokens)}
+    asked = [p for p in exam.asked("teacher", prompts, max_new_tokens=sampling.max_new_tokens) if p.id in fits]
+    if not asked:
+        raise LimbeckError(
+            "no held-out prompt fits both models with its answer, expected at least one to draft for; "
+            "lower evaluate.max_new_tokens, or raise prompts.eval_fraction"
+        )
+    return asked
+
+
+def _cost_ratio(exam: Exam, asked: Sequence[TokenPrompt]) -> float:
+    """What a step of the student costs in steps of the teacher."""
+    ids = asked[0].ids
+    steps = min(_STEPS, exam.section.max_new_tokens)
+    timings = timed_in_turns(
+        {"student": (exam.student.model, ids), "teacher": (exam.teacher.model, ids)},
+        new_tokens=steps,
+        repeats=_REPEATS,
+    )
+    student, teacher = (statistics.median(t.step_s for t in timings[who]) for who in ("student", "teacher"))
+    return student / teacher
+
+
+def _in_turns(exam: Exam, asked: Sequence[TokenPrompt], sampling: Sampling, draft_tokens: int) -> list[Drafted]:
+    longest = max(asked, key=lambda prompt: len(prompt.ids))
+    # Samplers answer the longest prompt first, and of two the earlier one.
+    every = [replace(longest, id=f"{longest.id} (first)"), *asked]
+    alone = _alone(exam)
+    drafted = SpeculativeSampler(
+        model=alone.model,
+        draft=exam.student.model,
+        eos_token_ids=alone.eos_token_ids,
+        pad_token_id=alone.pad_token_id,
+        vocab_size=alone.vocab_size,
+        tokenizer=alone.tokenizer,
+        draft_tokens=draft_tokens,
+        batch_size=1,
+    )
+    found = []
+    answers = zip(_timed(exam, alone, every, sampling), _timed(exam, drafted, every, sampling), strict=True)
+    with exam.meter(f"draft {draft_tokens} tokens", len(every), "answers") as meter:
+        for number, ((by_itself, alone_s), (response, drafted_s)) in enumerate(answers):
+            tally = drafted.tally.taken()
+            if number:
+                found.append(_drafted(by_itself, alone_s, response, drafted_s, tally))
+            meter.advance(1)
+    order = {prompt.id: place for place, prompt in enumerate(asked)}
+    return sorted(found, key=lambda answer: order[answer.id])
+
+
+def _alone(exam: Exam) -> LocalSampler:
+    teacher = exam.teacher
+    return sampler_for(exam.story, teacher.model, teacher.tokenizer, teacher.template, "teacher", 1)
+
+
+def _timed(
+    exam: Exam, sampler: LocalSampler | SpeculativeSampler, asked: Sequence[TokenPrompt], sampling: Sampling
+) -> Iterator[tuple[Response, float]]:
+    """Each answer with the seconds it took; the sampler rests between two."""
+    answers = sampler.respond_in_batches(asked, sampling)
+    for _ in asked:
+        exam.story.stop.heed()
+        settle(exam.story.device)
+        started = time.perf_counter()
+        (response,) = next(answers).responses
+        settle(exam.story.device)
+        yield response, time.perf_counter() - started
+
+
+def _drafted(by_itself: Response, alone_s: float, response: Response, drafted_s: float, tally: Tally) -> Drafted:
+    assert by_itself.prompt_id == response.prompt_id
+    return Drafted(
+        id=response.prompt_id,
+        passes=tally.rounds,
+        tokens=len(response.response_ids),
+        accepted=tally.accepted,
+        rejected=tally.rejected,
+        alone_s=alone_s,
+        alone_tokens=len(by_itself.response_ids),
+        drafted_s=drafted_s,
+    )
+
+
+def _expected_acceptance(exam: Exam, sampling: Sampling) -> float | None:
+    """1 - total variation on the teacher's answers (Leviathan et al., corollary 3.6), where fidelity measured it.
+
+    It is of temperature 1, and of contexts that the teacher wrote: what a draft meets.
+    """
+    record = exam.folder / f"{exam.part}.fidelity.json"
+    if sampling.temperature != 1 or not record.exists():
+        return None
+    conditions = read_fields(record, {"conditions": list})["conditions"]
+    by_teacher = exam.story.recipe.base_author == "teacher"
+    name = "fidelity@teacher" if "teacher" in conditions else "fidelity" if "" in conditions and by_teacher else None
+    if name is None:
+        return None
+    return summarise(read_rows(exam.folder / f"{exam.part}.{name}.jsonl"))["acceptance"].mean
+
+
+GROUP = Group(
+    name="speculation",
+    measure=_measure,
+    parts=("after",),
+    needs=lambda section: frozenset({"teacher", "tokens"}),
+)

@@ -1,0 +1,226 @@
+"""The group `tasks`: problems whose answers a machine checks (GSM8K, MATH, HumanEval, MBPP), and lm-evaluation-harness.
+
+Conditions are the tasks: `accuracy@gsm8k`, `pass_at_k@humaneval,k=1`. Programs run in the sandbox or not at all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.evaluation.sandbox.host import NO_FILES, Limits, files_possible, require_sandbox
+from limbeck.evaluation.sandbox.log import judge_all
+from limbeck.evaluation.tasks.code_answers import job_of, program_of
+from limbeck.evaluation.tasks.lm_eval import require_lm_eval, run_lm_eval
+from limbeck.evaluation.tasks.math_answers import MathChecker, extract
+from limbeck.evaluation.tasks.passk import pass_at_k
+from limbeck.evaluation.tasks.problems import CODE, STOPS, Problem, read_problems
+from limbeck.pipeline.engine import Story
+from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Who
+from limbeck.recipe.evaluation import TasksSection
+from limbeck.runtime.rundir import Json
+from limbeck.types import LimbeckError, Prompt, Response, Sampling, ScoredRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graded:
+    """One task: which answers to each problem are right, and what was wrong with the others."""
+
+    right: Mapping[str, Sequence[bool]]
+    failures: Counter[str]
+    extraction: Counter[str]
+
+
+def _limits(section: TasksSection) -> Limits:
+    return Limits(timeout_s=section.timeout_s, memory_mb=section.memory_mb)
+
+
+def _measure(exam: Exam) -> Measured:
+    section = exam.section.tasks
+    tables: dict[str, Sequence[ScoredRow]] = {}
+    detail: Json = {}
+    scratch = exam.story.run.root / ".sandbox.partial"
+    if any(task in CODE for task in section.files):
+        detail["sandbox"] = require_sandbox(scratch, _limits(section))
+        if not files_possible():
+            exam.story.console.warn(f"tasks: programs have {NO_FILES}; an answer that writes a file counts as wrong")
+    for task, path in section.files.items():
+        problems = read_problems(task, Path(path), section.limit)
+        answers = _answers(exam, problems)
+        answered = [problem for problem in problems if problem.id in answers]
+        if not answered:
+            raise LimbeckError(
+                f"none of the {len(problems)} problems of {task} fits the student's window beside "
+                f"{section.max_new_tokens} new tokens; lower evaluate.tasks.max_new_tokens or leave {task} out"
+            )
+        graded = (_graded_code if task in CODE else _graded_maths)(exam, answered, answers)
+        tables |= _tables(task, graded, section.pass_at)
+        detail[task] = {
+            "problems": len(problems),
+            "too_long": len(problems) - len(answered),
+            "answers": sum(len(marks) for marks in graded.right.values()),
+            "right": sum(sum(marks) for marks in graded.right.values()),
+            "failures": dict(graded.failures),
+            "extraction": dict(graded.extraction),
+        }
+    if section.lm_eval:
+        _measure_lm_eval(exam, tables, detail)
+    if scratch.exists():
+        scratch.rmdir()
+    return Measured(tables=tables, detail=detail)
+
+
+def _answers(exam: Exam, problems: Sequence[Problem]) -> dict[str, list[str]]:
+    """The texts of the student, by problem; every sample has a seed of its own."""
+    section, task = exam.section.tasks, problems[0].task
+    continues = _continues(exam)
+    prompts = [Prompt(id=p.id, text=p.plain if continues else p.request, split="heldout") for p in problems]
+    texts: dict[str, list[str]] = {}
+    for number in range(section.samples):
+        sampling = Sampling(
+            max_new_tokens=section.max_new_tokens,
+            temperature=section.temperature,
+            stop=STOPS[task] if continues else (),
+            seed=section.seed + number,
+        )
+        for response in exam.answers("student", sampling, prompts):
+            texts.setdefault(response.prompt_id, []).append(_text_behind(response, exam.tokenizer("student")))
+    return texts
+
+
+def _continues(exam: Exam) -> bool:
+    """Whether the student gets a text to continue, rather than a request."""
+    return exam.student.template == "plain"
+
+
+def _text_behind(response: Response, tokenizer: Any) -> str:
+    """A response with its first white space, which some tokenizers drop from a text that begins with it."""
+    before, ids = list(response.prompt_ids), list(response.response_ids)
+    head, whole, alone = (
+        str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for part in (before, before + ids, ids)
+    )
+    return whole[len(head) :] if whole.startswith(head) else alone
+
+
+def _graded_maths(exam: Exam, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]) -> Graded:
+    right: dict[str, list[bool]] = {}
+    failures: Counter[str] = Counter()
+    extraction: Counter[str] = Counter()
+    total = sum(len(answers[p.id]) for p in problems)
+    with MathChecker() as checker, exam.meter(f"check {problems[0].task}", total, "answers") as meter:
+        for problem in problems:
+            for text in answers[problem.id]:
+                found = extract(text)
+                verdict = checker.check(problem.answer, found.answer)
+                right.setdefault(problem.id, []).append(verdict == "equal")
+                extraction[found.where] += 1
+                if verdict != "equal":
+                    kind = {"none": "no answer"}.get(found.where, "wrong")
+                    failures[verdict if verdict == "timeout" else kind] += 1
+                meter.advance(1)
+    return Graded(right=right, failures=failures, extraction=extraction)
+
+
+def _graded_code(exam: Exam, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]) -> Graded:
+    continues = _continues(exam)
+    owners, jobs = [], []
+    extraction: Counter[str] = Counter()
+    for problem in problems:
+        for text in answers[problem.id]:
+            program, how = program_of(problem, text, continues=continues)
+            extraction[how] += 1
+            owners.append(problem.id)
+            jobs.append(job_of(problem, program))
+    marks = [False] * len(jobs)
+    failures: Counter[str] = Counter()
+    root = exam.story.run.root
+    # The log lies beside the scores, which are set aside when another group is added.
+    judged = judge_all(
+        jobs, _limits(exam.section.tasks), log=root / "program_verdicts.jsonl", scratch=root / ".sandbox.partial"
+    )
+    with exam.meter(f"run {problems[0].task}", len(jobs), "programs") as meter:
+        for number, verdict in judged:
+            marks[number] = verdict.passed
+            if not verdict.passed:
+                failures[verdict.kind] += 1
+            meter.advance(1)
+    right: dict[str, list[bool]] = {}
+    for owner, mark in zip(owners, marks, strict=True):
+        right.setdefault(owner, []).append(mark)
+    return Graded(right=right, failures=failures, extraction=extraction)
+
+
+def _tables(task: str, graded: Graded, pass_at: Sequence[int]) -> dict[str, list[ScoredRow]]:
+    """The accuracy of maths is the mean over the answers, which is pass@1; k above 1 is estimated for all tasks."""
+    tables: dict[str, list[ScoredRow]] = {}
+    if task not in CODE:
+        tables[task] = [
+            ScoredRow(id=id, weight=1.0, values={"accuracy": sum(marks) / len(marks)})
+            for id, marks in graded.right.items()
+        ]
+    for k in pass_at:
+        if task in CODE or k > 1:
+            tables[f"{task},k={k}"] = [
+                ScoredRow(id=id, weight=1.0, values={"pass_at_k": pass_at_k(len(marks), sum(marks), k)})
+                for id, marks in graded.right.items()
+            ]
+    return tables
+
+
+def _measure_lm_eval(exam: Exam, tables: dict[str, Sequence[ScoredRow]], detail: Json) -> None:
+    """The student's rows and figures; the teacher's figures beside those of the student after training."""
+    recipe, who = exam.story.recipe, list[Who](("student",))
+    # Evaluated on its own, a student without a teacher stands in the teacher's place.
+    if exam.part == "after" and recipe.teacher.model not in (None, recipe.student.model):
+        who.append("teacher")
+    for one in who:
+        speaker, section = exam.speaker(one), exam.section.tasks
+        found = run_lm_eval(
+            section.lm_eval,
+            speaker.model,
+            speaker.tokenizer,
+            chat=speaker.template == "chat",
+            batch_size=exam.section.batch_size,
+            limit=section.limit,
+            seed=section.seed,
+        )
+        detail.setdefault("lm_eval", {"version": found.version})[one] = found.results
+        if one == "student":
+            tables |= {f"lm_eval,{task}": rows for task, rows in found.tables.items()}
+
+
+def _check(story: Story) -> None:
+    section = story.recipe.evaluate.tasks
+    if not section.files and not section.lm_eval:
+        raise LimbeckError(
+            "evaluate asks for the group tasks, but names no task; give evaluate.tasks.files, such as "
+            "{gsm8k: test.jsonl}, or evaluate.tasks.lm_eval"
+        )
+    most = max(section.pass_at, default=1)
+    if most > section.samples:
+        raise LimbeckError(
+            f"evaluate.tasks.pass_at asks for pass@{most} of {section.samples} answers a problem; raise "
+            "evaluate.tasks.samples, or lower pass_at"
+        )
+    if section.samples > 1 and section.temperature == 0:
+        raise LimbeckError(
+            f"evaluate.tasks.samples={section.samples} at temperature 0 would give the same answer {section.samples} "
+            "times; set evaluate.tasks.temperature above 0, or samples=1"
+        )
+    for task, path in section.files.items():
+        read_problems(task, Path(path), section.limit)
+        if task in CODE and not section.pass_at:
+            raise LimbeckError(f"evaluate.tasks.pass_at is empty, but {task} is measured by pass@k; set it to [1]")
+    if any(task in CODE for task in section.files):
+        with tempfile.TemporaryDirectory() as scratch:
+            require_sandbox(Path(scratch), _limits(section))
+    if section.lm_eval:
+        require_lm_eval()
+
+
+GROUP = Group(name="tasks", measure=_measure, check=_check)

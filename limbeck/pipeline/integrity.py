@@ -1,0 +1,112 @@
+"""What happens where files of a finished stage are missing, or are not what the stage wrote.
+
+A stage is played again from what is whole of it, so that nothing is lost but time: what is damaged moves to
+superseded/. What comes out is what was there before; should it differ, the stages that were made from the old files are
+refused like those of any other inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from limbeck.runtime.console import Console
+from limbeck.runtime.outputs import Written, content_of, faults, is_log, made_from, matching, with_companions
+from limbeck.runtime.rundir import Json, RunDirectory
+from limbeck.types import LimbeckError
+
+if TYPE_CHECKING:
+    from limbeck.pipeline.engine import Stage
+
+
+@dataclass(frozen=True)
+class Look:
+    """How closely the files of a finished stage are looked at.
+
+    Attributes:
+        results: by content, where a stage that is still to be played reads them; else by size and time of last change;
+            not at all where nobody will read them any more.
+        handed_on: whether the next stage is to be played, so that what it alone reads is looked at too, by content.
+    """
+
+    results: Literal["content", "time"] | None
+    handed_on: bool
+
+
+def closeness(run: RunDirectory, wanted: Sequence[Stage], prints: Mapping[str, str]) -> dict[str, Look]:
+    """How closely the files of each stage are looked at, if it is finished."""
+    looks: dict[str, Look] = {}
+    read = following = False
+    for stage in reversed(wanted):
+        unread = stage.intermediate and stage is not wanted[-1]
+        look = looks[stage.name] = Look("content" if read else None if unread else "time", following)
+        following = not intact(run, stage, prints[stage.name], look)
+        read = read or following
+    return looks
+
+
+def intact(run: RunDirectory, stage: Stage, print_: str, look: Look) -> bool:
+    """Whether a stage is done for these inputs and its files are as it wrote them, by `closeness`."""
+    return run.finished(stage.name, print_) and not _damage(run, stage, look)
+
+
+def _damage(run: RunDirectory, stage: Stage, look: Look) -> dict[str, str]:
+    written, found = _written(run, stage), {}
+    if look.results is not None:
+        results = matching(written, stage.working, wanted=False)
+        found |= faults(run.root, results, content=look.results == "content")
+    if look.handed_on:
+        found |= faults(run.root, matching(written, stage.handed_on), content=True)
+    return found
+
+
+def _written(run: RunDirectory, stage: Stage) -> Written:
+    return (run.manifest(stage.name) or {}).get("outputs", {})
+
+
+def reopen_damaged(run: RunDirectory, stage: Stage, look: Look, console: Console) -> None:
+    """Let a finished stage with damaged files be played again, from what is whole of it.
+
+    Safe to kill: the stage counts as done, with files missing, until the last damaged one is out of the way.
+
+    Raises:
+        LimbeckError: a log that the stage goes on with is damaged, and what it holds could not be written again.
+    """
+    found = _damage(run, stage, look)
+    if not found:
+        return
+    written = _written(run, stage)
+    more = faults(run.root, matching(written, stage.working), content=True)
+    for name, fault in more.items():
+        if is_log(name) and fault != "is missing":
+            raise LimbeckError(
+                f"{run.root / name} is not what {stage.name} wrote, which has to be played again because "
+                f"{next(iter(found))} {next(iter(found.values()))}; bring it back from a copy, or delete it and run "
+                "the same command again to do without what it holds"
+            )
+    lost = [name for name in (*found, *more) if not is_log(name)]
+    target = run.set_files_aside(stage.name, with_companions(lost, written))
+    run.write_manifest(stage.name, (run.manifest(stage.name) or {}) | {"done": False})
+    name, fault = next(iter(found.items()))
+    others = f" and {len(found) - 1} more of its files are damaged" if len(found) > 1 else ""
+    console.warn(
+        f"{stage.name}: {name} {fault} since it was written{others}; what is missing is made again"
+        + (f", the rest moved to {target}" if target else "")
+    )
+
+
+def sources_of(run: RunDirectory, stages: Sequence[Stage], stage: Stage) -> Json:
+    """What a stage reads of the stages before it, as fingerprints of their files."""
+    earlier = stages[: [each.name for each in stages].index(stage.name)]
+    return {
+        each.name: content_of(matching(_written(run, each), each.working, wanted=False))
+        for each in earlier
+        if "outputs" in (run.manifest(each.name) or {})
+    }
+
+
+def differs(run: RunDirectory, stages: Sequence[Stage], stage: Stage) -> bool:
+    """Whether a begun or finished stage was made from files that have been made again since, and differ."""
+    record = run.manifest(stage.name)
+    return record is not None and not made_from(record, sources_of(run, stages, stage))

@@ -1,0 +1,27 @@
+"""How responses are drawn, as a recipe says it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from limbeck.recipe.sections import ResponsesSection
+from limbeck.types import Sampling
+
+
+def sampling_of(section: ResponsesSection) -> Sampling:
+    """How the teacher's responses are drawn."""
+    return Sampling(
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        stop=section.stop,
+        seed=section.seed,
+    )
+
+
+def own_sampling(section: ResponsesSection) -> Sampling:
+    """How the student's are."""
+    own = section.on_policy
+    settings = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+    return replace(sampling_of(section), **{key: value for key, value in settings.items() if value is not None})

@@ -1,0 +1,132 @@
+"""The teacher's answers from a server instead of from a model in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from limbeck.client.openai import Server
+from limbeck.models.vocabulary import real_vocab_size
+from limbeck.pipeline.engine import Story
+from limbeck.prompts.chat import turns_of
+from limbeck.prompts.labels import label
+from limbeck.prompts.templates import TemplateName, end_token_ids
+from limbeck.runtime.rundir import Json
+from limbeck.sampling.served import ServedSampler
+from limbeck.sampling.served_log import ServedLog
+from limbeck.types import LimbeckError, Prompt, Response, Sampling, TokenPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from limbeck.recipe.sections import ServerSection
+
+
+def check_server(story: Story) -> None:
+    """The server is up and has the model.
+
+    Raises:
+        LimbeckError: it is not, or has it not.
+    """
+    section = story.recipe.responses.server
+    if section is None or story.run.done("responses"):
+        return
+    if story.wanted is not None and "responses" not in story.wanted:
+        # Nothing that is asked for needs the server: no request, and no key, leaves this machine.
+        return
+    if section.api == "chat" and story.recipe.prompts.template in ("alpaca", "plain"):
+        raise LimbeckError(
+            f"responses.server.api=chat has the server write its chat template, but prompts.template is "
+            f"{story.recipe.prompts.template}; use api=completions or template chat"
+        )
+    # A person waits for this one.
+    replace(_server(section), retries=min(section.retries, 1)).model(section.model)
+
+
+def ask_server(
+    story: Story,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    asked: Sequence[TokenPrompt],
+    template: TemplateName,
+    sampling: Sampling,
+) -> tuple[list[Response], Json]:
+    """The answers to `asked`, in order, and what the manifest says of the server; answers on disk are not asked for.
+
+    Args:
+        prompts: what `asked` was made of, for a server that writes its own chat template.
+    """
+    section = story.recipe.responses.server
+    assert section is not None
+    sampler = _sampler(story, section, tokenizer, prompts, template)
+    log = ServedLog.open(story.run.responses / "batches" / "served.jsonl", model=sampler.model)
+    for row, response in log.rows.items():
+        assert response.prompt_ids == asked[row].ids
+    started, tokens = time.monotonic(), 0
+    with story.console.meter("respond", len(asked), "answers", len(log.rows)) as meter:
+        for served in sampler.respond_as_they_come(asked, sampling, done=log.rows.keys()):
+            with story.stop.deferred():
+                log.add(served)
+            tokens += len(served.response.response_ids)
+            meter.advance(1, f"{tokens / max(time.monotonic() - started, 1e-9):,.0f} tokens/s")
+            story.stop.heed()
+    record = log.record()
+    if record["reencoded_from_text"]:
+        story.console.warn(
+            f"the server gave text alone for {record['reencoded_from_text']} of {len(asked)} answers, whose ids are "
+            "the tokenizer's and not those that were drawn"
+        )
+    if record["prompts_read_otherwise"]:
+        story.console.warn(
+            f"the server read {record['prompts_read_otherwise']} of {len(asked)} prompts as other tokens than the "
+            "teacher's chat template gives"
+        )
+    return [log.rows[row] for row in range(len(asked))], {"server": record}
+
+
+def _server(section: ServerSection) -> Server:
+    return Server(
+        base_url=section.base_url,
+        timeout_s=section.timeout_s,
+        retries=section.retries,
+        api_key_env=section.api_key_env,
+    )
+
+
+def _sampler(
+    story: Story,
+    section: ServerSection,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    template: TemplateName,
+) -> ServedSampler:
+    server, options = _server(section), story.recipe.prompts.chat_options
+    ends = end_token_ids(tokenizer, template, options)
+    if not ends:
+        raise LimbeckError(
+            f"{tokenizer.name_or_path} has no end-of-sequence token to end an answer with; set eos_token"
+        )
+    tooled = next((p for p in prompts if p.tools or any(turn.fields for turn in p.messages or ())), None)
+    if tooled is not None and section.api == "chat":
+        raise LimbeckError(
+            f"prompt {label(tooled)} has tools, which only completions take as the template writes them; "
+            "set responses.server.api=completions"
+        )
+    plain = template == "chat" and tooled is None
+    turns: dict[str, Any] = {prompt.id: turns_of(prompt) for prompt in prompts} if plain else {}
+    return ServedSampler(
+        server=server,
+        model=server.model(section.model),
+        tokenizer=tokenizer,
+        eos_token_ids=ends,
+        # Where the chat template ends its turns with a token of its own, that one ends an answer.
+        end_id=next((token for token in ends if token != tokenizer.eos_token_id), ends[0]),
+        vocab_size=real_vocab_size(tokenizer),
+        author="teacher",
+        api=section.api,
+        concurrency=section.concurrency,
+        turns=turns,
+        chat_options=options,
+    )

@@ -1,0 +1,141 @@
+"""Stage 5: measure the student before and after training on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from limbeck.evaluation.scores.files import read_rows, write_rows, write_scores
+from limbeck.models.assets import ASSETS
+from limbeck.models.sources import resolve
+from limbeck.pipeline.engine import Stage, Story
+from limbeck.pipeline.evaluation_context import Exam, Group, Part, table_name
+from limbeck.pipeline.groups import GROUPS
+from limbeck.pipeline.groups.rouge import greedy
+from limbeck.pipeline.sharing import initial_student, once
+from limbeck.prompts.readers import source_digest
+from limbeck.recipe.keys import fingerprinted
+from limbeck.report.model_card import write_card
+from limbeck.runtime.rundir import Json, read_fields, write_json, write_text
+from limbeck.types import ScoredRow
+
+Tables = dict[str, Sequence[ScoredRow]]
+
+
+def evaluation_inputs(story: Story) -> Json:
+    """What the evaluation reads of the recipe: the sections of the groups that are asked for."""
+    section = fingerprinted(story.recipe.evaluate)
+    for name in GROUPS:
+        if name not in section["groups"]:
+            del section[name]
+    if "fidelity" in section and "references" in section["fidelity"]["whose"]:
+        section["fidelity"]["loss_on"] = story.recipe.prompts.loss_on
+    if "tasks" in section:
+        files = section["tasks"]["files"]
+        section["tasks"]["content"] = {task: source_digest(path) for task, path in files.items()}
+    return section
+
+
+def check_groups(story: Story) -> None:
+    """Each group looks at what it will need.
+
+    Raises:
+        LimbeckError: something is missing.
+    """
+    for name in story.recipe.evaluate.groups:
+        GROUPS[name].check(story)
+
+
+def _play_evaluation(story: Story) -> Json:
+    """Measure the student before and after training; each group of each part that is on disk is kept."""
+    parts = examine(story, ("before", "after"))
+    write_answers(story, parts)
+    base_model, license = _origin(story)
+    write_card(story.run.root, base_model=base_model, license=license)
+    return {"heldout_prompts": len(Exam(story=story, part="after").prompts)}
+
+
+def examine(story: Story, parts: Sequence[Part]) -> dict[Part, Tables]:
+    """The rows of all groups for some parts, and `scores.json` of them."""
+    groups = [GROUPS[name] for name in story.recipe.evaluate.groups]
+    found: dict[Part, Tables] = {"before": {}, "after": {}}
+    for part in parts:
+        exam = Exam(story=story, part=part)
+        with _once_a_sweep(exam):
+            for group in groups:
+                if part in group.parts:
+                    found[part] |= _rows_of(exam, group)
+        exam.release(student=True)
+    write_scores(story.run.root, before=found["before"], after=found["after"], seed=0)
+    return found
+
+
+def _once_a_sweep(exam: Exam) -> AbstractContextManager[None]:
+    """Runs that begin with the same student have the same scores before training; those after it are their own."""
+    if exam.part == "after":
+        return nullcontext()
+    made_from = {"before": initial_student(exam.story), "evaluate": evaluation_inputs(exam.story)}
+    return once(exam.story, made_from, exam.folder, ("before.*", "answers/before-*.jsonl"))
+
+
+def _rows_of(exam: Exam, group: Group) -> Tables:
+    """The tables of a group by GROUP or GROUP@CONDITION, measured unless they are on disk.
+
+    The record of a group is written last and names its tables: without it nothing of the group counts as measured.
+    """
+    record = exam.folder / f"{exam.part}.{group.name}.json"
+    if not record.exists():
+        measured = group.measure(exam)
+        exam.release(student=False)
+        for name, rows in measured.named(group.name).items():
+            write_rows(exam.folder / f"{exam.part}.{name}.jsonl", rows)
+        write_json(record, {"conditions": list(measured.tables), "detail": measured.detail})
+    names = [table_name(group.name, condition) for condition in read_fields(record, {"conditions": list})["conditions"]]
+    return {name: read_rows(exam.folder / f"{exam.part}.{name}.jsonl") for name in names}
+
+
+def _origin(story: Story) -> tuple[str | None, str | None]:
+    """Hub id and licence of the model whose weights the student began as, where they are known."""
+    section = story.recipe.student if story.recipe.student.model else story.recipe.teacher
+    assert section.model is not None
+    source = resolve(section.model, revision=section.revision, weights=False)
+    if story.recipe.student.init == "scratch":
+        return None, source.license
+    hub_id = ASSETS[section.model].hub_id if source.kind == "asset" else section.model if source.kind == "hub" else None
+    return hub_id, source.license
+
+
+def write_answers(story: Story, parts: Mapping[Part, Tables]) -> None:
+    """A handful of held-out prompts with the greedy answers of whoever answered: teacher, student before and after."""
+    # Against the references alone no greedy answers were written.
+    scored: dict[Part, dict[str, float]] = {}
+    for part, tables in parts.items():
+        if rows := {row.id: row.values["rouge_l"] for row in tables.get("rouge", ()) if "rouge_l" in row.values}:
+            scored[part] = rows
+    if not scored:
+        return
+    after = Exam(story=story, part="after")
+    sampling = greedy(after.section)
+    sides: dict[str, dict[str, str]] = {"teacher": after.texts("teacher", sampling)}
+    for part in scored:
+        sides[part] = Exam(story=story, part=part).texts("student", sampling)
+    lines = []
+    shown = [p for p in after.prompts if all(p.id in texts for texts in sides.values())]
+    for prompt in shown[: story.recipe.evaluate.samples]:
+        asked = prompt.text if prompt.text is not None else "\n".join(m.content for m in prompt.messages or ())
+        line = {"prompt": asked} | {side: texts[prompt.id] for side, texts in sides.items()}
+        line |= {f"rouge_{part}": rows[prompt.id] for part, rows in scored.items()}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(story.run.samples, "".join(lines))
+
+
+STAGE = Stage(
+    name="evaluation",
+    verb="evaluate",
+    check=check_groups,
+    inputs=evaluation_inputs,
+    play=_play_evaluation,
+    outputs=lambda run: (run.scores, run.samples, run.root / "scores.json", run.student / "README.md"),
+    working=("scores/answers/*",),
+)

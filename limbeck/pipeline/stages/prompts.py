@@ -1,0 +1,64 @@
+"""Stage 1: read the prompts and split them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from limbeck.pipeline.engine import Stage, Story
+from limbeck.pipeline.groups import require_known_answers
+from limbeck.prompts.columns import unread_line
+from limbeck.prompts.io import write_prompts
+from limbeck.prompts.readers import source_digest
+from limbeck.prompts.references import require_answers_for_sft
+from limbeck.prompts.sources import PromptSet, load_prompts
+from limbeck.runtime.rundir import Json
+
+
+def prompt_inputs(story: Story) -> Json:
+    """What decides which prompts there are."""
+    section = asdict(story.recipe.prompts)
+    for later in ("template", "chat_options", "too_long", "control_tokens", "loss_on"):
+        del section[later]
+    if not section["ignore_columns"]:
+        del section["ignore_columns"]
+    return section | {"content": source_digest(story.recipe.prompts.source)}
+
+
+def read_prompt_source(story: Story, heldout_fraction: float) -> PromptSet:
+    """The prompts that a recipe names, written down once the answers that groups need are seen to be there."""
+    section = story.recipe.prompts
+    loaded = load_prompts(
+        section.source,
+        heldout_fraction=heldout_fraction,
+        limit=section.limit,
+        split_seed=section.split_seed,
+        fields=section.fields,
+        dataset_split=section.dataset_split,
+        dataset_config=section.dataset_config,
+        ignore_columns=section.ignore_columns,
+    )
+    if loaded.unread:
+        story.console.say(unread_line(loaded.unread, loaded.rows))
+    if loaded.duplicates:
+        story.console.say(f"prompts: {loaded.duplicates} rows ask what an earlier row asks, and are left out")
+    require_known_answers(story.recipe.evaluate, loaded.prompts)
+    write_prompts(story.run.prompts, loaded.prompts)
+    return loaded
+
+
+def _play_prompts(story: Story) -> Json:
+    loaded = read_prompt_source(story, story.recipe.prompts.eval_fraction)
+    if story.recipe.sft_on_data:
+        require_answers_for_sft(loaded.of("train"))
+    counts = loaded.counts()
+    story.console.say(f"prompts: {counts['train']} to train on, {counts['heldout']} held out")
+    return {**counts, "unread_columns": dict(loaded.unread)}
+
+
+STAGE = Stage(
+    name="prompts",
+    verb="prompts",
+    inputs=prompt_inputs,
+    play=_play_prompts,
+    outputs=lambda run: (run.prompts,),
+)

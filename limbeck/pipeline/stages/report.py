@@ -1,0 +1,25 @@
+"""Stage 6: the page that shows what was kept, and a picture of it for a README."""
+
+from __future__ import annotations
+
+from limbeck.pipeline.engine import Stage, Story
+from limbeck.report import write_picture, write_report
+from limbeck.runtime.rundir import Json
+
+
+def _play_report(story: Story) -> Json:
+    write_picture(story.run.root, story.run.picture)
+    story.console.say(f"report: {write_report(story.run.root)}")
+    return {}
+
+
+STAGE = Stage(
+    name="report",
+    verb="report",
+    inputs=lambda story: {},
+    play=_play_report,
+    outputs=lambda run: (run.report, run.picture),
+    # The page shows the run's own name.
+    shared=False,
+    cheap=True,
+)

@@ -1,0 +1,316 @@
+"""Stage 2: the responses the student learns from, sampled or taken from the data."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from limbeck.models.fingerprints import tokenizer_fingerprint
+from limbeck.models.loading import LoadedModel, load_tokenizer
+from limbeck.models.vocabulary import real_vocab_size
+from limbeck.pipeline.checks import check_responses, check_rounds
+from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_counts, with_draft
+from limbeck.pipeline.engine import Stage, Story
+from limbeck.pipeline.resumable import write_in_batches
+from limbeck.pipeline.sampling import sampling_of
+from limbeck.pipeline.served_responses import ask_server
+from limbeck.pipeline.student_endings import same_tokens
+from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
+from limbeck.prompts.io import read_prompts
+from limbeck.prompts.lengths import check_lengths
+from limbeck.prompts.references import require_answers_for_sft
+from limbeck.prompts.templates import (
+    LossOn,
+    TemplateName,
+    encode_prompts,
+    encode_responses,
+    end_token_ids,
+    resolve_template,
+)
+from limbeck.prompts.turns import has_earlier_answers
+from limbeck.recipe.keys import fingerprinted
+from limbeck.recipe.sections import Recipe
+from limbeck.rollouts.io import read_responses, write_asked, write_responses
+from limbeck.runtime.rundir import Json
+from limbeck.sampling.local import Answered, LocalSampler, SamplingProgress
+from limbeck.sampling.speculative import SpeculativeSampler
+from limbeck.teachers.stored import write_shard
+from limbeck.types import Author, LimbeckError, Prompt, Response, Split, TokenPrompt
+
+# So many answers show which blocks of a teacher matter; more would cost more time than they would change.
+CALIBRATION_RESPONSES = 24
+
+
+def _response_inputs(story: Story) -> Json:
+    prompts = story.recipe.prompts
+    section = fingerprinted(story.recipe.responses)
+    del section["server"], section["draft"]
+    # How the student writes later is no matter of this stage; whose responses are there before, and of whom, is.
+    del section["on_policy"], section["base"]
+    section["author"] = story.recipe.base_author
+    if story.recipe.on_policy:
+        section["answered"] = _answers_train(story.recipe)
+    server = story.recipe.responses.server
+    section |= {"server": fingerprinted(server)} if server else {}
+    draft = story.recipe.responses.draft
+    section |= {"draft": draft_inputs(draft)} if draft else {}
+    chosen: Json = {
+        "template": prompts.template,
+        "too_long": prompts.too_long,
+        "control_tokens": prompts.control_tokens,
+    }
+    if prompts.chat_options:
+        chosen["chat_options"] = prompts.chat_options
+    captured = {"captured": story.recipe.signal.dtype} if captures(story) else {}
+    if story.recipe.base_author == "data" or story.recipe.sft_on_data:
+        chosen["loss_on"] = prompts.loss_on
+    sft = {"sft": "data"} if story.recipe.sft_on_data else {}
+    if not same_tokens(story):
+        sft["read_by"] = tokenizer_fingerprint(load_student_tokenizer(story))
+    return section | chosen | captured | sft | {"teacher": teacher_inputs(story), "window": story.window}
+
+
+def captures(story: Story) -> bool:
+    """Whether the hidden states that sampling computes anyway are the signal that is wanted."""
+    recipe = story.recipe
+    here = recipe.base_author == "teacher" and recipe.responses.server is None
+    return here and recipe.signal.cache and recipe.signal.support == "full"
+
+
+def teacher_inputs(story: Story) -> Json:
+    section = story.recipe.teacher
+    return {"weights": story.teacher_fingerprint, "dtype": section.dtype, "attention": section.attn_implementation}
+
+
+def _play_responses(story: Story) -> Json:
+    run, section, author = story.run, story.recipe.responses, story.recipe.base_author
+    prompts = read_prompts(run.prompts)
+    # A server and the data answer without the weights being here; they come with the signal.
+    teacher = story.load_teacher() if section.server is None and author == "teacher" else None
+    # Where the two have different tokens, the student reads text in its own.
+    apart = not same_tokens(story)
+    own = load_student_tokenizer(story) if apart else None
+    tokenizer = teacher.tokenizer if teacher else own if own and author == "data" else _tokenizer(story)
+    template = resolve_template(story.recipe.prompts.template, tokenizer, prompts)
+    asked, dropped = _token_prompts(story, tokenizer, prompts, template)
+    reader = (own or tokenizer, student_template(story, own, prompts) if own else template)
+    read, more_dropped = _token_prompts(story, reader[0], prompts, reader[1]) if own else (asked, ())
+    if story.recipe.on_policy:
+        train = [p for p in asked if p.split == "train"]
+        check_rounds(story, len(train))
+        write_asked(run.responses / "asked.jsonl", train)
+    more: Json = {}
+    if story.recipe.sft_on_data:
+        require_answers_for_sft([p for p in prompts if p.split == "train"])
+        train = [p for p in asked if p.split == "train"]
+        answers = _from_data(story, prompts, train, *reader, loss_on=story.recipe.prompts.loss_on)
+        write_responses(run.responses / "sft.jsonl", answers)
+        more["sft"] = {"responses": len(answers), "tokens": sum(r.tokens for r in answers)}
+    if story.recipe.on_policy:
+        asked = _answered(story, asked)
+    if author == "data":
+        # Pairs are two answers to one prompt.
+        loss_on = "last" if story.recipe.responses.author == "pairs" else story.recipe.prompts.loss_on
+        responses = _from_data(story, prompts, asked, tokenizer, template, loss_on=loss_on)
+    elif teacher is not None:
+        _say_what_is_answered(story, prompts)
+        responses, served = _sample(story, teacher, asked, template)
+        more |= served
+    else:
+        responses, served = ask_server(story, tokenizer, prompts, asked, template, sampling_of(section))
+        more |= served
+    if own is not None and author == "teacher":
+        responses, told = in_the_students_tokens(story, prompts, responses, tokenizer, read)
+        more |= told
+    for split in ("train", "heldout"):
+        written = [r for r in responses if r.split == split]
+        if written and all(_is_empty(r) for r in written):
+            raise LimbeckError(
+                f"all {split} responses are empty: the {author} ended every answer at once; "
+                "check prompts.template, or the teacher"
+            )
+    write_responses(run.responses / f"{author}.jsonl", responses)
+    return {
+        "template": template,
+        "responses": len(responses),
+        "empty": sum(_is_empty(r) for r in responses),
+        "dropped_too_long": len({*dropped, *more_dropped}),
+        "ended": sum(r.stop != "length" for r in responses),
+        "tokens": sum(r.tokens for r in responses),
+    } | more
+
+
+def _from_data(
+    story: Story,
+    prompts: Sequence[Prompt],
+    asked: Sequence[TokenPrompt],
+    tokenizer: Any,
+    template: TemplateName,
+    *,
+    loss_on: LossOn,
+) -> list[Response]:
+    """The data's own answers to some prompts."""
+    kept = {prompt.id for prompt in asked}
+    return encode_responses(
+        [p for p in prompts if p.id in kept],
+        tokenizer,
+        template,
+        max_new_tokens=story.recipe.responses.max_new_tokens,
+        control_tokens=story.recipe.prompts.control_tokens,
+        chat_options=text_options(story, tokenizer),
+        loss_on=loss_on,
+    )
+
+
+def _say_what_is_answered(story: Story, prompts: Sequence[Prompt]) -> None:
+    if earlier := sum(has_earlier_answers(prompt) for prompt in prompts):
+        story.console.say(
+            f"respond: {earlier} prompts are conversations; the teacher answers the last turn of each, the data's "
+            "earlier answers are context"
+        )
+
+
+def _answers_train(recipe: Recipe) -> Literal["all", "some", "none"]:
+    """How many of the training prompts are answered before training: the student may write what it trains on itself."""
+    if recipe.sft_on_responses or recipe.responses.author not in ("student", "speculative"):
+        return "all"
+    return "some" if recipe.student.init == "depth_prune" and not recipe.student.keep else "none"
+
+
+def _answered(story: Story, asked: Sequence[TokenPrompt]) -> tuple[TokenPrompt, ...]:
+    """The prompts that are answered before training: the held-out ones, and of the others what somebody reads."""
+    most = {"all": len(asked), "some": CALIBRATION_RESPONSES, "none": 0}[_answers_train(story.recipe)]
+    train = [p for p in asked if p.split == "train"][:most]
+    return (*train, *(p for p in asked if p.split == "heldout"))
+
+
+def _tokenizer(story: Story) -> Any:
+    section = story.recipe.teacher
+    return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+
+def _is_empty(response: Response) -> bool:
+    """Nothing, or nothing but the end."""
+    return response.tokens <= (response.stop == "eos")
+
+
+def _token_prompts(
+    story: Story, tokenizer: Any, prompts: Sequence[Any], template: TemplateName
+) -> tuple[tuple[TokenPrompt, ...], tuple[str, ...]]:
+
+    section = story.recipe.prompts
+    encoded = encode_prompts(
+        prompts,
+        tokenizer,
+        template,
+        control_tokens=section.control_tokens,
+        chat_options=text_options(story, tokenizer),
+    )
+    fitting = check_lengths(
+        encoded,
+        window=story.window or sys.maxsize,
+        max_new_tokens=story.recipe.responses.max_new_tokens,
+        too_long=section.too_long,
+    )
+    if fitting.dropped:
+        story.console.warn(f"{len(fitting.dropped)} prompts are longer than {fitting.limit} tokens and were dropped")
+    return fitting.kept, fitting.dropped
+
+
+def _sample(
+    story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName
+) -> tuple[list[Response], Json]:
+    """The teacher's answers and what the manifest says of them, batch by batch; none on disk is sampled again.
+
+    While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.
+    """
+    section, folder = story.recipe.responses, story.run.responses / "batches"
+    sampling = sampling_of(section)
+    dtype = getattr(torch, story.recipe.signal.dtype)
+    sampler = sampler_for(story, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
+    sampler = with_draft(story, section.draft, sampler) if section.draft else sampler
+
+    def beside(sampler: LocalSampler | SpeculativeSampler, batch: Answered, path: Path) -> None:
+        if batch.hidden is not None:
+            hidden = dict(zip(batch.indices, batch.hidden, strict=True))
+            write_shard(path.with_suffix(".safetensors"), hidden, dtype=dtype)
+        keep_counts(sampler, path)
+
+    answers, paths = write_in_batches(
+        sampler,
+        asked,
+        sampling,
+        folder,
+        stop=story.stop,
+        watching=lambda done: sampling_meter(story, "respond", len(asked), done),
+        capture_hidden=captures(story),
+        beside=beside,
+    )
+    return answers, draft_record(section.draft, paths)
+
+
+def sampler_for(
+    story: Story, model: Any, tokenizer: Any, template: TemplateName, author: Author, batch_size: int
+) -> LocalSampler:
+    """A sampler for any model of the run; answers end where the template ends them."""
+    return LocalSampler(
+        model=model,
+        eos_token_ids=end_token_ids(tokenizer, template, story.recipe.prompts.chat_options),
+        pad_token_id=pad_token_id(tokenizer),
+        vocab_size=real_vocab_size(tokenizer),
+        tokenizer=tokenizer,
+        author=author,
+        batch_size=batch_size,
+    )
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Any real token pads as well as another, since nothing ever attends to it or is scored on it."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+@contextmanager
+def sampling_meter(
+    story: Story, label: str, responses: int, done: int = 0
+) -> Iterator[Callable[[SamplingProgress], None]]:
+    """A bar over answers that also says how many tokens are written a second."""
+    started = time.monotonic()
+    with story.console.meter(label, responses, "answers", done) as meter:
+        ended = 0
+
+        def watch(progress: SamplingProgress) -> None:
+            nonlocal ended
+            rate = progress.tokens / max(time.monotonic() - started, 1e-9)
+            meter.advance(progress.responses_done - ended, f"{rate:,.0f} tokens/s")
+            ended = progress.responses_done
+
+        yield watch
+
+
+def load_responses(story: Story, split: Split) -> dict[int, Response]:
+    """The non-empty responses of a split by their row in the file, which is also their row in the signal."""
+    every = read_responses(story.run.responses / f"{story.recipe.base_author}.jsonl")
+    return {row: r for row, r in enumerate(every) if r.split == split and r.response_ids}
+
+
+def load_sft_answers(story: Story) -> list[Response]:
+    """The data's answers that a first stage is taught from, without empty ones."""
+    return [r for r in read_responses(story.run.responses / "sft.jsonl") if r.response_ids]
+
+
+STAGE = Stage(
+    name="responses",
+    verb="respond",
+    check=check_responses,
+    inputs=_response_inputs,
+    play=_play_responses,
+    outputs=lambda run: (run.responses,),
+    working=("responses/batches/*",),
+    handed_on=("responses/batches/*.safetensors",),
+)

@@ -1,0 +1,140 @@
+"""Evaluation on its own: any student beside any teacher on any prompts, without a training run.
+
+It is a story of three stages, so it is resumable, locked and addressed by fingerprints like a run: the prompts, all of
+them held out; the exam; the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.evaluation.scores.metrics import METRICS
+from limbeck.models.fingerprints import model_fingerprint
+from limbeck.models.sources import resolve
+from limbeck.models.vocabulary import compare
+from limbeck.pipeline.checks import check_template, resolvable
+from limbeck.pipeline.engine import Stage, Story
+from limbeck.pipeline.evaluation_context import Exam
+from limbeck.pipeline.groups import GROUPS
+from limbeck.pipeline.stages import evaluate, report
+from limbeck.pipeline.stages.evaluate import check_groups, evaluation_inputs, examine, write_answers
+from limbeck.pipeline.stages.prompts import prompt_inputs, read_prompt_source
+from limbeck.pipeline.stages.respond import teacher_inputs
+from limbeck.recipe.load import Recipe, load_recipe
+from limbeck.recipe.messages import nearest
+from limbeck.runtime.rundir import Json
+from limbeck.types import LimbeckError
+
+
+def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe of an evaluation. Without a teacher the student stands in its place, and no group may ask for one.
+
+    Args:
+        student, teacher: directories, hub ids, GGUF files or named assets.
+        prompts: a file or data set, as `prompts.source`.
+        overrides: `section.key=value`; `evaluate.groups` says what is measured, by default fidelity and rouge, without
+            a teacher rouge against the references.
+
+    Raises:
+        LimbeckError: a group needs a teacher and there is none, or `load_recipe` refuses something.
+    """
+    named = Path(student).expanduser()
+    folder = named.name if named.name != "student" else named.resolve().parent.name
+    evaluate: dict[str, Any] = {"groups": ["fidelity", "rouge"]}
+    if teacher is None:
+        evaluate = {"groups": ["rouge"], "rouge": {"against": ["references"]}}
+    tree = {
+        "name": f"evaluation-of-{folder}",
+        "teacher": {"model": teacher or student},
+        "student": {"model": student, "init": "pretrained"},
+        "prompts": {"source": prompts},
+        "evaluate": evaluate,
+    }
+    _check_names(overrides)
+    recipe = load_recipe(tree, overrides)
+    if teacher is None:
+        _refuse_teacher(recipe)
+    return recipe
+
+
+def _check_names(overrides: Sequence[str]) -> None:
+    """A metric is no group, but somebody may well ask for one by its name."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.strip() not in ("evaluate", "evaluate.groups"):
+            continue
+        for name in value.strip(" []").replace(",", " ").split():
+            if name in METRICS:
+                raise LimbeckError(f"{name} is a metric; name the group that measures it: {', '.join(GROUPS)}")
+            if name not in GROUPS:
+                raise LimbeckError(f"no group {name!r}; there are {', '.join(GROUPS)}{nearest(name, tuple(GROUPS))}")
+
+
+def _refuse_teacher(recipe: Recipe) -> None:
+    for name in recipe.evaluate.groups:
+        if "teacher" in GROUPS[name].needs(recipe.evaluate):
+            other = "; or evaluate.rouge.against=[references]" if name == "rouge" else "; or leave the group out"
+            raise LimbeckError(f"group {name} needs a teacher and none is given; name one with --teacher{other}")
+
+
+def _play_prompts(story: Story) -> Json:
+    loaded = read_prompt_source(story, heldout_fraction=1.0)
+    story.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
+    return {**loaded.counts(), "unread_columns": dict(loaded.unread)}
+
+
+def _check_exam(story: Story) -> None:
+    """Both models exist, and token metrics have the same tokens on both sides."""
+    resolvable(story.recipe.student)
+    check_template(story, story.recipe.student)
+    resolvable(story.recipe.teacher)
+    check_template(story, story.recipe.teacher)
+    asking = [name for name in story.recipe.evaluate.groups if "tokens" in GROUPS[name].needs(story.recipe.evaluate)]
+    if asking and story.student_card is not None:
+        differences = compare(story.teacher_card, story.student_card).differences
+        if differences:
+            rest = [name for name in story.recipe.evaluate.groups if name not in asking] or ["rouge", "diversity"]
+            raise LimbeckError(
+                f"group {asking[0]} compares token by token, but teacher and student have different tokens: "
+                f"{differences[0]}; what compares texts works: evaluate.groups=[{', '.join(rest)}]"
+            )
+    check_groups(story)
+
+
+def _exam_inputs(story: Story) -> Json:
+    section, prompts = story.recipe.student, story.recipe.prompts
+    assert section.model is not None
+    source = resolve(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    student = {"weights": model_fingerprint(source), "dtype": section.dtype, "attention": section.attn_implementation}
+    template = {"template": prompts.template, "chat_options": prompts.chat_options, "too_long": prompts.too_long}
+    evaluate = evaluation_inputs(story)
+    return {"student": student, "teacher": teacher_inputs(story), "prompts": template, "evaluate": evaluate}
+
+
+def _play_exam(story: Story) -> Json:
+    parts = examine(story, ("after",))
+    write_answers(story, parts)
+    return {"heldout_prompts": len(Exam(story=story, part="after").prompts), "alone": True}
+
+
+EXAMINATION: tuple[Stage, ...] = (
+    Stage(
+        name="prompts",
+        verb="prompts",
+        inputs=lambda story: prompt_inputs(story) | {"heldout": "all"},
+        play=_play_prompts,
+        outputs=lambda run: (run.prompts,),
+    ),
+    Stage(
+        name="evaluation",
+        verb="evaluate",
+        check=_check_exam,
+        inputs=_exam_inputs,
+        play=_play_exam,
+        outputs=evaluate.STAGE.outputs,
+        working=evaluate.STAGE.working,
+    ),
+    report.STAGE,
+)

@@ -1,0 +1,141 @@
+"""How the answers of a run's student end: seen to before any stage works, when it is built, and in its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from limbeck.models.loading import LoadedModel, load_tokenizer
+from limbeck.models.sources import resolve
+from limbeck.models.untrained_tokens import untrained_tokens
+from limbeck.models.vocabulary import VocabularyCard, compare
+from limbeck.pipeline.engine import Story
+from limbeck.prompts.templates import resolve_template
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.rundir import Json
+from limbeck.student.build import Student
+from limbeck.student.endings import AnswerFormat, answer_format, end_answers_with, stop_ids
+from limbeck.types import LimbeckError
+
+
+def same_tokens(story: Story) -> bool:
+    """Whether the student reads and writes the teacher's ids, so that it can be given the teacher's tokenizer."""
+    return story.student_card is None or not compare(story.teacher_card, story.student_card).differences
+
+
+def check_endings(story: Story) -> None:
+    """The student can learn to end an answer.
+
+    Raises:
+        LimbeckError: it cannot, since the row of its head that says so is neither trained nor will be.
+    """
+    if story.student_card is not None and same_tokens(story):
+        for line in end_warnings(story, foreseen_format(story), story.student_card):
+            story.console.warn(line)
+
+
+def end_warnings(story: Story, format: AnswerFormat, card: VocabularyCard) -> list[str]:
+    """What stands against a student of its own learning to end an answer, a sentence each.
+
+    Raises:
+        LimbeckError: it cannot learn it.
+    """
+    teacher, section = story.recipe.teacher, story.recipe.student
+    if not format.end_ids:
+        return [
+            f"{teacher.model} has no end-of-sequence token, so nothing ends an answer and the student learns no end; "
+            "set eos_token in its tokenizer"
+        ]
+    if section.init == "scratch" or not (untrained := _untrained_ends(story, format, card)):
+        return []
+    said = f"{section.model} was never trained on {' or '.join(untrained)}, which ends an answer of the teacher"
+    if section.lora is not None or section.freeze_embeddings:
+        frozen = "student.lora" if section.lora is not None else "student.freeze_embeddings"
+        raise LimbeckError(
+            f"{said}, and {frozen} leaves its row of the head as it is, so that hardly an answer would end; leave "
+            f"{frozen} out, or choose a student that knows the token"
+        )
+    return [f"{said}; it has to learn it from nothing: see that answers end within responses.max_new_tokens"]
+
+
+def _untrained_ends(story: Story, format: AnswerFormat, card: VocabularyCard) -> tuple[str, ...]:
+    """The end of a taught answer, where the student knows nothing of it."""
+    section = story.recipe.student
+    assert section.model is not None
+    source = resolve(
+        section.model, revision=section.revision, weights=False, trust_remote_code=section.trust_remote_code
+    )
+    first = dict(zip(format.end_ids[:1], format.ends[:1], strict=True))
+    return untrained_tokens(source, first, card.control, card.vocab_size)
+
+
+def doctor_says(teacher: VocabularyCard, student: VocabularyCard, tree: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a run of this pair changes in the student, and what stands against its learning to end, a sentence each.
+
+    Args:
+        tree: sections `teacher` and `student` of a recipe.
+    """
+    story = Story(load_recipe({"name": "doctor", **tree}))
+    story.teacher_card, story.student_card = teacher, student
+    if not same_tokens(story):
+        return ()
+    try:
+        found = foreseen_format(story)
+        warned = end_warnings(story, found, student)
+    except LimbeckError as error:
+        return (str(error),)
+    if not found.changed:
+        return tuple(warned)
+    return (f"the student is trained and saved with the teacher's tokenizer: {'; '.join(found.changed)}", *warned)
+
+
+def foreseen_format(story: Story) -> AnswerFormat:
+    """What the student will be trained and saved with, as far as the recipe says it without the prompts.
+
+    Raises:
+        LimbeckError: a chat template that refuses or drops an assistant's text.
+    """
+    teacher, student, prompts = story.recipe.teacher, story.recipe.student, story.recipe.prompts
+    given = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    own = given
+    if student.model is not None:
+        own = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
+    template = resolve_template(prompts.template, given, ())
+    return answer_format(given, template, prompts.chat_options, own=own, window=_window(story))
+
+
+def with_endings(story: Story, student: Student, teacher: LoadedModel) -> Student:
+    """The student with the tokenizer that made the responses, ending its answers where they end."""
+    if not same_tokens(story):
+        return student
+    template = (story.run.manifest("responses") or {})["template"]
+    options = story.recipe.prompts.chat_options
+    found = answer_format(teacher.tokenizer, template, options, own=student.tokenizer, window=_window(story))
+    end_answers_with(student.model, found, also=stop_ids(teacher.model))
+    return replace(student, tokenizer=found.tokenizer, answers=found)
+
+
+def _window(story: Story) -> int | None:
+    """Tokens that the student reads at most."""
+    card = story.student_card or story.teacher_card
+    return story.recipe.student.config.get("max_position_embeddings", card.context_length)
+
+
+def say_endings(story: Story, student: Student) -> None:
+    """What is changed in a student that came with a tokenizer of its own."""
+    if student.answers is not None and student.answers.changed:
+        story.console.say(f"student: as the teacher has it, {'; '.join(student.answers.changed)}")
+
+
+def endings_record(story: Story, student: Student) -> Json:
+    """What student.json says of it, for the model card."""
+    if student.answers is None:
+        return {}
+    found = student.answers
+    options = story.recipe.prompts.chat_options
+    return {
+        "template": found.template,
+        "ends": list(found.ends),
+        "changed": list(found.changed),
+    } | ({"chat_options": dict(options)} if options else {})

@@ -1,0 +1,169 @@
+"""Teacher and student with different tokens: the student learns from text.
+
+Text needs no alignment. The teacher answers with its own tokenizer and template, or the data answers; what the student
+is trained on is that text in the student's own template and tokens. Nothing of the teacher's distributions can be used,
+since they are over other tokens: whatever asks for them is refused before any stage works. A pair with the same tokens
+never comes here: its responses are the very ids that were sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from limbeck.models.loading import load_tokenizer
+from limbeck.models.vocabulary import compare
+from limbeck.pipeline.build import judgement_of, sft_judgement
+from limbeck.pipeline.engine import Story
+from limbeck.pipeline.student_endings import same_tokens
+from limbeck.prompts.chat import reads_option
+from limbeck.prompts.special_tokens import special_tokens
+from limbeck.prompts.templates import TemplateName, encode_responses, resolve_template
+from limbeck.runtime.rundir import Json
+from limbeck.types import LimbeckError, Prompt, Response, TokenPrompt
+
+
+def check_text_only(story: Story) -> None:
+    """A pair with different tokens asks for nothing but text.
+
+    Raises:
+        LimbeckError: it does; names every key to change.
+    """
+    if same_tokens(story):
+        return
+    teacher, student = story.teacher_card, story.student_card
+    assert student is not None
+    if student.vocab_size > student.head_rows:
+        raise LimbeckError(
+            f"{student.name} has {student.vocab_size} token ids but a head of {student.head_rows} rows; "
+            "its tokenizer does not belong to it"
+        )
+    if keys := _keys_to_change(story):
+        raise LimbeckError(
+            f"teacher {teacher.name} and student {student.name} have different tokens: "
+            f"{'; '.join(compare(teacher, student).differences)}. Across tokenizers a student learns from text alone: "
+            f"set {' '.join(keys)}, or choose a pair of one model family"
+        )
+
+
+def _keys_to_change(story: Story) -> list[str]:
+    """What a recipe asks of the teacher beside text, as the overrides that would mend it."""
+    # The groups import the stages that import this.
+    from limbeck.pipeline.groups import GROUPS
+
+    recipe, keys = story.recipe, []
+    if recipe.on_policy:
+        keys.append("responses.author=teacher")
+    if recipe.contrast.rule is not None:
+        keys.append("contrast.rule=null")
+    if judgement_of(recipe).heeds_teacher:
+        keys.append("objective={name: ce}")
+    if recipe.sft is not None and sft_judgement(recipe, recipe.sft).heeds_teacher:
+        keys.append("sft.objective={name: ce}")
+    if recipe.signal.support != "full":
+        keys.append("signal.support=full")
+    if recipe.signal.cache:
+        keys.append("signal.cache=false")
+    asking = [name for name in recipe.evaluate.groups if "tokens" in GROUPS[name].needs(recipe.evaluate)]
+    if asking:
+        rest = [name for name in recipe.evaluate.groups if name not in asking] or ["rouge"]
+        keys.append(f"evaluate.groups=[{', '.join(dict.fromkeys([*rest, 'nll']))}]")
+    return keys
+
+
+def text_options(story: Story, tokenizer: Any) -> Mapping[str, Any]:
+    """The variables of `prompts.chat_options` for one of the two templates: where they differ, those that it reads."""
+    options = story.recipe.prompts.chat_options
+    if same_tokens(story):
+        return options
+    own = load_student_tokenizer(story)
+    theirs = story.recipe.teacher
+    known = (own, load_tokenizer(theirs.model, revision=theirs.revision, trust_remote_code=theirs.trust_remote_code))
+    for name in options:
+        if not any(reads_option(name, one) for one in known):
+            raise LimbeckError(
+                f"prompts.chat_options has {name!r}, which is no variable of the chat template of teacher or student; "
+                "correct the name or leave it out"
+            )
+    return {name: value for name, value in options.items() if reads_option(name, tokenizer)}
+
+
+def load_student_tokenizer(story: Story) -> Any:
+    """The tokenizer that the student came with."""
+    section = story.recipe.student
+    assert section.model is not None
+    return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+
+def in_the_students_tokens(
+    story: Story,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Response],
+    written_with: Any,
+    asked: Sequence[TokenPrompt],
+) -> tuple[list[Response], Json]:
+    """The teacher's answers as the student reads and would write them, and what the manifest says of that.
+
+    An answer that was cut off has no end in the student's tokens either. One that spells a control token of the
+    student's tokenizer is left out with a warning, unless prompts.control_tokens is parse.
+
+    Args:
+        written_with: the teacher's tokenizer.
+        asked: the prompts as the student reads them; answers to others are left out.
+    """
+    tokenizer, section = load_student_tokenizer(story), story.recipe.responses
+    template = student_template(story, tokenizer, prompts)
+    by_id, fitting = {prompt.id: prompt for prompt in prompts}, {prompt.id for prompt in asked}
+    told: list[tuple[Prompt, Response]] = []
+    control = [token for token in special_tokens(tokenizer).values() if token.strip()]
+    spelled = 0
+    for answer in answers:
+        text = str(written_with.decode(list(answer.response_ids), skip_special_tokens=True)).strip()
+        if answer.prompt_id not in fitting:
+            continue
+        if story.recipe.prompts.control_tokens == "error" and any(token in text for token in control):
+            spelled += 1
+            continue
+        prompt = replace(by_id[answer.prompt_id], completion=text, references=(), answer=None)
+        told.append((prompt, answer))
+    if spelled:
+        story.console.warn(
+            f"{spelled} answers of the teacher spell a control token of the student's tokenizer and were left out; "
+            "prompts.control_tokens=parse takes them as they are"
+        )
+    responses = encode_responses(
+        [prompt for prompt, _ in told],
+        tokenizer,
+        template,
+        author="teacher",
+        control_tokens=story.recipe.prompts.control_tokens,
+        chat_options=text_options(story, tokenizer),
+    )
+    ends = frozenset(special_tokens(tokenizer))
+    found = [
+        _cut(replace(new, sampling=old.sampling), old, ends, section.max_new_tokens)
+        for new, (_, old) in zip(responses, told, strict=True)
+    ]
+    longer = sum(new.stop == "length" and old.stop != "length" for new, (_, old) in zip(found, told, strict=True))
+    if longer:
+        story.console.warn(
+            f"{longer} answers have more than responses.max_new_tokens={section.max_new_tokens} of the student's "
+            "tokens and were cut"
+        )
+    return found, {"template": template, "tokens_of": "student", "left_out": spelled, "cut_for_student": longer}
+
+
+def _cut(new: Response, old: Response, ends: frozenset[int], most: int) -> Response:
+    """A response as long as the answer was, and no longer than the limit."""
+    ids = new.response_ids
+    if old.stop == "length":
+        while ids and ids[-1] in ends:
+            ids = ids[:-1]
+    stop = "length" if old.stop == "length" or len(ids) > most else "eos"
+    return replace(new, response_ids=ids[:most], stop=stop)
+
+
+def student_template(story: Story, tokenizer: Any, prompts: Sequence[Prompt]) -> TemplateName:
+    """The template of the student's prompts."""
+    return resolve_template(story.recipe.prompts.template, tokenizer, prompts)

@@ -1,0 +1,64 @@
+"""The run directory's prompts.jsonl: written whole or not at all, read back exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from limbeck.runtime.json_lines import json_lines
+from limbeck.runtime.rundir import whole_file
+from limbeck.types import LimbeckError, Message, Prompt
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """One JSON object a line, absent fields left out. The file appears only when it is whole and on disk."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
+
+
+def _row(prompt: Prompt) -> dict[str, Any]:
+    row = {f.name: value for f in fields(prompt) if (value := getattr(prompt, f.name)) not in (None, ())}
+    if prompt.messages is not None:
+        row["messages"] = [turn.as_turn() for turn in prompt.messages]
+    if prompt.answer is not None:
+        row["answer"] = prompt.answer.as_turn()
+    return row
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts that `write_prompts` wrote.
+
+    Raises:
+        LimbeckError: the file is absent or damaged, naming the line.
+    """
+    try:
+        data = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise LimbeckError(f"{path} does not exist; run the same command again") from None
+    except UnicodeDecodeError:
+        raise LimbeckError(f"{path} is damaged (not UTF-8); delete it and run the same command again") from None
+    return [_parse(line, f"{path}, line {number}") for number, line in json_lines(data)]
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        if "messages" in row:
+            row["messages"] = tuple(_turn(turn) for turn in row["messages"])
+        if "answer" in row:
+            row["answer"] = _turn(row["answer"])
+        if "instruction" in row:
+            given, more = row["instruction"]
+            row["instruction"] = (given, more)
+        row |= {name: tuple(row[name]) for name in ("references", "tools") if name in row}
+        return Prompt(**row)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise LimbeckError(f"{where} is damaged ({error}); delete the file and run the same command again") from None
+
+
+def _turn(turn: Mapping[str, Any]) -> Message:
+    more = {name: value for name, value in turn.items() if name not in ("role", "content")}
+    return Message(role=turn["role"], content=turn["content"], fields=more)

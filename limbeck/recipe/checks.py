@@ -1,0 +1,281 @@
+"""What excludes what in a recipe: mistakes that no single key shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from limbeck.recipe.sections import AXES, Recipe
+from limbeck.types import LimbeckError
+
+
+def check(recipe: Recipe) -> None:
+    parts = Path(recipe.name).parts
+    if not parts or ".." in parts or Path(recipe.name).is_absolute() or not recipe.name.isprintable():
+        raise LimbeckError(f"name: got {recipe.name!r}; expected a plain name, a path belongs in output_dir")
+    reserved = sorted({*AXES, "options"} & recipe.objective.options.keys())
+    if reserved:
+        raise LimbeckError(f"objective.options holds {reserved[0]!r}; write it as objective.{reserved[0]}")
+    _check_axes(recipe)
+    _check_author(recipe)
+    _check_contrast(recipe)
+    _check_policy(recipe)
+    _check_server(recipe)
+    _check_key_names(recipe)
+    _check_draft(recipe)
+    _check_evaluation_while_training(recipe)
+    if recipe.train.lm is not None and recipe.train.lm.weight == 0:
+        raise LimbeckError(
+            "train.lm.weight is 0, so that its text changes nothing; give a weight above 0, or set train.lm=null"
+        )
+    student = recipe.student
+    if student.init == "pretrained" and student.model is None:
+        raise LimbeckError("student.model is missing; name a model, or set student.init=depth_prune to cut the teacher")
+    if student.init == "depth_prune" and (student.layers is None) == (not student.keep):
+        raise LimbeckError("student.init=depth_prune needs student.layers (how many) or student.keep (which), not both")
+    if student.init != "depth_prune" and (student.layers is not None or student.keep):
+        raise LimbeckError(f"student.layers and student.keep belong to init depth_prune, not to init {student.init}")
+    if student.init != "scratch" and student.config:
+        raise LimbeckError(f"student.config belongs to init scratch, not to init {student.init}")
+
+
+def _check_evaluation_while_training(recipe: Recipe) -> None:
+    written = recipe.sft_on_responses or recipe.responses.author not in ("student", "speculative")
+    if recipe.train.eval_steps is not None and not written:
+        raise LimbeckError(
+            "train.eval_steps measures on training prompts that were answered before training, but with "
+            f"responses.author={recipe.responses.author} and no sft on them none are; remove it, or add a section sft"
+        )
+
+
+def _check_server(recipe: Recipe) -> None:
+    server = recipe.responses.server
+    if server is None:
+        return
+    if recipe.base_author != "teacher":
+        raise LimbeckError(
+            "responses.server is where the teacher answers, but the responses are those of the data; "
+            "remove it, or let the teacher answer (responses.author=teacher)"
+        )
+
+
+def _check_key_names(recipe: Recipe) -> None:
+    server, judge = recipe.responses.server, recipe.evaluate.judge
+    for section, name in (("responses.server", server and server.api_key_env), ("evaluate.judge", judge.api_key_env)):
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            # Not repeated: it may be the key itself.
+            raise LimbeckError(
+                f"{section}.api_key_env is no name of an environment variable; "
+                "put the key into one, and its name here, such as OPENAI_API_KEY"
+            )
+
+
+def _check_draft(recipe: Recipe) -> None:
+    if recipe.responses.draft is None:
+        return
+    if recipe.base_author != "teacher":
+        raise LimbeckError(
+            "responses.draft drafts what the teacher answers, but the responses are those of the data; "
+            "remove it, or let the teacher answer (responses.author=teacher)"
+        )
+    if recipe.responses.server is not None:
+        raise LimbeckError(
+            "responses.draft drafts for a teacher in this process, but responses.server answers elsewhere; remove one"
+        )
+
+
+def _check_axes(recipe: Recipe) -> None:
+    """Temperature and support: what excludes what."""
+    objective, signal = recipe.objective, recipe.signal
+    apart = next((s for s in ("teacher_temperature", "student_temperature") if getattr(objective, s) is not None), None)
+    for moving in ("temperature_end", "temperature_adapt"):
+        if apart is not None and getattr(objective, moving) is not None:
+            raise LimbeckError(f"objective.{moving} moves both sides at once; remove objective.{apart}")
+    if recipe.on_policy and signal.support != "full":
+        raise LimbeckError(
+            f"signal.support={signal.support} is kept on disk before training, but responses.author="
+            f"{recipe.responses.author} writes during it; set signal.support=full"
+        )
+    if signal.support == "full":
+        if signal.temperatures:
+            raise LimbeckError("signal.temperatures belongs to a sparse signal.support; the full one knows them all")
+        return
+    if not signal.cache:
+        raise LimbeckError(
+            f"signal.support={signal.support} is what is kept on disk, but signal.cache is false; "
+            "set signal.cache=true or signal.support=full"
+        )
+    if objective.temperature_end is not None and signal.support != "topk_renorm":
+        raise LimbeckError(
+            f"objective.temperature_end moves the temperature off the grid that signal.support={signal.support} holds; "
+            "use signal.support=full or topk_renorm"
+        )
+
+
+# Keys of responses.on_policy by the authors that read them; the others say nothing without the student writing.
+_READ_BY = {
+    "share": ("mixed", "replay"),
+    "share_end": ("mixed",),
+    "resample_teacher": ("pairs",),
+    "teacher_top_k": ("speculative",),
+    "teacher_redraw": ("speculative",),
+    "teacher_share": ("student",),
+    "buffer": ("replay",),
+    "decay": ("replay",),
+    "tolerance": ("replay",),
+    "bump": ("replay",),
+    "compare_with": ("replay",),
+    "validate_steps": ("replay",),
+}
+
+
+def _check_author(recipe: Recipe) -> None:
+    """Who writes, and how: keys that nobody would read are mistakes."""
+    section, author = recipe.responses.on_policy, recipe.responses.author
+    for key, default in vars(type(section)()).items():
+        if key.startswith("_") or getattr(section, key) == default:
+            continue
+        readers = _READ_BY.get(key, ("student", "mixed", "replay", "speculative", "pairs"))
+        if author not in readers:
+            raise LimbeckError(
+                f"responses.on_policy.{key} is read where responses.author is {' or '.join(readers)}, not {author}; "
+                "remove it or change the author"
+            )
+    if author == "replay" and section.refresh not in (None, "step"):
+        raise LimbeckError(
+            "responses.author=replay keeps responses in its buffer; set responses.on_policy.refresh=step"
+        )
+    if author == "pairs" and section.refresh == "step":
+        raise LimbeckError(
+            "responses.on_policy.refresh is step, but pairs are written for whole epochs; "
+            "set responses.on_policy.refresh=epoch"
+        )
+    first, most = section.first_max_new_tokens, recipe.responses.max_new_tokens
+    if first is not None and first > most:
+        raise LimbeckError(
+            f"responses.on_policy.first_max_new_tokens is {first}, expected at most responses.max_new_tokens ({most})"
+        )
+    if author == "pairs" and recipe.train.per_device_train_batch_size % 2:
+        raise LimbeckError(
+            f"train.per_device_train_batch_size is {recipe.train.per_device_train_batch_size}; pairs are two responses "
+            "that must meet in a batch, so expected an even number"
+        )
+
+
+def _check_policy(recipe: Recipe) -> None:
+    """A policy gradient is one of the student as it samples."""
+    objective, contrast, own = recipe.objective, recipe.contrast, recipe.responses.on_policy
+    rule = (contrast.rule or {}).get("name")
+    if recipe.sft is not None and _names(recipe.sft.objective, "opd"):
+        raise LimbeckError(
+            "sft.objective opd is a gradient over the student's own responses, but sft trains on earlier ones; "
+            "set sft.objective={name: ce}, or a divergence"
+        )
+    if _names([objective.name, objective.options], "opd"):
+        what = "objective opd"
+    elif _names(contrast.student, "opd"):
+        what = "contrast.student opd"
+    elif rule in ("minillm", "importance"):
+        what = f"contrast.rule={rule}"
+    else:
+        return
+    fine = ("student",)
+    if what.startswith("contrast.student"):
+        # With an objective of their own the student's may stand beside others, else these would be pushed too.
+        fine = ("student", "mixed", "pairs")
+    elif what == "contrast.rule=importance":
+        fine = ("student", "mixed", "replay", "pairs")
+    if recipe.responses.author not in fine:
+        raise LimbeckError(
+            f"{what} is a gradient over responses that the student of now wrote, but responses.author="
+            f"{recipe.responses.author}; set responses.author=student"
+        )
+    if own.teacher_share and rule not in ("minillm", "importance"):
+        raise LimbeckError(
+            f"{what} is biased where the teacher draws too, but responses.on_policy.teacher_share is "
+            f"{own.teacher_share}; remove it, or weigh the tokens with contrast.rule={{name: importance}}"
+        )
+    for key, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+        value = getattr(recipe.responses, key) if getattr(own, key) is None else getattr(own, key)
+        if value != plain:
+            raise LimbeckError(
+                f"{what} is biased unless the student samples from its whole distribution, but {key} is {value}; "
+                f"set responses.on_policy.{key}={plain}"
+            )
+    _check_fresh(recipe, what, weighed=rule in ("minillm", "importance"))
+    if rule == "minillm":
+        _check_untempered(recipe)
+
+
+def _check_fresh(recipe: Recipe, what: str, *, weighed: bool) -> None:
+    """Responses of an earlier student are another's: their tokens need weights."""
+    refresh, author = recipe.responses.on_policy.refresh, recipe.responses.author
+    fresh = author != "pairs" and refresh in (None, "step", 1)
+    if fresh or weighed:
+        return
+    lived = f"responses.on_policy.refresh={refresh}" if refresh else "responses.author=pairs"
+    remedy = "set responses.on_policy.refresh=step" if author != "pairs" else "set responses.author=student or mixed"
+    raise LimbeckError(
+        f"{what} is a gradient over responses that the student of now wrote, but with {lived} they are used for many "
+        f"steps; {remedy}, or weigh the tokens with contrast.rule={{name: importance}}"
+    )
+
+
+def _check_untempered(recipe: Recipe) -> None:
+    """MiniLLM's two parts are one gradient at temperature 1 alone: the policy gradient knows no other."""
+    for key, plain in (
+        ("temperature", (1.0,)),
+        ("teacher_temperature", (None, 1.0)),
+        ("student_temperature", (None, 1.0)),
+        ("temperature_end", (None, 1.0)),
+        ("temperature_adapt", (None, 0.0)),
+    ):
+        value = getattr(recipe.objective, key)
+        if value not in plain:
+            remedy = f"set objective.{key}=1" if key == "temperature" else f"remove objective.{key}"
+            raise LimbeckError(
+                f"contrast.rule=minillm is the gradient of a divergence at loss temperature 1 alone, but objective."
+                f"{key} is {value}: the current token's part would be tempered and the later ones' not; {remedy}"
+            )
+
+
+def _names(value: object, objective: str) -> bool:
+    """Whether an objective is named anywhere in the options of another."""
+    if isinstance(value, Mapping):
+        return _names(list(value.values()), objective)
+    if isinstance(value, list | tuple):
+        return any(_names(part, objective) for part in value)
+    return value == objective
+
+
+def _check_contrast(recipe: Recipe) -> None:
+    """What tells the student's responses from others needs a student that writes."""
+    contrast = recipe.contrast
+    if not recipe.on_policy:
+        for key, there in (("student", contrast.student is not None), ("beta", contrast.beta != "none")):
+            if there:
+                raise LimbeckError(
+                    f"contrast.{key} is for responses of the student, but responses.author={recipe.responses.author}; "
+                    "set responses.author=pairs (or student, mixed, replay, speculative), or remove it"
+                )
+    if contrast.beta == "none" and (contrast.scale != 2.0 or contrast.beta_start != 0.5 or contrast.beta_end != 0.75):
+        raise LimbeckError("contrast.beta=none reads no scale, beta_start or beta_end; set contrast.beta=constant")
+    if contrast.rule is not None:
+        name = contrast.rule.get("name")
+        if name is None:
+            raise LimbeckError(f"contrast.rule is {contrast.rule}; expected a name, such as {{name: adaptive_alpha}}")
+        if recipe.signal.support != "full":
+            raise LimbeckError(
+                f"contrast.rule={name} asks how likely the teacher finds each token, which signal.support="
+                f"{recipe.signal.support} does not hold; set signal.support=full"
+            )
+        if name == "dpkd" and recipe.responses.author != "pairs":
+            raise LimbeckError(
+                f"contrast.rule=dpkd compares pairs, but responses.author={recipe.responses.author}; set pairs"
+            )
+        if name == "dpkd" and recipe.train.reduction != "sequence":
+            raise LimbeckError(
+                "contrast.rule=dpkd compares mean log-probabilities, which train.reduction=token weighs by length; "
+                "set train.reduction=sequence"
+            )

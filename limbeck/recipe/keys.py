@@ -1,0 +1,48 @@
+"""Keys of a recipe that change nothing, as their annotations say; fingerprints and comparisons both ask here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from limbeck.recipe.fields import NEUTRAL, SAME_ARM, Effect
+from limbeck.recipe.sections import NESTED, Recipe
+
+
+@cache
+def neutral_keys() -> frozenset[str]:
+    """Dotted keys in which two runs may differ and be the same run."""
+    return frozenset(_marked(Recipe, (NEUTRAL,)))
+
+
+@cache
+def same_arm_keys() -> frozenset[str]:
+    """Dotted keys in which two runs may differ and belong to one arm of a comparison; the neutral ones among them."""
+    return frozenset(_marked(Recipe, (NEUTRAL, SAME_ARM)))
+
+
+def fingerprinted(section: Any) -> dict[str, Any]:
+    """A section as plain values, sections inside it too, without its neutral keys."""
+    left_out = _own(type(section), (NEUTRAL,))
+    values = {f.name: getattr(section, f.name) for f in fields(section) if f.name not in left_out}
+    return {name: fingerprinted(value) if is_dataclass(value) else value for name, value in values.items()}
+
+
+def _marked(section: type, effects: tuple[Effect, ...], prefix: str = "") -> Iterator[str]:
+    yield from (prefix + name for name in _own(section, effects))
+    for f in fields(section):
+        if (inner := NESTED.get((section, f.name))) is not None:
+            yield from _marked(inner, effects, f"{prefix}{f.name}.")
+
+
+@cache
+def _own(section: type, effects: tuple[Effect, ...]) -> frozenset[str]:
+    """Names of a section's own keys that bear one of the marks."""
+    hints = get_type_hints(section, include_extras=True)
+    return frozenset(name for name, hint in hints.items() if set(effects) & _marks(hint))
+
+
+def _marks(hint: Any) -> set[Effect]:
+    return {mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Effect)}

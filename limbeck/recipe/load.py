@@ -1,0 +1,188 @@
+"""Recipes: what a run is asked to do. Typed sections, YAML in and out, dotted overrides, unknown keys refused.
+
+A recipe is one YAML file; its sections are the stages of the story in their order. `load_recipe` merges file and
+overrides and validates them; every mistake is one `LimbeckError` line that names the key and the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from limbeck.recipe import checks, messages, yaml_text
+from limbeck.recipe.files import read_yaml, shipped_recipes
+from limbeck.recipe.sections import AXES, NESTED, ObjectiveSection, Recipe, TrainSection
+from limbeck.types import LimbeckError
+
+__all__ = ["ObjectiveSection", "Recipe", "TrainSection", "shipped_recipes"]
+
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A validated recipe from a shipped name, a YAML file or a mapping, with `section.key=value` overrides on top.
+
+    Raises:
+        LimbeckError: unknown recipe, broken YAML, unknown key (with the nearest known one), wrong type or value.
+    """
+    return _validate(recipe_tree(recipe, overrides))
+
+
+def recipe_tree(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load_recipe` validates: the recipe as written, with the overrides on top.
+
+    Raises:
+        LimbeckError: unknown recipe, broken YAML, or an override without a value.
+    """
+    tree = dict(recipe) if isinstance(recipe, Mapping) else read_yaml(recipe, "recipe")
+    if isinstance(groups := tree.get("evaluate"), list | tuple):
+        tree["evaluate"] = {"groups": groups}
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set a dotted key of a tree in place, from text such as `train.max_steps=20`.
+
+    Raises:
+        LimbeckError: no value, or a section where a value stands.
+    """
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise LimbeckError(f"override {override!r} has no value; write section.key=value, e.g. train.max_steps=20")
+    value = yaml_text.parse(text, f"the value of override {override!r}")
+    if key == "evaluate" and isinstance(value, list):
+        key = "evaluate.groups"
+    *parents, leaf = key.split(".")
+    node = tree
+    for depth, part in enumerate(parents):
+        child = node.get(part)
+        if child is None:
+            child = {}
+        if not isinstance(child, Mapping):
+            raise LimbeckError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        # A copy, so that a mapping handed in by a caller is never changed.
+        node[part] = dict(child)
+        node = node[part]
+    node[leaf] = value
+
+
+def _validate(tree: dict[str, Any]) -> Recipe:
+    tree = yaml_text.plain(tree)
+    objective = tree.get("objective")
+    if isinstance(objective, dict) and "options" not in objective:
+        options = {k: v for k, v in objective.items() if k not in AXES}
+        tree["objective"] = {k: v for k, v in objective.items() if k in AXES} | {"options": options}
+    try:
+        # Through JSON, where strict mode still reads a mapping as a section and a list as a tuple.
+        recipe = _ADAPTER.validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise LimbeckError(messages.explain(error, known_keys())) from None
+    checks.check(recipe)
+    return recipe
+
+
+def signal_temperatures(recipe: Recipe) -> tuple[float, ...]:
+    """The loss temperatures that a sparse signal of this recipe is made for."""
+    objective = recipe.objective
+    teacher = objective.temperature if objective.teacher_temperature is None else objective.teacher_temperature
+    return tuple(sorted({*recipe.signal.temperatures} or {teacher}))
+
+
+def build_objective(recipe: Recipe) -> Any:
+    """The recipe's objective from the registry; its unknown options are refused with the nearest known one."""
+    from limbeck.objectives import OBJECTIVES
+    from limbeck.objectives import build_objective as build
+
+    section = recipe.objective
+    own = [f.name for f in fields(OBJECTIVES[section.name])] if section.name in OBJECTIVES else []
+    for key in section.options:
+        if section.name in OBJECTIVES and key not in own:
+            # What is misspelt may be an option of the objective or a key of the section, which is the same for all.
+            near = messages.nearest(key, [f"objective.{known}" for known in (*AXES, *own)])
+            has = f"the options {', '.join(own)}" if own else "no options"
+            raise LimbeckError(f"unknown key 'objective.{key}' (objective {section.name!r} has {has} of its own){near}")
+    return build(section.name, **section.options)
+
+
+def named_objective(where: str, options: Mapping[str, Any]) -> Any:
+    """The objective of a mapping with a name and options, such as contrast.student."""
+    from limbeck.objectives import build_objective as build
+
+    if not isinstance(options.get("name"), str):
+        raise LimbeckError(f"{where} is {dict(options)}; expected a name and options, such as {{name: srkl}}")
+    with at(where):
+        return build(**options)
+
+
+@contextmanager
+def at(key: str) -> Iterator[None]:
+    """Let what is refused inside the block say where in the recipe it stands."""
+    try:
+        yield
+    except LimbeckError as error:
+        raise LimbeckError(f"{key}: {error}") from None
+
+
+def build_rule(recipe: Recipe) -> Any:
+    """The recipe's rule over whole responses; None where it has none."""
+    from limbeck.objectives.sequence.rules import build_rule as build
+
+    if recipe.contrast.rule is None:
+        return None
+    with at("contrast.rule"):
+        return build(**recipe.contrast.rule)
+
+
+def known_keys() -> tuple[str, ...]:
+    """Every dotted key of a recipe, without the objectives' own options."""
+
+    def walk(section: Any, prefix: str) -> Iterable[str]:
+        for f in fields(section):
+            yield prefix + f.name
+            nested = NESTED.get((section, f.name))
+            if nested is not None:
+                yield from walk(nested, f"{prefix}{f.name}.")
+
+    return tuple(walk(Recipe, ""))
+
+
+def as_tree(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain nested mappings, every default spelled out; the objective's options stand beside its name."""
+    assert is_dataclass(recipe)
+    tree: dict[str, Any] = yaml_text.plain(asdict(recipe))
+    tree["objective"] |= tree["objective"].pop("options")
+    return tree
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
+    return yaml_text.dump(as_tree(recipe))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe for editors, with the options of every registered objective."""
+    from limbeck.objectives import OBJECTIVES
+
+    schema = _ADAPTER.json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "limbeck recipe"
+    groups = schema["$defs"]["EvaluateSection"]["properties"]["groups"]
+    schema["properties"]["evaluate"] = {
+        "anyOf": [schema["properties"]["evaluate"], {k: v for k, v in groups.items() if k in ("type", "items")}]
+    }
+    section = schema["$defs"]["ObjectiveSection"]
+    del section["properties"]["options"]
+    section["properties"]["name"]["enum"] = sorted(OBJECTIVES)
+    for objective in OBJECTIVES.values():
+        for option in fields(objective):
+            section["properties"].setdefault(option.name, {})
+    return schema

@@ -1,0 +1,415 @@
+"""The sections of a recipe: typed, strict, in the order of the story. Their docstrings are in its JSON schema."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from limbeck.recipe.evaluation import (
+    CostSection,
+    DiversitySection,
+    EvaluateSection,
+    FidelitySection,
+    JudgeSection,
+    NllSection,
+    RougeSection,
+    SpeculationSection,
+    TasksSection,
+)
+from limbeck.recipe.fields import (
+    NEUTRAL,
+    SAME_ARM,
+    STRICT,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Probability,
+    Seed,
+    Strings,
+)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TeacherSection:
+    model: str
+    """A named asset (smollm2-135m-instruct), a local directory, a hub id or a GGUF file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Dtype = "float32"
+    """Precision the teacher runs in."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless asked."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class LoraSection:
+    r: Count = 16
+    lora_alpha: Positive = 32.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Strings = ()
+    """Module names; empty for every linear layer but the head."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class StudentSection:
+    model: str | None = None
+    """Where the student comes from, as for the teacher; null takes the teacher itself (depth_prune, scratch)."""
+    revision: str | None = None
+    init: Literal["pretrained", "depth_prune", "scratch"] = "pretrained"
+    """As loaded; blocks removed; or the architecture of `model` with fresh weights."""
+    layers: Count | None = None
+    """Blocks to keep with init depth_prune."""
+    keep: tuple[int, ...] = ()
+    """Blocks to keep by number with init depth_prune; empty lets limbeck measure which."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Changes to the model configuration with init scratch (num_hidden_layers, hidden_size, ...)."""
+    dtype: Dtype = "float32"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    freeze_embeddings: bool = False
+    """Leave input and output embeddings as they are: a pruned student speaks its teacher's language already."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters instead of all weights; merged when the student is saved."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class PromptsSection:
+    source: str = "builtin"
+    """builtin, a JSONL file, or a datasets directory or hub id."""
+    eval_fraction: Fraction = 0.1
+    """Share held out for evaluation, decided by a hash of each prompt."""
+    limit: Annotated[int, Field(ge=2)] | None = None
+    """Use only this many prompts, in the order of their hashes."""
+    fields: dict[Literal["prompt", "completion", "category"], str] | None = None
+    """For data in none of the known formats: its own names of the fields."""
+    ignore_columns: Strings = ()
+    """Columns of the data to leave out as if they were not there; `messages.weight` is a field of the turns."""
+    dataset_split: str = "train"
+    """Part of a `datasets` source to read."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set."""
+    split_seed: Seed = 0
+    """Another seed gives another held-out share."""
+    template: Literal["auto", "chat", "plain", "alpaca"] = "auto"
+    """How a prompt becomes text; auto takes the tokenizer's chat template where there is one."""
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false}."""
+    control_tokens: Literal["error", "parse"] = "error"
+    """What happens to text that spells a control token of the tokenizer."""
+    loss_on: Literal["all", "last"] = "all"
+    """Of a conversation that the data answers: every turn of the assistant is learnt from, or the last one alone. A
+    model answers the last one."""
+    too_long: Literal["error", "drop"] = "error"
+    """What happens to a prompt that does not fit the window; dropped ones are counted and reported."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class OnPolicySection:
+    """How the student writes during training; read where responses.author is student, mixed, replay, speculative or
+    pairs."""
+
+    refresh: Literal["step", "epoch"] | Count | None = None
+    """How long its responses are used before they are written anew: a step, an epoch, or so many steps; null is a step,
+    for pairs an epoch."""
+    share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """mixed: the share of steps on the student's own responses (lambda of GKD), 0.5 if null. replay: where DistiLLM's
+    adaptive share begins, 0.2 if null."""
+    share_end: Annotated[float, Field(ge=0, le=1)] | None = None
+    """mixed: where the share arrives at the end, in a line; null leaves it where it is."""
+    temperature: NonNegative | None = None
+    """Of the student's sampling; null takes responses.temperature. So do top_p and top_k."""
+    top_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    first_max_new_tokens: Count | None = None
+    """Length limit at the first step, from where it grows in a line to responses.max_new_tokens; null begins there."""
+    resample_teacher: bool = True
+    """pairs: the teacher answers anew in every round too; false keeps its first answers."""
+    teacher_top_k: Count = 25
+    """speculative: a token of the student's outside the teacher's so many likeliest ones is replaced by one of them."""
+    teacher_redraw: Literal["top_k", "nucleus"] = "top_k"
+    """speculative: what replaces it: a draw from those, or from all that the temperature, top_p and top_k of the
+    student's sampling leave of the teacher (the authors' code)."""
+    teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """student: every token is drawn from so much of the teacher's distribution and the rest of the student's (MiniLLM:
+    0.2)."""
+    buffer: Count = 1000
+    """replay: responses the buffer holds. It is drawn from once it is full."""
+    decay: Literal["decreasing", "constant", "increasing"] = "decreasing"
+    """replay: how often fresh responses are written over training."""
+    tolerance: NonNegative = 0.1
+    """replay: the share grows when the held-out loss is by so much above what it is compared with."""
+    bump: Probability = 0.1
+    """replay: by so much."""
+    compare_with: Literal["last_growth", "lowest"] = "last_growth"
+    """replay: what the held-out loss is compared with: its value when the share grew last, or the lowest since then."""
+    validate_steps: Count | None = None
+    """replay: steps from one measurement of the held-out loss to the next; null is an epoch."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ServerSection:
+    base_url: Annotated[str, NEUTRAL]
+    """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """The server's name of the teacher; null takes the only model it offers."""
+    api: Literal["auto", "completions", "chat"] = "auto"
+    """Which of its two doors to use; auto takes the one that keeps tokens exact, where it is open."""
+    concurrency: Annotated[Count, NEUTRAL] = 8
+    """Prompts asked at a time."""
+    timeout_s: Annotated[Positive, NEUTRAL] = 120.0
+    """Seconds for one whole answer."""
+    retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
+    """Further tries when the server is out of reach, full or too slow."""
+    api_key_env: Annotated[str | None, NEUTRAL] = None
+    """Name of the environment variable that holds the key; never the key itself."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class DraftSection:
+    model: str
+    """A model with the teacher's tokenizer, as for the teacher: the student of an earlier run (runs/NAME/student)."""
+    tokens: Count = 4
+    """Drafted before the teacher reads them."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ResponsesSection:
+    author: Literal["teacher", "data", "student", "mixed", "replay", "speculative", "pairs"] = "teacher"
+    """Who writes what the student learns from. Before training: the teacher, or the data. During it: the student; mixed
+    steps of both (GKD); replay of the student's (DistiLLM); speculative, the student corrected by the teacher (SKD);
+    pairs of one by each (DistiLLM-2)."""
+    base: Literal["teacher", "data"] = "teacher"
+    """Who wrote the responses that are there before training where the author is none of the two: held-out ones always,
+    and those that mixed, replay, pairs and sft train on."""
+    on_policy: OnPolicySection = field(default_factory=OnPolicySection)
+    max_new_tokens: Count = 256
+    temperature: NonNegative = 1.0
+    """Of sampling alone; 0 is greedy. Never enters the loss."""
+    top_p: Probability = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    stop: Strings = ()
+    batch_size: Annotated[Count, SAME_ARM] = 48
+    seed: Seed = 0
+    server: ServerSection | None = None
+    """Where the teacher answers instead of in this process; its signal still comes from the teacher here."""
+    draft: DraftSection | None = None
+    """A small model that drafts what the teacher answers in this process: fewer passes of the teacher, a sample of the
+    same distribution (speculative sampling)."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SignalSection:
+    cache: bool = True
+    """Write the teacher's signal to disk once; false runs the teacher beside the student in every epoch."""
+    dtype: Dtype = "float32"
+    """Precision of the cached hidden states."""
+    support: Literal["full", "topk_renorm", "topk_tail", "sampled"] = "full"
+    """What training sees of the teacher: every token (by hidden states), its k most likely tokens renormalised or with
+    one class for all others, or a sample of it."""
+    k: Count = 64
+    """Tokens kept of each position with a top-k support; draws with a sampled one."""
+    temperatures: tuple[Positive, ...] = ()
+    """Loss temperatures a sparse signal is exact for; empty takes the objective's."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ObjectiveSection:
+    """`name` and the temperatures are the same for all objectives; further keys are the objective's own options."""
+
+    name: str = "fkl"
+    """A name of the registry; see `limbeck objectives`."""
+    temperature: Positive = 1.0
+    """Of the loss, for both sides unless one is set apart."""
+    teacher_temperature: Positive | None = None
+    student_temperature: Positive | None = None
+    temperature_scale: Literal["none", "tau", "tau2", "auto"] | Positive = "auto"
+    """Factor on the loss; auto is the one that keeps gradients comparable over temperatures."""
+    temperature_end: Positive | None = None
+    """Where the temperature of the loss arrives at the end of training; null leaves it where it is."""
+    temperature_shape: Literal["linear", "cosine"] = "cosine"
+    """The way there."""
+    temperature_adapt: NonNegative | None = None
+    """One temperature a token around the loss temperature, by how far apart the two models are there (AdaKD's strength,
+    0.5 in the paper); null gives all tokens the same."""
+    schedule: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Options of the objective that move in a line over training, such as {progress: [0.4, 1.0]} for taid."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ContrastSection:
+    """Which objective, with which weight, for whose response; `objective` is for the teacher's (and the data's)."""
+
+    student: dict[str, Any] | None = None
+    """The objective for the student's own responses, such as {name: srkl, alpha: 0.1}; null takes the same one."""
+    beta: Literal["none", "constant", "code", "linear", "sawtooth"] = "none"
+    """With any but none the loss is scale * ((1 - beta) * mean of the teacher's + beta * mean of the student's), and
+    this is how beta moves: not at all; the released code's 0.5 to 0.75; in a line; the paper's saw-tooth."""
+    beta_start: Annotated[float, Field(ge=0, le=1)] = 0.5
+    beta_end: Annotated[float, Field(ge=0, le=1)] = 0.75
+    scale: Positive = 2.0
+    rule: dict[str, Any] | None = None
+    """What responses say to their tokens: {name: adaptive_alpha}, {name: dpkd}, {name: minillm} or {name: importance},
+    with options."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SftSection:
+    """A first stage on responses that are there before training, or on the data's; then the training proper begins."""
+
+    source: Literal["responses", "data"] = "responses"
+    """What it is taught from: the responses that are there before training (responses.base), or the data's own answers,
+    which the training itself does not see where the teacher answers."""
+    num_train_epochs: Positive = 1.0
+    learning_rate: Positive | Literal["auto"] | None = None
+    """Null takes train.learning_rate; auto is searched for this stage apart."""
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "ce"})
+
+
+@dataclass(config=STRICT, kw_only=True)
+class LmSection:
+    """Text of a second corpus, for a language-modelling loss beside the objective (MiniLLM, DistiLLM and CSD:
+    OpenWebText, weight 1)."""
+
+    source: str
+    """A JSONL or parquet file, a glob or folder of them, or a datasets directory or hub id, with rows of plain text."""
+    weight: NonNegative = 1.0
+    """Factor on the mean cross-entropy per token, which is added to the loss."""
+    text_field: str = "text"
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a block: documents are put one after another and cut into blocks."""
+    per_device_batch_size: Count | None = None
+    """Blocks of a micro-batch; null takes train.per_device_train_batch_size."""
+    max_tokens: Count = 10_000_000
+    """Read no more of the source than this."""
+    dataset_split: str = "train"
+    dataset_config: str | None = None
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TrainSection:
+    num_train_epochs: Positive = 1.0
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, whatever the epochs."""
+    per_device_train_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive | Literal["auto"] = "auto"
+    """Peak of the schedule; auto tries several on some steps that are taken back, and takes the best."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_min_lr"
+    ] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.01
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adam_epsilon: Positive = 1e-8
+    reduction: Literal["token", "sequence"] = "token"
+    """Mean over tokens, or over the tokens of each response and then over responses."""
+    max_grad_norm: NonNegative = 1.0
+    """0 switches clipping off."""
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    """Mixed precision: float32 weights, bfloat16 matrix products, float32 losses."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """The loss's elementwise body through torch.compile; auto where a C++ compiler exists."""
+    lm: LmSection | None = None
+    """A language-modelling loss on text of its own in every step of the training, not of the first stage."""
+    seed: Annotated[Seed, SAME_ARM] = 0
+    save_steps: Annotated[Count, NEUTRAL] = 50
+    save_total_limit: Annotated[Count, NEUTRAL] = 2
+    logging_steps: Annotated[Count, NEUTRAL] = 1
+    report_to: Annotated[Strings, NEUTRAL] = ()
+    """Names of accelerate trackers (tensorboard, wandb, ...); metrics.jsonl is always written."""
+    eval_steps: Count | None = None
+    """Measure the loss on training prompts that are set aside, at the start, after every so many steps and at the end;
+    null never."""
+    eval_size: Count = 16
+    """How many, by the hash of their ids, at most a tenth of all; never trained on, and not among the held-out ones."""
+    load_best_model_at_end: bool = True
+    """With eval_steps: hand on the student of the lowest of these losses, the start included; false: the last one."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Recipe:
+    """One run from prompts to report."""
+
+    name: Annotated[str, NEUTRAL] = "run"
+    """Names the run; the run directory is runs/NAME unless output_dir says otherwise."""
+    output_dir: Annotated[str | None, NEUTRAL] = None
+    teacher: TeacherSection
+    student: StudentSection = field(default_factory=StudentSection)
+    prompts: PromptsSection = field(default_factory=PromptsSection)
+    responses: ResponsesSection = field(default_factory=ResponsesSection)
+    signal: SignalSection = field(default_factory=SignalSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    contrast: ContrastSection = field(default_factory=ContrastSection)
+    sft: SftSection | None = None
+    train: TrainSection = field(default_factory=TrainSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student writes during training."""
+        return self.responses.author not in ("teacher", "data")
+
+    @property
+    def base_author(self) -> Literal["teacher", "data"]:
+        """Who wrote the responses that are there before training."""
+        author = self.responses.author
+        return author if author in ("teacher", "data") else self.responses.base
+
+    @property
+    def sft_on_data(self) -> bool:
+        """Whether a first stage is taught from answers of the data that nothing else is taught from."""
+        return self.sft is not None and self.sft.source == "data" and self.base_author != "data"
+
+    @property
+    def sft_on_responses(self) -> bool:
+        """Whether a first stage is taught from the responses that are there before training."""
+        return self.sft is not None and not self.sft_on_data
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output_dir) if self.output_dir else Path("runs") / self.name
+
+
+# Sections inside sections, for whoever walks over the keys.
+NESTED: dict[tuple[Any, str], Any] = {
+    (Recipe, "teacher"): TeacherSection,
+    (Recipe, "student"): StudentSection,
+    (StudentSection, "lora"): LoraSection,
+    (Recipe, "prompts"): PromptsSection,
+    (Recipe, "responses"): ResponsesSection,
+    (ResponsesSection, "on_policy"): OnPolicySection,
+    (ResponsesSection, "server"): ServerSection,
+    (ResponsesSection, "draft"): DraftSection,
+    (Recipe, "signal"): SignalSection,
+    (Recipe, "objective"): ObjectiveSection,
+    (Recipe, "contrast"): ContrastSection,
+    (Recipe, "sft"): SftSection,
+    (Recipe, "train"): TrainSection,
+    (TrainSection, "lm"): LmSection,
+    (Recipe, "evaluate"): EvaluateSection,
+    (EvaluateSection, "fidelity"): FidelitySection,
+    (EvaluateSection, "nll"): NllSection,
+    (EvaluateSection, "rouge"): RougeSection,
+    (EvaluateSection, "diversity"): DiversitySection,
+    (EvaluateSection, "judge"): JudgeSection,
+    (EvaluateSection, "tasks"): TasksSection,
+    (EvaluateSection, "speculation"): SpeculationSection,
+    (EvaluateSection, "cost"): CostSection,
+}
+
+# Keys of `objective` that are the same for all objectives.
+AXES = tuple(f.name for f in fields(ObjectiveSection) if f.name != "options")

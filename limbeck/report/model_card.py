@@ -1,0 +1,253 @@
+"""The model card: README.md of the student, with the metadata the hub reads and what was measured.
+
+Like the report it is made from the files of the run directory alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from limbeck.report.before_after import evidence
+from limbeck.report.format import (
+    code,
+    count,
+    duration,
+    headline,
+    markdown,
+    megabytes,
+    name_of,
+    setting,
+    share,
+    share_of_teacher,
+)
+from limbeck.report.read_run import Run, number, read_run, score, value_at
+from limbeck.runtime.rundir import write_text
+
+# Only these have a meaning of their own on the hub; a path or a file name would be taken for somebody's repository.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+OBJECTIVES = {"fkl": "forward KL", "rkl": "reverse KL", "csd": "concrete score distillation"}
+
+
+def write_card(
+    run_dir: Path, *, base_model: str | None = None, license: str | None = None, datasets: Sequence[str] = ()
+) -> Path:
+    """Write `student/README.md` from the files of a run directory.
+
+    Args:
+        base_model: hub id of the model the student's weights began as; without it, the recipe's name for that model
+            where it is a hub id, else none is declared.
+        license: of the base model, as a hub license id; left out of the metadata where unknown.
+        datasets: hub ids of the data sets the prompts came from; without them, the recipe's source where it is one.
+
+    Raises:
+        LimbeckError: `run_dir` is not a run directory.
+    """
+    run = read_run(run_dir)
+    path = run_dir / "student" / "README.md"
+    write_text(path, card(run, base_model=base_model, license=license, datasets=datasets))
+    return path
+
+
+def card(run: Run, *, base_model: str | None = None, license: str | None = None, datasets: Sequence[str] = ()) -> str:
+    """The text of the card; see `write_card`."""
+    import jinja2
+    import yaml
+
+    base = base_model or _hub_id(_origin(run))
+    source = _hub_id(value_at(run.recipe, "prompts.source"))
+    versions = value_at(run.provenance, "versions")
+    front = metadata(run, base_model=base, license=license, datasets=datasets or ([source] if source else ()))
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"cell": markdown, "code": code}
+    template = environment.from_string((files("limbeck.report") / "templates" / "card.md.j2").read_text("utf-8"))
+    body = template.render(
+        name=name_of(run),
+        headline=headline(run),
+        base=base,
+        teacher=_without_folder(value_at(run.recipe, "teacher.model")),
+        origin=_without_folder(_origin(run)),
+        chat=run.student.get("template") in ("chat", "alpaca"),
+        answers=_answers(run),
+        method=_method(run),
+        evidence=evidence(run),
+        examples=_examples(run),
+        meanings=_meanings(run),
+        source=_source(run),
+        training=_training(run),
+        versions=versions if isinstance(versions, Mapping) else {},
+        revision=run.provenance.get("code_revision"),
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}"
+
+
+def metadata(run: Run, *, base_model: str | None, license: str | None, datasets: Sequence[str]) -> dict[str, Any]:
+    """The front matter, in the hub's terms."""
+    front: dict[str, Any] = {}
+    if base_model:
+        front |= {"base_model": base_model, "base_model_relation": "finetune"}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if license:
+        front["license"] = license
+    if datasets:
+        front["datasets"] = list(datasets)
+    front["tags"] = ["limbeck", "distillation", "knowledge-distillation"]
+    if run.student.get("kept_blocks"):
+        front["tags"].append("pruned")
+    results = _results(run)
+    if results:
+        front["model-index"] = [{"name": name_of(run), "results": results}]
+    return front
+
+
+def _results(run: Run) -> list[dict[str, Any]]:
+    """Every metric of the student after training: an entry for each data set, which is how the hub tells them apart."""
+    by_dataset: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in evidence(run):
+        found = _after(run).get(line.name, {})
+        value, low, high = (number(found, key) for key in ("mean", "low", "high"))
+        if value is None:
+            continue
+        metric = {"type": line.name, "name": f"{line.label} ({line.unit})" if line.unit else line.label, "value": value}
+        details: dict[str, Any] = {"examples": found["n"]} if number(found, "n") is not None else {}
+        if low is not None and high is not None:
+            details["interval_95"] = [low, high]
+        by_dataset.setdefault(_dataset(run, line.name), []).append(metric | ({"args": details} if details else {}))
+    return [
+        {
+            "task": {"type": "text-generation", "name": "Evaluation of a distilled student"},
+            "dataset": {"type": kind, "name": name},
+            "metrics": metrics,
+        }
+        for (kind, name), metrics in by_dataset.items()
+    ]
+
+
+def _dataset(run: Run, metric: str) -> tuple[str, str]:
+    """Identifier and name of what a metric was measured on: the problems of a task, or the held-out prompts."""
+    condition = metric.partition("@")[2]
+    if condition and f"tasks@{condition}" in (value_at(run.scores, "rows.after") or {}):
+        task = condition.partition(",")[0]
+        file = value_at(run.recipe, f"evaluate.tasks.files.{task}")
+        return task, f"{task} ({Path(file).name})" if isinstance(file, str) else f"{task} (lm-evaluation-harness)"
+    source = _source(run)
+    return source, f"held-out prompts of {source}"
+
+
+def _source(run: Run) -> str:
+    """Where the prompts come from."""
+    return _without_folder(value_at(run.recipe, "prompts.source")) or "the run"
+
+
+def _without_folder(name: Any) -> str | None:
+    """A hub id or another name as it is; of a path only the last part, since its folder is nobody else's."""
+    return _hub_id(name) or (Path(name).name if isinstance(name, str) else None)
+
+
+def _examples(run: Run) -> dict[str, str]:
+    """How many examples each metric is over."""
+    both = [(name, score(run, part, name)) for part in ("before", "after") for name in value_at(run.scores, part) or {}]
+    return {name: f"{found['n']:,}" for name, found in both if found and number(found, "n") is not None}
+
+
+def _meanings(run: Run) -> dict[str, str]:
+    """What each metric means, once for all its conditions."""
+    said = {}
+    for line in evidence(run):
+        label = line.label.rpartition(" (")[0] if "@" in line.name else line.label
+        if line.meaning:
+            said.setdefault(label, line.meaning)
+    return said
+
+
+def _origin(run: Run) -> Any:
+    """The model the student's weights began as, None for fresh weights."""
+    if value_at(run.recipe, "student.init") == "scratch":
+        return None
+    return value_at(run.recipe, "student.model") or value_at(run.recipe, "teacher.model")
+
+
+def _hub_id(name: Any) -> str | None:
+    if not isinstance(name, str):
+        return None
+    bare = name.removeprefix("hub:")
+    return bare if _HUB_ID.fullmatch(bare) and (bare != name or not Path(name).exists()) else None
+
+
+def _after(run: Run) -> Mapping[str, Mapping[str, Any]]:
+    names = value_at(run.scores, "after")
+    found = {name: score(run, "after", name) for name in names} if isinstance(names, Mapping) else {}
+    return {name: value for name, value in found.items() if value}
+
+
+def _method(run: Run) -> list[str]:
+    """How the student was made, a sentence each."""
+    said = []
+    kept, layers = run.student.get("kept_blocks"), number(run.student, "teacher_layers")
+    if isinstance(kept, list) and layers:
+        blocks = markdown(", ".join(str(block) for block in kept))
+        said.append(f"The student is the starting model with {len(kept)} of its {layers:.0f} blocks kept ({blocks}).")
+    own, ratio = number(run.student, "parameters"), share_of_teacher(run.student)
+    if own:
+        size = number(run.student, "size_mb")
+        said.append(
+            f"It has {count(own)} parameters"
+            + (f", {share(ratio)} of the teacher's" if ratio else "")
+            + (f", {megabytes(size)} on disk." if size else ".")
+        )
+    source, author = value_at(run.recipe, "prompts.source"), value_at(run.recipe, "responses.author")
+    if source and author:
+        drawn = [
+            f"{label} {setting(number(run.recipe, f'responses.{key}'))}"
+            for key, label in (("temperature", "sampling temperature"), ("top_p", "top-p"))
+            if number(run.recipe, f"responses.{key}") is not None
+        ]
+        written = (
+            f"sampled from the teacher ({', '.join(drawn)})" if author == "teacher" else f"by the {markdown(author)}"
+        )
+        said.append(f"Prompts: {markdown(_source(run))}. Responses: {written}.")
+    objective = value_at(run.recipe, "objective.name")
+    if objective:
+        shown = markdown(OBJECTIVES.get(str(objective), str(objective)))
+        said.append(
+            f"Objective: {shown} (`{code(objective)}`) at temperature "
+            f"{setting(number(run.recipe, 'objective.temperature') or 1.0)}, per response token."
+        )
+    return said
+
+
+_TEMPLATES = {
+    "chat": "the teacher's chat template (`tokenizer.apply_chat_template`)",
+    "alpaca": "the Alpaca wording, which its chat template writes (`tokenizer.apply_chat_template`)",
+    "plain": "prompts as plain text, without a chat template",
+}
+
+
+def _answers(run: Run) -> str:
+    """With what prompts it was trained and what ends its answers; "" where no record says so."""
+    template, ends = run.student.get("template"), run.student.get("ends")
+    if template not in _TEMPLATES or not isinstance(ends, list):
+        return ""
+    options = run.student.get("chat_options")
+    with_options = f" with {' '.join(f'{key}={value!r}' for key, value in options.items())}" if options else ""
+    said = f"The student was trained with {_TEMPLATES[template]}{with_options}"
+    stops = " or ".join(f"`{end}`" for end in ends)
+    return f"{said}, and {f'ends an answer with {stops}, where `generate` stops' if stops else 'knows no end'}."
+
+
+def _training(run: Run) -> list[tuple[str, str]]:
+    train = value_at(run.recipe, "train")
+    rows = [(f"`{code(k)}`", markdown(_plain(v))) for k, v in train.items()] if isinstance(train, Mapping) else []
+    if run.steps:
+        last = run.steps[-1]
+        rows.append(("steps taken", f"{last['step']:,.0f}"))
+        rows += [("tokens in the loss", f"{tokens:,.0f}") for tokens in [number(last, "tokens")] if tokens is not None]
+        rows += [("time in the loop", duration(spent)) for spent in [number(last, "seconds")] if spent is not None]
+    return rows
+
+
+def _plain(value: Any) -> str:
+    return setting(value) if isinstance(value, float) else "none" if value in (None, [], ()) else str(value)

@@ -1,0 +1,1 @@
+"""Responses as training data: offline, replayed or sampled during training; their order, batches and health."""

@@ -1,0 +1,73 @@
+"""How the responses of an optimizer step become micro-batches of tensors.
+
+Responses of similar length were put together into steps (limbeck.rollouts.order), so that padding costs next to
+nothing; here a step is cut for the ranks. The first move does not know how many ranks or accumulation steps there are,
+so the update does not either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from limbeck.types import Response, TokenBatch
+
+
+def micro_batches(rows: Sequence[int], *, rows_per_device: int, rank: int, ranks: int) -> list[tuple[int, ...]]:
+    """The micro-batches of one rank: neighbouring rows stay together, ranks take turns.
+
+    Every rank gets equally many, since the ranks of a step meet at each backward pass; a rank that has run out gets an
+    empty tuple.
+    """
+    chunks = [tuple(rows[i : i + rows_per_device]) for i in range(0, len(rows), rows_per_device)]
+    rounds = math.ceil(len(chunks) / ranks)
+    chunks += [()] * (rounds * ranks - len(chunks))
+    return chunks[rank::ranks]
+
+
+def padding(by_row: Mapping[int, Response], rows_per_device: int) -> float:
+    """Share of a step's positions that are padding."""
+    lengths = [response.length for response in by_row.values()]
+    chunks = [lengths[i : i + rows_per_device] for i in range(0, len(lengths), rows_per_device)]
+    return 1 - sum(lengths) / sum(max(chunk) * len(chunk) for chunk in chunks)
+
+
+def collate(responses: Sequence[Response] | Mapping[int, Response], rows: Sequence[int], *, pad_id: int) -> TokenBatch:
+    """Tensors of the given rows, padded on the right.
+
+    The last id of a row is left out of the input: nothing is predicted from it.
+    """
+    chosen = [responses[row] for row in rows]
+    width = max(r.length for r in chosen) - 1
+    input_ids_BT = torch.full((len(chosen), width), pad_id, dtype=torch.int64)
+    loss_mask_BT = torch.zeros((len(chosen), width), dtype=torch.bool)
+    labels: list[int] = []
+    drawn: list[float] = []
+    for i, response in enumerate(chosen):
+        assert response.prompt_ids, "the first token of an answer is predicted from the last one of its prompt"
+        ids = (*response.prompt_ids, *response.response_ids)[:-1]
+        input_ids_BT[i, : len(ids)] = torch.tensor(ids)
+        first = len(response.prompt_ids) - 1
+        for start, end in response.spans or ((0, len(response.response_ids)),):
+            loss_mask_BT[i, first + start : first + end] = True
+        labels += response.label_ids
+        drawn += response.sampled_logp or response.logp or [math.nan] * response.tokens
+    steps_T = torch.arange(width)
+    ends_B1 = torch.tensor([[r.length - 1] for r in chosen])
+    return TokenBatch(
+        input_ids_BT=input_ids_BT,
+        attention_mask_BT=(steps_T < ends_B1).long(),
+        loss_mask_BT=loss_mask_BT,
+        labels_N=torch.tensor(labels, dtype=torch.int64),
+        rows=tuple(rows),
+        by_student_B=torch.tensor([r.author == "student" for r in chosen]),
+        partners=_partners(chosen),
+        drawn_logp_N=torch.tensor(drawn, dtype=torch.float32),
+    )
+
+
+def _partners(responses: Sequence[Response]) -> tuple[int, ...]:
+    sides = {(r.prompt_id, r.author == "student"): i for i, r in enumerate(responses)}
+    return tuple(sides.get((r.prompt_id, r.author != "student"), -1) for r in responses)

@@ -1,0 +1,34 @@
+"""Training prompts that are set aside to choose among the students of a training: neither trained on nor held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from limbeck.types import Response
+
+# Of few prompts a tenth at most: the student needs them more. And none at all rather than so few that chance chooses.
+LARGEST_SHARE, FEWEST = 0.1, 8
+
+
+def set_aside(responses: Mapping[int, Response], size: int) -> tuple[dict[int, Response], dict[int, Response]]:
+    """The responses to train on, and those of `size` prompts to measure on, longest first.
+
+    Which prompts depends on their ids alone. All responses of a prompt stay together. Where a tenth of the prompts is
+    fewer than `FEWEST`, none are set aside.
+    """
+    prompts = sorted({r.prompt_id for r in responses.values()}, key=_order)
+    spared = int(LARGEST_SHARE * len(prompts))
+    chosen = set(prompts[: min(size, spared)]) if spared >= FEWEST else set()
+    trained = {row: r for row, r in responses.items() if r.prompt_id not in chosen}
+    aside = {row: r for row, r in responses.items() if r.prompt_id in chosen}
+    return trained, dict(sorted(aside.items(), key=lambda item: -item[1].length))
+
+
+def ids_of(responses: Mapping[int, Response]) -> frozenset[str]:
+    """The prompts that were answered."""
+    return frozenset(r.prompt_id for r in responses.values())
+
+
+def _order(prompt_id: str) -> str:
+    return hashlib.sha256(f"development {prompt_id}".encode()).hexdigest()

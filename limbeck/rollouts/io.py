@@ -1,0 +1,104 @@
+"""Responses in the run directory: one JSON object a line, ids exactly as sampled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from limbeck.runtime.rundir import whole_file, write_text
+from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt, shared_ids
+
+_T = TypeVar("_T")
+
+
+def write_responses(path: Path, responses: Iterable[Response]) -> None:
+    """Write all or nothing."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(fields_of(r), ensure_ascii=False) + "\n" for r in responses)
+
+
+def fields_of(response: Response) -> dict[str, Any]:
+    """A response as plain values; what only conversations have is left out of others."""
+    row = {f.name: getattr(response, f.name) for f in fields(response)}
+    if response.sampling is not None:
+        row["sampling"] = asdict(response.sampling)
+    if not response.spans:
+        del row["spans"]
+    return row
+
+
+def write_asked(path: Path, prompts: Iterable[TokenPrompt]) -> None:
+    """Write the prompts that the student is asked during training, as ids; all or nothing."""
+    write_text(path, "".join(json.dumps({"id": p.id, "ids": p.ids}) + "\n" for p in prompts))
+
+
+def read_asked(path: Path) -> list[TokenPrompt]:
+    """The prompts of `write_asked`.
+
+    Raises:
+        LimbeckError: a damaged line, with its number.
+    """
+    with path.open("rb") as file:
+        return [_parse(line, path, number, _asked_of) for number, line in enumerate(file, start=1)]
+
+
+def read_responses(path: Path) -> list[Response]:
+    """The responses of a file.
+
+    Raises:
+        LimbeckError: a damaged line, with its number.
+    """
+    with path.open("rb") as file:
+        return [_parse(line, path, number, response_of) for number, line in enumerate(file, start=1)]
+
+
+def read_batch(path: Path, count: int) -> list[Response]:
+    """The responses of a batch.
+
+    Raises:
+        LimbeckError: a damaged line, or another number of them.
+    """
+    responses = read_responses(path)
+    if len(responses) != count:
+        raise LimbeckError(
+            f"{path} is damaged (it holds {len(responses)} responses of {count}); delete {path} and run the same "
+            "command again"
+        )
+    return responses
+
+
+def _asked_of(fields: dict[str, Any]) -> TokenPrompt:
+    _require_ids(fields["ids"])
+    if not isinstance(fields["id"], str):
+        raise TypeError("the id is no text")
+    return TokenPrompt(id=fields["id"], ids=tuple(fields["ids"]))
+
+
+def _require_ids(ids: object) -> None:
+    if not isinstance(ids, list | tuple) or set(map(type, ids)) - {int}:
+        raise TypeError("the ids of tokens are no whole numbers")
+
+
+def response_of(row: dict[str, Any]) -> Response:
+    """A response from the plain values that `fields_of` and JSON make of it."""
+    _require_ids(row["prompt_ids"])
+    _require_ids(row["response_ids"])
+    plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
+    if (sampling := row["sampling"]) is not None:
+        plain["sampling"] = Sampling(**(sampling | {"stop": tuple(sampling["stop"])}))
+    plain |= {name: shared_ids(row[name]) for name in ("prompt_ids", "response_ids")}
+    if "spans" in row:
+        plain["spans"] = tuple((start, end) for start, end in row["spans"])
+    return Response(**plain)
+
+
+def _parse(line: bytes, path: Path, number: int, read: Callable[[dict[str, Any]], _T]) -> _T:
+    try:
+        return read(json.loads(line))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise LimbeckError(
+            f"{path}:{number} is damaged ({error}); delete {path} and run the same command again"
+        ) from None

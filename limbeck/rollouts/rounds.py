@@ -1,0 +1,193 @@
+"""Rounds: the responses of a whole prompt set, written anew during training, kept so that none is written twice.
+
+    rounds/003/student/00000.jsonl ...         one file a batch of the sampler; whole or not there
+    rounds/003/student/00000.safetensors ...   what the teacher says of it, until the next round begins
+    rounds/003/student/round.json              the hashes of all, once the round is whole
+
+A round depends on the weights at the step that first asks for it, its number and the recipe. The loop keeps a
+checkpoint where a round begins, so that a run that was killed while it wrote continues with the very next batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from limbeck.rollouts.io import read_batch, read_responses, write_responses
+from limbeck.runtime.hashing import sha256_of
+from limbeck.runtime.rundir import read_sealed, sealed, write_json
+from limbeck.types import Author, Interrupted, LimbeckError, Response, Sampling, TokenPrompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_WHOLE = "round.json"
+
+
+class World(Protocol):
+    """The processes of a run, as far as writing needs them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def ranks(self) -> int: ...
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks, in the order of the ranks."""
+        ...
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        return items
+
+    def wait(self) -> None:
+        return
+
+
+class BatchSampler(Protocol):
+    """A sampler that hands its batches over as they end (`LocalSampler`, and those in which two models write)."""
+
+    def respond(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]: ...
+    def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]: ...
+    def respond_in_batches(
+        self,
+        prompts: Sequence[TokenPrompt],
+        sampling: Sampling,
+        *,
+        done: Collection[int] = (),
+        capture_hidden: bool = False,
+    ) -> Iterator[Any]: ...
+
+
+class Keeper(Protocol):
+    """Keeps what the teacher says of a batch of responses beside them, so that a response used twice is judged once."""
+
+    def begin(self, folder: Path) -> None:
+        """A round is about to be written in `folder`; the responses of earlier ones are not used again."""
+        ...
+
+    def keep(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
+        """Before the responses are written to `path`.
+
+        Args:
+            hidden: the teacher's states that predicted them, where it wrote too.
+        """
+        ...
+
+    def know(self, path: Path, responses: Sequence[Response]) -> None:
+        """The responses of a whole file are about to be used."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """Where rounds are kept.
+
+    Attributes:
+        keeper: keeps what the teacher says; None where the teacher is asked at every use.
+        should_stop: asked after each batch.
+        report: told (author, answers written, answers in all) after each batch.
+    """
+
+    folder: Path
+    keeper: Keeper | None = None
+    world: World = field(default_factory=Alone)
+    should_stop: Callable[[], bool] = lambda: False
+    report: Callable[[Author, int, int], None] = lambda author, done, total: None
+
+    def write(
+        self,
+        number: int,
+        author: Author,
+        sampler: BatchSampler,
+        prompts: Sequence[TokenPrompt],
+        sampling: Sampling,
+        *,
+        by_teacher: bool = False,
+    ) -> list[Response]:
+        """The responses of a round in the order of the prompts; only what is not on disk yet is sampled.
+
+        Ranks take turns with the batches.
+
+        Args:
+            by_teacher: the teacher writes (alone or too), so that the sampler's hidden states are the teacher's.
+
+        Raises:
+            Interrupted: `should_stop` said so; the batches that ended are on disk.
+        """
+        folder = self.folder / f"{number:03d}" / author
+        self._require_unchanged(folder)
+        if self.keeper is not None:
+            self.keeper.begin(folder.parent)
+        sampling = for_round(sampling, number)
+        plan = sampler.plan(prompts, sampling)
+        paths = {rows: folder / f"{i:05d}.jsonl" for i, rows in enumerate(plan)}
+        mine = plan[self.world.rank :: self.world.ranks]
+        others = {row for rows in plan for row in rows if rows not in mine or paths[rows].exists()}
+        written = len(others)
+        capture = {"capture_hidden": True} if by_teacher and self.keeper is not None else {}
+        for batch in sampler.respond_in_batches(prompts, sampling, done=others, **capture):
+            if self.keeper is not None:
+                self.keeper.keep(paths[batch.indices], batch.responses, batch.hidden)
+            write_responses(paths[batch.indices], batch.responses)
+            written += len(batch.responses)
+            self.report(author, written, len(prompts))
+            if self.world.ranks == 1 and self.should_stop():
+                raise Interrupted(f"stopped while {author} responses of round {number} were written")
+        self._judge_again(paths[rows] for rows in mine)
+        self.world.wait()
+        answers: dict[int, Response] = {}
+        for rows, path in paths.items():
+            responses = read_batch(path, len(rows))
+            if self.keeper is not None:
+                self.keeper.know(path, responses)
+            answers |= dict(zip(rows, responses, strict=True))
+        if self.world.rank == 0 and not (folder / _WHOLE).exists():
+            files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+            write_json(folder / _WHOLE, sealed({"files": files}))
+        return [answers[i] for i in range(len(prompts))]
+
+    def _judge_again(self, paths: Iterable[Path]) -> None:
+        """What the teacher says of responses that are used once more: it goes when the next round begins, and a
+        training that had come there may have had to go back for want of a whole checkpoint."""
+        for path in paths:
+            if self.keeper is not None and not path.with_suffix(".safetensors").exists():
+                self.keeper.keep(path, read_responses(path), None)
+
+    def _require_unchanged(self, folder: Path) -> None:
+        """A round that was whole still is, but for what the teacher said: nobody could write it again.
+
+        Raises:
+            LimbeckError: it is not.
+        """
+        record = folder / _WHOLE
+        if not record.exists():
+            return
+        for name, digest in read_sealed(record)["files"].items():
+            path = folder / name
+            if path.exists() or path.suffix == ".jsonl":
+                if path.exists() and sha256_of(path) == digest:
+                    continue
+                raise LimbeckError(
+                    f"{path} is missing or not what was written, and the weights that wrote it are gone; delete "
+                    f"{self.folder} and {self.folder.with_name('checkpoints')} and run the same command again to "
+                    "train from the start"
+                )
+
+
+def for_round(sampling: Sampling, number: int) -> Sampling:
+    """The same settings with random numbers of the round's own: a prompt that comes again is answered anew."""
+    return replace(sampling, seed=sampling.seed * 1_000_003 + number + 1)

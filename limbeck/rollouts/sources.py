@@ -1,0 +1,388 @@
+"""Who writes the responses of an optimizer step, and when.
+
+    Fixed     what is there before training: the teacher's answers, or the data's
+    Own       the student's: anew for each step, for every k steps, or for each epoch
+    Mixed     a step is the student's with probability lambda, else fixed (GKD, arXiv 2306.13649)
+    Replay    the student's through a buffer, with a share that adapts (DistiLLM, arXiv 2402.03898): see replay.py
+    Pairs     of each prompt the teacher's and the student's (DistiLLM-2, arXiv 2503.07067)
+
+A supply is asked for the responses of one step after another. What it answers is a function of the step, the weights
+and its `state`, which is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from limbeck.rollouts.order import Plan
+from limbeck.rollouts.rounds import Alone, BatchSampler, Rounds, World, for_round
+from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift:
+    """What a supply must know of the training: responses of an optimizer step over all ranks, seed, processes."""
+
+    step_rows: int
+    seed: int
+    world: World = field(default_factory=Alone)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """An optimizer step, from 0, and how many there are in all."""
+
+    step: int
+    total: int
+
+    @property
+    def progress(self) -> float:
+        """How much of the training is behind, in [0, 1): the last step is short of 1."""
+        return self.step / self.total
+
+    @property
+    def way(self) -> float:
+        """How far along a schedule the step is: 0 at the first, 1 at the last."""
+        return self.step / max(self.total - 1, 1)
+
+
+class Supply(Protocol):
+    """Gives the responses of each step.
+
+    Attributes:
+        steps_per_epoch: optimizer steps in which each prompt comes once.
+        prompts: ids of the prompts.
+        wants_validation: whether `validated` is to be told the held-out loss, at the start and as training goes on.
+        validation_steps: optimizer steps from one such measurement to the next.
+    """
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def prompts(self) -> frozenset[str]: ...
+    @property
+    def wants_validation(self) -> bool: ...
+    @property
+    def validation_steps(self) -> int: ...
+
+    def step(self, clock: Clock) -> dict[int, Response]:
+        """The responses of the step by number, longest first; the same on all ranks.
+
+        The numbers of fixed responses are their places in the list; the numbers of others mean nothing.
+        """
+        ...
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        """The responses of up to `count` first steps, at least one, by the weights as they are.
+
+        A look that changes nothing: training then gets what it would have got without it.
+        """
+        ...
+
+    def begins_round(self, clock: Clock) -> bool:
+        """Whether responses that are kept on disk are written before this step, with the weights as they are."""
+        ...
+
+    def validated(self, loss: float) -> None: ...
+
+    def metrics(self, clock: Clock) -> dict[str, float]:
+        """What is logged of the supply beside its responses."""
+        ...
+
+    def counts(self, clock: Clock) -> dict[str, float]:
+        """What it has done since the first step, this one included; see `limbeck.rollouts.account`."""
+        ...
+
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+Author = Callable[[Shift], Supply]
+
+# Steps that are looked at beforehand where each costs writing its responses.
+WRITTEN_PREVIEWS = 6
+
+
+def first_steps(supply: Supply, count: int, total: int) -> list[dict[int, Response]]:
+    """The responses of the first steps, up to the end of the first epoch; the supply is then as it was."""
+    before = supply.state()
+    steps = [supply.step(Clock(step=step, total=total)) for step in range(min(count, supply.steps_per_epoch, total))]
+    supply.restore(before)
+    return steps
+
+
+class Stateless:
+    """A supply that keeps nothing between steps and asks for nothing."""
+
+    wants_validation = False
+    validation_steps = 1
+
+    def begins_round(self, clock: Clock) -> bool:
+        return False
+
+    def validated(self, loss: float) -> None:
+        return
+
+    def metrics(self, clock: Clock) -> dict[str, float]:
+        return {}
+
+    def counts(self, clock: Clock) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        return
+
+
+class Fixed(Stateless):
+    """Responses that are there before training."""
+
+    def __init__(self, responses: Sequence[Response], shift: Shift):
+        if not responses:
+            raise LimbeckError(
+                "got no responses to train on; expected at least one, check the prompts and their lengths"
+            )
+        self.responses = responses
+        self.plan = Plan.of(responses, step_rows=shift.step_rows, seed=shift.seed)
+        self.prompts = frozenset(r.prompt_id for r in responses)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def step(self, clock: Clock) -> dict[int, Response]:
+        return {row: self.responses[row] for row in self.plan.at(clock.step)}
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        return first_steps(self, count, total)
+
+
+def fixed(responses: Sequence[Response]) -> Author:
+    """An author whose responses are all there already."""
+    return lambda shift: Fixed(responses, shift)
+
+
+def longest_first(responses: Sequence[Response]) -> dict[int, Response]:
+    """Responses numbered in the order of their lengths."""
+    return dict(enumerate(sorted(responses, key=lambda r: -r.length)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pen:
+    """How the student, or two models together, write during training.
+
+    Attributes:
+        refresh: optimizer steps that share a round of responses; None is an epoch.
+        first_tokens: `max_new_tokens` at the start, from where it grows in a line to that of `sampling`; None is there
+            from the start.
+        rounds: where responses that live longer than a step are kept.
+        by_teacher: the teacher writes too.
+    """
+
+    sampler: BatchSampler
+    sampling: Sampling
+    rounds: Rounds
+    refresh: int | None = 1
+    by_teacher: bool = False
+    first_tokens: int | None = None
+
+    def at(self, clock: Clock) -> Sampling:
+        """The sampling settings of a step, without the round's random numbers."""
+        if self.first_tokens is None:
+            return self.sampling
+        end = self.sampling.max_new_tokens
+        now = self.first_tokens + (end - self.first_tokens) * clock.way
+        return replace(self.sampling, max_new_tokens=round(now))
+
+
+class Own(Stateless):
+    """What the student writes itself.
+
+    A round of whole epochs is cut into steps by the lengths of its responses, any other by those of its prompts, which
+    are known beforehand. A prompt has one response a round, however often it comes in it.
+    """
+
+    def __init__(self, prompts: Sequence[TokenPrompt], pen: Pen, shift: Shift):
+        if not prompts:
+            raise LimbeckError("got no prompts for the student to answer; expected at least one, check their lengths")
+        self.asked, self.pen, self.shift = prompts, pen, shift
+        self.plan = Plan(lengths=tuple(len(p.ids) for p in prompts), step_rows=shift.step_rows, seed=shift.seed)
+        self.prompts = frozenset(p.id for p in prompts)
+        self.refresh = pen.refresh or self.plan.steps_per_epoch
+        self.whole_epochs = self.refresh % self.plan.steps_per_epoch == 0
+        self._round: tuple[int, Plan, dict[int, Response]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def begins_round(self, clock: Clock) -> bool:
+        return self.refresh > 1 and clock.step % self.refresh == 0
+
+    def counts(self, clock: Clock) -> dict[str, float]:
+        return {"rounds": clock.step // self.refresh + 1.0} if self.refresh > 1 else {}
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        # The first round is written with these weights in any case; a later one would be kept and be the wrong one.
+        return first_steps(self, min(count, self.refresh if self.refresh > 1 else WRITTEN_PREVIEWS), total)
+
+    def step(self, clock: Clock) -> dict[int, Response]:
+        plan, responses = self._responses(clock)
+        return longest_first([responses[row] for row in plan.at(clock.step)])
+
+    def _responses(self, clock: Clock) -> tuple[Plan, dict[int, Response]]:
+        """The plan and the responses, by prompt, of the round that a step belongs to."""
+        number = clock.step // self.refresh
+        if self._round is None or self._round[0] != number:
+            start = Clock(step=number * self.refresh, total=clock.total)
+            responses = self._write(number, start)
+            plan = self.plan
+            if self.whole_epochs:
+                plan = replace(plan, lengths=tuple(r.length for r in responses.values()))
+            self._round = (number, plan, responses)
+        return self._round[1:]
+
+    def _write(self, number: int, start: Clock) -> dict[int, Response]:
+        if self.whole_epochs:
+            rows = list(range(len(self.asked)))
+        else:
+            steps = range(start.step, min(start.step + self.refresh, start.total))
+            rows = sorted({row for step in steps for row in self.plan.at(step)})
+        asked, sampling, pen = [self.asked[row] for row in rows], self.pen.at(start), self.pen
+        if self.refresh > 1:
+            written = pen.rounds.write(number, "student", pen.sampler, asked, sampling, by_teacher=pen.by_teacher)
+            return dict(zip(rows, written, strict=True))
+        world = self.shift.world
+        mine = slice(world.rank, None, world.ranks)
+        answers = pen.sampler.respond(asked[mine], for_round(sampling, number)) if asked[mine] else []
+        written = world.gather(list(zip(rows[mine], answers, strict=True)))
+        return dict(sorted(written))
+
+
+class Mixed(Stateless):
+    """Whole steps of the student's with probability lambda, else of what is fixed; all ranks throw the same die.
+
+    Lambda moves in a line. ImitKD (arXiv 2010.07859) lets the fixed share fall exponentially; what others call ImitKD
+    is the student's own responses alone, through a buffer.
+    """
+
+    def __init__(self, own: Own, base: Fixed, *, share: tuple[float, float], seed: int):
+        for value in share:
+            if not 0 <= value <= 1:
+                raise LimbeckError(f"share is {value}: expected a probability from 0 (fixed) to 1 (the student's own)")
+        self.own, self.base, self.share, self.seed = own, base, share, seed
+        self.prompts = own.prompts | base.prompts
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.base.steps_per_epoch
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        if self.own.refresh > 1:
+            # Its first round may be written later than at the first step.
+            return self.base.preview(count, total)
+        return first_steps(self, min(count, WRITTEN_PREVIEWS), total)
+
+    def step(self, clock: Clock) -> dict[int, Response]:
+        chosen = self.own if die(self.seed, clock.step).random() < self._share(clock) else self.base
+        return chosen.step(clock)
+
+    def _share(self, clock: Clock) -> float:
+        start, end = self.share
+        return start + (end - start) * clock.way
+
+    def begins_round(self, clock: Clock) -> bool:
+        return self.own.begins_round(clock)
+
+    def metrics(self, clock: Clock) -> dict[str, float]:
+        return {"share": self._share(clock)}
+
+
+class Pairs(Stateless):
+    """Of each prompt two responses in the same step, the teacher's and then the student's.
+
+    Attributes:
+        teacher: writes the teacher's anew from the second round on; None keeps those that were there before training.
+    """
+
+    def __init__(
+        self,
+        base: Sequence[Response],
+        prompts: Sequence[TokenPrompt],
+        pen: Pen,
+        shift: Shift,
+        *,
+        teacher: BatchSampler | None = None,
+        teacher_sampling: Sampling | None = None,
+    ):
+        if shift.step_rows % 2:
+            raise LimbeckError(
+                f"a step of {shift.step_rows} responses cannot be made of pairs: "
+                "give train.per_device_train_batch_size an even number"
+            )
+        self.base = {r.prompt_id: r for r in base}
+        half = replace(shift, step_rows=shift.step_rows // 2)
+        self.own = own = Own([p for p in prompts if p.id in self.base], pen, half)
+        require_whole_epochs(own.refresh, own.steps_per_epoch)
+        self.teacher, self.sampling = teacher, teacher_sampling
+        self.prompts = own.prompts
+        self._round: tuple[int, Plan, list[tuple[Response, Response]]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.own.steps_per_epoch
+
+    def begins_round(self, clock: Clock) -> bool:
+        return self.own.begins_round(clock)
+
+    def counts(self, clock: Clock) -> dict[str, float]:
+        return self.own.counts(clock)
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        return first_steps(self, count, total)
+
+    def step(self, clock: Clock) -> dict[int, Response]:
+        plan, pairs = self._pairs(clock)
+        return dict(enumerate(r for row in plan.at(clock.step) for r in pairs[row]))
+
+    def _pairs(self, clock: Clock) -> tuple[Plan, list[tuple[Response, Response]]]:
+        number = clock.step // self.own.refresh
+        if self._round is None or self._round[0] != number:
+            theirs = self._teachers(number)
+            _, written = self.own._responses(clock)
+            pairs = [(theirs[r.prompt_id], r) for r in written.values()]
+            lengths = tuple(max(t.length, s.length) for t, s in pairs)
+            plan = replace(self.own.plan, lengths=lengths)
+            self._round = (number, plan, pairs)
+        return self._round[1:]
+
+    def _teachers(self, number: int) -> dict[str, Response]:
+        if self.teacher is None or number == 0:
+            return self.base
+        assert self.sampling is not None
+        asked, rounds = self.own.asked, self.own.pen.rounds
+        written = rounds.write(number, "teacher", self.teacher, asked, self.sampling, by_teacher=True)
+        return {r.prompt_id: r for r in written}
+
+
+def require_whole_epochs(refresh: int, steps_per_epoch: int) -> None:
+    """Refuse a round of pairs that ends inside an epoch.
+
+    Raises:
+        LimbeckError: it does.
+    """
+    if refresh % steps_per_epoch:
+        raise LimbeckError(
+            f"responses.on_policy.refresh is {refresh} steps and an epoch of pairs has {steps_per_epoch}: "
+            "expected whole epochs, set responses.on_policy.refresh=epoch"
+        )
+
+
+def die(seed: int, step: int) -> random.Random:
+    """The random numbers of a step: functions of the seed and its number alone."""
+    return random.Random(f"{seed} {step}")

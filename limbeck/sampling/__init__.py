@@ -1,0 +1,1 @@
+"""Sampling of responses: from a local model, by speculative decoding, from a server."""

@@ -1,0 +1,227 @@
+"""Two models write one batch: one drafts a few tokens a round, the other reads them in one pass, a rule decides.
+
+    drafter   d1 ► d2 ► d3 ► d4       four passes over one token
+    judge     [last d1 d2 d3 d4]      one pass over five
+    rule      d1 d2 stand, x follows  the next round begins at x
+
+Rows keep different numbers of tokens, so both caches are ragged: the tokens refused are written over. The random
+numbers of a token belong to its place in the row. What stands up to a place never depended on the numbers behind it, so
+a place that is drafted again after a refusal may use its own again.
+
+Shape suffixes: B rows still being written, K tokens drafted, J places where the judge is read, W tokens that the
+drafter has not read, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limbeck.models.heads import project
+from limbeck.sampling.acceptance import Round, Rule, Tally, Verdict
+from limbeck.sampling.decoding import Draft, Writer, require_finite, stop_reason
+from limbeck.sampling.kv_cache import order_without
+from limbeck.sampling.ragged_cache import Reader
+from limbeck.sampling.top_p import pick, probabilities
+from limbeck.types import Sampling
+
+# Columns of a place's uniform numbers: for the draft (as a model alone would use it), the decision, what follows.
+_PROPOSE, _ACCEPT, _NEXT = 0, 1, 2
+
+
+@dataclass(kw_only=True, eq=False)
+class _Row:
+    """A response being written.
+
+    Attributes:
+        behind: tokens that the drafter has not read: the last, or the last two where all drafts stood and one followed.
+    """
+
+    draft: Draft
+    behind: int = 1
+
+    @property
+    def length(self) -> int:
+        return len(self.draft.prompt.ids) + len(self.draft.ids)
+
+    def token(self, position: int) -> int:
+        prompt_ids = self.draft.prompt.ids
+        return prompt_ids[position] if position < len(prompt_ids) else self.draft.ids[position - len(prompt_ids)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duo:
+    """Who writes, and how.
+
+    Attributes:
+        drafter, judge: both end responses at the same tokens.
+        draft_tokens: a round at most.
+        logp_of_drafter: whose log-probabilities are kept.
+    """
+
+    drafter: Writer
+    judge: Writer
+    rule: Rule
+    draft_tokens: int
+    keep_logp: bool
+    keep_hidden: bool
+    logp_of_drafter: bool
+
+
+def write_together(
+    duo: Duo, drafts: Sequence[Draft], sampling: Sampling, tally: Tally, on_step: Callable[[int, int], None]
+) -> None:
+    """Complete all drafts in place.
+
+    Args:
+        drafts: sorted by prompt length, so that little is padded.
+        on_step: told after every round how many tokens were written and how many responses are finished by it.
+    """
+    with torch.inference_mode():
+        capacity = max(len(draft.prompt.ids) for draft in drafts) + sampling.max_new_tokens
+        drafter, judge = (Reader.of(w, rows=len(drafts), capacity=capacity) for w in (duo.drafter, duo.judge))
+        drafter.prefill(drafts)
+        judge.prefill(drafts)
+        rows = [_Row(draft=draft) for draft in drafts]
+        while rows:
+            finished, written = _round(duo, drafter, judge, rows, sampling, tally)
+            on_step(written, sum(finished))
+            if any(finished):
+                order = order_without(finished)
+                drafter.cache.keep(order)
+                judge.cache.keep(order)
+                rows = [rows[row] for row in order]
+
+
+def _round(
+    duo: Duo, drafter: Reader, judge: Reader, rows: list[_Row], sampling: Sampling, tally: Tally
+) -> tuple[list[bool], int]:
+    """Which rows are finished by a round, and the tokens it wrote."""
+    # Not fewer for a row that ends before: what it drafts at a place must not depend on how much may follow.
+    drafted = min(duo.draft_tokens, max(sampling.max_new_tokens - len(row.draft.ids) for row in rows))
+    uniform_BJA = _uniforms(rows, drafted + 1, sampling, drafter.writer.device)
+    ids_BK, draft_BKV, q_BKV = _propose(drafter, rows, uniform_BJA[:, :drafted, _PROPOSE], sampling)
+    hidden_BJD, judge_BJV = _judge(judge, rows, ids_BK, sampling, looks_ahead=duo.rule.looks_ahead)
+    next_BJ = uniform_BJA[..., _NEXT]
+    # Nothing is drafted at the last place: what follows there is drawn as the judge alone would draw it.
+    next_BJ[:, -1] = uniform_BJA[:, -1, _PROPOSE]
+    seen = Round(
+        ids_BK=ids_BK,
+        q_BKV=q_BKV,
+        judge_BJV=judge_BJV,
+        accept_BK=uniform_BJA[:, :drafted, _ACCEPT],
+        next_BJ=next_BJ[:, : judge_BJV.shape[1]],
+        sampling=sampling,
+    )
+    verdict = duo.rule(seen)
+    runs = _runs(duo.judge, rows, seen, verdict, tally)
+    if duo.keep_logp:
+        logits_BJV = draft_BKV if duo.logp_of_drafter else judge_BJV
+        for row, logp in zip(rows, _of_runs(logits_BJV.log_softmax(-1), runs), strict=True):
+            row.draft.logp += logp
+    if verdict.drawn_from_BKV is not None:
+        for row, logp in zip(rows, _of_runs(verdict.drawn_from_BKV.log(), runs), strict=True):
+            row.draft.sampled_logp += logp
+    if duo.keep_hidden:
+        for row, run, hidden_JD in zip(rows, runs, hidden_BJD, strict=True):
+            # A copy, which lets go of the rest of the round.
+            row.draft.hidden += hidden_JD[: len(run)].to(torch.float32, copy=True).unbind()
+    return [row.draft.stop is not None for row in rows], sum(len(run) for run in runs)
+
+
+def _uniforms(rows: list[_Row], places: int, sampling: Sampling, device: torch.device) -> Tensor:
+    """The numbers of the next places of each row, (B, J, A); behind the end of a row those of its last place."""
+    last = sampling.max_new_tokens - 1
+    numbers = [[row.draft.uniforms[min(len(row.draft.ids) + j, last)] for j in range(places)] for row in rows]
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _positions(rows: list[_Row], ahead: int, count: int, sampling: Sampling) -> tuple[Tensor, int]:
+    """`count` positions of each row, from `ahead` of its last token on; and the slots they reach.
+
+    The last token a row may have is never read: positions from there on are all that one, which no other token sees.
+    """
+    places = []
+    for row in rows:
+        last = len(row.draft.prompt.ids) + sampling.max_new_tokens - 1
+        places.append([min(max(row.length - 1 + ahead + j, 0), last) for j in range(count)])
+    return torch.tensor(places), max(place[-1] for place in places) + 1
+
+
+def _logits(reader: Reader, hidden_BJD: Tensor, rows: list[_Row]) -> Tensor:
+    logits_BJV = project(reader.writer.head, hidden_BJD)
+    # Half-precision logits are drawn from as transformers does: widened first.
+    logits_BJV = logits_BJV if logits_BJV.dtype == torch.float64 else logits_BJV.float()
+    require_finite(logits_BJV.flatten(1), [row.draft for row in rows])
+    return logits_BJV
+
+
+def _propose(
+    drafter: Reader, rows: list[_Row], uniform_BK: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Drafted ids (B, K), their logits and the distributions they were drawn from (B, K, V)."""
+    device = drafter.writer.device
+    width = max(row.behind for row in rows)
+    # A row that is behind by less reads a token once more, into the slot where it stands.
+    tokens = [[row.token(max(row.length - width + j, 0)) for j in range(width)] for row in rows]
+    ids_BW = torch.tensor(tokens, device=device)
+    ids, logits, q = [], [], []
+    for step in range(uniform_BK.shape[1]):
+        ahead = step if step else 1 - width
+        positions_BW, reach = _positions(rows, ahead, ids_BW.shape[1], sampling)
+        hidden_BWD = drafter.read(ids_BW, positions_BW.to(device), reach)
+        logits_BV = _logits(drafter, hidden_BWD[:, -1:], rows)[:, 0]
+        q_BV = probabilities(logits_BV, sampling)
+        ids_B = pick(q_BV, uniform_BK[:, step])
+        ids.append(ids_B)
+        logits.append(logits_BV)
+        q.append(q_BV)
+        ids_BW = ids_B[:, None]
+    return torch.stack(ids, 1), torch.stack(logits, 1), torch.stack(q, 1)
+
+
+def _judge(
+    judge: Reader, rows: list[_Row], ids_BK: Tensor, sampling: Sampling, *, looks_ahead: bool
+) -> tuple[Tensor, Tensor]:
+    """The judge's hidden states (B, J, D) and logits (B, J, V) where the drafts stand, and where the next one would."""
+    last_B1 = torch.tensor([[row.token(row.length - 1)] for row in rows], device=ids_BK.device)
+    ids_BJ = torch.cat([last_B1, ids_BK if looks_ahead else ids_BK[:, :-1]], dim=1)
+    positions_BJ, reach = _positions(rows, 0, ids_BJ.shape[1], sampling)
+    hidden_BJD = judge.read(ids_BJ, positions_BJ.to(ids_BJ.device), reach)
+    return hidden_BJD, _logits(judge, hidden_BJD, rows)
+
+
+def _runs(writer: Writer, rows: list[_Row], seen: Round, verdict: Verdict, tally: Tally) -> list[list[int]]:
+    """Give each row its tokens, up to the one that ends it; these tokens."""
+    runs = []
+    decided = zip(rows, seen.ids_BK.tolist(), verdict.kept_B.tolist(), verdict.next_B.tolist(), strict=True)
+    for row, drafted, kept, follows in decided:
+        draft, run = row.draft, []
+        room = seen.sampling.max_new_tokens - len(draft.ids)
+        for token in drafted[:kept] + [follows] * (follows >= 0):
+            run.append(token)
+            draft.ids.append(token)
+            draft.stop = stop_reason(writer, draft, seen.sampling)
+            if draft.stop is not None:
+                break
+        row.behind = 2 if len(run) > len(drafted) else 1
+        tally.rounds += 1
+        tally.drafted += min(len(run) if draft.stop in ("eos", "stop") else room, len(drafted))
+        tally.accepted += min(kept, len(run))
+        refused = kept < min(len(drafted), len(run))
+        tally.rejected += refused
+        if draft.replaced is not None:
+            draft.replaced += refused
+        runs.append(run)
+    return runs
+
+
+def _of_runs(values_BJV: Tensor, runs: list[list[int]]) -> list[list[float]]:
+    """The values of the tokens of each run."""
+    places = values_BJV.shape[1]
+    ids_BJ = torch.tensor([run + [0] * (places - len(run)) for run in runs], device=values_BJV.device)
+    values_BJ = values_BJV.gather(-1, ids_BJ[..., None])[..., 0]
+    return [values[: len(run)] for values, run in zip(values_BJ.tolist(), runs, strict=True)]

@@ -1,1 +1,0 @@
-"""The one HTTP client of the package: JSON to and from an OpenAI-compatible server."""

@@ -1,0 +1,91 @@
+"""The player of a sweep's runs: hands them to a crew, keeps the books, tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from limbeck.recipe.load import as_tree
+from limbeck.runtime.artifact_cache import Shelf
+from limbeck.runtime.console import Console, format_seconds
+from limbeck.sweep.arms import ArmRun
+from limbeck.sweep.checks import Inspector
+from limbeck.sweep.forecast import Forecast, teacher_first
+from limbeck.sweep.settings import Sweep
+from limbeck.sweep.status import Ledger, State
+from limbeck.sweep.tasks import Outcome, Task
+from limbeck.sweep.workers import Crew
+
+_STATE: dict[str, State] = {"done": "done", "failed": "failed", "paused": "waiting", "stopped": "waiting"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Player:
+    """Plays runs of a sweep.
+
+    Attributes:
+        shelf: what the runs share.
+    """
+
+    sweep: Sweep
+    console: Console
+    inspector: Inspector
+    ledger: Ledger
+    shelf: Shelf
+    crew: Crew
+
+    def play(self, runs: Sequence[ArmRun], pause_at: float | None = None) -> dict[Path, Outcome]:
+        """Play runs to their end, or to a pause; those that are at their end already are not touched.
+
+        Returns:
+            how the others ended, by directory.
+        """
+        if pause_at is None:
+            for run in runs:
+                if self.inspector.finished(run):
+                    self.ledger.set(run, "done")
+        todo = teacher_first([run for run in runs if self.ledger.state(run) != "done"], self.inspector)
+        metric = self.sweep.halving.metric if self.sweep.halving and pause_at is not None else None
+        tasks = [
+            Task(
+                recipe=as_tree(run.recipe),
+                shelf=str(self.shelf.root),
+                update=self.inspector.update,
+                pause_at=pause_at,
+                metric=metric,
+            )
+            for run in todo
+        ]
+        outcomes: dict[Path, Outcome] = {}
+
+        def ended(number: int, outcome: Outcome) -> None:
+            outcomes[todo[number].directory] = outcome
+            self.ledger.set(todo[number], _STATE[outcome.state], outcome.error, lost=outcome.lost)
+            self._report(todo[number], outcome)
+
+        try:
+            self.crew.play(tasks, lambda number: self.ledger.set(todo[number], "running"), ended)
+        finally:
+            for run in todo:
+                if self.ledger.state(run) == "running":
+                    self.ledger.set(run, "waiting")
+        return outcomes
+
+    def fail(self, runs: Sequence[ArmRun], reason: str) -> None:
+        for run in runs:
+            self.ledger.set(run, "failed", reason)
+
+    def drop(self, runs: Sequence[ArmRun], reason: str) -> None:
+        """Leave runs as they are, for good."""
+        for run in runs:
+            if self.ledger.state(run) != "failed":
+                self.ledger.set(run, "dropped", reason)
+
+    def _report(self, run: ArmRun, outcome: Outcome) -> None:
+        lines = self.ledger.lines.values()
+        over = sum(line.state in ("done", "failed", "dropped") for line in lines)
+        left = Forecast(self.ledger, self.inspector, self.sweep.parallel).seconds_left()
+        about = f", about {format_seconds(left)} left" if left else ""
+        how = f"{outcome.state}: {outcome.error}" if outcome.error else outcome.state
+        self.console.say(f"{run.label}: {how} ({over} of {len(lines)} runs{about})")

@@ -1,0 +1,47 @@
+"""Which values an arm takes, and which arms go on: by a metric of the evaluation, read as METRICS says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from limbeck.evaluation.scores.metrics import describe
+from limbeck.types import LimbeckError
+
+Means = Mapping[str, float]
+
+
+def badness(metric: str, means: Means) -> float:
+    """How far from the best a student is; smaller is better.
+
+    A metric that is best where it equals the teacher's counts by its distance from that.
+
+    Raises:
+        LimbeckError: the metric, or the teacher's value of it, was not measured.
+    """
+    described = describe(metric)
+    for name in (metric, described.teacher if described.better == "match" else None):
+        if name is not None and name not in means:
+            raise LimbeckError(
+                f"{name} was not measured (but {', '.join(sorted(means)) or 'nothing'}); name one of these, or add the "
+                "group that measures it to evaluate.groups"
+            )
+    if described.better == "match":
+        target = described.teacher_value if described.teacher is None else means[described.teacher]
+        assert target is not None, "METRICS says what is to be matched"
+        return abs(means[metric] - target)
+    return means[metric] if described.better == "lower" else -means[metric]
+
+
+def best(badnesses: Sequence[float]) -> int:
+    """Number of the best; of equals the first, so that the choice never depends on what finished when."""
+    return min(range(len(badnesses)), key=lambda i: (badnesses[i], i))
+
+
+def survivors(badnesses: Mapping[str, float], keep: float) -> list[str]:
+    """The arms that go on: the best share, rounded up, in their own order; of equals the earlier (Jamieson and
+    Talwalkar 2016, successive halving)."""
+    order = {name: number for number, name in enumerate(badnesses)}
+    ranked = sorted(badnesses, key=lambda name: (badnesses[name], order[name]))
+    # 0.3 of 10 arms are 3, though a little less than that in binary.
+    return sorted(ranked[: math.ceil(round(keep * len(ranked), 6))], key=order.__getitem__)

@@ -1,0 +1,191 @@
+"""Playing a sweep: its teacher, what it tunes, its halving rounds, every run that is left, and the comparison.
+
+runs/sweeps/NAME/  sweep.resolved.yaml  arms.jsonl  teacher/  arms/ARM/seed=S/  arms/ARM/tune/KEY=VALUE/  shared/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.pipeline.engine import StopWish, Story, play
+from limbeck.recipe.load import at, load_recipe
+from limbeck.runtime.artifact_cache import Shelf
+from limbeck.runtime.console import Console, default_console
+from limbeck.runtime.errors import in_one_line
+from limbeck.runtime.rundir import RunDirectory, write_text
+from limbeck.sweep.arms import Models, arms_of, final_runs, first_recipes, first_values, tuning_runs
+from limbeck.sweep.checks import Inspector, check_recipe, refuse_launcher, refuse_other_files
+from limbeck.sweep.executor import Player
+from limbeck.sweep.selection import halve, tune
+from limbeck.sweep.settings import RESOLVED, Sweep, load_sweep, to_yaml
+from limbeck.sweep.status import Ledger
+from limbeck.sweep.worker_process import ALIVE
+from limbeck.sweep.workers import crew_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepEnd:
+    """How a sweep ended.
+
+    Attributes:
+        runs: that were to be compared, without those that only tuned; the failed among them.
+        lost: of all runs those whose process was killed twice: the sweep is not what it would have been.
+    """
+
+    directory: Path
+    runs: int
+    failed: int
+    lost: int = 0
+
+    @property
+    def page(self) -> Path:
+        return self.directory / "compare.html"
+
+
+def play_sweep(
+    source: str | Path | Mapping[str, Any],
+    *overrides: str,
+    update: bool = False,
+    console: Console | None = None,
+) -> SweepEnd:
+    """Play a sweep; what is done in its directory is not done again.
+
+    Args:
+        source: what `load_sweep` takes, with its overrides.
+        update: redo what was made from other inputs instead of refusing; the old moves aside.
+        console: where progress goes; standard error unless given.
+
+    Raises:
+        LimbeckError: anything a person can mend before a run has worked, in one line. A run that fails later is shown
+            in arms.jsonl, and the others go on.
+        KeyboardInterrupt: stopped by a signal; everything finished is on disk.
+    """
+    refuse_launcher()
+    sweep = load_sweep(source, overrides)
+    console = console or default_console()
+    with in_one_line(), StopWish().installed():
+        root = sweep.directory
+        refuse_other_files(root)
+        conductor = _Conductor(sweep, console, Inspector(update), Shelf(root / "shared"))
+        conductor.check()
+        with RunDirectory(root).locked(console.warn):
+            # Workers of a sweep that was killed end a moment after it.
+            with conductor.shelf.claimed(ALIVE):
+                write_text(root / RESOLVED, to_yaml(sweep))
+            return conductor.play()
+
+
+@dataclass(frozen=True)
+class _Conductor:
+    sweep: Sweep
+    console: Console
+    inspector: Inspector
+    shelf: Shelf
+
+    @property
+    def models(self) -> Models:
+        """What the arms take of the runs that come first."""
+        return {key: str(recipe.directory / "student") for key, recipe in first_recipes(self.sweep).items()}
+
+    def check(self) -> None:
+        """Everything that can be refused before a run has worked."""
+        recipes = first_recipes(self.sweep)
+        for key, recipe in recipes.items():
+            with at(f"first.{key}"):
+                check_recipe(recipe, update=self.inspector.update)
+        if all(RunDirectory(recipe.directory).done("student") for recipe in recipes.values()):
+            self._inspect(self.models)
+            return
+        # What will be trained has the tokens and the anatomy of what it begins as, unless that is cut or made anew.
+        begins = {key: r.student.model for key, r in recipes.items() if r.student.init == "pretrained"}
+        whole = len(begins) == len(recipes)
+        for arm in arms_of(self.sweep):
+            models = {**self.models, **{key: model for key, model in begins.items() if model is not None}}
+            runs = tuning_runs(self.sweep, arm, models)
+            self.inspector.check(runs + final_runs(self.sweep, arm, first_values(self.sweep), models), models=whole)
+
+    def _inspect(self, models: Models) -> None:
+        for arm in arms_of(self.sweep):
+            self.inspector.inspect(tuning_runs(self.sweep, arm, models))
+            if not self.sweep.tune:
+                self.inspector.inspect(final_runs(self.sweep, arm, {}, models))
+
+    def _play_first(self) -> None:
+        """The runs whose students all arms take. One that lies near, of the same inputs, is taken over."""
+        from limbeck.pipeline.stages import STAGES
+
+        recipes = first_recipes(self.sweep)
+        for key, recipe in recipes.items():
+            self.console.say(f"first: {recipe.name}, whose student is {key} of all arms")
+            own = load_recipe(self.sweep.first[key]).directory
+            near = [own, *sorted(self.sweep.directory.parent.glob(f"*/{recipe.directory.name}"))]
+            for stage, print_ in Story(recipe).fingerprints(STAGES).items():
+                for run in (RunDirectory(directory) for directory in near):
+                    if run.finished(stage, print_):
+                        self.shelf.offer(stage, print_, run)
+            play(recipe, stages=STAGES, console=self.console, update=self.inspector.update, shelf=self.shelf)
+        if recipes:
+            self._inspect(self.models)
+
+    def play(self) -> SweepEnd:
+        import torch
+
+        self._play_first()
+        sweep, ledger, threads = self.sweep, self._ledger(), torch.get_num_threads()
+        self._announce(ledger, threads)
+        with crew_of(sweep.parallel, threads, self.shelf.root, sweep.directory / "workers.log") as crew:
+            player = Player(
+                sweep=sweep,
+                console=self.console,
+                inspector=self.inspector,
+                ledger=ledger,
+                shelf=self.shelf,
+                crew=crew,
+            )
+            finals = halve(player, tune(player, self.models))
+            player.play([run for runs in finals.values() for run in runs])
+        return self._end(ledger)
+
+    def _ledger(self) -> Ledger:
+        """All runs, waiting; what is tuned is not known yet."""
+        ledger, arms = Ledger(self.sweep.directory), arms_of(self.sweep)
+        ledger.add([run for arm in arms for run in tuning_runs(self.sweep, arm, self.models)])
+        ledger.add([run for arm in arms for run in final_runs(self.sweep, arm, {}, self.models)])
+        return ledger
+
+    def _announce(self, ledger: Ledger, threads: int) -> None:
+        sweep, runs = self.sweep, [line.run for line in ledger.lines.values()]
+        tuning = sum(run.tuning for run in runs)
+        train, limit = runs[0].recipe.train, runs[0].recipe.prompts.limit
+        self.console.say(
+            f"sweep {sweep.name}: {len(arms_of(sweep))} arms, {len(runs) - tuning} runs"
+            + (f" and {tuning} to tune them" if tuning else "")
+            + (f" of {train.max_steps} steps" if train.max_steps else f" of {train.num_train_epochs:g} epochs")
+            + (f" on at most {limit} prompts" if limit else "")
+            + f"; {sweep.parallel} at a time with {max(1, threads // sweep.parallel)} of {threads} threads each"
+        )
+
+    def _end(self, ledger: Ledger) -> SweepEnd:
+        from limbeck.compare import write_comparison
+
+        lines = [line for line in ledger.lines.values() if not line.run.tuning]
+        states = {state: sum(line.state == state for line in lines) for state in ("done", "dropped", "failed")}
+        said = ", ".join(f"{count} {state}" for state, count in states.items() if count)
+        self.console.say(f"sweep {self.sweep.name}: {len(lines)} runs, {said}")
+        lost = sum(line.lost for line in ledger.lines.values())
+        if lost:
+            self.console.warn(f"{lost} of the failed runs had their process killed, twice; start the sweep again")
+        end = SweepEnd(directory=self.sweep.directory, runs=len(lines), failed=states["failed"], lost=lost)
+        chosen_by = self.sweep.tune_metric if self.sweep.tune else None
+        write_comparison(
+            [self.sweep.directory],
+            end.page,
+            title=self.sweep.name,
+            arms=ledger.records(),
+            metric=chosen_by if states["done"] else None,
+            replacing=True,
+        )
+        return end

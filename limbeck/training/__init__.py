@@ -1,0 +1,1 @@
+"""Training loop: loss of a step, schedules, checkpoints, metrics."""

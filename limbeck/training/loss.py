@@ -1,0 +1,305 @@
+"""The loss of the loop: student, objectives and what is learned beside the student, in one module.
+
+Wrappers (DDP, FSDP) see one forward from token ids to loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.models.forward import hidden_states
+from limbeck.models.heads import head_of
+from limbeck.objectives import FusedLoss, HiddenPair, Temperature, fused_distillation_loss
+from limbeck.objectives.fused.body import measured_on
+from limbeck.objectives.sequence.distillm2 import label_logp
+from limbeck.objectives.sequence.rules import Rule, Seen, Told
+from limbeck.objectives.sums import AnyObjective, CrossEntropy, leaves, part_names, row_leaves
+from limbeck.types import DenseSignal, Head, Signal, Support, Teacher, TokenBatch, TopKSignal
+
+WRITERS = ("teacher", "student")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What moves over training, as it stands at a step: temperature, options of the objective, what the rule must know.
+
+    Attributes:
+        reference: the mean gaps of an adaptive rule.
+        whitening: mean and standard deviation of what a rule whitens, over the step.
+        rule_only: ask for what is to be whitened alone.
+    """
+
+    temperature: Temperature = field(default_factory=Temperature)
+    options: Mapping[str, float] = field(default_factory=dict)
+    reference: tuple[float, float] | None = None
+    whitening: tuple[float, float] | None = None
+    rule_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Which objective for whose response.
+
+    Attributes:
+        objective: for the teacher's responses (and the data's), and for the student's where `own` is None.
+        own: for the student's own responses.
+        rule: tells tokens what whole responses say.
+        authored: whether the student writes too: then it is measured by author.
+    """
+
+    objective: AnyObjective
+    own: AnyObjective | None = None
+    rule: Rule | None = None
+    authored: bool = False
+    support: Support = "full"
+
+    @property
+    def objectives(self) -> tuple[AnyObjective, ...]:
+        return (self.objective,) if self.own is None else (self.objective, self.own)
+
+    def legs(self, by_student_N: Tensor) -> Iterator[tuple[AnyObjective, Tensor | None]]:
+        """Each objective with the tokens (bool) that it judges; None for all. Legs without tokens are left out."""
+        if self.own is None:
+            yield self.objective, None
+            return
+        for objective, keep_N in ((self.objective, ~by_student_N), (self.own, by_student_N)):
+            if bool(keep_N.any()):
+                yield objective, keep_N
+
+    def told(self, objective: AnyObjective, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The token options for one of the objectives: of two, each is told what it knows."""
+        known = frozenset[str]().union(*(part.token_fields for _, part in row_leaves(objective)))
+        return {name: o for name, o in options.items() if self.own is None or name.split(".")[-1] in known}
+
+    @property
+    def heeds_teacher(self) -> bool:
+        """Whether anything but the labels is read, by an objective or a rule."""
+        labels = frozenset({"labels"})
+        return self.rule is not None or any(part.reads != labels for one in self.objectives for _, part in leaves(one))
+
+    @property
+    def gauge(self) -> str:
+        """Of `stats`, the mean that tells how well the student fits: the lower the better.
+
+        The loss, but for objectives that push sampled tokens alone: their value says nothing of the fit, the forward KL
+        that is measured beside them does.
+        """
+        return "forward_kl" if self.pushes_samples and "forward_kl" in self.stats else "loss"
+
+    @property
+    def pushes_samples(self) -> bool:
+        """Whether an objective moves sampled tokens by how good they are found, not whole distributions."""
+        pushing = {"opd", "policy_gradient"}
+        return any(part.name in pushing for one in self.objectives for _, part in leaves(one))
+
+    def measured(self, objective: AnyObjective) -> bool:
+        """Whether entropies can be measured beside an objective."""
+        return self.support != "sampled" and any("teacher" in part.reads for _, part in row_leaves(objective))
+
+    def labelled(self, objective: AnyObjective) -> bool:
+        """Whether log-probabilities of the labels are measured beside it."""
+        return self.authored and self.support == "full" and self.measured(objective)
+
+    @cached_property
+    def stats(self) -> tuple[str, ...]:
+        """Names of the means that are logged of each step."""
+        names = ["loss"]
+        for objective in self.objectives:
+            parts = part_names(leaves(objective))
+            if len(parts) > 1:
+                names += [f"loss/{part}" for part in parts]
+            if self.measured(objective):
+                names += measured_on(self.support)
+            if self.labelled(objective):
+                names += [f"{side}/{writer}" for side in ("log_q", "log_p") for writer in WRITERS]
+        if self.own is not None:
+            names += [f"loss/{writer}" for writer in WRITERS]
+        if self.rule is not None:
+            names += [f"{measure}/{writer}" for measure in self.rule.measures for writer in WRITERS]
+        return tuple(dict.fromkeys(names))
+
+
+class Sums:
+    """Sums and counts of what is logged, by name; they add up over micro-batches and ranks."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        self.place = {name: i for i, name in enumerate(names)}
+        self.of_S2 = torch.zeros(len(names), 2, device=device)
+
+    def add(self, name: str, values: Tensor, keep: Tensor | None = None) -> None:
+        values = values.detach() if keep is None else values.detach()[keep]
+        self.of_S2[self.place[name]] += torch.stack(
+            [values.float().sum(), values.new_tensor(float(values.numel())).float()]
+        )
+
+
+class StudentLoss(nn.Module):
+    """Student and objectives.
+
+    Attributes:
+        projection_ED: maps the student's last hidden states to the teacher's width for objectives on hidden states;
+            learned with the student and left behind when it is saved. None where nothing needs it.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        judgement: Judgement,
+        *,
+        vocab_size: int,
+        projection_ED: Tensor | None,
+        compile: Literal["auto", "on", "off"],
+    ):
+        super().__init__()
+        self.student = student
+        self.judgement = judgement
+        self.vocab_size = vocab_size
+        self.compile_body: Literal["auto", "on", "off"] = compile
+        self.projection_ED = None if projection_ED is None else nn.Parameter(projection_ED)
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        return self.judgement.stats
+
+    def forward(
+        self, batch: TokenBatch, signal: Signal | None, weight_N: Tensor, moment: Moment
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sum of the per-token values; sums and counts of `stats` (S, 2) and a divergence (N,), detached.
+
+        The divergence is the forward KL at temperature 1 where it is measured, else the value itself. With
+        `moment.rule_only` there is no loss, and what the rule is to whiten takes the place of the divergence.
+
+        Args:
+            signal: None leaves objective and teacher out: the cross-entropy of the labels, which tells whether the
+                student still computes.
+        """
+        hidden_ND = hidden_states(self.student, batch)
+        head = head_of(self.student, self.vocab_size, verify=False)
+        sums = Sums(self.stats, weight_N.device)
+        if signal is None:
+            alone = fused_distillation_loss(
+                hidden_ND, head, None, CrossEntropy(), weight_N=weight_N, label_N=batch.labels_N, compile="off"
+            )
+            sums.add("loss", alone.value_N)
+            return alone.loss, sums.of_S2, alone.value_N
+        sequence_N = batch.sequence_N
+        by_student_N = batch.by_student_B[sequence_N]
+        told = self._tell(hidden_ND, head, batch, signal, moment, sums)
+        if moment.rule_only:
+            assert told.plain_N is not None, "asked of a rule that whitens"
+            return hidden_ND.new_zeros(()), sums.of_S2, told.plain_N
+        if told.weight_N is not None:
+            weight_N = weight_N * told.weight_N.to(weight_N)
+        loss, value_N = hidden_ND.new_zeros(()), weight_N.new_zeros(weight_N.shape)
+        for objective, keep_N in self.judgement.legs(by_student_N):
+            out = self._leg(objective, keep_N, (hidden_ND, head, batch, signal, weight_N, moment), told)
+            loss = loss + out.loss
+            kept_N = slice(None) if keep_N is None else keep_N
+            value_N[kept_N] = out.measures.get("forward_kl", out.value_N).to(value_N)
+            self._count(out, objective, by_student_N[kept_N], sums)
+        return loss, sums.of_S2, value_N
+
+    def _leg(
+        self,
+        objective: AnyObjective,
+        keep_N: Tensor | None,
+        inputs: tuple[Tensor, Head, TokenBatch, Signal, Tensor, Moment],
+        told: Told,
+    ) -> FusedLoss:
+        hidden_ND, head, batch, signal, weight_N, moment = inputs
+        sequence_N, label_N = batch.sequence_N, batch.labels_N
+        options = {name: torch.full_like(weight_N, value) for name, value in moment.options.items()} | dict(
+            told.options
+        )
+        if keep_N is not None:
+            assert isinstance(signal, DenseSignal), "two legs are for whole rows"
+            signal = DenseSignal(hidden_ND=signal.hidden_ND[keep_N], head=signal.head)
+            hidden_ND, weight_N, label_N = hidden_ND[keep_N], weight_N[keep_N], label_N[keep_N]
+            sequence_N = sequence_N[keep_N]
+            options = {name: option_N[keep_N] for name, option_N in options.items()}
+        pairs = ()
+        if self.projection_ED is not None and "hidden" in objective.reads:
+            assert isinstance(signal, DenseSignal), "the projection was made from one"
+            pairs = (HiddenPair(student_ND=hidden_ND, teacher_NE=signal.hidden_ND, projection_ED=self.projection_ED),)
+        return fused_distillation_loss(
+            hidden_ND,
+            head,
+            signal,
+            objective,
+            temperature=moment.temperature,
+            support=self.judgement.support if isinstance(signal, TopKSignal) else None,
+            weight_N=weight_N,
+            label_N=label_N,
+            sequence_N=sequence_N,
+            hidden_pairs=pairs,
+            token_options=self.judgement.told(objective, options),
+            measure=self.judgement.measured(objective),
+            measure_labels=self.judgement.labelled(objective),
+            compile=self.compile_body,
+        )
+
+    def _tell(
+        self, hidden_ND: Tensor, head: Head, batch: TokenBatch, signal: Signal, moment: Moment, sums: Sums
+    ) -> Told:
+        """What the rule says of the responses of a batch, before any of them is judged."""
+        if self.judgement.rule is None:
+            return Told()
+        log_q_N, log_p_N = label_logp(hidden_ND, head, signal, batch.labels_N)
+        told = self.judgement.rule.tell(
+            Seen(
+                log_q_N=log_q_N,
+                log_p_N=log_p_N,
+                drawn_logp_N=batch.drawn_logp_N,
+                sequence_N=batch.sequence_N,
+                by_student_B=batch.by_student_B,
+                partners=batch.partners,
+                reference=moment.reference,
+                whitening=moment.whitening,
+            )
+        )
+        for measure, value_B in told.measured_B.items():
+            sums.add(f"{measure}/teacher", value_B, ~batch.by_student_B)
+            sums.add(f"{measure}/student", value_B, batch.by_student_B)
+        return told
+
+    def _count(self, out: FusedLoss, objective: AnyObjective, by_student_N: Tensor, sums: Sums) -> None:
+        sums.add("loss", out.value_N)
+        if len(out.parts) > 1:
+            for name, value_N in out.parts.items():
+                sums.add(f"loss/{name}", value_N)
+        by_writer = {"teacher": ~by_student_N, "student": by_student_N}
+        for name, value_N in out.measures.items():
+            if name not in ("log_q", "log_p"):
+                sums.add(name, value_N)
+                continue
+            for writer, keep_N in by_writer.items():
+                sums.add(f"{name}/{writer}", value_N, keep_N)
+        if self.judgement.own is not None:
+            for writer, keep_N in by_writer.items():
+                sums.add(f"loss/{writer}", out.value_N, keep_N)
+
+
+def make_projection(
+    student: nn.Module, teacher: Teacher, batch: TokenBatch, *, vocab_size: int, seed: int
+) -> Tensor | None:
+    """A projection (teacher width, student width) for objectives on hidden states; None where the widths are one.
+
+    It begins as a random matrix that keeps lengths on average, from the seed alone.
+
+    Args:
+        batch: any batch; the teacher's signal of it has the teacher's width.
+    """
+    signal = teacher.signal(batch)
+    weight_VD = head_of(student, vocab_size, verify=False).weight_VD
+    if not isinstance(signal, DenseSignal) or signal.hidden_ND.shape[1] == weight_VD.shape[1]:
+        return None
+    shape = (signal.hidden_ND.shape[1], weight_VD.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    projection_ED = torch.randn(shape, generator=generator) * shape[0] ** -0.5
+    return projection_ED.to(weight_VD.device, weight_VD.dtype)
