@@ -28,7 +28,7 @@ from limbeck.models.loading import load_model
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.prompts.sources import load_prompts
 from limbeck.prompts.templates import encode_prompts
-from limbeck.sampling.acceptance import Tally
+from limbeck.sampling.acceptance import AcceptanceStats
 from limbeck.sampling.local import LocalSampler
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.types import Response, Sampling, TokenPrompt
@@ -70,7 +70,7 @@ def compare(
     alone: LocalSampler, drafted: SpeculativeSampler, prompts: Sequence[TokenPrompt], sampling: Sampling, repeats: int
 ) -> None:
     rates: list[tuple[float, float]] = []
-    tally, tokens, same, answers = Tally(), 0, 0, 0
+    tally, tokens, same, answers = AcceptanceStats(), 0, 0, 0
     for seed in range(repeats):
         settings = replace(sampling, seed=seed)
         expected, rate = timed(alone, prompts, settings)

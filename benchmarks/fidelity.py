@@ -34,7 +34,7 @@ from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives.fused.tiles import TILE_ROWS
 from limbeck.ops import onednn
 from limbeck.pipeline.engine import peak_memory_mib, reset_peak_memory
-from limbeck.pipeline.stages.teach import JUDGE_ROWS
+from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE
 from limbeck.prompts.sources import load_prompts
 from limbeck.rollouts.collate import collate
 from limbeck.student.blocks import depth_prune
@@ -183,8 +183,8 @@ def answers(tokenizer: Any, tokens: int) -> list[Response]:
 
 def batches_of(responses: Sequence[Response]) -> list[TokenBatch]:
     order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
-    starts = range(0, len(order), JUDGE_ROWS)
-    return [collate(responses, order[start : start + JUDGE_ROWS], pad_id=0) for start in starts]
+    starts = range(0, len(order), SCORING_BATCH_SIZE)
+    return [collate(responses, order[start : start + SCORING_BATCH_SIZE], pad_id=0) for start in starts]
 
 
 def table(turns: list[dict[str, float]], peaks: dict[str, dict[str, float]]) -> str:

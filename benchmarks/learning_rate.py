@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.api import load
-from limbeck.pipeline.engine import Story, play
+from limbeck.pipeline.engine import RunContext, run_pipeline
 from limbeck.pipeline.stages import STAGES
 from limbeck.pipeline.stages.train import build_initial_student
 
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides = [*arguments.overrides, f"train.max_steps={arguments.steps}", "evaluate.groups=[fidelity]"]
     base = arguments.out / "base"
-    play(load(arguments.recipe, *overrides, f"output_dir={base}"), stages=STAGES, until="teach")
+    run_pipeline(load(arguments.recipe, *overrides, f"output_dir={base}"), stages=STAGES, until="teach")
     overrides += _kept_blocks(arguments.recipe, overrides, base)
     arms = {rate: _arm(arguments.recipe, overrides, base, rate) for rate in arguments.rates}
     print(_table(arms))
@@ -48,7 +48,7 @@ def _kept_blocks(recipe: str, overrides: Sequence[str], base: Path) -> list[str]
     measured = base.with_name("blocks")
     if not (measured / "blocks.json").exists():
         shutil.copytree(base, measured, dirs_exist_ok=True)
-        build_initial_student(Story(load(recipe, *overrides, f"output_dir={measured}")))
+        build_initial_student(RunContext(load(recipe, *overrides, f"output_dir={measured}")))
     keep = json.loads((measured / "blocks.json").read_text("utf-8"))["keep"]
     return [f"student.keep={keep}", "student.layers=null"]
 
@@ -59,7 +59,7 @@ def _arm(recipe: str, overrides: Sequence[str], base: Path, rate: str) -> dict[s
     if not folder.exists():
         shutil.copytree(base, folder)
     loaded = load(recipe, *overrides, f"output_dir={folder}", f"train.learning_rate={rate}")
-    play(loaded, stages=STAGES, until="evaluate")
+    run_pipeline(loaded, stages=STAGES, until="evaluate")
     scores = json.loads((folder / "scores.json").read_text("utf-8"))
     searches = sorted((folder / "learning_rate").glob("*.json"))
     found = {path.stem: json.loads(path.read_text("utf-8"))["chosen"] for path in searches}

@@ -125,15 +125,15 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], l
     from limbeck.models.heads import head_of
     from limbeck.models.vocabulary import real_vocab_size
     from limbeck.objectives import Temperature, build_objective
-    from limbeck.pipeline.cached_teacher import RoundTeacher
+    from limbeck.pipeline.cached_teacher import CachedTeacher
     from limbeck.prompts.templates import encode_prompts, end_token_ids
     from limbeck.recipe.sections import TrainSection
     from limbeck.rollouts.rounds import Rounds
-    from limbeck.rollouts.sources import Own, Pen
+    from limbeck.rollouts.sources import RolloutConfig, StudentSource
     from limbeck.sampling.local import LocalSampler
     from limbeck.teachers.local import LocalTeacher
     from limbeck.training.loop import train
-    from limbeck.training.loss import Judgement
+    from limbeck.training.loss import LossPlan
     from limbeck.training.metrics import LoopContext
     from limbeck.types import Sampling
 
@@ -149,21 +149,21 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], l
     asked = encode_prompts(prompts, teacher.tokenizer, "chat")
     if refresh > 1:
         asked = asked[:ROUND_PROMPTS]
-    judge = RoundTeacher(LocalTeacher(teacher.model, head_of(teacher.model, vocab_size)), torch.float32)
+    judge = CachedTeacher(LocalTeacher(teacher.model, head_of(teacher.model, vocab_size)), torch.float32)
     reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
-        pen = Pen(
+        rollout = RolloutConfig(
             sampler=sampler,
             sampling=Sampling(max_new_tokens=NEW_TOKENS),
-            rounds=Rounds(folder=Path(folder) / "rounds", keeper=judge),
+            rounds=Rounds(folder=Path(folder) / "rounds", signal_cache=judge),
             refresh=refresh,
         )
         metrics = Path(folder) / "metrics.jsonl"
         train(
             student,
-            lambda shift: Own(asked, pen, shift),
+            lambda source_context: StudentSource(asked, rollout, source_context),
             judge,
-            Judgement(objective=build_objective("rkl"), authored=True),
+            LossPlan(objective=build_objective("rkl"), authored=True),
             temperature=Temperature(),
             settings=TrainSection(per_device_train_batch_size=batch, max_steps=steps, save_steps=10**9),
             vocab_size=vocab_size,

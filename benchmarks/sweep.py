@@ -25,7 +25,7 @@ from limbeck.models.assets import ASSETS, fetch
 from limbeck.recipe.load import to_yaml
 from limbeck.sweep.arms import ArmRun, arms_of, final_runs
 from limbeck.sweep.settings import Sweep, load_sweep
-from limbeck.sweep.settings import to_yaml as sweep_to_yaml
+from limbeck.sweep.settings import settings_to_yaml as sweep_to_yaml
 
 # Short enough for twelve separate runs, long enough that every stage has something to do.
 SMALL = (

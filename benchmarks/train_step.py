@@ -88,12 +88,12 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
 def _pair(arguments: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
     """The run's story, its initial student and its training answers."""
     from limbeck.api import load
-    from limbeck.pipeline.engine import Story
+    from limbeck.pipeline.engine import RunContext
     from limbeck.pipeline.stages.respond import load_responses
     from limbeck.pipeline.stages.train import build_initial_student
 
-    story = Story(load(str(arguments.run)))
-    return story, build_initial_student(story), list(load_responses(story, "train").items())
+    context = RunContext(load(str(arguments.run)))
+    return context, build_initial_student(context), list(load_responses(context, "train").items())
 
 
 def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
@@ -102,31 +102,31 @@ def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
     from limbeck.models.vocabulary import real_vocab_size
     from limbeck.objectives import Temperature
     from limbeck.pipeline.stages.teach import open_teacher
-    from limbeck.recipe.load import build_objective
-    from limbeck.rollouts.sources import fixed
+    from limbeck.recipe.load import objective_of
+    from limbeck.rollouts.sources import offline
     from limbeck.training.loop import train
-    from limbeck.training.loss import Judgement
+    from limbeck.training.loss import LossPlan
     from limbeck.training.metrics import LoopContext
 
-    story, student, rows = _pair(arguments)
+    context, student, rows = _pair(arguments)
     stored = arguments.method.endswith("stored signal")
-    story.recipe = replace(story.recipe, signal=replace(story.recipe.signal, cache=stored))
+    context.recipe = replace(context.recipe, signal=replace(context.recipe.signal, cache=stored))
     settings = replace(
-        story.recipe.train,
+        context.recipe.train,
         per_device_train_batch_size=arguments.batch,
         max_steps=arguments.steps + WARM_UP_STEPS,
         save_steps=10**9,
         logging_steps=1,
     )
-    teacher = open_teacher(story, [row for row, _ in rows])
+    teacher = open_teacher(context, [row for row, _ in rows])
     reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
         train(
             student.model,
-            fixed([response for _, response in rows]),
+            offline([response for _, response in rows]),
             teacher,
-            Judgement(objective=build_objective(story.recipe)),
+            LossPlan(objective=objective_of(context.recipe)),
             temperature=Temperature(),
             settings=settings,
             vocab_size=real_vocab_size(student.tokenizer),
@@ -154,8 +154,8 @@ def _trl(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
     warnings.simplefilter("ignore")
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    story, student, rows = _pair(arguments)
-    teacher = story.load_teacher()
+    context, student, rows = _pair(arguments)
+    teacher = context.load_teacher()
     tokenizer = student.tokenizer
     prompts = {line["id"]: line for line in map(json.loads, (arguments.run / "prompts.jsonl").open(encoding="utf-8"))}
     messages = [
@@ -187,7 +187,7 @@ def _trl(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
             max_steps=arguments.steps + WARM_UP_STEPS,
             lmbda=0.0,
             beta=0.0,
-            learning_rate=story.recipe.train.learning_rate,
+            learning_rate=context.recipe.train.learning_rate,
             logging_steps=1,
             max_length=512,
             seed=0,

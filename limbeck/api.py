@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from limbeck.recipe.load import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from limbeck.pipeline.engine import Run
+    from limbeck.pipeline.engine import FinishedRun
     from limbeck.runtime.console import Console
 
 
@@ -31,7 +31,7 @@ def evaluate(
     teacher: str | Path | None = None,
     update: bool = False,
     console: Console | None = None,
-) -> Run:
+) -> FinishedRun:
     """Measure any student beside any teacher on any prompts, without a training run.
 
     Args:
@@ -43,11 +43,11 @@ def evaluate(
     Raises:
         LimbeckError: anything a person can mend, in one line.
     """
-    from limbeck.pipeline.engine import Run, play
-    from limbeck.pipeline.standalone_evaluation import EXAMINATION, recipe_of
+    from limbeck.pipeline.engine import FinishedRun, run_pipeline
+    from limbeck.pipeline.standalone_evaluation import STANDALONE_STAGES, recipe_of
 
     recipe = recipe_of(str(student), None if teacher is None else str(teacher), str(prompts), overrides)
-    return Run(play(recipe, stages=EXAMINATION, console=console, update=update).root)
+    return FinishedRun(run_pipeline(recipe, stages=STANDALONE_STAGES, console=console, update=update).root)
 
 
 def run(
@@ -55,7 +55,7 @@ def run(
     *overrides: str,
     update: bool = False,
     console: Console | None = None,
-) -> Run:
+) -> FinishedRun:
     """Play a recipe from prompts to report; what is done in its directory is not done again.
 
     Args:
@@ -67,8 +67,8 @@ def run(
     Raises:
         LimbeckError: anything a person can mend, in one line.
     """
-    from limbeck.pipeline.engine import Run, play
+    from limbeck.pipeline.engine import FinishedRun, run_pipeline
     from limbeck.pipeline.stages import STAGES
 
     chosen = recipe if isinstance(recipe, Recipe) else load(recipe, *overrides)
-    return Run(play(chosen, stages=STAGES, console=console, update=update).root)
+    return FinishedRun(run_pipeline(chosen, stages=STAGES, console=console, update=update).root)

@@ -97,14 +97,14 @@ def _play(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> 
 
 
 def _played(recipe: Any, stages: Any, verb: str, update: bool) -> Any:
-    from limbeck.pipeline.engine import play
+    from limbeck.pipeline.engine import run_pipeline
     from limbeck.runtime.console import default_console
 
     console = default_console()
     with warnings.catch_warnings():
         # A user reads what is wrong, not which of our lines noticed it.
         warnings.showwarning = lambda message, *_args, **_options: console.warn(" ".join(str(message).split()))
-        return play(recipe, stages=stages, until=verb, update=update, console=console)
+        return run_pipeline(recipe, stages=stages, until=verb, update=update, console=console)
 
 
 @app.callback(invoke_without_command=True)
@@ -130,10 +130,10 @@ def run(
     del debug
     if print_config:
         from limbeck.api import load
-        from limbeck.recipe.load import build_objective, to_yaml
+        from limbeck.recipe.load import objective_of, to_yaml
 
         loaded = load(recipe, *(overrides or []))
-        build_objective(loaded)
+        objective_of(loaded)
         print(to_yaml(loaded), end="")
         return
     _play(recipe, overrides, "report", update)
@@ -199,9 +199,9 @@ def evaluate(
             raise LimbeckError("--teacher goes with --prompts; of a run, name the teacher with teacher.model=...")
         _play(recipe, changes, "evaluate", update)
         return
-    from limbeck.pipeline.standalone_evaluation import EXAMINATION, recipe_of
+    from limbeck.pipeline.standalone_evaluation import STANDALONE_STAGES, recipe_of
 
-    print(_played(recipe_of(recipe, teacher, prompts, changes), EXAMINATION, "report", update).report)
+    print(_played(recipe_of(recipe, teacher, prompts, changes), STANDALONE_STAGES, "report", update).report)
 
 
 @app.command()
@@ -297,7 +297,7 @@ def doctor(
     from rich.console import Console
 
     from limbeck.models.doctor import doctor as examine
-    from limbeck.models.doctor import render
+    from limbeck.models.doctor import doctor_table
     from limbeck.pipeline.student_endings import doctor_says
 
     found = examine(
@@ -311,7 +311,7 @@ def doctor(
         "teacher": {"model": teacher, "revision": teacher_revision, "trust_remote_code": trust_remote_code},
         "student": {"model": student, "revision": student_revision, "trust_remote_code": trust_remote_code},
     }
-    Console().print(render(found, doctor_says(found.teacher, found.student, pair)))
+    Console().print(doctor_table(found, doctor_says(found.teacher, found.student, pair)))
     if not found.distillable:
         raise typer.Exit(1)
 

@@ -362,22 +362,22 @@ class Rows:
     soften: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @cached_property
-    def student_cooling_N1(self) -> Tensor:
+    def student_inv_tau_N1(self) -> Tensor:
         """One over the student's temperature: a division a row instead of one an entry."""
         return 1 / self.student_tau_N1
 
     @cached_property
-    def teacher_cooling_N1(self) -> Tensor:
+    def teacher_inv_tau_N1(self) -> Tensor:
         """One over the teacher's temperature."""
         return 1 / self.teacher_tau_N1
 
     @cached_property
     def _student(self) -> tuple[Tensor, Tensor]:
-        return self._softened(self.student_logits_NK * self.student_cooling_N1)
+        return self._softened(self.student_logits_NK * self.student_inv_tau_N1)
 
     @cached_property
     def _teacher(self) -> tuple[Tensor, Tensor]:
-        return self.estimate or self._softened(self.teacher_logits_NK * self.teacher_cooling_N1)
+        return self.estimate or self._softened(self.teacher_logits_NK * self.teacher_inv_tau_N1)
 
     def _softened(self, tempered_NK: Tensor) -> tuple[Tensor, Tensor]:
         if self.soften is not None:

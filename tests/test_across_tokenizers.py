@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from limbeck.models.doctor import doctor
-from limbeck.pipeline.engine import play
+from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stages import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.types import LimbeckError
@@ -54,7 +54,7 @@ def test_seqkd_learns_the_teachers_text_in_the_students_tokens(
 ) -> None:
     run = tmp_path / "run"
     tree = tree_of(tiny, foreigner, run) | ({"sft": sft} if sft else {})
-    play(load_recipe(tree), stages=STAGES)
+    run_pipeline(load_recipe(tree), stages=STAGES)
     theirs, own = AutoTokenizer.from_pretrained(tiny.teacher), AutoTokenizer.from_pretrained(foreigner)
     said = {}
     for batch in sorted((run / "responses" / "batches").glob("*.jsonl")):
@@ -90,7 +90,7 @@ def test_sft_on_data_reads_the_students_tokens_alone(tiny: TinyPair, foreigner: 
     sections = {"prompts": {"source": str(source)}, "responses": {"author": "data", "max_new_tokens": 40}}
     tree = tree_of(tiny, foreigner, tmp_path / "run", **sections)
     tree["evaluate"] = {"groups": ["nll"], "nll": {"whose": "references"}, "max_new_tokens": 40}
-    play(load_recipe(tree), stages=STAGES)
+    run_pipeline(load_recipe(tree), stages=STAGES)
     own = AutoTokenizer.from_pretrained(foreigner)
     for row in lines(tmp_path / "run" / "responses" / "data.jsonl"):
         assert own.decode(row["response_ids"]).startswith("Well, ") and row["stop"] == "eos"
@@ -132,13 +132,13 @@ def test_what_asks_for_the_teachers_distributions_is_refused_with_every_key(
 def test_each_is_refused_alone(tiny: TinyPair, foreigner: Path, tmp_path: Path, override: str, key: str) -> None:
     recipe = load_recipe(tree_of(tiny, foreigner, tmp_path / "run"), [override])
     with pytest.raises(LimbeckError, match="learns from text alone") as caught:
-        play(recipe, stages=STAGES)
+        run_pipeline(recipe, stages=STAGES)
     assert f"alone: set {key}, or choose" in str(caught.value)
 
 
 def test_where_tokens_agree_nothing_is_read_anew(tiny: TinyPair, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    play(load_recipe(tiny.tree(run, **ALONE)), stages=STAGES, until="respond")
+    run_pipeline(load_recipe(tiny.tree(run, **ALONE)), stages=STAGES, until="respond")
     by_batch = {r["prompt_id"]: r for path in (run / "responses/batches").glob("*.jsonl") for r in lines(path)}
     assert all(by_batch[row["prompt_id"]] == row for row in lines(run / "responses" / "teacher.jsonl"))
     assert "tokens_of" not in json.loads((run / "stages" / "responses.json").read_text("utf-8"))
@@ -148,10 +148,10 @@ def test_another_template_of_the_student_makes_other_responses(tiny: TinyPair, f
     student = tmp_path / "student"
     shutil.copytree(foreigner, student)
     tree = tree_of(tiny, student, tmp_path / "run")
-    play(load_recipe(tree), stages=STAGES, until="respond")
+    run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
     (student / "chat_template.jinja").write_text(CHATML, "utf-8")
     with pytest.raises(LimbeckError, match="the inputs of its responses have changed"):
-        play(load_recipe(tree), stages=STAGES, until="respond")
+        run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
 
 
 def test_doctor_says_what_is_possible(limbeck: CommandServer, tiny: TinyPair, foreigner: Path) -> None:

@@ -17,7 +17,7 @@ from limbeck import run as play
 from limbeck.export import export_model
 from limbeck.export.gguf_tokens import Vocabulary
 from limbeck.models.loading import load_model
-from limbeck.models.vocabulary import describe
+from limbeck.models.vocabulary import describe_vocabulary
 from limbeck.pipeline.student_endings import doctor_says
 from limbeck.prompts.saved_template import saved_chat_template
 from limbeck.prompts.templates import encode_prompts, resolve_template
@@ -218,7 +218,7 @@ def test_doctor_says_what_will_be_changed(tiny: TinyPair, base: Path, limbeck: C
     assert "trained and saved with the teacher's tokenizer: answers end with <|im_end|>, not <|endoftext|>" in said
     assert "chat template: the teacher's, where it had none" in said and "eos_token: <|im_end|>" in said
     pair = {"teacher": {"model": str(tiny.teacher)}, "student": {"model": str(tiny.teacher)}}
-    assert doctor_says(describe(tiny.teacher), describe(tiny.teacher), pair) == ()
+    assert doctor_says(describe_vocabulary(tiny.teacher), describe_vocabulary(tiny.teacher), pair) == ()
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])

@@ -16,10 +16,10 @@ from limbeck.objectives import OBJECTIVES
 from limbeck.recipe.load import (
     Recipe,
     as_tree,
-    build_objective,
     json_schema,
     known_keys,
     load_recipe,
+    objective_of,
     shipped_recipes,
     to_yaml,
 )
@@ -303,7 +303,7 @@ def test_any_mutation_loads_and_comes_back_or_gets_one_line(changes):
         return
     assert load_recipe(parse(to_yaml(loaded), "it")) == loaded
     try:
-        build_objective(loaded)
+        objective_of(loaded)
     except LimbeckError as error:
         assert len(str(error).splitlines()) == 1
 
@@ -347,7 +347,7 @@ class _either:
 def test_a_misspelt_key_of_the_objective_is_named_with_the_nearest(name, key, meant):
     loaded = recipe(objective={"name": name, key: 1})
     with pytest.raises(LimbeckError, match=rf"'objective\.{key}' \(objective '{name}' .*; did you mean '{meant}'\?"):
-        build_objective(loaded)
+        objective_of(loaded)
 
 
 # ---- shipped recipes and the schema
@@ -357,7 +357,7 @@ def test_a_misspelt_key_of_the_objective_is_named_with_the_nearest(name, key, me
 def test_shipped_recipes_load_build_and_come_back(name):
     shipped = load_recipe(name)
     assert shipped.name == name.replace("/", "-")
-    build_objective(shipped)
+    objective_of(shipped)
     assert load_recipe(parse(to_yaml(shipped), "it")) == shipped
 
 

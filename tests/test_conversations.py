@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from limbeck.pipeline.engine import play
+from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stages import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.console import PlainConsole
@@ -38,7 +38,7 @@ def played(tiny: TinyPair, out: Path, verb: str | None = None, **prompts: Any) -
         train={"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "compile": "off"},
         evaluate={"groups": ["fidelity"], "fidelity": {"whose": ["responses", "references"]}, "max_new_tokens": 16},
     )
-    play(load_recipe(tree), stages=STAGES, until=verb)
+    run_pipeline(load_recipe(tree), stages=STAGES, until=verb)
     return out
 
 
@@ -101,8 +101,8 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not(tiny: TinyPair, tm
         evaluate={"groups": ["fidelity"], "fidelity": {"whose": ["responses", "references"]}, "max_new_tokens": 16},
     )
     with pytest.raises(Interrupted):
-        play(load_recipe(tree), stages=STAGES, until="train", pause_at=0.5)
-    play(load_recipe(tree), stages=STAGES, until="train")
+        run_pipeline(load_recipe(tree), stages=STAGES, until="train", pause_at=0.5)
+    run_pipeline(load_recipe(tree), stages=STAGES, until="train")
     for name in ("student/model.safetensors", "responses/data.jsonl"):
         assert (whole / name).read_bytes() == (tmp_path / "halved" / name).read_bytes()
 
@@ -112,7 +112,7 @@ def test_a_teacher_answers_the_last_turn_and_that_is_said(
 ) -> None:
     source = write_prompts(tmp_path / "p.jsonl", conversations())
     tree = tiny.tree(tmp_path / "run", prompts={"source": str(source), "eval_fraction": 0.34})
-    play(load_recipe(tree), stages=STAGES, until="respond", console=PlainConsole())
+    run_pipeline(load_recipe(tree), stages=STAGES, until="respond", console=PlainConsole())
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "responses" / "teacher.jsonl").read_text("utf-8").splitlines()
     ]
@@ -125,6 +125,6 @@ def test_columns_of_other_methods_stop_the_run(tiny: TinyPair, tmp_path: Path) -
     source = write_prompts(tmp_path / "p.jsonl", [{"prompt": f"Say {i}.", "images": ["a.png"]} for i in range(9)])
     tree = tiny.tree(tmp_path / "run", prompts={"source": str(source)})
     with pytest.raises(LimbeckError, match=r"line 1: the column 'images' .*prompts.ignore_columns=\[images\]"):
-        play(load_recipe(tree), stages=STAGES, until="prompts")
+        run_pipeline(load_recipe(tree), stages=STAGES, until="prompts")
     tree["prompts"]["ignore_columns"] = ["images"]
-    play(load_recipe(tree), stages=STAGES, until="prompts", update=True)
+    run_pipeline(load_recipe(tree), stages=STAGES, until="prompts", update=True)

@@ -16,8 +16,7 @@ from benchmarks import gallery, objectives_page
 from limbeck.evaluation.scores.metrics import METRICS
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_values
 from limbeck.objectives.sequence.rules import RULES
-from limbeck.recipe.load import ObjectiveSection, known_keys, load_recipe
-from limbeck.recipe.load import build_objective as objective_of
+from limbeck.recipe.load import ObjectiveSection, known_keys, load_recipe, objective_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = (

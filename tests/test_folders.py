@@ -26,7 +26,7 @@ def test_any_depth(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     nest(run.scores / ".sandbox.partial", 3000)
     nest(run.scores / ".other.partial", 200, "long" * 50)
-    run.sweep()
+    run.remove_partial_files()
     assert list(run.scores.iterdir()) == []
 
 
@@ -49,7 +49,7 @@ def test_links_alone(tmp_path: Path) -> None:
     (run.root / ".c.partial" / "inner").symlink_to(mine)
     (mine / ".d.partial").write_text("mine")
     assert {path.name for path in partial_in(run.root)} == {".a.partial", ".b.txt.partial", ".c.partial"}
-    run.sweep()
+    run.remove_partial_files()
     assert [path.name for path in run.root.iterdir()] == ["seen"]
     assert sorted(path.name for path in mine.iterdir()) == [".d.partial", "a", "file"]
 

@@ -11,7 +11,7 @@ import pytest
 
 import limbeck
 from limbeck.recipe import files as recipe_files
-from limbeck.recipe.load import build_objective, build_rule, known_keys, load_recipe, to_yaml
+from limbeck.recipe.load import known_keys, load_recipe, objective_of, rule_of, to_yaml
 from limbeck.sweep.arms import arms_of
 from limbeck.sweep.settings import load_sweep
 from limbeck.types import LimbeckError
@@ -27,8 +27,8 @@ def read(source: Any, *overrides: str) -> None:
     try:
         recipe = load_recipe(source, overrides)
         to_yaml(recipe)
-        build_objective(recipe)
-        build_rule(recipe)
+        objective_of(recipe)
+        rule_of(recipe)
     except LimbeckError as error:
         assert "\n" not in str(error)
 

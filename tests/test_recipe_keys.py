@@ -13,7 +13,7 @@ import pytest
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from limbeck.compare.runs import gather
-from limbeck.pipeline.engine import Story
+from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.stages import STAGES
 from limbeck.recipe.evaluation import EvaluationGroup
 from limbeck.recipe.keys import neutral_keys, same_arm_keys
@@ -96,7 +96,7 @@ def with_value(section: Any, path: list[str], value: Any) -> Any:
 def prints(recipe: Recipe) -> dict[str, str] | str:
     """The fingerprints of all stages, or why there are none."""
     try:
-        return Story(recipe).fingerprints(STAGES)
+        return RunContext(recipe).fingerprints(STAGES)
     except (LimbeckError, OSError) as error:
         return str(error)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from limbeck.pipeline.cached_teacher import RoundTeacher
+from limbeck.pipeline.cached_teacher import CachedTeacher
 from limbeck.rollouts.collate import collate
 from limbeck.types import DenseSignal, Response, TokenBatch
 from tests.student.play import tiny_responses, tiny_teacher
@@ -27,12 +27,12 @@ class Counting:
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> tuple[RoundTeacher, Counting, list[Response]]:
+def kept(tmp_path: Path) -> tuple[CachedTeacher, Counting, list[Response]]:
     """A round teacher that has kept what it says of the first eight responses."""
     counting, responses = Counting(), tiny_responses(12)
-    teacher = RoundTeacher(counting, torch.float32)  # type: ignore[arg-type]
-    teacher.keep(tmp_path / "00000.jsonl", responses[:8], None)
-    teacher.know(tmp_path / "00000.jsonl", responses[:8])
+    teacher = CachedTeacher(counting, torch.float32)  # type: ignore[arg-type]
+    teacher.store(tmp_path / "00000.jsonl", responses[:8], None)
+    teacher.register(tmp_path / "00000.jsonl", responses[:8])
     return teacher, counting, responses
 
 
@@ -65,24 +65,24 @@ def test_the_same_tokens_split_elsewhere_are_another_response(kept) -> None:
 
 def test_states_that_came_with_the_sampling_are_kept_as_they_are(tmp_path: Path) -> None:
     counting, (response, *_) = Counting(), tiny_responses(1)
-    teacher = RoundTeacher(counting, torch.float32)  # type: ignore[arg-type]
+    teacher = CachedTeacher(counting, torch.float32)  # type: ignore[arg-type]
     states = torch.randn(len(response.response_ids), 48)
-    teacher.keep(tmp_path / "00000.jsonl", [response], [states])
-    teacher.know(tmp_path / "00000.jsonl", [response])
+    teacher.store(tmp_path / "00000.jsonl", [response], [states])
+    teacher.register(tmp_path / "00000.jsonl", [response])
     assert torch.equal(teacher.signal(collate([response], (0,), pad_id=0)).hidden_ND, states)
     assert counting.asked == 0
 
 
 def test_what_was_said_of_a_round_goes_when_the_next_begins(tmp_path: Path) -> None:
     counting, responses = Counting(), tiny_responses(6)
-    teacher = RoundTeacher(counting, torch.float32)  # type: ignore[arg-type]
+    teacher = CachedTeacher(counting, torch.float32)  # type: ignore[arg-type]
     files = [tmp_path / "rounds" / f"{number:03d}" / "student" / "00000.jsonl" for number in (998, 999, 1000)]
     base = tmp_path / "signal" / "00000.jsonl"
     for path, some in zip([base, *files], (responses[:1], responses[1:2], responses[2:4], responses[4:]), strict=True):
         if path != base:
-            teacher.begin(path.parent.parent)
-        teacher.keep(path, some, None)
-        teacher.know(path, some)
+            teacher.start_round(path.parent.parent)
+        teacher.store(path, some, None)
+        teacher.register(path, some)
         teacher.signal(collate(some, range(len(some)), pad_id=0))
     assert [path.with_suffix(".safetensors").exists() for path in files] == [False, False, True]
     judged = counting.asked
@@ -90,7 +90,7 @@ def test_what_was_said_of_a_round_goes_when_the_next_begins(tmp_path: Path) -> N
         teacher.signal(collate([response], (0,), pad_id=0))
     assert counting.asked == judged
     # A checkpoint from before was taken up, and its round is used once more.
-    teacher.know(files[0], responses[1:2])
+    teacher.register(files[0], responses[1:2])
     batch = collate(responses[1:2], (0,), pad_id=0)
     assert torch.equal(teacher.signal(batch).hidden_ND, tiny_teacher().signal(batch).hidden_ND)
     assert counting.asked == judged + 1

@@ -261,6 +261,6 @@ def test_sweep_removes_what_a_kill_left(tmp_path: Path) -> None:
     ]
     for path in (*whole, *left):
         write_text(path, json.dumps({}))
-    run.sweep()
+    run.remove_partial_files()
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(whole)
     assert not list(run.root.glob(".student*"))

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 import limbeck
-from limbeck.pipeline.engine import Stage, StopWish, Story, play
+from limbeck.pipeline.engine import GracefulStop, RunContext, Stage, run_pipeline
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.errors import explain, in_one_line
 from limbeck.runtime.rundir import Json, RunDirectory, flatten, read_json, write_text
@@ -33,34 +33,34 @@ ODD_RECIPES = (
 
 class TestStopWish:
     def test_at_once(self) -> None:
-        stop, before = StopWish(), signal.getsignal(signal.SIGINT)
+        stop, before = GracefulStop(), signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt) as caught, stop.installed():
             signal.raise_signal(signal.SIGTERM)
         assert caught.value.args == (signal.SIGTERM,)
         assert signal.getsignal(signal.SIGINT) is before
 
     def test_deferred_then_heeded(self, capsys: pytest.CaptureFixture[str]) -> None:
-        stop, finished = StopWish(), []
+        stop, finished = GracefulStop(), []
         with pytest.raises(KeyboardInterrupt), stop.installed():
-            with stop.deferred() as wished, stop.deferred():
-                assert not wished()
+            with stop.deferred() as requested, stop.deferred():
+                assert not requested()
                 signal.raise_signal(signal.SIGINT)
-                assert wished()
+                assert requested()
                 finished.append("the write")
-            stop.heed()
+            stop.raise_if_requested()
         assert finished == ["the write"]
         assert "stopping after this step" in capsys.readouterr().err
 
     def test_second_time_at_once(self) -> None:
-        stop = StopWish()
+        stop = GracefulStop()
         with pytest.raises(KeyboardInterrupt), stop.installed(), stop.deferred():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        StopWish().heed()
+        GracefulStop().raise_if_requested()
 
     @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
     def test_of_terminals_and_schedulers(self, number: signal.Signals) -> None:
-        stop, before = StopWish(), signal.getsignal(number)
+        stop, before = GracefulStop(), signal.getsignal(number)
         with pytest.raises(KeyboardInterrupt) as caught, stop.installed():
             signal.raise_signal(number)
         assert caught.value.args == (number,) and signal.getsignal(number) is before
@@ -68,7 +68,7 @@ class TestStopWish:
     def test_nohup(self) -> None:
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
-            with StopWish().installed():
+            with GracefulStop().installed():
                 signal.raise_signal(signal.SIGHUP)
         finally:
             signal.signal(signal.SIGHUP, before)
@@ -77,7 +77,7 @@ class TestStopWish:
         before, entered = signal.getsignal(signal.SIGINT), []
 
         def other() -> None:
-            with StopWish().installed():
+            with GracefulStop().installed():
                 entered.append(signal.getsignal(signal.SIGINT) is before)
 
         thread = threading.Thread(target=other)
@@ -95,24 +95,24 @@ class Trace:
         self.values = {"one": 1, "two": 1, "three": 1}
 
     def stage(self, name: str) -> Stage:
-        def work(story: Story) -> Json:
+        def work(context: RunContext) -> Json:
             self.played.append(name)
             if name in self.fail:
                 raise self.fail.pop(name)
-            write_text(story.run.root / f"{name}.txt", str(self.values[name]))
+            write_text(context.run.root / f"{name}.txt", str(self.values[name]))
             return {"tokens": 10}
 
         return Stage(
             name=name,
             verb=name,
-            inputs=lambda story: {"value": self.values[name]},
+            inputs=lambda context: {"value": self.values[name]},
             play=work,
             outputs=lambda run: (run.root / f"{name}.txt",),
         )
 
     def play(self, tiny: TinyPair, root: Path, until: str | None = None, update: bool = False) -> RunDirectory:
         recipe = load_recipe(tiny.tree(root))
-        return play(recipe, stages=[self.stage(name) for name in self.values], until=until, update=update)
+        return run_pipeline(recipe, stages=[self.stage(name) for name in self.values], until=until, update=update)
 
 
 class TestPlaying:
@@ -240,8 +240,8 @@ def test_window_is_the_smaller_one(tiny: TinyPair, tmp_path: Path) -> None:
         {"student": section},
         {"student": section | {"init": "scratch", "config": {"max_position_embeddings": 32}}},
     ):
-        story = Story(load_recipe(tiny.tree(tmp_path / "run", **sections)))
-        windows.append(lambda story=story: story.window)
+        context = RunContext(load_recipe(tiny.tree(tmp_path / "run", **sections)))
+        windows.append(lambda context=context: context.window)
     assert [window() for window in windows] == [128, 64, 32]
 
 

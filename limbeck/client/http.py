@@ -28,7 +28,7 @@ MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class HttpReply:
     """What a server said, whatever its status."""
 
     status: int
@@ -37,14 +37,14 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Broken:
+class ConnectionFailed:
     """No whole answer: out of reach, a certificate that cannot be verified, too slow, too long, or cut off."""
 
     kind: Literal["unreachable", "untrusted", "slow", "long", "cut"]
     why: str = ""
 
 
-def exchange(url: str, data: bytes | None, headers: dict[str, str], timeout_s: float) -> Answer | Broken:
+def exchange(url: str, data: bytes | None, headers: dict[str, str], timeout_s: float) -> HttpReply | ConnectionFailed:
     """Send a request (POST where there is data) and read the whole answer.
 
     Every status is an answer: errors are read, and no redirect is followed, which might carry a key to another host.
@@ -56,26 +56,26 @@ def exchange(url: str, data: bytes | None, headers: dict[str, str], timeout_s: f
     try:
         connection, target, headers = _connection(urlsplit(url), headers, min(CONNECT_S, timeout_s))
     except (HTTPException, ValueError):
-        return Broken(kind="unreachable", why="the proxy that the environment names has no such address")
+        return ConnectionFailed(kind="unreachable", why="the proxy that the environment names has no such address")
     with _shut_after(connection, timeout_s) as shut:
         try:
             connection.connect()
         except (HTTPException, OSError, ValueError) as error:
             cut_off = shut.is_set() and not isinstance(error, TimeoutError)
-            return Broken(kind="slow") if cut_off else _unreachable(error)
+            return ConnectionFailed(kind="slow") if cut_off else _unreachable(error)
         shut.watched.append(connection.sock)
         # A timer that rang while the connection was being made found no socket yet.
         if time.monotonic() > deadline:
-            return Broken(kind="slow")
+            return ConnectionFailed(kind="slow")
         try:
             connection.sock.settimeout(timeout_s)
             connection.request("GET" if data is None else "POST", target, body=data, headers=headers)
             answer = _read(connection)
         # http.client reads numbers with int(), which has words of its own for what is none.
         except (HTTPException, OSError, ValueError) as error:
-            return Broken(kind="slow" if shut.is_set() or isinstance(error, TimeoutError) else "cut")
+            return ConnectionFailed(kind="slow" if shut.is_set() or isinstance(error, TimeoutError) else "cut")
         # A socket that was shut looks like the end of an answer that says no length.
-        return Broken(kind="slow") if shut.is_set() else answer
+        return ConnectionFailed(kind="slow") if shut.is_set() else answer
 
 
 def is_this_machine(host: str) -> bool:
@@ -86,18 +86,18 @@ def is_this_machine(host: str) -> bool:
         return host.lower().rstrip(".") == "localhost"
 
 
-def _read(connection: HTTPConnection) -> Answer | Broken:
+def _read(connection: HTTPConnection) -> HttpReply | ConnectionFailed:
     with connection.getresponse() as reply:
         chunks, size = [], 0
         while chunk := reply.read1(1 << 16):
             chunks.append(chunk)
             size += len(chunk)
             if size > MAX_BYTES:
-                return Broken(kind="long")
+                return ConnectionFailed(kind="long")
         # What is left of the length that the server had announced.
         if reply.length:
-            return Broken(kind="cut")
-        return Answer(status=reply.status, headers=reply.headers, raw=b"".join(chunks))
+            return ConnectionFailed(kind="cut")
+        return HttpReply(status=reply.status, headers=reply.headers, raw=b"".join(chunks))
 
 
 class _Shut(threading.Event):
@@ -154,10 +154,10 @@ def _connection(
     return connection, path, headers
 
 
-def _unreachable(error: Exception) -> Broken:
+def _unreachable(error: Exception) -> ConnectionFailed:
     if isinstance(error, SSLCertVerificationError):
-        return Broken(kind="untrusted", why=error.verify_message)
+        return ConnectionFailed(kind="untrusted", why=error.verify_message)
     if isinstance(error, TimeoutError):
-        return Broken(kind="unreachable", why="nothing answers")
+        return ConnectionFailed(kind="unreachable", why="nothing answers")
     said = getattr(error, "strerror", None) or error
-    return Broken(kind="unreachable", why=" ".join(str(said).split()))
+    return ConnectionFailed(kind="unreachable", why=" ".join(str(said).split()))

@@ -11,7 +11,7 @@ from limbeck.client.http import is_this_machine
 from limbeck.types import LimbeckError
 
 # Hosts that a key may be sent to. In the environment, because a recipe may come from anybody.
-ALLOWED = "LIMBECK_ALLOW_KEY_TO"
+ALLOWED_HOSTS_VARIABLE = "LIMBECK_ALLOW_KEY_TO"
 # Shorter keys are placeholders such as EMPTY or ollama, which an answer may hold by chance.
 _SHORTEST_SECRET = 12
 
@@ -71,11 +71,11 @@ def _require_allowed(root: str, section: str) -> None:
         return
     # http:// before a host says that the key may travel in clear.
     wanted = host if parts.scheme == "https" else f"http://{host}"
-    allowed = [entry.strip().lower().rstrip("/") for entry in os.environ.get(ALLOWED, "").split(",")]
+    allowed = [entry.strip().lower().rstrip("/") for entry in os.environ.get(ALLOWED_HOSTS_VARIABLE, "").split(",")]
     if wanted in allowed:
         return
     clear = "" if parts.scheme == "https" else ", in clear, which others on the way can read"
     raise LimbeckError(
         f"{section} would send the key that {section}.api_key_env names to {host}{clear}; where you trust the recipe "
-        f"and that host with it, export {ALLOWED}={wanted} (several hosts: commas between them)"
+        f"and that host with it, export {ALLOWED_HOSTS_VARIABLE}={wanted} (several hosts: commas between them)"
     )

@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
-from limbeck.client.http import CONNECT_S, MAX_BYTES, Broken, exchange
+from limbeck.client.http import CONNECT_S, MAX_BYTES, ConnectionFailed, exchange
 from limbeck.client.keys import Key, read_key
-from limbeck.client.replies import Json, Said, short, wish_s
+from limbeck.client.replies import Json, ReplyText, retry_after_s, short_json
 from limbeck.types import LimbeckError
 
 _URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?")
@@ -35,12 +35,12 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Trouble:
+class _RetryableError:
     """Something that may pass. `wish_s` is how long the server asks to wait."""
 
     what: str
     remedy: str
-    wish_s: float = 0.0
+    retry_after_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Server:
         names = [e.get("id") if isinstance(e, dict) else None for e in entries] if isinstance(entries, list) else [None]
         if not all(isinstance(name, str) for name in names):
             raise LimbeckError(
-                f"{self.root}/models answers {short(reply)}, expected a list of models; "
+                f"{self.root}/models answers {short_json(reply)}, expected a list of models; "
                 f"check that {self.section}.base_url is that of an OpenAI-compatible server"
             )
         return tuple(str(name) for name in names)
@@ -149,32 +149,32 @@ class Server:
 
     def _ask(self, path: str, body: Json | None) -> Json | Refusal:
         tries, reply = 1, self._attempt(path, body)
-        while isinstance(reply, _Trouble) and tries <= self.retries and reply.wish_s <= _LONGEST_WISH_S:
+        while isinstance(reply, _RetryableError) and tries <= self.retries and reply.retry_after_s <= _LONGEST_WISH_S:
             pause_s = min(self.backoff_s * 2 ** (tries - 1), _LONGEST_PAUSE_S)
             # Apart from each other, so that requests that failed together do not come back together.
-            time.sleep(max(pause_s * random.uniform(0.5, 1.0), reply.wish_s * random.uniform(1.0, 1.1)))
+            time.sleep(max(pause_s * random.uniform(0.5, 1.0), reply.retry_after_s * random.uniform(1.0, 1.1)))
             tries, reply = tries + 1, self._attempt(path, body)
-        if not isinstance(reply, _Trouble):
+        if not isinstance(reply, _RetryableError):
             return reply
-        wish = f" and asks to wait {reply.wish_s:.0f} s" if reply.wish_s else ""
-        if reply.wish_s > _FOR_EVER_S:
+        wish = f" and asks to wait {reply.retry_after_s:.0f} s" if reply.retry_after_s else ""
+        if reply.retry_after_s > _FOR_EVER_S:
             wish = " and asks to wait for years"
         tried = f" ({tries} tries)" if tries > 1 else ""
         raise LimbeckError(f"{self.root} {reply.what}{wish}{tried}; {reply.remedy}")
 
-    def _attempt(self, path: str, body: Json | None) -> Json | Refusal | _Trouble:
+    def _attempt(self, path: str, body: Json | None) -> Json | Refusal | _RetryableError:
         headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "limbeck"}
         key = read_key(self.api_key_env, root=self.root, section=self.section)
         if key.value:
             headers["Authorization"] = f"Bearer {key.value}"
         data = None if body is None else json.dumps(body).encode()
         answer = exchange(self.root + path, data, headers, self.timeout_s)
-        if isinstance(answer, Broken):
-            return self._lament(answer, key)
+        if isinstance(answer, ConnectionFailed):
+            return self._connection_error(answer, key)
         # From here on nothing holds the key, whatever the server has repeated.
-        return self._judge(Said.of(answer, key), asked_for_a_list=data is None)
+        return self._judge(ReplyText.of(answer, key), asked_for_a_list=data is None)
 
-    def _lament(self, broken: Broken, key: Key) -> _Trouble:
+    def _connection_error(self, broken: ConnectionFailed, key: Key) -> _RetryableError:
         if broken.kind == "untrusted":
             raise LimbeckError(
                 f"{self.root} shows a certificate that cannot be verified ({key.hidden_in(broken.why)}); "
@@ -183,24 +183,24 @@ class Server:
         if broken.kind == "unreachable":
             limit = f" within {min(CONNECT_S, self.timeout_s):g} s" if broken.why == "nothing answers" else ""
             what = f"cannot be reached ({key.hidden_in(broken.why)}{limit})"
-            return _Trouble(what=what, remedy=f"start the server, or correct {self.section}.base_url")
+            return _RetryableError(what=what, remedy=f"start the server, or correct {self.section}.base_url")
         if broken.kind == "slow":
             what = f"did not answer within {self.timeout_s:g} s"
             remedy = f"raise {self.section}.timeout_s or lower {self.section}.concurrency"
-            return _Trouble(what=what, remedy=remedy)
+            return _RetryableError(what=what, remedy=remedy)
         if broken.kind == "long":
             remedy = f"check that {self.section}.base_url is that of an OpenAI-compatible server, with its /v1"
-            return _Trouble(what=f"answers with more than {MAX_BYTES >> 20} MiB", remedy=remedy)
+            return _RetryableError(what=f"answers with more than {MAX_BYTES >> 20} MiB", remedy=remedy)
         what = "cut the connection off in the middle of an answer"
-        return _Trouble(what=what, remedy="look at the server's log; the same command then continues")
+        return _RetryableError(what=what, remedy="look at the server's log; the same command then continues")
 
-    def _judge(self, said: Said, *, asked_for_a_list: bool) -> Json | Refusal | _Trouble:
+    def _judge(self, said: ReplyText, *, asked_for_a_list: bool) -> Json | Refusal | _RetryableError:
         status = said.status
         if 200 <= status < 300:
             if isinstance(said.reply, dict):
                 return said.reply
             remedy = f"check that {self.section}.base_url is that of an OpenAI-compatible server, with its /v1"
-            return _Trouble(what=f"answers {said.text[:80]!r}, expected a JSON object", remedy=remedy)
+            return _RetryableError(what=f"answers {said.text[:80]!r}, expected a JSON object", remedy=remedy)
         if 300 <= status < 400:
             raise LimbeckError(
                 f"{self.root} redirects to {said.header('Location') or 'nowhere'}; give that as {self.section}.base_url"
@@ -214,10 +214,10 @@ class Server:
         # A list that a server fails to make is one it does not have (transformers serve without a cache of models).
         if status in _PASSING and not (status == 500 and asked_for_a_list):
             remedy = f"lower {self.section}.concurrency" if status == 429 else "look at the server's log"
-            return _Trouble(
+            return _RetryableError(
                 what=f"cannot answer (HTTP {status}: {said.message})",
                 remedy=f"{remedy}; the same command then continues",
-                wish_s=wish_s(said.header("Retry-After")),
+                retry_after_s=retry_after_s(said.header("Retry-After")),
             )
         return Refusal(status=status, message=said.message)
 

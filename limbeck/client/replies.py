@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.client.http import Answer
+from limbeck.client.http import HttpReply
 from limbeck.client.keys import Key
 
 Json = dict[str, Any]
@@ -19,7 +19,7 @@ _QUOTED = 240
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class ReplyText:
     """An answer in which the key is blotted out, for everything that is shown or kept of it.
 
     Attributes:
@@ -28,11 +28,11 @@ class Said:
 
     status: int
     reply: Any
-    _answer: Answer
+    _answer: HttpReply
     _key: Key
 
     @classmethod
-    def of(cls, answer: Answer, key: Key) -> Said:
+    def of(cls, answer: HttpReply, key: Key) -> ReplyText:
         try:
             reply = key.hidden_in_data(json.loads(answer.raw))
         except (ValueError, RecursionError):
@@ -69,12 +69,12 @@ def shortened(text: str, most: int = _QUOTED) -> str:
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
-def short(value: object) -> str:
+def short_json(value: object) -> str:
     """A value as a message shows it."""
     return shortened(json.dumps(value, ensure_ascii=False, default=str), 120)
 
 
-def wish_s(header: str) -> float:
+def retry_after_s(header: str) -> float:
     """Seconds of a Retry-After header: a number or a date; 0 for anything else."""
     if header.isascii() and header.isdigit():
         return float(header)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from limbeck.compare.labels import short
+from limbeck.compare.labels import short_value
 from limbeck.report.charts import HEIGHT, WIDTH, Mark
 from limbeck.report.curves import Axis, axis, path, tight_axis
 
 # As many lines as there are colours that stay apart for everybody; further ones are drawn in grey.
-TONES = 8
+COLOR_COUNT = 8
 GREY = -1
 # Lines of text need so much of the height of a chart.
 _PITCH = 5.5
@@ -54,7 +54,7 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dot:
+class ScatterPoint:
     x: float
     y: float
     title: str
@@ -72,12 +72,12 @@ class Drawn:
     line: str
     band: str
     bars: str
-    dots: tuple[Dot, ...]
+    dots: tuple[ScatterPoint, ...]
     label_at: tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plate:
+class Figure:
     """One chart with its axes. `front` is an SVG path across the curves, or empty; `ends`: lines end at the right."""
 
     name: str
@@ -132,7 +132,7 @@ def mark_label(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:g}"
 
 
-def draw(
+def lay_out(
     *,
     name: str,
     title: str,
@@ -145,13 +145,13 @@ def draw(
     remark: str = "",
     front: Sequence[tuple[float, float]] = (),
     ends: bool = True,
-) -> Plate:
+) -> Figure:
     """A chart of some curves on two scales; up to TONES of them get a label of their own."""
     drawn = _uncrowded([_drawn(curve, x, y) for curve in curves])
     labelled = [one for one in drawn if one.label_at is not None]
     heights = spread([one.label_at[1] for one in labelled if one.label_at])
     at = {id(one): (one.label_at[0], height) for one, height in zip(labelled, heights, strict=True) if one.label_at}
-    return Plate(
+    return Figure(
         name=name,
         title=title,
         unit=unit,
@@ -172,7 +172,7 @@ def draw(
 
 def _uncrowded(drawn: Sequence[Drawn]) -> list[Drawn]:
     """Without the texts beside points that would lie over another one."""
-    taken: list[Dot] = []
+    taken: list[ScatterPoint] = []
     made = []
     for one in drawn:
         dots = []
@@ -197,13 +197,13 @@ def _drawn(curve: Curve, x: Scale, y: Scale) -> Drawn:
     last = places[-1]
     return Drawn(
         name=curve.name,
-        label=short(curve.name),
+        label=short_value(curve.name),
         tone=curve.tone,
         line=path([_canvas(*place) for place in places]) if len(places) > 1 else "",
         band=path(upper + lower) + "Z" if len(curve.band) > 1 else "",
         bars="".join(bars),
         dots=tuple(
-            Dot(
+            ScatterPoint(
                 x=round(100 * across, 2),
                 y=round(100 - 100 * up, 2),
                 title=point.title,

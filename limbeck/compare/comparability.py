@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from limbeck.compare.labels import plain, short
+from limbeck.compare.labels import plain_value, short_value
 from limbeck.compare.runs import Member
 from limbeck.recipe.keys import same_arm_keys
 from limbeck.report.read_run import value_at
@@ -19,11 +19,11 @@ _ALWAYS = (
 )
 _RESPONSES = tuple(f"responses.{key}" for key in ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed"))
 # The teacher's own surprise at the responses: the same for all that looked at the same responses with the same teacher.
-_WITNESS = "teacher_nll"
+_IDENTITY_METRIC = "teacher_nll"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Apart:
+class ExcludedRun:
     """A run that is not ranked with the others in some tables."""
 
     place: str
@@ -41,10 +41,10 @@ def settings_of(member: Member, table: str) -> dict[str, str]:
     if table == "fidelity":
         keys += _RESPONSES
         author = flat.get("responses.author")
-        found["responses.base"] = plain(author if author in ("teacher", "data") else flat.get("responses.base"))
-    found |= {key: plain(flat[key]) if key in flat else "not set" for key in keys}
+        found["responses.base"] = plain_value(author if author in ("teacher", "data") else flat.get("responses.base"))
+    found |= {key: plain_value(flat[key]) if key in flat else "not set" for key in keys}
     teacher = value_at(member.run.provenance, "fingerprints.teacher") or flat.get("teacher.model")
-    return found | {"the teacher": plain(teacher)}
+    return found | {"the teacher": plain_value(teacher)}
 
 
 def difference(
@@ -61,11 +61,12 @@ def difference(
     other = [key for key in dict.fromkeys([*usual, *settings]) if settings.get(key) != usual.get(key)]
     if other:
         told = [
-            f"{key} is {short(settings.get(key, 'not set'))} there, {short(usual.get(key, 'not set'))} elsewhere"
+            f"{key} is {short_value(settings.get(key, 'not set'))} there, "
+            f"{short_value(usual.get(key, 'not set'))} elsewhere"
             for key in other
         ]
         return "; ".join(told[:3]) + (f"; {len(told) - 3} more settings differ" if len(told) > 3 else "")
-    if not table.endswith("@student") and all(_WITNESS in rows[0].values for rows in (ours, theirs)):
+    if not table.endswith("@student") and all(_IDENTITY_METRIC in rows[0].values for rows in (ours, theirs)):
         one, two = _witness(ours), _witness(theirs)
         if abs(one - two) > 0.01 * max(abs(one), abs(two)):
             return (
@@ -76,4 +77,4 @@ def difference(
 
 
 def _witness(rows: Sequence[ScoredRow]) -> float:
-    return sum(row.weight * row.values[_WITNESS] for row in rows) / sum(row.weight for row in rows)
+    return sum(row.weight * row.values[_IDENTITY_METRIC] for row in rows) / sum(row.weight for row in rows)

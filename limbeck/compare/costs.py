@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from limbeck.compare.runs import Arm, Comparison, Member
+from limbeck.compare.runs import ComparedArm, Comparison, Member
 from limbeck.report.read_run import STORY, Run, number
 
 
@@ -18,7 +18,7 @@ class Cost:
         peak_memory_mib: the highest of any stage and run.
     """
 
-    arm: Arm
+    arm: ComparedArm
     stages: tuple[tuple[str, float], ...]
     seconds: float
     tokens_per_s: float | None
@@ -27,7 +27,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bill:
+class CostSummary:
     """All costs, and the seconds that were spent and those that sharing saved."""
 
     costs: tuple[Cost, ...]
@@ -35,7 +35,7 @@ class Bill:
     saved: float
 
 
-def bill(comparison: Comparison) -> Bill:
+def bill(comparison: Comparison) -> CostSummary:
     """The costs of every arm of which a stage was recorded."""
     costs = [cost for arm in comparison.arms if (cost := _cost(arm))]
     spent = saved = 0.0
@@ -47,10 +47,10 @@ def bill(comparison: Comparison) -> Bill:
                 saved += seconds
             else:
                 spent += seconds
-    return Bill(costs=tuple(costs), spent=spent, saved=saved)
+    return CostSummary(costs=tuple(costs), spent=spent, saved=saved)
 
 
-def _cost(arm: Arm) -> Cost | None:
+def _cost(arm: ComparedArm) -> Cost | None:
     runs = [member.run for member in _counted(arm.members) if member.run is not None]
     runs = [run for run in runs if run.stages]
     if not runs:

@@ -6,16 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from limbeck.compare.charts import GREY, Curve, Plate, Point, draw, linear
-from limbeck.compare.labels import short
+from limbeck.compare.charts import GREY, Curve, Figure, Point, lay_out, linear
+from limbeck.compare.labels import short_value
 from limbeck.compare.ranking import interval
-from limbeck.compare.runs import Arm
+from limbeck.compare.runs import ComparedArm
 from limbeck.compare.tables import Column
 from limbeck.evaluation.scores.metrics import Metric
 from limbeck.report.format import figure, setting
 
 # The first of each that was measured is taken; "@" stands for one value a decoding temperature.
-FIDELITY = ("sample_rouge_l@", "rouge_l_references", "rouge_l", "acceptance", "forward_kl")
+FIDELITY_METRICS = ("sample_rouge_l@", "rouge_l_references", "rouge_l", "acceptance", "forward_kl")
 DIVERSITY = ("distinct_2@", "distinct_1@", "self_bleu@")
 _LESS_IS_DIVERSE = ("self_bleu",)
 _MOST_NAMED = 4
@@ -25,19 +25,19 @@ _MOST_NAMED = 4
 class _Spot:
     """A point with its arm; `good` are both values with more as better."""
 
-    arm: Arm
+    arm: ComparedArm
     temperature: float
     point: Point
     good: tuple[float, float]
 
 
-def frontier(columns: Mapping[str, Column], tones: Mapping[str, int]) -> Plate | None:
+def frontier(columns: Mapping[str, Column], tones: Mapping[str, int]) -> Figure | None:
     """The chart, or None where fidelity or diversity was not measured.
 
     Args:
         tones: arm's name to its colour.
     """
-    across, up = (_columns(columns, names) for names in (FIDELITY, DIVERSITY))
+    across, up = (_columns(columns, names) for names in (FIDELITY_METRICS, DIVERSITY))
     if not across or not up:
         return None
     spots = _spots(across, up)
@@ -52,7 +52,9 @@ def frontier(columns: Mapping[str, Column], tones: Mapping[str, int]) -> Plate |
             replace(
                 spot.point,
                 mark="front" if spot in best else "",
-                text=f"{short(spot.arm.name)} T={setting(spot.temperature)}" if spot in best[:_MOST_NAMED] else "",
+                text=f"{short_value(spot.arm.name)} T={setting(spot.temperature)}"
+                if spot in best[:_MOST_NAMED]
+                else "",
             )
             for spot in own
         ]
@@ -60,7 +62,7 @@ def frontier(columns: Mapping[str, Column], tones: Mapping[str, int]) -> Plate |
     curves += _teacher(across, up)
     x_values = [v for c in curves for p in c.points for v in (p.x_low, p.x, p.x_high) if v is not None]
     y_values = [v for c in curves for p in c.points for v in (p.low, p.y, p.high) if v is not None]
-    return draw(
+    return lay_out(
         name="frontier",
         title=f"{_bare(y_about.label)} by {_bare(x_about.label)}",
         unit="",

@@ -20,7 +20,7 @@ def _text(flat: Mapping[str, Any], key: str) -> str:
     return json.dumps(flat[key], sort_keys=True, default=str) if key in flat else ""
 
 
-def label(keys: Mapping[str, Any], varied: Sequence[str]) -> str:
+def arm_label(keys: Mapping[str, Any], varied: Sequence[str]) -> str:
     """An arm in words: the objective's name alone, other keys as name=value, as short as stays clear."""
     leaves = Counter(key.rpartition(".")[2] for key in varied)
     parts = []
@@ -28,11 +28,11 @@ def label(keys: Mapping[str, Any], varied: Sequence[str]) -> str:
         leaf = key.rpartition(".")[2]
         short = leaf if leaves[leaf] == 1 else key
         if key in keys:
-            parts.append(plain(keys[key]) if key == "objective.name" else f"{short}={plain(keys[key])}")
+            parts.append(plain_value(keys[key]) if key == "objective.name" else f"{short}={plain_value(keys[key])}")
     return ", ".join(parts)
 
 
-def plain(value: Any) -> str:
+def plain_value(value: Any) -> str:
     """A recipe's value as one writes it: 2.0 as 2."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
@@ -43,7 +43,7 @@ def plain(value: Any) -> str:
 
 def value_of(keys: Mapping[str, Any], key: str) -> str:
     """What is set for a key, or a dash."""
-    return plain(keys[key]) if key in keys else "\N{EN DASH}"
+    return plain_value(keys[key]) if key in keys else "\N{EN DASH}"
 
 
 def titled(name: str) -> str:
@@ -53,11 +53,11 @@ def titled(name: str) -> str:
 
 def extra(name: str, keys: Mapping[str, Any], varied: Sequence[str]) -> str:
     """What an arm sets that differs between arms and is not in its name."""
-    told = {key: plain(keys[key]) for key in varied if key in keys}
+    told = {key: plain_value(keys[key]) for key in varied if key in keys}
     said = re.split(r"[, =]+", name)
     return ", ".join(f"{key}={value}" for key, value in told.items() if value not in said)
 
 
-def short(text: str, most: int = 30) -> str:
+def short_value(text: str, most: int = 30) -> str:
     """A label cut to where charts have room for it."""
     return text if len(text) <= most else f"{text[: most - 1].rstrip(' ,')}…"

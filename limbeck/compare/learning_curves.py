@@ -5,33 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from limbeck.compare.charts import GREY, Curve, Plate, Point, draw, linear
-from limbeck.compare.runs import Arm, Comparison
+from limbeck.compare.charts import GREY, Curve, Figure, Point, lay_out, linear
+from limbeck.compare.runs import ComparedArm, Comparison
 from limbeck.report.curves import smooth
 from limbeck.report.read_run import number
 
 # A curve is drawn from means over so many equal stretches of the steps; as many arms as can be followed.
 STRETCHES = 80
-MOST = 40
-SHOWN = (
+MAX_CURVES = 40
+SHOWN_METRICS = (
     ("forward_kl", "Forward KL while training", "nats/token at temperature 1"),
     ("loss", "Training loss", "per token; of different objectives or temperatures it cannot be compared"),
 )
 
 
-def learning(comparison: Comparison, tones: Mapping[str, int]) -> list[Plate]:
+def learning(comparison: Comparison, tones: Mapping[str, int]) -> list[Figure]:
     """One chart for each metric that at least one arm logged twice."""
     plates = []
     arms = [arm for arm in comparison.arms if arm.name in tones]
-    arms += [arm for arm in comparison.arms if arm.name not in tones][: MOST - len(arms)]
-    for key, title, unit in SHOWN:
+    arms += [arm for arm in comparison.arms if arm.name not in tones][: MAX_CURVES - len(arms)]
+    for key, title, unit in SHOWN_METRICS:
         curves = [curve for arm in arms if (curve := _curve(arm, key, tones.get(arm.name, GREY)))]
         if not curves:
             continue
         values = [v for c in curves for _, low, high in c.band for v in (low, high)]
         values += [p.y for c in curves for p in c.points]
         plates.append(
-            draw(
+            lay_out(
                 name=f"learning-{key}",
                 title=title,
                 unit=unit,
@@ -45,12 +45,12 @@ def learning(comparison: Comparison, tones: Mapping[str, int]) -> list[Plate]:
     return plates
 
 
-def _left_out(comparison: Comparison, arms: Sequence[Arm]) -> str:
+def _left_out(comparison: Comparison, arms: Sequence[ComparedArm]) -> str:
     more = len(comparison.arms) - len(arms)
     return f"{more} more arms are not drawn." if more else ""
 
 
-def _curve(arm: Arm, key: str, tone: int) -> Curve | None:
+def _curve(arm: ComparedArm, key: str, tone: int) -> Curve | None:
     """Mean over the arm's runs, and the range of their seeds where there are several."""
     series = [_series(member.run.steps, key) for member in arm.members if member.run is not None]
     series = [one for one in series if len(one) > 1]

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.compare import svg
-from limbeck.compare.charts import TONES, Plate
-from limbeck.compare.comparability import Apart
-from limbeck.compare.costs import Bill, bill
+from limbeck.compare.charts import COLOR_COUNT, Figure
+from limbeck.compare.comparability import ExcludedRun
+from limbeck.compare.costs import CostSummary, bill
 from limbeck.compare.csv_table import tidy
 from limbeck.compare.files import page_of, require_free
 from limbeck.compare.frontier import frontier
-from limbeck.compare.labels import extra, short, value_of
+from limbeck.compare.labels import extra, short_value, value_of
 from limbeck.compare.learning_curves import learning
 from limbeck.compare.ranking import Ranking, interval, main_columns, rank
-from limbeck.compare.runs import Arm, Comparison, Member, gather
+from limbeck.compare.runs import ComparedArm, Comparison, Member, gather
 from limbeck.compare.samples import Sample, samples
 from limbeck.compare.sweep_curves import Panel, panels, tuned_keys
-from limbeck.compare.tables import Column, Tables
+from limbeck.compare.tables import Column, MetricTables
 from limbeck.evaluation.scores.bootstrap import CONFIDENCE
 from limbeck.report import format
 from limbeck.report.charts import HEIGHT, WIDTH
@@ -62,10 +62,10 @@ def write_comparison(
     if not replacing:
         require_free(page)
     comparison = gather(folders, arms, page.parent)
-    seen = View(title=title, comparison=comparison, tables=Tables(comparison), metric=metric)
+    seen = View(title=title, comparison=comparison, tables=MetricTables(comparison), metric=metric)
     texts = {".html": _render("compare.html.j2", seen), ".md": _render("compare.md.j2", seen), ".csv": tidy(comparison)}
     if plates := seen.pictured:
-        texts[".svg"] = svg.draw(title, seen.headline, plates)
+        texts[".svg"] = svg.svg_figure(title, seen.headline, plates)
     for suffix, text in texts.items():
         write_text(page.with_suffix(suffix), text)
     return page
@@ -77,7 +77,7 @@ class View:
 
     title: str
     comparison: Comparison
-    tables: Tables
+    tables: MetricTables
     metric: str | None
 
     confidence = CONFIDENCE
@@ -96,7 +96,7 @@ class View:
         return self.rankings[0] if self.rankings else None
 
     @cached_property
-    def ordered(self) -> list[Arm]:
+    def ordered(self) -> list[ComparedArm]:
         """Arms as the leading metric ranks them, then those that it does not."""
         first = [line.arm for line in self.lead.lines] if self.lead else []
         return first + [arm for arm in self.comparison.arms if arm not in first]
@@ -104,7 +104,7 @@ class View:
     @cached_property
     def tones(self) -> dict[str, int]:
         """Arm's name to its colour, for the first few."""
-        return {arm.name: tone for tone, arm in enumerate(self.ordered[:TONES])}
+        return {arm.name: tone for tone, arm in enumerate(self.ordered[:COLOR_COUNT])}
 
     @property
     def headline(self) -> str:
@@ -127,10 +127,10 @@ class View:
             said = [value_at(m.run.recipe, key) for m in self.comparison.members if m.run]
             values = {value for value in said if isinstance(value, str)}
             if len(values) == 1:
-                facts.append((name, short(Path(values.pop()).name, 40)))
+                facts.append((name, short_value(Path(values.pop()).name, 40)))
         return facts
 
-    def extra(self, arm: Arm) -> str:
+    def extra(self, arm: ComparedArm) -> str:
         """What sets an arm apart beside its name."""
         return extra(arm.name, arm.keys, self.comparison.varied)
 
@@ -139,7 +139,7 @@ class View:
         return [*self.comparison.notes, *self.tables.notes]
 
     @property
-    def apart(self) -> list[Apart]:
+    def apart(self) -> list[ExcludedRun]:
         return self.tables.apart
 
     @property
@@ -147,7 +147,7 @@ class View:
         return [member for member in self.comparison.members if member.state != "done"]
 
     @cached_property
-    def frontier(self) -> Plate | None:
+    def frontier(self) -> Figure | None:
         return frontier(self.tables.columns, self.tones)
 
     @cached_property
@@ -155,11 +155,11 @@ class View:
         return panels(self.comparison, self.main)
 
     @cached_property
-    def learning(self) -> list[Plate]:
+    def learning(self) -> list[Figure]:
         return learning(self.comparison, self.tones)
 
     @property
-    def pictured(self) -> list[Plate]:
+    def pictured(self) -> list[Figure]:
         """The charts of the picture: curves over the first swept setting, the frontier, or how the arms learned."""
         swept = list(self.panels[0].plates) if self.panels else []
         frontier = [self.frontier] if self.frontier else []
@@ -170,7 +170,7 @@ class View:
         return samples(self.ordered, self.tones)
 
     @cached_property
-    def bill(self) -> Bill:
+    def bill(self) -> CostSummary:
         return bill(self.comparison)
 
     @cached_property

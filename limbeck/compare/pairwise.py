@@ -18,7 +18,7 @@ from limbeck.evaluation.scores.bootstrap import CONFIDENCE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gap:
+class Difference:
     """A difference before it is judged.
 
     Attributes:
@@ -34,20 +34,20 @@ class Gap:
     unit: float | None
     own: float
     share: float
-    freedom: float = MANY
+    dof: float = MANY
 
-    def borrowing(self, pooled: float, freedom: float) -> Gap:
+    def with_pooled_variance(self, pooled: float, dof: float) -> Difference:
         """With the training variance of all arms together where the pair's own, from its few seeds, is smaller.
 
         One pair of many always has seeds that agree by chance; on its own it would look far surer than it is.
         """
         training = max(self.own, pooled * self.share)
         variance = self.variance - min(self.own, self.variance) + training
-        return replace(self, variance=variance, own=training, freedom=satterthwaite(training, freedom, variance))
+        return replace(self, variance=variance, own=training, dof=satterthwaite(training, dof, variance))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class ComparedPair:
     """First minus second.
 
     Attributes:
@@ -58,24 +58,24 @@ class Pair:
 
     difference: float
     error: float
-    freedom: float
+    dof: float
     level: float
     separated: bool
 
     @property
-    def reach(self) -> float:
+    def half_width(self) -> float:
         """Half the width of the interval, which excludes 0 exactly where the two are separated."""
-        return quantile(self.level, self.freedom) * self.error
+        return quantile(self.level, self.dof) * self.error
 
 
-def holm(found: Mapping[tuple[int, int], Gap]) -> dict[tuple[int, int], Pair]:
+def holm(found: Mapping[tuple[int, int], Difference]) -> dict[tuple[int, int], ComparedPair]:
     """Pairs judged from the surest on, each at the level that is left, until one is not separated."""
 
-    def chance(gap: Gap) -> float:
+    def chance(gap: Difference) -> float:
         error = math.sqrt(gap.variance)
         if error <= 1e-12 * abs(gap.difference):
             return 0.0 if gap.difference else 1.0
-        return tail(gap.difference / error, gap.freedom)
+        return tail(gap.difference / error, gap.dof)
 
     chances = {pair: chance(gap) for pair, gap in found.items()}
     made, going = {}, True
@@ -84,18 +84,18 @@ def holm(found: Mapping[tuple[int, int], Gap]) -> dict[tuple[int, int], Pair]:
         level = (1 - CONFIDENCE) / (len(found) - done) if going else level
         going = going and chances[pair] < level
         gap = found[pair]
-        made[pair] = Pair(
-            difference=gap.difference, error=math.sqrt(gap.variance), freedom=gap.freedom, level=level, separated=going
+        made[pair] = ComparedPair(
+            difference=gap.difference, error=math.sqrt(gap.variance), dof=gap.dof, level=level, separated=going
         )
     return made
 
 
-def satterthwaite(part: float, freedom: float, whole: float) -> float:
+def satterthwaite(part: float, dof: float, whole: float) -> float:
     """Satterthwaite's degrees of freedom of a variance of which one part is uncertain; the rest counts as known."""
-    return min(MANY, max(freedom, freedom * (whole / part) ** 2)) if part > 0 and whole > 0 else MANY
+    return min(MANY, max(dof, dof * (whole / part) ** 2)) if part > 0 and whole > 0 else MANY
 
 
-def letters(order: Sequence[int], pairs: Mapping[tuple[int, int], Pair]) -> dict[int, str]:
+def letters(order: Sequence[int], pairs: Mapping[tuple[int, int], ComparedPair]) -> dict[int, str]:
     """Letters of each arm: two arms share one exactly when they are not separated (Piepho 2004, insert and absorb).
 
     Args:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from limbeck.compare.pairwise import Pair, letters
-from limbeck.compare.runs import Arm
+from limbeck.compare.pairwise import ComparedPair, letters
+from limbeck.compare.runs import ComparedArm
 from limbeck.compare.tables import Column
 from limbeck.compare.uncertainty import Estimate
 from limbeck.report.format import figure, setting
@@ -25,7 +25,7 @@ FEW = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class RankedArm:
     """One arm in a ranking.
 
     Attributes:
@@ -37,7 +37,7 @@ class Line:
         track: places of low, mean and high in percent of the row's track.
     """
 
-    arm: Arm
+    arm: ComparedArm
     place: int
     mean: str
     interval: str
@@ -64,7 +64,7 @@ class Ranking:
     label: str
     unit: str
     rule: str
-    lines: tuple[Line, ...]
+    lines: tuple[RankedArm, ...]
     winner: bool
     verdict: str
     caution: str
@@ -73,7 +73,7 @@ class Ranking:
     teacher_at: float | None
     n: int
 
-    def line(self, arm: Arm) -> Line | None:
+    def line(self, arm: ComparedArm) -> RankedArm | None:
         """The line of an arm; None where it was not measured, or not as the others were."""
         return next((line for line in self.lines if line.arm is arm), None)
 
@@ -115,7 +115,7 @@ def rank(column: Column) -> Ranking:
         found = estimates[n]
         apart = _pair(pairs, leader, n)
         lines.append(
-            Line(
+            RankedArm(
                 arm=column.arms[n],
                 place=place,
                 mean=figure(found.mean),
@@ -168,13 +168,13 @@ def _span(estimates: list[Estimate], teacher: float | None) -> tuple[float, floa
     return low, high
 
 
-def _pair(pairs: Mapping[tuple[int, int], Pair], one: int, other: int) -> Pair | None:
+def _pair(pairs: Mapping[tuple[int, int], ComparedPair], one: int, other: int) -> ComparedPair | None:
     return pairs.get((min(one, other), max(one, other)))
 
 
-def _around(pair: Pair) -> str:
+def _around(pair: ComparedPair) -> str:
     size = abs(pair.difference)
-    return interval(size - pair.reach, size + pair.reach)
+    return interval(size - pair.half_width, size + pair.half_width)
 
 
 def _rule(column: Column) -> str:
@@ -183,7 +183,7 @@ def _rule(column: Column) -> str:
     return "higher is better" if column.about.better == "higher" else "lower is better"
 
 
-def _verdict(column: Column, lines: list[Line], winner: bool) -> str:
+def _verdict(column: Column, lines: list[RankedArm], winner: bool) -> str:
     label = column.about.label
     if len(lines) < 2:
         return f"Only {lines[0].arm.name} was measured by {label}"
@@ -205,7 +205,7 @@ def _verdict(column: Column, lines: list[Line], winner: bool) -> str:
     return f"{lines[0].arm.name} leads by {label} with {lines[0].mean}{unit}, but is not separated from {shown}"
 
 
-def _caution(column: Column, lines: list[Line]) -> str:
+def _caution(column: Column, lines: list[RankedArm]) -> str:
     seeds = [line.estimate.seeds for line in lines]
     if max(seeds) == 1:
         return (

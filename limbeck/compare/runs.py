@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from limbeck.compare.labels import differing, label, titled
+from limbeck.compare.labels import arm_label, differing, titled
 from limbeck.recipe.keys import same_arm_keys
 from limbeck.report.format import name_of
 from limbeck.report.read_run import Run, number, read_run, value_at
@@ -19,7 +19,7 @@ from limbeck.runtime.json_lines import json_lines
 from limbeck.runtime.rundir import flatten
 from limbeck.types import LimbeckError
 
-State = Literal["waiting", "running", "done", "failed", "dropped"]
+RunState = Literal["waiting", "running", "done", "failed", "dropped"]
 
 ARMS = "arms.jsonl"
 # Arms that differ in more keys are named as their recipes are.
@@ -42,14 +42,14 @@ class Member:
     seed: int
     place: str
     run: Run | None
-    state: State
+    state: RunState
     reason: str = ""
     tuning: bool = False
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class ComparedArm:
     """Runs that differ in the seed alone. `keys` are those in which the arms differ, `number` counts from 1."""
 
     name: str
@@ -73,7 +73,7 @@ class Comparison:
         swept: whether all runs come from one sweep.
     """
 
-    arms: tuple[Arm, ...]
+    arms: tuple[ComparedArm, ...]
     tuning: tuple[Member, ...]
     varied: tuple[str, ...]
     notes: tuple[str, ...]
@@ -151,7 +151,7 @@ def _from_line(line: Mapping[str, Any], folders: Sequence[Path], home: Path) -> 
             run = read_run(directory)
         except LimbeckError as error:
             reason = reason or str(error)
-    state: State = line["state"] if line.get("state") in ("waiting", "running", "failed", "dropped") else "done"
+    state: RunState = line["state"] if line.get("state") in ("waiting", "running", "failed", "dropped") else "done"
     member = Member(
         arm=titled(str(line["arm"])),
         seed=int(number(line, "seed") or 0),
@@ -212,7 +212,7 @@ def _derived(found: Sequence[Member]) -> list[Member]:
         if member.run and member.run.recipe:
             # Runs called differently are one arm all the same, and are called as the first of them.
             said = json.dumps(own, sort_keys=True, default=str)
-            name = names.get(said) or _free(label(own, keys) or name_of(member.run), names)
+            name = names.get(said) or _free(arm_label(own, keys) or name_of(member.run), names)
             names[said] = name
         else:
             name = member.arm or Path(member.place).name
@@ -250,7 +250,7 @@ def _compared(found: Sequence[Member], *, swept: bool) -> Comparison:
         seen[member.arm, member.seed] = member.place
         arms.setdefault(member.arm, []).append(member)
     made = [
-        Arm(name=name, number=n, keys=members[0].keys, members=tuple(sorted(members, key=lambda m: m.seed)))
+        ComparedArm(name=name, number=n, keys=members[0].keys, members=tuple(sorted(members, key=lambda m: m.seed)))
         for n, (name, members) in enumerate(arms.items(), start=1)
     ]
     for member in found:

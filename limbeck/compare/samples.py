@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from limbeck.compare.runs import Arm
+from limbeck.compare.runs import ComparedArm
 from limbeck.report.read_run import number
 
 MOST_PROMPTS, MOST_ARMS = 5, 6
@@ -30,7 +30,7 @@ class Sample:
     answers: tuple[Answer, ...]
 
 
-def samples(arms: Sequence[Arm], tones: Mapping[str, int]) -> list[Sample]:
+def samples(arms: Sequence[ComparedArm], tones: Mapping[str, int]) -> list[Sample]:
     """Prompts that most arms answered, with the first run of each of the first few arms."""
     told = {}
     for arm in arms:

@@ -9,16 +9,16 @@ from statistics import NormalDist
 MANY = 1000.0
 
 
-def tail(value: float, freedom: float) -> float:
+def tail(value: float, dof: float) -> float:
     """The chance that Student's t lies further from 0 than `value`, either way.
 
     It is the incomplete beta function I_x(freedom / 2, 1 / 2) at x = freedom / (freedom + value^2), by its continued
     fraction (Abramowitz and Stegun 1964, 26.5.8, evaluated by Lentz's method).
     """
-    if freedom >= MANY:
+    if dof >= MANY:
         return math.erfc(abs(value) / math.sqrt(2))
-    x = freedom / (freedom + value * value)
-    a, b = freedom / 2, 0.5
+    x = dof / (dof + value * value)
+    a, b = dof / 2, 0.5
     if x == 1:
         return 1.0
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
@@ -43,16 +43,16 @@ def _fraction(a: float, b: float, x: float) -> float:
     return result
 
 
-def quantile(level: float, freedom: float) -> float:
+def quantile(level: float, dof: float) -> float:
     """The value beyond which Student's t lies with probability `level`, both sides together."""
     # Its tails are heavier than the normal distribution's, so the value lies beyond that one's.
     low = -NormalDist().inv_cdf(level / 2)
-    if freedom >= MANY:
+    if dof >= MANY:
         return low
     high = 2 * low
-    while tail(high, freedom) > level:
+    while tail(high, dof) > level:
         low, high = high, 2 * high
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if tail(middle, freedom) > level else (low, middle)
+        low, high = (middle, high) if tail(middle, dof) > level else (low, middle)
     return (low + high) / 2

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from limbeck.compare.charts import GREY, Drawn, Plate
-from limbeck.compare.labels import short
+from limbeck.compare.charts import GREY, Drawn, Figure
+from limbeck.compare.labels import short_value
 from limbeck.report.charts import HEIGHT, WIDTH
 from limbeck.report.svg import FONT, INK, PAPER, RULE, SOFT, svg_text
 
 # Of the page's light colours, in its order.
-TONES = ("#0069a6", "#c9500a", "#00845f", "#a8447f", "#8a6400", "#3a8fc0", "#6a4fb3", "#5b5f66")
+COLORS = ("#0069a6", "#c9500a", "#00845f", "#a8447f", "#8a6400", "#3a8fc0", "#6a4fb3", "#5b5f66")
 _GREY = "#b9bcc2"
 # One chart with its margins: edges of the drawing area inside it, and the whole.
 _LEFT, _TOP, _WIDE, _HIGH = 72.0, 92.0, 380.0, 250.0
@@ -20,13 +20,13 @@ _CELL, _TALL = 640.0, 430.0
 _LETTERS = 26
 
 
-def draw(title: str, headline: str, plates: Sequence[Plate]) -> str:
+def svg_figure(title: str, headline: str, plates: Sequence[Figure]) -> str:
     """The picture as SVG text."""
     width, height = _CELL * max(1, len(plates)), _TALL + 84
     body = [
         f'<rect x=".5" y=".5" width="{width - 1:g}" height="{height - 1:g}" rx="14" fill="{PAPER}" stroke="{RULE}"/>',
         svg_text(36, 46, title, size=23, weight=700),
-        svg_text(36, 76, short(headline, int((width - 72) / 8)), size=15, fill=SOFT, most=width - 72),
+        svg_text(36, 76, short_value(headline, int((width - 72) / 8)), size=15, fill=SOFT, most=width - 72),
     ]
     for place, plate in enumerate(plates):
         body += [f'<g transform="translate({place * _CELL:g} 84)">', *_chart(plate), "</g>"]
@@ -38,7 +38,7 @@ def draw(title: str, headline: str, plates: Sequence[Plate]) -> str:
     )
 
 
-def _chart(plate: Plate) -> list[str]:
+def _chart(plate: Figure) -> list[str]:
     unit = f'<tspan fill="{SOFT}" font-weight="400">  {escape(plate.unit)}</tspan>' if plate.unit else ""
     parts = [
         f'<text x="36" y="44" font-size="17" font-weight="600" fill="{INK}" xml:space="preserve">'
@@ -96,7 +96,9 @@ def _points(curve: Drawn) -> list[str]:
             )
     if curve.label_at:
         y = _TOP + _HIGH * curve.label_at[1] / 100
-        parts.append(svg_text(_LEFT + _WIDE + 12, y + 4, short(curve.name, _LETTERS), size=12, fill=colour, weight=600))
+        parts.append(
+            svg_text(_LEFT + _WIDE + 12, y + 4, short_value(curve.name, _LETTERS), size=12, fill=colour, weight=600)
+        )
     return parts
 
 
@@ -105,4 +107,4 @@ def _path(d: str, colour: str, more: str) -> str:
 
 
 def _colour(curve: Drawn) -> str:
-    return _GREY if curve.tone == GREY else TONES[curve.tone % len(TONES)]
+    return _GREY if curve.tone == GREY else COLORS[curve.tone % len(COLORS)]

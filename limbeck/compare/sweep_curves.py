@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from limbeck.compare.charts import GREY, TONES, Curve, Plate, Point, draw, linear, settings_scale
+from limbeck.compare.charts import COLOR_COUNT, GREY, Curve, Figure, Point, lay_out, linear, settings_scale
 from limbeck.compare.labels import differing
-from limbeck.compare.pairwise import Pair
+from limbeck.compare.pairwise import ComparedPair
 from limbeck.compare.ranking import interval
-from limbeck.compare.runs import Arm, Comparison
+from limbeck.compare.runs import ComparedArm, Comparison
 from limbeck.compare.tables import Column
 from limbeck.report.format import figure, setting
 
@@ -24,7 +24,7 @@ class Panel:
     """All charts of one swept setting."""
 
     key: str
-    plates: tuple[Plate, ...]
+    plates: tuple[Figure, ...]
 
 
 def panels(comparison: Comparison, columns: Sequence[Column]) -> list[Panel]:
@@ -48,16 +48,16 @@ def tuned_keys(comparison: Comparison) -> set[str]:
     return {key for keys in by_arm.values() for key in differing(keys)}
 
 
-def _number(arm: Arm, key: str) -> float | None:
+def _number(arm: ComparedArm, key: str) -> float | None:
     value = arm.keys.get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _numbers(arms: Sequence[Arm], key: str) -> set[float]:
+def _numbers(arms: Sequence[ComparedArm], key: str) -> set[float]:
     return {value for arm in arms if (value := _number(arm, key)) is not None}
 
 
-def _plate(column: Column, key: str) -> Plate | None:
+def _plate(column: Column, key: str) -> Figure | None:
     """One metric over one setting; None where fewer than two of its values were measured."""
     if len(_numbers(column.arms, key)) < 2:
         return None
@@ -67,14 +67,14 @@ def _plate(column: Column, key: str) -> Plate | None:
         if value is not None:
             lines.setdefault(_without(arm.name, key) or "all", []).append((value, n))
     pairs = column.judged.pairs
-    tones = {name: turn if turn < TONES else GREY for turn, name in enumerate(lines)}
+    tones = {name: turn if turn < COLOR_COUNT else GREY for turn, name in enumerate(lines)}
     curves = [_curve(name, sorted(own), column, pairs, tones[name]) for name, own in lines.items()]
     values = [v for curve in curves for p in curve.points for v in (p.low, p.y, p.high) if v is not None]
     values += [v for curve in curves for _, low, high in curve.band for v in (low, high)]
     rule = {"lower": "lower is better", "higher": "higher is better"}.get(column.about.better, "")
     if column.teacher is not None and column.about.better == "match":
         rule = f"best at the teacher's {figure(column.teacher)}"
-    return draw(
+    return lay_out(
         name=f"{key}-{column.name}",
         title=column.about.label,
         unit=", ".join(part for part in (column.about.unit, rule) if part),
@@ -93,7 +93,11 @@ def _without(name: str, key: str) -> str:
 
 
 def _curve(
-    name: str, own: Sequence[tuple[float, int]], column: Column, pairs: Mapping[tuple[int, int], Pair], tone: int
+    name: str,
+    own: Sequence[tuple[float, int]],
+    column: Column,
+    pairs: Mapping[tuple[int, int], ComparedPair],
+    tone: int,
 ) -> Curve:
     leader = min((n for _, n in own), key=lambda n: column.sign * column.judged.mean(n))
     sheet, points, band = column.resampled.sheet, [], []

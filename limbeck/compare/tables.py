@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from limbeck.compare.comparability import Apart, difference, settings_of
-from limbeck.compare.runs import Arm, Comparison, Member
-from limbeck.compare.uncertainty import Resampled, Sheet, draws
+from limbeck.compare.comparability import ExcludedRun, difference, settings_of
+from limbeck.compare.runs import ComparedArm, Comparison, Member
+from limbeck.compare.uncertainty import Resampled, ResampledMetric, draws
 from limbeck.evaluation.scores.bootstrap import RESAMPLES, Table
 from limbeck.evaluation.scores.files import read_rows
-from limbeck.evaluation.scores.metrics import METRICS, Metric, describe
+from limbeck.evaluation.scores.metrics import METRICS, Metric, describe_metric
 from limbeck.evaluation.scores.pooled import POOLED
 from limbeck.report.read_run import value_at
 from limbeck.types import LimbeckError, ScoredRow
@@ -38,7 +38,7 @@ class Column:
 
     name: str
     about: Metric
-    arms: tuple[Arm, ...]
+    arms: tuple[ComparedArm, ...]
     places: tuple[str, ...]
     resampled: Resampled
     judged: Resampled
@@ -51,7 +51,7 @@ class Column:
         return -1 if self.about.better == "higher" else 1
 
 
-class Tables:
+class MetricTables:
     """Rows of every evaluated run of a comparison, read once."""
 
     def __init__(self, comparison: Comparison) -> None:
@@ -67,8 +67,8 @@ class Tables:
         self._kept = {table: self._comparable(table) for table in self._rows}
 
     @property
-    def apart(self) -> list[Apart]:
-        return [Apart(place=place, tables=tuple(tables), why=why) for (place, why), tables in self._apart.items()]
+    def apart(self) -> list[ExcludedRun]:
+        return [ExcludedRun(place=place, tables=tuple(tables), why=why) for (place, why), tables in self._apart.items()]
 
     @cached_property
     def columns(self) -> dict[str, Column]:
@@ -129,7 +129,7 @@ class Tables:
         _, at, condition = table.partition("@")
         made = []
         for bare, by_place in measured.items():
-            about = describe(f"{bare}{at}{condition}")
+            about = describe_metric(f"{bare}{at}{condition}")
             target = _target(about, measured)
             if about.better == "match" and (
                 target is None or (isinstance(target, Mapping) and set(target) < set(by_place))
@@ -156,7 +156,7 @@ class Tables:
         arms = tuple({self._arm[place].number: self._arm[place] for place in places}.values())
         value_R = np.array([measured[place][0] for place in places])
         drawn_BR = np.stack([measured[place][1] for place in places], axis=1)
-        sheet = Sheet(
+        sheet = ResampledMetric(
             arm_R=tuple(arms.index(self._arm[place]) for place in places),
             seed_R=tuple(self._members[place].seed for place in places),
             value_R=value_R,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from limbeck.compare.pairwise import Gap, Pair, holm, satterthwaite
+from limbeck.compare.pairwise import ComparedPair, Difference, holm, satterthwaite
 from limbeck.compare.student_t import quantile
 from limbeck.evaluation.scores.bootstrap import CONFIDENCE
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sheet:
+class ResampledMetric:
     """One metric of some runs on the same examples, and what it would have been on resampled ones.
 
     Attributes:
@@ -103,7 +103,7 @@ def arm_means(drawn_BR: ndarray, runs: Sequence[int], counts_BS: ndarray) -> nda
 class Resampled:
     """A metric's resamples: every arm's mean and every pair's difference, on the same examples and shared seeds."""
 
-    sheet: Sheet
+    sheet: ResampledMetric
     _drawn: dict[tuple[int, tuple[int, ...]], ndarray] = field(default_factory=dict)
     _estimates: dict[int, Estimate] = field(default_factory=dict)
 
@@ -139,10 +139,10 @@ class Resampled:
             return Estimate(mean=middle, low=None, high=None, seeds=seeds)
         drawn_B = self.drawn(arm)
         if seeds > 1:
-            freedom = satterthwaite(self._seed_variance(arm), seeds - 1, float(drawn_B.var()))
+            dof = satterthwaite(self._seed_variance(arm), seeds - 1, float(drawn_B.var()))
             # Not the resamples' own percentiles: with three seeds they end at the outermost seed.
-            reach = quantile(1 - CONFIDENCE, freedom) * float(drawn_B.std())
-            low, high = middle - reach, middle + reach
+            half_width = quantile(1 - CONFIDENCE, dof) * float(drawn_B.std())
+            low, high = middle - half_width, middle + half_width
             if self.sheet.share:
                 low, high = max(0.0, low), min(1.0, high)
             return Estimate(mean=middle, low=low, high=high, seeds=seeds)
@@ -153,7 +153,7 @@ class Resampled:
         return Estimate(mean=middle, low=low, high=high, seeds=seeds)
 
     @cached_property
-    def pairs(self) -> dict[tuple[int, int], Pair]:
+    def pairs(self) -> dict[tuple[int, int], ComparedPair]:
         """Every pair of arms, first number below second, judged together."""
         arms = self.sheet.arms
         if self.alone or arms < 2:
@@ -165,11 +165,13 @@ class Resampled:
         repeated = [len(runs) - 1 for runs in self.sheet.runs if len(runs) > 1]
         if repeated:
             known = [gap.unit for gap in found.values() if gap.unit is not None]
-            freedom = sum(repeated) * max(1, len(repeated) - 1) / len(repeated)
-            found = {pair: gap.borrowing(sum(known) / len(known), max(1.0, freedom)) for pair, gap in found.items()}
+            dof = sum(repeated) * max(1, len(repeated) - 1) / len(repeated)
+            found = {
+                pair: gap.with_pooled_variance(sum(known) / len(known), max(1.0, dof)) for pair, gap in found.items()
+            }
         return holm(found)
 
-    def _difference(self, first: int, second: int) -> Gap:
+    def _difference(self, first: int, second: int) -> Difference:
         """First minus second; paired over the seeds that both have."""
         ours, theirs = set(self.sheet.runs[first]), set(self.sheet.runs[second])
         shared = tuple(sorted(ours & theirs))
@@ -183,7 +185,7 @@ class Resampled:
             return self._unpaired(first, second, variance)
         apart_S, seeds = self._values(first, shared) - self._values(second, shared), len(shared)
         unit = float(apart_S.var(ddof=1)) / 2 if seeds > 1 else None
-        return Gap(
+        return Difference(
             difference=float(apart_S.mean()),
             variance=max(variance, 0.0),
             unit=unit,
@@ -191,14 +193,14 @@ class Resampled:
             share=2 / seeds,
         )
 
-    def _unpaired(self, first: int, second: int, variance: float) -> Gap:
+    def _unpaired(self, first: int, second: int, variance: float) -> Difference:
         sides = [self._values(arm, tuple(self.sheet.runs[arm])) for arm in (first, second)]
         known = [side_S for side_S in sides if len(side_S) > 1]
-        freedom = sum(len(side_S) - 1 for side_S in known)
-        return Gap(
+        dof = sum(len(side_S) - 1 for side_S in known)
+        return Difference(
             difference=float(sides[0].mean() - sides[1].mean()),
             variance=variance,
-            unit=sum(float(s_S.var(ddof=1)) * (len(s_S) - 1) for s_S in known) / freedom if known else None,
+            unit=sum(float(s_S.var(ddof=1)) * (len(s_S) - 1) for s_S in known) / dof if known else None,
             own=sum(_of_mean(side_S) for side_S in known),
             share=sum(1 / len(side_S) for side_S in sides),
         )

@@ -16,7 +16,7 @@ from torch import nn
 from limbeck.models.heads import causal_model
 from limbeck.types import LimbeckError
 
-Clock = Callable[[], float]
+Timer = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ def timed_in_turns(
     *,
     new_tokens: int,
     repeats: int,
-    clock: Clock = time.perf_counter,
+    clock: Timer = time.perf_counter,
 ) -> dict[str, list[Timing]]:
     """Time models on a prompt each, one after the other, `repeats` times over; a first round is not counted.
 
@@ -86,7 +86,7 @@ def require_window(name: str, config: Mapping[str, object], tokens: int) -> None
 
 
 @torch.inference_mode()
-def _once(model: nn.Module, ids: Sequence[int], new_tokens: int, clock: Clock) -> Timing:
+def _once(model: nn.Module, ids: Sequence[int], new_tokens: int, clock: Timer) -> Timing:
     device = next(model.parameters()).device
     ids_1T = torch.tensor([list(ids)], device=device)
     settle(device)

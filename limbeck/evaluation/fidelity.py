@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from limbeck.evaluation.token_metrics.calibration import bin_sums, curve, pooled_parts
-from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, TokenValues, token_values
+from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, TokenValues, fidelity_values
 from limbeck.objectives.fused.body import Compile
 from limbeck.runtime.rundir import Json
 from limbeck.types import LimbeckError, ScoredRow
@@ -51,7 +51,7 @@ def measure(chunks: Iterable[FidelityChunk], *, top_k: int, compile: Compile = "
     """
     tally = _Tally()
     for chunk in chunks:
-        tally.add(chunk, token_values(chunk, top_k=top_k, compile=compile))
+        tally.add(chunk, fidelity_values(chunk, top_k=top_k, compile=compile))
     return Fidelity(rows=tally.rows(), detail=tally.detail())
 
 

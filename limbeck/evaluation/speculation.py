@@ -41,7 +41,7 @@ class Drafted:
     drafted_s: float
 
 
-def rows(prompts: Sequence[Drafted]) -> list[ScoredRow]:
+def acceptance_rows(prompts: Sequence[Drafted]) -> list[ScoredRow]:
     """A row a prompt with its part of the sums that `limbeck.evaluation.scores.pooled` makes the metrics of."""
     return [
         ScoredRow(

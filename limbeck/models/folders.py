@@ -77,7 +77,7 @@ def _require_regular(path: Path) -> None:
         raise LimbeckError(f"{path} is {what}, expected a regular file; remove it or download the model again")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
@@ -100,7 +100,7 @@ def require_sizes(path: Path) -> None:
     Raises:
         LimbeckError: names the field.
     """
-    _require_fields(path, read_object(path))
+    _require_fields(path, read_json_object(path))
 
 
 def _require_fields(path: Path, fields: Mapping[str, Any]) -> None:

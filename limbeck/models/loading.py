@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from limbeck.models.assets import Progress
+from limbeck.models.assets import DownloadProgress
 from limbeck.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from limbeck.models.folders import refuse_adapter, require_fitting
 from limbeck.models.gguf import gguf_config, gguf_model, gguf_tokenizer
@@ -72,7 +72,7 @@ def load_model(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     revision: str | None = None,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer by asset name, local directory, GGUF file or hub id, on the CPU.
 
@@ -108,7 +108,7 @@ def load_tokenizer(
     *,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone. Fetches no weights from the hub.
 

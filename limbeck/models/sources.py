@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
-from limbeck.models.assets import ASSETS, Progress, fetch
+from limbeck.models.assets import ASSETS, DownloadProgress, fetch
 from limbeck.models.folders import require_sound_folder
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.types import LimbeckError
@@ -61,7 +61,7 @@ def resolve(
     revision: str | None = None,
     weights: bool = True,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
 ) -> Source:
     """Find a model, fetching it where needed.
 
@@ -176,7 +176,9 @@ def require_inside(name: str, folder: Path) -> None:
         raise LimbeckError(f"{name} lacks {absent.name}, which its index names; download it again")
 
 
-def _hub(repo: str, revision: str | None, weights: bool, trust_remote_code: bool, progress: Progress | None) -> Source:
+def _hub(
+    repo: str, revision: str | None, weights: bool, trust_remote_code: bool, progress: DownloadProgress | None
+) -> Source:
     from huggingface_hub import errors, is_offline_mode
 
     if not _HUB_ID.fullmatch(repo):
@@ -220,7 +222,9 @@ def _ask(repo: str, revision: str | None) -> ModelInfo:
     return HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
 
 
-def _download(repo: str, info: ModelInfo, patterns: list[str], weights: bool, progress: Progress | None) -> Source:
+def _download(
+    repo: str, info: ModelInfo, patterns: list[str], weights: bool, progress: DownloadProgress | None
+) -> Source:
     from huggingface_hub import snapshot_download
 
     if progress is not None and weights:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
-Verdict = Literal["same", "same_padded", "different"]
+Compatibility = Literal["same", "same_padded", "different"]
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _SHOWN = 5
 _UNLIMITED = 10**9
@@ -68,7 +68,7 @@ class VocabularyReport:
         notes: what differs without harm, or deserves a look.
     """
 
-    verdict: Verdict
+    verdict: Compatibility
     vocab_size: int
     differences: tuple[str, ...]
     notes: tuple[str, ...]
@@ -79,7 +79,9 @@ def real_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def describe(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> VocabularyCard:
+def describe_vocabulary(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> VocabularyCard:
     """The card of a model by name, from configuration, tokenizer and the headers of the weight files.
 
     Raises:
@@ -147,7 +149,7 @@ def _stored_head(source: Source) -> tuple[int | None, str | None]:
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def compare(teacher: VocabularyCard, student: VocabularyCard) -> VocabularyReport:
+def compare_vocabularies(teacher: VocabularyCard, student: VocabularyCard) -> VocabularyReport:
     """Whether every id means the same token to both, and what else differs."""
     differences, lacking = _token_differences(teacher, student)
     for card in (teacher, student):
@@ -157,7 +159,7 @@ def compare(teacher: VocabularyCard, student: VocabularyCard) -> VocabularyRepor
                 "its tokenizer does not belong to it"
             )
     padded = teacher.head_rows != teacher.vocab_size or student.head_rows != student.vocab_size
-    verdict: Verdict = "different" if differences else ("same_padded" if padded else "same")
+    verdict: Compatibility = "different" if differences else ("same_padded" if padded else "same")
     return VocabularyReport(
         verdict=verdict,
         vocab_size=0 if differences else teacher.vocab_size,
@@ -166,13 +168,13 @@ def compare(teacher: VocabularyCard, student: VocabularyCard) -> VocabularyRepor
     )
 
 
-def require_same(teacher: VocabularyCard, student: VocabularyCard) -> int:
+def require_same_vocabulary(teacher: VocabularyCard, student: VocabularyCard) -> int:
     """The number of ids objectives run over.
 
     Raises:
         LimbeckError: the vocabularies differ; names what differs.
     """
-    report = compare(teacher, student)
+    report = compare_vocabularies(teacher, student)
     if report.verdict == "different":
         raise LimbeckError(
             f"teacher {teacher.name} and student {student.name} have different tokens: "

@@ -44,7 +44,9 @@ class AdaptiveKL(Divergence):
 
     def pointwise(self, rows: Rows) -> tuple[Tensor, Tensor]:
         gap_NK = (rows.p_NK - rows.q_NK).detach().abs()
-        head_gap_N1 = torch.where(head_of(rows.log_p_NK, rows.p_NK, self.mu), gap_NK, 0.0).sum(-1, keepdim=True)
+        head_gap_N1 = torch.where(temperature_of_head(rows.log_p_NK, rows.p_NK, self.mu), gap_NK, 0.0).sum(
+            -1, keepdim=True
+        )
         total_N1 = gap_NK.sum(-1, keepdim=True)
         equal_N1 = total_N1 == 0
         head_N1 = torch.where(equal_N1, 0.5, head_gap_N1 / torch.where(equal_N1, 1.0, total_N1))
@@ -53,7 +55,7 @@ class AdaptiveKL(Divergence):
         return reverse_NK - p_NK * log_ratio_NK, reverse_NK - p_NK
 
 
-def head_of(log_p_NK: Tensor, p_NK: Tensor, mass: float) -> Tensor:
+def temperature_of_head(log_p_NK: Tensor, p_NK: Tensor, mass: float) -> Tensor:
     """The most likely tokens whose cumulated mass is at most `mass`, and always the first (bool).
 
     Instead of sorting the vocabulary it halves the interval that holds the threshold, until no two numbers of the

@@ -53,7 +53,7 @@ class Divergence(RowObjective):
 
 def through_softmax(rows: Rows, slope_NK: Tensor) -> Tensor:
     """Gradient in the raw student logits from the slope in log q."""
-    return (slope_NK - rows.q_NK * slope_NK.sum(-1, keepdim=True)) * rows.student_cooling_N1
+    return (slope_NK - rows.q_NK * slope_NK.sum(-1, keepdim=True)) * rows.student_inv_tau_N1
 
 
 def check_fraction(objective: str, option: str, value: float, closed: bool = False) -> None:

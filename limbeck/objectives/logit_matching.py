@@ -91,9 +91,9 @@ def pair_weight(rows: Rows, weighting: Weighting, possible_NK: Tensor, share: fl
     if weighting == "mixture":
         teacher_NK = pair_weight(rows, "teacher", possible_NK, share)
         return share * teacher_NK + (1 - share) * pair_weight(rows, "student", possible_NK, share)
-    logits_NK, cooling_N1 = rows.student_logits_NK, rows.student_cooling_N1
+    logits_NK, cooling_N1 = rows.student_logits_NK, rows.student_inv_tau_N1
     if weighting == "teacher":
-        logits_NK, cooling_N1 = rows.teacher_logits_NK, rows.teacher_cooling_N1
+        logits_NK, cooling_N1 = rows.teacher_logits_NK, rows.teacher_inv_tau_N1
     weight_NK = torch.where(possible_NK, logits_NK * cooling_N1, -torch.inf).softmax(-1)
     # Rows without a possible entry have no weights, where softmax says NaN.
     return torch.where(possible_NK, weight_NK, 0.0)

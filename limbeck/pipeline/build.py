@@ -17,12 +17,12 @@ from limbeck.objectives import (
 )
 from limbeck.objectives.sequence.distillm2 import Beta
 from limbeck.objectives.sums import AnyObjective, row_leaves
-from limbeck.pipeline.engine import Story
+from limbeck.pipeline.engine import RunContext
 from limbeck.recipe import load
 from limbeck.recipe.sections import SftSection
-from limbeck.training.loss import Judgement
+from limbeck.training.loss import LossPlan
 from limbeck.training.schedules import moved
-from limbeck.training.weighting import Balance
+from limbeck.training.weighting import TokenWeighting
 from limbeck.types import DenseSignal, Head, LimbeckError, Signal
 
 
@@ -48,44 +48,44 @@ def temperature_of(recipe: load.Recipe) -> Temperature | TemperatureSchedule:
     )
 
 
-def judgement_of(recipe: load.Recipe) -> Judgement:
+def loss_plan_of(recipe: load.Recipe) -> LossPlan:
     """Which objective for whose response, as a recipe says it."""
     own = recipe.contrast.student
-    return Judgement(
-        objective=load.build_objective(recipe),
-        own=None if own is None else load.named_objective("contrast.student", own),
-        rule=load.build_rule(recipe),
+    return LossPlan(
+        objective=load.objective_of(recipe),
+        student_objective=None if own is None else load.named_objective("contrast.student", own),
+        rule=load.rule_of(recipe),
         authored=recipe.on_policy,
         support=recipe.signal.support,
     )
 
 
-def sft_judgement(recipe: load.Recipe, section: SftSection) -> Judgement:
+def sft_loss_plan(recipe: load.Recipe, section: SftSection) -> LossPlan:
     """The objective of the first stage. What the teacher says of the data's answers is not kept, and so it is whole."""
     support = "full" if recipe.sft_on_data else recipe.signal.support
-    return Judgement(objective=load.named_objective("sft.objective", section.objective), support=support)
+    return LossPlan(objective=load.named_objective("sft.objective", section.objective), support=support)
 
 
-def trial_judgement(recipe: load.Recipe) -> Judgement:
+def trial_loss_plan(recipe: load.Recipe) -> LossPlan:
     """What the learning rate is searched with before a first stage: the objective on what was written before training.
 
     Objectives that push sampled tokens say nothing on the text of others; reverse KL, which they estimate, stands for
     them there. What a rule says of whole responses is left out.
     """
-    judgement = judgement_of(recipe)
-    alone = replace(judgement, own=None, rule=None, authored=False)
+    loss_plan = loss_plan_of(recipe)
+    alone = replace(loss_plan, student_objective=None, rule=None, authored=False)
     return (
         replace(alone, objective=load.named_objective("objective", {"name": "rkl"})) if alone.pushes_samples else alone
     )
 
 
-def balance_of(recipe: load.Recipe) -> Balance:
+def token_weighting_of(recipe: load.Recipe) -> TokenWeighting:
     """What each response counts, as a recipe says it."""
     contrast = recipe.contrast
     beta = None
     if contrast.beta != "none":
         beta = Beta(shape=contrast.beta, start=contrast.beta_start, end=contrast.beta_end)
-    return Balance(reduction=recipe.train.reduction, beta=beta, scale=contrast.scale)
+    return TokenWeighting(reduction=recipe.train.reduction, beta=beta, scale=contrast.scale)
 
 
 def sparse_form(recipe: load.Recipe) -> SparseForm | None:
@@ -96,48 +96,48 @@ def sparse_form(recipe: load.Recipe) -> SparseForm | None:
     return SparseForm(support=section.support, k=section.k, temperatures=load.signal_temperatures(recipe))
 
 
-def check_objectives(story: Story) -> None:
+def check_objectives(context: RunContext) -> None:
     """Let each objective judge three tokens: whatever it cannot be combined with, it says now.
 
     Raises:
         LimbeckError: it cannot.
     """
-    recipe, judgement = story.recipe, judgement_of(story.recipe)
+    recipe, loss_plan = context.recipe, loss_plan_of(context.recipe)
     form = sparse_form(recipe)
-    if form is not None and form.support != "sampled" and form.k > story.teacher_card.vocab_size:
+    if form is not None and form.support != "sampled" and form.k > context.teacher_card.vocab_size:
         raise LimbeckError(
-            f"signal.k is {form.k}, but the teacher has {story.teacher_card.vocab_size} tokens; lower it"
+            f"signal.k is {form.k}, but the teacher has {context.teacher_card.vocab_size} tokens; lower it"
         )
-    _check_rule(judgement)
+    _check_rule(loss_plan)
     for progress in (0.0, 1.0):
         temperature, options = temperature_of(recipe).at(progress), moved(recipe.objective.schedule, progress)
-        _try(judgement, judgement.objective, form, temperature, options)
-        if judgement.own is not None:
+        _try(loss_plan, loss_plan.objective, form, temperature, options)
+        if loss_plan.student_objective is not None:
             with load.at("contrast.student"):
-                _try(judgement, judgement.own, form, temperature, options)
+                _try(loss_plan, loss_plan.student_objective, form, temperature, options)
     if recipe.sft is not None:
         with load.at("sft.objective"):
-            sft = sft_judgement(recipe, recipe.sft)
+            sft = sft_loss_plan(recipe, recipe.sft)
             _try(sft, sft.objective, None if recipe.sft_on_data else form, Temperature(), {})
 
 
-def _check_rule(judgement: Judgement) -> None:
+def _check_rule(loss_plan: LossPlan) -> None:
     """Somebody must listen to what a rule says."""
-    rule = judgement.rule
+    rule = loss_plan.rule
     if rule is None or rule.option is None:
         return
-    if any(rule.option in part.token_fields for o in judgement.objectives for _, part in row_leaves(o)):
+    if any(rule.option in part.token_fields for o in loss_plan.objectives for _, part in row_leaves(o)):
         return
     fields = {name: getattr(objective, "token_fields", ()) for name, objective in OBJECTIVES.items()}
     listen = [name for name, known in fields.items() if isinstance(known, frozenset) and rule.option in known]
     raise LimbeckError(
-        f"contrast.rule={rule.name} tells each token its {rule.option}, but objective {judgement.objective.name!r} has "
+        f"contrast.rule={rule.name} tells each token its {rule.option}, but objective {loss_plan.objective.name!r} has "
         f"none; set objective.name to one of {', '.join(listen)}"
     )
 
 
 def _try(
-    judgement: Judgement,
+    loss_plan: LossPlan,
     objective: AnyObjective,
     form: SparseForm | None,
     temperature: Temperature,
@@ -152,17 +152,17 @@ def _try(
     if form is not None:
         signal = replace(form, k=min(form.k, vocabulary)).of(signal, seed=0)
     # A value that every option may have.
-    told = {judgement.rule.option: 0.5} if judgement.rule is not None and judgement.rule.option is not None else {}
+    told = {loss_plan.rule.option: 0.5} if loss_plan.rule is not None and loss_plan.rule.option is not None else {}
     fused_distillation_loss(
         student_ND,
         head,
         signal,
         objective,
         temperature=temperature,
-        support=judgement.support,
+        support=loss_plan.support,
         label_N=torch.arange(tokens),
         sequence_N=torch.zeros(tokens, dtype=torch.int64),
-        token_options=judgement.told(
+        token_options=loss_plan.options_for(
             objective, {name: torch.full((tokens,), value) for name, value in {**options, **told}.items()}
         ),
         compile="off",

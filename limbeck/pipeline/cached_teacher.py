@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from limbeck.pipeline.engine import Story
-from limbeck.pipeline.stages.teach import JUDGE_ROWS, local_teacher
+from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE, local_teacher
 from limbeck.rollouts.collate import collate
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.stored import OpenShards, shards_of, write_shard
@@ -20,7 +20,7 @@ Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class RoundTeacher:
+class CachedTeacher:
     """Judges what is new, and reads what it said of responses that are on disk (flow.Teacher, responses.rounds.Keeper).
 
     Attributes:
@@ -46,7 +46,7 @@ class RoundTeacher:
         hidden_ND = torch.cat([self._open.row(*place)["hidden"] for place in places if place is not None])
         return DenseSignal(hidden_ND=hidden_ND.to(weight_VD.device, weight_VD.dtype), head=self.local.head)
 
-    def begin(self, folder: Path) -> None:
+    def start_round(self, folder: Path) -> None:
         """Delete what was said of the rounds before the one in `folder`, which no step reads again."""
 
         def earlier(shard: Path) -> bool:
@@ -59,18 +59,18 @@ class RoundTeacher:
             # Another process may have been here first.
             shard.unlink(missing_ok=True)
 
-    def keep(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
+    def store(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
         """Write the states of some responses beside them; judge those that the teacher has not seen."""
         if hidden is None:
             parts: list[Tensor] = []
-            for start in range(0, len(responses), JUDGE_ROWS):
-                some = responses[start : start + JUDGE_ROWS]
+            for start in range(0, len(responses), SCORING_BATCH_SIZE):
+                some = responses[start : start + SCORING_BATCH_SIZE]
                 hidden_ND = self.local.signal(collate(some, range(len(some)), pad_id=0)).hidden_ND
                 parts += hidden_ND.split([r.tokens for r in some])
             hidden = parts
         write_shard(path.with_suffix(".safetensors"), dict(enumerate(hidden)), dtype=self.dtype)
 
-    def know(self, path: Path, responses: Sequence[Response]) -> None:
+    def register(self, path: Path, responses: Sequence[Response]) -> None:
         """These responses have their states beside them, unless a run that went further has deleted them."""
         shard = path.with_suffix(".safetensors")
         if not shard.exists():
@@ -90,14 +90,14 @@ def _keys_of(batch: TokenBatch) -> list[Ids]:
     return [(count, *ids[:length], last) for count, length, last, ids in zip(*columns, strict=True)]
 
 
-def round_teacher(story: Story, base: Mapping[int, Response]) -> RoundTeacher:
+def round_teacher(context: RunContext, base: Mapping[int, Response]) -> CachedTeacher:
     """The teacher itself, and what it said before training.
 
     Args:
         base: training responses that were there before, by their row on disk.
     """
-    teacher = RoundTeacher(local_teacher(story), getattr(torch, story.recipe.signal.dtype))
-    if story.recipe.signal.cache:
-        shards = shards_of(story.run.signal)
+    teacher = CachedTeacher(local_teacher(context), getattr(torch, context.recipe.signal.dtype))
+    if context.recipe.signal.cache:
+        shards = shards_of(context.run.signal)
         teacher.places.update({_key(r): (shards[row], row) for row, r in base.items() if row in shards})
     return teacher

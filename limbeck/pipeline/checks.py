@@ -17,7 +17,7 @@ from limbeck.models.loading import load_tokenizer, source_config
 from limbeck.models.sources import resolve
 from limbeck.pipeline.build import check_objectives
 from limbeck.pipeline.drafted_responses import check_draft
-from limbeck.pipeline.engine import Story
+from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.lm_corpus import check_corpus
 from limbeck.pipeline.served_responses import check_server
 from limbeck.pipeline.student_endings import check_endings
@@ -33,9 +33,9 @@ from limbeck.training.launch import require_trackers
 from limbeck.types import LimbeckError
 
 
-def student_spec(story: Story) -> StudentSpec:
+def student_spec(context: RunContext) -> StudentSpec:
     """The student that a recipe asks for."""
-    section = story.recipe.student
+    section = context.recipe.student
     lora = section.lora
     return StudentSpec(
         init=section.init,
@@ -46,74 +46,74 @@ def student_spec(story: Story) -> StudentSpec:
         config=section.config,
         dtype=section.dtype,
         attn_implementation=section.attn_implementation,
-        trust_remote_code=story.student_trusted,
+        trust_remote_code=context.student_trusted,
         freeze_embeddings=section.freeze_embeddings,
         lora=LoraSpec(**asdict(lora)) if lora else None,
-        gradient_checkpointing=story.recipe.train.gradient_checkpointing,
-        seed=story.recipe.train.seed,
+        gradient_checkpointing=context.recipe.train.gradient_checkpointing,
+        seed=context.recipe.train.seed,
     )
 
 
-def check_responses(story: Story) -> None:
+def check_responses(context: RunContext) -> None:
     """The teacher is a model, and the template is one that its tokenizer has.
 
     Raises:
         LimbeckError: no such teacher, or no such template.
     """
-    section = story.recipe.teacher
+    section = context.recipe.teacher
     resolvable(section)
-    window = story.window
-    if window is not None and window <= story.recipe.responses.max_new_tokens:
+    window = context.window
+    if window is not None and window <= context.recipe.responses.max_new_tokens:
         raise LimbeckError(
-            f"responses.max_new_tokens is {story.recipe.responses.max_new_tokens} and the window of the pair {window} "
-            "tokens, so no prompt fits; lower it"
+            f"responses.max_new_tokens is {context.recipe.responses.max_new_tokens} and the window of the pair "
+            f"{window} tokens, so no prompt fits; lower it"
         )
-    check_template(story, section)
-    check_server(story)
-    check_draft(story)
+    check_template(context, section)
+    check_server(context)
+    check_draft(context)
 
 
-def check_student(story: Story) -> None:
+def check_student(context: RunContext) -> None:
     """The student can be made and speaks the teacher's tokens; objective and trackers exist.
 
     Raises:
         LimbeckError: anything else.
     """
-    check_objectives(story)
-    responses = story.recipe.responses
+    check_objectives(context)
+    responses = context.recipe.responses
     if responses.author == "replay":
         # Prompts come on top, once they are known.
         require_room(responses.on_policy.buffer, responses.max_new_tokens)
-    require_trackers(story.recipe.train.report_to)
-    check_corpus(story)
-    section = story.recipe.student
+    require_trackers(context.recipe.train.report_to)
+    check_corpus(context)
+    section = context.recipe.student
     if section.model is not None and section.init != "scratch":
         resolvable(section)
-    check_text_only(story)
-    check_endings(story)
-    _check_anatomy(story)
+    check_text_only(context)
+    check_endings(context)
+    _check_anatomy(context)
 
 
-def check_rounds(story: Story, prompts: int) -> None:
+def check_rounds(context: RunContext, prompts: int) -> None:
     """Rounds of pairs end with an epoch, whose steps are known as soon as the training prompts are.
 
     Raises:
         LimbeckError: this one does not.
     """
-    recipe, ranks = story.recipe, int(os.environ.get("WORLD_SIZE", "1"))
+    recipe, ranks = context.recipe, int(os.environ.get("WORLD_SIZE", "1"))
     refresh = recipe.responses.on_policy.refresh
     if recipe.responses.author == "pairs" and isinstance(refresh, int):
         rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * ranks
         require_whole_epochs(refresh, math.ceil(prompts / (rows // 2)))
 
 
-def check_template(story: Story, section: TeacherSection | StudentSection) -> None:
+def check_template(context: RunContext, section: TeacherSection | StudentSection) -> None:
     """The tokenizer of a model has the chat template that is asked for.
 
     Raises:
         LimbeckError: it has none.
     """
-    if story.recipe.prompts.template == "chat":
+    if context.recipe.prompts.template == "chat":
         assert section.model is not None
         tokenizer = load_tokenizer(
             section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
@@ -137,10 +137,10 @@ def resolvable(section: TeacherSection | StudentSection) -> None:
     )
 
 
-def _check_anatomy(story: Story) -> None:
+def _check_anatomy(context: RunContext) -> None:
     """Depth, configuration and adapters of the student against what the model it begins as has."""
-    spec = student_spec(story)
-    section = story.recipe.student if spec.model is not None else story.recipe.teacher
+    spec = student_spec(context)
+    section = context.recipe.student if spec.model is not None else context.recipe.teacher
     assert section.model is not None
     source = resolve(section.model, revision=section.revision, weights=False, trust_remote_code=spec.trust_remote_code)
     there = source_config(source, trust_remote_code=spec.trust_remote_code)

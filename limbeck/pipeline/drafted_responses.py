@@ -9,11 +9,11 @@ from pathlib import Path
 from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.loading import load_model
 from limbeck.models.sources import resolve
-from limbeck.models.vocabulary import compare, describe
-from limbeck.pipeline.engine import Story
+from limbeck.models.vocabulary import compare_vocabularies, describe_vocabulary
+from limbeck.pipeline.engine import RunContext
 from limbeck.recipe.sections import DraftSection
 from limbeck.runtime.rundir import Json, read_fields, write_json
-from limbeck.sampling.acceptance import Tally
+from limbeck.sampling.acceptance import AcceptanceStats
 from limbeck.sampling.local import LocalSampler
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.types import LimbeckError
@@ -25,36 +25,36 @@ def draft_inputs(section: DraftSection) -> Json:
     return {"weights": model_fingerprint(source), "tokens": section.tokens}
 
 
-def check_draft(story: Story) -> None:
+def check_draft(context: RunContext) -> None:
     """The draft model is there and speaks the teacher's tokens.
 
     Raises:
         LimbeckError: it is not, or does not.
     """
-    section = story.recipe.responses.draft
+    section = context.recipe.responses.draft
     if section is None:
         return
-    card = describe(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    differences = compare(story.teacher_card, card).differences
+    card = describe_vocabulary(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    differences = compare_vocabularies(context.teacher_card, card).differences
     if differences:
         raise LimbeckError(
-            f"responses.draft.model {section.model} cannot draft for the teacher {story.recipe.teacher.model}: "
+            f"responses.draft.model {section.model} cannot draft for the teacher {context.recipe.teacher.model}: "
             f"{differences[0]}; choose a model with the teacher's tokenizer, such as a student of it"
         )
 
 
-def with_draft(story: Story, section: DraftSection, alone: LocalSampler) -> SpeculativeSampler:
+def with_draft(context: RunContext, section: DraftSection, alone: LocalSampler) -> SpeculativeSampler:
     """The sampler of a teacher, with a draft model beside it in the teacher's precision."""
-    teacher = story.recipe.teacher
+    teacher = context.recipe.teacher
     draft = load_model(
         section.model,
         dtype=teacher.dtype,
         attn_implementation=teacher.attn_implementation,
         trust_remote_code=section.trust_remote_code,
         revision=section.revision,
-        progress=story.console.say,
+        progress=context.console.say,
     ).model
-    draft.to(story.device)  # type: ignore[arg-type]
+    draft.to(context.device)  # type: ignore[arg-type]
     return SpeculativeSampler(
         model=alone.model,
         draft=draft,
@@ -77,9 +77,9 @@ def draft_record(section: DraftSection | None, batches: Iterable[Path]) -> Json:
     """What the manifest says of the draft model: its counts over all batches."""
     if section is None:
         return {}
-    total = Tally()
+    total = AcceptanceStats()
     for batch in batches:
-        total.add(Tally(**read_fields(_counts_of(batch), dict.fromkeys(asdict(Tally()), int))))
+        total.add(AcceptanceStats(**read_fields(_counts_of(batch), dict.fromkeys(asdict(AcceptanceStats()), int))))
     acceptance = {"acceptance": round(total.acceptance, 4)} if total.drafted else {}
     return {"draft": {"model": section.model, "tokens": section.tokens} | asdict(total) | acceptance}
 

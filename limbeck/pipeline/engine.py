@@ -21,7 +21,7 @@ from limbeck.pipeline.integrity import closeness, differs, intact, reopen_damage
 from limbeck.recipe import load, yaml_text
 from limbeck.recipe.keys import neutral_keys
 from limbeck.recipe.load import Recipe
-from limbeck.runtime.artifact_cache import Shelf
+from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, QuietConsole, default_console, format_seconds
 from limbeck.runtime.errors import in_one_line
 from limbeck.runtime.heartbeat import beating, wait_until
@@ -55,10 +55,10 @@ class Stage:
 
     name: str
     verb: str
-    inputs: Callable[[Story], Json]
-    play: Callable[[Story], Json]
+    inputs: Callable[[RunContext], Json]
+    play: Callable[[RunContext], Json]
     outputs: Callable[[RunDirectory], tuple[Path, ...]]
-    check: Callable[[Story], None] = lambda story: None
+    check: Callable[[RunContext], None] = lambda context: None
     shared: bool = True
     working: tuple[str, ...] = ()
     handed_on: tuple[str, ...] = ()
@@ -67,36 +67,36 @@ class Stage:
 
 
 # Ctrl-C, a terminal that closes, and what schedulers send before they kill (SIGTERM; SLURM's --signal=USR1).
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
-class StopWish:
+class GracefulStop:
     """A signal's wish that a run end. While `deferred`, the first one is only remembered, so that a step can finish."""
 
     number: int = 0
     _depth: int = 0
 
     @property
-    def wished(self) -> bool:
+    def requested(self) -> bool:
         return self.number != 0
 
     @contextmanager
     def deferred(self) -> Iterator[Callable[[], bool]]:
-        """Yields the question whether to stop; whoever asks it ends in order. See `heed`."""
+        """Yields the question whether to stop; whoever asks it ends in order. See `raise_if_requested`."""
         self._depth += 1
         try:
-            yield lambda: self.wished
+            yield lambda: self.requested
         finally:
             self._depth -= 1
 
-    def heed(self) -> None:
+    def raise_if_requested(self) -> None:
         """Stop here if that was wished meanwhile.
 
         Raises:
             KeyboardInterrupt: with the signal's number.
         """
-        if self.wished:
+        if self.requested:
             raise KeyboardInterrupt(self.number)
 
     @contextmanager
@@ -108,7 +108,7 @@ class StopWish:
             yield
             return
         # What `nohup` has made deaf to a closing terminal stays so.
-        heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
@@ -118,7 +118,7 @@ class StopWish:
 
     def _on_signal(self, number: int, frame: object) -> None:
         del frame
-        again, self.number = self.wished, number
+        again, self.number = self.requested, number
         if again or not self._depth:
             raise KeyboardInterrupt(number)
         # The terminal may be what has gone.
@@ -127,7 +127,7 @@ class StopWish:
 
 
 @dataclass
-class Story:
+class RunContext:
     """A recipe being played. Models are loaded when a stage first needs them.
 
     Attributes:
@@ -138,8 +138,8 @@ class Story:
 
     recipe: Recipe
     console: Console = field(default_factory=QuietConsole)
-    stop: StopWish = field(default_factory=StopWish)
-    shelf: Shelf | None = None
+    stop: GracefulStop = field(default_factory=GracefulStop)
+    artifacts: ArtifactCache | None = None
     pause_at: float | None = None
     wanted: frozenset[str] | None = None
 
@@ -172,20 +172,24 @@ class Story:
     @cached_property
     def teacher_card(self) -> VocabularyCard:
         """What the teacher says about its tokens, without its weights."""
-        from limbeck.models.vocabulary import describe
+        from limbeck.models.vocabulary import describe_vocabulary
 
         section = self.recipe.teacher
-        return describe(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        return describe_vocabulary(
+            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
 
     @cached_property
     def student_card(self) -> VocabularyCard | None:
         """The same of the model the student begins as; None where that is the teacher."""
-        from limbeck.models.vocabulary import describe
+        from limbeck.models.vocabulary import describe_vocabulary
 
         section = self.recipe.student
         if section.model is None:
             return None
-        return describe(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        return describe_vocabulary(
+            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
 
     @property
     def student_trusted(self) -> bool:
@@ -250,14 +254,14 @@ class Story:
         return prints
 
 
-def play(
+def run_pipeline(
     recipe: Recipe,
     *,
     stages: Sequence[Stage],
     until: str | None = None,
     console: Console | None = None,
     update: bool = False,
-    shelf: Shelf | None = None,
+    artifacts: ArtifactCache | None = None,
     pause_at: float | None = None,
 ) -> RunDirectory:
     """Play a recipe; stages that are done are passed over.
@@ -279,20 +283,20 @@ def play(
     wanted = stages[: 1 + [stage.verb for stage in stages].index(until or stages[-1].verb)]
     with in_one_line():
         names = frozenset(stage.name for stage in wanted)
-        story = Story(recipe, console, shelf=shelf, pause_at=pause_at, wanted=names)
+        context = RunContext(recipe, console, artifacts=artifacts, pause_at=pause_at, wanted=names)
         # A launch that cannot train is refused before anything else.
-        launch = story.launch
-        if story.rank:
-            return _follow(replace(story, console=QuietConsole()), wanted)
-        run = story.run
+        launch = context.launch
+        if context.rank:
+            return _follow(replace(context, console=QuietConsole()), wanted)
+        run = context.run
         _check_directory(run)
         # Before anything that may take long, so that the other ranks see this one live.
         with beating(run.lock) if launch.ranks > 1 else nullcontext():
             if update or any(not run.done(stage.name) for stage in wanted):
                 for stage in stages:
-                    stage.check(story)
-            with story.stop.installed(), run.locked(console.warn):
-                _play_all(story, stages, wanted, update)
+                    stage.check(context)
+            with context.stop.installed(), run.locked(console.warn):
+                _play_all(context, stages, wanted, update)
         _say_harm(run, console)
     return run
 
@@ -312,103 +316,105 @@ def _say_harm(run: RunDirectory, console: Console) -> None:
         console.warn(sentence)
 
 
-def _play_all(story: Story, stages: Sequence[Stage], wanted: Sequence[Stage], update: bool) -> None:
-    run, recipe = story.run, story.recipe
-    prints = story.fingerprints(stages)
+def _play_all(context: RunContext, stages: Sequence[Stage], wanted: Sequence[Stage], update: bool) -> None:
+    run, recipe = context.run, context.recipe
+    prints = context.fingerprints(stages)
     stale = [stage for stage in stages if _is_stale(run, stage, prints)]
     if not update:
-        require_same(story, stages, prints)
+        require_same_inputs(context, stages, prints)
     todo = not all(run.finished(stage.name, prints[stage.name]) for stage in wanted)
-    launch, batch = story.launch, _step_batch(recipe, [stage.name for stage in wanted])
+    launch, batch = context.launch, _step_batch(recipe, [stage.name for stage in wanted])
     if todo and (batch or launch.ranks > 1):
-        story.console.say(launch.line(*batch))
-    run.sweep()
+        context.console.say(launch.line(*batch))
+    run.remove_partial_files()
     for stage in stale:
         target = run.set_aside(stage.name, stage.outputs(run))
-        story.console.say(f"{stage.name}: made from other inputs; moved to {target}")
+        context.console.say(f"{stage.name}: made from other inputs; moved to {target}")
     write_text(run.recipe, load.to_yaml(recipe))
     if todo:
-        write_json(run.root / "provenance.json", provenance(story, prints))
+        write_json(run.root / "provenance.json", provenance(context, prints))
     looks = closeness(run, wanted, prints)
     for stage in wanted:
         if differs(run, stages, stage):
-            _set_aside_other(story, stage, update=update)
+            _set_aside_other(context, stage, update=update)
         elif run.finished(stage.name, prints[stage.name]):
-            reopen_damaged(run, stage, looks[stage.name], story.console)
-        _play_stage(story, stages, stage, prints[stage.name])
+            reopen_damaged(run, stage, looks[stage.name], context.console)
+        _play_stage(context, stages, stage, prints[stage.name])
     # At the very end, where a person looks: what was asked for and did not happen.
     for sentence in (run.manifest("student") or {}).get("never_acted", ()):
-        story.console.warn(sentence)
+        context.console.warn(sentence)
 
 
-def _set_aside_other(story: Story, stage: Stage, *, update: bool) -> None:
+def _set_aside_other(context: RunContext, stage: Stage, *, update: bool) -> None:
     """Make room for a stage that was made from files that have been made again since, and differ.
 
     Raises:
         LimbeckError: nobody has asked for that.
     """
-    run = story.run
+    run = context.run
     if not update and not stage.cheap:
         raise LimbeckError(
             f"{run.root}: files that its {stage.name} was made from were damaged, and those made again differ from "
             "them; add --update to redo what depends on them (the old results move to superseded/)"
         )
     target = run.set_aside(stage.name, stage.outputs(run))
-    story.console.say(f"{stage.name}: made from other files; moved to {target}")
+    context.console.say(f"{stage.name}: made from other files; moved to {target}")
 
 
-def require_same(story: Story, stages: Sequence[Stage], prints: dict[str, str]) -> None:
+def require_same_inputs(context: RunContext, stages: Sequence[Stage], prints: dict[str, str]) -> None:
     """The directory, where it holds a run, holds this one.
 
     Raises:
         LimbeckError: it was made from other inputs.
     """
-    stale = next((stage for stage in stages if _is_stale(story.run, stage, prints)), None)
+    stale = next((stage for stage in stages if _is_stale(context.run, stage, prints)), None)
     if stale is not None:
-        raise LimbeckError(_refusal(story, stale))
+        raise LimbeckError(_refusal(context, stale))
 
 
-def _play_stage(story: Story, stages: Sequence[Stage], stage: Stage, print_: str) -> None:
-    run, console = story.run, story.console
+def _play_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fingerprint_: str) -> None:
+    run, console = context.run, context.console
     # Whoever pauses wants to see how the training stands there, not how it ended elsewhere.
-    shelf = story.shelf if stage.shared and (stage.name != "student" or story.pause_at is None) else None
-    if run.finished(stage.name, print_):
+    artifacts = context.artifacts if stage.shared and (stage.name != "student" or context.pause_at is None) else None
+    if run.finished(stage.name, fingerprint_):
         console.say(f"{stage.name}: done earlier")
-        if shelf is not None:
-            shelf.offer(stage.name, print_, run)
+        if artifacts is not None:
+            artifacts.publish(stage.name, fingerprint_, run)
         return
     orphans = run.set_aside(stage.name, stage.outputs(run)) if run.manifest(stage.name) is None else None
     if orphans is not None:
         console.warn(f"{stage.name}: files without a record of what they were made from; moved to {orphans}")
-    if shelf is None:
-        _make_stage(story, stages, stage, print_)
+    if artifacts is None:
+        _make_stage(context, stages, stage, fingerprint_)
     else:
-        with shelf.claimed(print_):
+        with artifacts.lock(fingerprint_):
             sources = sources_of(run, stages, stage)
-            donor = shelf.adopt(stage.name, print_, run, stage.outputs, sources=sources, working=stage.working)
+            donor = artifacts.link_stage(
+                stage.name, fingerprint_, run, stage.outputs, sources=sources, working=stage.working
+            )
             if donor is None:
-                _make_stage(story, stages, stage, print_)
+                _make_stage(context, stages, stage, fingerprint_)
                 # Before anybody else may ask for it.
-                shelf.offer(stage.name, print_, run)
+                artifacts.publish(stage.name, fingerprint_, run)
             else:
                 console.say(f"{stage.name}: the same as that of {donor}")
-    story.stop.heed()
+    context.stop.raise_if_requested()
 
 
-def _make_stage(story: Story, stages: Sequence[Stage], stage: Stage, print_: str) -> None:
-    run, console = story.run, story.console
+def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fingerprint_: str) -> None:
+    run, console = context.run, context.console
     begun = run.manifest(stage.name)
     earlier_s = begun["seconds"] if begun else 0.0
     # Not the time of day, which somebody may set back meanwhile.
     started = time.monotonic()
-    record: Json = {"stage": stage.name, "fingerprint": print_, "done": False, "seconds": earlier_s}
+    record: Json = {"stage": stage.name, "fingerprint": fingerprint_, "done": False, "seconds": earlier_s}
     record["code_revision"] = code_revision()
     record["started"] = (begun or {}).get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record["made_from"] = sources_of(run, stages, stage)
     run.write_manifest(stage.name, record)
     reset_peak_memory()
     try:
-        record |= stage.play(story)
+        record |= stage.play(context)
         record["outputs"] = written_below(run.root, stage.outputs(run))
         record["done"] = True
     finally:
@@ -422,19 +428,19 @@ def _make_stage(story: Story, stages: Sequence[Stage], stage: Stage, print_: str
     console.say(f"{stage.name}: done in {format_seconds(record['seconds'])}{detail}")
 
 
-def _follow(story: Story, stages: Sequence[Stage]) -> RunDirectory:
+def _follow(context: RunContext, stages: Sequence[Stage]) -> RunDirectory:
     """What ranks other than the first do: train beside it, and wait while it does the rest."""
-    run = story.run
-    prints = story.fingerprints(stages)
+    run = context.run
+    prints = context.fingerprints(stages)
     looks = closeness(run, stages, prints)
     for stage in stages:
         if stage.name == "student" and not intact(run, stage, prints[stage.name], looks[stage.name]):
             # Not before the first rank has set aside what is damaged or other inputs made: blocks and checkpoints are
             # read there.
-            story.wait_until(partial(run.begun, stage.name, prints[stage.name]))
-            with story.stop.installed():
-                stage.play(story)
-        story.wait_until(partial(run.finished, stage.name, prints[stage.name]))
+            context.wait_until(partial(run.begun, stage.name, prints[stage.name]))
+            with context.stop.installed():
+                stage.play(context)
+        context.wait_until(partial(run.finished, stage.name, prints[stage.name]))
     return run
 
 
@@ -452,8 +458,8 @@ def _check_directory(run: RunDirectory) -> None:
         raise LimbeckError(f"{root} holds files that are no run of limbeck; name another directory with output_dir=...")
 
 
-def _refusal(story: Story, stage: Stage) -> str:
-    run = story.run
+def _refusal(context: RunContext, stage: Stage) -> str:
+    run = context.run
     remedy = (
         "name another directory with output_dir=..., or add --update to redo what depends on it "
         "(the old results move to superseded/)"
@@ -463,7 +469,7 @@ def _refusal(story: Story, stage: Stage) -> str:
         there = _read_recipe(run.recipe)
         if there is None:
             return f"{run.root} was made by a recipe that cannot be read, {run.recipe}; {remedy}"
-        here = flatten(load.as_tree(story.recipe))
+        here = flatten(load.as_tree(context.recipe))
         keys = [k for k in {**there, **here} if there.get(k) != here.get(k) and k not in neutral_keys()]
         if keys:
             listed = "; ".join(f"{k} is {there.get(k)!r} there and {here.get(k)!r} here" for k in keys[:3])
@@ -484,14 +490,14 @@ def _read_recipe(path: Path) -> dict[str, Any] | None:
     return flatten(tree) if isinstance(tree, dict) else None
 
 
-def provenance(story: Story, prints: dict[str, str]) -> Json:
+def provenance(context: RunContext, prints: dict[str, str]) -> Json:
     """What made this run: versions, code revision, machine, fingerprints, seeds. No names of people or hosts."""
     import platform
     from importlib import metadata
 
     import torch
 
-    recipe = story.recipe
+    recipe = context.recipe
     packages = ("limbeck", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "rouge-score")
     return {
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
@@ -499,12 +505,12 @@ def provenance(story: Story, prints: dict[str, str]) -> Json:
         "hardware": {
             "machine": platform.machine(),
             "system": platform.system(),
-            "device": str(story.device),
+            "device": str(context.device),
             "threads": torch.get_num_threads(),
             "cpus": os.cpu_count(),
         },
-        "launch": story.launch.record(*_step_batch(recipe, prints)),
-        "fingerprints": {"teacher": story.teacher_fingerprint} | {f"stage {name}": p for name, p in prints.items()},
+        "launch": context.launch.record(*_step_batch(recipe, prints)),
+        "fingerprints": {"teacher": context.teacher_fingerprint} | {f"stage {name}": p for name, p in prints.items()},
         "seeds": {"responses": recipe.responses.seed, "train": recipe.train.seed, "split": recipe.prompts.split_seed},
     }
 
@@ -545,7 +551,7 @@ def peak_memory_mib() -> int:
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run, as the Python API returns it."""
 
     directory: Path

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from limbeck.models.loading import load_model, load_tokenizer
-from limbeck.pipeline.engine import Story
+from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sharing import once
 from limbeck.pipeline.stages.respond import load_responses, sampler_for, sampling_meter
@@ -38,7 +38,7 @@ Need = Literal["teacher", "tokens", "references"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speaker:
+class ChatModel:
     """A model that answers, with its own tokenizer: the two of a pair need not share one for what compares texts."""
 
     who: Who
@@ -56,7 +56,7 @@ class ModelSource(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class GroupResult:
     """What a group found.
 
     Attributes:
@@ -83,8 +83,8 @@ def _nothing(section: EvaluateSection) -> frozenset[Need]:
     return frozenset()
 
 
-def _no_check(story: Story) -> None:
-    del story
+def _no_check(context: RunContext) -> None:
+    del context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,44 +98,44 @@ class Group:
     """
 
     name: str
-    measure: Callable[[Exam], Measured]
+    measure: Callable[[EvaluationContext], GroupResult]
     parts: tuple[Part, ...] = ("before", "after")
     needs: Callable[[EvaluateSection], frozenset[Need]] = _nothing
-    check: Callable[[Story], None] = _no_check
+    check: Callable[[RunContext], None] = _no_check
 
 
 @dataclass(kw_only=True)
-class Exam:
+class EvaluationContext:
     """One student on the held-out prompts of a run. Models load on first use; `release` lets go of them."""
 
-    story: Story
+    context: RunContext
     part: Part
 
     @property
     def section(self) -> EvaluateSection:
-        return self.story.recipe.evaluate
+        return self.context.recipe.evaluate
 
     @property
     def folder(self) -> Path:
         """Where whatever a group keeps lies: caches in files of its own, rows and details by the frame."""
-        return self.story.run.scores
+        return self.context.run.scores
 
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The held-out prompts, in the order of the file, without those that were too long for the pair."""
-        held = [p for p in read_prompts(self.story.run.prompts) if p.split == "heldout"]
-        if self.story.run.manifest("responses") is not None:
-            answered = {r.prompt_id for r in load_responses(self.story, "heldout").values()}
+        held = [p for p in read_prompts(self.context.run.prompts) if p.split == "heldout"]
+        if self.context.run.manifest("responses") is not None:
+            answered = {r.prompt_id for r in load_responses(self.context, "heldout").values()}
             held = [p for p in held if p.id in answered]
         return held
 
     @cached_property
-    def student(self) -> Speaker:
+    def student(self) -> ChatModel:
         """The student as it is before or after training."""
         if self.part == "before":
-            built = build_initial_student(self.story)
+            built = build_initial_student(self.context)
             return self._speaker("student", built.model.eval(), built.tokenizer)
-        section, source = self.story.recipe.student, self.source("student")
+        section, source = self.context.recipe.student, self.source("student")
         loaded = load_model(
             source.model,
             revision=source.revision,
@@ -143,15 +143,15 @@ class Exam:
             attn_implementation=section.attn_implementation,
             trust_remote_code=source.trust_remote_code,
         )
-        loaded.model.to(self.story.device)  # type: ignore[arg-type]
+        loaded.model.to(self.context.device)  # type: ignore[arg-type]
         return self._speaker("student", loaded.model, loaded.tokenizer)
 
     @cached_property
-    def teacher(self) -> Speaker:
-        loaded = self.story.load_teacher()
+    def teacher(self) -> ChatModel:
+        loaded = self.context.load_teacher()
         return self._speaker("teacher", loaded.model, loaded.tokenizer)
 
-    def speaker(self, who: Who) -> Speaker:
+    def speaker(self, who: Who) -> ChatModel:
         return self.student if who == "student" else self.teacher
 
     def tokenizer(self, who: Who) -> Any:
@@ -159,7 +159,7 @@ class Exam:
         if who in self.__dict__:
             return self.speaker(who).tokenizer
         # Before training it is built with the teacher's, where the two have the same tokens.
-        built = who == "student" and self.part == "before" and same_tokens(self.story)
+        built = who == "student" and self.part == "before" and same_tokens(self.context)
         source = self.source("teacher" if built else who)
         return load_tokenizer(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
@@ -168,19 +168,19 @@ class Exam:
         for name in ("teacher", "student") if student else ("teacher",):
             self.__dict__.pop(name, None)
 
-    def asked(self, who: Who, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[TokenPrompt]:
+    def encode(self, who: Who, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[TokenPrompt]:
         """Prompts as one of the two reads them.
 
         Raises:
             LimbeckError: one does not fit its window.
         """
-        speaker, section = self.speaker(who), self.story.recipe.prompts
+        speaker, section = self.speaker(who), self.context.recipe.prompts
         encoded = encode_prompts(
             prompts,
             speaker.tokenizer,
             speaker.template,
             control_tokens=section.control_tokens,
-            chat_options=text_options(self.story, speaker.tokenizer),
+            chat_options=text_options(self.context, speaker.tokenizer),
         )
         config: Any = speaker.model.config
         window = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -203,7 +203,7 @@ class Exam:
         if not path.exists() and who == "teacher":
             # The same for all students of a sweep.
             made_from = {"answers": key, "batch_size": self.section.batch_size}
-            with once(self.story, made_from, path.parent, (path.name,)):
+            with once(self.context, made_from, path.parent, (path.name,)):
                 if not path.exists():
                     self._answer(path, who, sampling, prompts, keep_logp)
         elif not path.exists():
@@ -213,17 +213,17 @@ class Exam:
     def _answer(self, path: Path, who: Who, sampling: Sampling, prompts: Sequence[Prompt], keep_logp: bool) -> None:
         """Write the answers of one of the two into a file."""
         speaker = self.speaker(who)
-        asked = self.asked(who, prompts, max_new_tokens=sampling.max_new_tokens)
+        asked = self.encode(who, prompts, max_new_tokens=sampling.max_new_tokens)
         batches = path.with_suffix("")
         writer, rows = path.stem.partition("-")[0], self.section.batch_size
-        sampler = sampler_for(self.story, speaker.model, speaker.tokenizer, speaker.template, who, rows)
+        sampler = sampler_for(self.context, speaker.model, speaker.tokenizer, speaker.template, who, rows)
         found, _ = write_in_batches(
             replace(sampler, keep_logp=keep_logp),
             asked,
             sampling,
             batches,
-            stop=self.story.stop,
-            watching=lambda done: sampling_meter(self.story, f"answer {writer}", len(asked), done),
+            stop=self.context.stop,
+            watching=lambda done: sampling_meter(self.context, f"answer {writer}", len(asked), done),
         )
         write_responses(path, found)
         shutil.rmtree(batches)
@@ -231,17 +231,17 @@ class Exam:
     def texts(self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None) -> dict[str, str]:
         """The same as text without special tokens, by prompt id."""
         answers, tokenizer = self.answers(who, sampling, prompts), self.tokenizer(who)
-        return {r.prompt_id: text_of(r, tokenizer) for r in answers}
+        return {r.prompt_id: response_text(r, tokenizer) for r in answers}
 
     def meter(self, label: str, total: int, unit: str) -> Any:
         """A bar on the console (a context manager with `advance`)."""
-        return self.story.console.meter(f"{label} {self.part}", total, unit)
+        return self.context.console.meter(f"{label} {self.part}", total, unit)
 
     def source(self, who: Who) -> ModelSource:
         """Where a model and its tokenizer are: what was trained, or what the recipe names."""
-        recipe = self.story.recipe
+        recipe = self.context.recipe
         if who == "student" and self.part == "after" and self._trained:
-            return ModelSource(self.story.run.student, None, self.story.student_trusted)
+            return ModelSource(self.context.run.student, None, self.context.student_trusted)
         section = recipe.teacher if who == "teacher" or recipe.student.model is None else recipe.student
         assert section.model is not None
         return ModelSource(section.model, section.revision, section.trust_remote_code)
@@ -249,18 +249,18 @@ class Exam:
     @property
     def _trained(self) -> bool:
         """Whether the student came out of a training; on its own it did not."""
-        return self.story.run.manifest("student") is not None
+        return self.context.run.manifest("student") is not None
 
-    def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> Speaker:
-        record = self.story.run.manifest("responses") or {}
+    def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> ChatModel:
+        record = self.context.run.manifest("responses") or {}
         # Where the two have different tokens, the responses are the student's way of writing.
         apart = who == "teacher" and record.get("tokens_of") == "student"
         template = None if apart else record.get("template")
         if template is None:
-            template = resolve_template(self.story.recipe.prompts.template, tokenizer, self.prompts)
-        return Speaker(who=who, model=model, tokenizer=tokenizer, template=template)
+            template = resolve_template(self.context.recipe.prompts.template, tokenizer, self.prompts)
+        return ChatModel(who=who, model=model, tokenizer=tokenizer, template=template)
 
 
-def text_of(response: Response, tokenizer: Any) -> str:
+def response_text(response: Response, tokenizer: Any) -> str:
     """A response as text, without special tokens."""
     return str(tokenizer.decode(list(response.response_ids), skip_special_tokens=True)).strip()

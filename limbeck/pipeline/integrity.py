@@ -46,9 +46,9 @@ def closeness(run: RunDirectory, wanted: Sequence[Stage], prints: Mapping[str, s
     return looks
 
 
-def intact(run: RunDirectory, stage: Stage, print_: str, look: Look) -> bool:
+def intact(run: RunDirectory, stage: Stage, fingerprint_: str, look: Look) -> bool:
     """Whether a stage is done for these inputs and its files are as it wrote them, by `closeness`."""
-    return run.finished(stage.name, print_) and not _damage(run, stage, look)
+    return run.finished(stage.name, fingerprint_) and not _damage(run, stage, look)
 
 
 def _damage(run: RunDirectory, stage: Stage, look: Look) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from limbeck.pipeline.engine import Story
+from limbeck.pipeline.engine import RunContext
 from limbeck.prompts.fields import text_in
 from limbeck.prompts.readers import PlacedRow, is_path, rows_of, source_digest
 from limbeck.recipe.sections import LmSection
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 _DOCUMENTS = 1000
 
 
-def corpus_inputs(story: Story) -> Json:
+def corpus_inputs(context: RunContext) -> Json:
     """What decides the text beside the section itself: its content, where it is on this machine."""
-    section = story.recipe.train.lm
+    section = context.recipe.train.lm
     return {} if section is None else {"lm": source_digest(section.source)}
 
 
-def check_corpus(story: Story) -> None:
+def check_corpus(context: RunContext) -> None:
     """The text is there and its blocks fit the pair, as far as that can be seen without a network.
 
     Raises:
         LimbeckError: it is not, or they do not.
     """
-    section = story.recipe.train.lm
+    section = context.recipe.train.lm
     if section is None:
         return
-    window = story.window
+    window = context.window
     if window is not None and section.max_length > window:
         raise LimbeckError(
             f"train.lm.max_length is {section.max_length} and the window of the pair {window} tokens; lower it"
@@ -56,20 +56,20 @@ def check_corpus(story: Story) -> None:
         next(_texts(section))
 
 
-def open_corpus(story: Story, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
+def open_corpus(context: RunContext, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
     """The blocks of `train.lm`, made if they are not there; None where the recipe has none."""
-    section, train = story.recipe.train.lm, story.recipe.train
+    section, train = context.recipe.train.lm, context.recipe.train
     if section is None:
         return None
-    path = story.run.corpus
+    path = context.run.corpus
     if not path.exists():
-        if story.rank:
+        if context.rank:
             while not path.exists():
                 time.sleep(0.2)
         else:
             _write(path, pack(_texts(section), tokenizer, section))
     blocks_NL = _read(path)
-    story.console.say(f"lm: {blocks_NL.numel():,} tokens of {section.source} in blocks of {blocks_NL.shape[1]}")
+    context.console.say(f"lm: {blocks_NL.numel():,} tokens of {section.source} in blocks of {blocks_NL.shape[1]}")
     rows = section.per_device_batch_size or train.per_device_train_batch_size
     return Corpus(blocks_NL=blocks_NL, weight=section.weight, rows=rows, seed=train.seed)
 

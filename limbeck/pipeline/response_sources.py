@@ -6,15 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from limbeck.pipeline.cached_teacher import RoundTeacher
-from limbeck.pipeline.engine import Story
+from limbeck.pipeline.cached_teacher import CachedTeacher
+from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.sampling import own_sampling, sampling_of
 from limbeck.pipeline.stages.respond import sampler_for
 from limbeck.recipe.sections import OnPolicySection, ResponsesSection
 from limbeck.rollouts.io import read_asked
-from limbeck.rollouts.replay import Replay, ReplaySettings
+from limbeck.rollouts.replay import ReplaySettings, ReplaySource
 from limbeck.rollouts.rounds import BatchSampler, Rounds
-from limbeck.rollouts.sources import Author, Fixed, Mixed, Own, Pairs, Pen, Shift, Supply, fixed
+from limbeck.rollouts.sources import (
+    MixedSource,
+    OfflineSource,
+    PairedSource,
+    ResponseSource,
+    RolloutConfig,
+    SourceContext,
+    SourceFactory,
+    StudentSource,
+    offline,
+)
 from limbeck.sampling.local import LocalSampler
 from limbeck.sampling.speculative import MixtureSampler, SkdSampler
 from limbeck.student.build import Student
@@ -24,14 +34,14 @@ from limbeck.types import Response, Teacher
 
 
 def author_of(
-    story: Story,
+    context: RunContext,
     student: Student,
     base: Sequence[Response],
     teacher: Teacher,
     should_stop: Callable[[], bool],
     *,
     aside: frozenset[str] = frozenset(),
-) -> Author:
+) -> SourceFactory:
     """The author that a recipe names.
 
     Args:
@@ -39,22 +49,22 @@ def author_of(
         teacher: judges the student's responses, and writes beside it where the author asks for that.
         aside: ids of prompts that are not trained on.
     """
-    section = story.recipe.responses
-    if not story.recipe.on_policy:
-        return fixed(base)
-    assert isinstance(teacher, RoundTeacher), "nobody else can judge what is not written yet"
-    prompts = [p for p in read_asked(story.run.responses / "asked.jsonl") if p.id not in aside]
+    section = context.recipe.responses
+    if not context.recipe.on_policy:
+        return offline(base)
+    assert isinstance(teacher, CachedTeacher), "nobody else can judge what is not written yet"
+    prompts = [p for p in read_asked(context.run.responses / "asked.jsonl") if p.id not in aside]
     own = section.on_policy
-    writing = _Writing(story, student, teacher.local)
+    writing = _Writing(context, student, teacher.local)
 
-    def begin(shift: Shift) -> Supply:
-        pen = Pen(
+    def begin(source_context: SourceContext) -> ResponseSource:
+        rollout = RolloutConfig(
             sampler=writing.own_sampler(),
             sampling=own_sampling(section),
             rounds=Rounds(
-                folder=story.run.rounds,
-                keeper=teacher if story.recipe.signal.cache else None,
-                world=shift.world,
+                folder=context.run.rounds,
+                signal_cache=teacher if context.recipe.signal.cache else None,
+                world=source_context.world,
                 should_stop=should_stop,
                 report=writing.reporter(),
             ),
@@ -64,14 +74,22 @@ def author_of(
         )
         if section.author == "pairs":
             sampler = writing.sampler(teacher.local.model, "teacher") if own.resample_teacher else None
-            return Pairs(base, prompts, pen, shift, teacher=sampler, teacher_sampling=sampling_of(section))
-        mine = Own(prompts, pen, shift)
+            return PairedSource(
+                base, prompts, rollout, source_context, teacher=sampler, teacher_sampling=sampling_of(section)
+            )
+        mine = StudentSource(prompts, rollout, source_context)
         if section.author == "mixed":
             start = 0.5 if own.share is None else own.share
             end = start if own.share_end is None else own.share_end
-            return Mixed(mine, Fixed(base, shift), share=(start, end), seed=shift.seed)
+            return MixedSource(mine, OfflineSource(base, source_context), share=(start, end), seed=source_context.seed)
         if section.author == "replay":
-            return Replay(mine, Fixed(base, shift), _replay(own), step_rows=shift.step_rows, seed=shift.seed)
+            return ReplaySource(
+                mine,
+                OfflineSource(base, source_context),
+                _replay(own),
+                step_rows=source_context.step_rows,
+                seed=source_context.seed,
+            )
         return mine
 
     return begin
@@ -101,19 +119,19 @@ def _replay(own: OnPolicySection) -> ReplaySettings:
 class _Writing:
     """The samplers of a training."""
 
-    def __init__(self, story: Story, student: Student, teacher: LocalTeacher):
-        self.story, self.student, self.teacher = story, student, teacher
-        self.template = (story.run.manifest("responses") or {})["template"]
+    def __init__(self, context: RunContext, student: Student, teacher: LocalTeacher):
+        self.context, self.student, self.teacher = context, student, teacher
+        self.template = (context.run.manifest("responses") or {})["template"]
 
     def sampler(self, model: Any, author: AuthorName) -> LocalSampler:
-        batch_size, rule = self.story.recipe.responses.batch_size, self.story.recipe.contrast.rule or {}
-        sampler = sampler_for(self.story, model, self.student.tokenizer, self.template, author, batch_size)
+        batch_size, rule = self.context.recipe.responses.batch_size, self.context.recipe.contrast.rule or {}
+        sampler = sampler_for(self.context, model, self.student.tokenizer, self.template, author, batch_size)
         # What was drawn with other weights, or is used once more, has an importance that only this number tells.
         return replace(sampler, keep_logp=author == "student" and rule.get("name") in ("minillm", "importance"))
 
     def own_sampler(self) -> BatchSampler:
         """The student alone, or with the teacher."""
-        section, alone = self.story.recipe.responses, self.sampler(self.student.model, "student")
+        section, alone = self.context.recipe.responses, self.sampler(self.student.model, "student")
         own = section.on_policy
         shared: Any = {
             "model": alone.model,
@@ -132,6 +150,6 @@ class _Writing:
 
     def reporter(self) -> Callable[[AuthorName, int, int], None]:
         def report(author: AuthorName, done: int, total: int) -> None:
-            self.story.console.say(f"write: {author}, {done} of {total} answers")
+            self.context.console.say(f"write: {author}, {done} of {total} answers")
 
         return report

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from limbeck.pipeline.engine import StopWish
+from limbeck.pipeline.engine import GracefulStop
 from limbeck.rollouts.io import read_batch, write_responses
-from limbeck.sampling.local import Answered, LocalSampler, SamplingProgress
+from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.types import Response, Sampling, TokenPrompt
 
@@ -22,10 +22,10 @@ def write_in_batches(
     sampling: Sampling,
     folder: Path,
     *,
-    stop: StopWish,
+    stop: GracefulStop,
     watching: Watching,
     capture_hidden: bool = False,
-    beside: Callable[[LocalSampler | SpeculativeSampler, Answered, Path], None] | None = None,
+    beside: Callable[[LocalSampler | SpeculativeSampler, SampledBatch, Path], None] | None = None,
 ) -> tuple[list[Response], tuple[Path, ...]]:
     """Answer the prompts; the answers in the order given, and the files of the batches.
 
@@ -45,7 +45,7 @@ def write_in_batches(
                 if beside is not None:
                     beside(watched_sampler, batch, path)
                 write_responses(path, batch.responses)
-            stop.heed()
+            stop.raise_if_requested()
     answers: dict[int, Response] = {}
     for rows, path in paths.items():
         answers |= dict(zip(rows, read_batch(path, len(rows)), strict=True))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.client.openai import Server
 from limbeck.models.vocabulary import real_vocab_size
-from limbeck.pipeline.engine import Story
+from limbeck.pipeline.engine import RunContext
 from limbeck.prompts.chat import turns_of
-from limbeck.prompts.labels import label
+from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.runtime.rundir import Json
 from limbeck.sampling.served import ServedSampler
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
     from limbeck.recipe.sections import ServerSection
 
 
-def check_server(story: Story) -> None:
+def check_server(context: RunContext) -> None:
     """The server is up and has the model.
 
     Raises:
         LimbeckError: it is not, or has it not.
     """
-    section = story.recipe.responses.server
-    if section is None or story.run.done("responses"):
+    section = context.recipe.responses.server
+    if section is None or context.run.done("responses"):
         return
-    if story.wanted is not None and "responses" not in story.wanted:
+    if context.wanted is not None and "responses" not in context.wanted:
         # Nothing that is asked for needs the server: no request, and no key, leaves this machine.
         return
-    if section.api == "chat" and story.recipe.prompts.template in ("alpaca", "plain"):
+    if section.api == "chat" and context.recipe.prompts.template in ("alpaca", "plain"):
         raise LimbeckError(
             f"responses.server.api=chat has the server write its chat template, but prompts.template is "
-            f"{story.recipe.prompts.template}; use api=completions or template chat"
+            f"{context.recipe.prompts.template}; use api=completions or template chat"
         )
     # A person waits for this one.
     replace(_server(section), retries=min(section.retries, 1)).model(section.model)
 
 
 def ask_server(
-    story: Story,
+    context: RunContext,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     asked: Sequence[TokenPrompt],
@@ -58,28 +58,28 @@ def ask_server(
     Args:
         prompts: what `asked` was made of, for a server that writes its own chat template.
     """
-    section = story.recipe.responses.server
+    section = context.recipe.responses.server
     assert section is not None
-    sampler = _sampler(story, section, tokenizer, prompts, template)
-    log = ServedLog.open(story.run.responses / "batches" / "served.jsonl", model=sampler.model)
+    sampler = _sampler(context, section, tokenizer, prompts, template)
+    log = ServedLog.open(context.run.responses / "batches" / "served.jsonl", model=sampler.model)
     for row, response in log.rows.items():
         assert response.prompt_ids == asked[row].ids
     started, tokens = time.monotonic(), 0
-    with story.console.meter("respond", len(asked), "answers", len(log.rows)) as meter:
+    with context.console.meter("respond", len(asked), "answers", len(log.rows)) as meter:
         for served in sampler.respond_as_they_come(asked, sampling, done=log.rows.keys()):
-            with story.stop.deferred():
+            with context.stop.deferred():
                 log.add(served)
             tokens += len(served.response.response_ids)
             meter.advance(1, f"{tokens / max(time.monotonic() - started, 1e-9):,.0f} tokens/s")
-            story.stop.heed()
+            context.stop.raise_if_requested()
     record = log.record()
     if record["reencoded_from_text"]:
-        story.console.warn(
+        context.console.warn(
             f"the server gave text alone for {record['reencoded_from_text']} of {len(asked)} answers, whose ids are "
             "the tokenizer's and not those that were drawn"
         )
     if record["prompts_read_otherwise"]:
-        story.console.warn(
+        context.console.warn(
             f"the server read {record['prompts_read_otherwise']} of {len(asked)} prompts as other tokens than the "
             "teacher's chat template gives"
         )
@@ -96,13 +96,13 @@ def _server(section: ServerSection) -> Server:
 
 
 def _sampler(
-    story: Story,
+    context: RunContext,
     section: ServerSection,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     template: TemplateName,
 ) -> ServedSampler:
-    server, options = _server(section), story.recipe.prompts.chat_options
+    server, options = _server(section), context.recipe.prompts.chat_options
     ends = end_token_ids(tokenizer, template, options)
     if not ends:
         raise LimbeckError(
@@ -111,7 +111,7 @@ def _sampler(
     tooled = next((p for p in prompts if p.tools or any(turn.fields for turn in p.messages or ())), None)
     if tooled is not None and section.api == "chat":
         raise LimbeckError(
-            f"prompt {label(tooled)} has tools, which only completions take as the template writes them; "
+            f"prompt {prompt_label(tooled)} has tools, which only completions take as the template writes them; "
             "set responses.server.api=completions"
         )
     plain = template == "chat" and tooled is None

@@ -12,32 +12,32 @@ from pathlib import Path
 
 from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.sources import resolve
-from limbeck.pipeline.engine import Story
+from limbeck.pipeline.engine import RunContext
 from limbeck.runtime.rundir import Json, fingerprint
 
 
 @contextmanager
-def once(story: Story, made_from: Json, folder: Path, patterns: Sequence[str]) -> Iterator[None]:
+def once(context: RunContext, made_from: Json, folder: Path, patterns: Sequence[str]) -> Iterator[None]:
     """A block that writes files into a folder unless they are there; another run of the sweep may have put them there.
 
     Args:
         made_from: everything the files depend on, beside what stages before the student's have written.
         patterns: of the files, in the folder.
     """
-    if story.shelf is None:
+    if context.artifacts is None:
         yield
         return
-    stages = {name: (story.run.manifest(name) or {}).get("fingerprint") for name in ("responses", "signal")}
+    stages = {name: (context.run.manifest(name) or {}).get("fingerprint") for name in ("responses", "signal")}
     key = fingerprint({"stages": stages, **made_from})
-    with story.shelf.claimed(key):
-        story.shelf.take(key, folder)
+    with context.artifacts.lock(key):
+        context.artifacts.restore(key, folder)
         yield
-        story.shelf.keep(key, folder, [path for pattern in patterns for path in sorted(folder.glob(pattern))])
+        context.artifacts.store(key, folder, [path for pattern in patterns for path in sorted(folder.glob(pattern))])
 
 
-def student_inputs(story: Story) -> Json:
+def student_inputs(context: RunContext) -> Json:
     """The section `student`, and the weights it names."""
-    section, weights = story.recipe.student, None
+    section, weights = context.recipe.student, None
     if section.model is not None:
         # Fresh weights need no old ones: a configuration and a tokenizer will do.
         source = resolve(
@@ -50,9 +50,9 @@ def student_inputs(story: Story) -> Json:
     return {"student": asdict(section), "weights": weights}
 
 
-def initial_student(story: Story) -> Json:
+def initial_student(context: RunContext) -> Json:
     """What decides the weights of the student before training, beside the responses that blocks are measured on."""
-    section = story.recipe.student
+    section = context.recipe.student
     # Only fresh weights are drawn; all other students begin the same whatever the seed.
     drawn = section.init == "scratch" or section.lora is not None
-    return student_inputs(story) | {"seed": story.recipe.train.seed if drawn else None}
+    return student_inputs(context) | {"seed": context.recipe.train.seed if drawn else None}

@@ -13,10 +13,10 @@ from typing import Any
 from limbeck.evaluation.scores.metrics import METRICS
 from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.sources import resolve
-from limbeck.models.vocabulary import compare
+from limbeck.models.vocabulary import compare_vocabularies
 from limbeck.pipeline.checks import check_template, resolvable
-from limbeck.pipeline.engine import Stage, Story
-from limbeck.pipeline.evaluation_context import Exam
+from limbeck.pipeline.engine import RunContext, Stage
+from limbeck.pipeline.evaluation_context import EvaluationContext
 from limbeck.pipeline.groups import GROUPS
 from limbeck.pipeline.stages import evaluate, report
 from limbeck.pipeline.stages.evaluate import check_groups, evaluation_inputs, examine, write_answers
@@ -55,7 +55,7 @@ def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequen
     _check_names(overrides)
     recipe = load_recipe(tree, overrides)
     if teacher is None:
-        _refuse_teacher(recipe)
+        _require_teacher(recipe)
     return recipe
 
 
@@ -72,58 +72,60 @@ def _check_names(overrides: Sequence[str]) -> None:
                 raise LimbeckError(f"no group {name!r}; there are {', '.join(GROUPS)}{nearest(name, tuple(GROUPS))}")
 
 
-def _refuse_teacher(recipe: Recipe) -> None:
+def _require_teacher(recipe: Recipe) -> None:
     for name in recipe.evaluate.groups:
         if "teacher" in GROUPS[name].needs(recipe.evaluate):
             other = "; or evaluate.rouge.against=[references]" if name == "rouge" else "; or leave the group out"
             raise LimbeckError(f"group {name} needs a teacher and none is given; name one with --teacher{other}")
 
 
-def _play_prompts(story: Story) -> Json:
-    loaded = read_prompt_source(story, heldout_fraction=1.0)
-    story.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
+def _play_prompts(context: RunContext) -> Json:
+    loaded = read_prompt_source(context, heldout_fraction=1.0)
+    context.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
     return {**loaded.counts(), "unread_columns": dict(loaded.unread)}
 
 
-def _check_exam(story: Story) -> None:
+def _check_exam(context: RunContext) -> None:
     """Both models exist, and token metrics have the same tokens on both sides."""
-    resolvable(story.recipe.student)
-    check_template(story, story.recipe.student)
-    resolvable(story.recipe.teacher)
-    check_template(story, story.recipe.teacher)
-    asking = [name for name in story.recipe.evaluate.groups if "tokens" in GROUPS[name].needs(story.recipe.evaluate)]
-    if asking and story.student_card is not None:
-        differences = compare(story.teacher_card, story.student_card).differences
+    resolvable(context.recipe.student)
+    check_template(context, context.recipe.student)
+    resolvable(context.recipe.teacher)
+    check_template(context, context.recipe.teacher)
+    asking = [
+        name for name in context.recipe.evaluate.groups if "tokens" in GROUPS[name].needs(context.recipe.evaluate)
+    ]
+    if asking and context.student_card is not None:
+        differences = compare_vocabularies(context.teacher_card, context.student_card).differences
         if differences:
-            rest = [name for name in story.recipe.evaluate.groups if name not in asking] or ["rouge", "diversity"]
+            rest = [name for name in context.recipe.evaluate.groups if name not in asking] or ["rouge", "diversity"]
             raise LimbeckError(
                 f"group {asking[0]} compares token by token, but teacher and student have different tokens: "
                 f"{differences[0]}; what compares texts works: evaluate.groups=[{', '.join(rest)}]"
             )
-    check_groups(story)
+    check_groups(context)
 
 
-def _exam_inputs(story: Story) -> Json:
-    section, prompts = story.recipe.student, story.recipe.prompts
+def _exam_inputs(context: RunContext) -> Json:
+    section, prompts = context.recipe.student, context.recipe.prompts
     assert section.model is not None
     source = resolve(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
     student = {"weights": model_fingerprint(source), "dtype": section.dtype, "attention": section.attn_implementation}
     template = {"template": prompts.template, "chat_options": prompts.chat_options, "too_long": prompts.too_long}
-    evaluate = evaluation_inputs(story)
-    return {"student": student, "teacher": teacher_inputs(story), "prompts": template, "evaluate": evaluate}
+    evaluate = evaluation_inputs(context)
+    return {"student": student, "teacher": teacher_inputs(context), "prompts": template, "evaluate": evaluate}
 
 
-def _play_exam(story: Story) -> Json:
-    parts = examine(story, ("after",))
-    write_answers(story, parts)
-    return {"heldout_prompts": len(Exam(story=story, part="after").prompts), "alone": True}
+def _play_exam(context: RunContext) -> Json:
+    parts = examine(context, ("after",))
+    write_answers(context, parts)
+    return {"heldout_prompts": len(EvaluationContext(context=context, part="after").prompts), "alone": True}
 
 
-EXAMINATION: tuple[Stage, ...] = (
+STANDALONE_STAGES: tuple[Stage, ...] = (
     Stage(
         name="prompts",
         verb="prompts",
-        inputs=lambda story: prompt_inputs(story) | {"heldout": "all"},
+        inputs=lambda context: prompt_inputs(context) | {"heldout": "all"},
         play=_play_prompts,
         outputs=lambda run: (run.prompts,),
     ),

@@ -9,8 +9,8 @@ from typing import Any
 from limbeck.models.loading import LoadedModel, load_tokenizer
 from limbeck.models.sources import resolve
 from limbeck.models.untrained_tokens import untrained_tokens
-from limbeck.models.vocabulary import VocabularyCard, compare
-from limbeck.pipeline.engine import Story
+from limbeck.models.vocabulary import VocabularyCard, compare_vocabularies
+from limbeck.pipeline.engine import RunContext
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.rundir import Json
@@ -19,35 +19,37 @@ from limbeck.student.endings import AnswerFormat, answer_format, end_answers_wit
 from limbeck.types import LimbeckError
 
 
-def same_tokens(story: Story) -> bool:
+def same_tokens(context: RunContext) -> bool:
     """Whether the student reads and writes the teacher's ids, so that it can be given the teacher's tokenizer."""
-    return story.student_card is None or not compare(story.teacher_card, story.student_card).differences
+    return (
+        context.student_card is None or not compare_vocabularies(context.teacher_card, context.student_card).differences
+    )
 
 
-def check_endings(story: Story) -> None:
+def check_endings(context: RunContext) -> None:
     """The student can learn to end an answer.
 
     Raises:
         LimbeckError: it cannot, since the row of its head that says so is neither trained nor will be.
     """
-    if story.student_card is not None and same_tokens(story):
-        for line in end_warnings(story, foreseen_format(story), story.student_card):
-            story.console.warn(line)
+    if context.student_card is not None and same_tokens(context):
+        for line in end_warnings(context, foreseen_format(context), context.student_card):
+            context.console.warn(line)
 
 
-def end_warnings(story: Story, format: AnswerFormat, card: VocabularyCard) -> list[str]:
+def end_warnings(context: RunContext, format: AnswerFormat, card: VocabularyCard) -> list[str]:
     """What stands against a student of its own learning to end an answer, a sentence each.
 
     Raises:
         LimbeckError: it cannot learn it.
     """
-    teacher, section = story.recipe.teacher, story.recipe.student
+    teacher, section = context.recipe.teacher, context.recipe.student
     if not format.end_ids:
         return [
             f"{teacher.model} has no end-of-sequence token, so nothing ends an answer and the student learns no end; "
             "set eos_token in its tokenizer"
         ]
-    if section.init == "scratch" or not (untrained := _untrained_ends(story, format, card)):
+    if section.init == "scratch" or not (untrained := _untrained_ends(context, format, card)):
         return []
     said = f"{section.model} was never trained on {' or '.join(untrained)}, which ends an answer of the teacher"
     if section.lora is not None or section.freeze_embeddings:
@@ -59,9 +61,9 @@ def end_warnings(story: Story, format: AnswerFormat, card: VocabularyCard) -> li
     return [f"{said}; it has to learn it from nothing: see that answers end within responses.max_new_tokens"]
 
 
-def _untrained_ends(story: Story, format: AnswerFormat, card: VocabularyCard) -> tuple[str, ...]:
+def _untrained_ends(context: RunContext, format: AnswerFormat, card: VocabularyCard) -> tuple[str, ...]:
     """The end of a taught answer, where the student knows nothing of it."""
-    section = story.recipe.student
+    section = context.recipe.student
     assert section.model is not None
     source = resolve(
         section.model, revision=section.revision, weights=False, trust_remote_code=section.trust_remote_code
@@ -76,13 +78,13 @@ def doctor_says(teacher: VocabularyCard, student: VocabularyCard, tree: Mapping[
     Args:
         tree: sections `teacher` and `student` of a recipe.
     """
-    story = Story(load_recipe({"name": "doctor", **tree}))
-    story.teacher_card, story.student_card = teacher, student
-    if not same_tokens(story):
+    context = RunContext(load_recipe({"name": "doctor", **tree}))
+    context.teacher_card, context.student_card = teacher, student
+    if not same_tokens(context):
         return ()
     try:
-        found = foreseen_format(story)
-        warned = end_warnings(story, found, student)
+        found = foreseen_format(context)
+        warned = end_warnings(context, found, student)
     except LimbeckError as error:
         return (str(error),)
     if not found.changed:
@@ -90,50 +92,50 @@ def doctor_says(teacher: VocabularyCard, student: VocabularyCard, tree: Mapping[
     return (f"the student is trained and saved with the teacher's tokenizer: {'; '.join(found.changed)}", *warned)
 
 
-def foreseen_format(story: Story) -> AnswerFormat:
+def foreseen_format(context: RunContext) -> AnswerFormat:
     """What the student will be trained and saved with, as far as the recipe says it without the prompts.
 
     Raises:
         LimbeckError: a chat template that refuses or drops an assistant's text.
     """
-    teacher, student, prompts = story.recipe.teacher, story.recipe.student, story.recipe.prompts
+    teacher, student, prompts = context.recipe.teacher, context.recipe.student, context.recipe.prompts
     given = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
     own = given
     if student.model is not None:
         own = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
     template = resolve_template(prompts.template, given, ())
-    return answer_format(given, template, prompts.chat_options, own=own, window=_window(story))
+    return answer_format(given, template, prompts.chat_options, own=own, window=_window(context))
 
 
-def with_endings(story: Story, student: Student, teacher: LoadedModel) -> Student:
+def with_endings(context: RunContext, student: Student, teacher: LoadedModel) -> Student:
     """The student with the tokenizer that made the responses, ending its answers where they end."""
-    if not same_tokens(story):
+    if not same_tokens(context):
         return student
-    template = (story.run.manifest("responses") or {})["template"]
-    options = story.recipe.prompts.chat_options
-    found = answer_format(teacher.tokenizer, template, options, own=student.tokenizer, window=_window(story))
+    template = (context.run.manifest("responses") or {})["template"]
+    options = context.recipe.prompts.chat_options
+    found = answer_format(teacher.tokenizer, template, options, own=student.tokenizer, window=_window(context))
     end_answers_with(student.model, found, also=stop_ids(teacher.model))
     return replace(student, tokenizer=found.tokenizer, answers=found)
 
 
-def _window(story: Story) -> int | None:
+def _window(context: RunContext) -> int | None:
     """Tokens that the student reads at most."""
-    card = story.student_card or story.teacher_card
-    return story.recipe.student.config.get("max_position_embeddings", card.context_length)
+    card = context.student_card or context.teacher_card
+    return context.recipe.student.config.get("max_position_embeddings", card.context_length)
 
 
-def say_endings(story: Story, student: Student) -> None:
+def say_endings(context: RunContext, student: Student) -> None:
     """What is changed in a student that came with a tokenizer of its own."""
     if student.answers is not None and student.answers.changed:
-        story.console.say(f"student: as the teacher has it, {'; '.join(student.answers.changed)}")
+        context.console.say(f"student: as the teacher has it, {'; '.join(student.answers.changed)}")
 
 
-def endings_record(story: Story, student: Student) -> Json:
+def endings_record(context: RunContext, student: Student) -> Json:
     """What student.json says of it, for the model card."""
     if student.answers is None:
         return {}
     found = student.answers
-    options = story.recipe.prompts.chat_options
+    options = context.recipe.prompts.chat_options
     return {
         "template": found.template,
         "ends": list(found.ends),

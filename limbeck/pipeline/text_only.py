@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from limbeck.models.loading import load_tokenizer
-from limbeck.models.vocabulary import compare
-from limbeck.pipeline.build import judgement_of, sft_judgement
-from limbeck.pipeline.engine import Story
+from limbeck.models.vocabulary import compare_vocabularies
+from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
+from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.prompts.chat import reads_option
 from limbeck.prompts.special_tokens import special_tokens
@@ -24,42 +24,43 @@ from limbeck.runtime.rundir import Json
 from limbeck.types import LimbeckError, Prompt, Response, TokenPrompt
 
 
-def check_text_only(story: Story) -> None:
+def check_text_only(context: RunContext) -> None:
     """A pair with different tokens asks for nothing but text.
 
     Raises:
         LimbeckError: it does; names every key to change.
     """
-    if same_tokens(story):
+    if same_tokens(context):
         return
-    teacher, student = story.teacher_card, story.student_card
+    teacher, student = context.teacher_card, context.student_card
     assert student is not None
     if student.vocab_size > student.head_rows:
         raise LimbeckError(
             f"{student.name} has {student.vocab_size} token ids but a head of {student.head_rows} rows; "
             "its tokenizer does not belong to it"
         )
-    if keys := _keys_to_change(story):
+    if keys := _keys_to_change(context):
         raise LimbeckError(
             f"teacher {teacher.name} and student {student.name} have different tokens: "
-            f"{'; '.join(compare(teacher, student).differences)}. Across tokenizers a student learns from text alone: "
+            f"{'; '.join(compare_vocabularies(teacher, student).differences)}. "
+            "Across tokenizers a student learns from text alone: "
             f"set {' '.join(keys)}, or choose a pair of one model family"
         )
 
 
-def _keys_to_change(story: Story) -> list[str]:
+def _keys_to_change(context: RunContext) -> list[str]:
     """What a recipe asks of the teacher beside text, as the overrides that would mend it."""
     # The groups import the stages that import this.
     from limbeck.pipeline.groups import GROUPS
 
-    recipe, keys = story.recipe, []
+    recipe, keys = context.recipe, []
     if recipe.on_policy:
         keys.append("responses.author=teacher")
     if recipe.contrast.rule is not None:
         keys.append("contrast.rule=null")
-    if judgement_of(recipe).heeds_teacher:
+    if loss_plan_of(recipe).needs_teacher:
         keys.append("objective={name: ce}")
-    if recipe.sft is not None and sft_judgement(recipe, recipe.sft).heeds_teacher:
+    if recipe.sft is not None and sft_loss_plan(recipe, recipe.sft).needs_teacher:
         keys.append("sft.objective={name: ce}")
     if recipe.signal.support != "full":
         keys.append("signal.support=full")
@@ -72,13 +73,13 @@ def _keys_to_change(story: Story) -> list[str]:
     return keys
 
 
-def text_options(story: Story, tokenizer: Any) -> Mapping[str, Any]:
+def text_options(context: RunContext, tokenizer: Any) -> Mapping[str, Any]:
     """The variables of `prompts.chat_options` for one of the two templates: where they differ, those that it reads."""
-    options = story.recipe.prompts.chat_options
-    if same_tokens(story):
+    options = context.recipe.prompts.chat_options
+    if same_tokens(context):
         return options
-    own = load_student_tokenizer(story)
-    theirs = story.recipe.teacher
+    own = load_student_tokenizer(context)
+    theirs = context.recipe.teacher
     known = (own, load_tokenizer(theirs.model, revision=theirs.revision, trust_remote_code=theirs.trust_remote_code))
     for name in options:
         if not any(reads_option(name, one) for one in known):
@@ -89,15 +90,15 @@ def text_options(story: Story, tokenizer: Any) -> Mapping[str, Any]:
     return {name: value for name, value in options.items() if reads_option(name, tokenizer)}
 
 
-def load_student_tokenizer(story: Story) -> Any:
+def load_student_tokenizer(context: RunContext) -> Any:
     """The tokenizer that the student came with."""
-    section = story.recipe.student
+    section = context.recipe.student
     assert section.model is not None
     return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
 
 
 def in_the_students_tokens(
-    story: Story,
+    context: RunContext,
     prompts: Sequence[Prompt],
     answers: Sequence[Response],
     written_with: Any,
@@ -112,8 +113,8 @@ def in_the_students_tokens(
         written_with: the teacher's tokenizer.
         asked: the prompts as the student reads them; answers to others are left out.
     """
-    tokenizer, section = load_student_tokenizer(story), story.recipe.responses
-    template = student_template(story, tokenizer, prompts)
+    tokenizer, section = load_student_tokenizer(context), context.recipe.responses
+    template = student_template(context, tokenizer, prompts)
     by_id, fitting = {prompt.id: prompt for prompt in prompts}, {prompt.id for prompt in asked}
     told: list[tuple[Prompt, Response]] = []
     control = [token for token in special_tokens(tokenizer).values() if token.strip()]
@@ -122,13 +123,13 @@ def in_the_students_tokens(
         text = str(written_with.decode(list(answer.response_ids), skip_special_tokens=True)).strip()
         if answer.prompt_id not in fitting:
             continue
-        if story.recipe.prompts.control_tokens == "error" and any(token in text for token in control):
+        if context.recipe.prompts.control_tokens == "error" and any(token in text for token in control):
             spelled += 1
             continue
         prompt = replace(by_id[answer.prompt_id], completion=text, references=(), answer=None)
         told.append((prompt, answer))
     if spelled:
-        story.console.warn(
+        context.console.warn(
             f"{spelled} answers of the teacher spell a control token of the student's tokenizer and were left out; "
             "prompts.control_tokens=parse takes them as they are"
         )
@@ -137,8 +138,8 @@ def in_the_students_tokens(
         tokenizer,
         template,
         author="teacher",
-        control_tokens=story.recipe.prompts.control_tokens,
-        chat_options=text_options(story, tokenizer),
+        control_tokens=context.recipe.prompts.control_tokens,
+        chat_options=text_options(context, tokenizer),
     )
     ends = frozenset(special_tokens(tokenizer))
     found = [
@@ -147,7 +148,7 @@ def in_the_students_tokens(
     ]
     longer = sum(new.stop == "length" and old.stop != "length" for new, (_, old) in zip(found, told, strict=True))
     if longer:
-        story.console.warn(
+        context.console.warn(
             f"{longer} answers have more than responses.max_new_tokens={section.max_new_tokens} of the student's "
             "tokens and were cut"
         )
@@ -164,6 +165,6 @@ def _cut(new: Response, old: Response, ends: frozenset[int], most: int) -> Respo
     return replace(new, response_ids=ids[:most], stop=stop)
 
 
-def student_template(story: Story, tokenizer: Any, prompts: Sequence[Prompt]) -> TemplateName:
+def student_template(context: RunContext, tokenizer: Any, prompts: Sequence[Prompt]) -> TemplateName:
     """The template of the student's prompts."""
-    return resolve_template(story.recipe.prompts.template, tokenizer, prompts)
+    return resolve_template(context.recipe.prompts.template, tokenizer, prompts)

@@ -48,7 +48,7 @@ class ReadRow(dict[str, Any]):
 
 
 @dataclass(kw_only=True)
-class Columns:
+class ColumnTally:
     """What becomes of the columns of a source.
 
     Attributes:

@@ -61,7 +61,7 @@ def answers_in(row: Row, *fields: str, where: str) -> tuple[str, ...]:
         if isinstance(value, Sequence) and not isinstance(value, str):
             if value and not are_texts(value):
                 raise LimbeckError(
-                    f"{where}: expected text or a list of texts in {field!r}, got {shown(value)}; "
+                    f"{where}: expected text or a list of texts in {field!r}, got {shown_value(value)}; "
                     "write each answer as a string"
                 )
             texts = tuple(value)
@@ -97,7 +97,7 @@ def turns_in(value: Any, field: str, where: str, role_key: str = "role", text_ke
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         text = "text or " if field in ("prompt", "completion") else ""
         raise LimbeckError(
-            f"{where}: got {shown(value)} in {field!r}, expected {text}a list of messages, such as "
+            f"{where}: got {shown_value(value)} in {field!r}, expected {text}a list of messages, such as "
             f"[{{{role_key!r}: 'user', {text_key!r}: '...'}}]; rewrite the row"
         )
     return [_turn(turn, field, where, role_key, text_key) for turn in value]
@@ -113,12 +113,15 @@ def _turn(turn: Any, field: str, where: str, role_key: str, text_key: str) -> Me
         content = "" if content is None else content
     if not isinstance(role, str) or not isinstance(content, str):
         raise LimbeckError(
-            f"{where}: expected turns with {role_key!r} and {text_key!r} as text in {field!r}, got {shown(turn)}; "
+            f"{where}: expected turns with {role_key!r} and {text_key!r} as text in {field!r}, "
+            f"got {shown_value(turn)}; "
             "only text conversations are read"
         )
     for name in more.keys() - {"tool_calls"}:
         if not isinstance(more[name], str):
-            raise LimbeckError(f"{where}: expected text in {name!r} of a turn in {field!r}, got {shown(more[name])}")
+            raise LimbeckError(
+                f"{where}: expected text in {name!r} of a turn in {field!r}, got {shown_value(more[name])}"
+            )
     for text in (role, content, *texts_in(more)):
         _require_unicode(text, field, where)
     return Message(role=role, content=content, fields=more)
@@ -134,8 +137,8 @@ def _tool_calls(value: Any, field: str, where: str) -> list[dict[str, Any]]:
         arguments = _as_json(function.get("arguments") or {}) if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not isinstance(arguments, Mapping):
             raise LimbeckError(
-                f"{where}: got {shown(call)} in 'tool_calls' of {field!r}, expected a name and arguments, such as "
-                "{'type': 'function', 'function': {'name': '...', 'arguments': {...}}}; rewrite the row"
+                f"{where}: got {shown_value(call)} in 'tool_calls' of {field!r}, expected a name and arguments, "
+                "such as {'type': 'function', 'function': {'name': '...', 'arguments': {...}}}; rewrite the row"
             )
         named = {
             key: call[key] for key in (call if "function" in call else ("id", "type")) if call.get(key) is not None
@@ -159,7 +162,7 @@ def tools_in(row: Row, where: str) -> tuple[Mapping[str, Any], ...]:
         tools = [_as_json(tool) for tool in value]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise LimbeckError(
-            f"{where}: got {shown(value)} in 'tools', expected a list of schemas, such as "
+            f"{where}: got {shown_value(value)} in 'tools', expected a list of schemas, such as "
             "[{'type': 'function', 'function': {'name': '...', 'parameters': {...}}}]; rewrite the row"
         )
     for text in texts_in(tools):
@@ -191,7 +194,7 @@ def quoted(name: str) -> str:
     return name if name.isprintable() and is_unicode(name) else ascii(name)
 
 
-def shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value as messages quote it."""
     try:
         text = repr(value)

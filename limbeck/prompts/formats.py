@@ -23,7 +23,7 @@ from limbeck.prompts.fields import (
     category_of,
     prompt_in,
     quoted,
-    shown,
+    shown_value,
     text_in,
     tools_in,
     turns_in,
@@ -119,7 +119,7 @@ def _conversation(turns: list[Message], field: str, where: str) -> tuple[tuple[M
         last = turns[-1] if _answers(turns[-1]) else None
         turns = turns[:-1]
     if not turns or turns[-1].role not in ("user", "tool"):
-        got = f"one that ends with {shown(turns[-1].role)}" if turns else "the answer alone"
+        got = f"one that ends with {shown_value(turns[-1].role)}" if turns else "the answer alone"
         raise LimbeckError(
             f"{where}: expected a conversation in {field!r} with a user turn to answer, got {got}; repair it"
         )
@@ -167,7 +167,7 @@ def _answered(example: Example, answers: Sequence[str]) -> Example:
 def _completion(value: Any, where: str) -> Message | None:
     turns = turns_in(value, "completion", where)
     if len(turns) != 1 or turns[0].role != "assistant":
-        roles = ", ".join(shown(turn.role) for turn in turns[:4])
+        roles = ", ".join(shown_value(turn.role) for turn in turns[:4])
         raise LimbeckError(
             f"{where}: expected one assistant turn in 'completion', got {roles}; move the others to 'prompt'"
         )
@@ -190,7 +190,7 @@ def _read_conversations(row: Row, where: str) -> list[Example]:
         if role is None:
             known = ", ".join(_SHAREGPT_ROLES)
             raise LimbeckError(
-                f"{where}: got a turn from {shown(turn.role)}, expected one of {known}; rename the speaker"
+                f"{where}: got a turn from {shown_value(turn.role)}, expected one of {known}; rename the speaker"
             )
         turns.append(replace(turn, role=role))
     messages, last = _conversation(turns, "conversations", where)
@@ -209,7 +209,9 @@ def _read_instruction(row: Row, where: str) -> list[Example]:
     if instances is None:
         return [_instance(instruction, row, row, where)]
     if not isinstance(instances, Sequence) or not all(isinstance(one, Mapping) for one in instances) or not instances:
-        raise LimbeckError(f"{where}: expected a list of input/output pairs in 'instances', got {shown(instances)}")
+        raise LimbeckError(
+            f"{where}: expected a list of input/output pairs in 'instances', got {shown_value(instances)}"
+        )
     return [_instance(instruction, one, row, where) for one in instances]
 
 

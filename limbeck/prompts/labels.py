@@ -7,7 +7,7 @@ from limbeck.types import Prompt
 _SHOWN = 50
 
 
-def label(prompt: Prompt) -> str:
+def prompt_label(prompt: Prompt) -> str:
     """The id, where the prompt stood when that is known, and its beginning (of a conversation: of the last turn)."""
     text = prompt.text if prompt.text is not None else prompt.messages[-1].content if prompt.messages else ""
     # A prompt may be a book: only its beginning is looked at.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from limbeck.prompts.labels import label
+from limbeck.prompts.labels import prompt_label
 from limbeck.types import LimbeckError, Prompt
 
 
@@ -21,8 +21,8 @@ def require_references(prompts: Sequence[Prompt], remedy: str) -> dict[str, tupl
     without = [prompt for prompt in prompts if not prompt.known_answers]
     if without:
         raise LimbeckError(
-            f"prompt {label(without[0])} has no reference answer, one of {len(without)} among {len(prompts)} held-out "
-            f"prompts; expected one or more for each: {remedy}"
+            f"prompt {prompt_label(without[0])} has no reference answer, one of {len(without)} among {len(prompts)} "
+            f"held-out prompts; expected one or more for each: {remedy}"
         )
     return found
 
@@ -36,6 +36,7 @@ def require_answers_for_sft(prompts: Sequence[Prompt]) -> None:
     without = [prompt for prompt in prompts if prompt.completion is None]
     if without:
         raise LimbeckError(
-            f"prompt {label(without[0])} has no answer, one of {len(without)} among {len(prompts)} training prompts, "
-            "but sft.source=data teaches from the data's answers; give data with answers, or set sft.source=responses"
+            f"prompt {prompt_label(without[0])} has no answer, one of {len(without)} among {len(prompts)} "
+            "training prompts, but sft.source=data teaches from the data's answers; give data with answers, "
+            "or set sft.source=responses"
         )

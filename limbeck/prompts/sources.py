@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.prompts.columns import Columns
+from limbeck.prompts.columns import ColumnTally
 from limbeck.prompts.formats import Example, Mapped, family_of, instruction_example, read_row, rename_fields
 from limbeck.prompts.readers import PlacedRow, rows_of
 from limbeck.types import LimbeckError, Message, Prompt, Split
@@ -96,7 +96,7 @@ def load_prompts(
         raise LimbeckError(f"prompts.limit is {limit}, expected at least 2 prompts: one to train on, one held out")
     if fields is not None and "prompt" not in fields:
         raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
-    columns = Columns(ignore=ignore_columns)
+    columns = ColumnTally(ignore=ignore_columns)
     rows, examples = _read(rows_of(source, dataset_split, dataset_config), fields, columns)
     if source == BUILTIN:
         examples = [(instruction_example(one.text or "", category=one.category), where) for one, where in examples]
@@ -116,7 +116,7 @@ def load_prompts(
 
 
 def _read(
-    rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None, columns: Columns
+    rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None, columns: ColumnTally
 ) -> tuple[int, list[PlacedExample]]:
     examples: list[PlacedExample] = []
     first: PlacedRow | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.prompts.fields import texts_in
-from limbeck.prompts.labels import label
+from limbeck.prompts.labels import prompt_label
 from limbeck.types import LimbeckError, Prompt
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def refuse_control_tokens(
         for token in found:
             if token in text:
                 raise LimbeckError(
-                    f"prompt {label(prompt)} spells the control token {token}, which the tokenizer "
+                    f"prompt {prompt_label(prompt)} spells the control token {token}, which the tokenizer "
                     "would read as one; remove it, or set prompts.control_tokens=parse"
                 )
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from limbeck.prompts.chat import Options, Rendering, require_asked, require_options, turns_of
 from limbeck.prompts.ids import tokenize
-from limbeck.prompts.labels import label
+from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.saved_template import alpaca_chat_template
 from limbeck.prompts.special_tokens import ControlTokens, refuse_control_tokens
 from limbeck.prompts.tools import call_form
@@ -89,7 +89,7 @@ def encode_prompts(
     refuse_control_tokens(prompts, tokenizer, control_tokens, answers=False)
     texts = _prompt_texts(prompts, tokenizer, name, chat_options)
     return [
-        TokenPrompt(id=prompt.id, ids=ids, split=prompt.split, label=label(prompt))
+        TokenPrompt(id=prompt.id, ids=ids, split=prompt.split, label=prompt_label(prompt))
         for prompt, ids in zip(prompts, _tokenize_prompts(texts, tokenizer, name), strict=True)
     ]
 
@@ -126,7 +126,7 @@ def encode_responses(
     for prompt in prompts:
         if prompt.completion is None and prompt.answer is None:
             raise LimbeckError(
-                f"prompt {label(prompt)} has no completion; let the teacher answer (responses.author=teacher), "
+                f"prompt {prompt_label(prompt)} has no completion; let the teacher answer (responses.author=teacher), "
                 "or give data with answers"
             )
     refuse_control_tokens(prompts, tokenizer, control_tokens, answers=True)
@@ -172,11 +172,11 @@ def _chat_responses(prompts: Sequence[Prompt], rendering: Rendering, author: Aut
     """The responses of some conversations: one of each, unless its turns need prompts of their own."""
     every: list[tuple[Prompt, MarkedText]] = []
     for prompt in prompts:
-        asked = rendering.text(label(prompt), turns_of(prompt), prompt.tools, ask=True)
-        require_asked(label(prompt), rendering, prompt, asked)
+        asked = rendering.text(prompt_label(prompt), turns_of(prompt), prompt.tools, ask=True)
+        require_asked(prompt_label(prompt), rendering, prompt, asked)
         several = loss_on == "all" and has_earlier_answers(prompt)
         every += [(prompt, one) for one in marked_texts(prompt, rendering, every_turn=several)]
-    ids = marked_tokens([(label(prompt), one) for prompt, one in every], rendering)
+    ids = marked_tokens([(prompt_label(prompt), one) for prompt, one in every], rendering)
     return [_response(prompt, *found, author) for (prompt, _), found in zip(every, ids, strict=True)]
 
 
@@ -210,8 +210,8 @@ def _prompt_texts(
     if name == "chat":
         rendering, texts = _rendering(prompts, tokenizer, options), []
         for prompt in prompts:
-            text = rendering.text(label(prompt), turns_of(prompt), prompt.tools, ask=True)
-            require_asked(label(prompt), rendering, prompt, text)
+            text = rendering.text(prompt_label(prompt), turns_of(prompt), prompt.tools, ask=True)
+            require_asked(prompt_label(prompt), rendering, prompt, text)
             texts.append(text)
         return texts
     if options:
@@ -222,8 +222,8 @@ def _prompt_texts(
     for prompt in prompts:
         if prompt.tools or prompt.answer:
             raise LimbeckError(
-                f"prompt {label(prompt)} has tools or an answer that calls them, which template {name!r} has no words "
-                "for; use a tokenizer with a chat template, or leave them out: prompts.ignore_columns=[tools]"
+                f"prompt {prompt_label(prompt)} has tools or an answer that calls them, which template {name!r} has no "
+                "words for; use a tokenizer with a chat template, or leave them out: prompts.ignore_columns=[tools]"
             )
     return [alpaca_text(prompt) if name == "alpaca" else plain_text(prompt) for prompt in prompts]
 

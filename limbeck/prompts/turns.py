@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.prompts.chat import Rendering, text_after_answer, turns_of
 from limbeck.prompts.ids import tokenize
-from limbeck.prompts.labels import label
+from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.tools import Turns
 from limbeck.prompts.turn_ends import end_of_text, last_run
 from limbeck.types import LimbeckError, Prompt
@@ -66,7 +66,7 @@ def _last_turn(prompt: Prompt, rendering: Rendering) -> MarkedText:
         LimbeckError: a template that changes or does not end what the assistant says, without marks of its own.
     """
     try:
-        return one_turn(label(prompt), [*turns_of(prompt), answer_of(prompt)], prompt, rendering)
+        return one_turn(prompt_label(prompt), [*turns_of(prompt), answer_of(prompt)], prompt, rendering)
     except LimbeckError:
         if not marks_answers(rendering.tokenizer):
             raise
@@ -80,7 +80,7 @@ def _every_turn(prompt: Prompt, rendering: Rendering) -> list[MarkedText]:
     Raises:
         LimbeckError: a blank turn of the assistant, or a template that changes or does not end what it says.
     """
-    turns, name = conversation_of(prompt), label(prompt)
+    turns, name = conversation_of(prompt), prompt_label(prompt)
     places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
     for place in places:
         if not turns[place]["content"] and not turns[place].get("tool_calls"):
@@ -121,7 +121,7 @@ def marked(prompt: Prompt, rendering: Rendering) -> MarkedText:
     Raises:
         LimbeckError: not one mark a turn, or a mark without the token that ends the turn.
     """
-    turns, name = conversation_of(prompt), label(prompt)
+    turns, name = conversation_of(prompt), prompt_label(prompt)
     places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
     text, marks = rendering.marks(name, turns, prompt.tools)
     # Phi-3's training template marks the end of the whole text too, which no turn is.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from limbeck.prompts.labels import label
+from limbeck.prompts.labels import prompt_label
 from limbeck.types import LimbeckError, Prompt
 
 # The wording of Alpaca (Taori et al. 2023), which MiniLLM and its successors train and evaluate with.
@@ -39,7 +39,7 @@ def _single_turn(prompt: Prompt, template: str) -> str:
     if len(prompt.messages) != 1:
         roles = ", ".join(turn.role for turn in prompt.messages)
         raise LimbeckError(
-            f"prompt {label(prompt)} has the turns {roles}, which template {template!r} has no words for; "
+            f"prompt {prompt_label(prompt)} has the turns {roles}, which template {template!r} has no words for; "
             "use a tokenizer with a chat template, or single user turns"
         )
     return prompt.messages[0].content

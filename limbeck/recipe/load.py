@@ -76,7 +76,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _validate(tree: dict[str, Any]) -> Recipe:
-    tree = yaml_text.plain(tree)
+    tree = yaml_text.plain_tree(tree)
     objective = tree.get("objective")
     if isinstance(objective, dict) and "options" not in objective:
         options = {k: v for k, v in objective.items() if k not in AXES}
@@ -85,7 +85,7 @@ def _validate(tree: dict[str, Any]) -> Recipe:
         # Through JSON, where strict mode still reads a mapping as a section and a list as a tuple.
         recipe = _ADAPTER.validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise LimbeckError(messages.explain(error, known_keys())) from None
+        raise LimbeckError(messages.explain_mistake(error, known_keys())) from None
     checks.check(recipe)
     return recipe
 
@@ -97,7 +97,7 @@ def signal_temperatures(recipe: Recipe) -> tuple[float, ...]:
     return tuple(sorted({*recipe.signal.temperatures} or {teacher}))
 
 
-def build_objective(recipe: Recipe) -> Any:
+def objective_of(recipe: Recipe) -> Any:
     """The recipe's objective from the registry; its unknown options are refused with the nearest known one."""
     from limbeck.objectives import OBJECTIVES
     from limbeck.objectives import build_objective as build
@@ -132,7 +132,7 @@ def at(key: str) -> Iterator[None]:
         raise LimbeckError(f"{key}: {error}") from None
 
 
-def build_rule(recipe: Recipe) -> Any:
+def rule_of(recipe: Recipe) -> Any:
     """The recipe's rule over whole responses; None where it has none."""
     from limbeck.objectives.sequence.rules import build_rule as build
 
@@ -158,7 +158,7 @@ def known_keys() -> tuple[str, ...]:
 def as_tree(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain nested mappings, every default spelled out; the objective's options stand beside its name."""
     assert is_dataclass(recipe)
-    tree: dict[str, Any] = yaml_text.plain(asdict(recipe))
+    tree: dict[str, Any] = yaml_text.plain_tree(asdict(recipe))
     tree["objective"] |= tree["objective"].pop("options")
     return tree
 

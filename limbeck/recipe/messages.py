@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-def explain(error: ValidationError, known: Sequence[str]) -> str:
+def explain_mistake(error: ValidationError, known: Sequence[str]) -> str:
     """One line for up to four mistakes; the alternatives a value could have been are one mistake."""
     lines: dict[str, str] = {}
     for mistake in error.errors():
@@ -29,10 +29,10 @@ def _explain(mistake: Any, path: str, known: Sequence[str]) -> str:
     if mistake["type"] in ("missing", "missing_argument"):
         return f"{path} is missing; add it to the recipe or give it as {path}=..."
     if mistake["type"] in ("dataclass_type", "dataclass_exact_type"):
-        return f"{path} is {short(mistake['input'])}; expected a section with keys"
+        return f"{path} is {short_repr(mistake['input'])}; expected a section with keys"
     if mistake["type"] in ("tuple_type", "list_type"):
-        return f"{path}: got {short(mistake['input'])}; expected a list{_as_list(path, mistake['input'])}"
-    return f"{path}: got {short(mistake['input'])}; {_lower(mistake['msg'])}"
+        return f"{path}: got {short_repr(mistake['input'])}; expected a list{_as_list(path, mistake['input'])}"
+    return f"{path}: got {short_repr(mistake['input'])}; {_lower(mistake['msg'])}"
 
 
 def _as_list(path: str, value: object) -> str:
@@ -44,7 +44,7 @@ def _as_list(path: str, value: object) -> str:
     return f", such as {path}=[{value if bare else inner}]"
 
 
-def short(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"

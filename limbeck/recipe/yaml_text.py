@@ -17,7 +17,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 from yaml.nodes import Node
 
-from limbeck.recipe.messages import short
+from limbeck.recipe.messages import short_repr
 from limbeck.types import LimbeckError
 
 _TAG = "tag:yaml.org,2002:"
@@ -100,7 +100,7 @@ def dump(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def plain(value: Any, path: str = "") -> Any:
+def plain_tree(value: Any, path: str = "") -> Any:
     """A tree of mappings, lists and scalars as JSON has them.
 
     Raises:
@@ -111,19 +111,21 @@ def plain(value: Any, path: str = "") -> Any:
     if isinstance(value, Mapping):
         odd = next((key for key in map(str, value) if not key.isprintable()), None)
         if odd is not None:
-            raise LimbeckError(f"{path or 'the recipe'} has the key {short(odd)}; expected text that can be printed")
-        inner = {str(key): plain(v, f"{path}.{key}".removeprefix(".")) for key, v in value.items()}
+            raise LimbeckError(
+                f"{path or 'the recipe'} has the key {short_repr(odd)}; expected text that can be printed"
+            )
+        inner = {str(key): plain_tree(v, f"{path}.{key}".removeprefix(".")) for key, v in value.items()}
         if len(inner) != len(value):
             raise LimbeckError(f"{path or 'the recipe'} has two keys of the same spelling; give each once")
         return inner
     if isinstance(value, list | tuple):
-        return [plain(v, f"{path}.{i}") for i, v in enumerate(value)]
+        return [plain_tree(v, f"{path}.{i}") for i, v in enumerate(value)]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise LimbeckError(f"{path}: got {value}; expected a finite number")
     if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise LimbeckError(f"{path}: got {short(value)}, half a character; expected text that UTF-8 can hold")
+        raise LimbeckError(f"{path}: got {short_repr(value)}, half a character; expected text that UTF-8 can hold")
     if value is None or isinstance(value, str | int | float):
         return value
     raise LimbeckError(f"{path}: got a {type(value).__name__}; expected text, a number, true, false, a list or keys")

@@ -11,7 +11,7 @@ from limbeck.report.read_run import Run, number, score, value_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dot:
+class ChangeMarker:
     """A score on the row's track, places in percent; `low` and `high` are None without an interval."""
 
     at: float
@@ -21,7 +21,7 @@ class Dot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class MetricLine:
     """One metric.
 
     Attributes:
@@ -43,12 +43,12 @@ class Line:
     change_interval: str
     arrow: str
     verdict: str
-    dots: tuple[Dot, ...]
+    dots: tuple[ChangeMarker, ...]
     teacher_at: float | None
     ends: tuple[str, str]
 
 
-def evidence(run: Run) -> list[Line]:
+def evidence(run: Run) -> list[MetricLine]:
     """The lines of the table, in the order of the file; values of the teacher alone are its column, not lines."""
     described = value_at(run.scores, "metrics")
     described = described if isinstance(described, Mapping) else {}
@@ -77,11 +77,11 @@ def _top(run: Run, names: Sequence[str], described: Mapping[str, Any], about: Ma
     return max([*ends, 1e-9]) * 1.04
 
 
-def _line(run: Run, name: str, about: Mapping[str, Any], top: float) -> Line:
+def _line(run: Run, name: str, about: Mapping[str, Any], top: float) -> MetricLine:
     before, after, change = (score(run, part, name) for part in ("before", "after", "change"))
     teacher = _teacher(run, about)
     moved = change["mean"] if change else 0.0
-    return Line(
+    return MetricLine(
         name=name,
         label=str(about.get("label", name)),
         unit=str(about.get("unit", "")),
@@ -138,11 +138,11 @@ def _verdict(
     return "better" if (change["mean"] > 0) == (about["better"] == "higher") else "worse"
 
 
-def _dot(found: Mapping[str, Any], part: str, top: float) -> Dot:
+def _dot(found: Mapping[str, Any], part: str, top: float) -> ChangeMarker:
     low, high = number(found, "low"), number(found, "high")
     if low is None or high is None:
         low = high = None
-    return Dot(
+    return ChangeMarker(
         at=_place(found["mean"], top),
         low=None if low is None else _place(low, top),
         high=None if high is None else _place(high, top),

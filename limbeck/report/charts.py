@@ -76,7 +76,7 @@ CURVES = (
     ("beta", "Beta", "weight of its responses", True, False),
 )
 MIXED = ("share", "heldout_loss", "alpha/teacher", "alpha/student", "beta")
-GROUPS = {"log_q/student": OWN, "kl_p99": OWN} | dict.fromkeys(MIXED, MIX)
+CHART_GROUPS = {"log_q/student": OWN, "kl_p99": OWN} | dict.fromkeys(MIXED, MIX)
 
 
 def charts(run: Run) -> list[Chart]:
@@ -117,7 +117,7 @@ def _chart(key: str, title: str, unit: str, rows: Sequence[Mapping[str, Any]], z
         points=tuple(points),
         last=figure(means[-1] if means else values[-1]),
         alarms=_alarms(rows, key, across),
-        group=OWN if key.startswith("responses/") else GROUPS.get(key, ""),
+        group=OWN if key.startswith("responses/") else CHART_GROUPS.get(key, ""),
     )
 
 

@@ -24,7 +24,7 @@ BEGINNING, END = 500, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Warned:
+class RaisedAlarm:
     """An alarm that went off. `seen` gives the values at the first step that it named; the last two may be empty."""
 
     name: str
@@ -35,7 +35,7 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class ShownResponse:
     """A response. `remarks` are such as "cut off"; `again` says that it is the one shown before it."""
 
     author: str
@@ -49,7 +49,7 @@ class Exchange:
     """A prompt, and for each moment of the training (its name, the responses by author)."""
 
     prompt: str
-    moments: tuple[tuple[str, Mapping[str, Said]], ...]
+    moments: tuple[tuple[str, Mapping[str, ShownResponse]], ...]
 
 
 def names_in(row: Mapping[str, Any]) -> list[str]:
@@ -58,7 +58,7 @@ def names_in(row: Mapping[str, Any]) -> list[str]:
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
-def warned(run: Run) -> list[Warned]:
+def warned(run: Run) -> list[RaisedAlarm]:
     """The alarms in the order in which they first went off."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for row in run.steps:
@@ -67,7 +67,7 @@ def warned(run: Run) -> list[Warned]:
     return [_warned(name, found) for name, found in rows.items()]
 
 
-def _warned(name: str, rows: Sequence[Mapping[str, Any]]) -> Warned:
+def _warned(name: str, rows: Sequence[Mapping[str, Any]]) -> RaisedAlarm:
     kind = EVERY_ALARM.get(name)
     first, *more = [f"{row['step']:,.0f}" for row in rows]
     again = f", again at {', '.join(more[:3])}{' …' if more[3:] else ''}" if more else ""
@@ -77,7 +77,7 @@ def _warned(name: str, rows: Sequence[Mapping[str, Any]]) -> Warned:
         if value is not None:
             shown = share(value) if key in (REPEATED, TRUNCATED, EMPTY) else figure(value)
             seen.append(f"{key} {shown}")
-    return Warned(
+    return RaisedAlarm(
         name=name,
         steps=f"step {first}{again}",
         seen=", ".join(seen),
@@ -163,19 +163,19 @@ def _when(moment: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _texts(
     moments: Sequence[Mapping[str, Mapping[str, Any]]], decode: Decode
-) -> Iterator[tuple[str, Mapping[str, Said]]]:
+) -> Iterator[tuple[str, Mapping[str, ShownResponse]]]:
     before: dict[str, list[int]] = {}
     for moment in moments:
         yield _when(moment), {c: _said(row, decode, before.get(c)) for c, row in moment.items()}
         before |= {column: row["response_ids"] for column, row in moment.items()}
 
 
-def _said(row: Mapping[str, Any], decode: Decode, before: list[int] | None) -> Said:
+def _said(row: Mapping[str, Any], decode: Decode, before: list[int] | None) -> ShownResponse:
     ids = list(row["response_ids"])
     said = ids[:-1] if row.get("stop") == "eos" else ids
     remarks = [f"{len(ids):,} tokens"]
     remarks += ["cut off"] * (row.get("stop") == "length") + ["loops"] * loops(said)
-    return Said(
+    return ShownResponse(
         author=str(row["author"]).capitalize(),
         text=_shortened(decode(said).strip()),
         remarks=tuple(remarks),

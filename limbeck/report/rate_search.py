@@ -13,7 +13,7 @@ from limbeck.report.read_run import Run, number
 
 GROUP = "Search for the learning rate"
 # A trial that ruined the student would press all others onto one line: the axis ends here, in losses at the start.
-MOST = 1.5
+MAX_TRIALS = 1.5
 
 
 def search_charts(run: Run) -> list[Chart]:
@@ -25,7 +25,7 @@ def _chart(name: str, found: Mapping[str, Any]) -> Chart | None:
     before, chosen, trials = number(found, "before"), number(found, "chosen"), found.get("trials")
     if before is None or chosen is None or chosen <= 0 or not isinstance(trials, list):
         return None
-    top = MOST * before if before > 0 else before + 1.0
+    top = MAX_TRIALS * before if before > 0 else before + 1.0
     tried = [(rate, _within(number(t, "loss"), top)) for t in trials if (rate := _rate(t)) is not None]
     if len(tried) < 2:
         return None

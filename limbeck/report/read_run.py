@@ -72,7 +72,7 @@ def read_run(run_dir: Path) -> Run:
         raise LimbeckError(
             f"{run_dir} holds none of {', '.join(FILES)}; expected a run directory: give the one `limbeck run` wrote"
         )
-    recipe_text = text_of(run_dir, RECIPE, broken)
+    recipe_text = text_field(run_dir, RECIPE, broken)
     alone = any(row["stage"] == "evaluation" and row.get("alone") is True for row in stages)
     expected = {name: what for name, what in FILES.items() if not (alone and name in OF_TRAINING)}
     return Run(
@@ -100,7 +100,7 @@ def read_run(run_dir: Path) -> Run:
 def read_scores(run_dir: Path) -> Run:
     """Recipe and scores alone: of a long training the metrics take seconds to read."""
     broken: list[str] = []
-    recipe = _recipe(text_of(run_dir, RECIPE, broken), broken)
+    recipe = _recipe(text_field(run_dir, RECIPE, broken), broken)
     return Run(directory=run_dir, recipe=recipe, scores=_scores(run_dir, broken), broken=tuple(broken))
 
 
@@ -130,7 +130,7 @@ def score(run: Run, part: str, metric: str) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) and number(found, "mean") is not None else None
 
 
-def text_of(run_dir: Path, name: str, broken: list[str]) -> str:
+def text_field(run_dir: Path, name: str, broken: list[str]) -> str:
     """A file's text; empty where there is none, or where it cannot be read, which is said in `broken`."""
     path = run_dir / name
     if not path.is_file():
@@ -145,7 +145,7 @@ def text_of(run_dir: Path, name: str, broken: list[str]) -> str:
 def lines_of(run_dir: Path, name: str, broken: list[str]) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; what else stands in it is left out, which is said in `broken`."""
     rows, bad = [], []
-    for count, line in json_lines(text_of(run_dir, name, broken)):
+    for count, line in json_lines(text_field(run_dir, name, broken)):
         try:
             row = parsed(line)
         except ValueError:
@@ -162,7 +162,7 @@ def lines_of(run_dir: Path, name: str, broken: list[str]) -> list[dict[str, Any]
 
 
 def _object(run_dir: Path, name: str, broken: list[str]) -> dict[str, Any]:
-    text = text_of(run_dir, name, broken)
+    text = text_field(run_dir, name, broken)
     if not text:
         return {}
     try:

@@ -31,11 +31,11 @@ def write_picture(run_dir: Path, path: Path) -> Path:
     Raises:
         LimbeckError: `run_dir` is not a run directory.
     """
-    write_text(path, draw(read_run(run_dir)))
+    write_text(path, svg_chart(read_run(run_dir)))
     return path
 
 
-def draw(run: Run) -> str:
+def svg_chart(run: Run) -> str:
     """The picture as SVG text."""
     rows = [row for row in run.steps if number(row, "loss") is not None]
     metrics = [name for name in SHOWN if score(run, "before", name) or score(run, "after", name)]

@@ -14,7 +14,9 @@ from limbeck.types import Response
 SO_FAR = "so_far/"
 
 
-def counted(before: Mapping[str, float], responses: Iterable[Response], means: Mapping[str, float]) -> dict[str, float]:
+def count_phrase(
+    before: Mapping[str, float], responses: Iterable[Response], means: Mapping[str, float]
+) -> dict[str, float]:
     """The counts after one more step.
 
     Args:

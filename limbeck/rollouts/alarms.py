@@ -19,10 +19,10 @@ LOG_Q = "log_q/student"
 
 # A level is a running average over some 20 steps: a shorter one follows single batches, a longer one sees a collapse
 # when it is over.
-GAIN = 0.1
+ALARM_GAIN = 0.1
 # Steps with few responses move a level less, so that it always rests on some 128 of them: a share of 15 % then has a
 # standard error of 3 %, far below the thresholds.
-FULL_STEP = 64 * GAIN
+FULL_STEP = 64 * ALARM_GAIN
 # The first steps make the baseline: fewer would be a matter of luck, and the student changes most at the beginning.
 START = 10
 # No alarm before so many values of a metric were seen: by then 65 % of the level are newer than the baseline.

@@ -25,7 +25,7 @@ def set_aside(responses: Mapping[int, Response], size: int) -> tuple[dict[int, R
     return trained, dict(sorted(aside.items(), key=lambda item: -item[1].length))
 
 
-def ids_of(responses: Mapping[int, Response]) -> frozenset[str]:
+def ids_of_prompts(responses: Mapping[int, Response]) -> frozenset[str]:
     """The prompts that were answered."""
     return frozenset(r.prompt_id for r in responses.values())
 

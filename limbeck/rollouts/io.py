@@ -52,7 +52,7 @@ def read_responses(path: Path) -> list[Response]:
         LimbeckError: a damaged line, with its number.
     """
     with path.open("rb") as file:
-        return [_parse(line, path, number, response_of) for number, line in enumerate(file, start=1)]
+        return [_parse(line, path, number, response_from_json) for number, line in enumerate(file, start=1)]
 
 
 def read_batch(path: Path, count: int) -> list[Response]:
@@ -82,7 +82,7 @@ def _require_ids(ids: object) -> None:
         raise TypeError("the ids of tokens are no whole numbers")
 
 
-def response_of(row: dict[str, Any]) -> Response:
+def response_from_json(row: dict[str, Any]) -> Response:
     """A response from the plain values that `fields_of` and JSON make of it."""
     _require_ids(row["prompt_ids"])
     _require_ids(row["response_ids"])

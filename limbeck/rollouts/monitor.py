@@ -203,7 +203,7 @@ class Watch:
         if key == LENGTH and level.seen < alarms.START and cut and cut.mean >= alarms.LENGTH_CUT:
             return
         share = min(1.0, metrics[COUNT] / alarms.FULL_STEP) if key in _OF_RESPONSES else 1.0
-        level.add(float(value), alarms.GAIN * share)
+        level.add(float(value), alarms.ALARM_GAIN * share)
         self._levels[key] = level
 
     def state(self) -> dict[str, Any]:

@@ -8,8 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from limbeck.rollouts.io import fields_of, response_of
-from limbeck.rollouts.sources import WRITTEN_PREVIEWS, Clock, Fixed, Own, die, first_steps, longest_first
+from limbeck.rollouts.io import fields_of, response_from_json
+from limbeck.rollouts.sources import (
+    MAX_PREVIEW_STEPS,
+    OfflineSource,
+    StepCounter,
+    StudentSource,
+    die,
+    first_steps,
+    longest_first,
+)
 from limbeck.types import LimbeckError, Response
 
 # Bytes of a token in a buffered response: an int object and its place in a tuple, generously.
@@ -44,12 +52,12 @@ class ReplaySettings:
         if not 0 <= self.share <= 1:
             raise LimbeckError(f"share is {self.share}: expected a probability from 0 to 1")
 
-    def fresh(self, phi: float, clock: Clock) -> float:
+    def fresh(self, phi: float, clock: StepCounter) -> float:
         """Probability that a step writes fresh responses."""
         return phi * {"decreasing": 1 - clock.progress, "constant": 0.5, "increasing": clock.progress}[self.decay]
 
 
-class Replay:
+class ReplaySource:
     """Each step trains on fresh responses of the student (which enter the buffer), on buffered ones, or on fixed ones.
 
     The held-out loss is measured before training and every so many steps. While the buffer is not full, every step that
@@ -58,13 +66,13 @@ class Replay:
 
     wants_validation = True
 
-    def __init__(self, own: Own, base: Fixed, settings: ReplaySettings, *, step_rows: int, seed: int):
+    def __init__(self, own: StudentSource, base: OfflineSource, settings: ReplaySettings, *, step_rows: int, seed: int):
         self.own, self.base, self.settings, self.step_rows, self.seed = own, base, settings, step_rows, seed
         self.prompts = own.prompts | base.prompts
         self.phi, self.loss, self.latest = settings.share, None, None
         self.done = {"replayed": 0, "validations": 0, "rises": 0, "growths": 0}
         self.buffer: deque[Response] = deque(maxlen=settings.capacity)
-        longest = max(len(p.ids) for p in own.asked) + own.pen.sampling.max_new_tokens
+        longest = max(len(p.ids) for p in own.asked) + own.rollout.sampling.max_new_tokens
         require_room(settings.capacity, longest)
 
     @property
@@ -76,9 +84,9 @@ class Replay:
         return self.settings.validation_steps or self.steps_per_epoch
 
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
-        return first_steps(self, min(count, WRITTEN_PREVIEWS), total)
+        return first_steps(self, min(count, MAX_PREVIEW_STEPS), total)
 
-    def step(self, clock: Clock) -> dict[int, Response]:
+    def step(self, clock: StepCounter) -> dict[int, Response]:
         draw = die(self.seed, clock.step)
         r, full = draw.random(), len(self.buffer) == self.buffer.maxlen
         if r < self.settings.fresh(self.phi, clock) or (r < self.phi and not full):
@@ -91,7 +99,7 @@ class Replay:
             return longest_first(again)
         return self.base.step(clock)
 
-    def begins_round(self, clock: Clock) -> bool:
+    def starts_round(self, clock: StepCounter) -> bool:
         return False
 
     def validated(self, loss: float) -> None:
@@ -108,10 +116,10 @@ class Replay:
         elif self.settings.compare_with == "lowest":
             self.loss = min(self.loss, loss)
 
-    def metrics(self, clock: Clock) -> dict[str, float]:
+    def metrics(self, clock: StepCounter) -> dict[str, float]:
         return {"share": self.phi, "buffer": float(len(self.buffer))}
 
-    def counts(self, clock: Clock) -> dict[str, float]:
+    def counts(self, clock: StepCounter) -> dict[str, float]:
         return {name: float(count) for name, count in self.done.items()}
 
     def state(self) -> dict[str, Any]:
@@ -127,7 +135,7 @@ class Replay:
         self.phi, self.loss, self.latest = state["phi"], state["loss"], state["latest"]
         self.done = dict(state["done"])
         self.buffer.clear()
-        self.buffer.extend(response_of(fields) for fields in state["buffer"])
+        self.buffer.extend(response_from_json(fields) for fields in state["buffer"])
 
 
 def require_room(capacity: int, longest: int) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _WHOLE = "round.json"
 
 
-class World(Protocol):
+class ProcessGroup(Protocol):
     """The processes of a run, as far as writing needs them."""
 
     @property
@@ -44,7 +44,7 @@ class World(Protocol):
 
 
 @dataclass(frozen=True)
-class Alone:
+class SingleProcess:
     """One process."""
 
     rank: int = 0
@@ -72,14 +72,14 @@ class BatchSampler(Protocol):
     ) -> Iterator[Any]: ...
 
 
-class Keeper(Protocol):
+class SignalCache(Protocol):
     """Keeps what the teacher says of a batch of responses beside them, so that a response used twice is judged once."""
 
-    def begin(self, folder: Path) -> None:
+    def start_round(self, folder: Path) -> None:
         """A round is about to be written in `folder`; the responses of earlier ones are not used again."""
         ...
 
-    def keep(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
+    def store(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
         """Before the responses are written to `path`.
 
         Args:
@@ -87,7 +87,7 @@ class Keeper(Protocol):
         """
         ...
 
-    def know(self, path: Path, responses: Sequence[Response]) -> None:
+    def register(self, path: Path, responses: Sequence[Response]) -> None:
         """The responses of a whole file are about to be used."""
         ...
 
@@ -103,8 +103,8 @@ class Rounds:
     """
 
     folder: Path
-    keeper: Keeper | None = None
-    world: World = field(default_factory=Alone)
+    signal_cache: SignalCache | None = None
+    world: ProcessGroup = field(default_factory=SingleProcess)
     should_stop: Callable[[], bool] = lambda: False
     report: Callable[[Author, int, int], None] = lambda author, done, total: None
 
@@ -130,18 +130,18 @@ class Rounds:
         """
         folder = self.folder / f"{number:03d}" / author
         self._require_unchanged(folder)
-        if self.keeper is not None:
-            self.keeper.begin(folder.parent)
+        if self.signal_cache is not None:
+            self.signal_cache.start_round(folder.parent)
         sampling = for_round(sampling, number)
         plan = sampler.plan(prompts, sampling)
         paths = {rows: folder / f"{i:05d}.jsonl" for i, rows in enumerate(plan)}
         mine = plan[self.world.rank :: self.world.ranks]
         others = {row for rows in plan for row in rows if rows not in mine or paths[rows].exists()}
         written = len(others)
-        capture = {"capture_hidden": True} if by_teacher and self.keeper is not None else {}
+        capture = {"capture_hidden": True} if by_teacher and self.signal_cache is not None else {}
         for batch in sampler.respond_in_batches(prompts, sampling, done=others, **capture):
-            if self.keeper is not None:
-                self.keeper.keep(paths[batch.indices], batch.responses, batch.hidden)
+            if self.signal_cache is not None:
+                self.signal_cache.store(paths[batch.indices], batch.responses, batch.hidden)
             write_responses(paths[batch.indices], batch.responses)
             written += len(batch.responses)
             self.report(author, written, len(prompts))
@@ -152,8 +152,8 @@ class Rounds:
         answers: dict[int, Response] = {}
         for rows, path in paths.items():
             responses = read_batch(path, len(rows))
-            if self.keeper is not None:
-                self.keeper.know(path, responses)
+            if self.signal_cache is not None:
+                self.signal_cache.register(path, responses)
             answers |= dict(zip(rows, responses, strict=True))
         if self.world.rank == 0 and not (folder / _WHOLE).exists():
             files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
@@ -164,8 +164,8 @@ class Rounds:
         """What the teacher says of responses that are used once more: it goes when the next round begins, and a
         training that had come there may have had to go back for want of a whole checkpoint."""
         for path in paths:
-            if self.keeper is not None and not path.with_suffix(".safetensors").exists():
-                self.keeper.keep(path, read_responses(path), None)
+            if self.signal_cache is not None and not path.with_suffix(".safetensors").exists():
+                self.signal_cache.store(path, read_responses(path), None)
 
     def _require_unchanged(self, folder: Path) -> None:
         """A round that was whole still is, but for what the teacher said: nobody could write it again.

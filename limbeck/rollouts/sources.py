@@ -18,21 +18,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from limbeck.rollouts.order import Plan
-from limbeck.rollouts.rounds import Alone, BatchSampler, Rounds, World, for_round
+from limbeck.rollouts.rounds import BatchSampler, ProcessGroup, Rounds, SingleProcess, for_round
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift:
+class SourceContext:
     """What a supply must know of the training: responses of an optimizer step over all ranks, seed, processes."""
 
     step_rows: int
     seed: int
-    world: World = field(default_factory=Alone)
+    world: ProcessGroup = field(default_factory=SingleProcess)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock:
+class StepCounter:
     """An optimizer step, from 0, and how many there are in all."""
 
     step: int
@@ -44,12 +44,12 @@ class Clock:
         return self.step / self.total
 
     @property
-    def way(self) -> float:
+    def schedule_fraction(self) -> float:
         """How far along a schedule the step is: 0 at the first, 1 at the last."""
         return self.step / max(self.total - 1, 1)
 
 
-class Supply(Protocol):
+class ResponseSource(Protocol):
     """Gives the responses of each step.
 
     Attributes:
@@ -68,7 +68,7 @@ class Supply(Protocol):
     @property
     def validation_steps(self) -> int: ...
 
-    def step(self, clock: Clock) -> dict[int, Response]:
+    def step(self, clock: StepCounter) -> dict[int, Response]:
         """The responses of the step by number, longest first; the same on all ranks.
 
         The numbers of fixed responses are their places in the list; the numbers of others mean nothing.
@@ -82,17 +82,17 @@ class Supply(Protocol):
         """
         ...
 
-    def begins_round(self, clock: Clock) -> bool:
+    def starts_round(self, clock: StepCounter) -> bool:
         """Whether responses that are kept on disk are written before this step, with the weights as they are."""
         ...
 
     def validated(self, loss: float) -> None: ...
 
-    def metrics(self, clock: Clock) -> dict[str, float]:
+    def metrics(self, clock: StepCounter) -> dict[str, float]:
         """What is logged of the supply beside its responses."""
         ...
 
-    def counts(self, clock: Clock) -> dict[str, float]:
+    def counts(self, clock: StepCounter) -> dict[str, float]:
         """What it has done since the first step, this one included; see `limbeck.rollouts.account`."""
         ...
 
@@ -100,36 +100,38 @@ class Supply(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
-Author = Callable[[Shift], Supply]
+SourceFactory = Callable[[SourceContext], ResponseSource]
 
 # Steps that are looked at beforehand where each costs writing its responses.
-WRITTEN_PREVIEWS = 6
+MAX_PREVIEW_STEPS = 6
 
 
-def first_steps(supply: Supply, count: int, total: int) -> list[dict[int, Response]]:
+def first_steps(source: ResponseSource, count: int, total: int) -> list[dict[int, Response]]:
     """The responses of the first steps, up to the end of the first epoch; the supply is then as it was."""
-    before = supply.state()
-    steps = [supply.step(Clock(step=step, total=total)) for step in range(min(count, supply.steps_per_epoch, total))]
-    supply.restore(before)
+    before = source.state()
+    steps = [
+        source.step(StepCounter(step=step, total=total)) for step in range(min(count, source.steps_per_epoch, total))
+    ]
+    source.restore(before)
     return steps
 
 
-class Stateless:
+class StatelessSource:
     """A supply that keeps nothing between steps and asks for nothing."""
 
     wants_validation = False
     validation_steps = 1
 
-    def begins_round(self, clock: Clock) -> bool:
+    def starts_round(self, clock: StepCounter) -> bool:
         return False
 
     def validated(self, loss: float) -> None:
         return
 
-    def metrics(self, clock: Clock) -> dict[str, float]:
+    def metrics(self, clock: StepCounter) -> dict[str, float]:
         return {}
 
-    def counts(self, clock: Clock) -> dict[str, float]:
+    def counts(self, clock: StepCounter) -> dict[str, float]:
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -139,32 +141,32 @@ class Stateless:
         return
 
 
-class Fixed(Stateless):
+class OfflineSource(StatelessSource):
     """Responses that are there before training."""
 
-    def __init__(self, responses: Sequence[Response], shift: Shift):
+    def __init__(self, responses: Sequence[Response], source_context: SourceContext):
         if not responses:
             raise LimbeckError(
                 "got no responses to train on; expected at least one, check the prompts and their lengths"
             )
         self.responses = responses
-        self.plan = Plan.of(responses, step_rows=shift.step_rows, seed=shift.seed)
+        self.plan = Plan.of(responses, step_rows=source_context.step_rows, seed=source_context.seed)
         self.prompts = frozenset(r.prompt_id for r in responses)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.plan.steps_per_epoch
 
-    def step(self, clock: Clock) -> dict[int, Response]:
+    def step(self, clock: StepCounter) -> dict[int, Response]:
         return {row: self.responses[row] for row in self.plan.at(clock.step)}
 
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
         return first_steps(self, count, total)
 
 
-def fixed(responses: Sequence[Response]) -> Author:
+def offline(responses: Sequence[Response]) -> SourceFactory:
     """An author whose responses are all there already."""
-    return lambda shift: Fixed(responses, shift)
+    return lambda source_context: OfflineSource(responses, source_context)
 
 
 def longest_first(responses: Sequence[Response]) -> dict[int, Response]:
@@ -173,7 +175,7 @@ def longest_first(responses: Sequence[Response]) -> dict[int, Response]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pen:
+class RolloutConfig:
     """How the student, or two models together, write during training.
 
     Attributes:
@@ -191,29 +193,31 @@ class Pen:
     by_teacher: bool = False
     first_tokens: int | None = None
 
-    def at(self, clock: Clock) -> Sampling:
+    def at(self, clock: StepCounter) -> Sampling:
         """The sampling settings of a step, without the round's random numbers."""
         if self.first_tokens is None:
             return self.sampling
         end = self.sampling.max_new_tokens
-        now = self.first_tokens + (end - self.first_tokens) * clock.way
+        now = self.first_tokens + (end - self.first_tokens) * clock.schedule_fraction
         return replace(self.sampling, max_new_tokens=round(now))
 
 
-class Own(Stateless):
+class StudentSource(StatelessSource):
     """What the student writes itself.
 
     A round of whole epochs is cut into steps by the lengths of its responses, any other by those of its prompts, which
     are known beforehand. A prompt has one response a round, however often it comes in it.
     """
 
-    def __init__(self, prompts: Sequence[TokenPrompt], pen: Pen, shift: Shift):
+    def __init__(self, prompts: Sequence[TokenPrompt], rollout: RolloutConfig, source_context: SourceContext):
         if not prompts:
             raise LimbeckError("got no prompts for the student to answer; expected at least one, check their lengths")
-        self.asked, self.pen, self.shift = prompts, pen, shift
-        self.plan = Plan(lengths=tuple(len(p.ids) for p in prompts), step_rows=shift.step_rows, seed=shift.seed)
+        self.asked, self.rollout, self.source_context = prompts, rollout, source_context
+        self.plan = Plan(
+            lengths=tuple(len(p.ids) for p in prompts), step_rows=source_context.step_rows, seed=source_context.seed
+        )
         self.prompts = frozenset(p.id for p in prompts)
-        self.refresh = pen.refresh or self.plan.steps_per_epoch
+        self.refresh = rollout.refresh or self.plan.steps_per_epoch
         self.whole_epochs = self.refresh % self.plan.steps_per_epoch == 0
         self._round: tuple[int, Plan, dict[int, Response]] | None = None
 
@@ -221,25 +225,25 @@ class Own(Stateless):
     def steps_per_epoch(self) -> int:
         return self.plan.steps_per_epoch
 
-    def begins_round(self, clock: Clock) -> bool:
+    def starts_round(self, clock: StepCounter) -> bool:
         return self.refresh > 1 and clock.step % self.refresh == 0
 
-    def counts(self, clock: Clock) -> dict[str, float]:
+    def counts(self, clock: StepCounter) -> dict[str, float]:
         return {"rounds": clock.step // self.refresh + 1.0} if self.refresh > 1 else {}
 
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
         # The first round is written with these weights in any case; a later one would be kept and be the wrong one.
-        return first_steps(self, min(count, self.refresh if self.refresh > 1 else WRITTEN_PREVIEWS), total)
+        return first_steps(self, min(count, self.refresh if self.refresh > 1 else MAX_PREVIEW_STEPS), total)
 
-    def step(self, clock: Clock) -> dict[int, Response]:
+    def step(self, clock: StepCounter) -> dict[int, Response]:
         plan, responses = self._responses(clock)
         return longest_first([responses[row] for row in plan.at(clock.step)])
 
-    def _responses(self, clock: Clock) -> tuple[Plan, dict[int, Response]]:
+    def _responses(self, clock: StepCounter) -> tuple[Plan, dict[int, Response]]:
         """The plan and the responses, by prompt, of the round that a step belongs to."""
         number = clock.step // self.refresh
         if self._round is None or self._round[0] != number:
-            start = Clock(step=number * self.refresh, total=clock.total)
+            start = StepCounter(step=number * self.refresh, total=clock.total)
             responses = self._write(number, start)
             plan = self.plan
             if self.whole_epochs:
@@ -247,31 +251,33 @@ class Own(Stateless):
             self._round = (number, plan, responses)
         return self._round[1:]
 
-    def _write(self, number: int, start: Clock) -> dict[int, Response]:
+    def _write(self, number: int, start: StepCounter) -> dict[int, Response]:
         if self.whole_epochs:
             rows = list(range(len(self.asked)))
         else:
             steps = range(start.step, min(start.step + self.refresh, start.total))
             rows = sorted({row for step in steps for row in self.plan.at(step)})
-        asked, sampling, pen = [self.asked[row] for row in rows], self.pen.at(start), self.pen
+        asked, sampling, rollout = [self.asked[row] for row in rows], self.rollout.at(start), self.rollout
         if self.refresh > 1:
-            written = pen.rounds.write(number, "student", pen.sampler, asked, sampling, by_teacher=pen.by_teacher)
+            written = rollout.rounds.write(
+                number, "student", rollout.sampler, asked, sampling, by_teacher=rollout.by_teacher
+            )
             return dict(zip(rows, written, strict=True))
-        world = self.shift.world
+        world = self.source_context.world
         mine = slice(world.rank, None, world.ranks)
-        answers = pen.sampler.respond(asked[mine], for_round(sampling, number)) if asked[mine] else []
+        answers = rollout.sampler.respond(asked[mine], for_round(sampling, number)) if asked[mine] else []
         written = world.gather(list(zip(rows[mine], answers, strict=True)))
         return dict(sorted(written))
 
 
-class Mixed(Stateless):
+class MixedSource(StatelessSource):
     """Whole steps of the student's with probability lambda, else of what is fixed; all ranks throw the same die.
 
     Lambda moves in a line. ImitKD (arXiv 2010.07859) lets the fixed share fall exponentially; what others call ImitKD
     is the student's own responses alone, through a buffer.
     """
 
-    def __init__(self, own: Own, base: Fixed, *, share: tuple[float, float], seed: int):
+    def __init__(self, own: StudentSource, base: OfflineSource, *, share: tuple[float, float], seed: int):
         for value in share:
             if not 0 <= value <= 1:
                 raise LimbeckError(f"share is {value}: expected a probability from 0 (fixed) to 1 (the student's own)")
@@ -286,24 +292,24 @@ class Mixed(Stateless):
         if self.own.refresh > 1:
             # Its first round may be written later than at the first step.
             return self.base.preview(count, total)
-        return first_steps(self, min(count, WRITTEN_PREVIEWS), total)
+        return first_steps(self, min(count, MAX_PREVIEW_STEPS), total)
 
-    def step(self, clock: Clock) -> dict[int, Response]:
+    def step(self, clock: StepCounter) -> dict[int, Response]:
         chosen = self.own if die(self.seed, clock.step).random() < self._share(clock) else self.base
         return chosen.step(clock)
 
-    def _share(self, clock: Clock) -> float:
+    def _share(self, clock: StepCounter) -> float:
         start, end = self.share
-        return start + (end - start) * clock.way
+        return start + (end - start) * clock.schedule_fraction
 
-    def begins_round(self, clock: Clock) -> bool:
-        return self.own.begins_round(clock)
+    def starts_round(self, clock: StepCounter) -> bool:
+        return self.own.starts_round(clock)
 
-    def metrics(self, clock: Clock) -> dict[str, float]:
+    def metrics(self, clock: StepCounter) -> dict[str, float]:
         return {"share": self._share(clock)}
 
 
-class Pairs(Stateless):
+class PairedSource(StatelessSource):
     """Of each prompt two responses in the same step, the teacher's and then the student's.
 
     Attributes:
@@ -314,20 +320,20 @@ class Pairs(Stateless):
         self,
         base: Sequence[Response],
         prompts: Sequence[TokenPrompt],
-        pen: Pen,
-        shift: Shift,
+        rollout: RolloutConfig,
+        source_context: SourceContext,
         *,
         teacher: BatchSampler | None = None,
         teacher_sampling: Sampling | None = None,
     ):
-        if shift.step_rows % 2:
+        if source_context.step_rows % 2:
             raise LimbeckError(
-                f"a step of {shift.step_rows} responses cannot be made of pairs: "
+                f"a step of {source_context.step_rows} responses cannot be made of pairs: "
                 "give train.per_device_train_batch_size an even number"
             )
         self.base = {r.prompt_id: r for r in base}
-        half = replace(shift, step_rows=shift.step_rows // 2)
-        self.own = own = Own([p for p in prompts if p.id in self.base], pen, half)
+        half = replace(source_context, step_rows=source_context.step_rows // 2)
+        self.own = own = StudentSource([p for p in prompts if p.id in self.base], rollout, half)
         require_whole_epochs(own.refresh, own.steps_per_epoch)
         self.teacher, self.sampling = teacher, teacher_sampling
         self.prompts = own.prompts
@@ -337,20 +343,20 @@ class Pairs(Stateless):
     def steps_per_epoch(self) -> int:
         return self.own.steps_per_epoch
 
-    def begins_round(self, clock: Clock) -> bool:
-        return self.own.begins_round(clock)
+    def starts_round(self, clock: StepCounter) -> bool:
+        return self.own.starts_round(clock)
 
-    def counts(self, clock: Clock) -> dict[str, float]:
+    def counts(self, clock: StepCounter) -> dict[str, float]:
         return self.own.counts(clock)
 
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
         return first_steps(self, count, total)
 
-    def step(self, clock: Clock) -> dict[int, Response]:
+    def step(self, clock: StepCounter) -> dict[int, Response]:
         plan, pairs = self._pairs(clock)
         return dict(enumerate(r for row in plan.at(clock.step) for r in pairs[row]))
 
-    def _pairs(self, clock: Clock) -> tuple[Plan, list[tuple[Response, Response]]]:
+    def _pairs(self, clock: StepCounter) -> tuple[Plan, list[tuple[Response, Response]]]:
         number = clock.step // self.own.refresh
         if self._round is None or self._round[0] != number:
             theirs = self._teachers(number)
@@ -365,7 +371,7 @@ class Pairs(Stateless):
         if self.teacher is None or number == 0:
             return self.base
         assert self.sampling is not None
-        asked, rounds = self.own.asked, self.own.pen.rounds
+        asked, rounds = self.own.asked, self.own.rollout.rounds
         written = rounds.write(number, "teacher", self.teacher, asked, self.sampling, by_teacher=True)
         return {r.prompt_id: r for r in written}
 

@@ -25,13 +25,13 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ArtifactCache:
     """The folder `shared` of a sweep."""
 
     root: Path
 
     @contextmanager
-    def claimed(self, key: str) -> Iterator[None]:
+    def lock(self, key: str) -> Iterator[None]:
         """One process at a time is inside the block for a key: who comes second finds what the first has made.
 
         Where the file system has no locks, both make it, and the same. The lock dies with its process.
@@ -45,23 +45,23 @@ class Shelf:
                     raise
             yield
 
-    def offer(self, stage: str, print_: str, run: RunDirectory) -> None:
+    def publish(self, stage: str, fingerprint_: str, run: RunDirectory) -> None:
         """Say that a run has finished a stage."""
-        if self._donor(stage, print_) is None:
-            write_json(self.root / f"{print_}.json", {"directory": os.path.relpath(run.root, self.root)})
+        if self._donor(stage, fingerprint_) is None:
+            write_json(self.root / f"{fingerprint_}.json", {"directory": os.path.relpath(run.root, self.root)})
 
-    def _donor(self, stage: str, print_: str) -> RunDirectory | None:
+    def _donor(self, stage: str, fingerprint_: str) -> RunDirectory | None:
         """A run that has finished the stage, and still has it."""
-        path = self.root / f"{print_}.json"
+        path = self.root / f"{fingerprint_}.json"
         if not path.exists():
             return None
         donor = RunDirectory(Path(os.path.normpath(self.root / str(read_object(path).get("directory")))))
-        return donor if donor.finished(stage, print_) else None
+        return donor if donor.finished(stage, fingerprint_) else None
 
-    def adopt(
+    def link_stage(
         self,
         stage: str,
-        print_: str,
+        fingerprint_: str,
         run: RunDirectory,
         outputs: Callable[[RunDirectory], Sequence[Path]],
         *,
@@ -79,7 +79,7 @@ class Shelf:
         Returns:
             the directory it came from; None where no run has it whole.
         """
-        donor = self._donor(stage, print_)
+        donor = self._donor(stage, fingerprint_)
         record = {} if donor is None else donor.manifest(stage) or {}
         if donor is None or not made_from(record, sources or {}):
             return None
@@ -95,7 +95,7 @@ class Shelf:
         run.write_manifest(stage, record)
         return donor.root
 
-    def take(self, key: str, folder: Path) -> bool:
+    def restore(self, key: str, folder: Path) -> bool:
         """Link the files kept under a key into a folder; whether there were any, all as they were kept."""
         kept, record = self.root / key, self.root / f"{key}.files.json"
         if not record.exists() or faults(kept, read_sealed(record)["files"], content=True):
@@ -104,7 +104,7 @@ class Shelf:
             link(file, folder / file.relative_to(kept))
         return True
 
-    def keep(self, key: str, folder: Path, files: Sequence[Path]) -> None:
+    def store(self, key: str, folder: Path, files: Sequence[Path]) -> None:
         """Keep files of a folder under a key, all or none, unless they are kept whole."""
         kept, record = self.root / key, self.root / f"{key}.files.json"
         if record.exists() and not faults(kept, read_sealed(record)["files"], content=True):

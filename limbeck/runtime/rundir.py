@@ -325,15 +325,15 @@ class RunDirectory:
         record = self.manifest(stage)
         return record is not None and record["done"]
 
-    def finished(self, stage: str, print_: str) -> bool:
+    def finished(self, stage: str, fingerprint_: str) -> bool:
         """Whether the stage is done for exactly these inputs."""
         record = self.manifest(stage)
-        return record is not None and record["done"] and record["fingerprint"] == print_
+        return record is not None and record["done"] and record["fingerprint"] == fingerprint_
 
-    def begun(self, stage: str, print_: str) -> bool:
+    def begun(self, stage: str, fingerprint_: str) -> bool:
         """Whether the stage is being made from exactly these inputs."""
         record = self.manifest(stage)
-        return record is not None and not record["done"] and record["fingerprint"] == print_
+        return record is not None and not record["done"] and record["fingerprint"] == fingerprint_
 
     @contextmanager
     def locked(self, warn: Callable[[str], None]) -> Iterator[None]:
@@ -363,7 +363,7 @@ class RunDirectory:
             with naming(self.root):
                 yield
 
-    def sweep(self) -> None:
+    def remove_partial_files(self) -> None:
         """Remove what a killed run left half written. Only under the lock: a living run's files look the same."""
         for left in partial_in(self.root):
             remove(left)

@@ -86,7 +86,7 @@ def veto(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
+class DraftedTokens:
     """What is known when a rule decides.
 
     Attributes:
@@ -105,7 +105,7 @@ class Round:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class AcceptedTokens:
     """What came of a round.
 
     Attributes:
@@ -119,7 +119,7 @@ class Verdict:
 
 
 @dataclass(kw_only=True)
-class Tally:
+class AcceptanceStats:
     """How the drafts fared. Only drafts up to the end of a response count.
 
     Attributes:
@@ -145,21 +145,21 @@ class Tally:
         looked_at = self.accepted + self.rejected
         return self.accepted / looked_at if looked_at else float("nan")
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: AcceptanceStats) -> None:
         """Count what another counted too."""
         self.rounds += other.rounds
         self.drafted += other.drafted
         self.accepted += other.accepted
         self.rejected += other.rejected
 
-    def taken(self) -> Tally:
+    def taken(self) -> AcceptanceStats:
         """The counts so far; this one begins anew."""
         counts = replace(self)
         self.rounds = self.drafted = self.accepted = self.rejected = 0
         return counts
 
 
-class Rule(Protocol):
+class AcceptanceRule(Protocol):
     """Decides which tokens stand.
 
     Attributes:
@@ -168,48 +168,48 @@ class Rule(Protocol):
 
     @property
     def looks_ahead(self) -> bool: ...
-    def __call__(self, seen: Round) -> Verdict: ...
+    def __call__(self, seen: DraftedTokens) -> AcceptedTokens: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exact:
+class SpeculativeSampling:
     """The tokens are a sample of the judging model."""
 
     looks_ahead: bool = True
 
-    def __call__(self, seen: Round) -> Verdict:
+    def __call__(self, seen: DraftedTokens) -> AcceptedTokens:
         p_BJV = _distributions(seen.judge_BJV, seen.sampling)
         kept_B, next_B = accept_or_resample(seen.q_BKV, p_BJV, seen.ids_BK, seen.accept_BK, seen.next_BJ)
-        return Verdict(kept_B=kept_B, next_B=next_B)
+        return AcceptedTokens(kept_B=kept_B, next_B=next_B)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixed:
+class MixtureSampling:
     """The tokens are a sample of alpha * p + (1 - alpha) * q, of which at least a share 1 - alpha of the drafts is."""
 
     alpha: float
     looks_ahead: bool = False
 
-    def __call__(self, seen: Round) -> Verdict:
+    def __call__(self, seen: DraftedTokens) -> AcceptedTokens:
         p_BKV = _distributions(seen.judge_BJV, seen.sampling)
         mixture_BKV = self.alpha * p_BKV + (1 - self.alpha) * seen.q_BKV
         kept_B, next_B = accept_or_resample(seen.q_BKV, mixture_BKV, seen.ids_BK, seen.accept_BK, seen.next_BJ)
-        return Verdict(kept_B=kept_B, next_B=next_B, drawn_from_BKV=mixture_BKV)
+        return AcceptedTokens(kept_B=kept_B, next_B=next_B, drawn_from_BKV=mixture_BKV)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Veto:
+class TopKVeto:
     """The tokens are the drafting model's where the judging model finds them likely enough, else the judge's."""
 
     top_k: int
     redraw: Redraw = "top_k"
     looks_ahead: bool = False
 
-    def __call__(self, seen: Round) -> Verdict:
+    def __call__(self, seen: DraftedTokens) -> AcceptedTokens:
         kept_B, next_B = veto(
             seen.judge_BJV, seen.ids_BK, seen.next_BJ, seen.sampling, top_k=self.top_k, redraw=self.redraw
         )
-        return Verdict(kept_B=kept_B, next_B=next_B)
+        return AcceptedTokens(kept_B=kept_B, next_B=next_B)
 
 
 def _distributions(logits_BJV: Tensor, sampling: Sampling) -> Tensor:

@@ -29,7 +29,7 @@ PREFILL_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writer:
+class DecodingModel:
     """A model as the decode loop needs it, and what ends a response.
 
     Attributes:
@@ -59,7 +59,7 @@ class Writer:
 
 
 @dataclass(kw_only=True, eq=False)
-class Draft:
+class SequenceState:
     """A response while it is written."""
 
     index: int
@@ -88,9 +88,9 @@ def row_uniforms(sampling: Sampling, author: Author, prompt_id: str) -> list[lis
     return torch.rand(sampling.max_new_tokens, ATTEMPTS + 1, generator=generator, dtype=torch.float64).tolist()
 
 
-def write(
-    writer: Writer,
-    drafts: Sequence[Draft],
+def decode(
+    writer: DecodingModel,
+    drafts: Sequence[SequenceState],
     sampling: Sampling,
     *,
     keep_logp: bool,
@@ -130,7 +130,13 @@ def write(
 
 
 def _extend(
-    writer: Writer, live: list[Draft], hidden_BD: Tensor, sampling: Sampling, *, keep_logp: bool, keep_hidden: bool
+    writer: DecodingModel,
+    live: list[SequenceState],
+    hidden_BD: Tensor,
+    sampling: Sampling,
+    *,
+    keep_logp: bool,
+    keep_hidden: bool,
 ) -> None:
     """Draw the next token of every live draft from its hidden state and decide whether it was the last."""
     logits_BV = project(writer.head, hidden_BD)
@@ -152,7 +158,7 @@ def _extend(
         draft.stop = stop_reason(writer, draft, sampling)
 
 
-def stop_reason(writer: Writer, draft: Draft, sampling: Sampling) -> StopReason | None:
+def stop_reason(writer: DecodingModel, draft: SequenceState, sampling: Sampling) -> StopReason | None:
     """Why the newest id was the last one; None where it was not."""
     if draft.ids[-1] in writer.eos_token_ids:
         return "eos"
@@ -161,7 +167,7 @@ def stop_reason(writer: Writer, draft: Draft, sampling: Sampling) -> StopReason 
     return "length" if len(draft.ids) == sampling.max_new_tokens else None
 
 
-def require_finite(logits_BV: Tensor, live: Sequence[Draft]) -> None:
+def require_finite(logits_BV: Tensor, live: Sequence[SequenceState]) -> None:
     """Stop at logits that are NaN or infinite.
 
     Raises:
@@ -178,7 +184,7 @@ def require_finite(logits_BV: Tensor, live: Sequence[Draft]) -> None:
     )
 
 
-def _prefill(writer: Writer, drafts: Sequence[Draft], cache: DecodeCache, longest: int) -> Tensor:
+def _prefill(writer: DecodingModel, drafts: Sequence[SequenceState], cache: DecodeCache, longest: int) -> Tensor:
     """Fill the cache with the prompts, rows ending at the same slot; hidden states at the last prompt token: (B, D)."""
     hidden = []
     for first, group in prefill_groups(drafts, whole=not cache.splits_rows):
@@ -195,7 +201,7 @@ def _prefill(writer: Writer, drafts: Sequence[Draft], cache: DecodeCache, longes
     return torch.cat(hidden)
 
 
-def prefill_groups(drafts: Sequence[Draft], *, whole: bool) -> Iterator[tuple[int, Sequence[Draft]]]:
+def prefill_groups(drafts: Sequence[SequenceState], *, whole: bool) -> Iterator[tuple[int, Sequence[SequenceState]]]:
     """Neighbouring rows whose padded prompts hold at most `PREFILL_TOKENS` tokens (one row may hold more)."""
     first = 0
     for end in range(1, len(drafts) + 1):
@@ -205,7 +211,7 @@ def prefill_groups(drafts: Sequence[Draft], *, whole: bool) -> Iterator[tuple[in
             first = end
 
 
-def _slots(drafts: Sequence[Draft], longest: int, *, cache_slots: int, device: torch.device) -> Tensor | None:
+def _slots(drafts: Sequence[SequenceState], longest: int, *, cache_slots: int, device: torch.device) -> Tensor | None:
     """True where a slot holds a token of its row, None where all do: without a mask attention takes a faster kernel."""
     lengths = [len(draft.prompt.ids) for draft in drafts]
     if min(lengths) == longest:

@@ -16,19 +16,19 @@ from torch import nn
 
 from limbeck.ops import onednn
 from limbeck.ops.packed_linear import PackedLinears
-from limbeck.sampling.acceptance import Rule, Tally
+from limbeck.sampling.acceptance import AcceptanceRule, AcceptanceStats
 from limbeck.sampling.batching import cache_bytes_per_token, check_prompts, check_sizes, plan_batches
-from limbeck.sampling.decoding import Draft, Writer, row_uniforms
-from limbeck.sampling.draft_verify_pair import Duo, write_together
+from limbeck.sampling.decoding import DecodingModel, SequenceState, row_uniforms
+from limbeck.sampling.draft_verify_pair import DraftVerifyPair, decode_speculative
 from limbeck.sampling.local import (
-    Answered,
+    SampledBatch,
     SamplingProgress,
-    counted,
+    decoding_model,
     evaluating,
+    finished_response,
     in_order,
-    response_of,
     stops_of,
-    writer_of,
+    with_progress,
 )
 from limbeck.sampling.ragged_cache import require_ragged
 from limbeck.types import Author, LimbeckError, Response, Sampling, TokenPrompt
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoModels(ABC):
+class SpeculativeSamplerBase(ABC):
     """What the samplers here have in common (flow.Sampler).
 
     A response depends on both models, the prompt's ids and id, the author, the `Sampling` and the number of draft
@@ -73,7 +73,7 @@ class TwoModels(ABC):
     packed_gib: float = 2.0
     keep_logp: bool = False
     on_progress: Callable[[SamplingProgress], None] | None = None
-    tally: Tally = field(default_factory=Tally, compare=False)
+    tally: AcceptanceStats = field(default_factory=AcceptanceStats, compare=False)
 
     @property
     @abstractmethod
@@ -90,7 +90,7 @@ class TwoModels(ABC):
 
     @property
     @abstractmethod
-    def _rule(self) -> Rule: ...
+    def _rule(self) -> AcceptanceRule: ...
 
     def __post_init__(self) -> None:
         check_sizes(self.batch_size, self.pad_token_id, self.vocab_size)
@@ -119,7 +119,7 @@ class TwoModels(ABC):
         *,
         done: Collection[int] = (),
         capture_hidden: bool = False,
-    ) -> Iterator[Answered]:
+    ) -> Iterator[SampledBatch]:
         """Answer the prompts batch by batch, longest prompts first; arguments and errors as `LocalSampler` has them."""
         models = (self._drafter[1], self._judge[1])
         check_prompts(prompts, sampling, models=models, vocab_size=self.vocab_size, tokenizer=self.tokenizer)
@@ -127,7 +127,7 @@ class TwoModels(ABC):
         linears = nullcontext()
         if onednn.available():
             linears = PackedLinears(nn.ModuleList(models), rows=self.batch_size, packed_gib=self.packed_gib)
-        for batch, count in counted(batches, self.on_progress):
+        for batch, count in with_progress(batches, self.on_progress):
             yield self._answer([(i, prompts[i]) for i in batch], sampling, capture_hidden, count, linears)
 
     def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]:
@@ -142,12 +142,12 @@ class TwoModels(ABC):
         capture_hidden: bool,
         on_step: Callable[[int, int], None],
         linears: AbstractContextManager[object],
-    ) -> Answered:
+    ) -> SampledBatch:
         (_, drafter), (_, judge) = self._drafter, self._judge
         # Of the teacher's own responses nothing is replaced, whoever drafted them.
         replaced = 0 if drafter is self.model else None
         drafts = [
-            Draft(
+            SequenceState(
                 index=index,
                 prompt=prompt,
                 uniforms=row_uniforms(sampling, self.author, prompt.id),
@@ -155,7 +155,7 @@ class TwoModels(ABC):
             )
             for index, prompt in asked
         ]
-        duo = Duo(
+        pair = DraftVerifyPair(
             drafter=self._writer(drafter, sampling),
             judge=self._writer(judge, sampling),
             rule=self._rule,
@@ -165,15 +165,15 @@ class TwoModels(ABC):
             logp_of_drafter=drafter is self.model,
         )
         with evaluating(drafter), evaluating(judge), linears:
-            write_together(duo, drafts, sampling, self.tally, on_step)
+            decode_speculative(pair, drafts, sampling, self.tally, on_step)
         # Stacked outside inference mode: the student's autograd graph may hold on to them.
         hidden = tuple(torch.stack(draft.hidden) for draft in drafts) if capture_hidden else None
-        return Answered(
+        return SampledBatch(
             indices=tuple(index for index, _ in asked),
-            responses=tuple(response_of(draft, sampling, self.author) for draft in drafts),
+            responses=tuple(finished_response(draft, sampling, self.author) for draft in drafts),
             hidden=hidden,
         )
 
-    def _writer(self, model: nn.Module, sampling: Sampling) -> Writer:
+    def _writer(self, model: nn.Module, sampling: Sampling) -> DecodingModel:
         stops = stops_of(self.tokenizer, sampling)
-        return writer_of(model, self.vocab_size, self.eos_token_ids, self.pad_token_id, stops)
+        return decoding_model(model, self.vocab_size, self.eos_token_ids, self.pad_token_id, stops)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from limbeck.models.heads import project
-from limbeck.sampling.acceptance import Round, Rule, Tally, Verdict
-from limbeck.sampling.decoding import Draft, Writer, require_finite, stop_reason
+from limbeck.sampling.acceptance import AcceptanceRule, AcceptanceStats, AcceptedTokens, DraftedTokens
+from limbeck.sampling.decoding import DecodingModel, SequenceState, require_finite, stop_reason
 from limbeck.sampling.kv_cache import order_without
-from limbeck.sampling.ragged_cache import Reader
+from limbeck.sampling.ragged_cache import CacheReader
 from limbeck.sampling.top_p import pick, probabilities
 from limbeck.types import Sampling
 
@@ -40,7 +40,7 @@ class _Row:
         behind: tokens that the drafter has not read: the last, or the last two where all drafts stood and one followed.
     """
 
-    draft: Draft
+    draft: SequenceState
     behind: int = 1
 
     @property
@@ -53,7 +53,7 @@ class _Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duo:
+class DraftVerifyPair:
     """Who writes, and how.
 
     Attributes:
@@ -62,17 +62,21 @@ class Duo:
         logp_of_drafter: whose log-probabilities are kept.
     """
 
-    drafter: Writer
-    judge: Writer
-    rule: Rule
+    drafter: DecodingModel
+    judge: DecodingModel
+    rule: AcceptanceRule
     draft_tokens: int
     keep_logp: bool
     keep_hidden: bool
     logp_of_drafter: bool
 
 
-def write_together(
-    duo: Duo, drafts: Sequence[Draft], sampling: Sampling, tally: Tally, on_step: Callable[[int, int], None]
+def decode_speculative(
+    pair: DraftVerifyPair,
+    drafts: Sequence[SequenceState],
+    sampling: Sampling,
+    tally: AcceptanceStats,
+    on_step: Callable[[int, int], None],
 ) -> None:
     """Complete all drafts in place.
 
@@ -82,12 +86,12 @@ def write_together(
     """
     with torch.inference_mode():
         capacity = max(len(draft.prompt.ids) for draft in drafts) + sampling.max_new_tokens
-        drafter, judge = (Reader.of(w, rows=len(drafts), capacity=capacity) for w in (duo.drafter, duo.judge))
+        drafter, judge = (CacheReader.of(w, rows=len(drafts), capacity=capacity) for w in (pair.drafter, pair.judge))
         drafter.prefill(drafts)
         judge.prefill(drafts)
         rows = [_Row(draft=draft) for draft in drafts]
         while rows:
-            finished, written = _round(duo, drafter, judge, rows, sampling, tally)
+            finished, written = _round(pair, drafter, judge, rows, sampling, tally)
             on_step(written, sum(finished))
             if any(finished):
                 order = order_without(finished)
@@ -97,18 +101,23 @@ def write_together(
 
 
 def _round(
-    duo: Duo, drafter: Reader, judge: Reader, rows: list[_Row], sampling: Sampling, tally: Tally
+    pair: DraftVerifyPair,
+    drafter: CacheReader,
+    judge: CacheReader,
+    rows: list[_Row],
+    sampling: Sampling,
+    tally: AcceptanceStats,
 ) -> tuple[list[bool], int]:
     """Which rows are finished by a round, and the tokens it wrote."""
     # Not fewer for a row that ends before: what it drafts at a place must not depend on how much may follow.
-    drafted = min(duo.draft_tokens, max(sampling.max_new_tokens - len(row.draft.ids) for row in rows))
+    drafted = min(pair.draft_tokens, max(sampling.max_new_tokens - len(row.draft.ids) for row in rows))
     uniform_BJA = _uniforms(rows, drafted + 1, sampling, drafter.writer.device)
-    ids_BK, draft_BKV, q_BKV = _propose(drafter, rows, uniform_BJA[:, :drafted, _PROPOSE], sampling)
-    hidden_BJD, judge_BJV = _judge(judge, rows, ids_BK, sampling, looks_ahead=duo.rule.looks_ahead)
+    ids_BK, draft_BKV, q_BKV = _draft(drafter, rows, uniform_BJA[:, :drafted, _PROPOSE], sampling)
+    hidden_BJD, judge_BJV = _verify(judge, rows, ids_BK, sampling, looks_ahead=pair.rule.looks_ahead)
     next_BJ = uniform_BJA[..., _NEXT]
     # Nothing is drafted at the last place: what follows there is drawn as the judge alone would draw it.
     next_BJ[:, -1] = uniform_BJA[:, -1, _PROPOSE]
-    seen = Round(
+    seen = DraftedTokens(
         ids_BK=ids_BK,
         q_BKV=q_BKV,
         judge_BJV=judge_BJV,
@@ -116,16 +125,16 @@ def _round(
         next_BJ=next_BJ[:, : judge_BJV.shape[1]],
         sampling=sampling,
     )
-    verdict = duo.rule(seen)
-    runs = _runs(duo.judge, rows, seen, verdict, tally)
-    if duo.keep_logp:
-        logits_BJV = draft_BKV if duo.logp_of_drafter else judge_BJV
+    verdict = pair.rule(seen)
+    runs = _runs(pair.judge, rows, seen, verdict, tally)
+    if pair.keep_logp:
+        logits_BJV = draft_BKV if pair.logp_of_drafter else judge_BJV
         for row, logp in zip(rows, _of_runs(logits_BJV.log_softmax(-1), runs), strict=True):
             row.draft.logp += logp
     if verdict.drawn_from_BKV is not None:
         for row, logp in zip(rows, _of_runs(verdict.drawn_from_BKV.log(), runs), strict=True):
             row.draft.sampled_logp += logp
-    if duo.keep_hidden:
+    if pair.keep_hidden:
         for row, run, hidden_JD in zip(rows, runs, hidden_BJD, strict=True):
             # A copy, which lets go of the rest of the round.
             row.draft.hidden += hidden_JD[: len(run)].to(torch.float32, copy=True).unbind()
@@ -151,7 +160,7 @@ def _positions(rows: list[_Row], ahead: int, count: int, sampling: Sampling) -> 
     return torch.tensor(places), max(place[-1] for place in places) + 1
 
 
-def _logits(reader: Reader, hidden_BJD: Tensor, rows: list[_Row]) -> Tensor:
+def _logits(reader: CacheReader, hidden_BJD: Tensor, rows: list[_Row]) -> Tensor:
     logits_BJV = project(reader.writer.head, hidden_BJD)
     # Half-precision logits are drawn from as transformers does: widened first.
     logits_BJV = logits_BJV if logits_BJV.dtype == torch.float64 else logits_BJV.float()
@@ -159,8 +168,8 @@ def _logits(reader: Reader, hidden_BJD: Tensor, rows: list[_Row]) -> Tensor:
     return logits_BJV
 
 
-def _propose(
-    drafter: Reader, rows: list[_Row], uniform_BK: Tensor, sampling: Sampling
+def _draft(
+    drafter: CacheReader, rows: list[_Row], uniform_BK: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Drafted ids (B, K), their logits and the distributions they were drawn from (B, K, V)."""
     device = drafter.writer.device
@@ -183,8 +192,8 @@ def _propose(
     return torch.stack(ids, 1), torch.stack(logits, 1), torch.stack(q, 1)
 
 
-def _judge(
-    judge: Reader, rows: list[_Row], ids_BK: Tensor, sampling: Sampling, *, looks_ahead: bool
+def _verify(
+    judge: CacheReader, rows: list[_Row], ids_BK: Tensor, sampling: Sampling, *, looks_ahead: bool
 ) -> tuple[Tensor, Tensor]:
     """The judge's hidden states (B, J, D) and logits (B, J, V) where the drafts stand, and where the next one would."""
     last_B1 = torch.tensor([[row.token(row.length - 1)] for row in rows], device=ids_BK.device)
@@ -194,7 +203,9 @@ def _judge(
     return hidden_BJD, _logits(judge, hidden_BJD, rows)
 
 
-def _runs(writer: Writer, rows: list[_Row], seen: Round, verdict: Verdict, tally: Tally) -> list[list[int]]:
+def _runs(
+    writer: DecodingModel, rows: list[_Row], seen: DraftedTokens, verdict: AcceptedTokens, tally: AcceptanceStats
+) -> list[list[int]]:
     """Give each row its tokens, up to the one that ends it; these tokens."""
     runs = []
     decided = zip(rows, seen.ids_BK.tolist(), verdict.kept_B.tolist(), verdict.next_B.tolist(), strict=True)

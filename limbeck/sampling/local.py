@@ -18,7 +18,7 @@ from limbeck.models.heads import causal_model, decoder_of, head_of
 from limbeck.ops import onednn
 from limbeck.ops.packed_linear import PackedLinears
 from limbeck.sampling.batching import cache_bytes_per_token, check_prompts, check_sizes, plan_batches
-from limbeck.sampling.decoding import Draft, Writer, row_uniforms, write
+from limbeck.sampling.decoding import DecodingModel, SequenceState, decode, row_uniforms
 from limbeck.sampling.stop_strings import StopStrings
 from limbeck.types import Author, Response, Sampling, TokenPrompt
 
@@ -37,7 +37,7 @@ class SamplingProgress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
+class SampledBatch:
     """A finished batch.
 
     Attributes:
@@ -104,7 +104,7 @@ class LocalSampler:
         *,
         done: Collection[int] = (),
         capture_hidden: bool = False,
-    ) -> Iterator[Answered]:
+    ) -> Iterator[SampledBatch]:
         """Answer the prompts batch by batch, longest prompts first, so that each batch can be kept once it is there.
 
         Args:
@@ -122,7 +122,7 @@ class LocalSampler:
         linears = (
             PackedLinears(self.model, rows=self.batch_size, packed_gib=self.packed_gib) if onednn.available() else None
         )
-        for batch, count in counted(batches, self.on_progress):
+        for batch, count in with_progress(batches, self.on_progress):
             yield self._answer(prompts, batch, sampling, capture_hidden, count, linears or nullcontext())
 
     def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]:
@@ -138,9 +138,9 @@ class LocalSampler:
         capture_hidden: bool,
         on_step: Callable[[int, int], None],
         linears: AbstractContextManager[object],
-    ) -> Answered:
+    ) -> SampledBatch:
         drafts = [
-            Draft(
+            SequenceState(
                 index=index,
                 prompt=prompts[index],
                 uniforms=row_uniforms(sampling, self.author, prompts[index].id),
@@ -148,7 +148,7 @@ class LocalSampler:
             for index in batch
         ]
         with evaluating(self.model), linears:
-            write(
+            decode(
                 self._writer(sampling),
                 drafts,
                 sampling,
@@ -158,21 +158,23 @@ class LocalSampler:
             )
         # Stacked outside inference mode: the student's autograd graph may hold on to them.
         hidden = tuple(torch.stack(draft.hidden) for draft in drafts) if capture_hidden else None
-        return Answered(
-            indices=batch, responses=tuple(response_of(draft, sampling, self.author) for draft in drafts), hidden=hidden
+        return SampledBatch(
+            indices=batch,
+            responses=tuple(finished_response(draft, sampling, self.author) for draft in drafts),
+            hidden=hidden,
         )
 
-    def _writer(self, sampling: Sampling) -> Writer:
-        return writer_of(
+    def _writer(self, sampling: Sampling) -> DecodingModel:
+        return decoding_model(
             self.model, self.vocab_size, self.eos_token_ids, self.pad_token_id, stops_of(self.tokenizer, sampling)
         )
 
 
-def writer_of(
+def decoding_model(
     model: nn.Module, vocab_size: int, eos_token_ids: Collection[int], pad_token_id: int, stops: StopStrings | None
-) -> Writer:
+) -> DecodingModel:
     """A model as the decode loops need it."""
-    return Writer(
+    return DecodingModel(
         decoder=decoder_of(model),
         head=head_of(model, vocab_size, verify=False),
         config=causal_model(model).config,
@@ -190,7 +192,7 @@ def stops_of(tokenizer: PreTrainedTokenizerBase | None, sampling: Sampling) -> S
     return StopStrings(tokenizer, sampling.stop)
 
 
-def response_of(draft: Draft, sampling: Sampling, author: Author) -> Response:
+def finished_response(draft: SequenceState, sampling: Sampling, author: Author) -> Response:
     """A finished draft."""
     assert draft.stop is not None
     return Response(
@@ -207,7 +209,7 @@ def response_of(draft: Draft, sampling: Sampling, author: Author) -> Response:
     )
 
 
-def counted(
+def with_progress(
     batches: Sequence[tuple[int, ...]], on_progress: Callable[[SamplingProgress], None] | None
 ) -> Iterator[tuple[tuple[int, ...], Callable[[int, int], None]]]:
     """Each batch with what is to be told after every step how many tokens were drawn and responses finished by it."""
@@ -223,7 +225,7 @@ def counted(
         yield batch, count
 
 
-def in_order(batches: Iterable[Answered], count: int) -> list[Response]:
+def in_order(batches: Iterable[SampledBatch], count: int) -> list[Response]:
     """The responses of all batches in the order of their prompts."""
     responses: list[Response | None] = [None] * count
     for answered in batches:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from limbeck.models.heads import causal_model, project
-from limbeck.sampling.decoding import Draft, Writer, prefill_groups
+from limbeck.sampling.decoding import DecodingModel, SequenceState, prefill_groups
 from limbeck.sampling.kv_cache import BufferLayer
 from limbeck.types import LimbeckError
 
@@ -139,14 +139,14 @@ _KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclass(kw_only=True, eq=False)
-class Reader:
+class CacheReader:
     """A model that reads tokens at places of their own."""
 
-    writer: Writer
+    writer: DecodingModel
     cache: RaggedCache
 
     @classmethod
-    def of(cls, writer: Writer, *, rows: int, capacity: int) -> Reader:
+    def of(cls, writer: DecodingModel, *, rows: int, capacity: int) -> CacheReader:
         return cls(writer=writer, cache=RaggedCache(writer.config, rows, capacity))
 
     def read(self, ids_RQ: Tensor, positions_RQ: Tensor, reach: int) -> Tensor:
@@ -155,7 +155,7 @@ class Reader:
         mask = self.cache.masks(self.writer.config._attn_implementation or "eager", self.writer.head.weight_VD.dtype)
         return self._pass(ids_RQ, positions_RQ, mask)
 
-    def prefill(self, drafts: Sequence[Draft]) -> None:
+    def prefill(self, drafts: Sequence[SequenceState]) -> None:
         """Read every prompt but for its last token. Rows are padded on the right, where nothing before sees it."""
         device = self.writer.device
         for first, group in prefill_groups(drafts, whole=False):
@@ -181,7 +181,7 @@ class Reader:
 
 
 @torch.inference_mode()
-def require_ragged(model: nn.Module, writer: Writer, role: str) -> None:
+def require_ragged(model: nn.Module, writer: DecodingModel, role: str) -> None:
     """See whether a model bears rows of different lengths: a few tokens, some of them taken back and read anew.
 
     Raises:
@@ -202,7 +202,7 @@ def require_ragged(model: nn.Module, writer: Writer, role: str) -> None:
     ids_RT = torch.randint(0, writer.head.vocab_size, (2, _PROBE_TOKENS), generator=draws).to(writer.device)
     plain = writer.decoder(input_ids=ids_RT, attention_mask=torch.ones_like(ids_RT), use_cache=False)
     plain_RTV = project(writer.head, plain.last_hidden_state)
-    reader = Reader.of(writer, rows=2, capacity=_PROBE_TOKENS)
+    reader = CacheReader.of(writer, rows=2, capacity=_PROBE_TOKENS)
     every_RT = torch.arange(_PROBE_TOKENS, device=writer.device).expand(2, -1)
     reader.read(ids_RT.flip(1), every_RT, _PROBE_TOKENS)
     reader.read(ids_RT[:, :-3], every_RT[:, :-3], _PROBE_TOKENS - 3)

@@ -14,8 +14,8 @@ from limbeck.sampling.batching import check_prompts
 from limbeck.sampling.decoding import row_seed
 from limbeck.sampling.local import SamplingProgress
 from limbeck.sampling.server_choices import prompt_name
-from limbeck.sampling.server_dialects import Api, Dialect, Question, dialects
-from limbeck.sampling.server_replies import Reader, Reading
+from limbeck.sampling.server_dialects import Api, CompletionRequest, Dialect, dialects
+from limbeck.sampling.server_replies import Reading, ReplyReader
 from limbeck.types import Author, LimbeckError, Response, Sampling, TokenPrompt
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class ServedSampler:
 
     def _request(self, dialect: Dialect, content: Any, prompt: TokenPrompt, sampling: Sampling) -> dict[str, Any]:
         return dialect.request(
-            Question(
+            CompletionRequest(
                 model=self.model,
                 content=content,
                 sampling=sampling,
@@ -230,8 +230,8 @@ class ServedSampler:
         return differs
 
     @property
-    def _reader(self) -> Reader:
-        return Reader(
+    def _reader(self) -> ReplyReader:
+        return ReplyReader(
             tokenizer=self.tokenizer,
             eos_token_ids=frozenset(self.eos_token_ids),
             end_id=self.end_id,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from limbeck.rollouts.io import fields_of, response_of
+from limbeck.rollouts.io import fields_of, response_from_json
 from limbeck.runtime.jsonl import append_to_log, damaged, read_log
 from limbeck.sampling.served import Served
 from limbeck.types import LimbeckError, Response
@@ -36,7 +36,7 @@ class ServedLog:
         for number, entry in read_log(path):
             try:
                 log._count(entry)
-                log.rows[entry["row"]] = response_of(entry["response"])
+                log.rows[entry["row"]] = response_from_json(entry["response"])
             except (ValueError, KeyError, TypeError) as error:
                 raise damaged(path, number, error) from None
             if entry["model"] != model:

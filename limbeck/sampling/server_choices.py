@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from limbeck.client.replies import short
+from limbeck.client.replies import short_json
 from limbeck.types import LimbeckError, TokenPrompt, is_unicode
 
 Json = dict[str, Any]
@@ -35,7 +35,7 @@ def choice_of(reply: Json, prompt: TokenPrompt) -> Json:
     finish = choice.get("finish_reason") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(finish, str):
         raise LimbeckError(
-            f"{prompt_name(prompt)}: the server answers {short(reply)}, expected choices with a finish_reason; "
+            f"{prompt_name(prompt)}: the server answers {short_json(reply)}, expected choices with a finish_reason; "
             "check that it is an OpenAI-compatible one"
         )
     if finish != "length" and finish not in _FINISHED:
@@ -80,7 +80,7 @@ def _verbose(reply: Json) -> Json:
     return verbose if isinstance(verbose, dict) else {}
 
 
-def text_of(choice: Json, prompt: TokenPrompt) -> str:
+def choice_text(choice: Json, prompt: TokenPrompt) -> str:
     """Its text.
 
     Raises:
@@ -97,7 +97,7 @@ def text_of(choice: Json, prompt: TokenPrompt) -> str:
         )
     if not isinstance(text, str):
         raise LimbeckError(
-            f"{prompt_name(prompt)}: the server answers {short(choice)}, expected a text; "
+            f"{prompt_name(prompt)}: the server answers {short_json(choice)}, expected a text; "
             "check that it is an OpenAI-compatible one"
         )
     if not is_unicode(text):

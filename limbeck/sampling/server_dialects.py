@@ -49,7 +49,7 @@ class Dialect:
         """Whether it has words for what is wanted."""
         return self.name != "openai" or (sampling.top_k == 0 and not (chat_options and self.api == "chat"))
 
-    def request(self, question: Question) -> Json:
+    def request(self, question: CompletionRequest) -> Json:
         """The body of a request."""
         sampling = question.sampling
         body: Json = {
@@ -75,7 +75,7 @@ class Dialect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class CompletionRequest:
     """One prompt and how it is to be answered.
 
     Attributes:

@@ -10,11 +10,11 @@ from limbeck.sampling.server_choices import (
     IdSource,
     Json,
     choice_of,
+    choice_text,
     count_of,
     drawn,
     matched_by,
     prompt_name,
-    text_of,
     whole_numbers,
 )
 from limbeck.sampling.stop_strings import StopStrings
@@ -46,7 +46,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reader:
+class ReplyReader:
     """Reads answers of one model.
 
     Attributes:
@@ -132,7 +132,7 @@ class Reader:
     def _from_text(
         self, choice: Json, matched: object, prompt: TokenPrompt, sampling: Sampling
     ) -> tuple[tuple[int, ...], StopReason]:
-        text, finish = text_of(choice, prompt), choice["finish_reason"]
+        text, finish = choice_text(choice, prompt), choice["finish_reason"]
         stop: StopReason = "length" if finish == "length" else "eos"
         if stop == "length":
             text = text.rstrip(_HALF)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from limbeck.sampling.acceptance import Exact, Mixed, Redraw, Rule, Veto
-from limbeck.sampling.draft_and_verify import TwoModels
+from limbeck.sampling.acceptance import AcceptanceRule, MixtureSampling, Redraw, SpeculativeSampling, TopKVeto
+from limbeck.sampling.draft_and_verify import SpeculativeSamplerBase
 from limbeck.types import Author, LimbeckError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeculativeSampler(TwoModels):
+class SpeculativeSampler(SpeculativeSamplerBase):
     """The teacher's responses, with a small model drafting and the teacher reading its drafts in one pass.
 
     The responses are a sample of the teacher alone, whatever the draft model is (Leviathan et al. 2023,
@@ -47,12 +47,12 @@ class SpeculativeSampler(TwoModels):
         return "teacher", self.model
 
     @property
-    def _rule(self) -> Rule:
-        return Exact()
+    def _rule(self) -> AcceptanceRule:
+        return SpeculativeSampling()
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentWithTeacher(TwoModels):
+class StudentWithTeacher(SpeculativeSamplerBase):
     """The student drafts its own responses, and the teacher has a say in each token.
 
     Attributes:
@@ -97,11 +97,11 @@ class SkdSampler(StudentWithTeacher):
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise LimbeckError(f"top_k is {self.top_k}, expected at least 1 token of the teacher: 25 is the paper's")
-        TwoModels.__post_init__(self)
+        SpeculativeSamplerBase.__post_init__(self)
 
     @property
-    def _rule(self) -> Rule:
-        return Veto(top_k=self.top_k, redraw=self.redraw)
+    def _rule(self) -> AcceptanceRule:
+        return TopKVeto(top_k=self.top_k, redraw=self.redraw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,8 @@ class MixtureSampler(StudentWithTeacher):
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise LimbeckError(f"alpha is {self.alpha}, expected the teacher's share in [0, 1]: 0.2 is the paper's")
-        TwoModels.__post_init__(self)
+        SpeculativeSamplerBase.__post_init__(self)
 
     @property
-    def _rule(self) -> Rule:
-        return Mixed(alpha=self.alpha)
+    def _rule(self) -> AcceptanceRule:
+        return MixtureSampling(alpha=self.alpha)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from limbeck.models.assets import Progress
+from limbeck.models.assets import DownloadProgress
 from limbeck.models.loading import (
     LoadedModel,
     Provenance,
@@ -101,7 +101,7 @@ def build_student(
     *,
     teacher: LoadedModel | None = None,
     calibration: Sequence[TokenBatch] = (),
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
 ) -> Student:
     """Make the student a spec describes. The teacher is left untouched.
 
@@ -166,7 +166,7 @@ def _check(spec: StudentSpec, teacher: LoadedModel | None) -> None:
         raise LimbeckError(f"student.config belongs to init=scratch, not to init={spec.init}; leave it out")
 
 
-def _start(spec: StudentSpec, teacher: LoadedModel | None, progress: Progress | None) -> LoadedModel:
+def _start(spec: StudentSpec, teacher: LoadedModel | None, progress: DownloadProgress | None) -> LoadedModel:
     """The weights to start from. Pruning only reads them, so it can share the teacher's where the precision agrees."""
     if spec.model is None:
         assert teacher is not None

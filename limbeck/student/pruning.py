@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limbeck.models.assets import Progress
+from limbeck.models.assets import DownloadProgress
 from limbeck.models.heads import decoder_of, head_of, project
 from limbeck.ops import onednn
 from limbeck.student.blocks import decoder_blocks, last_block_output, left_out
@@ -67,7 +67,7 @@ def choose_blocks(
     vocab_size: int,
     rows: int = ROWS,
     window: int = WINDOW,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
 ) -> BlockChoice:
     """Choose which `layers` blocks to keep. The first and the last always stay. The same input gives the same choice.
 
@@ -130,7 +130,7 @@ def calibration_rows(batches: Sequence[TokenBatch], rows: int, window: int) -> t
     return ids_BT, real_BT, loss_BT
 
 
-def _greedy(blocks: _Blocks, count: int, progress: Progress | None) -> tuple[list[int], list[float]]:
+def _greedy(blocks: _Blocks, count: int, progress: DownloadProgress | None) -> tuple[list[int], list[float]]:
     """Lazy greedy on the marginal cost of each block."""
     removed: list[int] = []
     path: list[float] = []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limbeck.pipeline.engine import Story, require_same
+from limbeck.pipeline.engine import RunContext, require_same_inputs
 from limbeck.recipe.load import Recipe, as_tree, at
 from limbeck.runtime.launcher import launched
 from limbeck.sweep.arms import ArmRun
@@ -18,7 +18,7 @@ Prints = dict[str, str]
 
 
 @dataclass
-class Inspector:
+class RunChecker:
     """Checks runs, and works out the fingerprints of their stages. What runs have in common is looked at once.
 
     Attributes:
@@ -28,7 +28,7 @@ class Inspector:
 
     update: bool
     prints: dict[Path, Prints] = field(default_factory=dict)
-    _cards: dict[str, Story] = field(default_factory=dict)
+    _cards: dict[str, RunContext] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
 
     def inspect(self, runs: Sequence[ArmRun]) -> None:
@@ -42,10 +42,10 @@ class Inspector:
         self.check(runs)
         for run in runs:
             with at(f"arm {run.arm}"):
-                story = self._story(run.recipe)
-                self.prints[run.directory] = story.fingerprints(STAGES)
+                context = self._story(run.recipe)
+                self.prints[run.directory] = context.fingerprints(STAGES)
                 if not self.update:
-                    require_same(story, STAGES, self.prints[run.directory])
+                    require_same_inputs(context, STAGES, self.prints[run.directory])
 
     def check(self, runs: Sequence[ArmRun], *, models: bool = True) -> None:
         """Look at what can be known before models are trained.
@@ -57,7 +57,7 @@ class Inspector:
         Raises:
             LimbeckError: a run would fail.
         """
-        from limbeck.pipeline.build import judgement_of
+        from limbeck.pipeline.build import loss_plan_of
         from limbeck.pipeline.stages import STAGES
 
         for run in runs:
@@ -66,29 +66,29 @@ class Inspector:
             if settings not in self._seen:
                 self._seen.add(settings)
                 with at(f"arm {run.arm}"):
-                    judgement_of(run.recipe)
+                    loss_plan_of(run.recipe)
                     for stage in STAGES if models else ():
                         stage.check(self._story(run.recipe))
 
     def finished(self, run: ArmRun) -> bool:
         """Whether all stages of a run are done for exactly these inputs."""
-        directory = Story(run.recipe).run
+        directory = RunContext(run.recipe).run
         prints = self.prints[run.directory]
-        return all(directory.finished(stage, print_) for stage, print_ in prints.items())
+        return all(directory.finished(stage, fingerprint_) for stage, fingerprint_ in prints.items())
 
-    def work_of_the_teacher(self, run: ArmRun) -> str:
+    def signal_fingerprint(self, run: ArmRun) -> str:
         """The same for runs that share prompts, responses and signal."""
         return self.prints[run.directory]["signal"]
 
-    def _story(self, recipe: Recipe) -> Story:
+    def _story(self, recipe: Recipe) -> RunContext:
         """A story that knows what the models say about their tokens, where an earlier one has read it."""
-        story, tree = Story(recipe), as_tree(recipe)
+        context, tree = RunContext(recipe), as_tree(recipe)
         pair = json.dumps([tree["teacher"], tree["student"]], sort_keys=True)
         if pair not in self._cards:
-            self._cards[pair] = story
+            self._cards[pair] = context
         known = self._cards[pair]
-        story.teacher_card, story.student_card = known.teacher_card, known.student_card
-        return story
+        context.teacher_card, context.student_card = known.teacher_card, known.student_card
+        return context
 
 
 def _models(recipe: Recipe) -> tuple[str | None, str | None]:
@@ -103,11 +103,11 @@ def check_recipe(recipe: Recipe, *, update: bool) -> None:
     """
     from limbeck.pipeline.stages import STAGES
 
-    story = Story(recipe)
+    context = RunContext(recipe)
     for stage in STAGES:
-        stage.check(story)
+        stage.check(context)
     if not update:
-        require_same(story, STAGES, story.fingerprints(STAGES))
+        require_same_inputs(context, STAGES, context.fingerprints(STAGES))
 
 
 def refuse_launcher() -> None:

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.recipe.load import as_tree
-from limbeck.runtime.artifact_cache import Shelf
+from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, format_seconds
 from limbeck.sweep.arms import ArmRun
-from limbeck.sweep.checks import Inspector
+from limbeck.sweep.checks import RunChecker
 from limbeck.sweep.forecast import Forecast, teacher_first
 from limbeck.sweep.settings import Sweep
-from limbeck.sweep.status import Ledger, State
+from limbeck.sweep.status import RunStatus, RunTable
 from limbeck.sweep.tasks import Outcome, Task
-from limbeck.sweep.workers import Crew
+from limbeck.sweep.workers import WorkerPool
 
-_STATE: dict[str, State] = {"done": "done", "failed": "failed", "paused": "waiting", "stopped": "waiting"}
+_STATE: dict[str, RunStatus] = {"done": "done", "failed": "failed", "paused": "waiting", "stopped": "waiting"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Player:
+class Executor:
     """Plays runs of a sweep.
 
     Attributes:
@@ -30,10 +30,10 @@ class Player:
 
     sweep: Sweep
     console: Console
-    inspector: Inspector
-    ledger: Ledger
-    shelf: Shelf
-    crew: Crew
+    inspector: RunChecker
+    ledger: RunTable
+    artifacts: ArtifactCache
+    pool: WorkerPool
 
     def play(self, runs: Sequence[ArmRun], pause_at: float | None = None) -> dict[Path, Outcome]:
         """Play runs to their end, or to a pause; those that are at their end already are not touched.
@@ -50,7 +50,7 @@ class Player:
         tasks = [
             Task(
                 recipe=as_tree(run.recipe),
-                shelf=str(self.shelf.root),
+                artifacts=str(self.artifacts.root),
                 update=self.inspector.update,
                 pause_at=pause_at,
                 metric=metric,
@@ -65,7 +65,7 @@ class Player:
             self._report(todo[number], outcome)
 
         try:
-            self.crew.play(tasks, lambda number: self.ledger.set(todo[number], "running"), ended)
+            self.pool.play(tasks, lambda number: self.ledger.set(todo[number], "running"), ended)
         finally:
             for run in todo:
                 if self.ledger.state(run) == "running":

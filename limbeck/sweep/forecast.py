@@ -8,8 +8,8 @@ from statistics import fmean
 
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.sweep.arms import ArmRun
-from limbeck.sweep.checks import Inspector
-from limbeck.sweep.status import Ledger
+from limbeck.sweep.checks import RunChecker
+from limbeck.sweep.status import RunTable
 
 _OF_THE_TEACHER = ("prompts", "responses", "signal")
 
@@ -18,8 +18,8 @@ _OF_THE_TEACHER = ("prompts", "responses", "signal")
 class Forecast:
     """Reads the manifests of a sweep's runs: what earlier commands have played counts, too."""
 
-    ledger: Ledger
-    inspector: Inspector
+    ledger: RunTable
+    inspector: RunChecker
     parallel: int
 
     def seconds_left(self) -> float | None:
@@ -40,7 +40,7 @@ class Forecast:
         return whole / max(1.0, min(self.parallel, runs))
 
     def _kinds(self, runs: Iterable[ArmRun]) -> set[str]:
-        return {self.inspector.work_of_the_teacher(run) for run in runs if run.directory in self.inspector.prints}
+        return {self.inspector.signal_fingerprint(run) for run in runs if run.directory in self.inspector.prints}
 
     @staticmethod
     def _seconds(run: ArmRun, *, teacher: bool) -> float:
@@ -50,11 +50,11 @@ class Forecast:
         return sum(record.get("seconds", 0.0) for record in records if "shared_from" not in record)
 
 
-def teacher_first(runs: Sequence[ArmRun], inspector: Inspector) -> list[ArmRun]:
+def teacher_first(runs: Sequence[ArmRun], inspector: RunChecker) -> list[ArmRun]:
     """The order to play them in: first one of each kind of teacher's work, so that different work is done side by side
     and nobody waits for what another is doing while something else is to be done."""
     first: dict[str, ArmRun] = {}
     for run in runs:
-        first.setdefault(inspector.work_of_the_teacher(run), run)
+        first.setdefault(inspector.signal_fingerprint(run), run)
     leading = [run.directory for run in first.values()]
     return [*first.values(), *(run for run in runs if run.directory not in leading)]

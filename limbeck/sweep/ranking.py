@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from limbeck.evaluation.scores.metrics import describe
+from limbeck.evaluation.scores.metrics import describe_metric
 from limbeck.types import LimbeckError
 
 Means = Mapping[str, float]
@@ -19,7 +19,7 @@ def badness(metric: str, means: Means) -> float:
     Raises:
         LimbeckError: the metric, or the teacher's value of it, was not measured.
     """
-    described = describe(metric)
+    described = describe_metric(metric)
     for name in (metric, described.teacher if described.better == "match" else None):
         if name is not None and name not in means:
             raise LimbeckError(

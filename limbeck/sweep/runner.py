@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.pipeline.engine import StopWish, Story, play
+from limbeck.pipeline.engine import GracefulStop, RunContext, run_pipeline
 from limbeck.recipe.load import at, load_recipe
-from limbeck.runtime.artifact_cache import Shelf
+from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, default_console
 from limbeck.runtime.errors import in_one_line
 from limbeck.runtime.rundir import RunDirectory, write_text
 from limbeck.sweep.arms import Models, arms_of, final_runs, first_recipes, first_values, tuning_runs
-from limbeck.sweep.checks import Inspector, check_recipe, refuse_launcher, refuse_other_files
-from limbeck.sweep.executor import Player
+from limbeck.sweep.checks import RunChecker, check_recipe, refuse_launcher, refuse_other_files
+from limbeck.sweep.executor import Executor
 from limbeck.sweep.selection import halve, tune
-from limbeck.sweep.settings import RESOLVED, Sweep, load_sweep, to_yaml
-from limbeck.sweep.status import Ledger
+from limbeck.sweep.settings import RESOLVED, Sweep, load_sweep, settings_to_yaml
+from limbeck.sweep.status import RunTable
 from limbeck.sweep.worker_process import ALIVE
-from limbeck.sweep.workers import crew_of
+from limbeck.sweep.workers import worker_pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +66,24 @@ def play_sweep(
     refuse_launcher()
     sweep = load_sweep(source, overrides)
     console = console or default_console()
-    with in_one_line(), StopWish().installed():
+    with in_one_line(), GracefulStop().installed():
         root = sweep.directory
         refuse_other_files(root)
-        conductor = _Conductor(sweep, console, Inspector(update), Shelf(root / "shared"))
+        conductor = SweepRunner(sweep, console, RunChecker(update), ArtifactCache(root / "shared"))
         conductor.check()
         with RunDirectory(root).locked(console.warn):
             # Workers of a sweep that was killed end a moment after it.
-            with conductor.shelf.claimed(ALIVE):
-                write_text(root / RESOLVED, to_yaml(sweep))
+            with conductor.artifacts.lock(ALIVE):
+                write_text(root / RESOLVED, settings_to_yaml(sweep))
             return conductor.play()
 
 
 @dataclass(frozen=True)
-class _Conductor:
+class SweepRunner:
     sweep: Sweep
     console: Console
-    inspector: Inspector
-    shelf: Shelf
+    inspector: RunChecker
+    artifacts: ArtifactCache
 
     @property
     def models(self) -> Models:
@@ -122,11 +122,13 @@ class _Conductor:
             self.console.say(f"first: {recipe.name}, whose student is {key} of all arms")
             own = load_recipe(self.sweep.first[key]).directory
             near = [own, *sorted(self.sweep.directory.parent.glob(f"*/{recipe.directory.name}"))]
-            for stage, print_ in Story(recipe).fingerprints(STAGES).items():
+            for stage, fingerprint_ in RunContext(recipe).fingerprints(STAGES).items():
                 for run in (RunDirectory(directory) for directory in near):
-                    if run.finished(stage, print_):
-                        self.shelf.offer(stage, print_, run)
-            play(recipe, stages=STAGES, console=self.console, update=self.inspector.update, shelf=self.shelf)
+                    if run.finished(stage, fingerprint_):
+                        self.artifacts.publish(stage, fingerprint_, run)
+            run_pipeline(
+                recipe, stages=STAGES, console=self.console, update=self.inspector.update, artifacts=self.artifacts
+            )
         if recipes:
             self._inspect(self.models)
 
@@ -136,27 +138,27 @@ class _Conductor:
         self._play_first()
         sweep, ledger, threads = self.sweep, self._ledger(), torch.get_num_threads()
         self._announce(ledger, threads)
-        with crew_of(sweep.parallel, threads, self.shelf.root, sweep.directory / "workers.log") as crew:
-            player = Player(
+        with worker_pool(sweep.parallel, threads, self.artifacts.root, sweep.directory / "workers.log") as pool:
+            player = Executor(
                 sweep=sweep,
                 console=self.console,
                 inspector=self.inspector,
                 ledger=ledger,
-                shelf=self.shelf,
-                crew=crew,
+                artifacts=self.artifacts,
+                pool=pool,
             )
             finals = halve(player, tune(player, self.models))
             player.play([run for runs in finals.values() for run in runs])
         return self._end(ledger)
 
-    def _ledger(self) -> Ledger:
+    def _ledger(self) -> RunTable:
         """All runs, waiting; what is tuned is not known yet."""
-        ledger, arms = Ledger(self.sweep.directory), arms_of(self.sweep)
+        ledger, arms = RunTable(self.sweep.directory), arms_of(self.sweep)
         ledger.add([run for arm in arms for run in tuning_runs(self.sweep, arm, self.models)])
         ledger.add([run for arm in arms for run in final_runs(self.sweep, arm, {}, self.models)])
         return ledger
 
-    def _announce(self, ledger: Ledger, threads: int) -> None:
+    def _announce(self, ledger: RunTable, threads: int) -> None:
         sweep, runs = self.sweep, [line.run for line in ledger.lines.values()]
         tuning = sum(run.tuning for run in runs)
         train, limit = runs[0].recipe.train, runs[0].recipe.prompts.limit
@@ -168,7 +170,7 @@ class _Conductor:
             + f"; {sweep.parallel} at a time with {max(1, threads // sweep.parallel)} of {threads} threads each"
         )
 
-    def _end(self, ledger: Ledger) -> SweepEnd:
+    def _end(self, ledger: RunTable) -> SweepEnd:
         from limbeck.compare import write_comparison
 
         lines = [line for line in ledger.lines.values() if not line.run.tuning]

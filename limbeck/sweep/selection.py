@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-from limbeck.evaluation.scores.metrics import describe
+from limbeck.evaluation.scores.metrics import describe_metric
 from limbeck.runtime.rundir import read_json
 from limbeck.sweep.arms import Arm, ArmRun, Models, arms_of, final_runs, tuning_runs
-from limbeck.sweep.executor import Player
+from limbeck.sweep.executor import Executor
 from limbeck.sweep.ranking import badness, best, survivors
 from limbeck.sweep.settings import Tree
 from limbeck.types import LimbeckError
@@ -16,7 +16,7 @@ from limbeck.types import LimbeckError
 Finals = dict[str, list[ArmRun]]
 
 
-def tune(player: Player, models: Models) -> Finals:
+def tune(player: Executor, models: Models) -> Finals:
     """The runs of every arm with the values that are best for it; an arm without such values has failed."""
     sweep, finals = player.sweep, Finals()
     tuning = {arm.name: tuning_runs(sweep, arm, models) for arm in arms_of(sweep)}
@@ -34,7 +34,7 @@ def tune(player: Player, models: Models) -> Finals:
     return finals
 
 
-def _best_values(player: Player, arm: Arm, finished: list[ArmRun]) -> Tree:
+def _best_values(player: Executor, arm: Arm, finished: list[ArmRun]) -> Tree:
     sweep = player.sweep
     if not finished:
         raise LimbeckError("none of the runs that tune it finished; arms.jsonl says why of each")
@@ -50,7 +50,7 @@ def _best_values(player: Player, arm: Arm, finished: list[ArmRun]) -> Tree:
     return chosen
 
 
-def halve(player: Player, finals: Finals) -> Finals:
+def halve(player: Executor, finals: Finals) -> Finals:
     """Successive halving: the arms that are left after the last comparison, paused where it was made."""
     halving = player.sweep.halving
     if halving is None:
@@ -75,7 +75,7 @@ def halve(player: Player, finals: Finals) -> Finals:
 
 
 def _shown(metric: str, badness: float) -> str:
-    better = describe(metric).better
+    better = describe_metric(metric).better
     off = " off the teacher's" if better == "match" else ""
     return f"{metric} {-badness if better == 'higher' else badness:.4g}{off}"
 

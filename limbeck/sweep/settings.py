@@ -12,16 +12,16 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.scores.metrics import METRICS, describe
+from limbeck.evaluation.scores.metrics import METRICS, describe_metric
 from limbeck.recipe.fields import STRICT, Count, Fraction, Seed
 from limbeck.recipe.files import read_yaml, shipped_recipes
 from limbeck.recipe.load import apply_override, known_keys, recipe_tree
-from limbeck.recipe.messages import explain, nearest
-from limbeck.recipe.yaml_text import dump, plain
+from limbeck.recipe.messages import explain_mistake, nearest
+from limbeck.recipe.yaml_text import dump, plain_tree
 from limbeck.types import LimbeckError
 
 Tree = dict[str, Any]
-Values = Annotated[tuple[Any, ...], Field(min_length=1)]
+AxisValues = Annotated[tuple[Any, ...], Field(min_length=1)]
 RESOLVED = "sweep.resolved.yaml"
 # Each is looked at before the first plays, and nobody waits for more.
 MOST_RUNS = 5_000
@@ -52,11 +52,11 @@ class Sweep:
     """Short for first: {teacher.model: ...}."""
     set: Tree = field(default_factory=dict)
     """Changes of the recipe for all arms."""
-    grid: dict[str, Values] = field(default_factory=dict)
+    grid: dict[str, AxisValues] = field(default_factory=dict)
     """Dotted keys and their values; every combination is an arm."""
     arms: dict[str, Tree] = field(default_factory=dict)
     """Arms by name, each with its changes of the recipe; with a grid, each arm times the grid."""
-    tune: dict[str, Values] = field(default_factory=dict)
+    tune: dict[str, AxisValues] = field(default_factory=dict)
     """Dotted keys of which each arm takes the values that are best with its first seed."""
     tune_metric: str = "forward_kl"
     """What is best: a metric of the evaluation after training."""
@@ -122,9 +122,9 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     )
 
 
-def to_yaml(sweep: Sweep) -> str:
+def settings_to_yaml(sweep: Sweep) -> str:
     """The sweep with everything spelled out; `load_sweep` of it gives the same sweep."""
-    return dump(plain(asdict(sweep)))
+    return dump(plain_tree(asdict(sweep)))
 
 
 def as_overrides(changes: Mapping[str, Any]) -> list[str]:
@@ -164,11 +164,11 @@ def _beside(recipe: str | Tree, folder: Path | None) -> str | Tree:
 
 
 def _validate(tree: Tree) -> Sweep:
-    tree = plain(tree)
+    tree = plain_tree(tree)
     try:
         return _ADAPTER.validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise LimbeckError(explain(error, _KNOWN)) from None
+        raise LimbeckError(explain_mistake(error, _KNOWN)) from None
 
 
 def _check(sweep: Sweep) -> None:
@@ -199,7 +199,7 @@ def _check(sweep: Sweep) -> None:
     for key, metric in _chosen_by(sweep):
         if metric.partition("@")[0] not in METRICS:
             raise LimbeckError(f"{key}: no metric {metric!r}{nearest(metric, tuple(METRICS))}")
-        if describe(metric).better == "context":
+        if describe_metric(metric).better == "context":
             raise LimbeckError(f"{key}: {metric} is the teacher's own; expected a metric of the student")
     if sweep.halving and list(sweep.halving.at) != sorted(set(sweep.halving.at)):
         raise LimbeckError(f"halving.at: got {list(sweep.halving.at)}; expected ascending shares, such as [0.25, 0.5]")

@@ -12,11 +12,11 @@ from typing import Literal
 from limbeck.runtime.rundir import Json, write_text
 from limbeck.sweep.arms import ArmRun
 
-State = Literal["waiting", "running", "done", "failed", "dropped"]
+RunStatus = Literal["waiting", "running", "done", "failed", "dropped"]
 
 
 @dataclass(kw_only=True)
-class Line:
+class RunLine:
     """A run and how it stands.
 
     Attributes:
@@ -25,30 +25,30 @@ class Line:
     """
 
     run: ArmRun
-    state: State = "waiting"
+    state: RunStatus = "waiting"
     error: str | None = None
     lost: bool = False
 
 
 @dataclass
-class Ledger:
+class RunTable:
     """The lines by directory, in the order of the sweep."""
 
     root: Path
-    lines: dict[Path, Line] = field(default_factory=dict)
+    lines: dict[Path, RunLine] = field(default_factory=dict)
 
     def add(self, runs: Sequence[ArmRun]) -> None:
         """Further runs; one that is there already is known better now (its tuned values)."""
         for run in runs:
-            self.lines.setdefault(run.directory, Line(run=run)).run = run
+            self.lines.setdefault(run.directory, RunLine(run=run)).run = run
         self._write()
 
-    def set(self, run: ArmRun, state: State, error: str | None = None, *, lost: bool = False) -> None:
+    def set(self, run: ArmRun, state: RunStatus, error: str | None = None, *, lost: bool = False) -> None:
         line = self.lines[run.directory]
         line.state, line.error, line.lost = state, error, lost
         self._write()
 
-    def state(self, run: ArmRun) -> State:
+    def state(self, run: ArmRun) -> RunStatus:
         return self.lines[run.directory].state
 
     def records(self) -> list[Json]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
-from limbeck.pipeline.engine import Story, play
+from limbeck.pipeline.engine import RunContext, run_pipeline
 from limbeck.recipe.load import load_recipe
-from limbeck.runtime.artifact_cache import Shelf
+from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import PlainConsole
 from limbeck.runtime.errors import explain
 from limbeck.runtime.rundir import read_json
@@ -33,7 +33,7 @@ class Task:
     """
 
     recipe: Tree
-    shelf: str
+    artifacts: str
     update: bool
     pause_at: float | None = None
     metric: str | None = None
@@ -67,8 +67,8 @@ def perform(task: Task) -> Outcome:
         with path.open("a", encoding="utf-8") as file, warnings.catch_warnings():
             console = PlainConsole(file)
             warnings.showwarning = lambda message, *_args, **_options: console.warn(" ".join(str(message).split()))
-            story = Story(recipe, console, shelf=Shelf(Path(task.shelf)), pause_at=task.pause_at)
-            outcome = _played(story, task, file)
+            context = RunContext(recipe, console, artifacts=ArtifactCache(Path(task.artifacts)), pause_at=task.pause_at)
+            outcome = _played(context, task, file)
     except KeyboardInterrupt as interrupt:
         return Outcome(state="stopped", number=interrupt.args[0] if interrupt.args else signal.SIGINT)
     except OSError as error:
@@ -79,39 +79,39 @@ def perform(task: Task) -> Outcome:
     return outcome
 
 
-def _played(story: Story, task: Task, log: TextIO) -> Outcome:
+def _played(context: RunContext, task: Task, log: TextIO) -> Outcome:
     try:
-        return _play(story, task)
+        return _play(context, task)
     except Exception as error:
         line = explain(error)
         if line is None:
             traceback.print_exc(file=log)
             line = f"{type(error).__name__}: {' '.join(str(error).split())} ({log.name} says where)"
-        story.console.say(f"failed: {line}")
+        context.console.say(f"failed: {line}")
         return Outcome(state="failed", error=line)
 
 
-def _play(story: Story, task: Task) -> Outcome:
+def _play(context: RunContext, task: Task) -> Outcome:
     from limbeck.pipeline.halving_evaluation import measure_paused, paused_path
     from limbeck.pipeline.stages import STAGES
 
-    recipe, console = story.recipe, story.console
+    recipe, console = context.recipe, context.console
     if task.pause_at is None or task.metric is None:
-        play(recipe, stages=STAGES, console=console, update=task.update, shelf=story.shelf)
+        run_pipeline(recipe, stages=STAGES, console=console, update=task.update, artifacts=context.artifacts)
         return Outcome(state="done")
-    if (path := paused_path(story)).exists():
+    if (path := paused_path(context)).exists():
         return Outcome(state="paused", means=read_json(path)["after"])
     try:
-        play(
+        run_pipeline(
             recipe,
             stages=STAGES,
             until="train",
             console=console,
             update=task.update,
-            shelf=story.shelf,
+            artifacts=context.artifacts,
             pause_at=task.pause_at,
         )
     except Interrupted as paused:
         console.say(f"halving: {paused}")
-    with story.stop.installed(), story.run.locked(console.warn):
-        return Outcome(state="paused", means=measure_paused(story, task.metric))
+    with context.stop.installed(), context.run.locked(console.warn):
+        return Outcome(state="paused", means=measure_paused(context, task.metric))

@@ -27,7 +27,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> None:
-    shelf, threads = Path(sys.argv[1]), int(sys.argv[2])
+    artifacts, threads = Path(sys.argv[1]), int(sys.argv[2])
     # Libraries print what they like; the pipe is for outcomes.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -44,7 +44,7 @@ def main() -> None:
         # After each run garbage is looked for, but not among what was imported.
         gc.freeze()
         # Held as long as the worker lives: another sweep waits until those of a killed one are gone.
-        with (shelf / f"{ALIVE}.lock").open("a") as alive:
+        with (artifacts / f"{ALIVE}.lock").open("a") as alive:
             fcntl.flock(alive, fcntl.LOCK_SH)
             while True:
                 outcome = perform(tasks.get())

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
-from limbeck.pipeline.engine import StopWish
+from limbeck.pipeline.engine import GracefulStop
 from limbeck.sweep.tasks import Outcome, Task, perform
 from limbeck.sweep.worker_process import STOPPING
 
@@ -24,7 +24,7 @@ Ended = Callable[[int, Outcome], None]
 LOOK_S = 0.2
 
 
-class Crew(Protocol):
+class WorkerPool(Protocol):
     def play(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
         """Play the tasks, in their order as far as they fit side by side; tells when each begins and ends.
 
@@ -34,7 +34,7 @@ class Crew(Protocol):
         ...
 
 
-class Alone:
+class InProcessPool:
     """One run after another, in this process."""
 
     def play(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
@@ -66,7 +66,7 @@ class _Worker:
             self.process.stdin.write(json.dumps(asdict(task)) + "\n")
             self.process.stdin.flush()
 
-    def dismiss(self) -> None:
+    def close_stdin(self) -> None:
         """Tell it that there is no more to come, on which it ends at once."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
@@ -91,25 +91,25 @@ class Workers:
         log: takes what workers say that belongs to no run.
     """
 
-    shelf: Path
+    artifacts: Path
     count: int
     threads: int
     log: Path
     _all: list[_Worker] = field(default_factory=list)
 
     def play(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
-        waiting, stop, told, again = list(range(len(tasks))), StopWish(), 0, set[int]()
-        with stop.installed(), stop.deferred() as wished:
-            while (waiting and not wished()) or any(worker.task is not None for worker in self._all):
-                if wished() and not told:
+        waiting, stop, told, again = list(range(len(tasks))), GracefulStop(), 0, set[int]()
+        with stop.installed(), stop.deferred() as requested:
+            while (waiting and not requested()) or any(worker.task is not None for worker in self._all):
+                if requested() and not told:
                     told = stop.number
                     for worker in self._all:
                         # Between two runs a worker hears no others.
                         worker.process.send_signal(told if told in STOPPING else signal.SIGTERM)
-                while waiting and not wished() and (worker := self._idle()) is not None:
+                while waiting and not requested() and (worker := self._idle()) is not None:
                     begun(waiting[0])
                     worker.give(waiting[0], tasks[waiting.pop(0)])
-                for worker in self._spoken():
+                for worker in self._ready_workers():
                     number, worker.task = worker.task, None
                     outcome = self._outcome(worker, stopping=bool(told))
                     if number is not None and outcome.lost and number not in again:
@@ -118,12 +118,12 @@ class Workers:
                         waiting.append(number)
                     elif number is not None:
                         ended(number, outcome)
-            stop.heed()
+            stop.raise_if_requested()
 
     def close(self) -> None:
         """End the processes; at once, in the middle of whatever they do."""
         for worker in self._all:
-            worker.dismiss()
+            worker.close_stdin()
         for worker in self._all:
             worker.wait()
         self._all.clear()
@@ -138,10 +138,10 @@ class Workers:
         return self._all[-1]
 
     def _started(self) -> _Worker:
-        self.shelf.mkdir(parents=True, exist_ok=True)
+        self.artifacts.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log, _signals_later():
             process = subprocess.Popen(
-                [sys.executable, "-m", "limbeck.sweep.worker_process", str(self.shelf), str(self.threads)],
+                [sys.executable, "-m", "limbeck.sweep.worker_process", str(self.artifacts), str(self.threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -153,7 +153,7 @@ class Workers:
             )
         return _Worker(process)
 
-    def _spoken(self) -> Iterator[_Worker]:
+    def _ready_workers(self) -> Iterator[_Worker]:
         """Workers that have ended a task, or themselves."""
         with selectors.DefaultSelector() as selector:
             for worker in self._all:
@@ -166,7 +166,7 @@ class Workers:
         if line.endswith("\n"):
             return Outcome(**json.loads(line))
         self._all.remove(worker)
-        worker.dismiss()
+        worker.close_stdin()
         code = worker.wait()
         if stopping:
             return Outcome(state="stopped")
@@ -188,16 +188,16 @@ def _signals_later() -> Iterator[None]:
 
 
 @contextmanager
-def crew_of(parallel: int, threads: int, shelf: Path, log: Path) -> Iterator[Crew]:
+def worker_pool(parallel: int, threads: int, artifacts: Path, log: Path) -> Iterator[WorkerPool]:
     """This process where runs are played one after another, else so many workers, ended with the block.
 
     Args:
         threads: of this process, shared out evenly.
     """
     if parallel == 1:
-        yield Alone()
+        yield InProcessPool()
         return
-    workers = Workers(shelf=shelf, count=parallel, threads=max(1, threads // parallel), log=log)
+    workers = Workers(artifacts=artifacts, count=parallel, threads=max(1, threads // parallel), log=log)
     try:
         yield workers
     finally:

@@ -35,7 +35,7 @@ class LocalTeacher:
 
 
 @dataclass(frozen=True)
-class UnheardTeacher:
+class NullTeacher:
     """Stands in where every objective reads labels alone: what nobody reads need not be computed.
 
     Attributes:
@@ -45,7 +45,7 @@ class UnheardTeacher:
     head: Head
 
     @classmethod
-    def of(cls, vocab_size: int) -> UnheardTeacher:
+    def of(cls, vocab_size: int) -> NullTeacher:
         import torch
 
         return cls(Head(weight_VD=torch.zeros(vocab_size, 0), vocab_size=vocab_size))

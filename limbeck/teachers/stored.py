@@ -37,7 +37,7 @@ def write_shard(path: Path, hidden: Mapping[int, Tensor], *, dtype: torch.dtype)
     Raises:
         LimbeckError: a hidden state that is not finite, or not in the precision it is stored in.
     """
-    write_rows(path, dense_rows(hidden, dtype=dtype))
+    write_signal(path, dense_rows(hidden, dtype=dtype))
 
 
 def dense_rows(hidden: Mapping[int, Tensor], *, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def sparse_rows(signals: Mapping[int, TopKSignal | SampledSignal]) -> dict[str, 
     return tensors
 
 
-def write_rows(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_signal(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a shard of `dense_rows` and `sparse_rows`, atomically."""
     from safetensors.torch import save_file
 

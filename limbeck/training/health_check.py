@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from limbeck.ops import onednn
 from limbeck.rollouts.collate import collate
-from limbeck.training.loss import Moment
+from limbeck.training.loss import StepSettings
 from limbeck.types import Response
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class HealthCheck:
     """The student alone, on every rank for itself: all have the same weights and look at the same rows.
 
     Attributes:
@@ -65,4 +65,4 @@ class Probe:
         batch = collate(by_row, tuple(by_row), pad_id=self.pad_id).to(self.accelerator.device)
         weight_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
         with self.accelerator.no_sync(self.model), onednn.linears():
-            return self.model(batch, None, weight_N, Moment())[0]
+            return self.model(batch, None, weight_N, StepSettings())[0]

@@ -26,21 +26,21 @@ from limbeck.objectives import Temperature, TemperatureSchedule
 from limbeck.objectives.sequence.rules import AlphaByGap
 from limbeck.ops import onednn
 from limbeck.recipe.sections import TrainSection
-from limbeck.rollouts.account import SO_FAR, counted
+from limbeck.rollouts.account import SO_FAR, count_phrase
 from limbeck.rollouts.collate import collate, micro_batches, padding
 from limbeck.rollouts.health import health_of
-from limbeck.rollouts.sources import Author, Clock, Shift, Supply
+from limbeck.rollouts.sources import ResponseSource, SourceContext, SourceFactory, StepCounter
 from limbeck.runtime.console import Meter
 from limbeck.training import checkpoints, launch, learning_rate, schedules
 from limbeck.training.corpus import Corpus
-from limbeck.training.health_check import Probe
-from limbeck.training.loss import Judgement, Moment, StudentLoss, make_projection
+from limbeck.training.health_check import HealthCheck
+from limbeck.training.loss import LossPlan, StepSettings, StudentLoss, make_projection
 from limbeck.training.metrics import Journal, LoopContext
-from limbeck.training.percentile import Tail
+from limbeck.training.percentile import StreamingPercentile
 from limbeck.training.precision import rounding_warning
 from limbeck.training.progress import Best, Progress
 from limbeck.training.rate_trials import RateTrials, previews_wanted
-from limbeck.training.weighting import Balance
+from limbeck.training.weighting import TokenWeighting
 from limbeck.training.whitening import whitened
 from limbeck.types import Interrupted, LimbeckError, Response, Signal, Teacher, TokenBatch
 
@@ -54,13 +54,13 @@ class NonFiniteError(LimbeckError):
 
 def train(
     student: nn.Module,
-    author: Author,
+    author: SourceFactory,
     teacher: Teacher,
-    judgement: Judgement,
+    loss_plan: LossPlan,
     *,
     temperature: Temperature | TemperatureSchedule,
     schedule: Mapping[str, tuple[float, float]] = MappingProxyType({}),
-    balance: Balance | None = None,
+    weighting: TokenWeighting | None = None,
     heldout: Sequence[Response] = (),
     development: Mapping[int, Response] = MappingProxyType({}),
     corpus: Corpus | None = None,
@@ -91,10 +91,10 @@ def train(
         student,
         author,
         teacher,
-        judgement,
+        loss_plan,
         temperature=temperature,
         schedule=schedule,
-        balance=balance,
+        weighting=weighting,
         heldout=heldout,
         development=development,
         corpus=corpus,
@@ -119,9 +119,9 @@ def train(
 
 def find_learning_rate(
     student: nn.Module,
-    author: Author,
+    author: SourceFactory,
     teacher: Teacher,
-    judgement: Judgement,
+    loss_plan: LossPlan,
     *,
     temperature: Temperature | TemperatureSchedule,
     schedule: Mapping[str, tuple[float, float]] = MappingProxyType({}),
@@ -139,7 +139,7 @@ def find_learning_rate(
         student,
         author,
         teacher,
-        judgement,
+        loss_plan,
         temperature=temperature,
         schedule=schedule,
         settings=replace(settings, report_to=()),
@@ -153,13 +153,13 @@ def find_learning_rate(
 
 def _prepared(
     student: nn.Module,
-    author: Author,
+    author: SourceFactory,
     teacher: Teacher,
-    judgement: Judgement,
+    loss_plan: LossPlan,
     *,
     temperature: Temperature | TemperatureSchedule,
     schedule: Mapping[str, tuple[float, float]],
-    balance: Balance | None = None,
+    weighting: TokenWeighting | None = None,
     heldout: Sequence[Response] = (),
     development: Mapping[int, Response] = MappingProxyType({}),
     corpus: Corpus | None = None,
@@ -173,23 +173,23 @@ def _prepared(
         settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
     )
     step_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    supply = author(Shift(step_rows=step_rows, seed=settings.seed, world=launch.Ranks(accelerator)))
-    if supply.wants_validation and not heldout:
+    response_source = author(SourceContext(step_rows=step_rows, seed=settings.seed, world=launch.Ranks(accelerator)))
+    if response_source.wants_validation and not heldout:
         raise LimbeckError("the author asks for the held-out loss and got no held-out responses; expected at least one")
-    if judgement.rule is not None and judgement.rule.pairs and settings.per_device_train_batch_size % 2:
+    if loss_plan.rule is not None and loss_plan.rule.pairs and settings.per_device_train_batch_size % 2:
         raise LimbeckError(
             f"train.per_device_train_batch_size is {settings.per_device_train_batch_size} and the rule "
-            f"{judgement.rule.name} compares pairs side by side; expected an even number"
+            f"{loss_plan.rule.name} compares pairs side by side; expected an even number"
         )
-    total = schedules.total_steps(settings, supply.steps_per_epoch)
+    total = schedules.total_steps(settings, response_source.steps_per_epoch)
     student.train()
     projection_ED = None
-    if any("hidden" in objective.reads for objective in judgement.objectives):
-        row, response = next(iter(supply.preview(1, total)[0].items()))
+    if any("hidden" in objective.reads for objective in loss_plan.objectives):
+        row, response = next(iter(response_source.preview(1, total)[0].items()))
         one = collate({row: response}, (row,), pad_id=pad_id)
         projection_ED = make_projection(student, teacher, one, vocab_size=vocab_size, seed=settings.seed)
     loss_module = StudentLoss(
-        student, judgement, vocab_size=vocab_size, projection_ED=projection_ED, compile=settings.compile
+        student, loss_plan, vocab_size=vocab_size, projection_ED=projection_ED, compile=settings.compile
     )
     optimizer = launch.adamw(loss_module, settings)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
@@ -200,8 +200,8 @@ def _prepared(
         optimizer=optimizer,
         temperature=temperature,
         schedule=schedule,
-        balance=balance or Balance(reduction=settings.reduction),
-        supply=supply,
+        weighting=weighting or TokenWeighting(reduction=settings.reduction),
+        response_source=response_source,
         heldout=heldout,
         development=development,
         corpus=corpus,
@@ -211,7 +211,9 @@ def _prepared(
         pad_id=pad_id,
         context=context,
         total=total,
-        journal=Journal(accelerator=accelerator, context=context, authored=judgement.authored, prompts=supply.prompts),
+        journal=Journal(
+            accelerator=accelerator, context=context, authored=loss_plan.authored, prompts=response_source.prompts
+        ),
     )
 
 
@@ -225,8 +227,8 @@ class _Run:
     optimizer: torch.optim.Optimizer
     temperature: Temperature | TemperatureSchedule
     schedule: Mapping[str, tuple[float, float]]
-    balance: Balance
-    supply: Supply
+    weighting: TokenWeighting
+    response_source: ResponseSource
     heldout: Sequence[Response]
     development: Mapping[int, Response]
     corpus: Corpus | None
@@ -239,8 +241,8 @@ class _Run:
     journal: Journal
 
     @property
-    def probe(self) -> Probe:
-        return Probe(
+    def probe(self) -> HealthCheck:
+        return HealthCheck(
             accelerator=self.accelerator,
             model=self.model,
             optimizer=self.optimizer,
@@ -269,7 +271,7 @@ class _Run:
         inner = self.module.student
         found = learning_rate.search(
             self.context.learning_rate,
-            metric=self.module.judgement.gauge,
+            metric=self.module.loss_plan.gauge,
             guess=learning_rate.first_guess(
                 head_of(inner, self.module.vocab_size, verify=False).weight_VD.shape[1],
                 adapters=any("lora_" in name for name, _ in inner.named_parameters()),
@@ -283,7 +285,7 @@ class _Run:
 
     def _trials(self) -> RateTrials:
         return RateTrials.of(
-            self.supply.preview(previews_wanted(self.step_rows), self.total),
+            self.response_source.preview(previews_wanted(self.step_rows), self.total),
             module=self.module,
             optimizer=self.optimizer.optimizer,  # type: ignore[attr-defined]
             update=self._trial_update,
@@ -314,7 +316,7 @@ class _Run:
         training as it stands at the end."""
         moment = replace(self._moment(Progress(step=self.total - 1)), reference=None)
         sums = torch.zeros(2, device=self.accelerator.device)
-        place = self.module.stats.index(self.module.judgement.gauge)
+        place = self.module.stats.index(self.module.loss_plan.gauge)
         self.model.eval()
         for by_row in steps:
             for micro in self._micro_batches(by_row):
@@ -375,14 +377,17 @@ class _Run:
 
     def _prepare(self, progress: Progress) -> None:
         """What comes before a step: a held-out loss where it is due, a checkpoint where a round begins."""
-        if self.supply.wants_validation and progress.step == progress.validations * self.supply.validation_steps:
+        if (
+            self.response_source.wants_validation
+            and progress.step == progress.validations * self.response_source.validation_steps
+        ):
             # Measured on every rank, where unlike machines may differ in the last bit: their mean is the same for all.
             measured = torch.tensor(self.probe.heldout_loss(self.heldout), device=self.accelerator.device)
             loss: float = self.accelerator.reduce(measured, reduction="mean").item()  # type: ignore[union-attr]
-            self.supply.validated(loss)
+            self.response_source.validated(loss)
             progress.heldout_loss = loss
             progress.validations += 1
-        if progress.step > progress.saved and self.supply.begins_round(self._clock(progress)):
+        if progress.step > progress.saved and self.response_source.starts_round(self._clock(progress)):
             self._check_student(progress)
             self.save(progress)
 
@@ -408,7 +413,7 @@ class _Run:
         progress.seconds += seconds
         metrics = {
             "step": progress.step,
-            "epoch": round(progress.step / self.supply.steps_per_epoch, 4),
+            "epoch": round(progress.step / self.response_source.steps_per_epoch, 4),
             **means,
             "learning_rate": rate,
             **({} if moment.temperature is self.temperature else {"temperature": moment.temperature.loss}),
@@ -433,25 +438,25 @@ class _Run:
         self, progress: Progress, by_row: Mapping[int, Response], means: Mapping[str, float], written: float
     ) -> dict[str, Any]:
         """What is logged where the student writes: the health of its responses, and who wrote how much."""
-        if not self.module.judgement.authored:
+        if not self.module.loss_plan.authored:
             return {}
         clock = self._clock(progress)
-        extra: dict[str, Any] = self.supply.metrics(clock) | {"writing_seconds": round(written, 3)}
-        beta = self.balance.beta_at(clock, self.supply.steps_per_epoch)
+        extra: dict[str, Any] = self.response_source.metrics(clock) | {"writing_seconds": round(written, 3)}
+        beta = self.weighting.beta_at(clock, self.response_source.steps_per_epoch)
         if beta is not None:
             extra["beta"] = beta
         if progress.heldout_loss is not None:
             extra["heldout_loss"] = progress.heldout_loss
-        progress.so_far = counted(progress.so_far, by_row.values(), means) | self.supply.counts(clock)
+        progress.so_far = count_phrase(progress.so_far, by_row.values(), means) | self.response_source.counts(clock)
         so_far = {f"{SO_FAR}{name}": count for name, count in progress.so_far.items()}
         return extra | so_far | health_of(by_row.values())
 
-    def _clock(self, progress: Progress) -> Clock:
-        return Clock(step=progress.step, total=self.total)
+    def _clock(self, progress: Progress) -> StepCounter:
+        return StepCounter(step=progress.step, total=self.total)
 
-    def _moment(self, progress: Progress) -> Moment:
-        way = self._clock(progress).way
-        return Moment(
+    def _moment(self, progress: Progress) -> StepSettings:
+        way = self._clock(progress).schedule_fraction
+        return StepSettings(
             temperature=self.temperature.at(way),
             options=schedules.moved(self.schedule, way),
             reference=None if self._measures_gaps(progress) else progress.reference,
@@ -459,24 +464,26 @@ class _Run:
 
     def _measures_gaps(self, progress: Progress) -> bool:
         """Whether the reference of an adaptive rule is still being measured."""
-        rule = self.module.judgement.rule
-        return isinstance(rule, AlphaByGap) and progress.step < rule.warmup_epochs * self.supply.steps_per_epoch
+        rule = self.module.loss_plan.rule
+        return (
+            isinstance(rule, AlphaByGap) and progress.step < rule.warmup_epochs * self.response_source.steps_per_epoch
+        )
 
     def _gradients(
-        self, by_row: Mapping[int, Response], moment: Moment, progress: Progress
+        self, by_row: Mapping[int, Response], moment: StepSettings, progress: Progress
     ) -> tuple[dict[str, float], bool]:
         """The gradients of the step; means of what is logged and whether a rank was asked to stop, over all ranks."""
         sums = torch.zeros(len(self.module.stats), 2, device=self.accelerator.device)
         ranks = self.accelerator.num_processes
         micros = self._micro_batches(by_row)
-        weights = self.balance.weights(by_row, self._clock(progress), self.supply.steps_per_epoch)
+        weights = self.weighting.weights(by_row, self._clock(progress), self.response_source.steps_per_epoch)
         # DDP averages over ranks, the step sums over them: hence the factor.
         weights = {row: ranks * weight for row, weight in weights.items()}
         tail = None
-        if self.module.judgement.authored:
-            tail = Tail(sum(r.tokens for r in by_row.values()), device=self.accelerator.device)
+        if self.module.loss_plan.authored:
+            tail = StreamingPercentile(sum(r.tokens for r in by_row.values()), device=self.accelerator.device)
         seen: dict[int, tuple[TokenBatch, Signal]] = {}
-        if self.module.judgement.rule is not None and self.module.judgement.rule.whiten:
+        if self.module.loss_plan.rule is not None and self.module.loss_plan.rule.whiten:
             seen = {i: self._batch(micro, by_row) for i, micro in enumerate(micros)}
             looks = [(*seen[i], bool(micro)) for i, micro in enumerate(micros)]
             moment = whitened(moment, looks, accelerator=self.accelerator, model=self.model)
@@ -529,7 +536,7 @@ class _Run:
         ):
             # The last backward of a step, in which ranks meet, is one of the responses.
             batch = batch.to(self.accelerator.device)
-            _, value_N = self._backward(batch, None, weight_B, Moment(), last=False)
+            _, value_N = self._backward(batch, None, weight_B, StepSettings(), last=False)
             found += torch.stack([value_N.float().sum(), found.new_tensor(float(len(value_N)))])
         return found
 
@@ -563,7 +570,7 @@ class _Run:
     def _responses(self, progress: Progress) -> dict[int, Response]:
         if progress.now[0] != progress.step:
             try:
-                by_row = self.supply.step(self._clock(progress))
+                by_row = self.response_source.step(self._clock(progress))
             except LimbeckError:
                 # Whoever writes sees no more than numbers that are none; the step that ruined them is known here.
                 if progress.now[1]:
@@ -573,7 +580,7 @@ class _Run:
         return progress.now[1]
 
     def _backward(
-        self, batch: TokenBatch, signal: Signal | None, weight_B: Sequence[float], moment: Moment, *, last: bool
+        self, batch: TokenBatch, signal: Signal | None, weight_B: Sequence[float], moment: StepSettings, *, last: bool
     ) -> tuple[Tensor, Tensor]:
         """Backward of one micro-batch: what `StudentLoss` says of it beside the loss."""
         weight_N = torch.tensor(weight_B, device=batch.labels_N.device)[batch.sequence_N]
@@ -597,7 +604,7 @@ class _Run:
     def save(self, progress: Progress) -> None:
         state = progress.state() | {
             "step_rows": self.step_rows,
-            "supply": self.supply.state(),
+            "supply": self.response_source.state(),
             **self.journal.state(),
         }
         checkpoints.save(
@@ -624,7 +631,7 @@ class _Run:
                     f"{newest.parent} to train from the start"
                 )
             progress = Progress.of(state)
-            self.supply.restore(state["supply"])
+            self.response_source.restore(state["supply"])
             self.journal.restore(state)
         self.journal.rewind(progress.step)
         return progress

@@ -18,7 +18,7 @@ from limbeck.models.heads import head_of
 from limbeck.objectives import FusedLoss, HiddenPair, Temperature, fused_distillation_loss
 from limbeck.objectives.fused.body import measured_on
 from limbeck.objectives.sequence.distillm2 import label_logp
-from limbeck.objectives.sequence.rules import Rule, Seen, Told
+from limbeck.objectives.sequence.rules import SequenceRule, SequenceStats, TokenOptions
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, leaves, part_names, row_leaves
 from limbeck.types import DenseSignal, Head, Signal, Support, Teacher, TokenBatch, TopKSignal
 
@@ -26,7 +26,7 @@ WRITERS = ("teacher", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
+class StepSettings:
     """What moves over training, as it stands at a step: temperature, options of the objective, what the rule must know.
 
     Attributes:
@@ -43,42 +43,44 @@ class Moment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
+class LossPlan:
     """Which objective for whose response.
 
     Attributes:
         objective: for the teacher's responses (and the data's), and for the student's where `own` is None.
-        own: for the student's own responses.
+        student_objective: for the student's own responses.
         rule: tells tokens what whole responses say.
         authored: whether the student writes too: then it is measured by author.
     """
 
     objective: AnyObjective
-    own: AnyObjective | None = None
-    rule: Rule | None = None
+    student_objective: AnyObjective | None = None
+    rule: SequenceRule | None = None
     authored: bool = False
     support: Support = "full"
 
     @property
     def objectives(self) -> tuple[AnyObjective, ...]:
-        return (self.objective,) if self.own is None else (self.objective, self.own)
+        return (self.objective,) if self.student_objective is None else (self.objective, self.student_objective)
 
-    def legs(self, by_student_N: Tensor) -> Iterator[tuple[AnyObjective, Tensor | None]]:
+    def terms(self, by_student_N: Tensor) -> Iterator[tuple[AnyObjective, Tensor | None]]:
         """Each objective with the tokens (bool) that it judges; None for all. Legs without tokens are left out."""
-        if self.own is None:
+        if self.student_objective is None:
             yield self.objective, None
             return
-        for objective, keep_N in ((self.objective, ~by_student_N), (self.own, by_student_N)):
+        for objective, keep_N in ((self.objective, ~by_student_N), (self.student_objective, by_student_N)):
             if bool(keep_N.any()):
                 yield objective, keep_N
 
-    def told(self, objective: AnyObjective, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def options_for(self, objective: AnyObjective, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The token options for one of the objectives: of two, each is told what it knows."""
         known = frozenset[str]().union(*(part.token_fields for _, part in row_leaves(objective)))
-        return {name: o for name, o in options.items() if self.own is None or name.split(".")[-1] in known}
+        return {
+            name: o for name, o in options.items() if self.student_objective is None or name.split(".")[-1] in known
+        }
 
     @property
-    def heeds_teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether anything but the labels is read, by an objective or a rule."""
         labels = frozenset({"labels"})
         return self.rule is not None or any(part.reads != labels for one in self.objectives for _, part in leaves(one))
@@ -118,7 +120,7 @@ class Judgement:
                 names += measured_on(self.support)
             if self.labelled(objective):
                 names += [f"{side}/{writer}" for side in ("log_q", "log_p") for writer in WRITERS]
-        if self.own is not None:
+        if self.student_objective is not None:
             names += [f"loss/{writer}" for writer in WRITERS]
         if self.rule is not None:
             names += [f"{measure}/{writer}" for measure in self.rule.measures for writer in WRITERS]
@@ -150,7 +152,7 @@ class StudentLoss(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        judgement: Judgement,
+        loss_plan: LossPlan,
         *,
         vocab_size: int,
         projection_ED: Tensor | None,
@@ -158,17 +160,17 @@ class StudentLoss(nn.Module):
     ):
         super().__init__()
         self.student = student
-        self.judgement = judgement
+        self.loss_plan = loss_plan
         self.vocab_size = vocab_size
         self.compile_body: Literal["auto", "on", "off"] = compile
         self.projection_ED = None if projection_ED is None else nn.Parameter(projection_ED)
 
     @property
     def stats(self) -> tuple[str, ...]:
-        return self.judgement.stats
+        return self.loss_plan.stats
 
     def forward(
-        self, batch: TokenBatch, signal: Signal | None, weight_N: Tensor, moment: Moment
+        self, batch: TokenBatch, signal: Signal | None, weight_N: Tensor, moment: StepSettings
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted sum of the per-token values; sums and counts of `stats` (S, 2) and a divergence (N,), detached.
 
@@ -197,7 +199,7 @@ class StudentLoss(nn.Module):
         if told.weight_N is not None:
             weight_N = weight_N * told.weight_N.to(weight_N)
         loss, value_N = hidden_ND.new_zeros(()), weight_N.new_zeros(weight_N.shape)
-        for objective, keep_N in self.judgement.legs(by_student_N):
+        for objective, keep_N in self.loss_plan.terms(by_student_N):
             out = self._leg(objective, keep_N, (hidden_ND, head, batch, signal, weight_N, moment), told)
             loss = loss + out.loss
             kept_N = slice(None) if keep_N is None else keep_N
@@ -209,8 +211,8 @@ class StudentLoss(nn.Module):
         self,
         objective: AnyObjective,
         keep_N: Tensor | None,
-        inputs: tuple[Tensor, Head, TokenBatch, Signal, Tensor, Moment],
-        told: Told,
+        inputs: tuple[Tensor, Head, TokenBatch, Signal, Tensor, StepSettings],
+        told: TokenOptions,
     ) -> FusedLoss:
         hidden_ND, head, batch, signal, weight_N, moment = inputs
         sequence_N, label_N = batch.sequence_N, batch.labels_N
@@ -233,26 +235,26 @@ class StudentLoss(nn.Module):
             signal,
             objective,
             temperature=moment.temperature,
-            support=self.judgement.support if isinstance(signal, TopKSignal) else None,
+            support=self.loss_plan.support if isinstance(signal, TopKSignal) else None,
             weight_N=weight_N,
             label_N=label_N,
             sequence_N=sequence_N,
             hidden_pairs=pairs,
-            token_options=self.judgement.told(objective, options),
-            measure=self.judgement.measured(objective),
-            measure_labels=self.judgement.labelled(objective),
+            token_options=self.loss_plan.options_for(objective, options),
+            measure=self.loss_plan.measured(objective),
+            measure_labels=self.loss_plan.labelled(objective),
             compile=self.compile_body,
         )
 
     def _tell(
-        self, hidden_ND: Tensor, head: Head, batch: TokenBatch, signal: Signal, moment: Moment, sums: Sums
-    ) -> Told:
+        self, hidden_ND: Tensor, head: Head, batch: TokenBatch, signal: Signal, moment: StepSettings, sums: Sums
+    ) -> TokenOptions:
         """What the rule says of the responses of a batch, before any of them is judged."""
-        if self.judgement.rule is None:
-            return Told()
+        if self.loss_plan.rule is None:
+            return TokenOptions()
         log_q_N, log_p_N = label_logp(hidden_ND, head, signal, batch.labels_N)
-        told = self.judgement.rule.tell(
-            Seen(
+        told = self.loss_plan.rule.apply(
+            SequenceStats(
                 log_q_N=log_q_N,
                 log_p_N=log_p_N,
                 drawn_logp_N=batch.drawn_logp_N,
@@ -280,7 +282,7 @@ class StudentLoss(nn.Module):
                 continue
             for writer, keep_N in by_writer.items():
                 sums.add(f"{name}/{writer}", value_N, keep_N)
-        if self.judgement.own is not None:
+        if self.loss_plan.student_objective is not None:
             for writer, keep_N in by_writer.items():
                 sums.add(f"loss/{writer}", out.value_N, keep_N)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Tail:
+class StreamingPercentile:
     """The percentile of the values of all tokens of a step, exact, keeping the largest K of them alone.
 
     It is the smallest value that `share` of the tokens do not exceed (nearest rank): with 1000 tokens and 99 %, the

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from limbeck.objectives.sequence.distillm2 import Beta
-from limbeck.rollouts.sources import Clock
+from limbeck.rollouts.sources import StepCounter
 from limbeck.types import Response
 
 
 @dataclass(frozen=True, kw_only=True)
-class Balance:
+class TokenWeighting:
     """Weights that add up to a mean over the whole step, over all ranks and accumulation steps.
 
     Attributes:
@@ -26,11 +26,11 @@ class Balance:
     beta: Beta | None = None
     scale: float = 2.0
 
-    def beta_at(self, clock: Clock, steps_per_epoch: int) -> float | None:
+    def beta_at(self, clock: StepCounter, steps_per_epoch: int) -> float | None:
         """The student's share at a step; None where all responses are treated alike."""
         return None if self.beta is None else self.beta.at(clock.step, clock.total, steps_per_epoch)
 
-    def weights(self, by_row: Mapping[int, Response], clock: Clock, steps_per_epoch: int) -> dict[int, float]:
+    def weights(self, by_row: Mapping[int, Response], clock: StepCounter, steps_per_epoch: int) -> dict[int, float]:
         """The weight of each token of a response, by its number."""
         beta = self.beta_at(clock, steps_per_epoch)
         sides: dict[bool, list[int]] = {}

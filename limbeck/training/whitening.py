@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.ops import onednn
-from limbeck.training.loss import Moment
+from limbeck.training.loss import StepSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,12 +23,12 @@ SMALLEST_VARIANCE = 1e-8
 
 @torch.no_grad()
 def whitened(
-    moment: Moment,
+    moment: StepSettings,
     batches: Iterable[tuple[TokenBatch, Signal, bool]],
     *,
     accelerator: Accelerator,
     model: nn.Module,
-) -> Moment:
+) -> StepSettings:
     """The moment with the mean and the standard deviation over the tokens of all micro-batches and ranks.
 
     A pass of the student without gradients and without dropout: the update is the same whatever the micro-batches and

@@ -13,11 +13,20 @@ from torch import nn
 
 from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.rules import build_rule
-from limbeck.rollouts.replay import Replay, ReplaySettings
+from limbeck.rollouts.replay import ReplaySettings, ReplaySource
 from limbeck.rollouts.rounds import Rounds
-from limbeck.rollouts.sources import Author, Clock, Fixed, Own, Pairs, Pen, Shift, Supply
+from limbeck.rollouts.sources import (
+    OfflineSource,
+    PairedSource,
+    ResponseSource,
+    RolloutConfig,
+    SourceContext,
+    SourceFactory,
+    StepCounter,
+    StudentSource,
+)
 from limbeck.sampling.local import LocalSampler
-from limbeck.training.loss import Judgement
+from limbeck.training.loss import LossPlan
 from limbeck.types import Response, Sampling, TokenPrompt
 from tests.distributed.updates import EXACT
 from tests.student.play import VOCAB, play, settings, tiny_model, tiny_responses, tiny_teacher
@@ -30,60 +39,68 @@ SAMPLING = Sampling(max_new_tokens=9, seed=4)
 Written = list[list[tuple[str, str, tuple[int, ...]]]]
 
 
-def recorded(supply: Any, written: Written) -> Any:
+def recorded(response_source: Any, written: Written) -> Any:
     """The supply, which now remembers what it gave: prompt, author and ids of every response of every step."""
-    step = supply.step
+    step = response_source.step
 
-    def note(clock: Clock) -> dict[int, Response]:
+    def note(clock: StepCounter) -> dict[int, Response]:
         responses = step(clock)
         written.append([(r.prompt_id, r.author, r.response_ids) for r in responses.values()])
         return responses
 
-    supply.step = note
-    return supply
+    response_source.step = note
+    return response_source
 
 
 def writer(model: nn.Module, author: Any) -> LocalSampler:
     return LocalSampler(model=model, eos_token_ids=(2,), pad_token_id=0, vocab_size=VOCAB, author=author, batch_size=3)
 
 
-def pen(student: nn.Module, shift: Shift, folder: Path, refresh: int | None) -> Pen:
-    rounds = Rounds(folder=folder / "rounds", world=shift.world)
-    return Pen(sampler=writer(student, "student"), sampling=SAMPLING, rounds=rounds, refresh=refresh)
+def rollout(student: nn.Module, source_context: SourceContext, folder: Path, refresh: int | None) -> RolloutConfig:
+    rounds = Rounds(folder=folder / "rounds", world=source_context.world)
+    return RolloutConfig(sampler=writer(student, "student"), sampling=SAMPLING, rounds=rounds, refresh=refresh)
 
 
-def own(student: nn.Module, folder: Path, refresh: int | None = 1) -> Author:
-    return lambda shift: Own(PROMPTS, pen(student, shift, folder, refresh), shift)
+def own(student: nn.Module, folder: Path, refresh: int | None = 1) -> SourceFactory:
+    return lambda source_context: StudentSource(
+        PROMPTS, rollout(student, source_context, folder, refresh), source_context
+    )
 
 
-def pairs(student: nn.Module, folder: Path) -> Author:
+def pairs(student: nn.Module, folder: Path) -> SourceFactory:
     teacher = writer(tiny_teacher(dtype=EXACT).model, "teacher")
 
-    def begin(shift: Shift) -> Supply:
-        mine = pen(student, shift, folder, None)
-        return Pairs(BASE, PROMPTS, mine, shift, teacher=teacher, teacher_sampling=SAMPLING)
+    def begin(source_context: SourceContext) -> ResponseSource:
+        mine = rollout(student, source_context, folder, None)
+        return PairedSource(BASE, PROMPTS, mine, source_context, teacher=teacher, teacher_sampling=SAMPLING)
 
     return begin
 
 
-def replay(student: nn.Module, folder: Path) -> Author:
+def replay(student: nn.Module, folder: Path) -> SourceFactory:
     chosen = ReplaySettings(share=0.7, capacity=9, tolerance=0.0, bump=0.2)
 
-    def begin(shift: Shift) -> Supply:
-        mine = Own(PROMPTS, pen(student, shift, folder, 1), shift)
-        return Replay(mine, Fixed(BASE, shift), chosen, step_rows=shift.step_rows, seed=shift.seed)
+    def begin(source_context: SourceContext) -> ResponseSource:
+        mine = StudentSource(PROMPTS, rollout(student, source_context, folder, 1), source_context)
+        return ReplaySource(
+            mine,
+            OfflineSource(BASE, source_context),
+            chosen,
+            step_rows=source_context.step_rows,
+            seed=source_context.seed,
+        )
 
     return begin
 
 
-CONTRAST = Judgement(
+CONTRAST = LossPlan(
     objective=build_objective("skl"),
-    own=build_objective("srkl"),
+    student_objective=build_objective("srkl"),
     rule=build_rule("adaptive_alpha"),
     authored=True,
 )
-PLAIN = Judgement(objective=build_objective("rkl"), authored=True)
-SCENARIOS: dict[str, tuple[Callable[[nn.Module, Path], Author], Judgement, dict[str, Any]]] = {
+PLAIN = LossPlan(objective=build_objective("rkl"), authored=True)
+SCENARIOS: dict[str, tuple[Callable[[nn.Module, Path], SourceFactory], LossPlan, dict[str, Any]]] = {
     "own": (own, PLAIN, {}),
     "rounds": (lambda student, folder: own(student, folder, 3), PLAIN, {}),
     "pairs": (pairs, CONTRAST, {}),
@@ -94,7 +111,7 @@ SCENARIOS: dict[str, tuple[Callable[[nn.Module, Path], Author], Judgement, dict[
 
 def play_author(name: str, folder: Path, **cut: int) -> tuple[nn.Module, Written]:
     """Play a scenario: first a stage on what is there, then with the student writing."""
-    author_of, judgement, changes = SCENARIOS[name]
+    author_of, loss_plan, changes = SCENARIOS[name]
     student = tiny_model(1, dtype=EXACT)
     teacher = tiny_teacher(dtype=EXACT)
     written: Written = []
@@ -108,9 +125,9 @@ def play_author(name: str, folder: Path, **cut: int) -> tuple[nn.Module, Written
         student,
         folder,
         settings(**changes, **cut),
-        author=lambda shift: recorded(author(shift), written),
+        author=lambda source_context: recorded(author(source_context), written),
         teacher=teacher,
-        judgement=judgement,
+        loss_plan=loss_plan,
         heldout=heldout,
     )
     return student, written

@@ -16,7 +16,7 @@ from torch import nn
 from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.rules import MiniLLM
 from limbeck.student.build import StudentSpec, build_student
-from limbeck.training.loss import Judgement
+from limbeck.training.loss import LossPlan
 from tests.student.play import play, settings, tiny_corpus, tiny_lora, tiny_model, tiny_responses, tiny_teacher
 
 EXACT = torch.float64
@@ -47,7 +47,7 @@ def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.M
         more["corpus"] = tiny_corpus(rows=4 // ranks // parts)
     if name == "whitened":
         both = build_objective("sum", parts=["rkl", "policy_gradient"])
-        more["judgement"] = Judgement(objective=both, rule=MiniLLM(whiten=True))
+        more["judgement"] = LossPlan(objective=both, rule=MiniLLM(whiten=True))
         # The last step of an epoch has nothing for the second rank.
         short, more["temperature"] = {"max_steps": None, "num_train_epochs": 2.0}, 1.0
     return play(

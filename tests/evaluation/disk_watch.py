@@ -67,7 +67,7 @@ def watch(scratch: Path, program: str, limits: Limits, started: list[subprocess.
     """The verdict on a program, and the most that was held while it ran."""
     peak, job = Peak(), Job(program=program, setup="", names=("add",), tests=_TESTS)
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(host.run, job, limits, scratch)
+        running = pool.submit(host.run_program, job, limits, scratch)
         while not running.done():
             peak.look(scratch, started)
             time.sleep(0.0002)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from limbeck.evaluation.fidelity import BY_POSITION, CALIBRATION, measure
 from limbeck.evaluation.scores.files import summarise
 from limbeck.evaluation.scores.metrics import METRICS
-from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, token_values
+from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, fidelity_values
 from limbeck.objectives.fused.body import compiler_available
 from limbeck.types import DenseSignal, Head, LimbeckError
 from tests.evaluation.fidelity_cases import TOP_K, chunk, direct, logits
@@ -28,7 +28,7 @@ VARIANTS = [
 
 def values_of(chunk, **options):
     k = min(TOP_K, chunk.student_head.vocab_size)
-    found = token_values(chunk, top_k=k, **options).values_MN
+    found = fidelity_values(chunk, top_k=k, **options).values_MN
     assert found.dtype == torch.float64
     return dict(zip(FIDELITY, found, strict=True))
 
@@ -146,7 +146,7 @@ def test_half_precision_weights_are_measured_in_float32():
 def test_sharp_distributions_stay_finite():
     made = chunk()
     made = replace(made, student_hidden_ND=made.student_hidden_ND * 1e3)
-    assert torch.isfinite(token_values(made, top_k=TOP_K).values_MN).all()
+    assert torch.isfinite(fidelity_values(made, top_k=TOP_K).values_MN).all()
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

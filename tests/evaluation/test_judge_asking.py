@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from limbeck.client.openai import Server
-from limbeck.evaluation.judge.asking import Judge, Pair, estimate, questions_of
+from limbeck.evaluation.judge.asking import AnswerPair, Judge, estimate, questions_of
 from limbeck.evaluation.judge.log import Judgement, JudgementLog, used
 from limbeck.types import LimbeckError
 from tests.evaluation.judge_server import JUDGE, JudgeState, always_a, answers_in, judging
 from tests.evaluation.odd_replies import HALF, ODD, completion
 
 PAIRS = [
-    Pair(id=f"p{i}", request=f"What is {i}?", student=f"S{i}", other=f"O{i} {{at}} length" * (i % 3)) for i in range(10)
+    AnswerPair(id=f"p{i}", request=f"What is {i}?", student=f"S{i}", other=f"O{i} {{at}} length" * (i % 3))
+    for i in range(10)
 ]
 QUESTIONS = [question for orders in questions_of(PAIRS, JUDGE) for question in orders]
 
@@ -67,12 +68,16 @@ def test_the_key_is_of_everything_that_makes_the_reply() -> None:
     assert len(keys) == 20
     changed = [
         questions_of(PAIRS, "another"),
-        questions_of([Pair(id=p.id, request=p.request + " ", student=p.student, other=p.other) for p in PAIRS], JUDGE),
-        questions_of([Pair(id=p.id, request=p.request, student=p.student + " ", other=p.other) for p in PAIRS], JUDGE),
+        questions_of(
+            [AnswerPair(id=p.id, request=p.request + " ", student=p.student, other=p.other) for p in PAIRS], JUDGE
+        ),
+        questions_of(
+            [AnswerPair(id=p.id, request=p.request, student=p.student + " ", other=p.other) for p in PAIRS], JUDGE
+        ),
     ]
     for orders in changed:
         assert keys.isdisjoint(question.key for both in orders for question in both)
-    same = questions_of([Pair(id="x", request="q", student="one", other="one")], JUDGE)
+    same = questions_of([AnswerPair(id="x", request="q", student="one", other="one")], JUDGE)
     assert same[0][0].key == same[0][1].key, "the same text is asked once"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from limbeck.evaluation.sandbox import jail
-from limbeck.evaluation.sandbox.host import Limits, run, run_all
+from limbeck.evaluation.sandbox.host import Limits, run_program, run_programs
 from limbeck.evaluation.tasks.code_answers import job_of, program_of
 from limbeck.evaluation.tasks.problems import Problem, read_problems
 from limbeck.types import LimbeckError
@@ -169,7 +169,7 @@ def test_the_program_in_an_answer(text, continues, how, tmp_path):
     asked = problem(tmp_path, "humaneval")
     program, found = program_of(asked, text, continues=continues)
     assert found == how
-    verdict = run(job_of(asked, program), LIMITS, tmp_path)
+    verdict = run_program(job_of(asked, program), LIMITS, tmp_path)
     assert verdict.passed, (verdict, program)
 
 
@@ -178,11 +178,11 @@ def test_mbpp_uses_classes_and_a_name_of_pythons_own(tmp_path):
     asked, code = problem(tmp_path, "mbpp"), MBPP[0]["code"]
     for text, continues in ((f"```python\n{code}```", False), (f"{code}\n[DONE]\nrubbish (", True)):
         program, _ = program_of(asked, text, continues=continues)
-        assert run(job_of(asked, program), LIMITS, tmp_path).passed
+        assert run_program(job_of(asked, program), LIMITS, tmp_path).passed
     wrong = code.replace("math.fsum(p.a for p in pairs)", "0")
-    assert run(job_of(asked, wrong), LIMITS, tmp_path).kind == "wrong"
+    assert run_program(job_of(asked, wrong), LIMITS, tmp_path).kind == "wrong"
     program, how = program_of(asked, "I cannot.", continues=False)
-    assert how == "none" and run(job_of(asked, program), LIMITS, tmp_path).kind == "syntax"
+    assert how == "none" and run_program(job_of(asked, program), LIMITS, tmp_path).kind == "syntax"
 
 
 @confined
@@ -195,5 +195,5 @@ def test_solutions_of_humaneval_pass_and_empty_bodies_fail(shared_data: Path, tm
     chosen = [*range(0, 164, 8), 32, 33, 38, 50]
     for body, passes in ((None, True), ("    pass\n", False)):
         jobs = [job_of(problems[i], program_of(problems[i], body or solutions[i], continues=True)[0]) for i in chosen]
-        for number, verdict in run_all(jobs, LIMITS, tmp_path):
+        for number, verdict in run_programs(jobs, LIMITS, tmp_path):
             assert verdict.passed is passes, (problems[chosen[number]].id, verdict)

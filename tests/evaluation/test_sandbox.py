@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from limbeck.evaluation.sandbox import jail, syscalls
-from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run
+from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run_program
 from limbeck.evaluation.sandbox.log import judge_all
 from limbeck.evaluation.sandbox.tester import Program, judge
 from limbeck.evaluation.sandbox.wire import Link
@@ -51,7 +51,7 @@ def verdicts(secret: Path, tmp_path_factory: pytest.TempPathFactory):
         program, kinds = ATTACKS[name]
         program = program.replace("{secret!r}", repr(str(secret))).replace("{cwd!r}", repr(os.getcwd()))
         limits = replace(LIMITS, timeout_s=0.4 if "timeout" in kinds else PATIENT.timeout_s)
-        return run(job(program), limits, scratch), run(job(GOOD), PATIENT, scratch)
+        return run_program(job(program), limits, scratch), run_program(job(GOOD), PATIENT, scratch)
 
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(ATTACKS, pool.map(outcome, ATTACKS), strict=True)), scratch
@@ -115,7 +115,7 @@ HONEST = {
 @confined
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_program_passes(name, tmp_path):
-    verdict = run(job(*HONEST[name]), PATIENT, tmp_path)
+    verdict = run_program(job(*HONEST[name]), PATIENT, tmp_path)
     assert verdict.passed == ("files" not in name or files_possible()), verdict
 
 
@@ -129,16 +129,16 @@ def test_the_tests_see_nothing_of_the_program_but_its_names(tmp_path):
         "assert abs(add(1, 2) - 3) < 1",
         "assert helper(add(1, 2)) == 3",
     ):
-        verdict = run(job(program, tests, "import math\ndef helper(x): return x\n"), PATIENT, tmp_path)
+        verdict = run_program(job(program, tests, "import math\ndef helper(x): return x\n"), PATIENT, tmp_path)
         assert verdict.kind == "wrong", tests
 
 
 @confined
 def test_the_killed_parent_takes_a_program_along(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom limbeck.evaluation.sandbox.host import Job, Limits, run\n"
+        "import sys\nfrom pathlib import Path\nfrom limbeck.evaluation.sandbox.host import Job, Limits, run_program\n"
         "program = 'import time\\ntime.sleep(1000)'\n"
-        "run(Job(program=program, setup='', names=(), tests=''), Limits(timeout_s=500), Path(sys.argv[1]))"
+        "run_program(Job(program=program, setup='', names=(), tests=''), Limits(timeout_s=500), Path(sys.argv[1]))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
 
@@ -205,7 +205,7 @@ def test_a_program_whose_process_does_not_say_that_it_is_confined_is_not_run(tmp
 
 @confined
 def test_time_of_the_processor_is_told_from_other_ends(tmp_path):
-    verdict = run(job("while True: pass"), Limits(timeout_s=1.0), tmp_path)
+    verdict = run_program(job("while True: pass"), Limits(timeout_s=1.0), tmp_path)
     # On a busy machine two seconds by the clock may pass before one of the processor.
     assert verdict.kind == "timeout" and verdict.text.endswith(("-24", "clock"))
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from limbeck.evaluation.sandbox import host, jail
-from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run
+from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run_program
 from limbeck.evaluation.sandbox.log import judge_all
 from limbeck.types import LimbeckError
 from tests.evaluation.disk_watch import LIMITS
@@ -72,9 +72,9 @@ def test_the_watch_sees_what_a_program_holds(watched: dict[str, Any]) -> None:
 def test_no_wrong_answer_passes(name: str, tmp_path: Path) -> None:
     program, kinds = FORGED[name]
     limits = replace(PATIENT, timeout_s=1.0) if kinds & ENDLESS else PATIENT
-    verdict = run(job(program), limits, tmp_path)
+    verdict = run_program(job(program), limits, tmp_path)
     assert not verdict.passed and verdict.kind in kinds, verdict
-    assert run(job(GOOD), PATIENT, tmp_path).passed
+    assert run_program(job(GOOD), PATIENT, tmp_path).passed
 
 
 @confined
@@ -95,7 +95,7 @@ def test_where_nothing_bounds_a_directory_no_program_writes(tmp_path: Path, monk
         "1,500 nested directories *",
         "nameless files (O_TMPFILE)",
     ):
-        verdict = run(job(DISK[attack][0]), PATIENT, tmp_path)
+        verdict = run_program(job(DISK[attack][0]), PATIENT, tmp_path)
         assert verdict.kind == "exception" and "Permission denied" in verdict.text, verdict
 
 
@@ -129,7 +129,7 @@ def test_a_program_whose_directory_cannot_be_mounted_is_not_run(
 
     monkeypatch.setattr(host, "_start", nowhere)
     with pytest.raises(LimbeckError, match=r"could not be confined and was not run .*mount of tmpfs: No such file"):
-        run(job(GOOD), PATIENT, tmp_path)
+        run_program(job(GOOD), PATIENT, tmp_path)
 
 
 # As an ordinary user, as root without user namespaces, and as a user without them.
@@ -163,11 +163,11 @@ def test_whoever_runs_it_is_bounded_or_told(user: int, namespaces: str, files: b
 @confined
 def test_a_kill_leaves_nothing_of_what_a_program_made(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom limbeck.evaluation.sandbox.host import Job, Limits, run\n"
+        "import sys\nfrom pathlib import Path\nfrom limbeck.evaluation.sandbox.host import Job, Limits, run_program\n"
         'program = \'import os, time\\ntry:\\n    while True:\\n        os.mkdir("d")\\n        os.chdir("d")\\n\'\n'
         "program += 'except OSError:\\n    time.sleep(1000)'\n"
         "limits = Limits(timeout_s=500, folder_entries=5000)\n"
-        "run(Job(program=program, setup='', names=(), tests=''), limits, Path(sys.argv[1]))"
+        "run_program(Job(program=program, setup='', names=(), tests=''), limits, Path(sys.argv[1]))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     until = time.monotonic() + 20

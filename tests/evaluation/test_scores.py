@@ -25,7 +25,12 @@ def width(score):
 def sample(seed=0, examples=40, shift=0.0):
     rng = np.random.default_rng(seed)
     return [
-        row(f"p{i}", float(rng.integers(5, 90)), forward_kl=float(rng.gamma(2.0) + shift), top1_agreement=rng.random())
+        row(
+            f"p{i}",
+            float(rng.integers(5, 90)),
+            forward_kl=float(rng.gamma(2.0) + shift),
+            top1_agreement=rng.random(),
+        )
         for i in range(examples)
     ]
 

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 import limbeck
 from limbeck.evaluation.scores.bootstrap import summarise
 from limbeck.evaluation.scores.files import read_rows
-from limbeck.evaluation.speculation import Drafted, break_even, expected_speedup, expected_tokens_per_pass, rows
+from limbeck.evaluation.speculation import (
+    Drafted,
+    acceptance_rows,
+    break_even,
+    expected_speedup,
+    expected_tokens_per_pass,
+)
 from limbeck.types import LimbeckError
 from tests.tiny_pair import TinyPair
 
@@ -68,7 +74,7 @@ def test_scores_are_ratios_of_sums_over_the_prompts() -> None:
         Drafted(id="a", passes=2, tokens=8, accepted=6, rejected=1, alone_s=4.0, alone_tokens=8, drafted_s=1.0),
         Drafted(id="b", passes=6, tokens=6, accepted=0, rejected=6, alone_s=1.0, alone_tokens=2, drafted_s=3.0),
     ]
-    scores = summarise(rows(prompts))
+    scores = summarise(acceptance_rows(prompts))
     assert scores["draft_acceptance"].mean == pytest.approx(6 / 13)
     assert scores["tokens_per_pass"].mean == pytest.approx(14 / 8)
     assert scores["speculative_speedup"].mean == pytest.approx((5 / 10) / (4 / 14))

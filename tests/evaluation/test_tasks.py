@@ -9,12 +9,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from limbeck.pipeline.groups.tasks import _text_behind
 from transformers import AutoTokenizer
 
 from limbeck.evaluation.sandbox import jail
-from limbeck.pipeline.evaluation_context import Exam
+from limbeck.pipeline.evaluation_context import EvaluationContext
 from limbeck.pipeline.groups import GROUPS
+from limbeck.pipeline.groups.tasks import _text_behind
 from limbeck.pipeline.stages.evaluate import examine
 from limbeck.runtime.rundir import read_json
 from limbeck.types import LimbeckError, Prompt, Response, Sampling
@@ -51,7 +51,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, template: str) -> list[tuple[Sampling
     """Let the student answer as GIVEN says; what it was asked, in order."""
     asked = []
 
-    def answers(self: Exam, who: str, sampling: Sampling, prompts: Sequence[Prompt]) -> list[Response]:
+    def answers(self: EvaluationContext, who: str, sampling: Sampling, prompts: Sequence[Prompt]) -> list[Response]:
         asked.append((sampling, tuple(p.text for p in prompts)))
         tokenizer = self.tokenizer("student")
         return [
@@ -65,8 +65,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, template: str) -> list[tuple[Sampling
             for p in prompts
         ]
 
-    monkeypatch.setattr(Exam, "answers", answers)
-    monkeypatch.setattr(Exam, "student", SimpleNamespace(template=template))
+    monkeypatch.setattr(EvaluationContext, "answers", answers)
+    monkeypatch.setattr(EvaluationContext, "student", SimpleNamespace(template=template))
     return asked
 
 
@@ -75,10 +75,10 @@ def test_the_group_on_answers_that_are_known(tiny: Tiny, tmp_path, monkeypatch):
     evaluate = section(
         tmp_path, tuple(ROWS), samples=2, temperature=0.8, pass_at=[1, 2], seed=3, timeout_s=1.0, memory_mb=256
     )
-    exam = tiny.exam(tmp_path / "run", evaluate)
+    evaluation = tiny.evaluation(tmp_path / "run", evaluate)
     asked = plant(monkeypatch, "chat")
-    GROUPS["tasks"].check(exam.story)
-    tables = examine(exam.story, ("after",))["after"]
+    GROUPS["tasks"].check(evaluation.context)
+    tables = examine(evaluation.context, ("after",))["after"]
     means = {name: [next(iter(row.values.values())) for row in rows] for name, rows in tables.items()}
     assert means == {
         "tasks@gsm8k": [0.5, 1.0], "tasks@gsm8k,k=2": [1.0, 1.0],
@@ -88,7 +88,7 @@ def test_the_group_on_answers_that_are_known(tiny: Tiny, tmp_path, monkeypatch):
     }  # fmt: skip
     assert [sampling.seed for sampling, _ in asked] == [3, 4] * 4 and all(not s.stop for s, _ in asked)
     assert all("\\boxed{}" in text for _, texts in asked[:4] for text in texts if text)
-    detail = read_json(exam.folder / "after.tasks.json")["detail"]
+    detail = read_json(evaluation.folder / "after.tasks.json")["detail"]
     assert detail["gsm8k"] == {
         "problems": 2, "too_long": 0, "answers": 4, "right": 3, "failures": {"wrong": 1},
         "extraction": {"boxed": 1, "last number": 1, "hashes": 2},
@@ -101,16 +101,16 @@ def test_the_group_on_answers_that_are_known(tiny: Tiny, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob(".*partial"))
     # Another evaluation of the same answers runs no program again.
     monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_all", None)
-    assert GROUPS["tasks"].measure(exam).tables["mbpp,k=1"][0].values["pass_at_k"] == 0.5
+    assert GROUPS["tasks"].measure(evaluation).tables["mbpp,k=1"][0].values["pass_at_k"] == 0.5
 
 
 @confined
 def test_where_programs_can_write_no_file_it_is_said(tiny: Tiny, tmp_path, monkeypatch, capsys):
     for module in ("evaluation.sandbox.host", "evaluation.sandbox.log", "stages.groups.tasks"):
         monkeypatch.setattr(f"limbeck.{module}.files_possible", lambda: False)
-    exam = tiny.exam(tmp_path / "run", section(tmp_path, ["mbpp"], seed=4))
+    evaluation = tiny.evaluation(tmp_path / "run", section(tmp_path, ["mbpp"], seed=4))
     plant(monkeypatch, "chat")
-    measured = GROUPS["tasks"].measure(exam)
+    measured = GROUPS["tasks"].measure(evaluation)
     assert measured.detail["mbpp"]["right"] == 1
     assert "nothing to write: this machine lets no process mount" in measured.detail["sandbox"]["file_system"]
     assert "warning: tasks: programs have nothing to write" in capsys.readouterr().err
@@ -119,13 +119,13 @@ def test_where_programs_can_write_no_file_it_is_said(tiny: Tiny, tmp_path, monke
 @confined
 def test_a_student_without_a_chat_template_continues_text(tiny: Tiny, tmp_path):
     """A real, random student: it is asked in plain words, answers once, and is wrong."""
-    exam = tiny.exam(tmp_path / "run", section(tmp_path, tuple(ROWS)))
-    measured = GROUPS["tasks"].measure(exam)
+    evaluation = tiny.evaluation(tmp_path / "run", section(tmp_path, tuple(ROWS)))
+    measured = GROUPS["tasks"].measure(evaluation)
     assert set(measured.tables) == {"gsm8k", "math", "humaneval,k=1", "mbpp,k=1"}
     assert all(value == 0 for rows in measured.tables.values() for row in rows for value in row.values.values())
     assert measured.detail["humaneval"]["answers"] == 1
-    exam.release(student=True)
-    again = GROUPS["tasks"].measure(exam)
+    evaluation.release(student=True)
+    again = GROUPS["tasks"].measure(evaluation)
     assert again == measured
 
 
@@ -156,16 +156,16 @@ def test_what_can_be_known_to_fail_is_refused_before_all_else(more, said, tiny: 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     evaluate = section(tmp_path, ["humaneval"])
     evaluate["tasks"] |= more
-    exam = tiny.exam(tmp_path / "run", evaluate)
+    evaluation = tiny.evaluation(tmp_path / "run", evaluate)
     with pytest.raises(LimbeckError, match=said):
-        GROUPS["tasks"].check(exam.story)
+        GROUPS["tasks"].check(evaluation.context)
 
 
 def test_without_a_sandbox_programs_are_refused_and_maths_is_not(tiny: Tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(jail, "landlock_version", lambda: 0)
-    GROUPS["tasks"].check(tiny.exam(tmp_path / "maths", section(tmp_path, ["gsm8k"])).story)
-    exam = tiny.exam(tmp_path / "code", section(tmp_path, ["humaneval"]))
-    for act in (lambda: GROUPS["tasks"].check(exam.story), lambda: GROUPS["tasks"].measure(exam)):
+    GROUPS["tasks"].check(tiny.evaluation(tmp_path / "maths", section(tmp_path, ["gsm8k"])).context)
+    evaluation = tiny.evaluation(tmp_path / "code", section(tmp_path, ["humaneval"]))
+    for act in (lambda: GROUPS["tasks"].check(evaluation.context), lambda: GROUPS["tasks"].measure(evaluation)):
         with pytest.raises(LimbeckError, match="no Landlock"):
             act()
 
@@ -195,9 +195,9 @@ def test_lm_eval(tiny: Tiny, tmp_path, monkeypatch):
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
     evaluate = {"groups": ["tasks"], "tasks": {"lm_eval": ["x", "ppl"], "limit": 2, "seed": 7}}
-    exam = tiny.exam(tmp_path / "run", evaluate)
-    GROUPS["tasks"].check(exam.story)
-    measured = GROUPS["tasks"].measure(exam)
+    evaluation = tiny.evaluation(tmp_path / "run", evaluate)
+    GROUPS["tasks"].check(evaluation.context)
+    measured = GROUPS["tasks"].measure(evaluation)
     assert {c: [(r.id, r.values["accuracy"]) for r in rows] for c, rows in measured.tables.items()} == {
         "lm_eval,x": [("x/0", 1.0), ("x/1", 0.0)]
     }
@@ -207,7 +207,7 @@ def test_lm_eval(tiny: Tiny, tmp_path, monkeypatch):
     assert found["student"]["ppl"] == {"bits,none": 1.0}
     assert [options["apply_chat_template"] for options in asked] == [False, True], "each with its own template"
     assert all(options["limit"] == 2 and options["random_seed"] == 7 for options in asked)
-    assert asked[0]["model"]["pretrained"] is exam.student.model
-    other = tiny.exam(tmp_path / "other", {"groups": ["tasks"], "tasks": {"lm_eval": ["y"]}})
+    assert asked[0]["model"]["pretrained"] is evaluation.student.model
+    other = tiny.evaluation(tmp_path / "other", {"groups": ["tasks"], "tasks": {"lm_eval": ["y"]}})
     with pytest.raises(LimbeckError, match=r"0\.4\.13 has no task 'y'"):
         GROUPS["tasks"].measure(other)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import limbeck
 from limbeck.evaluation.diversity import diversity
-from limbeck.pipeline.evaluation_context import Exam, Measured, Who, text_of
+from limbeck.pipeline.evaluation_context import EvaluationContext, GroupResult, Who, response_text
 from limbeck.pipeline.groups import GROUPS
 from limbeck.prompts.io import read_prompts, write_prompts
 from limbeck.runtime.rundir import sealed
@@ -35,37 +35,39 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="module")
-def exam(pair: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Exam:
-    return pair.exam(tmp_path_factory.mktemp("exam"), {})
+def evaluation(pair: Tiny, tmp_path_factory: pytest.TempPathFactory) -> EvaluationContext:
+    return pair.evaluation(tmp_path_factory.mktemp("exam"), {})
 
 
 @pytest.fixture(scope="module")
-def rouge(exam: Exam) -> Measured:
-    return GROUPS["rouge"].measure(exam)
+def rouge(evaluation: EvaluationContext) -> GroupResult:
+    return GROUPS["rouge"].measure(evaluation)
 
 
 @pytest.fixture(scope="module")
-def spread(exam: Exam) -> Measured:
-    return GROUPS["diversity"].measure(exam)
+def spread(evaluation: EvaluationContext) -> GroupResult:
+    return GROUPS["diversity"].measure(evaluation)
 
 
 def test_the_two_tokenizers_differ(pair: Tiny) -> None:
     assert tokenizer_of(pair, "student").get_vocab() != tokenizer_of(pair, "teacher").get_vocab()
 
 
-def test_rouge_to_the_references_is_the_packages_own_mean_over_seeds(pair: Tiny, exam: Exam, rouge: Measured) -> None:
+def test_rouge_to_the_references_is_the_packages_own_mean_over_seeds(
+    pair: Tiny, evaluation: EvaluationContext, rouge: GroupResult
+) -> None:
     own = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    references = {p.id: p.known_answers for p in read_prompts(exam.story.run.prompts)}
+    references = {p.id: p.known_answers for p in read_prompts(evaluation.context.run.prompts)}
     assert sorted(len(texts) for texts in references.values()) == [1, 1, 1, 2, 2, 2]
     rows = {row.id: row.values for row in rouge.tables[""]}
     assert rows.keys() == references.keys()
     for who, metric in METRIC_OF.items():
         tokenizer, by_seed = tokenizer_of(pair, who), []
         for seed in SEEDS:
-            answers = written(exam, who, Sampling(max_new_tokens=8, temperature=1.0, seed=seed))
+            answers = written(evaluation, who, Sampling(max_new_tokens=8, temperature=1.0, seed=seed))
             by_seed.append(
                 {
-                    name: own.score_multi(references[name], text_of(one, tokenizer))["rougeL"].fmeasure
+                    name: own.score_multi(references[name], response_text(one, tokenizer))["rougeL"].fmeasure
                     for name, (one,) in answers.items()
                 }
             )
@@ -80,9 +82,11 @@ def test_rouge_to_the_references_is_the_packages_own_mean_over_seeds(pair: Tiny,
     assert all(0.0 <= values["rouge_l"] <= 1.0 for values in rows.values())
 
 
-def test_rows_of_diversity_are_what_the_answers_say(pair: Tiny, exam: Exam, spread: Measured) -> None:
+def test_rows_of_diversity_are_what_the_answers_say(
+    pair: Tiny, evaluation: EvaluationContext, spread: GroupResult
+) -> None:
     own = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    prompts = read_prompts(exam.story.run.prompts)[:4]
+    prompts = read_prompts(evaluation.context.run.prompts)[:4]
     references = {p.id: p.known_answers for p in prompts}
     assert list(spread.tables) == ["T=0", "T=0.7", "T=1"]
     assert spread.detail["rouge_beside"] == "references"
@@ -92,27 +96,27 @@ def test_rows_of_diversity_are_what_the_answers_say(pair: Tiny, exam: Exam, spre
         for who, prefix in PREFIX_OF.items():
             tokenizer = tokenizer_of(pair, who)
             samplings = [Sampling(max_new_tokens=8, temperature=temperature, seed=5 + n) for n in range(3)]
-            answers = [written(exam, who, sampling, logp=True) for sampling in samplings]
+            answers = [written(evaluation, who, sampling, logp=True) for sampling in samplings]
             for row in rows:
-                texts = [text_of(found[row.id][0], tokenizer) for found in answers]
+                texts = [response_text(found[row.id][0], tokenizer) for found in answers]
                 for name, value in diversity(texts).items():
                     assert row.values[prefix + name] == pytest.approx(value, abs=1e-12)
                 f1 = [own.score_multi(references[row.id], text)["rougeL"].fmeasure for text in texts]
                 assert row.values[f"{prefix}sample_rouge_l"] == pytest.approx(fmean(f1), abs=1e-9)
 
 
-def test_greedy_samples_are_one_answer(exam: Exam, spread: Measured) -> None:
+def test_greedy_samples_are_one_answer(evaluation: EvaluationContext, spread: GroupResult) -> None:
     for row in spread.tables["T=0"]:
         for prefix in ("", "teacher_"):
             assert row.values[f"{prefix}self_bleu"] == 1.0
             assert row.values[f"{prefix}distinct_1"] <= 1 / 3
     for who in PREFIX_OF:
-        answers = written(exam, who, Sampling(max_new_tokens=8, temperature=0.0, seed=5), logp=True)
+        answers = written(evaluation, who, Sampling(max_new_tokens=8, temperature=0.0, seed=5), logp=True)
         assert [len(found) for found in answers.values()] == [1] * 4
-        assert not written(exam, who, Sampling(max_new_tokens=8, temperature=0.0, seed=6), logp=True)
+        assert not written(evaluation, who, Sampling(max_new_tokens=8, temperature=0.0, seed=6), logp=True)
 
 
-def test_hotter_samples_differ_more(spread: Measured) -> None:
+def test_hotter_samples_differ_more(spread: GroupResult) -> None:
     def mean(condition: str, metric: str) -> float:
         return fmean(row.values[metric] for row in spread.tables[condition])
 
@@ -122,10 +126,13 @@ def test_hotter_samples_differ_more(spread: Measured) -> None:
     assert corpus["T=1"]["student"]["distinct_2"] > corpus["T=0"]["student"]["distinct_2"]
 
 
-def test_surprise_at_the_samples_is_the_models_own_at_temperature_1(pair: Tiny, exam: Exam, spread: Measured) -> None:
+def test_surprise_at_the_samples_is_the_models_own_at_temperature_1(
+    pair: Tiny, evaluation: EvaluationContext, spread: GroupResult
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(pair.student)
     answers = [
-        written(exam, "student", Sampling(max_new_tokens=8, temperature=0.7, seed=5 + n), logp=True) for n in range(3)
+        written(evaluation, "student", Sampling(max_new_tokens=8, temperature=0.7, seed=5 + n), logp=True)
+        for n in range(3)
     ]
     for row in spread.tables["T=0.7"]:
         total, tokens = 0.0, 0
@@ -142,41 +149,43 @@ def test_surprise_at_the_samples_is_the_models_own_at_temperature_1(pair: Tiny, 
 
 
 def test_without_references_the_samples_stand_beside_the_teachers_greedy_answers(pair: Tiny, tmp_path: Path) -> None:
-    exam = pair.exam(tmp_path, {"diversity": {"temperatures": [0.0], "samples": 2, "prompts": 3}}, answered=False)
-    found = GROUPS["diversity"].measure(exam)
+    evaluation = pair.evaluation(
+        tmp_path, {"diversity": {"temperatures": [0.0], "samples": 2, "prompts": 3}}, answered=False
+    )
+    found = GROUPS["diversity"].measure(evaluation)
     assert found.detail["rouge_beside"] == "teacher"
     # The teacher's greedy samples are the very answers they stand beside, where ROUGE-L sees anything in them.
     assert {row.values["teacher_sample_rouge_l"] for row in found.tables["T=0"]} <= {0.0, 1.0}
     assert max(row.values["teacher_sample_rouge_l"] for row in found.tables["T=0"]) == 1.0
     with pytest.raises(LimbeckError, match=r"prompts\.jsonl, line \d.*one of 6 among 6.*rouge\.against=\[teacher\]"):
-        GROUPS["rouge"].measure(exam)
+        GROUPS["rouge"].measure(evaluation)
 
 
 def test_references_that_rouge_cannot_read_leave_the_rest(
     pair: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exam = pair.exam(tmp_path, {"diversity": {"temperatures": [1.0], "samples": 2, "prompts": 2}})
+    evaluation = pair.evaluation(tmp_path, {"diversity": {"temperatures": [1.0], "samples": 2, "prompts": 2}})
     write_prompts(
-        exam.story.run.prompts,
-        [replace(p, completion="你好", references=()) for p in read_prompts(exam.story.run.prompts)],
+        evaluation.context.run.prompts,
+        [replace(p, completion="你好", references=()) for p in read_prompts(evaluation.context.run.prompts)],
     )
-    found = GROUPS["diversity"].measure(exam)
+    found = GROUPS["diversity"].measure(evaluation)
     assert found.detail["rouge_beside"] is None
     assert "sample_rouge_l is left out" in capsys.readouterr().err
     assert all("self_bleu" in row.values and "sample_rouge_l" not in row.values for row in found.tables["T=1"])
     with pytest.raises(LimbeckError, match="leave rouge out"):
-        GROUPS["rouge"].measure(exam)
+        GROUPS["rouge"].measure(evaluation)
 
 
 def test_a_student_alone_has_no_teacher_to_be_measured(pair: Tiny, tmp_path: Path) -> None:
-    exam = pair.exam(tmp_path, {"rouge": {"against": ["references"], "seeds": [3]}}, teacher=pair.student)
+    evaluation = pair.evaluation(tmp_path, {"rouge": {"against": ["references"], "seeds": [3]}}, teacher=pair.student)
     group = GROUPS["rouge"]
-    assert group.needs(exam.section) == {"references"}
-    found = group.measure(exam)
+    assert group.needs(evaluation.section) == {"references"}
+    found = group.measure(evaluation)
     assert {name for row in found.tables[""] for name in row.values} == {"rouge_l_references"}
     assert found.detail["references"]["student"]["standard_deviation"] is None
     assert "teacher" not in found.detail["references"]
-    assert not list((exam.folder / "answers").glob("teacher-*"))
+    assert not list((evaluation.folder / "answers").glob("teacher-*"))
 
 
 @pytest.mark.parametrize(
@@ -197,9 +206,9 @@ def test_a_student_alone_has_no_teacher_to_be_measured(pair: Tiny, tmp_path: Pat
 def test_settings_that_measure_nothing_are_refused_at_once(
     pair: Tiny, tmp_path: Path, group: str, section: dict[str, Any], message: str
 ) -> None:
-    story = pair.exam(tmp_path, {group: section}).story
+    context = pair.evaluation(tmp_path, {group: section}).context
     with pytest.raises(LimbeckError, match=message) as caught:
-        GROUPS[group].check(story)
+        GROUPS[group].check(context)
     assert "\n" not in str(caught.value)
 
 

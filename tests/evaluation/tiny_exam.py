@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from limbeck.pipeline.engine import Story
-from limbeck.pipeline.evaluation_context import Exam, Who
+from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.evaluation_context import EvaluationContext, Who
 from limbeck.prompts.io import write_prompts
 from limbeck.prompts.sources import load_prompts
 from limbeck.recipe.load import load_recipe
@@ -50,9 +50,9 @@ class Tiny:
             prompts=write_rows(folder / "prompts.jsonl", rows),
         )
 
-    def exam(
+    def evaluation(
         self, folder: Path, evaluate: dict[str, Any], *, teacher: Path | None = None, answered: bool = True
-    ) -> Exam:
+    ) -> EvaluationContext:
         """An exam outside of a run, on all prompts; sections of `evaluate` are put over EVALUATE."""
         tree = {
             "name": "tiny",
@@ -62,22 +62,24 @@ class Tiny:
             "prompts": {"source": str(self.prompts)},
             "evaluate": EVALUATE | evaluate,
         }
-        story = Story(load_recipe(tree))
+        context = RunContext(load_recipe(tree))
         prompts = [replace(p, split="heldout") for p in prompts_of(self.prompts)]
         if not answered:
             prompts = [replace(p, completion=None, references=()) for p in prompts]
-        write_prompts(story.run.prompts, prompts)
-        return Exam(story=story, part="after")
+        write_prompts(context.run.prompts, prompts)
+        return EvaluationContext(context=context, part="after")
 
 
 def prompts_of(path: Path) -> Sequence[Prompt]:
     return load_prompts(str(path), heldout_fraction=0.5).prompts
 
 
-def written(exam: Exam, who: Who, sampling: Sampling, *, logp: bool = False) -> dict[str, list[Response]]:
+def written(
+    evaluation: EvaluationContext, who: Who, sampling: Sampling, *, logp: bool = False
+) -> dict[str, list[Response]]:
     """Answers on disk that were drawn like this, by prompt id, found by what they say of themselves."""
     name = who if who == "teacher" else "after"
-    files = [read_responses(path) for path in sorted((exam.folder / "answers").glob(f"{name}-*.jsonl"))]
+    files = [read_responses(path) for path in sorted((evaluation.folder / "answers").glob(f"{name}-*.jsonl"))]
     chosen = [
         response
         for responses in files

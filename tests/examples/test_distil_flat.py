@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, build_objective
 from limbeck.recipe.load import load_recipe
-from limbeck.rollouts.sources import fixed
+from limbeck.rollouts.sources import offline
 from limbeck.student.blocks import depth_prune
 from limbeck.teachers.local import LocalTeacher
 from limbeck.training.loop import train
-from limbeck.training.loss import Judgement
+from limbeck.training.loss import LossPlan
 from limbeck.training.metrics import LoopContext
 from limbeck.types import Response
 
@@ -77,9 +77,9 @@ def test_losses_of_flat_twin_and_package_agree(flat: ModuleType, tmp_path: Path)
         embedding.requires_grad_(False)
     train(
         student,
-        fixed(responses),
+        offline(responses),
         LocalTeacher(teacher, head_of(teacher, VOCABULARY)),
-        Judgement(objective=build_objective("fkl")),
+        LossPlan(objective=build_objective("fkl")),
         temperature=Temperature(loss=flat.TEMPERATURE),
         settings=load_recipe(
             "quickstart",

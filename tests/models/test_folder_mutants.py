@@ -19,8 +19,8 @@ from typing import Any, TextIO
 import pytest
 
 from limbeck.export import export_model
-from limbeck.models.doctor import doctor, render
-from limbeck.pipeline.engine import Story
+from limbeck.models.doctor import doctor, doctor_table
+from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.stages import STAGES
 from limbeck.pipeline.student_endings import doctor_says
 from limbeck.recipe.load import load_recipe
@@ -54,7 +54,7 @@ def examined(pair: TinyPair, mutant: Path) -> None:
     for teacher, student in ((pair.teacher, mutant), (mutant, pair.teacher)):
         found = doctor(str(teacher), str(student))
         tree = {"teacher": {"model": str(teacher)}, "student": {"model": str(student)}}
-        render(found, doctor_says(found.teacher, found.student, tree))
+        doctor_table(found, doctor_says(found.teacher, found.student, tree))
 
 
 def checked(pair: TinyPair, mutant: Path, *, as_teacher: bool) -> None:
@@ -63,9 +63,9 @@ def checked(pair: TinyPair, mutant: Path, *, as_teacher: bool) -> None:
         tree["teacher"] = {"model": str(mutant)}
     else:
         tree["student"] = {"model": str(mutant)}
-    story = Story(load_recipe(tree))
+    context = RunContext(load_recipe(tree))
     for stage in STAGES:
-        stage.check(story)
+        stage.check(context)
 
 
 def exported(mutant: Path, format: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from limbeck.models.loading import load_model, load_tokenizer
-from limbeck.models.vocabulary import describe
+from limbeck.models.vocabulary import describe_vocabulary
 from limbeck.prompts.templates import end_token_ids
 from limbeck.types import LimbeckError
 from tests.tiny_pair import write_model
@@ -28,7 +28,7 @@ def change(path: Path, **fields: Any) -> None:
 
 def refused(folder: Path) -> str:
     said = []
-    for door in (describe, load_model):
+    for door in (describe_vocabulary, load_model):
         with pytest.raises(LimbeckError) as caught:
             door(folder)
         assert "\n" not in str(caught.value)

@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from limbeck.models.doctor import doctor, render
+from limbeck.models.doctor import doctor, doctor_table
 from limbeck.models.loading import load_model
-from limbeck.models.vocabulary import compare, describe, real_vocab_size, require_same
+from limbeck.models.vocabulary import (
+    compare_vocabularies,
+    describe_vocabulary,
+    real_vocab_size,
+    require_same_vocabulary,
+)
 from limbeck.types import LimbeckError
 
 from .tiny import REAL, ROWS, save_gguf, save_tiny, tiny_model, tiny_tokenizer
@@ -37,7 +42,7 @@ def test_the_same_tokens_with_another_head(teacher: Path, tmp_path: Path) -> Non
     assert report.vocabulary.vocab_size == REAL
     assert (report.teacher.head_rows, report.student.head_rows) == (ROWS, REAL)
     assert any("heads have 48 and 40 rows for 40 ids" in note for note in report.vocabulary.notes)
-    both_tight = compare(report.student, report.student)
+    both_tight = compare_vocabularies(report.student, report.student)
     assert (both_tight.verdict, both_tight.notes) == ("same", ())
 
 
@@ -49,7 +54,7 @@ def test_equal_widths_with_different_tokens_are_refused(teacher: Path, tmp_path:
     with pytest.raises(
         LimbeckError, match=r"2 ids name different tokens .*7 is 'w4' / 'w6'.*not supported yet"
     ) as caught:
-        require_same(report.teacher, report.student)
+        require_same_vocabulary(report.teacher, report.student)
     assert "\n" not in str(caught.value)
 
 
@@ -57,13 +62,13 @@ def test_added_tokens_make_a_difference(teacher: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<tool>"])
     more = save_tiny(tmp_path / "more", tokenizer=tokenizer)
-    report = compare(describe(teacher), describe(more))
+    report = compare_vocabularies(describe_vocabulary(teacher), describe_vocabulary(more))
     assert report.differences == ("1 ids only the student has (40 '<tool>')",)
 
 
 def test_a_tokenizer_larger_than_the_head(teacher: Path, tmp_path: Path) -> None:
     wide = save_tiny(tmp_path / "wide", tokenizer=tiny_tokenizer(words=ROWS))
-    report = compare(describe(wide), describe(wide))
+    report = compare_vocabularies(describe_vocabulary(wide), describe_vocabulary(wide))
     assert report.verdict == "different"
     assert "51 token ids but a head of 48 rows" in report.differences[0]
 
@@ -86,14 +91,14 @@ def test_what_differs_without_harm_is_noted(teacher: Path, tmp_path: Path) -> No
 
 
 def test_splitting_rules_are_compared(teacher: Path) -> None:
-    card = describe(teacher)
-    report = compare(card, dataclasses.replace(card, splits="other rules"))
+    card = describe_vocabulary(teacher)
+    report = compare_vocabularies(card, dataclasses.replace(card, splits="other rules"))
     assert any("split text by different rules" in note for note in report.notes)
 
 
 def test_by_name_and_loaded_agree(teacher: Path) -> None:
     """The card is made without the weights; it says what the loaded model has."""
-    card, loaded = describe(teacher), load_model(teacher)
+    card, loaded = describe_vocabulary(teacher), load_model(teacher)
     assert card.head_rows == len(loaded.model.get_output_embeddings().weight)  # type: ignore[arg-type]
     assert card.dtype == str(loaded.model.dtype).removeprefix("torch.")
     assert card.ids == loaded.tokenizer.get_vocab()
@@ -102,24 +107,24 @@ def test_by_name_and_loaded_agree(teacher: Path) -> None:
 
 def test_no_weights_are_needed(teacher: Path, tmp_path: Path) -> None:
     model = tiny_model()
-    gguf = describe(save_gguf(tmp_path / "tiny.gguf", model))
+    gguf = describe_vocabulary(save_gguf(tmp_path / "tiny.gguf", model))
     assert (gguf.head_rows, gguf.dtype) == (ROWS, "quantised GGUF")
     (teacher / "model.safetensors").unlink()
-    assert describe(teacher).head_rows == ROWS
+    assert describe_vocabulary(teacher).head_rows == ROWS
 
 
 def test_a_weight_file_cut_short(teacher: Path) -> None:
     (teacher / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(LimbeckError, match="cut short"):
-        describe(teacher)
+        describe_vocabulary(teacher)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_rendered_report(teacher: Path, tmp_path: Path, terminal: bool) -> None:
     swapped = save_tiny(tmp_path / "swapped", tokenizer=tiny_tokenizer(swap=(7, 9)))
     console = Console(width=200, record=True, force_terminal=terminal, file=(tmp_path / "out").open("w"))
-    console.print(render(doctor(str(teacher), str(teacher))))
-    console.print(render(doctor(str(teacher), str(swapped))))
+    console.print(doctor_table(doctor(str(teacher), str(teacher))))
+    console.print(doctor_table(doctor(str(teacher), str(swapped))))
     console.file.close()
     text = (tmp_path / "out").read_text()
     assert ("\x1b[" in text) == terminal

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives import build_objective
-from limbeck.objectives.adaptive import head_of
+from limbeck.objectives.adaptive import temperature_of_head
 from limbeck.objectives.temperature import scaled
 from limbeck.types import Objective
 from tests.objectives.cases import WEIGHTINGS, make_logits, make_rows
@@ -209,8 +209,8 @@ def test_akl_splits_where_a_sort_splits():
         first = log_p.exp().gather(-1, order).cumsum(-1) <= mu
         first[:, 0] = True
         expected = torch.zeros_like(first).scatter(-1, order, first)
-        assert torch.equal(head_of(log_p, log_p.exp(), mu), expected)
-        assert torch.equal(head_of(log_p.float(), log_p.float().exp(), mu), expected)
+        assert torch.equal(temperature_of_head(log_p, log_p.exp(), mu), expected)
+        assert torch.equal(temperature_of_head(log_p.float(), log_p.float().exp(), mu), expected)
 
 
 # --- concrete score distillation ---

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives.sequence.importance import importance_weight
-from limbeck.objectives.sequence.rules import ImportanceWeights, Seen, build_rule
+from limbeck.objectives.sequence.rules import ImportanceWeights, SequenceStats, build_rule
 from limbeck.types import LimbeckError
 from tests.objectives.test_returns import Tables
 
@@ -24,15 +24,15 @@ def opd(tables: Tables, drawn_N: Tensor, rule: ImportanceWeights | None) -> Tens
     """The expected gradient of `opd` on responses drawn with these log-probabilities."""
     weight_N = torch.ones_like(drawn_N)
     if rule is not None:
-        found_N = rule.tell(seen(tables, drawn_N)).weight_N
+        found_N = rule.apply(seen(tables, drawn_N)).weight_N
         assert found_N is not None
         weight_N = found_N
     return tables.estimate(drawn_N, weight_N, ["opd"])
 
 
-def seen(tables: Tables, drawn_N: Tensor) -> Seen:
+def seen(tables: Tables, drawn_N: Tensor) -> SequenceStats:
     rows = int(tables.sequence_N.max()) + 1
-    return Seen(
+    return SequenceStats(
         log_q_N=tables.log_q_N,
         log_p_N=tables.log_p_N,
         drawn_logp_N=drawn_N,
@@ -77,7 +77,7 @@ def test_tokens_of_others_weigh_one():
     tables = Tables()
     drawn_N = earlier(tables)
     others_N = tables.sequence_N % 2 == 0
-    told = ImportanceWeights(importance="prefix").tell(seen(tables, drawn_N.masked_fill(others_N, torch.nan)))
+    told = ImportanceWeights(importance="prefix").apply(seen(tables, drawn_N.masked_fill(others_N, torch.nan)))
     assert told.weight_N is not None
     assert (told.weight_N[others_N] == 1).all() and (told.weight_N[~others_N] != 1).all()
 

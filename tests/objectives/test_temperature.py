@@ -18,7 +18,7 @@ from limbeck.objectives import (
     token_difficulty,
 )
 from limbeck.rollouts.collate import collate
-from limbeck.training.loss import Judgement, Moment, StudentLoss
+from limbeck.training.loss import LossPlan, StepSettings, StudentLoss
 from limbeck.types import LimbeckError, Sampling
 from tests.objectives.cases import DEFAULTS
 from tests.objectives.pairs import Pair
@@ -183,9 +183,11 @@ def test_the_temperature_of_sampling_never_enters_a_loss():
         rows = [replace(response, sampling=sampling) for response in tiny_responses(4)]
         batch = collate(rows, range(4), pad_id=0)
         student, signal = tiny_model(1), tiny_teacher().signal(batch)
-        judgement = Judgement(objective=DEFAULTS["fkl"])
-        module = StudentLoss(student, judgement, vocab_size=VOCAB, projection_ED=None, compile="off")
-        loss, *_ = module(batch, signal, torch.ones(len(batch.labels_N)), Moment(temperature=Temperature(loss=2.0)))
+        loss_plan = LossPlan(objective=DEFAULTS["fkl"])
+        module = StudentLoss(student, loss_plan, vocab_size=VOCAB, projection_ED=None, compile="off")
+        loss, *_ = module(
+            batch, signal, torch.ones(len(batch.labels_N)), StepSettings(temperature=Temperature(loss=2.0))
+        )
         losses.append(loss)
     assert torch.equal(*losses)
 

@@ -28,12 +28,12 @@ from limbeck.models.heads import head_of
 from limbeck.objectives import build_objective
 from limbeck.objectives.temperature import Temperature
 from limbeck.rollouts.collate import collate
-from limbeck.rollouts.sources import Clock, fixed
+from limbeck.rollouts.sources import StepCounter, offline
 from limbeck.teachers.local import LocalTeacher
 from limbeck.training.loop import train
-from limbeck.training.loss import Judgement, Moment, StudentLoss
+from limbeck.training.loss import LossPlan, StepSettings, StudentLoss
 from limbeck.training.metrics import LoopContext
-from limbeck.training.weighting import Balance
+from limbeck.training.weighting import TokenWeighting
 from limbeck.types import Response
 from tests.student.play import metrics, settings
 from tests.tiny_pair import questions, write_model
@@ -69,20 +69,20 @@ def ours(
     """Our gradients of a step, and what the loop logs of it."""
     teacher_model, vocab = load(pair["teacher"]).eval(), len(AutoTokenizer.from_pretrained(pair["student"]))
     teacher = LocalTeacher(teacher_model, head_of(teacher_model, vocab))
-    judgement = Judgement(objective=objective_of(beta), authored=True)
+    loss_plan = LossPlan(objective=objective_of(beta), authored=True)
     temperature = Temperature(loss=tau, scale="none")
-    module = StudentLoss(load(pair["student"]), judgement, vocab_size=vocab, projection_ED=None, compile="off")
+    module = StudentLoss(load(pair["student"]), loss_plan, vocab_size=vocab, projection_ED=None, compile="off")
     by_row = dict(enumerate(responses))
     batch = collate(by_row, tuple(by_row), pad_id=0)
-    weights = Balance().weights(by_row, Clock(step=0, total=1), 1)
+    weights = TokenWeighting().weights(by_row, StepCounter(step=0, total=1), 1)
     weight_N = torch.tensor([weights[row] for row in batch.rows])[batch.sequence_N]
-    loss, _, _ = module(batch, teacher.signal(batch), weight_N, Moment(temperature=temperature))
+    loss, _, _ = module(batch, teacher.signal(batch), weight_N, StepSettings(temperature=temperature))
     loss.backward()
     train(
         load(pair["student"]),
-        fixed(responses),
+        offline(responses),
         teacher,
-        judgement,
+        loss_plan,
         temperature=temperature,
         settings=settings(max_steps=1, per_device_train_batch_size=len(responses)),
         vocab_size=vocab,

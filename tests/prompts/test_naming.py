@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.prompts.io import read_prompts, write_prompts
-from limbeck.prompts.labels import label
+from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.sources import load_prompts
 from limbeck.types import Message, Prompt
 from tests.tiny_pair import write_prompts as write_rows
@@ -20,9 +20,11 @@ def test_the_place_of_a_row_is_kept_but_is_no_part_of_the_prompt(tmp_path: Path)
         number = int((prompt.text or "")[4:-1])
         assert prompt.where == f"{tmp_path / 'a.jsonl'}, line {number + 1}"
         assert other.where == f"{tmp_path / 'b.jsonl'}, line {20 - number}"
-        assert label(prompt) == f"{prompt.id} ({prompt.where}: 'Say {number}.')"
+        assert prompt_label(prompt) == f"{prompt.id} ({prompt.where}: 'Say {number}.')"
     write_prompts(tmp_path / "record.jsonl", there.prompts)
-    assert [label(p) for p in read_prompts(tmp_path / "record.jsonl")] == [label(p) for p in there.prompts]
+    assert [prompt_label(p) for p in read_prompts(tmp_path / "record.jsonl")] == [
+        prompt_label(p) for p in there.prompts
+    ]
 
 
 @pytest.mark.parametrize(
@@ -38,4 +40,4 @@ def test_the_place_of_a_row_is_kept_but_is_no_part_of_the_prompt(tmp_path: Path)
     ],
 )
 def test_the_label_is_one_short_line(prompt: Prompt, shown: str) -> None:
-    assert label(prompt) == shown
+    assert prompt_label(prompt) == shown

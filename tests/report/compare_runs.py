@@ -40,7 +40,10 @@ def write_arm_run(
     (folder / "recipe.resolved.yaml").write_text(yaml.safe_dump(tree), "utf-8")
     rng = np.random.default_rng([seed, round(1000 * kl), len(objective)])
     shift = 0.02 * rng.normal()
-    tables = {"fidelity": _fidelity(rng, kl + shift, examples), "rouge": _rouge(rng, 0.7 - 0.3 * kl - shift, examples)}
+    tables = {
+        "fidelity": _fidelity(rng, kl + shift, examples),
+        "rouge": _rouge(rng, 0.7 - 0.3 * kl - shift, examples),
+    }
     for tau in diversity:
         tables[f"diversity@T={tau:g}"] = _diversity(rng, kl + shift, tau, examples)
     write_scores(folder, before={}, after=tables)

@@ -14,10 +14,10 @@ from limbeck.compare import write_comparison
 from limbeck.compare.charts import spread
 from limbeck.compare.costs import bill
 from limbeck.compare.frontier import _front
-from limbeck.compare.labels import label, titled
+from limbeck.compare.labels import arm_label, titled
 from limbeck.compare.page import View
 from limbeck.compare.runs import gather
-from limbeck.compare.tables import Tables
+from limbeck.compare.tables import MetricTables
 from limbeck.evaluation.scores.bootstrap import summarise
 from limbeck.evaluation.scores.files import read_rows
 from limbeck.types import LimbeckError
@@ -27,7 +27,7 @@ from tests.report.test_report import parse, words
 
 def view_of(folders, metric=None):
     comparison = gather(folders, None, folders[0])
-    return View(title="x", comparison=comparison, tables=Tables(comparison), metric=metric)
+    return View(title="x", comparison=comparison, tables=MetricTables(comparison), metric=metric)
 
 
 def text_of(page):
@@ -327,9 +327,9 @@ def test_labels_are_moved_apart_and_no_further():
 
 def test_names_of_arms_are_short_and_clear():
     keys = {"objective.name": "csd", "objective.temperature": 2.0, "train.learning_rate": 1e-4}
-    assert label(keys, list(keys)) == "csd, temperature=2, learning_rate=0.0001"
+    assert arm_label(keys, list(keys)) == "csd, temperature=2, learning_rate=0.0001"
     both = {"responses.temperature": 1, "objective.temperature": 2}
-    assert label(both, list(both)) == "responses.temperature=1, objective.temperature=2"
+    assert arm_label(both, list(both)) == "responses.temperature=1, objective.temperature=2"
     assert titled("csd_ss,name=fkl,temperature=2") == "csd_ss, fkl, temperature=2"
 
 

@@ -8,23 +8,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.compare.pairwise import Gap, Pair, holm, letters
+from limbeck.compare.pairwise import ComparedPair, Difference, holm, letters
 from limbeck.compare.student_t import quantile, tail
-from limbeck.compare.uncertainty import Resampled, Sheet, arm_means, draws
+from limbeck.compare.uncertainty import Resampled, ResampledMetric, arm_means, draws
 
 # Two-sided 5 % and 0.1 % points of Student's t, from printed tables.
 PRINTED = {1: (12.706, 636.62), 2: (4.3027, 31.599), 5: (2.5706, 6.8688), 10: (2.2281, 4.5869), 120: (1.9799, 3.3735)}
 
 
 @pytest.mark.parametrize("freedom", PRINTED)
-def test_students_t_is_the_printed_one(freedom):
-    assert [quantile(level, freedom) for level in (0.05, 0.001)] == pytest.approx(PRINTED[freedom], rel=1e-4)
+def test_students_t_is_the_printed_one(dof):
+    assert [quantile(level, dof) for level in (0.05, 0.001)] == pytest.approx(PRINTED[dof], rel=1e-4)
 
 
 @given(st.floats(1e-6, 0.9), st.floats(1.0, 3000.0))
 @settings(max_examples=50, deadline=None)
-def test_tail_and_quantile_undo_each_other(level, freedom):
-    assert tail(quantile(level, freedom), freedom) == pytest.approx(level, rel=1e-5)
+def test_tail_and_quantile_undo_each_other(level, dof):
+    assert tail(quantile(level, dof), dof) == pytest.approx(level, rel=1e-5)
 
 
 def test_tail_with_one_degree_of_freedom_is_cauchys():
@@ -39,7 +39,7 @@ def sheet_of(values_ASE, seeds=None, resamples=400):
     runs = [(arm, n) for arm in range(arms) for n in range(len(seeds[arm]))]
     value_RE = np.stack([values_ASE[arm, n] for arm, n in runs])
     counts_BE = draws(examples, resamples, f"{examples} examples")
-    return Sheet(
+    return ResampledMetric(
         arm_R=tuple(arm for arm, _ in runs),
         seed_R=tuple(seeds[arm][n] for arm, n in runs),
         value_R=value_RE.mean(1),
@@ -136,8 +136,8 @@ def test_identical_arms_are_never_separated():
     assert not Resampled(sheet=sheet_of(values_ASE)).pairs[0, 1].separated
 
 
-def gap(difference, error=1.0, freedom=1000.0):
-    return Gap(difference=difference, variance=error**2, unit=None, own=0.0, share=1.0, freedom=freedom)
+def gap(difference, error=1.0, dof=1000.0):
+    return Difference(difference=difference, variance=error**2, unit=None, own=0.0, share=1.0, dof=dof)
 
 
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(0.1, 3), st.floats(1, 2000)), min_size=1, max_size=9))
@@ -150,14 +150,16 @@ def test_holm_is_the_step_down_and_its_intervals_agree(made):
         going = going and chance < 0.05 / (len(made) - done)
         pair = found[0, n + 1]
         assert pair.separated == going
-        assert pair.separated == (abs(pair.difference) > pair.reach * (1 - 1e-8)) or math.isclose(chance, pair.level)
+        assert pair.separated == (abs(pair.difference) > pair.half_width * (1 - 1e-8)) or math.isclose(
+            chance, pair.level
+        )
 
 
 @given(st.integers(2, 6), st.data())
 @settings(max_examples=80, deadline=None)
 def test_arms_share_a_letter_exactly_when_they_are_not_separated(arms, data):
     pairs = {
-        (a, b): Pair(difference=1.0, error=1.0, freedom=9.0, level=0.05, separated=data.draw(st.booleans()))
+        (a, b): ComparedPair(difference=1.0, error=1.0, dof=9.0, level=0.05, separated=data.draw(st.booleans()))
         for a in range(arms)
         for b in range(a + 1, arms)
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.rollouts.account import SO_FAR, counted, never_acted, summary
+from limbeck.rollouts.account import SO_FAR, count_phrase, never_acted, summary
 from limbeck.types import Response
 
 
@@ -27,17 +27,17 @@ def replay(**changes: float) -> dict[str, Any]:
 
 
 def test_counts_by_hand():
-    first = counted({}, [response("teacher"), response("student", replaced=2)], {"alpha/teacher": 0.1})
+    first = count_phrase({}, [response("teacher"), response("student", replaced=2)], {"alpha/teacher": 0.1})
     assert first == {
         "responses": 2, "student": 1, "replaced": 2, "replaceable": 3, "alpha_low": 0.1, "alpha_high": 0.1,
     }  # fmt: skip
     means = {"alpha/teacher": 0.05, "alpha/student": 0.3}
-    second = counted(first, [response("student", tokens=5, replaced=0), response("data")], means)
+    second = count_phrase(first, [response("student", tokens=5, replaced=0), response("data")], means)
     assert second == {
         "responses": 4, "student": 2, "replaced": 2, "replaceable": 8, "alpha_low": 0.05, "alpha_high": 0.3,
     }  # fmt: skip
     assert first["responses"] == 2
-    assert counted({}, [response("student")], {}) == {"responses": 1, "student": 1}
+    assert count_phrase({}, [response("student")], {}) == {"responses": 1, "student": 1}
 
 
 def test_a_training_in_which_all_acted_is_told_in_one_sentence():

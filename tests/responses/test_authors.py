@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from limbeck.rollouts.order import Plan
-from limbeck.rollouts.sources import Clock, Fixed, Own, Shift, fixed
+from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter, StudentSource, offline
 from limbeck.types import Interrupted, LimbeckError, Response
 from tests.responses.writing import FakeSampler, asked_in, base_of, own_of, pen_of, played, prompts_of
 
-SHIFT = Shift(step_rows=4, seed=11)
+SHIFT = SourceContext(step_rows=4, seed=11)
 # Ten prompts in steps of four rows: an epoch is three steps, the last of two rows in whatever place it has.
 TOTAL = 9
 
@@ -27,19 +27,19 @@ def seeds(sampler: FakeSampler) -> set[int]:
 
 def test_fixed_responses_come_in_the_order_of_the_plan_under_their_own_numbers():
     base = base_of(prompts_of(10))
-    supply = fixed(base)(SHIFT)
-    assert (supply.steps_per_epoch, supply.prompts) == (3, {r.prompt_id for r in base})
+    response_source = offline(base)(SHIFT)
+    assert (response_source.steps_per_epoch, response_source.prompts) == (3, {r.prompt_id for r in base})
     for epoch in range(2):
-        steps = played(supply, range(3 * epoch, 3 * epoch + 3), TOTAL)
+        steps = played(response_source, range(3 * epoch, 3 * epoch + 3), TOTAL)
         assert sorted(row for step in steps for row in step) == list(range(10))
         assert all(step[row] is base[row] for step in steps for row in step)
 
 
 def test_nothing_to_train_on_is_refused(tmp_path):
     with pytest.raises(LimbeckError, match="no responses to train on"):
-        Fixed([], SHIFT)
+        OfflineSource([], SHIFT)
     with pytest.raises(LimbeckError, match="no prompts for the student"):
-        Own([], pen_of(FakeSampler(), tmp_path), SHIFT)
+        StudentSource([], pen_of(FakeSampler(), tmp_path), SHIFT)
 
 
 # --- the student's own, step by step ---
@@ -49,7 +49,7 @@ def test_a_step_has_the_same_responses_whatever_was_asked_before(tmp_path):
     straight = played(own_of(FakeSampler(), tmp_path / "a"), range(TOTAL), TOTAL)
     other = own_of(FakeSampler(), tmp_path / "b")
     for step in (7, 0, 7, 4):
-        assert other.step(Clock(step=step, total=TOTAL)) == straight[step]
+        assert other.step(StepCounter(step=step, total=TOTAL)) == straight[step]
 
 
 def test_a_step_asked_for_again_is_not_written_again(tmp_path):
@@ -82,7 +82,7 @@ def test_every_step_is_written_with_the_weights_as_they_are(tmp_path):
     own = own_of(sampler, tmp_path)
     for number, step in enumerate(played(own, range(TOTAL), TOTAL, train=sampler)):
         assert {r.response_ids[0] for r in step.values()} == {number}
-    assert not any(own.begins_round(Clock(step=s, total=TOTAL)) for s in range(TOTAL))
+    assert not any(own.starts_round(StepCounter(step=s, total=TOTAL)) for s in range(TOTAL))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,7 +103,7 @@ def test_a_round_is_written_once_and_then_read(tmp_path, refresh, steps):
     sampler = FakeSampler()
     own = own_of(sampler, tmp_path, refresh=refresh)
     found = played(own, range(TOTAL), TOTAL, train=sampler)
-    begins = [step for step in range(TOTAL) if own.begins_round(Clock(step=step, total=TOTAL))]
+    begins = [step for step in range(TOTAL) if own.starts_round(StepCounter(step=step, total=TOTAL))]
     assert begins == list(range(0, TOTAL, steps))
     # All responses are those of the weights their round began with.
     assert [{r.response_ids[0] for r in step.values()} for step in found] == [
@@ -193,8 +193,8 @@ def test_ranks_share_the_writing_and_end_with_the_same_responses(tmp_path, refre
 
     def work(rank: int) -> None:
         world = Together(rank)
-        pen = pen_of(samplers[rank], tmp_path / "many", refresh=refresh, world=world)
-        own = Own(prompts_of(10), pen, Shift(step_rows=4, seed=11, world=world))
+        rollout = pen_of(samplers[rank], tmp_path / "many", refresh=refresh, world=world)
+        own = StudentSource(prompts_of(10), rollout, SourceContext(step_rows=4, seed=11, world=world))
         found[rank] = played(own, range(6), 6)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]

@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from limbeck.pipeline.cached_teacher import RoundTeacher
-from limbeck.pipeline.engine import play
+from limbeck.pipeline.cached_teacher import CachedTeacher
+from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stages import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.console import QuietConsole
@@ -113,19 +113,19 @@ class Doors:
 @pytest.fixture
 def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
     seen = Doors()
-    write, judge = LocalSampler.respond_in_batches, RoundTeacher.signal
+    write, judge = LocalSampler.respond_in_batches, CachedTeacher.signal
 
     def watched(self: LocalSampler, *arguments: Any, **options: Any) -> Iterator[Any]:
         for answered in write(self, *arguments, **options):
             seen.sampled += answered.responses
             yield answered
 
-    def shown(self: RoundTeacher, batch: TokenBatch) -> Any:
+    def shown(self: CachedTeacher, batch: TokenBatch) -> Any:
         seen.shown.append(batch)
         return judge(self, batch)
 
     monkeypatch.setattr(LocalSampler, "respond_in_batches", watched)
-    monkeypatch.setattr(RoundTeacher, "signal", shown)
+    monkeypatch.setattr(CachedTeacher, "signal", shown)
     return seen
 
 
@@ -159,7 +159,7 @@ def test_what_is_trained_on_is_what_was_sampled(tmp_path: Path, doors: Doors, na
         "objective": {"name": "fkl"},
         "train": {"max_steps": 6, "per_device_train_batch_size": 4, "compile": "off"},
     }
-    play(load_recipe(tree), stages=STAGES, until="train", console=QuietConsole())
+    run_pipeline(load_recipe(tree), stages=STAGES, until="train", console=QuietConsole())
 
     ends = {tokenizer.get_vocab()[end] for end in family.ends}
     asked: dict[Any, str] = {}

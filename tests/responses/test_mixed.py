@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.rollouts.sources import Clock, Fixed, Mixed, Shift, die
+from limbeck.rollouts.sources import MixedSource, OfflineSource, SourceContext, StepCounter, die
 from limbeck.types import LimbeckError
 from tests.responses.writing import FakeSampler, base_of, own_of, played, prompts_of
 
-SHIFT = Shift(step_rows=4, seed=11)
+SHIFT = SourceContext(step_rows=4, seed=11)
 
 
-def mixed_of(folder: Path, share: tuple[float, float], *, seed: int = 3, refresh: int | None = 1) -> Mixed:
+def mixed_of(folder: Path, share: tuple[float, float], *, seed: int = 3, refresh: int | None = 1) -> MixedSource:
     base = base_of(prompts_of(10))
-    return Mixed(own_of(FakeSampler(), folder, refresh=refresh), Fixed(base, SHIFT), share=share, seed=seed)
+    return MixedSource(
+        own_of(FakeSampler(), folder, refresh=refresh), OfflineSource(base, SHIFT), share=share, seed=seed
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -26,12 +28,12 @@ def test_gkd_and_imitkd_as_they_are_written(tmp_path, share):
     """
     total = 60
     found = played(mixed_of(tmp_path / "a", (share, share)), range(total), total)
-    own, base = own_of(FakeSampler(), tmp_path / "b"), Fixed(base_of(prompts_of(10)), SHIFT)
+    own, base = own_of(FakeSampler(), tmp_path / "b"), OfflineSource(base_of(prompts_of(10)), SHIFT)
     written = 0
     for step, responses in enumerate(found):
         u = die(3, step).random()
         written += u < share
-        assert responses == (own if u < share else base).step(Clock(step=step, total=total))
+        assert responses == (own if u < share else base).step(StepCounter(step=step, total=total))
     assert abs(written - share * total) < 12
     authors = {r.author for step in found for r in step.values()}
     assert authors == {0.0: {"teacher"}, 0.5: {"teacher", "student"}, 1.0: {"student"}}[share]
@@ -39,9 +41,9 @@ def test_gkd_and_imitkd_as_they_are_written(tmp_path, share):
 
 def test_the_share_moves_in_a_line(tmp_path):
     total = 200
-    supply = mixed_of(tmp_path, (0.0, 1.0))
-    own = [any(r.author == "student" for r in s.values()) for s in played(supply, range(total), total)]
-    assert supply.metrics(Clock(step=50, total=201)) == {"share": 0.25}
+    response_source = mixed_of(tmp_path, (0.0, 1.0))
+    own = [any(r.author == "student" for r in s.values()) for s in played(response_source, range(total), total)]
+    assert response_source.metrics(StepCounter(step=50, total=201)) == {"share": 0.25}
     assert not own[0] and own[-1]
     # Expected are 12.5 and 87.5 of a hundred.
     assert sum(own[:50]) < 25 < 75 < 2 * sum(own[150:])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.rollouts.collate import collate, micro_batches
-from limbeck.rollouts.sources import Clock, Pairs, Shift
+from limbeck.rollouts.sources import PairedSource, SourceContext, StepCounter
 from limbeck.types import LimbeckError, Response, Sampling
 from tests.responses.writing import FakeSampler, asked_in, base_of, pen_of, played, prompts_of
 
@@ -23,14 +23,14 @@ def pairs_of(
     base: list[Response] | None = None,
     step_rows: int = 8,
     refresh: int | None = None,
-) -> Pairs:
+) -> PairedSource:
     """Pairs of ten prompts: four of them in a step, three steps an epoch."""
     prompts = prompts_of(10)
-    return Pairs(
+    return PairedSource(
         base_of(prompts) if base is None else base,
         prompts,
         pen_of(student, folder, refresh=refresh),
-        Shift(step_rows=step_rows, seed=11),
+        SourceContext(step_rows=step_rows, seed=11),
         teacher=teacher,
         teacher_sampling=TEACHERS if teacher else None,
     )
@@ -89,17 +89,17 @@ def test_a_teacher_that_does_not_write_again_keeps_its_answers(tmp_path):
 
 def test_a_prompt_that_the_teacher_did_not_answer_is_left_out(tmp_path):
     student = FakeSampler()
-    supply = pairs_of(tmp_path, student, base=base_of(prompts_of(10))[:5])
-    steps = played(supply, range(2), 2)
-    assert supply.prompts == {f"p{i}" for i in range(5)} == asked_in(steps[0]) | asked_in(steps[1])
-    assert (supply.steps_per_epoch, student.drawn.total()) == (2, 5)
+    response_source = pairs_of(tmp_path, student, base=base_of(prompts_of(10))[:5])
+    steps = played(response_source, range(2), 2)
+    assert response_source.prompts == {f"p{i}" for i in range(5)} == asked_in(steps[0]) | asked_in(steps[1])
+    assert (response_source.steps_per_epoch, student.drawn.total()) == (2, 5)
 
 
 def test_a_round_of_several_epochs_begins_with_them(tmp_path):
     student = FakeSampler()
-    supply = pairs_of(tmp_path, student, refresh=6)
-    played(supply, range(12), 12)
-    assert [s for s in range(12) if supply.begins_round(Clock(step=s, total=12))] == [0, 6]
+    response_source = pairs_of(tmp_path, student, refresh=6)
+    played(response_source, range(12), 12)
+    assert [s for s in range(12) if response_source.starts_round(StepCounter(step=s, total=12))] == [0, 6]
     assert student.drawn.total() == 20
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from limbeck.rollouts.replay import Replay, ReplaySettings
-from limbeck.rollouts.sources import Clock, Fixed, Shift, die
+from limbeck.rollouts.replay import ReplaySettings, ReplaySource
+from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter, die
 from limbeck.types import LimbeckError, Response
 from tests.responses.writing import FakeSampler, base_of, own_of, prompts_of
 
@@ -20,22 +20,22 @@ ROWS, TOTAL = 4, 60
 LOSSES = (2.0, 2.05, 2.11, 2.3, 2.35, 1.0, 2.39, 2.5, 2.65, 3.0, *[3.0] * 10)
 
 
-def replay_of(folder: Path, **options: Any) -> Replay:
-    base = Fixed(base_of(prompts_of(10)), Shift(step_rows=ROWS, seed=11))
+def replay_of(folder: Path, **options: Any) -> ReplaySource:
+    base = OfflineSource(base_of(prompts_of(10)), SourceContext(step_rows=ROWS, seed=11))
     settings = ReplaySettings(**({"share": 0.3, "capacity": 10} | options))
-    return Replay(own_of(FakeSampler(), folder), base, settings, step_rows=ROWS, seed=9)
+    return ReplaySource(own_of(FakeSampler(), folder), base, settings, step_rows=ROWS, seed=9)
 
 
 def driven(
-    supply: Replay, steps: range, losses: Sequence[float] = LOSSES
+    response_source: ReplaySource, steps: range, losses: Sequence[float] = LOSSES
 ) -> list[tuple[dict[int, Response], float, list[Response]]]:
     """Responses, phi and the buffer of each step, the held-out loss told before each epoch as the loop does."""
     found = []
     for step in steps:
-        if step % supply.steps_per_epoch == 0:
-            supply.validated(losses[step // supply.steps_per_epoch])
-        responses = supply.step(Clock(step=step, total=TOTAL))
-        found.append((responses, supply.phi, list(supply.buffer)))
+        if step % response_source.steps_per_epoch == 0:
+            response_source.validated(losses[step // response_source.steps_per_epoch])
+        responses = response_source.step(StepCounter(step=step, total=TOTAL))
+        found.append((responses, response_source.phi, list(response_source.buffer)))
     return found
 
 
@@ -48,14 +48,17 @@ def ids_of(responses: dict[int, Response]) -> Counter[Response]:
 @pytest.mark.parametrize("decay", ["decreasing", "constant", "increasing"])
 def test_distillm_as_it_is_written(tmp_path, decay, capacity, share):
     found = driven(replay_of(tmp_path / "a", decay=decay, capacity=capacity, share=share), range(TOTAL))
-    own, base = own_of(FakeSampler(), tmp_path / "b"), Fixed(base_of(prompts_of(10)), Shift(step_rows=ROWS, seed=11))
+    own, base = (
+        own_of(FakeSampler(), tmp_path / "b"),
+        OfflineSource(base_of(prompts_of(10)), SourceContext(step_rows=ROWS, seed=11)),
+    )
     phi, previous, buffer, took = share, LOSSES[0], [], Counter()
     for step, (responses, phi_found, buffer_found) in enumerate(found):
         if step % 3 == 0 and LOSSES[step // 3] > previous + 0.1:
             phi, previous = min(phi + 0.1, 1.0), LOSSES[step // 3]
         u, t_over_t = die(9, step).random(), step / TOTAL
         fresh = {"decreasing": phi * (1 - t_over_t), "constant": phi * 0.5, "increasing": phi * t_over_t}[decay]
-        clock = Clock(step=step, total=TOTAL)
+        clock = StepCounter(step=step, total=TOTAL)
         if u < fresh or (u < phi and len(buffer) < capacity):
             took["generate"] += 1
             assert responses == own.step(clock)
@@ -87,15 +90,15 @@ def test_while_the_buffer_is_not_full_every_step_is_written(tmp_path):
 
 
 def test_all_of_the_buffer_is_drawn_from(tmp_path):
-    supply = replay_of(tmp_path, share=1.0, capacity=10, decay="increasing")
-    driven(supply, range(3), [2.0] * 20)
-    assert len(supply.buffer) == 10
+    response_source = replay_of(tmp_path, share=1.0, capacity=10, decay="increasing")
+    driven(response_source, range(3), [2.0] * 20)
+    assert len(response_source.buffer) == 10
     # At the start of the clock an increasing share writes nothing fresh.
     drawn: Counter[Response] = Counter()
     for step in range(400):
-        supply.seed = step
-        drawn.update(supply.step(Clock(step=0, total=TOTAL)).values())
-    assert drawn.keys() == set(supply.buffer) and drawn.total() == 4 * 400
+        response_source.seed = step
+        drawn.update(response_source.step(StepCounter(step=0, total=TOTAL)).values())
+    assert drawn.keys() == set(response_source.buffer) and drawn.total() == 4 * 400
     # Each has 160 on average, with a standard deviation below 10.
     assert all(120 < count < 200 for count in drawn.values())
 
@@ -107,41 +110,41 @@ def test_drawn_responses_are_the_longest_first(tmp_path):
 
 
 def test_the_share_grows_by_hand(tmp_path):
-    supply, shares = replay_of(tmp_path, share=0.75, tolerance=0.1, bump=0.1), []
+    response_source, shares = replay_of(tmp_path, share=0.75, tolerance=0.1, bump=0.1), []
     for loss in (2.0, 2.05, 2.11, 2.2, 2.22, 1.0, 2.3, 2.33, 2.5, 9.0):
-        supply.validated(loss)
-        shares.append(supply.phi)
+        response_source.validated(loss)
+        shares.append(response_source.phi)
     # It is compared with the loss at the last growth, not with the lowest or the previous one.
     assert shares == pytest.approx([0.75, 0.75, 0.85, 0.85, 0.95, 0.95, 0.95, 1.0, 1.0, 1.0])
-    assert supply.metrics(Clock(step=0, total=1)) == {"share": 1.0, "buffer": 0.0}
-    assert supply.wants_validation
+    assert response_source.metrics(StepCounter(step=0, total=1)) == {"share": 1.0, "buffer": 0.0}
+    assert response_source.wants_validation
 
 
 def test_the_share_grows_above_the_lowest_loss(tmp_path):
-    supply, shares = replay_of(tmp_path, share=0.2, tolerance=0.05, compare_with="lowest"), []
+    response_source, shares = replay_of(tmp_path, share=0.2, tolerance=0.05, compare_with="lowest"), []
     losses = (3.0, 2.5, 2.54, 2.56, 2.4, 2.6, 2.61, 2.66)
     for loss in losses:
-        supply.validated(loss)
-        shares.append(supply.phi)
+        response_source.validated(loss)
+        shares.append(response_source.phi)
     # Never above where it began, yet it rises four times; after a growth the loss of then is what counts.
     assert shares == pytest.approx([0.2, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5])
-    counts = supply.counts(Clock(step=0, total=1))
+    counts = response_source.counts(StepCounter(step=0, total=1))
     assert counts == {"replayed": 0, "validations": 7, "rises": 5, "growths": 3}
     falls = replay_of(tmp_path, share=0.2, tolerance=0.05)
     for loss in losses:
         falls.validated(loss)
-    assert falls.phi == 0.2 and falls.counts(Clock(step=0, total=1))["growths"] == 0
+    assert falls.phi == 0.2 and falls.counts(StepCounter(step=0, total=1))["growths"] == 0
 
 
 def test_what_is_replayed_is_counted(tmp_path):
-    supply = replay_of(tmp_path, share=0.9, capacity=8)
+    response_source = replay_of(tmp_path, share=0.9, capacity=8)
     drawn = 0
     for step in range(TOTAL):
-        before = list(supply.buffer)
-        responses = supply.step(Clock(step=step, total=TOTAL))
+        before = list(response_source.buffer)
+        responses = response_source.step(StepCounter(step=step, total=TOTAL))
         mine = [r for r in responses.values() if r.author == "student"]
-        drawn += len(mine) if list(supply.buffer) == before else 0
-    assert supply.counts(Clock(step=0, total=1))["replayed"] == drawn > 0
+        drawn += len(mine) if list(response_source.buffer) == before else 0
+    assert response_source.counts(StepCounter(step=0, total=1))["replayed"] == drawn > 0
 
 
 def test_the_held_out_loss_is_due_as_often_as_asked(tmp_path):
@@ -156,7 +159,7 @@ def test_a_replay_continues_from_its_state_in_json(tmp_path, stop):
     driven(broken, range(stop))
     state = json.loads(json.dumps(broken.state()))
     later = replay_of(tmp_path / "c", share=0.6)
-    later.step(Clock(step=0, total=TOTAL))
+    later.step(StepCounter(step=0, total=TOTAL))
     later.restore(state)
     assert list(later.buffer) == list(broken.buffer) == straight[stop - 1][2]
     assert driven(later, range(stop, TOTAL)) == straight[stop:]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from limbeck.sampling.acceptance import Mixed, Round, accept_or_resample, veto
+from limbeck.sampling.acceptance import DraftedTokens, MixtureSampling, accept_or_resample, veto
 from limbeck.sampling.top_p import pick, probabilities
 from limbeck.types import Sampling
 from tests.responses.shares import assert_shares
@@ -171,7 +171,7 @@ def test_of_equally_likely_tokens_the_lower_ids_rank_higher() -> None:
 def test_the_mixture_is_drawn_exactly_and_keeps_most_drafts(alpha: float) -> None:
     q_KV, teacher_KV = logits(DRAFTS, 2).softmax(-1), logits(DRAFTS, 3)
     ids_BK = drafted(q_KV)
-    seen = Round(
+    seen = DraftedTokens(
         ids_BK=ids_BK,
         q_BKV=q_KV.expand(ROWS, -1, -1),
         judge_BJV=teacher_KV.expand(ROWS, -1, -1),
@@ -179,7 +179,7 @@ def test_the_mixture_is_drawn_exactly_and_keeps_most_drafts(alpha: float) -> Non
         next_BJ=numbers(DRAFTS, 5),
         sampling=Sampling(),
     )
-    verdict = Mixed(alpha=alpha)(seen)
+    verdict = MixtureSampling(alpha=alpha)(seen)
     mixture_KV = alpha * teacher_KV.softmax(-1) + (1 - alpha) * q_KV
     assert verdict.drawn_from_BKV is not None
     torch.testing.assert_close(verdict.drawn_from_BKV[0], mixture_KV)

@@ -144,13 +144,13 @@ def test_padded_slots_of_the_head_are_never_drawn() -> None:
 
 def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     widths: list[int] = []
-    forward = decoding.Writer.forward
+    forward = decoding.DecodingModel.forward
 
-    def spy(self: decoding.Writer, ids: Tensor, *rest: object) -> Tensor:
+    def spy(self: decoding.DecodingModel, ids: Tensor, *rest: object) -> Tensor:
         widths.append(len(ids))
         return forward(self, ids, *rest)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(decoding.Writer, "forward", spy)
+    monkeypatch.setattr(decoding.DecodingModel, "forward", spy)
     hot = Sampling(max_new_tokens=40, temperature=2.0)
     responses = sampler_of(tiny_model(), batch_size=16).respond(tiny_prompts(16), hot)
     lengths = [len(r.response_ids) for r in responses]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from limbeck.models.heads import decoder_of, head_of, project
 from limbeck.sampling import decoding
-from limbeck.sampling.draft_and_verify import TwoModels
+from limbeck.sampling.draft_and_verify import SpeculativeSamplerBase
 from limbeck.sampling.local import SamplingProgress
 from limbeck.sampling.speculative import MixtureSampler, SkdSampler, SpeculativeSampler
 from limbeck.sampling.top_p import probabilities
@@ -25,7 +25,7 @@ from tests.responses.tiny import EOS, IN_DOUBLE, VOCAB, sampler_of, tiny_model, 
 WARM = Sampling(max_new_tokens=14, temperature=0.8, top_p=0.9, seed=3)
 PLAIN = Sampling(max_new_tokens=14, seed=3)
 GREEDY = replace(PLAIN, temperature=0.0)
-Build = Callable[..., TwoModels]
+Build = Callable[..., SpeculativeSamplerBase]
 
 
 def near(model: PreTrainedModel, amount: float = 0.15) -> PreTrainedModel:
@@ -39,17 +39,23 @@ def near(model: PreTrainedModel, amount: float = 0.15) -> PreTrainedModel:
     return other
 
 
-def speculative(model: PreTrainedModel, draft: PreTrainedModel, vocab: int = VOCAB, **options: object) -> TwoModels:
+def speculative(
+    model: PreTrainedModel, draft: PreTrainedModel, vocab: int = VOCAB, **options: object
+) -> SpeculativeSamplerBase:
     settings = {"eos_token_ids": (EOS,), "pad_token_id": 0, "vocab_size": vocab, "batch_size": 4} | options
     return SpeculativeSampler(model=model, draft=draft, **settings)  # pyright: ignore[reportArgumentType]
 
 
-def skd(teacher: PreTrainedModel, model: PreTrainedModel, vocab: int = VOCAB, **options: object) -> TwoModels:
+def skd(
+    teacher: PreTrainedModel, model: PreTrainedModel, vocab: int = VOCAB, **options: object
+) -> SpeculativeSamplerBase:
     settings = {"eos_token_ids": (EOS,), "pad_token_id": 0, "vocab_size": vocab, "batch_size": 4} | options
     return SkdSampler(model=model, teacher=teacher, **settings)  # pyright: ignore[reportArgumentType]
 
 
-def mixture(teacher: PreTrainedModel, model: PreTrainedModel, vocab: int = VOCAB, **options: object) -> TwoModels:
+def mixture(
+    teacher: PreTrainedModel, model: PreTrainedModel, vocab: int = VOCAB, **options: object
+) -> SpeculativeSamplerBase:
     settings = {"eos_token_ids": (EOS,), "pad_token_id": 0, "vocab_size": vocab, "batch_size": 4} | options
     return MixtureSampler(model=model, teacher=teacher, **settings)  # pyright: ignore[reportArgumentType]
 

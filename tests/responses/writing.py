@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.rollouts.rounds import Rounds
-from limbeck.rollouts.sources import Clock, Own, Pen, Shift, Supply
-from limbeck.sampling.local import Answered, in_order
+from limbeck.rollouts.sources import ResponseSource, RolloutConfig, SourceContext, StepCounter, StudentSource
+from limbeck.sampling.local import SampledBatch, in_order
 from limbeck.types import Author, Response, Sampling, TokenPrompt
 
 
@@ -40,12 +40,12 @@ class FakeSampler:
         *,
         done: Collection[int] = (),
         capture_hidden: bool = False,
-    ) -> Iterator[Answered]:
+    ) -> Iterator[SampledBatch]:
         assert not capture_hidden, "it has no hidden states to give"
         for rows in self.plan(prompts, sampling):
             if not set(rows) <= set(done):
                 answers = tuple(self._answer(prompts[row], sampling) for row in rows)
-                yield Answered(indices=rows, responses=answers, hidden=None)
+                yield SampledBatch(indices=rows, responses=answers, hidden=None)
 
     def respond(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
         return in_order(self.respond_in_batches(prompts, sampling), len(prompts))
@@ -76,11 +76,13 @@ def base_of(prompts: Sequence[TokenPrompt]) -> list[Response]:
     return FakeSampler(author="teacher", weights=999).respond(prompts, Sampling(max_new_tokens=12, seed=77))
 
 
-def pen_of(sampler: FakeSampler, folder: Path, *, refresh: int | None = 1, **changes: Any) -> Pen:
+def pen_of(sampler: FakeSampler, folder: Path, *, refresh: int | None = 1, **changes: Any) -> RolloutConfig:
     """Writes in `folder`; changes are those of `Rounds` and `Pen`."""
     rounds = {key: changes.pop(key) for key in ("world", "should_stop", "report") if key in changes}
     sampling = Sampling(max_new_tokens=12, seed=3, stop=("\n",))
-    return Pen(sampler=sampler, sampling=sampling, rounds=Rounds(folder=folder, **rounds), refresh=refresh, **changes)
+    return RolloutConfig(
+        sampler=sampler, sampling=sampling, rounds=Rounds(folder=folder, **rounds), refresh=refresh, **changes
+    )
 
 
 def own_of(
@@ -91,19 +93,21 @@ def own_of(
     step_rows: int = 4,
     refresh: int | None = 1,
     **changes: Any,
-) -> Own:
+) -> StudentSource:
     """The student's own responses."""
-    pen = pen_of(sampler, folder, refresh=refresh, **changes)
-    return Own(prompts_of(prompts), pen, Shift(step_rows=step_rows, seed=11))
+    rollout = pen_of(sampler, folder, refresh=refresh, **changes)
+    return StudentSource(prompts_of(prompts), rollout, SourceContext(step_rows=step_rows, seed=11))
 
 
-def played(supply: Supply, steps: range, total: int, *, train: FakeSampler | None = None) -> list[dict[int, Response]]:
+def played(
+    response_source: ResponseSource, steps: range, total: int, *, train: FakeSampler | None = None
+) -> list[dict[int, Response]]:
     """The responses of some steps, the weights moving after each where a sampler is given."""
     found = []
     for step in steps:
         if train is not None:
             train.weights = step
-        found.append(supply.step(Clock(step=step, total=total)))
+        found.append(response_source.step(StepCounter(step=step, total=total)))
     return found
 
 

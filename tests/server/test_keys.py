@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from limbeck.client.keys import ALLOWED
+from limbeck.client.keys import ALLOWED_HOSTS_VARIABLE
 from limbeck.client.openai import Refusal, Server
 from limbeck.types import LimbeckError
 from tests.server.evil import HEAD, Plot, once, playing, whole
@@ -86,9 +86,11 @@ def test_a_recipe_sends_no_variable_to_a_host_that_nobody_here_has_named(
             monkeypatch.setenv(name, proxy.removesuffix("/v1"))
         server = Server(base_url=url, retries=0, api_key_env="AWS_SECRET_ACCESS_KEY")
         for allowed in ("", "openai.example", "evil.example.org", "https://evil.example", "*"):
-            monkeypatch.setenv(ALLOWED, allowed)
+            monkeypatch.setenv(ALLOWED_HOSTS_VARIABLE, allowed)
             for ask in (server.check_key, server.models, lambda: server.post("/completions", {})):
-                with pytest.raises(LimbeckError, match=f"trust the recipe .* export {ALLOWED}=") as caught:
+                with pytest.raises(
+                    LimbeckError, match=f"trust the recipe .* export {ALLOWED_HOSTS_VARIABLE}="
+                ) as caught:
                     ask()
                 assert "very-secret" not in str(caught.value) and "AWS" not in str(caught.value)
         assert not asked
@@ -98,13 +100,13 @@ def test_a_key_goes_to_the_hosts_that_the_environment_names(monkeypatch: pytest.
     monkeypatch.setenv("THE_API_KEY", SECRET)
     for url in LOCAL:
         Server(base_url=url, api_key_env="THE_API_KEY").check_key()
-    monkeypatch.setenv(ALLOWED, "api.example, http://Node7")
+    monkeypatch.setenv(ALLOWED_HOSTS_VARIABLE, "api.example, http://Node7")
     Server(base_url="https://API.example/v1", api_key_env="THE_API_KEY").check_key()
     Server(base_url="http://node7:8000/v1", api_key_env="THE_API_KEY").check_key()
     # In clear only where that is said.
-    with pytest.raises(LimbeckError, match=rf"in clear, .* export {ALLOWED}=http://api\.example"):
+    with pytest.raises(LimbeckError, match=rf"in clear, .* export {ALLOWED_HOSTS_VARIABLE}=http://api\.example"):
         Server(base_url="http://api.example/v1", api_key_env="THE_API_KEY").check_key()
-    with pytest.raises(LimbeckError, match=rf"export {ALLOWED}=node7 "):
+    with pytest.raises(LimbeckError, match=rf"export {ALLOWED_HOSTS_VARIABLE}=node7 "):
         Server(base_url="https://node7/v1", api_key_env="THE_API_KEY").check_key()
 
 

@@ -11,34 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.rollouts.sources import Clock, Shift, Stateless
-from limbeck.training.loss import Judgement
-from limbeck.training.weighting import Balance
+from limbeck.rollouts.sources import SourceContext, StatelessSource, StepCounter
+from limbeck.training.loss import LossPlan
+from limbeck.training.weighting import TokenWeighting
 from limbeck.types import Author, Response
 from tests.student.play import VOCAB, metrics, play, settings, tiny_model, tiny_teacher
 
 Gradients = Mapping[str, Tensor]
 
 
-class Scripted(Stateless):
+class Scripted(StatelessSource):
     """The given steps, over and over: an epoch is all of them."""
 
     def __init__(self, *steps: Sequence[Response]):
         self.steps = steps
         self.prompts = frozenset(r.prompt_id for step in steps for r in step)
 
-    def __call__(self, shift: Shift) -> Scripted:
+    def __call__(self, source_context: SourceContext) -> Scripted:
         return self
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.steps)
 
-    def step(self, clock: Clock) -> dict[int, Response]:
+    def step(self, clock: StepCounter) -> dict[int, Response]:
         return dict(enumerate(self.steps[clock.step % len(self.steps)]))
 
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
-        return [self.step(Clock(step=step, total=total)) for step in range(min(count, len(self.steps)))]
+        return [self.step(StepCounter(step=step, total=total)) for step in range(min(count, len(self.steps)))]
 
 
 def written(author: Author, count: int, *, seed: int, longest: int = 9) -> list[Response]:
@@ -82,9 +82,9 @@ def recorded(student: nn.Module) -> list[dict[str, Tensor]]:
 def one_step(
     folder: Path,
     responses: Sequence[Response],
-    judgement: Judgement,
+    loss_plan: LossPlan,
     *,
-    balance: Balance | None = None,
+    weighting: TokenWeighting | None = None,
     temperature: float = 1.0,
     cut: int = 8,
 ) -> tuple[dict[str, Any], Gradients]:
@@ -101,8 +101,8 @@ def one_step(
         folder,
         chosen,
         author=Scripted(responses),
-        judgement=judgement,
-        balance=balance,
+        loss_plan=loss_plan,
+        weighting=weighting,
         temperature=temperature,
     )
     (line,) = metrics(folder)

@@ -19,13 +19,13 @@ from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, build_objective
 from limbeck.objectives.sums import AnyObjective
 from limbeck.recipe.load import TrainSection
-from limbeck.rollouts.sources import Author, fixed
+from limbeck.rollouts.sources import SourceFactory, offline
 from limbeck.teachers.local import LocalTeacher
 from limbeck.training.corpus import Corpus
 from limbeck.training.loop import train
-from limbeck.training.loss import Judgement
+from limbeck.training.loss import LossPlan
 from limbeck.training.metrics import LoopContext
-from limbeck.training.weighting import Balance
+from limbeck.training.weighting import TokenWeighting
 from limbeck.types import DenseSignal, Response, Teacher, TokenBatch
 
 # The heads have three rows more than there are ids.
@@ -119,11 +119,11 @@ def play(
     chosen: TrainSection,
     *,
     responses: Sequence[Response] | None = None,
-    author: Author | None = None,
+    author: SourceFactory | None = None,
     teacher: Teacher | None = None,
     objective: AnyObjective | None = None,
-    judgement: Judgement | None = None,
-    balance: Balance | None = None,
+    loss_plan: LossPlan | None = None,
+    weighting: TokenWeighting | None = None,
     temperature: float = 2.0,
     heldout: Sequence[Response] = (),
     development: Mapping[int, Response] = MappingProxyType({}),
@@ -133,11 +133,11 @@ def play(
     """Train through the public door, with checkpoints and metrics in `folder`."""
     return train(
         student,
-        author or fixed(tiny_responses() if responses is None else responses),
+        author or offline(tiny_responses() if responses is None else responses),
         teacher or tiny_teacher(),
-        judgement or Judgement(objective=objective or build_objective("fkl")),
+        loss_plan or LossPlan(objective=objective or build_objective("fkl")),
         temperature=Temperature(loss=temperature),
-        balance=balance,
+        weighting=weighting,
         heldout=heldout,
         development=development,
         corpus=corpus,

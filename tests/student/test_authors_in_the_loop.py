@@ -15,12 +15,21 @@ from torch import Tensor, nn
 from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.distillm2 import Beta
 from limbeck.objectives.sequence.rules import AlphaByGap
-from limbeck.rollouts.replay import Replay, ReplaySettings
+from limbeck.rollouts.replay import ReplaySettings, ReplaySource
 from limbeck.rollouts.rounds import Rounds
-from limbeck.rollouts.sources import Author, Fixed, Mixed, Own, Pairs, Pen, Shift, Supply
+from limbeck.rollouts.sources import (
+    MixedSource,
+    OfflineSource,
+    PairedSource,
+    ResponseSource,
+    RolloutConfig,
+    SourceContext,
+    SourceFactory,
+    StudentSource,
+)
 from limbeck.sampling.local import LocalSampler
-from limbeck.training.loss import Judgement
-from limbeck.training.weighting import Balance
+from limbeck.training.loss import LossPlan
+from limbeck.training.weighting import TokenWeighting
 from limbeck.types import Interrupted, LimbeckError, Response, Sampling, TokenPrompt
 from tests.student.naive import Both
 from tests.student.play import (
@@ -51,25 +60,25 @@ def sampler_of(model: Any, author: Any) -> LocalSampler:
     )
 
 
-def author_of(kind: str, student: nn.Module, folder: Path) -> Author:
-    def begin(shift: Shift) -> Supply:
+def author_of(kind: str, student: nn.Module, folder: Path) -> SourceFactory:
+    def begin(source_context: SourceContext) -> ResponseSource:
         sampling = Sampling(max_new_tokens=6, seed=4)
-        pen = Pen(
+        rollout = RolloutConfig(
             sampler=sampler_of(student, "student"),
             sampling=sampling,
-            rounds=Rounds(folder=folder / "rounds", world=shift.world),
+            rounds=Rounds(folder=folder / "rounds", world=source_context.world),
             refresh={"rounds": 3, "pairs": None, "mixed rounds": 2}.get(kind, 1),
             first_tokens=2,
         )
         if kind == "pairs":
             teacher = sampler_of(tiny_teacher().model, "teacher")
-            return Pairs(BASE, PROMPTS, pen, shift, teacher=teacher, teacher_sampling=sampling)
-        own, base = Own(PROMPTS, pen, shift), Fixed(BASE, shift)
+            return PairedSource(BASE, PROMPTS, rollout, source_context, teacher=teacher, teacher_sampling=sampling)
+        own, base = StudentSource(PROMPTS, rollout, source_context), OfflineSource(BASE, source_context)
         if kind.startswith("mixed"):
-            return Mixed(own, base, share=(0.4, 0.9), seed=shift.seed)
+            return MixedSource(own, base, share=(0.4, 0.9), seed=source_context.seed)
         if kind == "replay":
             replay = ReplaySettings(share=0.8, capacity=8, tolerance=-10.0, bump=0.05)
-            return Replay(own, base, replay, step_rows=shift.step_rows, seed=shift.seed)
+            return ReplaySource(own, base, replay, step_rows=source_context.step_rows, seed=source_context.seed)
         return own
 
     return begin
@@ -77,14 +86,14 @@ def author_of(kind: str, student: nn.Module, folder: Path) -> Author:
 
 def run(kind: str, folder: Path, **changes: Any) -> dict[str, Tensor]:
     student = tiny_model(1)
-    judgement = Judgement(
+    loss_plan = LossPlan(
         objective=build_objective("skl"),
-        own=build_objective("srkl"),
+        student_objective=build_objective("srkl"),
         rule=AlphaByGap(alpha0=0.5, high=0.9),
         authored=True,
     )
     changes = {"author": author_of(kind, student, folder), "heldout": HELDOUT} | changes
-    play(student, folder, CHOSEN, judgement=judgement, balance=Balance(beta=Beta(shape="code")), **changes)
+    play(student, folder, CHOSEN, loss_plan=loss_plan, weighting=TokenWeighting(beta=Beta(shape="code")), **changes)
     return weights(student)
 
 
@@ -125,9 +134,9 @@ def test_a_round_begins_with_a_checkpoint_so_that_only_its_writing_is_repeated(t
     student = tiny_model(1)
     whole = author_of("rounds", student, tmp_path)
 
-    def killed(shift: Shift) -> Supply:
-        own = whole(shift)
-        assert isinstance(own, Own)
+    def killed(source_context: SourceContext) -> ResponseSource:
+        own = whole(source_context)
+        assert isinstance(own, StudentSource)
         told: list[int] = []
 
         def report(author: str, done: int, total: int) -> None:
@@ -136,12 +145,12 @@ def test_a_round_begins_with_a_checkpoint_so_that_only_its_writing_is_repeated(t
             if len(told) == 5:
                 raise ConnectionAbortedError("killed")
 
-        rounds = replace(own.pen.rounds, report=report)
-        return Own(PROMPTS, replace(own.pen, rounds=rounds), shift)
+        rounds = replace(own.rollout.rounds, report=report)
+        return StudentSource(PROMPTS, replace(own.rollout, rounds=rounds), source_context)
 
     chosen = replace(CHOSEN, save_steps=1000)
     with pytest.raises(ConnectionAbortedError):
-        play(student, tmp_path, chosen, author=killed, judgement=Judgement(objective=build_objective("fkl")))
+        play(student, tmp_path, chosen, author=killed, loss_plan=LossPlan(objective=build_objective("fkl")))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
     written = [(tmp_path / "rounds" / name / "student").glob("0*.jsonl") for name in ("000", "001")]
     assert [len(list(files)) for files in written] == [4, 1]
@@ -150,17 +159,19 @@ def test_a_round_begins_with_a_checkpoint_so_that_only_its_writing_is_repeated(t
 def test_the_replay_is_told_the_held_out_loss_before_training_and_after_each_epoch(tmp_path):
     told: list[float] = []
 
-    class Listening(Replay):
+    class Listening(ReplaySource):
         def validated(self, loss: float) -> None:
             told.append(loss)
             super().validated(loss)
 
     student = tiny_model(1)
 
-    def author(shift: Shift) -> Supply:
-        whole = author_of("replay", student, tmp_path)(shift)
-        assert isinstance(whole, Replay)
-        return Listening(whole.own, whole.base, whole.settings, step_rows=shift.step_rows, seed=shift.seed)
+    def author(source_context: SourceContext) -> ResponseSource:
+        whole = author_of("replay", student, tmp_path)(source_context)
+        assert isinstance(whole, ReplaySource)
+        return Listening(
+            whole.own, whole.base, whole.settings, step_rows=source_context.step_rows, seed=source_context.seed
+        )
 
     run("replay", tmp_path, author=author)
     # Of the untrained student, by hand; then once more after the first epoch of four steps.
@@ -180,24 +191,24 @@ def test_what_the_student_writes_is_what_it_would_write_at_that_step(tmp_path):
     """The second step's responses are those of the weights after the first, word for word."""
     seen: list[list[Response]] = []
 
-    def watched(student: nn.Module, folder: Path) -> Author:
-        def begin(shift: Shift) -> Supply:
-            supply = author_of("student", student, folder)(shift)
-            original = supply.step
+    def watched(student: nn.Module, folder: Path) -> SourceFactory:
+        def begin(source_context: SourceContext) -> ResponseSource:
+            response_source = author_of("student", student, folder)(source_context)
+            original = response_source.step
 
             def step(clock: Any) -> dict[int, Response]:
                 seen.append(list(original(clock).values()))
                 return original(clock)
 
-            supply.step = step  # type: ignore[method-assign]
-            return supply
+            response_source.step = step  # type: ignore[method-assign]
+            return response_source
 
         return begin
 
     student = tiny_model(1)
-    judgement = Judgement(objective=build_objective("rkl"), authored=True)
+    loss_plan = LossPlan(objective=build_objective("rkl"), authored=True)
     chosen = settings(max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=0, save_steps=1)
-    play(student, tmp_path, chosen, author=watched(student, tmp_path), judgement=judgement)
+    play(student, tmp_path, chosen, author=watched(student, tmp_path), loss_plan=loss_plan)
     stored = load_file(tmp_path / "checkpoints" / "step-000001" / "model.safetensors")
     after_one = tiny_model(1)
     after_one.load_state_dict({k.removeprefix("student."): v for k, v in stored.items()}, strict=False)
@@ -212,15 +223,15 @@ def test_the_projection_of_hidden_states_does_not_make_the_replay_write_twice(tm
     objective = build_objective("sum", parts=[{"name": "fkl"}, {"name": kind}])
     student = tiny_model(1)
 
-    def always(shift: Shift) -> Supply:
-        whole = author_of("replay", student, tmp_path)(shift)
-        assert isinstance(whole, Replay)
+    def always(source_context: SourceContext) -> ResponseSource:
+        whole = author_of("replay", student, tmp_path)(source_context)
+        assert isinstance(whole, ReplaySource)
         whole.settings, whole.phi = ReplaySettings(share=1.0), 1.0
         return whole
 
     # Seven responses; a second writing would fill the buffer of eight.
     chosen = settings(max_steps=1, per_device_train_batch_size=7)
-    judgement = Judgement(objective=objective, authored=True)
-    play(student, tmp_path, chosen, author=always, judgement=judgement, heldout=HELDOUT)
+    loss_plan = LossPlan(objective=objective, authored=True)
+    play(student, tmp_path, chosen, author=always, loss_plan=loss_plan, heldout=HELDOUT)
     (line,) = metrics(tmp_path)
     assert line["buffer"] == 7

@@ -12,8 +12,8 @@ from limbeck.objectives import build_objective
 from limbeck.objectives.mixtures import SkewReverseKL
 from limbeck.objectives.sequence.distillm2 import Beta
 from limbeck.objectives.sequence.rules import AlphaByGap
-from limbeck.training.loss import Judgement
-from limbeck.training.weighting import Balance
+from limbeck.training.loss import LossPlan
+from limbeck.training.weighting import TokenWeighting
 from limbeck.types import Interrupted
 from tests.student.naive import (
     Both,
@@ -30,8 +30,8 @@ from tests.student.naive import (
 from tests.student.play import identical, largest_gap, metrics, play, settings, stop_after, tiny_model, weights
 
 SKL, SRKL = build_objective("skl", alpha=0.1), build_objective("srkl", alpha=0.1)
-DISTILLM_2 = Judgement(objective=SKL, own=SRKL, authored=True)
-RELEASED = Balance(reduction="sequence", beta=Beta())
+DISTILLM_2 = LossPlan(objective=SKL, student_objective=SRKL, authored=True)
+RELEASED = TokenWeighting(reduction="sequence", beta=Beta())
 PAIRS = pairs(4)
 
 
@@ -61,8 +61,8 @@ def token_mean(values: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize("detach", [False, True])
 def test_a_step_of_distillm_2_is_skl_on_the_teachers_and_srkl_on_the_students(tmp_path, detach, cut):
     own = build_objective("srkl", alpha=0.1, detach_mixture=detach)
-    judgement = Judgement(objective=SKL, own=own, authored=True)
-    line, grads = one_step(tmp_path, PAIRS, judgement, balance=RELEASED, cut=cut)
+    loss_plan = LossPlan(objective=SKL, student_objective=own, authored=True)
+    line, grads = one_step(tmp_path, PAIRS, loss_plan, weighting=RELEASED, cut=cut)
     student, rows = read(PAIRS)
     theirs, own = theirs_of(rows), own_of(rows)
     # The released code: token means of each response, then means over the pairs, then their sum.
@@ -79,7 +79,7 @@ def test_a_step_of_distillm_2_is_skl_on_the_teachers_and_srkl_on_the_students(tm
 
 
 def test_the_other_branch_of_a_row_would_show(tmp_path):
-    _, grads = one_step(tmp_path, PAIRS, DISTILLM_2, balance=RELEASED)
+    _, grads = one_step(tmp_path, PAIRS, DISTILLM_2, weighting=RELEASED)
     student, rows = read(PAIRS)
     theirs, own = theirs_of(rows), own_of(rows)
     wrong = {
@@ -93,8 +93,8 @@ def test_the_other_branch_of_a_row_would_show(tmp_path):
 
 @pytest.mark.parametrize("beta", [0.2, 0.7])
 def test_beta_weighs_the_two_halves(tmp_path, beta):
-    balance = Balance(reduction="token", beta=Beta(shape="constant", start=beta), scale=1.0)
-    line, grads = one_step(tmp_path, PAIRS, DISTILLM_2, balance=balance)
+    weighting = TokenWeighting(reduction="token", beta=Beta(shape="constant", start=beta), scale=1.0)
+    line, grads = one_step(tmp_path, PAIRS, DISTILLM_2, weighting=weighting)
     student, rows = read(PAIRS)
     theirs, own = theirs_of(rows), own_of(rows)
     skl, srkl = token_mean([r.skl_T(0.1) for r in theirs]), token_mean([r.srkl_T(0.1) for r in own])
@@ -112,12 +112,14 @@ class Untouchable(SkewReverseKL):
 def test_an_objective_sees_only_the_responses_of_its_author(tmp_path):
     theirs, own = written("teacher", 4, seed=0), written("student", 4, seed=1)
     with pytest.raises(AssertionError, match="rows were judged"):
-        one_step(tmp_path / "a", PAIRS, Judgement(objective=SKL, own=Untouchable(), authored=True))
-    line, grads = one_step(tmp_path / "b", theirs, Judgement(objective=SKL, own=Untouchable(), authored=True))
-    plain, plain_grads = one_step(tmp_path / "c", theirs, Judgement(objective=SKL))
+        one_step(tmp_path / "a", PAIRS, LossPlan(objective=SKL, student_objective=Untouchable(), authored=True))
+    line, grads = one_step(
+        tmp_path / "b", theirs, LossPlan(objective=SKL, student_objective=Untouchable(), authored=True)
+    )
+    plain, plain_grads = one_step(tmp_path / "c", theirs, LossPlan(objective=SKL))
     assert gap(grads, plain_grads) < 1e-6 and line["loss"] == pytest.approx(plain["loss"])
     assert "loss/student" not in line and line["loss/teacher"] == line["loss"]
-    line, _ = one_step(tmp_path / "d", own, Judgement(objective=Untouchable(), own=SRKL, authored=True))
+    line, _ = one_step(tmp_path / "d", own, LossPlan(objective=Untouchable(), student_objective=SRKL, authored=True))
     assert "loss/teacher" not in line and line["loss/student"] == line["loss"]
 
 
@@ -126,7 +128,7 @@ def test_an_objective_sees_only_the_responses_of_its_author(tmp_path):
 # Wide bounds, so that hardly any alpha is clipped; a step of eight rows and one of four, so that a mean of means shows.
 RULE = AlphaByGap(alpha0=0.5, low=0.01, high=0.99)
 STEPS = (pairs(4, seed=20), pairs(2, seed=30))
-ADAPTIVE = Judgement(objective=SKL, own=SRKL, rule=RULE, authored=True)
+ADAPTIVE = LossPlan(objective=SKL, student_objective=SRKL, rule=RULE, authored=True)
 
 
 def alphas(rows: Sequence[Both], reference: dict[str, float]) -> list[float]:
@@ -143,7 +145,7 @@ def test_alpha_waits_an_epoch_and_then_follows_the_mean_gap_of_that_epoch(tmp_pa
     passes = recorded(student)
     # A rate at which nothing moves: every gap is that of the weights we know.
     still = settings(max_steps=4, learning_rate=1e-20, max_grad_norm=0.0)
-    play(student, tmp_path, still, author=Scripted(*STEPS), judgement=ADAPTIVE, balance=RELEASED, temperature=1.0)
+    play(student, tmp_path, still, author=Scripted(*STEPS), loss_plan=ADAPTIVE, weighting=RELEASED, temperature=1.0)
     lines = metrics(tmp_path)
     assert largest_gap(weights(student), weights(tiny_model(1))) < 1e-15
     assert all(line["alpha/teacher"] == line["alpha/student"] == 0.5 for line in lines[:2])
@@ -181,8 +183,8 @@ def test_the_reference_gap_survives_a_checkpoint(tmp_path, stop):
             tmp_path / folder,
             chosen,
             author=Scripted(*STEPS),
-            judgement=ADAPTIVE,
-            balance=RELEASED,
+            loss_plan=ADAPTIVE,
+            weighting=RELEASED,
             should_stop=stop_after(wish),
         )
         return weights(student)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from limbeck.objectives import build_objective
 from limbeck.training.corpus import Corpus
-from limbeck.training.loss import Judgement
+from limbeck.training.loss import LossPlan
 from limbeck.types import Interrupted
 from tests.student.naive import Scripted, gap, gradients, read, recorded, written
 from tests.student.play import (
@@ -63,8 +63,8 @@ def test_a_step_has_the_gradient_of_the_objective_and_of_cross_entropy_on_the_te
     chosen = settings(
         max_steps=1, per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts, max_grad_norm=0.0
     )
-    judgement = Judgement(objective=build_objective("rkl"))
-    play(student, tmp_path, chosen, author=Scripted(responses), judgement=judgement, corpus=corpus, temperature=1.0)
+    loss_plan = LossPlan(objective=build_objective("rkl"))
+    play(student, tmp_path, chosen, author=Scripted(responses), loss_plan=loss_plan, corpus=corpus, temperature=1.0)
     (line,), fresh = metrics(tmp_path), tiny_model(1)
     ids = torch.stack([torch.tensor((*r.prompt_ids, *r.response_ids)) for r in tiny_corpus(rows=4).at(0, 4).values()])
     text = cross_entropy(fresh(input_ids=ids).logits[:, :-1, :VOCAB].flatten(0, 1), ids[:, 1:].flatten())

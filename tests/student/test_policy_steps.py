@@ -13,8 +13,8 @@ from torch.nn.functional import logsigmoid
 from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.distillm2 import Beta
 from limbeck.objectives.sequence.rules import DPKD, ImportanceWeights, MiniLLM
-from limbeck.training.loss import Judgement
-from limbeck.training.weighting import Balance
+from limbeck.training.loss import LossPlan
+from limbeck.training.weighting import TokenWeighting
 from limbeck.types import LimbeckError, Response
 from tests.student.naive import Both, gap, gradients, norm, one_step, pairs, read, stale, written
 
@@ -39,10 +39,10 @@ def dpkd_loss(rows: Sequence[Both], beta: float) -> Tensor:
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_a_step_of_dpkd_has_the_gradient_of_its_formula(tmp_path, beta, cut):
     responses = pairs(4)
-    judgement = Judgement(objective=POLICY, rule=DPKD(beta=beta), authored=True)
+    loss_plan = LossPlan(objective=POLICY, rule=DPKD(beta=beta), authored=True)
     # With the scale of 2 at a beta of 0.5 each half is a mean over its rows, and the pairs are as many.
-    balance = Balance(reduction="sequence", beta=Beta())
-    line, grads = one_step(tmp_path, responses, judgement, balance=balance, cut=cut)
+    weighting = TokenWeighting(reduction="sequence", beta=Beta())
+    line, grads = one_step(tmp_path, responses, loss_plan, weighting=weighting, cut=cut)
     student, rows = read(responses)
     loss = dpkd_loss(rows, beta)
     expected = gradients(student, loss)
@@ -53,17 +53,17 @@ def test_a_step_of_dpkd_has_the_gradient_of_its_formula(tmp_path, beta, cut):
 
 def test_one_mean_over_rows_is_half_of_dpkd(tmp_path):
     responses = pairs(4)
-    judgement = Judgement(objective=POLICY, rule=DPKD(beta=2.0), authored=True)
-    _, grads = one_step(tmp_path, responses, judgement, balance=Balance(reduction="sequence"))
+    loss_plan = LossPlan(objective=POLICY, rule=DPKD(beta=2.0), authored=True)
+    _, grads = one_step(tmp_path, responses, loss_plan, weighting=TokenWeighting(reduction="sequence"))
     student, rows = read(responses)
     assert gap(grads, gradients(student, dpkd_loss(rows, 2.0) / 2)) < 1e-4
 
 
 def test_pairs_that_would_be_cut_apart_are_refused(tmp_path):
     """Their partners would be missing, and the loss quietly another."""
-    judgement = Judgement(objective=POLICY, rule=DPKD(), authored=True)
+    loss_plan = LossPlan(objective=POLICY, rule=DPKD(), authored=True)
     with pytest.raises(LimbeckError, match=r"batch_size is 3 and the rule dpkd compares pairs .*an even number"):
-        one_step(tmp_path, pairs(3), judgement, cut=3)
+        one_step(tmp_path, pairs(3), loss_plan, cut=3)
 
 
 # --- MiniLLM ---
@@ -96,7 +96,7 @@ def no_weight(row: Both) -> Tensor:
 @pytest.mark.parametrize(("gamma", "length_norm", "clip"), [(1.0, False, 0.0), (0.9, True, 0.0), (1.0, True, 1.5)])
 def test_a_step_of_minillm_has_the_published_gradient(tmp_path, gamma, length_norm, clip, cut):
     rule = MiniLLM(gamma=gamma, length_norm=length_norm, clip_reward=clip)
-    line, grads = one_step(tmp_path, OWN, Judgement(objective=WHOLE, rule=rule, authored=True), cut=cut)
+    line, grads = one_step(tmp_path, OWN, LossPlan(objective=WHOLE, rule=rule, authored=True), cut=cut)
     student, rows = read(OWN)
     loss = minillm_loss(rows, lambda row: returns(row, gamma, length_norm=length_norm, clip=clip), no_weight)
     expected = gradients(student, loss)
@@ -136,7 +136,7 @@ DRAWN: dict[str, list[Response]] = {
 def test_stale_responses_are_weighed_by_what_they_were_drawn_with(tmp_path, drawn, importance, cut):
     responses = DRAWN[drawn]
     rule = MiniLLM(length_norm=False, importance=importance)
-    _, grads = one_step(tmp_path, responses, Judgement(objective=WHOLE, rule=rule, authored=True), cut=cut)
+    _, grads = one_step(tmp_path, responses, LossPlan(objective=WHOLE, rule=rule, authored=True), cut=cut)
     student, rows = read(responses)
     weight = {"step": step_weight, "sequence": sequence_weight}[importance]
     loss = minillm_loss(rows, lambda row: returns(row, 1.0, length_norm=False), weight)
@@ -152,8 +152,8 @@ def test_opd_on_stale_responses_is_weighed(tmp_path, drawn, importance, cut):
     """Token mean of w_t A_t (-log q(y_t)), A = log p - log q held constant."""
     responses = DRAWN[drawn]
     rule = ImportanceWeights(importance=importance)
-    judgement = Judgement(objective=build_objective("opd"), rule=rule, authored=True)
-    line, grads = one_step(tmp_path, responses, judgement, cut=cut)
+    loss_plan = LossPlan(objective=build_objective("opd"), rule=rule, authored=True)
+    line, grads = one_step(tmp_path, responses, loss_plan, cut=cut)
     student, rows = read(responses)
 
     def loss(weight: Callable[[Both], Tensor]) -> Tensor:
@@ -170,16 +170,16 @@ def test_responses_of_the_student_of_now_weigh_one(tmp_path):
     """Whether the sampler kept what it drew with or not: then it is what the student says now."""
     _, rows = read(OWN)
     kept = [replace(row.response, logp=tuple(row.log_q_T.tolist())) for row in rows]
-    judgement = Judgement(objective=WHOLE, rule=MiniLLM(importance="sequence"), authored=True)
-    _, plain = one_step(tmp_path / "a", OWN, judgement)
-    _, grads = one_step(tmp_path / "b", kept, judgement)
+    loss_plan = LossPlan(objective=WHOLE, rule=MiniLLM(importance="sequence"), authored=True)
+    _, plain = one_step(tmp_path / "a", OWN, loss_plan)
+    _, grads = one_step(tmp_path / "b", kept, loss_plan)
     assert gap(grads, plain) < 1e-4
 
 
 @pytest.mark.parametrize("cut", [6, 4, 2, 1])
 def test_whitening_is_of_the_whole_step_however_it_is_cut(tmp_path, cut):
     rule = MiniLLM(length_norm=False, gamma=0.95, own_reward=True, reward_scaling=0.5, whiten=True)
-    _, grads = one_step(tmp_path, OWN, Judgement(objective=WHOLE, rule=rule, authored=True), cut=cut)
+    _, grads = one_step(tmp_path, OWN, LossPlan(objective=WHOLE, rule=rule, authored=True), cut=cut)
     student, rows = read(OWN)
 
     def advantage(row: Both) -> Tensor:
@@ -198,7 +198,7 @@ def test_whitening_is_of_the_whole_step_however_it_is_cut(tmp_path, cut):
 def test_ratios_beyond_ppos_clip_do_not_push_the_later_tokens_part(tmp_path, cut):
     responses = DRAWN["stale"]
     rule = MiniLLM(length_norm=False, clip_ratio=0.2, importance="policy")
-    _, grads = one_step(tmp_path, responses, Judgement(objective=WHOLE, rule=rule, authored=True), cut=cut)
+    _, grads = one_step(tmp_path, responses, LossPlan(objective=WHOLE, rule=rule, authored=True), cut=cut)
     student, rows = read(responses)
     losses = []
     for row in rows:
@@ -212,7 +212,7 @@ def test_ratios_beyond_ppos_clip_do_not_push_the_later_tokens_part(tmp_path, cut
 def test_no_weight_is_above_its_clip(tmp_path):
     responses = DRAWN["stale"]
     rule = MiniLLM(length_norm=False, clip_weight=0.8)
-    _, grads = one_step(tmp_path, responses, Judgement(objective=WHOLE, rule=rule, authored=True))
+    _, grads = one_step(tmp_path, responses, LossPlan(objective=WHOLE, rule=rule, authored=True))
     student, rows = read(responses)
     clipped = torch.cat([step_weight(row) > 0.8 for row in rows])
     assert 0 < int(clipped.sum()) < len(clipped)

@@ -9,26 +9,26 @@ from typing import Any
 import pytest
 
 from limbeck.objectives import build_objective
-from limbeck.rollouts.sources import Clock, Fixed, Shift
+from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter
 from limbeck.training.loop import NonFiniteError
 from limbeck.types import LimbeckError, Response
 from tests.student.play import play, settings, tiny_model, tiny_responses
 
 
-class Counting(Fixed):
+class Counting(OfflineSource):
     """A supply whose state is how often it was asked; it begins rounds before some steps, and fails at one."""
 
-    def __init__(self, shift: Shift, *, rounds: tuple[int, ...] = (), fails: int = -1):
-        super().__init__(tiny_responses(), shift)
+    def __init__(self, source_context: SourceContext, *, rounds: tuple[int, ...] = (), fails: int = -1):
+        super().__init__(tiny_responses(), source_context)
         self.taken, self.rounds, self.fails = 0, rounds, fails
 
-    def step(self, clock: Clock) -> dict[int, Response]:
+    def step(self, clock: StepCounter) -> dict[int, Response]:
         if clock.step == self.fails:
             raise LimbeckError("the model's logits are NaN")
         self.taken += 1
         return super().step(clock)
 
-    def begins_round(self, clock: Clock) -> bool:
+    def starts_round(self, clock: StepCounter) -> bool:
         return clock.step in self.rounds
 
     def state(self) -> dict[str, Any]:
@@ -42,8 +42,8 @@ def counted(folder: Path, *, objective: str = "fkl", changes: Mapping[str, Any] 
     """A run of five steps, and the supply as it is at its end."""
     made: list[Counting] = []
 
-    def author(shift: Shift) -> Counting:
-        made.append(Counting(shift, **how))
+    def author(source_context: SourceContext) -> Counting:
+        made.append(Counting(source_context, **how))
         return made[0]
 
     play(tiny_model(1), folder, settings(**(changes or {})), author=author, objective=build_objective(objective))

@@ -103,9 +103,9 @@ def test_mistakes_are_one_line(limbeck: CommandServer, tiny: TinyPair, tmp_path:
 
 def test_a_run_whose_worker_is_killed_once_goes_on(tiny: TinyPair, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_tree(tiny) | {"output_dir": str(tmp_path / "a")})
-    task = Task(recipe=as_tree(recipe), shelf=str(tmp_path / "shared"), update=False)
+    task = Task(recipe=as_tree(recipe), artifacts=str(tmp_path / "shared"), update=False)
     outcomes: list[Outcome] = []
-    workers = Workers(shelf=tmp_path / "shared", count=1, threads=1, log=tmp_path / "workers.log")
+    workers = Workers(artifacts=tmp_path / "shared", count=1, threads=1, log=tmp_path / "workers.log")
     begun: list[int] = []
 
     def kill_the_first(number: int) -> None:
@@ -125,9 +125,9 @@ def test_a_run_whose_worker_is_killed_once_goes_on(tiny: TinyPair, tmp_path: Pat
 def test_a_worker_that_is_killed(tiny: TinyPair, tmp_path: Path) -> None:
     """Again and again: its run has failed, the next one gets another worker."""
     recipes = [load_recipe(recipe_tree(tiny) | {"output_dir": str(tmp_path / name)}) for name in "ab"]
-    tasks = [Task(recipe=as_tree(recipe), shelf=str(tmp_path / "shared"), update=False) for recipe in recipes]
+    tasks = [Task(recipe=as_tree(recipe), artifacts=str(tmp_path / "shared"), update=False) for recipe in recipes]
     outcomes: dict[int, Outcome] = {}
-    workers = Workers(shelf=tmp_path / "shared", count=1, threads=1, log=tmp_path / "workers.log")
+    workers = Workers(artifacts=tmp_path / "shared", count=1, threads=1, log=tmp_path / "workers.log")
 
     def begun(number: int) -> None:
         if number == 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.runtime.rundir import RunDirectory
-from limbeck.sweep import workers as crew
+from limbeck.sweep import workers as pool
 from limbeck.sweep.tasks import Outcome, Task
 from limbeck.types import LimbeckError
 from tests.sweep.conftest import Play, Tree, alone, made_here
@@ -79,6 +79,6 @@ def test_a_run_that_was_lost_is_told_from_one_that_failed(
     def lose(task: Task) -> Outcome:
         return Outcome(state="failed", error="its process was killed", lost="rkl" in str(task.recipe["objective"]))
 
-    monkeypatch.setattr(crew, "perform", lose)
+    monkeypatch.setattr(pool, "perform", lose)
     done = played(tmp_path / "s", grid={"objective.name": ["fkl", "rkl"]})
     assert (done.end.runs, done.end.failed, done.end.lost) == (2, 2, 1)

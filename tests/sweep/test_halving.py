@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.pipeline.engine import play
+from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stages import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.rundir import read_json
@@ -95,7 +95,7 @@ class TestPausing:
         recipe = load_recipe(recipe_tree(tiny, train=SMALL | {"save_steps": 50}) | {"output_dir": str(tmp_path / "r")})
         for share, step in ((0.3, 2), (0.3, 2), (0.5, 2), (0.75, 3)):
             with pytest.raises(Interrupted, match=f"after step {step} of 4"):
-                play(recipe, stages=STAGES, until="train", pause_at=share)
+                run_pipeline(recipe, stages=STAGES, until="train", pause_at=share)
             assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == step
-        run = play(recipe, stages=STAGES, until="train", pause_at=0.9)
+        run = run_pipeline(recipe, stages=STAGES, until="train", pause_at=0.9)
         assert run.done("student")

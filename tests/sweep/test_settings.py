@@ -14,11 +14,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.pipeline.build import judgement_of
+from limbeck.pipeline.build import loss_plan_of
 from limbeck.recipe.files import shipped_sweeps
 from limbeck.recipe.load import load_recipe
 from limbeck.sweep.arms import arms_of, final_runs, first_recipes, tuning_runs
-from limbeck.sweep.settings import KEYS, load_sweep, to_yaml
+from limbeck.sweep.settings import KEYS, load_sweep, settings_to_yaml
 from limbeck.types import LimbeckError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweeping.md"
@@ -158,7 +158,7 @@ class TestFiles:
         assert first_recipes(loaded).keys() == loaded.first.keys()
         for arm in arms_of(loaded):
             for run in (*tuning_runs(loaded, arm, {}), *final_runs(loaded, arm, {}, {})):
-                assert judgement_of(run.recipe).objectives
+                assert loss_plan_of(run.recipe).objectives
 
     @pytest.mark.parametrize("text", re.findall(r"^```yml\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S))
     def test_examples_of_the_page(self, text: str) -> None:
@@ -182,7 +182,7 @@ class TestFiles:
             teacher_run=RECIPE,
             output_dir=str(tmp_path),
         )
-        (tmp_path / "sweep.resolved.yaml").write_text(to_yaml(loaded))
+        (tmp_path / "sweep.resolved.yaml").write_text(settings_to_yaml(loaded))
         assert load_sweep(tmp_path) == loaded
 
     def test_a_recipe_is_no_sweep(self) -> None:

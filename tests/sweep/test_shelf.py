@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.runtime.artifact_cache import Shelf
+from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.rundir import RunDirectory, link, read_json, write_json, write_text
 
 
-def finished_run(root: Path, print_: str = "abc") -> RunDirectory:
+def finished_run(root: Path, fingerprint_: str = "abc") -> RunDirectory:
     run = RunDirectory(root)
     write_text(run.responses / "batches" / "00000.jsonl", "one\n")
     write_text(run.prompts, "prompts\n")
-    write_json(run.manifest_path("responses"), {"fingerprint": print_, "done": True, "seconds": 3.0})
+    write_json(run.manifest_path("responses"), {"fingerprint": fingerprint_, "done": True, "seconds": 3.0})
     return run
 
 
@@ -26,41 +26,45 @@ def outputs(run: RunDirectory) -> tuple[Path, ...]:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(tmp_path / "sweep" / "shared")
+def artifacts(tmp_path: Path) -> ArtifactCache:
+    return ArtifactCache(tmp_path / "sweep" / "shared")
 
 
 class TestStages:
-    def test_adopted_as_links(self, shelf: Shelf, tmp_path: Path) -> None:
+    def test_adopted_as_links(self, artifacts: ArtifactCache, tmp_path: Path) -> None:
         donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
-        shelf.offer("responses", "abc", donor)
-        assert shelf.adopt("responses", "abc", run, outputs) == donor.root
+        artifacts.publish("responses", "abc", donor)
+        assert artifacts.link_stage("responses", "abc", run, outputs) == donor.root
         assert run.finished("responses", "abc") and not run.samples.exists()
         for here, there in zip(outputs(run)[:2], outputs(donor)[:2], strict=True):
             for file in [here] if here.is_file() else [p for p in here.rglob("*") if p.is_file()]:
                 assert file.samefile(there / file.relative_to(here) if there.is_dir() else there)
         assert read_json(run.manifest_path("responses"))["shared_from"] == "../a"
 
-    def test_a_moved_sweep_still_finds_them(self, shelf: Shelf, tmp_path: Path) -> None:
-        shelf.offer("responses", "abc", finished_run(tmp_path / "sweep" / "a"))
+    def test_a_moved_sweep_still_finds_them(self, artifacts: ArtifactCache, tmp_path: Path) -> None:
+        artifacts.publish("responses", "abc", finished_run(tmp_path / "sweep" / "a"))
         (tmp_path / "sweep").rename(tmp_path / "moved")
-        moved, run = Shelf(tmp_path / "moved" / "shared"), RunDirectory(tmp_path / "moved" / "b")
-        assert moved.adopt("responses", "abc", run, outputs) == tmp_path / "moved" / "a"
+        moved, run = ArtifactCache(tmp_path / "moved" / "shared"), RunDirectory(tmp_path / "moved" / "b")
+        assert moved.link_stage("responses", "abc", run, outputs) == tmp_path / "moved" / "a"
 
     @pytest.mark.parametrize("change", [{"done": False}, {"fingerprint": "other"}])
-    def test_only_what_is_finished_with_these_inputs(self, shelf: Shelf, tmp_path: Path, change: dict) -> None:
+    def test_only_what_is_finished_with_these_inputs(
+        self, artifacts: ArtifactCache, tmp_path: Path, change: dict
+    ) -> None:
         donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
-        shelf.offer("responses", "abc", donor)
+        artifacts.publish("responses", "abc", donor)
         write_json(donor.manifest_path("responses"), (donor.manifest("responses") or {}) | change)
-        assert shelf.adopt("responses", "abc", run, outputs) is None and not run.root.exists()
+        assert artifacts.link_stage("responses", "abc", run, outputs) is None and not run.root.exists()
         other = finished_run(tmp_path / "sweep" / "c")
-        shelf.offer("responses", "abc", other)
-        assert shelf.adopt("responses", "abc", run, outputs) == other.root
+        artifacts.publish("responses", "abc", other)
+        assert artifacts.link_stage("responses", "abc", run, outputs) == other.root
 
-    def test_killed_before_any_link(self, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_killed_before_any_link(
+        self, artifacts: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """However far it came, the stage counts as begun, and the next try completes it."""
         donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
-        shelf.offer("responses", "abc", donor)
+        artifacts.publish("responses", "abc", donor)
         plain, moves = Path.replace, 0
 
         def replace(self: Path, target: Path) -> Path:
@@ -74,28 +78,28 @@ class TestStages:
             moves = 0
             monkeypatch.setattr(Path, "replace", replace)
             with pytest.raises(KeyboardInterrupt):
-                shelf.adopt("responses", "abc", run, outputs)
+                artifacts.link_stage("responses", "abc", run, outputs)
             monkeypatch.undo()
             assert not run.done("responses")
             assert fatal == 1 or run.manifest("responses") is not None
-        shelf.adopt("responses", "abc", run, outputs)
-        run.sweep()
+        artifacts.link_stage("responses", "abc", run, outputs)
+        run.remove_partial_files()
         assert run.finished("responses", "abc") and run.prompts.samefile(donor.prompts)
         assert not list(run.root.rglob("*.partial"))
 
 
 class TestFiles:
-    def test_kept_once_and_taken(self, shelf: Shelf, tmp_path: Path) -> None:
+    def test_kept_once_and_taken(self, artifacts: ArtifactCache, tmp_path: Path) -> None:
         one, two = tmp_path / "one", tmp_path / "two"
         write_text(one / "answers" / "before-1.jsonl", "first\n")
-        assert not shelf.take("k", two)
-        shelf.keep("k", one, [one / "answers" / "before-1.jsonl"])
+        assert not artifacts.restore("k", two)
+        artifacts.store("k", one, [one / "answers" / "before-1.jsonl"])
         write_text(one / "answers" / "before-1.jsonl", "second\n")
-        shelf.keep("k", one, [one / "answers" / "before-1.jsonl"])
-        assert shelf.take("k", two)
+        artifacts.store("k", one, [one / "answers" / "before-1.jsonl"])
+        assert artifacts.restore("k", two)
         assert (two / "answers" / "before-1.jsonl").read_text() == "first\n"
 
-    def test_replacing_one_name_leaves_the_other(self, shelf: Shelf, tmp_path: Path) -> None:
+    def test_replacing_one_name_leaves_the_other(self, artifacts: ArtifactCache, tmp_path: Path) -> None:
         write_text(tmp_path / "a", "old\n")
         link(tmp_path / "a", tmp_path / "b")
         write_text(tmp_path / "b", "new\n")
@@ -124,21 +128,21 @@ class TestFiles:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_who_comes_second_waits(shelf: Shelf) -> None:
+def test_who_comes_second_waits(artifacts: ArtifactCache) -> None:
     inside, order = threading.Event(), []
 
     def second() -> None:
         inside.wait()
-        with shelf.claimed("k"):
+        with artifacts.lock("k"):
             order.append("second")
 
     thread = threading.Thread(target=second)
     thread.start()
-    with shelf.claimed("k"):
+    with artifacts.lock("k"):
         inside.set()
         thread.join(0.1)
         assert thread.is_alive()
-        with shelf.claimed("another"):
+        with artifacts.lock("another"):
             order.append("first")
     thread.join(5)
     assert order == ["first", "second"]

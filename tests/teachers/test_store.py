@@ -12,7 +12,7 @@ from limbeck.models.heads import head_of
 from limbeck.objectives.sparse import SparseForm, sparse_columns
 from limbeck.rollouts.collate import collate
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.stored import StoredTeacher, read_head, sparse_rows, write_head, write_rows, write_shard
+from limbeck.teachers.stored import StoredTeacher, read_head, sparse_rows, write_head, write_shard, write_signal
 from limbeck.types import DenseSignal, Head, LimbeckError, Response
 from tests.student.play import HEAD_ROWS, VOCAB, tiny_model, tiny_responses
 
@@ -131,7 +131,7 @@ def test_sparse_signals_are_read_exactly(tmp_path, teacher, support):
     responses, form = tiny_responses(6), SparseForm(support=support, k=5, temperatures=(1.0, 2.0))
     write_head(tmp_path, teacher.head)
     signals = {row: form.of(judged(teacher, responses, row), seed=row) for row in range(6)}
-    write_rows(tmp_path / "00000.safetensors", sparse_rows(signals))
+    write_signal(tmp_path / "00000.safetensors", sparse_rows(signals))
     stored = StoredTeacher.open(tmp_path, rows=range(6), device=CPU, temperatures=form.temperatures)
     got = stored.signal(collate(responses, [4, 1], pad_id=0))
     assert not isinstance(got, DenseSignal) and type(got) is type(signals[4])

@@ -8,7 +8,7 @@ from typing import Literal
 
 from limbeck.client.concurrency import concurrently
 from limbeck.client.openai import Refusal, Server
-from limbeck.client.replies import Json, short
+from limbeck.client.replies import Json, short_json
 from limbeck.evaluation.judge.log import Judgement
 from limbeck.evaluation.judge.verdicts import Opinion, no_completion, read_opinion
 from limbeck.runtime.rundir import fingerprint
@@ -45,7 +45,7 @@ _BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class AnswerPair:
     """Two answers to one prompt."""
 
     id: str
@@ -55,7 +55,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class JudgeQuestion:
     """A pair in one order.
 
     Attributes:
@@ -70,7 +70,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class CostEstimate:
     """What questions will cost. `output_tokens` is the most it can be."""
 
     requests: int
@@ -78,20 +78,20 @@ class Estimate:
     output_tokens: int
 
 
-def questions_of(pairs: Sequence[Pair], model: str) -> list[tuple[Question, Question]]:
+def questions_of(pairs: Sequence[AnswerPair], model: str) -> list[tuple[JudgeQuestion, JudgeQuestion]]:
     """Each pair in both orders: the student's answer first, and second."""
     return [(_question(pair, model, True), _question(pair, model, False)) for pair in pairs]
 
 
-def _question(pair: Pair, model: str, student_first: bool) -> Question:
+def _question(pair: AnswerPair, model: str, student_first: bool) -> JudgeQuestion:
     a, b = (pair.student, pair.other) if student_first else (pair.other, pair.student)
     text = _TASK.format(request=pair.request, a=a, b=b)
-    return Question(key=fingerprint([model, text]), pair_id=pair.id, student_first=student_first, text=text)
+    return JudgeQuestion(key=fingerprint([model, text]), pair_id=pair.id, student_first=student_first, text=text)
 
 
-def estimate(questions: Sequence[Question], max_new_tokens: int) -> Estimate:
+def estimate(questions: Sequence[JudgeQuestion], max_new_tokens: int) -> CostEstimate:
     """Tokens of questions, at four bytes each: the judge's tokenizer is not here."""
-    return Estimate(
+    return CostEstimate(
         requests=len(questions),
         input_tokens=sum(len(question.text.encode()) // _BYTES_PER_TOKEN + 1 for question in questions),
         output_tokens=len(questions) * max_new_tokens,
@@ -128,7 +128,7 @@ class Judge:
     # Shared by the threads: what one of them found the server to take.
     _wording: _Wording = field(init=False, default_factory=_Wording)
 
-    def ask(self, questions: Sequence[Question], *, answered_before: bool = False) -> Iterator[Judgement]:
+    def ask(self, questions: Sequence[JudgeQuestion], *, answered_before: bool = False) -> Iterator[Judgement]:
         """Judgements as they come, `concurrency` questions at a time.
 
         Args:
@@ -164,7 +164,7 @@ class Judge:
             f"correct {self.server.section}.model, or look at the server's log"
         )
 
-    def _ask(self, question: Question) -> Judgement:
+    def _ask(self, question: JudgeQuestion) -> Judgement:
         wording = self._wording
         reply = self._post(question, wording)
         while isinstance(reply, Refusal) and (other := wording.instead(reply)) is not None:
@@ -180,14 +180,14 @@ class Judge:
         try:
             opinion = read_opinion(reply)
         except LimbeckError:
-            opinion = Opinion(text=short(reply), unread="odd")
+            opinion = Opinion(text=short_json(reply), unread="odd")
         return self._judgement(question, opinion, wording, reply)
 
-    def _post(self, question: Question, wording: _Wording) -> Json | Refusal:
+    def _post(self, question: JudgeQuestion, wording: _Wording) -> Json | Refusal:
         body: Json = {"model": self.model, "messages": [{"role": "user", "content": question.text}]}
         return self.server.post("/chat/completions", body | wording.settings(self.max_new_tokens))
 
-    def _judgement(self, question: Question, opinion: Opinion, wording: _Wording, reply: Json) -> Judgement:
+    def _judgement(self, question: JudgeQuestion, opinion: Opinion, wording: _Wording, reply: Json) -> Judgement:
         return Judgement(
             key=question.key,
             pair_id=question.pair_id,

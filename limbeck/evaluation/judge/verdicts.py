@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from limbeck.client.replies import Json, short
+from limbeck.client.replies import Json, short_json
 from limbeck.types import LimbeckError, ScoredRow, is_unicode
 
 Verdict = Literal["A", "B", "C"]
@@ -97,7 +97,7 @@ def without_garbled(opinion: Opinion) -> Opinion:
     return Opinion(text=opinion.text, unread="garbled")
 
 
-def printable(opinion: Opinion) -> Opinion:
+def printable_judgement(opinion: Opinion) -> Opinion:
     """An opinion as files of UTF-8 can hold it: halves of surrogate pairs are spelled out."""
     return replace(opinion, text=opinion.text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
@@ -116,7 +116,7 @@ def _read(reply: Json) -> Opinion:
     message: Any = choice.get("message") if isinstance(choice, dict) else None
     content = message.get("content") if isinstance(message, dict) else 0
     if not (content is None or isinstance(content, str)):
-        raise no_completion(short(reply))
+        raise no_completion(short_json(reply))
     said, finish = content or "", choice.get("finish_reason")
     if finish == "content_filter" or message.get("refusal"):
         return Opinion(text=str(message.get("refusal") or said), unread="refused")

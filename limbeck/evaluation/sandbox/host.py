@@ -33,7 +33,7 @@ from limbeck.evaluation.sandbox import jail, syscalls, trial
 from limbeck.runtime.rundir import Json
 from limbeck.types import LimbeckError
 
-Kind = Literal[
+OutcomeKind = Literal[
     "passed", "wrong", "syntax", "exception", "exit", "killed", "timeout", "memory", "disk", "garbled", "unconfined"
 ]
 
@@ -91,7 +91,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class ProgramOutcome:
     """How a program did.
 
     Attributes:
@@ -100,7 +100,7 @@ class Verdict:
         text: what there is to say about it, one short line.
     """
 
-    kind: Kind
+    kind: OutcomeKind
     text: str = ""
 
     @property
@@ -122,14 +122,15 @@ def require_sandbox(scratch: Path, limits: Limits) -> Json:
         )
     files = files_possible()
     tests = trial.tests(limits.disk_mb << 20 if files else 0)
-    found = run(Job(program=trial.PROGRAM, setup="", names=trial.NAMES, tests=tests), limits, scratch)
+    found = run_program(Job(program=trial.PROGRAM, setup="", names=trial.NAMES, tests=tests), limits, scratch)
     if not found.passed:
         raise LimbeckError(
             f"the sandbox for programs failed its trial ({found.kind}: {found.text}); raise evaluate.tasks.memory_mb "
             "or evaluate.tasks.timeout_s, or take humaneval and mbpp out of evaluate.tasks.files"
         )
     return {
-        "system_calls": f"seccomp allows {len(syscalls.ALLOWED) + 4}, none that makes a process, a thread or a socket",
+        "system_calls": f"seccomp allows {len(syscalls.ALLOWED_SYSCALLS) + 4}, none that makes a process, a thread "
+        "or a socket",
         "file_system": f"Landlock version {jail.landlock_version()}: the Python installation, and "
         + (f"a directory in memory of {limits.disk_mb} MiB to write" if files else NO_FILES),
         "privileges": "no capabilities, none to gain",
@@ -146,19 +147,19 @@ def files_possible() -> bool:
         return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode == 0
 
 
-def run_all(jobs: Sequence[Job], limits: Limits, scratch: Path) -> Iterator[tuple[int, Verdict]]:
+def run_programs(jobs: Sequence[Job], limits: Limits, scratch: Path) -> Iterator[tuple[int, ProgramOutcome]]:
     """Verdicts with the numbers of their jobs, in order; as many run at once as there are processors."""
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(max_workers=workers) as pool:
         waiting = {}
         for number in range(len(jobs) + workers):
             if number < len(jobs):
-                waiting[number] = pool.submit(run, jobs[number], limits, scratch)
+                waiting[number] = pool.submit(run_program, jobs[number], limits, scratch)
             if number >= workers:
                 yield number - workers, waiting.pop(number - workers).result()
 
 
-def run(job: Job, limits: Limits, scratch: Path) -> Verdict:
+def run_program(job: Job, limits: Limits, scratch: Path) -> ProgramOutcome:
     """The verdict on one program.
 
     Args:
@@ -181,7 +182,7 @@ def run(job: Job, limits: Limits, scratch: Path) -> Verdict:
     return verdict
 
 
-def _run_in(folder: Path, job: Job, limits: Limits) -> Verdict:
+def _run_in(folder: Path, job: Job, limits: Limits) -> ProgramOutcome:
     asking, asked, telling, told = (end for pair in (os.pipe(), os.pipe()) for end in reversed(pair))
     reading, writing = os.pipe()
     fixed = (str(limits.process_mb), str(limits.cpu_s))
@@ -229,7 +230,7 @@ def _start(
     )
 
 
-def _listen(reading: int, limits: Limits) -> tuple[bytes, Verdict | None]:
+def _listen(reading: int, limits: Limits) -> tuple[bytes, ProgramOutcome | None]:
     """What the tester says, or why it is not waited for any longer."""
     said, until = b"", time.monotonic() + 2 * limits.timeout_s
     while select.select([reading], [], [], max(0.0, until - time.monotonic()))[0]:
@@ -237,17 +238,17 @@ def _listen(reading: int, limits: Limits) -> tuple[bytes, Verdict | None]:
         if not part:
             return said, None
         said += part
-    return said, Verdict(kind="timeout", text=f"more than {2 * limits.timeout_s:g} s by the clock")
+    return said, ProgramOutcome(kind="timeout", text=f"more than {2 * limits.timeout_s:g} s by the clock")
 
 
-def _verdict(said: bytes, candidate_code: int, tester_code: int) -> Verdict:
+def _verdict(said: bytes, candidate_code: int, tester_code: int) -> ProgramOutcome:
     if not said:
         kind = "timeout" if tester_code == -_SIGXCPU else "killed"
-        return Verdict(kind=kind, text=f"the process of the tests ended with {tester_code}")
+        return ProgramOutcome(kind=kind, text=f"the process of the tests ended with {tester_code}")
     found = json.loads(said)
     if found["kind"] != "ended":
-        return Verdict(kind=cast(Kind, found["kind"]), text=found["text"])
+        return ProgramOutcome(kind=cast(OutcomeKind, found["kind"]), text=found["text"])
     text = f"the process of the program ended with {candidate_code}"
     if candidate_code == -_SIGXCPU:
-        return Verdict(kind="timeout", text=text)
-    return Verdict(kind="killed" if candidate_code < 0 else "exit", text=text)
+        return ProgramOutcome(kind="timeout", text=text)
+    return ProgramOutcome(kind="killed" if candidate_code < 0 else "exit", text=text)

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast, get_args
 
-from limbeck.evaluation.sandbox.host import Job, Kind, Limits, Verdict, files_possible, run_all
+from limbeck.evaluation.sandbox.host import Job, Limits, OutcomeKind, ProgramOutcome, files_possible, run_programs
 from limbeck.runtime.jsonl import append_to_log, damaged, read_log
 from limbeck.runtime.rundir import fingerprint
 
 
-def judge_all(jobs: Sequence[Job], limits: Limits, *, log: Path, scratch: Path) -> Iterator[tuple[int, Verdict]]:
+def judge_all(jobs: Sequence[Job], limits: Limits, *, log: Path, scratch: Path) -> Iterator[tuple[int, ProgramOutcome]]:
     """Verdicts with the numbers of their jobs, every job once, those known from `log` first.
 
     Equal jobs are run once. A line that a kill cut off is not counted, and its program run again.
@@ -34,21 +34,23 @@ def judge_all(jobs: Sequence[Job], limits: Limits, *, log: Path, scratch: Path) 
     if not waiting:
         return
     order = list(waiting.items())
-    for place, verdict in run_all([jobs[numbers[0]] for _, numbers in order], limits, scratch):
+    for place, verdict in run_programs([jobs[numbers[0]] for _, numbers in order], limits, scratch):
         key, numbers = order[place]
         append_to_log(log, {"job": key} | asdict(verdict))
         for number in numbers:
             yield number, verdict
 
 
-def _known(log: Path) -> dict[str, Verdict]:
+def _known(log: Path) -> dict[str, ProgramOutcome]:
     known = {}
     for number, entry in read_log(log):
         try:
             job, kind, text = entry["job"], entry["kind"], entry["text"]
         except KeyError as error:
             raise damaged(log, number, error) from None
-        if not (isinstance(job, str) and isinstance(kind, str) and isinstance(text, str)) or kind not in get_args(Kind):
+        if not (isinstance(job, str) and isinstance(kind, str) and isinstance(text, str)) or kind not in get_args(
+            OutcomeKind
+        ):
             raise damaged(log, number, TypeError("no verdict"))
-        known[job] = Verdict(kind=cast(Kind, kind), text=text)
+        known[job] = ProgramOutcome(kind=cast(OutcomeKind, kind), text=text)
     return known

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 
 # name: number on x86-64, number on aarch64 (None where that machine has no such call).
-ALLOWED: dict[str, tuple[int | None, int | None]] = {
+ALLOWED_SYSCALLS: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62), "mmap": (9, 222),
     "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "pread64": (17, 67), "pwrite64": (18, 68),
@@ -55,7 +55,7 @@ def program(machine: str) -> bytes:
     """The filter as BPF for a machine of `MACHINES`: struct sock_filter after struct sock_filter."""
     place, audit = MACHINES[machine]
     code: list[_Instruction] = [(_LOAD, 0, 0, _MACHINE), (_EQUAL, 1, 0, audit), _give(_KILL), (_LOAD, 0, 0, _NUMBER)]
-    for numbers in ALLOWED.values():
+    for numbers in ALLOWED_SYSCALLS.values():
         number = numbers[place]
         if number is not None:
             code += _when(number, [_give(_PASS)])

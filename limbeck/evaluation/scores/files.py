@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.evaluation.scores.bootstrap import CONFIDENCE, RESAMPLES, paired_change, summarise
-from limbeck.evaluation.scores.metrics import METRICS, describe
+from limbeck.evaluation.scores.metrics import METRICS, describe_metric
 from limbeck.runtime.json_lines import json_lines
 from limbeck.runtime.rundir import write_text
 from limbeck.types import LimbeckError, Score, ScoredRow, Scores
@@ -109,7 +109,7 @@ def write_scores(run_dir: Path, *, before: Groups, after: Groups, seed: int = 0,
         "confidence": CONFIDENCE,
         "resamples": resamples,
         "seed": seed,
-        "metrics": {name: asdict(describe(name)) for name in _in_order({**scores.before, **scores.after})},
+        "metrics": {name: asdict(describe_metric(name)) for name in _in_order({**scores.before, **scores.after})},
         **{part: {name: asdict(s) for name, s in side.items()} for part, side in _parts(scores).items()},
         "rows": files,
     }

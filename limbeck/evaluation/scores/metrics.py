@@ -215,7 +215,7 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 
-def describe(name: str) -> Metric:
+def describe_metric(name: str) -> Metric:
     """The metric behind a name, with the condition of METRIC@CONDITION in its label and in the teacher's metric."""
     bare, _, condition = name.partition("@")
     metric = METRICS[bare]

@@ -70,7 +70,7 @@ class TokenValues:
 
 
 @torch.no_grad()
-def token_values(chunk: FidelityChunk, *, top_k: int, compile: Compile = "auto") -> TokenValues:
+def fidelity_values(chunk: FidelityChunk, *, top_k: int, compile: Compile = "auto") -> TokenValues:
     """The metrics of every token of a chunk.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from limbeck.objectives.fused.projection import Finish
+from limbeck.objectives.fused.projection import LogitTransform
 from limbeck.objectives.sums import row_leaves
 from limbeck.objectives.support import restrict
 from limbeck.objectives.temperature import scaled
@@ -53,8 +53,8 @@ class Body:
     objective: Objective
     support: Support
     scale: TemperatureScale
-    student_finish: Finish
-    teacher_finish: Finish
+    student_finish: LogitTransform
+    teacher_finish: LogitTransform
     with_grad: bool
     measure: bool
     labels: bool = False
@@ -80,7 +80,7 @@ class Body:
         whole = self._rows(logits_NV, block)
         if kept is not None:
             whole = replace(whole, soften=partial(_softened, kept=kept))
-            kept += [whole.student_cooling_N1, whole.teacher_cooling_N1]
+            kept += [whole.student_inv_tau_N1, whole.teacher_inv_tau_N1]
         seen, spread = restrict(self.support, whole, block)
         values, seen_grad, whole_grad = [], None, None
         for weight, part in row_leaves(self.objective):

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from limbeck.objectives.adaptive import TailAwareKL
 from limbeck.objectives.fused.body import Body, Compile, resolve_compile
 from limbeck.objectives.fused.inputs import label_columns, option_columns, token_columns, token_weights, weighted
-from limbeck.objectives.fused.projection import Finish, Projection, gather_head, prepare_projection
+from limbeck.objectives.fused.projection import LogitTransform, Projection, gather_head, prepare_projection
 from limbeck.objectives.fused.tile_pass import Grads, Pass, Wanted
 from limbeck.objectives.fused.tiles import check_pair, plan_tiles
 from limbeck.objectives.hidden_matching import HiddenPair, projected
@@ -171,7 +171,7 @@ def _row_loss(
         support=support,
         scale=temperature.scale,
         student_finish=student.finish,
-        teacher_finish=Finish() if teacher is None else teacher.finish,
+        teacher_finish=LogitTransform() if teacher is None else teacher.finish,
         with_grad=any(wanted),
         measure=settings.measure,
         labels=settings.labels,
@@ -190,7 +190,7 @@ def _row_loss(
     values = list(values_PN[: len(objective.parts)])
     loss = weighted(weight_N, reduce(torch.add, (w * v for (w, _), v in zip(objective.parts, values, strict=True))))
     if any(wanted):
-        loss = _HandOver.apply(hidden_ND, head.weight_VD, head.bias_V, loss, grads)
+        loss = _PrecomputedGrad.apply(hidden_ND, head.weight_VD, head.bias_V, loss, grads)
     measured = dict(zip(body.measures, values_PN[len(values) :], strict=True))
     return loss, values, measured
 
@@ -258,7 +258,7 @@ def _wanted(hidden_ND: Tensor, head: Head) -> Wanted:
     return on and hidden_ND.requires_grad, on and head.weight_VD.requires_grad, on and bias
 
 
-class _HandOver(torch.autograd.Function):
+class _PrecomputedGrad(torch.autograd.Function):
     """Hands gradients that already exist over to autograd."""
 
     @staticmethod

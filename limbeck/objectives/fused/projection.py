@@ -14,7 +14,7 @@ STRIP_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finish:
+class LogitTransform:
     """What a head does after its product: the scale, then the soft-cap."""
 
     scale: float = 1.0
@@ -46,7 +46,7 @@ class Projection:
 
     weight_VD: Tensor
     bias_V: Tensor | None
-    finish: Finish
+    finish: LogitTransform
     dtype: torch.dtype
 
     @property
@@ -134,7 +134,7 @@ def prepare_projection(hidden_ND: Tensor, head: Head, side: str) -> Projection:
     return Projection(
         weight_VD=weight_VD[: head.vocab_size].detach().to(compute),
         bias_V=bias_V,
-        finish=Finish(scale=float(head.scale), softcap=None if head.softcap is None else float(head.softcap)),
+        finish=LogitTransform(scale=float(head.scale), softcap=None if head.softcap is None else float(head.softcap)),
         dtype=work,
     )
 

@@ -23,7 +23,7 @@ from limbeck.types import LimbeckError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class SequenceStats:
     """What both models say of some responses.
 
     Attributes:
@@ -57,7 +57,7 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class TokenOptions:
     """What a rule says.
 
     Attributes:
@@ -73,7 +73,7 @@ class Told:
     plain_N: Tensor | None = None
 
 
-class Rule(Protocol):
+class SequenceRule(Protocol):
     """A rule over whole responses. Implementations are frozen dataclasses: their fields are their options.
 
     Attributes:
@@ -94,7 +94,7 @@ class Rule(Protocol):
     def pairs(self) -> bool: ...
     @property
     def whiten(self) -> bool: ...
-    def tell(self, seen: Seen) -> Told: ...
+    def apply(self, seen: SequenceStats) -> TokenOptions: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +121,14 @@ class AlphaByGap(AdaptiveAlpha):
                 "gap is measured"
             )
 
-    def tell(self, seen: Seen) -> Told:
+    def apply(self, seen: SequenceStats) -> TokenOptions:
         gap_B = self.gap_B(seen.mean_B(seen.log_q_N), seen.mean_B(seen.log_p_N), seen.by_student_B)
         if seen.reference is None:
             alpha_B = torch.full_like(gap_B, self.alpha0)
         else:
             theirs, own = seen.reference
             alpha_B = self.alpha_B(gap_B, torch.where(seen.by_student_B, own, theirs))
-        return Told(options={"alpha": alpha_B[seen.sequence_N]}, measured_B={"gap": gap_B, "alpha": alpha_B})
+        return TokenOptions(options={"alpha": alpha_B[seen.sequence_N]}, measured_B={"gap": gap_B, "alpha": alpha_B})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +147,12 @@ class DPKD:
 
     beta: float = 0.1
 
-    def tell(self, seen: Seen) -> Told:
+    def apply(self, seen: SequenceStats) -> TokenOptions:
         partner_B = torch.tensor(seen.partners, device=seen.log_q_N.device)
         advantage_N, loss_B = dpkd_advantage(
             seen.log_q_N, seen.log_p_N, seen.sequence_N, partner_B, seen.by_student_B, beta=self.beta
         )
-        return Told(options={"advantage": advantage_N}, measured_B={"dpkd": loss_B})
+        return TokenOptions(options={"advantage": advantage_N}, measured_B={"dpkd": loss_B})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +183,11 @@ class ImportanceWeights:
         if not self.clip_weight >= 0:
             raise LimbeckError(f"importance clip_weight={self.clip_weight}: expected zero (off) or more")
 
-    def tell(self, seen: Seen) -> Told:
+    def apply(self, seen: SequenceStats) -> TokenOptions:
         weight_N = importance_weight(
             seen.log_q_N, seen.log_drawn_N, seen.sequence_N, ratio=self.importance, clip_weight=self.clip_weight
         )
-        return Told(weight_N=weight_N, measured_B={"weight": seen.mean_B(weight_N)})
+        return TokenOptions(weight_N=weight_N, measured_B={"weight": seen.mean_B(weight_N)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ class MiniLLM:
             self.gamma, self.reward_scaling, self.clip_reward, self.clip_weight, self.clip_ratio, self.importance
         )
 
-    def tell(self, seen: Seen) -> Told:
+    def apply(self, seen: SequenceStats) -> TokenOptions:
         rewards: Any = {
             "gamma": self.gamma,
             "length_norm": self.length_norm,
@@ -240,7 +240,7 @@ class MiniLLM:
             whitening=seen.whitening,
             **rewards,
         )
-        return Told(
+        return TokenOptions(
             options={"advantage": advantage_N},
             weight_N=weight_N,
             measured_B={"reverse_kl": seen.mean_B(seen.log_q_N - seen.log_p_N)},
@@ -253,7 +253,7 @@ RULES: dict[str, type[AlphaByGap | DPKD | ImportanceWeights | MiniLLM]] = {
 }
 
 
-def build_rule(name: str, **options: object) -> Rule:
+def build_rule(name: str, **options: object) -> SequenceRule:
     """The rule of this name with these options.
 
     Raises:

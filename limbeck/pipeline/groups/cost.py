@@ -12,8 +12,8 @@ import statistics
 from limbeck.evaluation.cost import Timing, parameters, require_window, timed_in_turns, weight_bytes
 from limbeck.models.fingerprints import weight_files
 from limbeck.models.sources import resolve
-from limbeck.pipeline.engine import Story
-from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Who
+from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Who
 from limbeck.recipe.evaluation import CostSection
 from limbeck.runtime.rundir import Json
 from limbeck.sampling.batching import cache_bytes_per_token
@@ -22,16 +22,16 @@ from limbeck.types import ScoredRow
 _BOTH: tuple[Who, Who] = ("student", "teacher")
 
 
-def _check(story: Story) -> None:
-    section = story.recipe.evaluate.cost
-    require_window("pair", {"max_position_embeddings": story.window}, section.prompt_tokens + section.new_tokens)
+def _check(context: RunContext) -> None:
+    section = context.recipe.evaluate.cost
+    require_window("pair", {"max_position_embeddings": context.window}, section.prompt_tokens + section.new_tokens)
 
 
-def _measure(exam: Exam) -> Measured:
-    section = exam.section.cost
-    sizes: dict[Who, dict[str, float]] = {who: _sizes(exam, who) for who in _BOTH}
+def _measure(evaluation: EvaluationContext) -> GroupResult:
+    section = evaluation.section.cost
+    sizes: dict[Who, dict[str, float]] = {who: _sizes(evaluation, who) for who in _BOTH}
     timings = timed_in_turns(
-        {who: (exam.speaker(who).model, _prompt(exam, who, section)) for who in _BOTH},
+        {who: (evaluation.speaker(who).model, _prompt(evaluation, who, section)) for who in _BOTH},
         new_tokens=section.new_tokens,
         repeats=section.repeats,
     )
@@ -40,33 +40,33 @@ def _measure(exam: Exam) -> Measured:
         ScoredRow(id=f"repeat {number}", weight=1.0, values=_speeds(student, teacher, section))
         for number, (student, teacher) in enumerate(zip(*(timings[who] for who in _BOTH), strict=True), start=1)
     ]
-    return Measured(tables={"": [counted], f"prompt={section.prompt_tokens}": timed}, detail=_detail(sizes, timed))
+    return GroupResult(tables={"": [counted], f"prompt={section.prompt_tokens}": timed}, detail=_detail(sizes, timed))
 
 
 def _name(who: Who, metric: str) -> str:
     return metric if who == "student" else f"teacher_{metric}"
 
 
-def _sizes(exam: Exam, who: Who) -> dict[str, float]:
-    model = exam.speaker(who).model
+def _sizes(evaluation: EvaluationContext, who: Who) -> dict[str, float]:
+    model = evaluation.speaker(who).model
     return {
         "parameters": parameters(model) / 1e6,
-        "disk_size": _bytes_on_disk(exam, who) / 1e6,
+        "disk_size": _bytes_on_disk(evaluation, who) / 1e6,
         "weight_memory": weight_bytes(model) / 1e6,
         "cache_size": cache_bytes_per_token(model) / 1e3,
     }
 
 
-def _bytes_on_disk(exam: Exam, who: Who) -> int:
+def _bytes_on_disk(evaluation: EvaluationContext, who: Who) -> int:
     """Of the weights, as they are stored."""
-    place = exam.source(who)
+    place = evaluation.source(who)
     found = resolve(place.model, revision=place.revision, trust_remote_code=place.trust_remote_code)
     return sum(path.stat().st_size for path in weight_files(found) if path.name != "config.json")
 
 
-def _prompt(exam: Exam, who: Who, section: CostSection) -> list[int]:
+def _prompt(evaluation: EvaluationContext, who: Who, section: CostSection) -> list[int]:
     """Tokens of the held-out prompts, one behind the other, over and over where they are too few."""
-    asked = exam.asked(who, exam.prompts, max_new_tokens=1)
+    asked = evaluation.encode(who, evaluation.prompts, max_new_tokens=1)
     endless = itertools.cycle(itertools.chain.from_iterable(prompt.ids for prompt in asked))
     return list(itertools.islice(endless, section.prompt_tokens))
 

@@ -20,8 +20,8 @@ from statistics import fmean
 
 from limbeck.evaluation.diversity import distinct, diversity, sample_nll
 from limbeck.evaluation.rouge import best_rouge_l, scorable
-from limbeck.pipeline.engine import Story
-from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Need, Who, text_of
+from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Need, Who, response_text
 from limbeck.pipeline.groups.rouge import greedy
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.runtime.rundir import Json
@@ -49,14 +49,14 @@ def condition(temperature: float) -> str:
     return f"T={temperature:g}"
 
 
-def _measure(exam: Exam) -> Measured:
-    section = exam.section.diversity
-    prompts = exam.prompts[: exam.section.prompts][: section.prompts]
-    beside, references = _references(exam, prompts)
+def _measure(evaluation: EvaluationContext) -> GroupResult:
+    section = evaluation.section.diversity
+    prompts = evaluation.prompts[: evaluation.section.prompts][: section.prompts]
+    beside, references = _references(evaluation, prompts)
     tables: dict[str, Sequence[ScoredRow]] = {}
     detail: Json = {"samples": section.samples, "prompts": len(prompts), "rouge_beside": beside, "corpus": {}}
     for temperature in section.temperatures:
-        student, teacher = (_sampled(exam, who, temperature, prompts) for who in ("student", "teacher"))
+        student, teacher = (_sampled(evaluation, who, temperature, prompts) for who in ("student", "teacher"))
         shared = [name for name in student if name in teacher]
         name_of = condition(temperature)
         tables[name_of] = [_row(name, student[name], teacher[name], references.get(name)) for name in shared]
@@ -64,12 +64,12 @@ def _measure(exam: Exam) -> Measured:
             "student": _corpus([student[name] for name in shared]),
             "teacher": _corpus([teacher[name] for name in shared]),
         }
-    return Measured(tables=tables, detail=detail)
+    return GroupResult(tables=tables, detail=detail)
 
 
 def _row(name: str, student: _Samples, teacher: _Samples, references: Sequence[str] | None) -> ScoredRow:
-    context = {f"teacher_{metric}": value for metric, value in teacher.values(references).items()}
-    return ScoredRow(id=name, weight=1.0, values=student.values(references) | context)
+    of_teacher = {f"teacher_{metric}": value for metric, value in teacher.values(references).items()}
+    return ScoredRow(id=name, weight=1.0, values=student.values(references) | of_teacher)
 
 
 def _corpus(every: Sequence[_Samples]) -> Json:
@@ -77,14 +77,14 @@ def _corpus(every: Sequence[_Samples]) -> Json:
     return {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
 
 
-def _references(exam: Exam, prompts: Sequence[Prompt]) -> tuple[str | None, References]:
+def _references(evaluation: EvaluationContext, prompts: Sequence[Prompt]) -> tuple[str | None, References]:
     """Whose answers the samples are set beside, and these by prompt id; nothing where ROUGE-L cannot read them."""
     beside, found = "references", {prompt.id: prompt.known_answers for prompt in prompts}
     if not all(found.values()):
-        greedy_texts = exam.texts("teacher", greedy(exam.section), prompts)
+        greedy_texts = evaluation.texts("teacher", greedy(evaluation.section), prompts)
         beside, found = "teacher", {name: (text,) for name, text in greedy_texts.items()}
     if not scorable(text for texts in found.values() for text in texts):
-        exam.story.console.warn(
+        evaluation.context.console.warn(
             f"diversity: no answer of the {beside} holds a letter a-z or a digit, all that ROUGE-L sees; "
             "sample_rouge_l is left out"
         )
@@ -92,25 +92,27 @@ def _references(exam: Exam, prompts: Sequence[Prompt]) -> tuple[str | None, Refe
     return beside, found
 
 
-def _sampled(exam: Exam, who: Who, temperature: float, prompts: Sequence[Prompt]) -> dict[str, _Samples]:
+def _sampled(
+    evaluation: EvaluationContext, who: Who, temperature: float, prompts: Sequence[Prompt]
+) -> dict[str, _Samples]:
     """The samples of each prompt by its id."""
-    section = exam.section.diversity
-    tokenizer = exam.tokenizer(who)
+    section = evaluation.section.diversity
+    tokenizer = evaluation.tokenizer(who)
     texts: dict[str, list[str]] = {}
     logps: dict[str, list[Sequence[float]]] = {}
     for number in range(section.samples):
         # Greedy answers do not depend on the seed, and are written once.
         seed = section.seed + (number if temperature > 0 else 0)
-        sampling = Sampling(max_new_tokens=exam.section.max_new_tokens, temperature=temperature, seed=seed)
-        for response in exam.answers(who, sampling, prompts, keep_logp=True):
+        sampling = Sampling(max_new_tokens=evaluation.section.max_new_tokens, temperature=temperature, seed=seed)
+        for response in evaluation.answers(who, sampling, prompts, keep_logp=True):
             assert response.logp is not None
-            texts.setdefault(response.prompt_id, []).append(text_of(response, tokenizer))
+            texts.setdefault(response.prompt_id, []).append(response_text(response, tokenizer))
             logps.setdefault(response.prompt_id, []).append(response.logp)
     return {name: _Samples(texts=texts[name], logps=logps[name]) for name in texts}
 
 
-def _check(story: Story) -> None:
-    temperatures = story.recipe.evaluate.diversity.temperatures
+def _check(context: RunContext) -> None:
+    temperatures = context.recipe.evaluate.diversity.temperatures
     if not temperatures or len({condition(temperature) for temperature in temperatures}) < len(temperatures):
         raise LimbeckError(
             f"evaluate.diversity.temperatures is {list(temperatures)}; expected one or more that differ in their first "

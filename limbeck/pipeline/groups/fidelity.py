@@ -21,10 +21,10 @@ from limbeck.evaluation.token_metrics.tokens import FidelityChunk
 from limbeck.models.forward import hidden_states
 from limbeck.models.heads import head_of
 from limbeck.models.vocabulary import real_vocab_size
-from limbeck.pipeline.engine import Story
-from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Need, Who
+from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Need, Who
 from limbeck.pipeline.stages.respond import load_responses
-from limbeck.pipeline.stages.teach import JUDGE_ROWS, open_teacher
+from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE, open_teacher
 from limbeck.prompts.references import require_references
 from limbeck.prompts.templates import encode_responses
 from limbeck.recipe.evaluation import EvaluateSection, Whose
@@ -46,39 +46,41 @@ class _Answers:
     rows: Sequence[int] | None = None
 
 
-def _measure(exam: Exam) -> Measured:
+def _measure(evaluation: EvaluationContext) -> GroupResult:
     found: dict[Whose, Fidelity] = {}
     tables: dict[str, Sequence[ScoredRow]] = {}
     detail: Json = {}
-    for whose in exam.section.fidelity.whose:
-        source = _source(exam, whose)
+    for whose in evaluation.section.fidelity.whose:
+        source = _source(evaluation, whose)
         if source not in found:
-            found[source] = measure(_chunks(exam, _answers(exam, source)), top_k=exam.section.fidelity.top_k)
+            found[source] = measure(
+                _chunks(evaluation, _answers(evaluation, source)), top_k=evaluation.section.fidelity.top_k
+            )
         tables["" if whose == "responses" else whose] = found[source].rows
-        detail[whose] = {"answers": source, "top_k": exam.section.fidelity.top_k} | found[source].detail
-    return Measured(tables=tables, detail=detail)
+        detail[whose] = {"answers": source, "top_k": evaluation.section.fidelity.top_k} | found[source].detail
+    return GroupResult(tables=tables, detail=detail)
 
 
-def _source(exam: Exam, whose: Whose) -> Whose:
+def _source(evaluation: EvaluationContext, whose: Whose) -> Whose:
     """Whose answers are meant: an evaluation on its own has no responses."""
-    if whose != "responses" or exam.story.run.manifest("responses") is not None:
+    if whose != "responses" or evaluation.context.run.manifest("responses") is not None:
         return whose
-    answered = all(prompt.completion is not None for prompt in exam.prompts[: exam.section.prompts])
+    answered = all(prompt.completion is not None for prompt in evaluation.prompts[: evaluation.section.prompts])
     return "references" if answered else "teacher"
 
 
-def _answers(exam: Exam, source: Whose) -> _Answers:
+def _answers(evaluation: EvaluationContext, source: Whose) -> _Answers:
     if source == "responses":
-        by_row = load_responses(exam.story, "heldout")
+        by_row = load_responses(evaluation.context, "heldout")
         return _Answers(responses=list(by_row.values()), rows=list(by_row))
-    section, prompts = exam.section, exam.story.recipe.prompts
+    section, prompts = evaluation.section, evaluation.context.recipe.prompts
     if source == "references":
         remedy = "give data with answers, or leave references out of evaluate.fidelity.whose"
-        require_references(exam.prompts[: section.prompts], remedy)
+        require_references(evaluation.prompts[: section.prompts], remedy)
         responses = encode_responses(
-            _fitting(exam),
-            exam.teacher.tokenizer,
-            exam.teacher.template,
+            _fitting(evaluation),
+            evaluation.teacher.tokenizer,
+            evaluation.teacher.template,
             max_new_tokens=section.max_new_tokens,
             control_tokens=prompts.control_tokens,
             chat_options=prompts.chat_options,
@@ -90,35 +92,35 @@ def _answers(exam: Exam, source: Whose) -> _Answers:
             temperature=section.fidelity.temperature,
             seed=section.fidelity.seed,
         )
-        responses = exam.answers(source, sampling, _fitting(exam))
+        responses = evaluation.answers(source, sampling, _fitting(evaluation))
     return _Answers(responses=[response for response in responses if response.response_ids])
 
 
-def _fitting(exam: Exam) -> list[Prompt]:
+def _fitting(evaluation: EvaluationContext) -> list[Prompt]:
     """The prompts that leave room for an answer in the windows of both models: each reads what the other wrote."""
-    held, most = exam.prompts[: exam.section.prompts], exam.section.max_new_tokens
+    held, most = evaluation.prompts[: evaluation.section.prompts], evaluation.section.max_new_tokens
     both: tuple[Who, Who] = ("teacher", "student")
-    room = [{asked.id for asked in exam.asked(who, held, max_new_tokens=most)} for who in both]
+    room = [{asked.id for asked in evaluation.encode(who, held, max_new_tokens=most)} for who in both]
     return [prompt for prompt in held if all(prompt.id in ids for ids in room)]
 
 
-def _teacher(exam: Exam, answers: _Answers) -> Teacher:
-    if answers.rows is not None and exam.story.recipe.signal.cache:
-        return open_teacher(exam.story, answers.rows)
-    model, vocab_size = exam.teacher.model, real_vocab_size(exam.teacher.tokenizer)
+def _teacher(evaluation: EvaluationContext, answers: _Answers) -> Teacher:
+    if answers.rows is not None and evaluation.context.recipe.signal.cache:
+        return open_teacher(evaluation.context, answers.rows)
+    model, vocab_size = evaluation.teacher.model, real_vocab_size(evaluation.teacher.tokenizer)
     return LocalTeacher(model, head_of(model, vocab_size))  # type: ignore[arg-type]
 
 
-def _chunks(exam: Exam, answers: _Answers) -> Iterator[FidelityChunk]:
+def _chunks(evaluation: EvaluationContext, answers: _Answers) -> Iterator[FidelityChunk]:
     """The answers as the student and the teacher see them, a few rows at a time."""
-    responses, teacher = answers.responses, _teacher(exam, answers)
-    model, device = exam.student.model, exam.story.device
+    responses, teacher = answers.responses, _teacher(evaluation, answers)
+    model, device = evaluation.student.model, evaluation.context.device
     # One that was not trained here may have control tokens that the teacher lacks.
-    head = head_of(model, real_vocab_size(exam.tokenizer("teacher")))
+    head = head_of(model, real_vocab_size(evaluation.tokenizer("teacher")))
     order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
-    with exam.meter("evaluate", sum(r.tokens for r in responses), "tokens") as meter:
-        for start in range(0, len(order), JUDGE_ROWS):
-            batch = collate(responses, order[start : start + JUDGE_ROWS], pad_id=0)
+    with evaluation.meter("evaluate", sum(r.tokens for r in responses), "tokens") as meter:
+        for start in range(0, len(order), SCORING_BATCH_SIZE):
+            batch = collate(responses, order[start : start + SCORING_BATCH_SIZE], pad_id=0)
             with torch.inference_mode():
                 hidden_ND = hidden_states(model, batch.to(device))
             signal = teacher.signal(batch)
@@ -139,8 +141,8 @@ def _needs(section: EvaluateSection) -> frozenset[Need]:
     return frozenset({"teacher", "tokens", *references})
 
 
-def _check(story: Story) -> None:
-    whose = story.recipe.evaluate.fidelity.whose
+def _check(context: RunContext) -> None:
+    whose = context.recipe.evaluate.fidelity.whose
     if not whose or len(set(whose)) < len(whose):
         raise LimbeckError(
             f"evaluate.fidelity.whose is {list(whose)}; expected one or more of responses, teacher, student and "

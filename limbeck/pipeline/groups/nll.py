@@ -16,26 +16,26 @@ from limbeck.models.forward import hidden_states
 from limbeck.models.heads import head_of
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import logit_tiles
-from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Need
+from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Need
 from limbeck.pipeline.stages.respond import load_responses
-from limbeck.pipeline.stages.teach import JUDGE_ROWS
+from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE
 from limbeck.pipeline.text_only import text_options
 from limbeck.prompts.references import require_references
 from limbeck.prompts.templates import encode_responses
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.rollouts.collate import collate
-from limbeck.teachers.local import UnheardTeacher
+from limbeck.teachers.local import NullTeacher
 from limbeck.types import Response, ScoredRow
 
 
-def _measure(exam: Exam) -> Measured:
-    whose = _whose(exam)
-    responses = _responses(exam, whose)
-    tokenizer = exam.student.tokenizer
+def _measure(evaluation: EvaluationContext) -> GroupResult:
+    whose = _whose(evaluation)
+    responses = _responses(evaluation, whose)
+    tokenizer = evaluation.student.tokenizer
     sums: dict[str, list[float]] = {}
     size = 0
-    with exam.meter("likelihood", sum(r.tokens for r in responses), "tokens") as meter:
-        for response, nll in _surprise(exam, responses):
+    with evaluation.meter("likelihood", sum(r.tokens for r in responses), "tokens") as meter:
+        for response, nll in _surprise(evaluation, responses):
             total = sums.setdefault(response.prompt_id, [0.0, 0.0])
             total[0] += nll
             total[1] += response.tokens
@@ -49,39 +49,39 @@ def _measure(exam: Exam) -> Measured:
         "bytes": size,
         "bits_per_byte": nats / math.log(2) / size if size else None,
     }
-    return Measured(tables={"": rows}, detail=detail)
+    return GroupResult(tables={"": rows}, detail=detail)
 
 
-def _whose(exam: Exam) -> str:
-    trained = exam.story.run.manifest("responses") is not None
-    return exam.section.nll.whose if trained else "references"
+def _whose(evaluation: EvaluationContext) -> str:
+    trained = evaluation.context.run.manifest("responses") is not None
+    return evaluation.section.nll.whose if trained else "references"
 
 
-def _responses(exam: Exam, whose: str) -> Sequence[Response]:
+def _responses(evaluation: EvaluationContext, whose: str) -> Sequence[Response]:
     if whose == "responses":
-        return list(load_responses(exam.story, "heldout").values())
-    section, prompts, speaker = exam.section, exam.story.recipe.prompts, exam.student
-    held = exam.prompts[: section.prompts]
+        return list(load_responses(evaluation.context, "heldout").values())
+    section, prompts, speaker = evaluation.section, evaluation.context.recipe.prompts, evaluation.student
+    held = evaluation.prompts[: section.prompts]
     require_references(held, "give data with answers, or leave nll out of evaluate.groups")
-    fitting = {asked.id for asked in exam.asked("student", held, max_new_tokens=section.max_new_tokens)}
+    fitting = {asked.id for asked in evaluation.encode("student", held, max_new_tokens=section.max_new_tokens)}
     return encode_responses(
         [prompt for prompt in held if prompt.id in fitting],
         speaker.tokenizer,
         speaker.template,
         max_new_tokens=section.max_new_tokens,
         control_tokens=prompts.control_tokens,
-        chat_options=text_options(exam.story, speaker.tokenizer),
+        chat_options=text_options(evaluation.context, speaker.tokenizer),
         loss_on=prompts.loss_on,
     )
 
 
-def _surprise(exam: Exam, responses: Sequence[Response]) -> Iterator[tuple[Response, float]]:
+def _surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> Iterator[tuple[Response, float]]:
     """Each response with the sum of -log q over its tokens."""
-    model, vocab_size = exam.student.model, real_vocab_size(exam.student.tokenizer)
-    head, unheard = head_of(model, vocab_size), UnheardTeacher.of(vocab_size)
+    model, vocab_size = evaluation.student.model, real_vocab_size(evaluation.student.tokenizer)
+    head, unheard = head_of(model, vocab_size), NullTeacher.of(vocab_size)
     order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
-    for start in range(0, len(order), JUDGE_ROWS):
-        batch = collate(responses, order[start : start + JUDGE_ROWS], pad_id=0).to(exam.story.device)
+    for start in range(0, len(order), SCORING_BATCH_SIZE):
+        batch = collate(responses, order[start : start + SCORING_BATCH_SIZE], pad_id=0).to(evaluation.context.device)
         with torch.inference_mode():
             hidden_ND = hidden_states(model, batch)
             nll_N = torch.empty(len(batch.labels_N), dtype=torch.float64)

@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from limbeck.evaluation.rouge import best_rouge_l, rouge_l
-from limbeck.pipeline.engine import Story
-from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Need, Who
+from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Need, Who
 from limbeck.prompts.references import require_references
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.runtime.rundir import Json
 from limbeck.types import LimbeckError, Sampling, ScoredRow
 
-Values = dict[str, dict[str, float]]
+RougeValues = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,67 +55,70 @@ def greedy(section: EvaluateSection) -> Sampling:
     return Sampling(max_new_tokens=section.max_new_tokens, temperature=0.0)
 
 
-def _measure(exam: Exam) -> Measured:
-    found: list[Values] = []
+def _measure(evaluation: EvaluationContext) -> GroupResult:
+    found: list[RougeValues] = []
     detail: Json = {}
-    if "teacher" in exam.section.rouge.against:
-        found.append(_beside_teacher(exam))
-    if "references" in exam.section.rouge.against:
-        values, detail["references"] = _beside_references(exam)
+    if "teacher" in evaluation.section.rouge.against:
+        found.append(_beside_teacher(evaluation))
+    if "references" in evaluation.section.rouge.against:
+        values, detail["references"] = _beside_references(evaluation)
         found.append(values)
     names = [name for name in found[0] if all(name in values for values in found)]
     rows = [
         ScoredRow(id=name, weight=1.0, values={k: v for values in found for k, v in values[name].items()})
         for name in names
     ]
-    return Measured(tables={"": rows}, detail=detail)
+    return GroupResult(tables={"": rows}, detail=detail)
 
 
-def _beside_teacher(exam: Exam) -> Values:
-    student, teacher = (exam.texts(who, greedy(exam.section)) for who in ("student", "teacher"))
+def _beside_teacher(evaluation: EvaluationContext) -> RougeValues:
+    student, teacher = (evaluation.texts(who, greedy(evaluation.section)) for who in ("student", "teacher"))
     shared = [name for name in student if name in teacher]
     rows = rouge_l(shared, candidates=[student[name] for name in shared], references=[teacher[name] for name in shared])
     return {row.id: dict(row.values) for row in rows}
 
 
-def _beside_references(exam: Exam) -> tuple[Values, Json]:
+def _beside_references(evaluation: EvaluationContext) -> tuple[RougeValues, Json]:
     references = require_references(
-        exam.prompts[: exam.section.prompts], "give data with answers, or set evaluate.rouge.against=[teacher]"
+        evaluation.prompts[: evaluation.section.prompts],
+        "give data with answers, or set evaluate.rouge.against=[teacher]",
     )
-    speaking: tuple[Who, ...] = ("student", "teacher") if _has_teacher(exam) else ("student",)
-    found = {who: _by_seed(exam, who, references) for who in speaking}
+    speaking: tuple[Who, ...] = ("student", "teacher") if _has_teacher(evaluation) else ("student",)
+    found = {who: _by_seed(evaluation, who, references) for who in speaking}
     names = [name for name in found["student"].scores[0] if all(name in one.scores[0] for one in found.values())]
     called: dict[Who, str] = {"student": "rouge_l_references", "teacher": "teacher_rouge_l_references"}
     values = {name: {called[who]: found[who].mean(name) for who in speaking} for name in names}
     record: Json = {who: found[who].record(names) for who in speaking}
     return values, record | {
-        "seeds": list(exam.section.rouge.seeds),
+        "seeds": list(evaluation.section.rouge.seeds),
         "prompts": len(names),
         "with_several": sum(len(references[name]) > 1 for name in names),
     }
 
 
-def _has_teacher(exam: Exam) -> bool:
+def _has_teacher(evaluation: EvaluationContext) -> bool:
     """Evaluated on its own without a teacher, the student stands in its place; the student of a run never does."""
-    teacher, student = exam.story.recipe.teacher, exam.story.recipe.student
-    trained = exam.story.run.manifest("student") is not None
+    teacher, student = evaluation.context.recipe.teacher, evaluation.context.recipe.student
+    trained = evaluation.context.run.manifest("student") is not None
     return trained or (teacher.model, teacher.revision) != (student.model, student.revision)
 
 
-def _by_seed(exam: Exam, who: Who, references: Mapping[str, Sequence[str]]) -> _BySeed:
+def _by_seed(evaluation: EvaluationContext, who: Who, references: Mapping[str, Sequence[str]]) -> _BySeed:
     scores = []
-    for seed in exam.section.rouge.seeds:
+    for seed in evaluation.section.rouge.seeds:
         sampling = Sampling(
-            max_new_tokens=exam.section.max_new_tokens, temperature=exam.section.rouge.temperature, seed=seed
+            max_new_tokens=evaluation.section.max_new_tokens,
+            temperature=evaluation.section.rouge.temperature,
+            seed=seed,
         )
-        texts = exam.texts(who, sampling)
+        texts = evaluation.texts(who, sampling)
         f1 = best_rouge_l(list(texts.values()), [references[name] for name in texts])
         scores.append(dict(zip(texts, f1, strict=True)))
     return _BySeed(scores=scores)
 
 
-def _check(story: Story) -> None:
-    section = story.recipe.evaluate.rouge
+def _check(context: RunContext) -> None:
+    section = context.recipe.evaluate.rouge
     if not section.against:
         raise LimbeckError(
             "evaluate.rouge.against is empty; expected teacher, references or both: name one, or leave rouge out of "

@@ -15,11 +15,17 @@ from dataclasses import replace
 from limbeck.evaluation.cost import settle, timed_in_turns
 from limbeck.evaluation.scores.bootstrap import summarise
 from limbeck.evaluation.scores.files import read_rows
-from limbeck.evaluation.speculation import Drafted, break_even, expected_speedup, expected_tokens_per_pass, rows
-from limbeck.pipeline.evaluation_context import Exam, Group, Measured
+from limbeck.evaluation.speculation import (
+    Drafted,
+    acceptance_rows,
+    break_even,
+    expected_speedup,
+    expected_tokens_per_pass,
+)
+from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult
 from limbeck.pipeline.stages.respond import sampler_for
 from limbeck.runtime.rundir import Json, read_fields
-from limbeck.sampling.acceptance import Tally
+from limbeck.sampling.acceptance import AcceptanceStats
 from limbeck.sampling.local import LocalSampler
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.types import LimbeckError, Response, Sampling, ScoredRow, TokenPrompt
@@ -28,22 +34,24 @@ from limbeck.types import LimbeckError, Response, Sampling, ScoredRow, TokenProm
 _STEPS, _REPEATS = 16, 3
 
 
-def _measure(exam: Exam) -> Measured:
-    section = exam.section.speculation
-    sampling = Sampling(max_new_tokens=exam.section.max_new_tokens, temperature=section.temperature, seed=section.seed)
-    asked = _asked(exam, sampling)
-    ratio = _cost_ratio(exam, asked)
+def _measure(evaluation: EvaluationContext) -> GroupResult:
+    section = evaluation.section.speculation
+    sampling = Sampling(
+        max_new_tokens=evaluation.section.max_new_tokens, temperature=section.temperature, seed=section.seed
+    )
+    asked = _asked(evaluation, sampling)
+    ratio = _cost_ratio(evaluation, asked)
     tables: dict[str, list[ScoredRow]] = {}
     detail: Json = {"cost_ratio": ratio, "prompts": len(asked)}
     for draft_tokens in dict.fromkeys(section.draft_tokens):
         name = f"draft={draft_tokens}"
-        tables[name] = rows(_in_turns(exam, asked, sampling, draft_tokens))
+        tables[name] = acceptance_rows(_in_turns(evaluation, asked, sampling, draft_tokens))
         measured = summarise(tables[name])["draft_acceptance"].mean
         expected = {"measured": _expected(measured, draft_tokens, ratio)}
-        if (share := _expected_acceptance(exam, sampling)) is not None:
+        if (share := _expected_acceptance(evaluation, sampling)) is not None:
             expected["fidelity"] = _expected(share, draft_tokens, ratio)
         detail[name] = {"break_even_acceptance": break_even(draft_tokens, ratio), "expected_from_acceptance": expected}
-    return Measured(tables=tables, detail=detail)
+    return GroupResult(tables=tables, detail=detail)
 
 
 def _expected(acceptance: float, draft_tokens: int, ratio: float) -> Json:
@@ -54,11 +62,11 @@ def _expected(acceptance: float, draft_tokens: int, ratio: float) -> Json:
     }
 
 
-def _asked(exam: Exam, sampling: Sampling) -> list[TokenPrompt]:
+def _asked(evaluation: EvaluationContext, sampling: Sampling) -> list[TokenPrompt]:
     """The prompts as the teacher reads them, those that fit both models."""
-    prompts = exam.prompts[: exam.section.speculation.prompts]
-    fits = {p.id for p in exam.asked("student", prompts, max_new_tokens=sampling.max_new_tokens)}
-    asked = [p for p in exam.asked("teacher", prompts, max_new_tokens=sampling.max_new_tokens) if p.id in fits]
+    prompts = evaluation.prompts[: evaluation.section.speculation.prompts]
+    fits = {p.id for p in evaluation.encode("student", prompts, max_new_tokens=sampling.max_new_tokens)}
+    asked = [p for p in evaluation.encode("teacher", prompts, max_new_tokens=sampling.max_new_tokens) if p.id in fits]
     if not asked:
         raise LimbeckError(
             "no held-out prompt fits both models with its answer, expected at least one to draft for; "
@@ -67,12 +75,12 @@ def _asked(exam: Exam, sampling: Sampling) -> list[TokenPrompt]:
     return asked
 
 
-def _cost_ratio(exam: Exam, asked: Sequence[TokenPrompt]) -> float:
+def _cost_ratio(evaluation: EvaluationContext, asked: Sequence[TokenPrompt]) -> float:
     """What a step of the student costs in steps of the teacher."""
     ids = asked[0].ids
-    steps = min(_STEPS, exam.section.max_new_tokens)
+    steps = min(_STEPS, evaluation.section.max_new_tokens)
     timings = timed_in_turns(
-        {"student": (exam.student.model, ids), "teacher": (exam.teacher.model, ids)},
+        {"student": (evaluation.student.model, ids), "teacher": (evaluation.teacher.model, ids)},
         new_tokens=steps,
         repeats=_REPEATS,
     )
@@ -80,14 +88,16 @@ def _cost_ratio(exam: Exam, asked: Sequence[TokenPrompt]) -> float:
     return student / teacher
 
 
-def _in_turns(exam: Exam, asked: Sequence[TokenPrompt], sampling: Sampling, draft_tokens: int) -> list[Drafted]:
+def _in_turns(
+    evaluation: EvaluationContext, asked: Sequence[TokenPrompt], sampling: Sampling, draft_tokens: int
+) -> list[Drafted]:
     longest = max(asked, key=lambda prompt: len(prompt.ids))
     # Samplers answer the longest prompt first, and of two the earlier one.
     every = [replace(longest, id=f"{longest.id} (first)"), *asked]
-    alone = _alone(exam)
+    alone = _alone(evaluation)
     drafted = SpeculativeSampler(
         model=alone.model,
-        draft=exam.student.model,
+        draft=evaluation.student.model,
         eos_token_ids=alone.eos_token_ids,
         pad_token_id=alone.pad_token_id,
         vocab_size=alone.vocab_size,
@@ -96,8 +106,8 @@ def _in_turns(exam: Exam, asked: Sequence[TokenPrompt], sampling: Sampling, draf
         batch_size=1,
     )
     found = []
-    answers = zip(_timed(exam, alone, every, sampling), _timed(exam, drafted, every, sampling), strict=True)
-    with exam.meter(f"draft {draft_tokens} tokens", len(every), "answers") as meter:
+    answers = zip(_timed(evaluation, alone, every, sampling), _timed(evaluation, drafted, every, sampling), strict=True)
+    with evaluation.meter(f"draft {draft_tokens} tokens", len(every), "answers") as meter:
         for number, ((by_itself, alone_s), (response, drafted_s)) in enumerate(answers):
             tally = drafted.tally.taken()
             if number:
@@ -107,26 +117,31 @@ def _in_turns(exam: Exam, asked: Sequence[TokenPrompt], sampling: Sampling, draf
     return sorted(found, key=lambda answer: order[answer.id])
 
 
-def _alone(exam: Exam) -> LocalSampler:
-    teacher = exam.teacher
-    return sampler_for(exam.story, teacher.model, teacher.tokenizer, teacher.template, "teacher", 1)
+def _alone(evaluation: EvaluationContext) -> LocalSampler:
+    teacher = evaluation.teacher
+    return sampler_for(evaluation.context, teacher.model, teacher.tokenizer, teacher.template, "teacher", 1)
 
 
 def _timed(
-    exam: Exam, sampler: LocalSampler | SpeculativeSampler, asked: Sequence[TokenPrompt], sampling: Sampling
+    evaluation: EvaluationContext,
+    sampler: LocalSampler | SpeculativeSampler,
+    asked: Sequence[TokenPrompt],
+    sampling: Sampling,
 ) -> Iterator[tuple[Response, float]]:
     """Each answer with the seconds it took; the sampler rests between two."""
     answers = sampler.respond_in_batches(asked, sampling)
     for _ in asked:
-        exam.story.stop.heed()
-        settle(exam.story.device)
+        evaluation.context.stop.raise_if_requested()
+        settle(evaluation.context.device)
         started = time.perf_counter()
         (response,) = next(answers).responses
-        settle(exam.story.device)
+        settle(evaluation.context.device)
         yield response, time.perf_counter() - started
 
 
-def _drafted(by_itself: Response, alone_s: float, response: Response, drafted_s: float, tally: Tally) -> Drafted:
+def _drafted(
+    by_itself: Response, alone_s: float, response: Response, drafted_s: float, tally: AcceptanceStats
+) -> Drafted:
     assert by_itself.prompt_id == response.prompt_id
     return Drafted(
         id=response.prompt_id,
@@ -140,20 +155,20 @@ def _drafted(by_itself: Response, alone_s: float, response: Response, drafted_s:
     )
 
 
-def _expected_acceptance(exam: Exam, sampling: Sampling) -> float | None:
+def _expected_acceptance(evaluation: EvaluationContext, sampling: Sampling) -> float | None:
     """1 - total variation on the teacher's answers (Leviathan et al., corollary 3.6), where fidelity measured it.
 
     It is of temperature 1, and of contexts that the teacher wrote: what a draft meets.
     """
-    record = exam.folder / f"{exam.part}.fidelity.json"
+    record = evaluation.folder / f"{evaluation.part}.fidelity.json"
     if sampling.temperature != 1 or not record.exists():
         return None
     conditions = read_fields(record, {"conditions": list})["conditions"]
-    by_teacher = exam.story.recipe.base_author == "teacher"
+    by_teacher = evaluation.context.recipe.base_author == "teacher"
     name = "fidelity@teacher" if "teacher" in conditions else "fidelity" if "" in conditions and by_teacher else None
     if name is None:
         return None
-    return summarise(read_rows(exam.folder / f"{exam.part}.{name}.jsonl"))["acceptance"].mean
+    return summarise(read_rows(evaluation.folder / f"{evaluation.part}.{name}.jsonl"))["acceptance"].mean
 
 
 GROUP = Group(

@@ -19,8 +19,8 @@ from limbeck.evaluation.tasks.lm_eval import require_lm_eval, run_lm_eval
 from limbeck.evaluation.tasks.math_answers import MathChecker, extract
 from limbeck.evaluation.tasks.passk import pass_at_k
 from limbeck.evaluation.tasks.problems import CODE, STOPS, Problem, read_problems
-from limbeck.pipeline.engine import Story
-from limbeck.pipeline.evaluation_context import Exam, Group, Measured, Who
+from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Who
 from limbeck.recipe.evaluation import TasksSection
 from limbeck.runtime.rundir import Json
 from limbeck.types import LimbeckError, Prompt, Response, Sampling, ScoredRow
@@ -39,25 +39,27 @@ def _limits(section: TasksSection) -> Limits:
     return Limits(timeout_s=section.timeout_s, memory_mb=section.memory_mb)
 
 
-def _measure(exam: Exam) -> Measured:
-    section = exam.section.tasks
+def _measure(evaluation: EvaluationContext) -> GroupResult:
+    section = evaluation.section.tasks
     tables: dict[str, Sequence[ScoredRow]] = {}
     detail: Json = {}
-    scratch = exam.story.run.root / ".sandbox.partial"
+    scratch = evaluation.context.run.root / ".sandbox.partial"
     if any(task in CODE for task in section.files):
         detail["sandbox"] = require_sandbox(scratch, _limits(section))
         if not files_possible():
-            exam.story.console.warn(f"tasks: programs have {NO_FILES}; an answer that writes a file counts as wrong")
+            evaluation.context.console.warn(
+                f"tasks: programs have {NO_FILES}; an answer that writes a file counts as wrong"
+            )
     for task, path in section.files.items():
         problems = read_problems(task, Path(path), section.limit)
-        answers = _answers(exam, problems)
+        answers = _answers(evaluation, problems)
         answered = [problem for problem in problems if problem.id in answers]
         if not answered:
             raise LimbeckError(
                 f"none of the {len(problems)} problems of {task} fits the student's window beside "
                 f"{section.max_new_tokens} new tokens; lower evaluate.tasks.max_new_tokens or leave {task} out"
             )
-        graded = (_graded_code if task in CODE else _graded_maths)(exam, answered, answers)
+        graded = (_graded_code if task in CODE else _graded_maths)(evaluation, answered, answers)
         tables |= _tables(task, graded, section.pass_at)
         detail[task] = {
             "problems": len(problems),
@@ -68,16 +70,16 @@ def _measure(exam: Exam) -> Measured:
             "extraction": dict(graded.extraction),
         }
     if section.lm_eval:
-        _measure_lm_eval(exam, tables, detail)
+        _measure_lm_eval(evaluation, tables, detail)
     if scratch.exists():
         scratch.rmdir()
-    return Measured(tables=tables, detail=detail)
+    return GroupResult(tables=tables, detail=detail)
 
 
-def _answers(exam: Exam, problems: Sequence[Problem]) -> dict[str, list[str]]:
+def _answers(evaluation: EvaluationContext, problems: Sequence[Problem]) -> dict[str, list[str]]:
     """The texts of the student, by problem; every sample has a seed of its own."""
-    section, task = exam.section.tasks, problems[0].task
-    continues = _continues(exam)
+    section, task = evaluation.section.tasks, problems[0].task
+    continues = _continues(evaluation)
     prompts = [Prompt(id=p.id, text=p.plain if continues else p.request, split="heldout") for p in problems]
     texts: dict[str, list[str]] = {}
     for number in range(section.samples):
@@ -87,14 +89,14 @@ def _answers(exam: Exam, problems: Sequence[Problem]) -> dict[str, list[str]]:
             stop=STOPS[task] if continues else (),
             seed=section.seed + number,
         )
-        for response in exam.answers("student", sampling, prompts):
-            texts.setdefault(response.prompt_id, []).append(_text_behind(response, exam.tokenizer("student")))
+        for response in evaluation.answers("student", sampling, prompts):
+            texts.setdefault(response.prompt_id, []).append(_text_behind(response, evaluation.tokenizer("student")))
     return texts
 
 
-def _continues(exam: Exam) -> bool:
+def _continues(evaluation: EvaluationContext) -> bool:
     """Whether the student gets a text to continue, rather than a request."""
-    return exam.student.template == "plain"
+    return evaluation.student.template == "plain"
 
 
 def _text_behind(response: Response, tokenizer: Any) -> str:
@@ -107,12 +109,14 @@ def _text_behind(response: Response, tokenizer: Any) -> str:
     return whole[len(head) :] if whole.startswith(head) else alone
 
 
-def _graded_maths(exam: Exam, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]) -> Graded:
+def _graded_maths(
+    evaluation: EvaluationContext, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]
+) -> Graded:
     right: dict[str, list[bool]] = {}
     failures: Counter[str] = Counter()
     extraction: Counter[str] = Counter()
     total = sum(len(answers[p.id]) for p in problems)
-    with MathChecker() as checker, exam.meter(f"check {problems[0].task}", total, "answers") as meter:
+    with MathChecker() as checker, evaluation.meter(f"check {problems[0].task}", total, "answers") as meter:
         for problem in problems:
             for text in answers[problem.id]:
                 found = extract(text)
@@ -126,8 +130,10 @@ def _graded_maths(exam: Exam, problems: Sequence[Problem], answers: Mapping[str,
     return Graded(right=right, failures=failures, extraction=extraction)
 
 
-def _graded_code(exam: Exam, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]) -> Graded:
-    continues = _continues(exam)
+def _graded_code(
+    evaluation: EvaluationContext, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]
+) -> Graded:
+    continues = _continues(evaluation)
     owners, jobs = [], []
     extraction: Counter[str] = Counter()
     for problem in problems:
@@ -138,12 +144,12 @@ def _graded_code(exam: Exam, problems: Sequence[Problem], answers: Mapping[str, 
             jobs.append(job_of(problem, program))
     marks = [False] * len(jobs)
     failures: Counter[str] = Counter()
-    root = exam.story.run.root
+    root = evaluation.context.run.root
     # The log lies beside the scores, which are set aside when another group is added.
     judged = judge_all(
-        jobs, _limits(exam.section.tasks), log=root / "program_verdicts.jsonl", scratch=root / ".sandbox.partial"
+        jobs, _limits(evaluation.section.tasks), log=root / "program_verdicts.jsonl", scratch=root / ".sandbox.partial"
     )
-    with exam.meter(f"run {problems[0].task}", len(jobs), "programs") as meter:
+    with evaluation.meter(f"run {problems[0].task}", len(jobs), "programs") as meter:
         for number, verdict in judged:
             marks[number] = verdict.passed
             if not verdict.passed:
@@ -172,20 +178,20 @@ def _tables(task: str, graded: Graded, pass_at: Sequence[int]) -> dict[str, list
     return tables
 
 
-def _measure_lm_eval(exam: Exam, tables: dict[str, Sequence[ScoredRow]], detail: Json) -> None:
+def _measure_lm_eval(evaluation: EvaluationContext, tables: dict[str, Sequence[ScoredRow]], detail: Json) -> None:
     """The student's rows and figures; the teacher's figures beside those of the student after training."""
-    recipe, who = exam.story.recipe, list[Who](("student",))
+    recipe, who = evaluation.context.recipe, list[Who](("student",))
     # Evaluated on its own, a student without a teacher stands in the teacher's place.
-    if exam.part == "after" and recipe.teacher.model not in (None, recipe.student.model):
+    if evaluation.part == "after" and recipe.teacher.model not in (None, recipe.student.model):
         who.append("teacher")
     for one in who:
-        speaker, section = exam.speaker(one), exam.section.tasks
+        speaker, section = evaluation.speaker(one), evaluation.section.tasks
         found = run_lm_eval(
             section.lm_eval,
             speaker.model,
             speaker.tokenizer,
             chat=speaker.template == "chat",
-            batch_size=exam.section.batch_size,
+            batch_size=evaluation.section.batch_size,
             limit=section.limit,
             seed=section.seed,
         )
@@ -194,8 +200,8 @@ def _measure_lm_eval(exam: Exam, tables: dict[str, Sequence[ScoredRow]], detail:
             tables |= {f"lm_eval,{task}": rows for task, rows in found.tables.items()}
 
 
-def _check(story: Story) -> None:
-    section = story.recipe.evaluate.tasks
+def _check(context: RunContext) -> None:
+    section = context.recipe.evaluate.tasks
     if not section.files and not section.lm_eval:
         raise LimbeckError(
             "evaluate asks for the group tasks, but names no task; give evaluate.tasks.files, such as "

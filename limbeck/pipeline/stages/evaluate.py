@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from limbeck.evaluation.scores.files import read_rows, write_rows, write_scores
 from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
-from limbeck.pipeline.engine import Stage, Story
-from limbeck.pipeline.evaluation_context import Exam, Group, Part, table_name
+from limbeck.pipeline.engine import RunContext, Stage
+from limbeck.pipeline.evaluation_context import EvaluationContext, Group, Part, table_name
 from limbeck.pipeline.groups import GROUPS
 from limbeck.pipeline.groups.rouge import greedy
 from limbeck.pipeline.sharing import initial_student, once
@@ -20,93 +20,93 @@ from limbeck.report.model_card import write_card
 from limbeck.runtime.rundir import Json, read_fields, write_json, write_text
 from limbeck.types import ScoredRow
 
-Tables = dict[str, Sequence[ScoredRow]]
+ScoreTables = dict[str, Sequence[ScoredRow]]
 
 
-def evaluation_inputs(story: Story) -> Json:
+def evaluation_inputs(context: RunContext) -> Json:
     """What the evaluation reads of the recipe: the sections of the groups that are asked for."""
-    section = fingerprinted(story.recipe.evaluate)
+    section = fingerprinted(context.recipe.evaluate)
     for name in GROUPS:
         if name not in section["groups"]:
             del section[name]
     if "fidelity" in section and "references" in section["fidelity"]["whose"]:
-        section["fidelity"]["loss_on"] = story.recipe.prompts.loss_on
+        section["fidelity"]["loss_on"] = context.recipe.prompts.loss_on
     if "tasks" in section:
         files = section["tasks"]["files"]
         section["tasks"]["content"] = {task: source_digest(path) for task, path in files.items()}
     return section
 
 
-def check_groups(story: Story) -> None:
+def check_groups(context: RunContext) -> None:
     """Each group looks at what it will need.
 
     Raises:
         LimbeckError: something is missing.
     """
-    for name in story.recipe.evaluate.groups:
-        GROUPS[name].check(story)
+    for name in context.recipe.evaluate.groups:
+        GROUPS[name].check(context)
 
 
-def _play_evaluation(story: Story) -> Json:
+def _play_evaluation(context: RunContext) -> Json:
     """Measure the student before and after training; each group of each part that is on disk is kept."""
-    parts = examine(story, ("before", "after"))
-    write_answers(story, parts)
-    base_model, license = _origin(story)
-    write_card(story.run.root, base_model=base_model, license=license)
-    return {"heldout_prompts": len(Exam(story=story, part="after").prompts)}
+    parts = examine(context, ("before", "after"))
+    write_answers(context, parts)
+    base_model, license = _origin(context)
+    write_card(context.run.root, base_model=base_model, license=license)
+    return {"heldout_prompts": len(EvaluationContext(context=context, part="after").prompts)}
 
 
-def examine(story: Story, parts: Sequence[Part]) -> dict[Part, Tables]:
+def examine(context: RunContext, parts: Sequence[Part]) -> dict[Part, ScoreTables]:
     """The rows of all groups for some parts, and `scores.json` of them."""
-    groups = [GROUPS[name] for name in story.recipe.evaluate.groups]
-    found: dict[Part, Tables] = {"before": {}, "after": {}}
+    groups = [GROUPS[name] for name in context.recipe.evaluate.groups]
+    found: dict[Part, ScoreTables] = {"before": {}, "after": {}}
     for part in parts:
-        exam = Exam(story=story, part=part)
-        with _once_a_sweep(exam):
+        evaluation = EvaluationContext(context=context, part=part)
+        with _once_a_sweep(evaluation):
             for group in groups:
                 if part in group.parts:
-                    found[part] |= _rows_of(exam, group)
-        exam.release(student=True)
-    write_scores(story.run.root, before=found["before"], after=found["after"], seed=0)
+                    found[part] |= _rows_of(evaluation, group)
+        evaluation.release(student=True)
+    write_scores(context.run.root, before=found["before"], after=found["after"], seed=0)
     return found
 
 
-def _once_a_sweep(exam: Exam) -> AbstractContextManager[None]:
+def _once_a_sweep(evaluation: EvaluationContext) -> AbstractContextManager[None]:
     """Runs that begin with the same student have the same scores before training; those after it are their own."""
-    if exam.part == "after":
+    if evaluation.part == "after":
         return nullcontext()
-    made_from = {"before": initial_student(exam.story), "evaluate": evaluation_inputs(exam.story)}
-    return once(exam.story, made_from, exam.folder, ("before.*", "answers/before-*.jsonl"))
+    made_from = {"before": initial_student(evaluation.context), "evaluate": evaluation_inputs(evaluation.context)}
+    return once(evaluation.context, made_from, evaluation.folder, ("before.*", "answers/before-*.jsonl"))
 
 
-def _rows_of(exam: Exam, group: Group) -> Tables:
+def _rows_of(evaluation: EvaluationContext, group: Group) -> ScoreTables:
     """The tables of a group by GROUP or GROUP@CONDITION, measured unless they are on disk.
 
     The record of a group is written last and names its tables: without it nothing of the group counts as measured.
     """
-    record = exam.folder / f"{exam.part}.{group.name}.json"
+    record = evaluation.folder / f"{evaluation.part}.{group.name}.json"
     if not record.exists():
-        measured = group.measure(exam)
-        exam.release(student=False)
+        measured = group.measure(evaluation)
+        evaluation.release(student=False)
         for name, rows in measured.named(group.name).items():
-            write_rows(exam.folder / f"{exam.part}.{name}.jsonl", rows)
+            write_rows(evaluation.folder / f"{evaluation.part}.{name}.jsonl", rows)
         write_json(record, {"conditions": list(measured.tables), "detail": measured.detail})
     names = [table_name(group.name, condition) for condition in read_fields(record, {"conditions": list})["conditions"]]
-    return {name: read_rows(exam.folder / f"{exam.part}.{name}.jsonl") for name in names}
+    return {name: read_rows(evaluation.folder / f"{evaluation.part}.{name}.jsonl") for name in names}
 
 
-def _origin(story: Story) -> tuple[str | None, str | None]:
+def _origin(context: RunContext) -> tuple[str | None, str | None]:
     """Hub id and licence of the model whose weights the student began as, where they are known."""
-    section = story.recipe.student if story.recipe.student.model else story.recipe.teacher
+    section = context.recipe.student if context.recipe.student.model else context.recipe.teacher
     assert section.model is not None
     source = resolve(section.model, revision=section.revision, weights=False)
-    if story.recipe.student.init == "scratch":
+    if context.recipe.student.init == "scratch":
         return None, source.license
     hub_id = ASSETS[section.model].hub_id if source.kind == "asset" else section.model if source.kind == "hub" else None
     return hub_id, source.license
 
 
-def write_answers(story: Story, parts: Mapping[Part, Tables]) -> None:
+def write_answers(context: RunContext, parts: Mapping[Part, ScoreTables]) -> None:
     """A handful of held-out prompts with the greedy answers of whoever answered: teacher, student before and after."""
     # Against the references alone no greedy answers were written.
     scored: dict[Part, dict[str, float]] = {}
@@ -115,19 +115,19 @@ def write_answers(story: Story, parts: Mapping[Part, Tables]) -> None:
             scored[part] = rows
     if not scored:
         return
-    after = Exam(story=story, part="after")
+    after = EvaluationContext(context=context, part="after")
     sampling = greedy(after.section)
     sides: dict[str, dict[str, str]] = {"teacher": after.texts("teacher", sampling)}
     for part in scored:
-        sides[part] = Exam(story=story, part=part).texts("student", sampling)
+        sides[part] = EvaluationContext(context=context, part=part).texts("student", sampling)
     lines = []
     shown = [p for p in after.prompts if all(p.id in texts for texts in sides.values())]
-    for prompt in shown[: story.recipe.evaluate.samples]:
+    for prompt in shown[: context.recipe.evaluate.samples]:
         asked = prompt.text if prompt.text is not None else "\n".join(m.content for m in prompt.messages or ())
         line = {"prompt": asked} | {side: texts[prompt.id] for side, texts in sides.items()}
         line |= {f"rouge_{part}": rows[prompt.id] for part, rows in scored.items()}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_text(story.run.samples, "".join(lines))
+    write_text(context.run.samples, "".join(lines))
 
 
 STAGE = Stage(

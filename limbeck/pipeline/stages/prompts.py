@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from limbeck.pipeline.engine import Stage, Story
+from limbeck.pipeline.engine import RunContext, Stage
 from limbeck.pipeline.groups import require_known_answers
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.io import write_prompts
@@ -14,19 +14,19 @@ from limbeck.prompts.sources import PromptSet, load_prompts
 from limbeck.runtime.rundir import Json
 
 
-def prompt_inputs(story: Story) -> Json:
+def prompt_inputs(context: RunContext) -> Json:
     """What decides which prompts there are."""
-    section = asdict(story.recipe.prompts)
+    section = asdict(context.recipe.prompts)
     for later in ("template", "chat_options", "too_long", "control_tokens", "loss_on"):
         del section[later]
     if not section["ignore_columns"]:
         del section["ignore_columns"]
-    return section | {"content": source_digest(story.recipe.prompts.source)}
+    return section | {"content": source_digest(context.recipe.prompts.source)}
 
 
-def read_prompt_source(story: Story, heldout_fraction: float) -> PromptSet:
+def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSet:
     """The prompts that a recipe names, written down once the answers that groups need are seen to be there."""
-    section = story.recipe.prompts
+    section = context.recipe.prompts
     loaded = load_prompts(
         section.source,
         heldout_fraction=heldout_fraction,
@@ -38,20 +38,20 @@ def read_prompt_source(story: Story, heldout_fraction: float) -> PromptSet:
         ignore_columns=section.ignore_columns,
     )
     if loaded.unread:
-        story.console.say(unread_line(loaded.unread, loaded.rows))
+        context.console.say(unread_line(loaded.unread, loaded.rows))
     if loaded.duplicates:
-        story.console.say(f"prompts: {loaded.duplicates} rows ask what an earlier row asks, and are left out")
-    require_known_answers(story.recipe.evaluate, loaded.prompts)
-    write_prompts(story.run.prompts, loaded.prompts)
+        context.console.say(f"prompts: {loaded.duplicates} rows ask what an earlier row asks, and are left out")
+    require_known_answers(context.recipe.evaluate, loaded.prompts)
+    write_prompts(context.run.prompts, loaded.prompts)
     return loaded
 
 
-def _play_prompts(story: Story) -> Json:
-    loaded = read_prompt_source(story, story.recipe.prompts.eval_fraction)
-    if story.recipe.sft_on_data:
+def _play_prompts(context: RunContext) -> Json:
+    loaded = read_prompt_source(context, context.recipe.prompts.eval_fraction)
+    if context.recipe.sft_on_data:
         require_answers_for_sft(loaded.of("train"))
     counts = loaded.counts()
-    story.console.say(f"prompts: {counts['train']} to train on, {counts['heldout']} held out")
+    context.console.say(f"prompts: {counts['train']} to train on, {counts['heldout']} held out")
     return {**counts, "unread_columns": dict(loaded.unread)}
 
 

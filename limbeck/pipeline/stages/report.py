@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from limbeck.pipeline.engine import Stage, Story
+from limbeck.pipeline.engine import RunContext, Stage
 from limbeck.report import write_picture, write_report
 from limbeck.runtime.rundir import Json
 
 
-def _play_report(story: Story) -> Json:
-    write_picture(story.run.root, story.run.picture)
-    story.console.say(f"report: {write_report(story.run.root)}")
+def _play_report(context: RunContext) -> Json:
+    write_picture(context.run.root, context.run.picture)
+    context.console.say(f"report: {write_report(context.run.root)}")
     return {}
 
 
 STAGE = Stage(
     name="report",
     verb="report",
-    inputs=lambda story: {},
+    inputs=lambda context: {},
     play=_play_report,
     outputs=lambda run: (run.report, run.picture),
     # The page shows the run's own name.

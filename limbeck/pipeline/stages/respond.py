@@ -16,7 +16,7 @@ from limbeck.models.loading import LoadedModel, load_tokenizer
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.checks import check_responses, check_rounds
 from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_counts, with_draft
-from limbeck.pipeline.engine import Stage, Story
+from limbeck.pipeline.engine import RunContext, Stage
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.served_responses import ask_server
@@ -38,7 +38,7 @@ from limbeck.recipe.keys import fingerprinted
 from limbeck.recipe.sections import Recipe
 from limbeck.rollouts.io import read_responses, write_asked, write_responses
 from limbeck.runtime.rundir import Json
-from limbeck.sampling.local import Answered, LocalSampler, SamplingProgress
+from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.teachers.stored import write_shard
 from limbeck.types import Author, LimbeckError, Prompt, Response, Split, TokenPrompt
@@ -47,18 +47,18 @@ from limbeck.types import Author, LimbeckError, Prompt, Response, Split, TokenPr
 CALIBRATION_RESPONSES = 24
 
 
-def _response_inputs(story: Story) -> Json:
-    prompts = story.recipe.prompts
-    section = fingerprinted(story.recipe.responses)
+def _response_inputs(context: RunContext) -> Json:
+    prompts = context.recipe.prompts
+    section = fingerprinted(context.recipe.responses)
     del section["server"], section["draft"]
     # How the student writes later is no matter of this stage; whose responses are there before, and of whom, is.
     del section["on_policy"], section["base"]
-    section["author"] = story.recipe.base_author
-    if story.recipe.on_policy:
-        section["answered"] = _answers_train(story.recipe)
-    server = story.recipe.responses.server
+    section["author"] = context.recipe.base_author
+    if context.recipe.on_policy:
+        section["answered"] = _answers_train(context.recipe)
+    server = context.recipe.responses.server
     section |= {"server": fingerprinted(server)} if server else {}
-    draft = story.recipe.responses.draft
+    draft = context.recipe.responses.draft
     section |= {"draft": draft_inputs(draft)} if draft else {}
     chosen: Json = {
         "template": prompts.template,
@@ -67,66 +67,66 @@ def _response_inputs(story: Story) -> Json:
     }
     if prompts.chat_options:
         chosen["chat_options"] = prompts.chat_options
-    captured = {"captured": story.recipe.signal.dtype} if captures(story) else {}
-    if story.recipe.base_author == "data" or story.recipe.sft_on_data:
+    captured = {"captured": context.recipe.signal.dtype} if captures(context) else {}
+    if context.recipe.base_author == "data" or context.recipe.sft_on_data:
         chosen["loss_on"] = prompts.loss_on
-    sft = {"sft": "data"} if story.recipe.sft_on_data else {}
-    if not same_tokens(story):
-        sft["read_by"] = tokenizer_fingerprint(load_student_tokenizer(story))
-    return section | chosen | captured | sft | {"teacher": teacher_inputs(story), "window": story.window}
+    sft = {"sft": "data"} if context.recipe.sft_on_data else {}
+    if not same_tokens(context):
+        sft["read_by"] = tokenizer_fingerprint(load_student_tokenizer(context))
+    return section | chosen | captured | sft | {"teacher": teacher_inputs(context), "window": context.window}
 
 
-def captures(story: Story) -> bool:
+def captures(context: RunContext) -> bool:
     """Whether the hidden states that sampling computes anyway are the signal that is wanted."""
-    recipe = story.recipe
+    recipe = context.recipe
     here = recipe.base_author == "teacher" and recipe.responses.server is None
     return here and recipe.signal.cache and recipe.signal.support == "full"
 
 
-def teacher_inputs(story: Story) -> Json:
-    section = story.recipe.teacher
-    return {"weights": story.teacher_fingerprint, "dtype": section.dtype, "attention": section.attn_implementation}
+def teacher_inputs(context: RunContext) -> Json:
+    section = context.recipe.teacher
+    return {"weights": context.teacher_fingerprint, "dtype": section.dtype, "attention": section.attn_implementation}
 
 
-def _play_responses(story: Story) -> Json:
-    run, section, author = story.run, story.recipe.responses, story.recipe.base_author
+def _play_responses(context: RunContext) -> Json:
+    run, section, author = context.run, context.recipe.responses, context.recipe.base_author
     prompts = read_prompts(run.prompts)
     # A server and the data answer without the weights being here; they come with the signal.
-    teacher = story.load_teacher() if section.server is None and author == "teacher" else None
+    teacher = context.load_teacher() if section.server is None and author == "teacher" else None
     # Where the two have different tokens, the student reads text in its own.
-    apart = not same_tokens(story)
-    own = load_student_tokenizer(story) if apart else None
-    tokenizer = teacher.tokenizer if teacher else own if own and author == "data" else _tokenizer(story)
-    template = resolve_template(story.recipe.prompts.template, tokenizer, prompts)
-    asked, dropped = _token_prompts(story, tokenizer, prompts, template)
-    reader = (own or tokenizer, student_template(story, own, prompts) if own else template)
-    read, more_dropped = _token_prompts(story, reader[0], prompts, reader[1]) if own else (asked, ())
-    if story.recipe.on_policy:
+    apart = not same_tokens(context)
+    own = load_student_tokenizer(context) if apart else None
+    tokenizer = teacher.tokenizer if teacher else own if own and author == "data" else _tokenizer(context)
+    template = resolve_template(context.recipe.prompts.template, tokenizer, prompts)
+    asked, dropped = _token_prompts(context, tokenizer, prompts, template)
+    reader = (own or tokenizer, student_template(context, own, prompts) if own else template)
+    read, more_dropped = _token_prompts(context, reader[0], prompts, reader[1]) if own else (asked, ())
+    if context.recipe.on_policy:
         train = [p for p in asked if p.split == "train"]
-        check_rounds(story, len(train))
+        check_rounds(context, len(train))
         write_asked(run.responses / "asked.jsonl", train)
     more: Json = {}
-    if story.recipe.sft_on_data:
+    if context.recipe.sft_on_data:
         require_answers_for_sft([p for p in prompts if p.split == "train"])
         train = [p for p in asked if p.split == "train"]
-        answers = _from_data(story, prompts, train, *reader, loss_on=story.recipe.prompts.loss_on)
+        answers = _from_data(context, prompts, train, *reader, loss_on=context.recipe.prompts.loss_on)
         write_responses(run.responses / "sft.jsonl", answers)
         more["sft"] = {"responses": len(answers), "tokens": sum(r.tokens for r in answers)}
-    if story.recipe.on_policy:
-        asked = _answered(story, asked)
+    if context.recipe.on_policy:
+        asked = _answered(context, asked)
     if author == "data":
         # Pairs are two answers to one prompt.
-        loss_on = "last" if story.recipe.responses.author == "pairs" else story.recipe.prompts.loss_on
-        responses = _from_data(story, prompts, asked, tokenizer, template, loss_on=loss_on)
+        loss_on = "last" if context.recipe.responses.author == "pairs" else context.recipe.prompts.loss_on
+        responses = _from_data(context, prompts, asked, tokenizer, template, loss_on=loss_on)
     elif teacher is not None:
-        _say_what_is_answered(story, prompts)
-        responses, served = _sample(story, teacher, asked, template)
+        _say_what_is_answered(context, prompts)
+        responses, served = _sample(context, teacher, asked, template)
         more |= served
     else:
-        responses, served = ask_server(story, tokenizer, prompts, asked, template, sampling_of(section))
+        responses, served = ask_server(context, tokenizer, prompts, asked, template, sampling_of(section))
         more |= served
     if own is not None and author == "teacher":
-        responses, told = in_the_students_tokens(story, prompts, responses, tokenizer, read)
+        responses, told = in_the_students_tokens(context, prompts, responses, tokenizer, read)
         more |= told
     for split in ("train", "heldout"):
         written = [r for r in responses if r.split == split]
@@ -147,7 +147,7 @@ def _play_responses(story: Story) -> Json:
 
 
 def _from_data(
-    story: Story,
+    context: RunContext,
     prompts: Sequence[Prompt],
     asked: Sequence[TokenPrompt],
     tokenizer: Any,
@@ -161,16 +161,16 @@ def _from_data(
         [p for p in prompts if p.id in kept],
         tokenizer,
         template,
-        max_new_tokens=story.recipe.responses.max_new_tokens,
-        control_tokens=story.recipe.prompts.control_tokens,
-        chat_options=text_options(story, tokenizer),
+        max_new_tokens=context.recipe.responses.max_new_tokens,
+        control_tokens=context.recipe.prompts.control_tokens,
+        chat_options=text_options(context, tokenizer),
         loss_on=loss_on,
     )
 
 
-def _say_what_is_answered(story: Story, prompts: Sequence[Prompt]) -> None:
+def _say_what_is_answered(context: RunContext, prompts: Sequence[Prompt]) -> None:
     if earlier := sum(has_earlier_answers(prompt) for prompt in prompts):
-        story.console.say(
+        context.console.say(
             f"respond: {earlier} prompts are conversations; the teacher answers the last turn of each, the data's "
             "earlier answers are context"
         )
@@ -183,15 +183,15 @@ def _answers_train(recipe: Recipe) -> Literal["all", "some", "none"]:
     return "some" if recipe.student.init == "depth_prune" and not recipe.student.keep else "none"
 
 
-def _answered(story: Story, asked: Sequence[TokenPrompt]) -> tuple[TokenPrompt, ...]:
+def _answered(context: RunContext, asked: Sequence[TokenPrompt]) -> tuple[TokenPrompt, ...]:
     """The prompts that are answered before training: the held-out ones, and of the others what somebody reads."""
-    most = {"all": len(asked), "some": CALIBRATION_RESPONSES, "none": 0}[_answers_train(story.recipe)]
+    most = {"all": len(asked), "some": CALIBRATION_RESPONSES, "none": 0}[_answers_train(context.recipe)]
     train = [p for p in asked if p.split == "train"][:most]
     return (*train, *(p for p in asked if p.split == "heldout"))
 
 
-def _tokenizer(story: Story) -> Any:
-    section = story.recipe.teacher
+def _tokenizer(context: RunContext) -> Any:
+    section = context.recipe.teacher
     return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
 
 
@@ -201,42 +201,42 @@ def _is_empty(response: Response) -> bool:
 
 
 def _token_prompts(
-    story: Story, tokenizer: Any, prompts: Sequence[Any], template: TemplateName
+    context: RunContext, tokenizer: Any, prompts: Sequence[Any], template: TemplateName
 ) -> tuple[tuple[TokenPrompt, ...], tuple[str, ...]]:
 
-    section = story.recipe.prompts
+    section = context.recipe.prompts
     encoded = encode_prompts(
         prompts,
         tokenizer,
         template,
         control_tokens=section.control_tokens,
-        chat_options=text_options(story, tokenizer),
+        chat_options=text_options(context, tokenizer),
     )
     fitting = check_lengths(
         encoded,
-        window=story.window or sys.maxsize,
-        max_new_tokens=story.recipe.responses.max_new_tokens,
+        window=context.window or sys.maxsize,
+        max_new_tokens=context.recipe.responses.max_new_tokens,
         too_long=section.too_long,
     )
     if fitting.dropped:
-        story.console.warn(f"{len(fitting.dropped)} prompts are longer than {fitting.limit} tokens and were dropped")
+        context.console.warn(f"{len(fitting.dropped)} prompts are longer than {fitting.limit} tokens and were dropped")
     return fitting.kept, fitting.dropped
 
 
 def _sample(
-    story: Story, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName
+    context: RunContext, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName
 ) -> tuple[list[Response], Json]:
     """The teacher's answers and what the manifest says of them, batch by batch; none on disk is sampled again.
 
     While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.
     """
-    section, folder = story.recipe.responses, story.run.responses / "batches"
+    section, folder = context.recipe.responses, context.run.responses / "batches"
     sampling = sampling_of(section)
-    dtype = getattr(torch, story.recipe.signal.dtype)
-    sampler = sampler_for(story, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
-    sampler = with_draft(story, section.draft, sampler) if section.draft else sampler
+    dtype = getattr(torch, context.recipe.signal.dtype)
+    sampler = sampler_for(context, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
+    sampler = with_draft(context, section.draft, sampler) if section.draft else sampler
 
-    def beside(sampler: LocalSampler | SpeculativeSampler, batch: Answered, path: Path) -> None:
+    def beside(sampler: LocalSampler | SpeculativeSampler, batch: SampledBatch, path: Path) -> None:
         if batch.hidden is not None:
             hidden = dict(zip(batch.indices, batch.hidden, strict=True))
             write_shard(path.with_suffix(".safetensors"), hidden, dtype=dtype)
@@ -247,21 +247,21 @@ def _sample(
         asked,
         sampling,
         folder,
-        stop=story.stop,
-        watching=lambda done: sampling_meter(story, "respond", len(asked), done),
-        capture_hidden=captures(story),
+        stop=context.stop,
+        watching=lambda done: sampling_meter(context, "respond", len(asked), done),
+        capture_hidden=captures(context),
         beside=beside,
     )
     return answers, draft_record(section.draft, paths)
 
 
 def sampler_for(
-    story: Story, model: Any, tokenizer: Any, template: TemplateName, author: Author, batch_size: int
+    context: RunContext, model: Any, tokenizer: Any, template: TemplateName, author: Author, batch_size: int
 ) -> LocalSampler:
     """A sampler for any model of the run; answers end where the template ends them."""
     return LocalSampler(
         model=model,
-        eos_token_ids=end_token_ids(tokenizer, template, story.recipe.prompts.chat_options),
+        eos_token_ids=end_token_ids(tokenizer, template, context.recipe.prompts.chat_options),
         pad_token_id=pad_token_id(tokenizer),
         vocab_size=real_vocab_size(tokenizer),
         tokenizer=tokenizer,
@@ -277,11 +277,11 @@ def pad_token_id(tokenizer: Any) -> int:
 
 @contextmanager
 def sampling_meter(
-    story: Story, label: str, responses: int, done: int = 0
+    context: RunContext, label: str, responses: int, done: int = 0
 ) -> Iterator[Callable[[SamplingProgress], None]]:
     """A bar over answers that also says how many tokens are written a second."""
     started = time.monotonic()
-    with story.console.meter(label, responses, "answers", done) as meter:
+    with context.console.meter(label, responses, "answers", done) as meter:
         ended = 0
 
         def watch(progress: SamplingProgress) -> None:
@@ -293,15 +293,15 @@ def sampling_meter(
         yield watch
 
 
-def load_responses(story: Story, split: Split) -> dict[int, Response]:
+def load_responses(context: RunContext, split: Split) -> dict[int, Response]:
     """The non-empty responses of a split by their row in the file, which is also their row in the signal."""
-    every = read_responses(story.run.responses / f"{story.recipe.base_author}.jsonl")
+    every = read_responses(context.run.responses / f"{context.recipe.base_author}.jsonl")
     return {row: r for row, r in enumerate(every) if r.split == split and r.response_ids}
 
 
-def load_sft_answers(story: Story) -> list[Response]:
+def load_sft_answers(context: RunContext) -> list[Response]:
     """The data's answers that a first stage is taught from, without empty ones."""
-    return [r for r in read_responses(story.run.responses / "sft.jsonl") if r.response_ids]
+    return [r for r in read_responses(context.run.responses / "sft.jsonl") if r.response_ids]
 
 
 STAGE = Stage(

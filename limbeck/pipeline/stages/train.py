@@ -15,10 +15,10 @@ from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
 from limbeck.objectives.sums import nested
-from limbeck.pipeline.build import balance_of, judgement_of, sft_judgement, temperature_of, trial_judgement
+from limbeck.pipeline.build import loss_plan_of, sft_loss_plan, temperature_of, token_weighting_of, trial_loss_plan
 from limbeck.pipeline.cached_teacher import round_teacher
 from limbeck.pipeline.checks import check_student, student_spec
-from limbeck.pipeline.engine import Stage, Story
+from limbeck.pipeline.engine import RunContext, Stage
 from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
 from limbeck.pipeline.response_sources import author_of
 from limbeck.pipeline.sharing import initial_student, once, student_inputs
@@ -30,55 +30,55 @@ from limbeck.recipe.keys import fingerprinted
 from limbeck.recipe.sections import SftSection
 from limbeck.rollouts.account import never_acted, summary
 from limbeck.rollouts.collate import collate
-from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of, set_aside
-from limbeck.rollouts.sources import fixed
+from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of_prompts, set_aside
+from limbeck.rollouts.sources import offline
 from limbeck.runtime.folders import remove
 from limbeck.runtime.json_lines import json_lines
 from limbeck.runtime.rundir import Json, flatten, read_fields, write_json
 from limbeck.student.build import Student, build_student
 from limbeck.student.saving import save_student
-from limbeck.teachers.local import UnheardTeacher
+from limbeck.teachers.local import NullTeacher
 from limbeck.training import checkpoints
 from limbeck.training.loop import find_learning_rate, train
 from limbeck.training.metrics import LoopContext
 from limbeck.types import Interrupted, Objective, Response, Teacher
 
 
-def _student_inputs(story: Story) -> Json:
-    recipe = story.recipe
-    inputs = student_inputs(story) | corpus_inputs(story)
+def _student_inputs(context: RunContext) -> Json:
+    recipe = context.recipe
+    inputs = student_inputs(context) | corpus_inputs(context)
     inputs |= {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
     if recipe.on_policy:
         inputs |= {"author": recipe.responses.author, "on_policy": asdict(recipe.responses.on_policy)}
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
 
 
-def build_initial_student(story: Story) -> Student:
+def build_initial_student(context: RunContext) -> Student:
     """The student before training. Which blocks are kept is measured once and remembered in the run directory."""
-    section, blocks = story.recipe.student, story.run.root / "blocks.json"
+    section, blocks = context.recipe.student, context.run.root / "blocks.json"
     if section.init == "depth_prune" and not section.keep and not blocks.exists():
-        with once(story, {"blocks": initial_student(story)}, story.run.root, (blocks.name,)):
+        with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
             if not blocks.exists():
-                return _build(story)
-    return _build(story)
+                return _build(context)
+    return _build(context)
 
 
-def _build(story: Story) -> Student:
-    run, blocks = story.run, story.run.root / "blocks.json"
-    spec = student_spec(story)
-    teacher = story.load_teacher()
-    if story.rank and spec.init == "depth_prune" and not spec.keep:
+def _build(context: RunContext) -> Student:
+    run, blocks = context.run, context.run.root / "blocks.json"
+    spec = student_spec(context)
+    teacher = context.load_teacher()
+    if context.rank and spec.init == "depth_prune" and not spec.keep:
         # One rank measures for all: what two machines measure may differ in the last bit and in a block.
-        story.wait_until(blocks.exists)
+        context.wait_until(blocks.exists)
     if blocks.exists():
         spec = replace(spec, keep=tuple(_measured(blocks)["keep"]), layers=None)
-    responses = list(load_responses(story, "train").values())[:CALIBRATION_RESPONSES]
+    responses = list(load_responses(context, "train").values())[:CALIBRATION_RESPONSES]
     calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
-    student = build_student(spec, teacher=teacher, calibration=calibration, progress=story.console.say)
+    student = build_student(spec, teacher=teacher, calibration=calibration, progress=context.console.say)
     if student.blocks is not None and not blocks.exists():
         write_json(run.root / "blocks.json", asdict(student.blocks))
-    student = with_endings(story, student, teacher)
-    student.model.to(story.device)  # type: ignore[arg-type]
+    student = with_endings(context, student, teacher)
+    student.model.to(context.device)  # type: ignore[arg-type]
     return student
 
 
@@ -88,36 +88,36 @@ def _measured(blocks: Path) -> Json:
     return read_fields(blocks, kinds)
 
 
-def _play_student(story: Story) -> Json:
-    recipe, run = story.recipe, story.run
-    student = build_initial_student(story)
-    say_endings(story, student)
+def _play_student(context: RunContext) -> Json:
+    recipe, run = context.recipe, context.run
+    student = build_initial_student(context)
+    say_endings(context, student)
     # Dropout inside adapters draws from torch's own generator.
     torch.manual_seed(recipe.train.seed)
-    with story.stop.deferred() as should_stop:
+    with context.stop.deferred() as should_stop:
         try:
             if recipe.sft is not None:
                 if checkpoints.usable(run.checkpoints) is None:
                     if recipe.train.learning_rate == "auto":
-                        _search_learning_rate(story, student, should_stop)
-                    _play_sft(story, student, recipe.sft, should_stop)
-                if not story.rank:
+                        _search_learning_rate(context, student, should_stop)
+                    _play_sft(context, student, recipe.sft, should_stop)
+                if not context.rank:
                     # Not asked for again, whether it ended now or in a run that was killed before it came here.
                     for old in checkpoints.all_in(run.checkpoints / "sft"):
                         remove(old)
-            trained = _play_training(story, student, should_stop)
+            trained = _play_training(context, student, should_stop)
         except Interrupted as stopped:
-            story.console.say(f"train: {stopped}")
-            if story.stop.wished:
-                raise KeyboardInterrupt(story.stop.number) from stopped
+            context.console.say(f"train: {stopped}")
+            if context.stop.requested:
+                raise KeyboardInterrupt(context.stop.number) from stopped
             raise
-    if story.rank:
+    if context.rank:
         return {}
     save_student(trained, student.tokenizer, run.student)
-    write_json(run.student / "student.json", _student_record(story, student))
+    write_json(run.student / "student.json", _student_record(context, student))
     last = json.loads([line for _, line in json_lines(run.metrics.read_text("utf-8"))][-1])
     if account := summary(last):
-        story.console.say(f"train: {account}")
+        context.console.say(f"train: {account}")
     return {
         "steps": last["step"],
         "tokens": last["tokens"],
@@ -125,16 +125,16 @@ def _play_student(story: Story) -> Json:
         "never_acted": never_acted(last),
         "temperature": {
             part.name: temperature_of(recipe).record(part)
-            for objective in judgement_of(recipe).objectives
+            for objective in loss_plan_of(recipe).objectives
             for part in nested(objective)
             if isinstance(part, Objective)
         },
     }
 
 
-def _play_sft(story: Story, student: Student, section: SftSection, should_stop: Callable[[], bool]) -> None:
+def _play_sft(context: RunContext, student: Student, section: SftSection, should_stop: Callable[[], bool]) -> None:
     """The first stage, on what was written before training; its last checkpoint is where the training begins."""
-    recipe, run = story.recipe, story.run
+    recipe, run = context.recipe, context.run
     settings = replace(
         recipe.train,
         num_train_epochs=section.num_train_epochs,
@@ -149,106 +149,106 @@ def _play_sft(story: Story, student: Student, section: SftSection, should_stop: 
         checkpoints.restore_weights(done, student.model)
         return
     if done.exists():
-        story.console.warn(f"{done} is not what was written; the first stage is trained again")
-    responses, teacher = _sft_responses(story, section, vocab_size=real_vocab_size(student.tokenizer))
+        context.console.warn(f"{done} is not what was written; the first stage is trained again")
+    responses, teacher = _sft_responses(context, section, vocab_size=real_vocab_size(student.tokenizer))
     train(
         student.model,
-        fixed(responses),
+        offline(responses),
         teacher,
-        sft_judgement(recipe, section),
+        sft_loss_plan(recipe, section),
         temperature=Temperature(),
         settings=settings,
         vocab_size=real_vocab_size(student.tokenizer),
         pad_id=pad_token_id(student.tokenizer),
-        context=_context(story, should_stop, checkpoints=folder, metrics=run.sft_metrics, label="sft"),
+        context=_context(context, should_stop, checkpoints=folder, metrics=run.sft_metrics, label="sft"),
     )
     checkpoints.save_weights(done, student.model)
 
 
-def _sft_responses(story: Story, section: SftSection, *, vocab_size: int) -> tuple[list[Response], Teacher]:
+def _sft_responses(context: RunContext, section: SftSection, *, vocab_size: int) -> tuple[list[Response], Teacher]:
     """What the first stage is taught from, and who says what of it. Nothing is kept of the data's answers on disk."""
-    if not story.recipe.sft_on_data:
-        by_row = load_responses(story, "train")
-        if not story.recipe.signal.cache and not sft_judgement(story.recipe, section).heeds_teacher:
-            return list(by_row.values()), UnheardTeacher.of(vocab_size)
-        return list(by_row.values()), open_teacher(story, list(by_row))
-    heeded = sft_judgement(story.recipe, section).heeds_teacher
-    return load_sft_answers(story), local_teacher(story) if heeded else UnheardTeacher.of(vocab_size)
+    if not context.recipe.sft_on_data:
+        by_row = load_responses(context, "train")
+        if not context.recipe.signal.cache and not sft_loss_plan(context.recipe, section).needs_teacher:
+            return list(by_row.values()), NullTeacher.of(vocab_size)
+        return list(by_row.values()), open_teacher(context, list(by_row))
+    heeded = sft_loss_plan(context.recipe, section).needs_teacher
+    return load_sft_answers(context), local_teacher(context) if heeded else NullTeacher.of(vocab_size)
 
 
-def _search_learning_rate(story: Story, student: Student, should_stop: Callable[[], bool]) -> None:
+def _search_learning_rate(context: RunContext, student: Student, should_stop: Callable[[], bool]) -> None:
     """The learning rate of the training proper, searched before the first stage on what was written before both."""
-    recipe, run = story.recipe, story.run
-    by_row, _ = _trained_and_aside(story)
-    judgement, vocab_size = trial_judgement(recipe), real_vocab_size(student.tokenizer)
-    heeded = recipe.signal.cache or judgement.heeds_teacher
+    recipe, run = context.recipe, context.run
+    by_row, _ = _trained_and_aside(context)
+    loss_plan, vocab_size = trial_loss_plan(recipe), real_vocab_size(student.tokenizer)
+    heeded = recipe.signal.cache or loss_plan.needs_teacher
     find_learning_rate(
         student.model,
-        fixed(list(by_row.values())),
-        open_teacher(story, list(by_row)) if heeded else UnheardTeacher.of(vocab_size),
-        judgement,
+        offline(list(by_row.values())),
+        open_teacher(context, list(by_row)) if heeded else NullTeacher.of(vocab_size),
+        loss_plan,
         temperature=temperature_of(recipe),
         schedule=recipe.objective.schedule,
         settings=recipe.train,
         vocab_size=vocab_size,
         pad_id=pad_token_id(student.tokenizer),
-        context=_context(story, should_stop, checkpoints=run.checkpoints, metrics=run.metrics, label="train"),
+        context=_context(context, should_stop, checkpoints=run.checkpoints, metrics=run.metrics, label="train"),
     )
 
 
-def _play_training(story: Story, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:
+def _play_training(context: RunContext, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:
     """The training proper."""
-    recipe, run = story.recipe, story.run
-    by_row, aside = _trained_and_aside(story)
+    recipe, run = context.recipe, context.run
+    by_row, aside = _trained_and_aside(context)
     if recipe.train.eval_steps and not aside:
-        story.console.warn(
+        context.console.warn(
             f"train.eval_steps: {len(by_row)} answered training prompts are too few to set some aside "
             f"({round(FEWEST / LARGEST_SHARE)} would do), so the last student is handed on unmeasured"
         )
     vocab_size = real_vocab_size(student.tokenizer)
     if recipe.on_policy:
-        teacher = round_teacher(story, by_row | aside)
-    elif not recipe.signal.cache and not judgement_of(recipe).heeds_teacher:
-        teacher = UnheardTeacher.of(vocab_size)
+        teacher = round_teacher(context, by_row | aside)
+    elif not recipe.signal.cache and not loss_plan_of(recipe).needs_teacher:
+        teacher = NullTeacher.of(vocab_size)
     else:
-        teacher = open_teacher(story, [*by_row, *aside])
+        teacher = open_teacher(context, [*by_row, *aside])
     return train(
         student.model,
-        author_of(story, student, list(by_row.values()), teacher, should_stop, aside=ids_of(aside)),
+        author_of(context, student, list(by_row.values()), teacher, should_stop, aside=ids_of_prompts(aside)),
         teacher,
-        judgement_of(recipe),
+        loss_plan_of(recipe),
         temperature=temperature_of(recipe),
         schedule=recipe.objective.schedule,
-        balance=balance_of(recipe),
-        heldout=list(load_responses(story, "heldout").values()),
+        weighting=token_weighting_of(recipe),
+        heldout=list(load_responses(context, "heldout").values()),
         development=dict(enumerate(aside.values(), start=len(by_row))),
-        corpus=open_corpus(story, student.tokenizer),
+        corpus=open_corpus(context, student.tokenizer),
         settings=recipe.train,
         vocab_size=vocab_size,
         pad_id=pad_token_id(student.tokenizer),
-        context=_context(story, should_stop, checkpoints=run.checkpoints, metrics=run.metrics, label="train"),
+        context=_context(context, should_stop, checkpoints=run.checkpoints, metrics=run.metrics, label="train"),
     )
 
 
-def _trained_and_aside(story: Story) -> tuple[dict[int, Response], dict[int, Response]]:
+def _trained_and_aside(context: RunContext) -> tuple[dict[int, Response], dict[int, Response]]:
     """The training responses by their row on disk, and those set aside to measure on while it trains."""
-    responses, settings = load_responses(story, "train"), story.recipe.train
+    responses, settings = load_responses(context, "train"), context.recipe.train
     return set_aside(responses, settings.eval_size) if settings.eval_steps else (responses, {})
 
 
 def _context(
-    story: Story, should_stop: Callable[[], bool], *, checkpoints: Path, metrics: Path, label: str
+    context: RunContext, should_stop: Callable[[], bool], *, checkpoints: Path, metrics: Path, label: str
 ) -> LoopContext:
     return LoopContext(
         checkpoints=checkpoints,
         metrics=metrics,
-        learning_rate=story.run.learning_rate / f"{label}.json",
-        examples=story.run.examples if story.recipe.on_policy and label == "train" else None,
-        console=story.console,
+        learning_rate=context.run.learning_rate / f"{label}.json",
+        examples=context.run.examples if context.recipe.on_policy and label == "train" else None,
+        console=context.console,
         should_stop=should_stop,
-        pause_at=story.pause_at if label == "train" else None,
-        tracker_config=_tracker_config(story.recipe),
-        run_name=story.recipe.name,
+        pause_at=context.pause_at if label == "train" else None,
+        tracker_config=_tracker_config(context.recipe),
+        run_name=context.recipe.name,
         label=label,
     )
 
@@ -259,14 +259,14 @@ def _tracker_config(recipe: load.Recipe) -> Json:
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat.items()}
 
 
-def _student_record(story: Story, student: Student) -> Json:
+def _student_record(context: RunContext, student: Student) -> Json:
     """student.json: size and anatomy, for the report and the model card."""
-    section, folder = story.recipe.teacher, story.run.student
+    section, folder = context.recipe.teacher, context.run.student
     trust = section.trust_remote_code
     source = resolve(section.model, revision=section.revision, trust_remote_code=trust)
     return (
         {
-            "init": story.recipe.student.init,
+            "init": context.recipe.student.init,
             "parameters": student.parameters,
             "trainable": student.trainable,
             "share": student.share_of_teacher,
@@ -275,8 +275,8 @@ def _student_record(story: Story, student: Student) -> Json:
             "teacher_parameters": student.teacher_parameters,
             "teacher_layers": getattr(source_config(source, trust_remote_code=trust), "num_hidden_layers", None),
         }
-        | endings_record(story, student)
-        | _anatomy(story.run.root / "blocks.json")
+        | endings_record(context, student)
+        | _anatomy(context.run.root / "blocks.json")
     )
 
 
