@@ -3,7 +3,8 @@
     prompts ──► responses ──► teachers ──► objectives ──► student ──► evaluation ──► report
      Prompt      Response      Signal       (N,) values    weights     Scores        report.html
 
-Shape suffixes used throughout the package:
+Shape suffixes, used throughout the package:
+
     N  tokens that enter the loss      B  rows of a batch     T  time steps of a row
     V  vocabulary                      K  support of a row    D  hidden size (student and teacher may differ)
 

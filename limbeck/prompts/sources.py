@@ -81,7 +81,8 @@ def load_prompts(
         heldout_fraction: expected share of the held-out prompts, in (0, 1); 1 holds all of them out, to evaluate on.
         limit: keep the prompts with the smallest hashes, so many; a smaller limit keeps a subset.
         fields: for data in none of the known formats, its own names of `prompt`, and of `completion` and `category`.
-        dataset_split, dataset_config: the part of a `datasets` source, in its own words.
+        dataset_split: the split of a `datasets` source, in its own words.
+        dataset_config: its configuration, likewise.
         ignore_columns: columns to leave out as if they were not there.
 
     Raises:

@@ -74,7 +74,8 @@ def choose_blocks(
     Args:
         batches: responses with their prompts, better too many than too few; see `calibration_rows` for what is used.
         vocab_size: number of real token ids.
-        rows, window: how many rows are used and how many tokens of each.
+        rows: how many responses are used.
+        window: how many tokens of each.
         progress: gets a line for each block removed.
 
     Raises:

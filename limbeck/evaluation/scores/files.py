@@ -96,7 +96,8 @@ def write_scores(run_dir: Path, *, before: Groups, after: Groups, seed: int = 0,
     """Write the rows of every group and then `scores.json`, which names them, and return the scores.
 
     Args:
-        before, after: rows by group of metrics ("fidelity", "rouge"); either may be empty in a half-finished run.
+        before: rows by group of metrics ("fidelity", "rouge"); may be empty in a half-finished run.
+        after: the same after training.
     """
     scores = assemble(before, after, seed=seed, resamples=resamples)
     files: dict[str, dict[str, str]] = {"before": {}, "after": {}}

@@ -61,7 +61,7 @@ def fused_distillation_loss(
     tile_bytes: int | None = None,
     compile: Compile = "auto",
 ) -> FusedLoss:
-    """The same as these lines (for forward KL), without ever holding N x V numbers::
+    """The same as these lines (for forward KL), without ever holding N x V numbers:
 
         log_q_NV = (student_hidden_ND @ student_head.weight_VD.T / tau).log_softmax(-1)
         log_p_NV = (signal.hidden_ND @ signal.head.weight_VD.T / tau).log_softmax(-1)

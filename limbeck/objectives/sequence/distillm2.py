@@ -95,7 +95,8 @@ class AdaptiveAlpha:
         P = exp(mean log p) over the tokens of the response, Q likewise; in (-1, 1). Detached.
 
         Args:
-            log_q_B, log_p_B: mean log-probability a token at temperature 1, from `label_logp` and `sequence_mean`.
+            log_q_B: the student's mean log-probability per token at temperature 1: `label_logp`, then `sequence_mean`.
+            log_p_B: the teacher's.
             by_student_B: True where the student wrote the response (bool).
         """
         gap_B = (log_p_B.exp() - log_q_B.exp()).detach()
@@ -180,7 +181,8 @@ def dpkd_advantage(
     Rows without a partner get 0.
 
     Args:
-        log_q_N, log_p_N: from `label_logp`.
+        log_q_N: the student's log-probabilities, from `label_logp`.
+        log_p_N: the teacher's.
         partner_B: the row of the same prompt by the other author, int64; -1 for none.
         by_student_B: True where the student wrote the row (bool).
         beta: positive; 0.1 in the paper.

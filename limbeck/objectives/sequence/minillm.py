@@ -52,7 +52,8 @@ def minillm_advantage(
     "policy" is the released code's: the ratio of the token itself, on the advantage alone.
 
     Args:
-        log_q_N, log_p_N: from `label_logp`.
+        log_q_N: the student's log-probabilities, from `label_logp`.
+        log_p_N: the teacher's.
         log_drawn_N: log-probability each token was drawn with; None where the student drew them (weight 1).
         sequence_N: the row of each token, int64, row by row.
         gamma: discount, in [0, 1]; 0.95 in the released code.
