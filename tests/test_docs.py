@@ -195,6 +195,16 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
+def test_the_readme_links_what_exists_and_gives_the_measured_numbers() -> None:
+    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", readme):
+        assert (DOCS.parent / target).exists(), target
+    rows = [line for line in readme.splitlines() if re.match(r"\| [^|]+ \| [\d.]+ \|", line)]
+    measured = text_of("results/quickstart.md").splitlines()
+    assert len(rows) >= 5 and [row for row in rows if row not in measured] == []
+    assert (DOCS / "report.png").stat().st_size < 200_000
+
+
 def test_migration_table_names_every_axis_of_temperature() -> None:
     axes = {f"objective.{name}" for name in ObjectiveSection.__dataclass_fields__ if "temperature" in name}
     assert all(f"`{axis}`" in text_of("temperature.md") for axis in axes | {"responses.temperature"})
