@@ -73,9 +73,9 @@ def train(
 
     Args:
         author: who writes the responses of each step; the rows of `teacher` signals are their numbers.
-        judgement: which objective for whose response.
+        loss_plan: the objective of each author's responses.
         schedule: options of the objective that move in a line from one value to another over the training.
-        balance: weights of the teacher's and the student's responses against each other; None treats all alike.
+        weighting: weights of the teacher's and the student's responses against each other; None treats all alike.
         heldout: responses whose loss is measured where the author asks for it.
         development: responses, by the teacher's number, whose loss is measured every `settings.eval_steps`; the student
             of the lowest is returned where the settings say so.
