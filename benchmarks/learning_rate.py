@@ -18,7 +18,7 @@ from typing import Any
 
 from limbeck.api import load
 from limbeck.pipeline.engine import RunContext, run_pipeline
-from limbeck.pipeline.stages import STAGES
+from limbeck.pipeline.stage_order import STAGES
 from limbeck.pipeline.stages.train import build_initial_student
 
 GRID = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")

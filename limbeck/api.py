@@ -68,7 +68,7 @@ def run(
         LimbeckError: anything a person can mend, in one line.
     """
     from limbeck.pipeline.engine import FinishedRun, run_pipeline
-    from limbeck.pipeline.stages import STAGES
+    from limbeck.pipeline.stage_order import STAGES
 
     chosen = recipe if isinstance(recipe, Recipe) else load(recipe, *overrides)
     return FinishedRun(run_pipeline(chosen, stages=STAGES, console=console, update=update).root)

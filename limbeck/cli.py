@@ -89,7 +89,7 @@ def _fail(message: str) -> None:
 
 def _play(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> None:
     from limbeck.api import load
-    from limbeck.pipeline.stages import STAGES
+    from limbeck.pipeline.stage_order import STAGES
 
     run = _played(load(recipe, *(overrides or [])), STAGES, verb, update)
     if not int(os.environ.get("RANK", "0")):

@@ -217,7 +217,7 @@ def _import_all() -> None:
     from transformers.models.llama import modeling_llama
 
     import limbeck.cli
-    import limbeck.pipeline.stages
+    import limbeck.pipeline.stage_order
     import limbeck.report
 
     used = (accelerate, datasets, peft, safetensors.torch, modeling_llama)
@@ -226,7 +226,7 @@ def _import_all() -> None:
         and AutoModelForCausalLM
         and AutoTokenizer
         and limbeck.cli
-        and limbeck.pipeline.stages
+        and limbeck.pipeline.stage_order
         and limbeck.report
     )
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from limbeck.models.doctor import doctor
 from limbeck.pipeline.engine import run_pipeline
-from limbeck.pipeline.stages import STAGES
+from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.types import LimbeckError
 from tests.limbeck_command import CommandServer

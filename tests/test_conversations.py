@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.pipeline.engine import run_pipeline
-from limbeck.pipeline.stages import STAGES
+from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.console import PlainConsole
 from limbeck.types import LimbeckError

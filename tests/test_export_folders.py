@@ -140,3 +140,14 @@ def test_of_two_exports_to_one_folder_one_wins(base: Path, tmp_path: Path) -> No
     first.join()
     assert len(ends) == 1 and (tmp_path / "out/model.safetensors").is_file()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_number_that_no_gguf_field_holds(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["rope_parameters"]["rope_theta"] = 1e308
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    out = tmp_path / "out"
+    with pytest.raises(LimbeckError, match="that no field of a GGUF file can hold"):
+        export_model(str(folder), out, format="gguf")
+    assert not out.exists()

@@ -6,6 +6,7 @@ blocks of 32.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,9 +65,17 @@ def write_gguf(
         data, kind = _encoded(weight, dtype)
         writer.add_tensor(tensor_name, data, raw_dtype=kind)
     writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_kv_data_to_file()
+    except (OverflowError, struct.error) as error:
+        raise LimbeckError(
+            f"config.json holds a number that no field of a GGUF file can hold ({error}); correct it, or export to "
+            "safetensors"
+        ) from error
+    else:
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def require_known(config: Any) -> None:

@@ -23,6 +23,7 @@ _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim"), 100_000),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "n_inner"), 10_000_000),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 2**31 - 1),
     **dict.fromkeys(("vocab_size", "num_experts", "num_local_experts", "n_routed_experts"), 100_000_000),
 }
 _MAY_BE_ZERO = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -167,7 +167,7 @@ def _require_causal(source: Source, config: PretrainedConfig) -> None:
         or (named and not custom and not known & set(named))
         or (encoder and not config.to_dict().get("is_decoder", False))
     ):
-        what = named[0] if named else config.model_type
+        what = " ".join(str(named[0] if named else config.model_type).split())[:80]
         raise LimbeckError(
             f"{source.name} is a {what}, not a causal language model; teacher and student must predict the next token"
         )

@@ -80,7 +80,7 @@ def measure_paused(context: RunContext, metric: str) -> RungMeans:
 
 def paused_path(context: RunContext) -> Path:
     """Where the numbers of a pause are kept: by what is trained, so that those of a superseded student are not read."""
-    from limbeck.pipeline.stages import STAGES
+    from limbeck.pipeline.stage_order import STAGES
 
     fingerprint_ = context.fingerprints(STAGES)["student"]
     return context.run.root / "halving" / f"{context.pause_at:g}-{fingerprint_[:12]}.json"

@@ -37,7 +37,7 @@ class RunChecker:
         Raises:
             LimbeckError: one would fail, or its directory holds another run.
         """
-        from limbeck.pipeline.stages import STAGES
+        from limbeck.pipeline.stage_order import STAGES
 
         self.check(runs)
         for run in runs:
@@ -58,7 +58,7 @@ class RunChecker:
             LimbeckError: a run would fail.
         """
         from limbeck.pipeline.build import loss_plan_of
-        from limbeck.pipeline.stages import STAGES
+        from limbeck.pipeline.stage_order import STAGES
 
         for run in runs:
             # The seeds of an arm share its mistakes.
@@ -101,7 +101,7 @@ def check_recipe(recipe: Recipe, *, update: bool) -> None:
     Raises:
         LimbeckError: it would fail, or its directory holds another run.
     """
-    from limbeck.pipeline.stages import STAGES
+    from limbeck.pipeline.stage_order import STAGES
 
     context = RunContext(recipe)
     for stage in STAGES:

@@ -115,7 +115,7 @@ class SweepRunner:
 
     def _play_first(self) -> None:
         """The runs whose students all arms take. One that lies near, of the same inputs, is taken over."""
-        from limbeck.pipeline.stages import STAGES
+        from limbeck.pipeline.stage_order import STAGES
 
         recipes = first_recipes(self.sweep)
         for key, recipe in recipes.items():

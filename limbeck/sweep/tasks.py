@@ -93,7 +93,7 @@ def _played(context: RunContext, task: Task, log: TextIO) -> Outcome:
 
 def _play(context: RunContext, task: Task) -> Outcome:
     from limbeck.pipeline.halving_evaluation import measure_paused, paused_path
-    from limbeck.pipeline.stages import STAGES
+    from limbeck.pipeline.stage_order import STAGES
 
     recipe, console = context.recipe, context.console
     if task.pause_at is None or task.metric is None:

@@ -39,7 +39,7 @@ def main() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         import torch
 
-        importlib.import_module("limbeck.pipeline.stages")
+        importlib.import_module("limbeck.pipeline.stage_order")
         torch.set_num_threads(threads)
         # After each run garbage is looked for, but not among what was imported.
         gc.freeze()

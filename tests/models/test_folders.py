@@ -46,7 +46,9 @@ def refused(folder: Path) -> str:
         ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is '1000000000'"),
         ({"text_config": {"a": 1}}, "its config.json cannot be read"),
         ({"hidden_size": "wide"}, "config.json cannot be read"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings is '-5', expected a whole number from 1"),
         ({"model_type": 3}, "model_type is '3', expected a text"),
+        ({"architectures": ["é\n"]}, "is a é, not a causal language model"),
     ],
 )
 def test_sizes_that_no_model_has(folder: Path, fields: dict[str, Any], said: str) -> None:

@@ -16,7 +16,7 @@ from limbeck.compare.uncertainty import Resampled, ResampledMetric, arm_means, d
 PRINTED = {1: (12.706, 636.62), 2: (4.3027, 31.599), 5: (2.5706, 6.8688), 10: (2.2281, 4.5869), 120: (1.9799, 3.3735)}
 
 
-@pytest.mark.parametrize("freedom", PRINTED)
+@pytest.mark.parametrize("dof", PRINTED)
 def test_students_t_is_the_printed_one(dof):
     assert [quantile(level, dof) for level in (0.05, 0.001)] == pytest.approx(PRINTED[dof], rel=1e-4)
 

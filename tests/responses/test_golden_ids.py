@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from limbeck.pipeline.cached_teacher import CachedTeacher
 from limbeck.pipeline.engine import run_pipeline
-from limbeck.pipeline.stages import STAGES
+from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.console import QuietConsole
 from limbeck.sampling.local import LocalSampler

@@ -31,7 +31,7 @@ def constant(start: float) -> Beta:
 
 
 @pytest.mark.parametrize(
-    ("balance", "weights"),
+    ("weighting", "weights"),
     [
         (TokenWeighting(), [1 / 32] * 5),
         (TokenWeighting(reduction="sequence"), [1 / 10, 1 / 20, 1 / 30, 1 / 40, 1 / 60]),

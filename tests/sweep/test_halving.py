@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.pipeline.engine import run_pipeline
-from limbeck.pipeline.stages import STAGES
+from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.rundir import read_json
 from limbeck.sweep.ranking import survivors

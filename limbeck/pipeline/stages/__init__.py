@@ -1,13 +1,1 @@
-"""The six stages of a run, in order; each goes from what is on disk to what is on disk."""
-
-from limbeck.pipeline.engine import Stage
-from limbeck.pipeline.stages import evaluate, prompts, report, respond, teach, train
-
-STAGES: tuple[Stage, ...] = (
-    prompts.STAGE,
-    respond.STAGE,
-    teach.STAGE,
-    train.STAGE,
-    evaluate.STAGE,
-    report.STAGE,
-)
+"""The stages of a run, one module each, named as the command is that ends with it."""

@@ -1,0 +1,13 @@
+"""The six stages of a run, in order; each goes from what is on disk to what is on disk."""
+
+from limbeck.pipeline.engine import Stage
+from limbeck.pipeline.stages import evaluate, prompts, report, respond, teach, train
+
+STAGES: tuple[Stage, ...] = (
+    prompts.STAGE,
+    respond.STAGE,
+    teach.STAGE,
+    train.STAGE,
+    evaluate.STAGE,
+    report.STAGE,
+)
