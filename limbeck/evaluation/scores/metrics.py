@@ -177,7 +177,7 @@ METRICS: dict[str, Metric] = {
     ),
     "speculative_speedup": Metric(
         label="Speculative speed-up", unit="times", better="higher",
-        meaning="seconds a token of the teacher alone over those with the student drafting, one prompt at a time; "
+        meaning="seconds per token of the teacher alone over those with the student drafting, one prompt at a time; "
         "a time, so it differs from run to run",
     ),
     **_of_both("parameters", Metric(

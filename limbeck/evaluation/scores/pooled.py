@@ -28,7 +28,7 @@ def ratio(sums_S2: ndarray) -> ndarray:
 
 
 def speedup(sums_S4: ndarray) -> ndarray:
-    """Seconds a token before over seconds a token after, (S,).
+    """Seconds per token before over seconds per token after, (S,).
 
     Args:
         sums_S4: seconds and tokens before, seconds and tokens after.
