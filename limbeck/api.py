@@ -35,8 +35,8 @@ def evaluate(
     """Measure any student beside any teacher on any prompts, without a training run.
 
     Args:
-        student, teacher: model directories, hub ids, GGUF files or named assets. Without a teacher only what needs none
-            is measured.
+        student: a model directory, hub id, GGUF file or named asset.
+        teacher: the same; without one only what needs none is measured.
         overrides: `section.key=value`, such as evaluate.groups=[fidelity,diversity] or output_dir=DIR.
         prompts: a file or data set, all of which is evaluated on.
 
