@@ -18,9 +18,12 @@ from benchmarks import gallery, objectives_page
 from limbeck.evaluation.scores.metrics import METRICS
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_values
 from limbeck.objectives.sequence.rules import RULES
+from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import ObjectiveSection, known_keys, load_recipe, objective_of
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+WRITTEN = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
 PAGES = tuple(sorted(path.relative_to(DOCS).as_posix() for path in (*DOCS.glob("*.md"), *DOCS.glob("api/*.md"))))
 
 
@@ -189,16 +192,27 @@ def test_names_of_the_api_pages_exist(page: str) -> None:
         assert found, name
 
 
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_modules_named_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for name in re.findall(r"(?<![\w/.-])((?:limbeck|tests|benchmarks|examples|docs)/[\w./-]*\w)", text):
+        assert name.endswith("/NAME.yaml") or (ROOT / name).exists(), f"{page.name} names {name}"
+    stages = {stage.name for stage in STAGES} | {"NAME"}
+    assert set(re.findall(r"stages/(\w+)\.json", text)) <= stages
+    for name in re.findall(r"python -m (benchmarks\.\w+)", text):
+        assert find_spec(name), f"{page.name} names {name}"
+
+
 def test_every_page_is_in_the_navigation() -> None:
-    site = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text("utf-8"))
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
     listed = re.findall(r"[\w./-]+\.md", yaml.safe_dump(site["nav"]))
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
 def test_the_readme_links_what_exists_and_gives_the_measured_numbers() -> None:
-    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", readme):
-        assert (DOCS.parent / target).exists(), target
+        assert (ROOT / target).exists(), target
     rows = [line for line in readme.splitlines() if re.match(r"\| [^|]+ \| [\d.]+ \|", line)]
     measured = text_of("results/quickstart.md").splitlines()
     assert len(rows) >= 5 and [row for row in rows if row not in measured] == []
