@@ -3,8 +3,8 @@
     prompts ──► responses ──► teachers ──► objectives ──► student ──► evaluation ──► report
      Prompt      Response      Signal       (N,) values    weights     Scores        report.html
 
-`limbeck.run("quickstart")` plays the story, `limbeck.evaluate(...)` measures any pair. `limbeck.types` has the nouns on
-the arrows; start reading there.
+`limbeck.run("quickstart")` makes a whole run, `limbeck.evaluate(...)` measures any two models. `limbeck.types` has what
+stands below the arrows; start reading there.
 Names are imported when first used, so that `import limbeck` costs nothing.
 """
 

@@ -1,4 +1,4 @@
-"""The Python API: load a recipe, play it, get the run."""
+"""The Python API: load a recipe, run it, evaluate any two models."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(
     update: bool = False,
     console: Console | None = None,
 ) -> FinishedRun:
-    """Play a recipe from prompts to report; what is done in its directory is not done again.
+    """Run a recipe from prompts to report; what is done in its directory is not done again.
 
     Args:
         recipe: what `load` takes, or what it gave.

@@ -1,4 +1,4 @@
-"""The command line: the story as one verb, its stages as one verb each, and the looking-up around it."""
+"""The command line: a whole run, its stages one by one, and what is around them."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def run(
     update: Update = False,
     debug: Debug = False,
 ) -> None:
-    """Play the whole story: prompts, responses, teacher's signal, training, evaluation, report."""
+    """Make a whole run: prompts, responses, teacher's signal, training, evaluation, report."""
     del debug
     if print_config:
         from limbeck.api import load

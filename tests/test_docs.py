@@ -143,8 +143,6 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page: str) -> None:
     for code in blocks(page, "python"):
-        if code.startswith("--8<--"):  # a file of examples/, which has tests of its own
-            continue
         exec(compile(code, page, "exec"), {})
     for section in blocks(page, "yaml"):
         recipe = load_recipe({"teacher": {"model": "t"}, "student": {"model": "s"}, **yaml.safe_load(section)})

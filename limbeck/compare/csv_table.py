@@ -1,4 +1,4 @@
-"""The scores of every run as CSV: one row a run and metric, for whoever wants to draw something else."""
+"""The scores of every run as CSV: one row per run and metric, for other charts."""
 
 from __future__ import annotations
 

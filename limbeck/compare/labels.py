@@ -1,4 +1,4 @@
-"""How arms are told apart in words: the keys that differ, and names made of them."""
+"""Names of arms, made of the keys that differ between them."""
 
 from __future__ import annotations
 

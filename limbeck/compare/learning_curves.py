@@ -71,7 +71,7 @@ def _curve(arm: ComparedArm, key: str, tone: int) -> Curve | None:
 
 
 def _series(steps: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """Step and value, smoothed so that lines can be told apart."""
+    """Step and value, smoothed so that lines can be distinguished."""
     rows = [(float(row["step"]), value) for row in steps if (value := number(row, key)) is not None]
     values = [value for _, value in rows]
     if len(values) >= 20:

@@ -3,7 +3,7 @@
 With a the chance that a drafted token stands, g drafted tokens for each pass of the teacher, and c what a step of the
 student costs in steps of the teacher (Leviathan et al. 2023, arXiv:2211.17192):
 
-    tokens a pass   (1 - a^(g + 1)) / (1 - a)                    equation 1
+    tokens per pass   (1 - a^(g + 1)) / (1 - a)                    equation 1
     speed-up        (1 - a^(g + 1)) / ((1 - a) (g c + 1))        theorem 3.8
 
 Both take every draft to stand with the same chance, whatever became of the others, and a pass of the teacher over
@@ -42,7 +42,7 @@ class Drafted:
 
 
 def acceptance_rows(prompts: Sequence[Drafted]) -> list[ScoredRow]:
-    """A row a prompt with its part of the sums that `limbeck.evaluation.scores.pooled` makes the metrics of."""
+    """A row per prompt with its part of the sums that `limbeck.evaluation.scores.pooled` makes the metrics of."""
     return [
         ScoredRow(
             id=p.id,
@@ -74,7 +74,7 @@ def expected_tokens_per_pass(acceptance: float, draft_tokens: int) -> float:
 
 
 def expected_speedup(acceptance: float, draft_tokens: int, cost_ratio: float) -> float:
-    """Theorem 3.8: expected tokens a pass, over what a pass with its drafts costs in steps of the teacher.
+    """Theorem 3.8: expected tokens per pass, over what a pass with its drafts costs in steps of the teacher.
 
     Raises:
         LimbeckError: as `expected_tokens_per_pass`.

@@ -69,7 +69,7 @@ def _unmarked(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _whole_dequantisation() -> dict[str, Any]:
-    """Newer transformers keep GGUF blocks packed where a kernel exists, unless told otherwise."""
+    """Newer transformers keep GGUF blocks packed where a kernel exists, unless asked not to."""
     from transformers.utils import quantization_config
 
     gguf = quantization_config.__dict__.get("GgufConfig")

@@ -1,4 +1,4 @@
-"""Do two models speak the same tokens? Decides whether, and over how many ids, a pair can be distilled.
+"""Comparison of two vocabularies: whether, and over how many ids, a pair can be distilled.
 
 Head widths say little: the Qwen2.5 family has one tokenizer and heads of 151936 and 152064 rows, while two models of
 equal width may name entirely different tokens. What counts is the map from token to id.

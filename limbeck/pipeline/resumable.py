@@ -30,7 +30,7 @@ def write_in_batches(
     """Answer the prompts; the answers in the order given, and the files of the batches.
 
     Args:
-        folder: gets a file a batch. Another call with the same prompts and settings goes on where this one stopped.
+        folder: gets a file per batch. Another call with the same prompts and settings goes on where this one stopped.
         watching: opens a bar, given how many answers are there already.
         beside: writes what else belongs to a batch, just before the batch itself.
     """

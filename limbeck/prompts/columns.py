@@ -1,4 +1,4 @@
-"""Columns of a data set: those that nobody reads are counted, those of methods that are not played are refused."""
+"""Columns of a data set: unread ones are counted, those of methods that are not implemented are refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ColumnTally:
         """The row without what is ignored.
 
         Raises:
-            LimbeckError: a column of a method that is not played.
+            LimbeckError: a column of a method that is not implemented.
         """
         row = dict(placed.row)
         for name in self.ignore:

@@ -14,7 +14,7 @@ class Fitting:
     """The prompts that fit, in the order given, and the ids of those that were dropped.
 
     Attributes:
-        limit: the most tokens a prompt may have.
+        limit: the most tokens that a prompt may have.
     """
 
     kept: tuple[TokenPrompt, ...]

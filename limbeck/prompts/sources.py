@@ -87,7 +87,7 @@ def load_prompts(
 
     Raises:
         LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
-            formats, a blank prompt, a column of a method that is not played, a split without prompts.
+            formats, a blank prompt, a column of a method that is not implemented, a split without prompts.
     """
     if not 0.0 < heldout_fraction <= 1.0:
         raise LimbeckError(

@@ -229,7 +229,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
 
 
 def _seconds(stage: Mapping[str, Any]) -> float | None:
-    """What a stage took; None where nothing is known, as when the clock was set back while it played."""
+    """Seconds a stage took; None where they are not known, as when the clock was set back during it."""
     seconds = number(stage, "seconds")
     return None if seconds is None or seconds < 0 else seconds
 

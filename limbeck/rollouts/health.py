@@ -72,8 +72,8 @@ def health_of(responses: Iterable[Response], *, log_q_mean: float | None = None)
     """The metrics of the student's responses among these; empty where there are none.
 
     Args:
-        log_q_mean: mean log-probability (nats a token, temperature 1) that the student of now gives the tokens of its
-            responses, where it was measured; it becomes `log_q/student`.
+        log_q_mean: mean log-probability (nats per token, temperature 1) that the current student gives the tokens of
+            its responses, where it was measured; it becomes `log_q/student`.
 
     Returns:
         `responses/count`; `responses/truncated`, `responses/repeated` (see `loops`), `responses/empty` (nothing but the

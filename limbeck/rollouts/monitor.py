@@ -104,7 +104,7 @@ def _entropy_collapse(levels: _Levels) -> _Verdict | None:
     return _Verdict(
         bad=student.mean < alarms.ENTROPY_SHARE * min(teacher.mean, student.start),
         well=student.mean > alarms.ENTROPY_WELL * min(teacher.mean, student.start),
-        seen=f"the student's entropy is {student.mean:.3g} nats a token, {student.start:.3g} at the start and "
+        seen=f"the student's entropy is {student.mean:.3g} nats per token, {student.start:.3g} at the start and "
         f"{teacher.mean:.3g} in the teacher",
     )
 
@@ -132,7 +132,7 @@ def _log_q_collapse(levels: _Levels) -> _Verdict | None:
     return _Verdict(
         bad=fall > alarms.LOG_Q_FALL,
         well=fall < alarms.LOG_Q_WELL,
-        seen=f"log q of the student's own responses is {level.mean:.3g} nats a token, {level.high:.3g} at its best",
+        seen=f"log q of the student's own responses is {level.mean:.3g} nats per token, {level.high:.3g} at its best",
     )
 
 

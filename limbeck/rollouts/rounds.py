@@ -1,6 +1,6 @@
 """Rounds: the responses of a whole prompt set, written anew during training, kept so that none is written twice.
 
-    rounds/003/student/00000.jsonl ...         one file a batch of the sampler; whole or not there
+    rounds/003/student/00000.jsonl ...         one file per batch of the sampler; whole or not there
     rounds/003/student/00000.safetensors ...   what the teacher says of it, until the next round begins
     rounds/003/student/round.json              the hashes of all, once the round is whole
 

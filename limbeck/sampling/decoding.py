@@ -1,4 +1,4 @@
-"""One batch from prompts to responses: prefill, then one token a row a step, finished rows dropped.
+"""One batch from prompts to responses: prefill, then one token per row and step, finished rows dropped.
 
 Shape suffixes: B rows still being written, R rows of a prefill group, T slots of the cache, D hidden size, V
 vocabulary.
@@ -101,7 +101,7 @@ def decode(
 
     Args:
         drafts: sorted by prompt length, so that little is padded.
-        on_step: told after every step how many tokens were drawn and how many responses are finished by it.
+        on_step: called after every step with the number of tokens drawn and of responses finished by it.
     """
     with torch.inference_mode():
         longest = max(len(draft.prompt.ids) for draft in drafts)

@@ -1,4 +1,4 @@
-"""Two models write one batch: one drafts a few tokens a round, the other reads them in one pass, a rule decides.
+"""Two models write one batch: one drafts a few tokens per round, the other reads them in one pass, a rule decides.
 
     drafter   d1 ► d2 ► d3 ► d4       four passes over one token
     judge     [last d1 d2 d3 d4]      one pass over five
@@ -82,7 +82,7 @@ def decode_speculative(
 
     Args:
         drafts: sorted by prompt length, so that little is padded.
-        on_step: told after every round how many tokens were written and how many responses are finished by it.
+        on_step: called after every round with the number of tokens written and of responses finished by it.
     """
     with torch.inference_mode():
         capacity = max(len(draft.prompt.ids) for draft in drafts) + sampling.max_new_tokens

@@ -212,7 +212,7 @@ def finished_response(draft: SequenceState, sampling: Sampling, author: Author) 
 def with_progress(
     batches: Sequence[tuple[int, ...]], on_progress: Callable[[SamplingProgress], None] | None
 ) -> Iterator[tuple[tuple[int, ...], Callable[[int, int], None]]]:
-    """Each batch with what is to be told after every step how many tokens were drawn and responses finished by it."""
+    """Each batch with a callback for the number of tokens drawn and of responses finished by a step."""
     total, finished, tokens = sum(len(batch) for batch in batches), 0, 0
 
     def count(drawn: int, ended: int) -> None:

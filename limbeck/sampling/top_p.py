@@ -1,4 +1,4 @@
-"""From logits to token ids: temperature, top-k, top-p and a few uniform numbers a row.
+"""From logits to token ids: temperature, top-k, top-p and a few uniform numbers per row.
 
 The nucleus (Holtzman et al. 2020, arXiv:1904.09751) is usually found by sorting the vocabulary: 49152 entries for 48
 rows cost as much as the model's own step. No order is needed to draw from it. A token is drawn from the whole

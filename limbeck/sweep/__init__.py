@@ -1,1 +1,1 @@
-"""Many runs around one recipe: arms, seeds, tuning, successive halving. `limbeck.sweep.runner` plays one."""
+"""Many runs around one recipe: arms, seeds, tuning, successive halving. `limbeck.sweep.runner` runs one."""

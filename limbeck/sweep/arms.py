@@ -39,7 +39,7 @@ class ArmRun:
 
     Attributes:
         keys: what it sets beside the seed, tuned values included.
-        tuning: whether it is played to choose those values.
+        tuning: whether it is run to choose those values.
         recipe: complete, with its directory.
     """
 
@@ -114,7 +114,7 @@ def first_values(sweep: Sweep) -> Tree:
 
 
 def first_recipes(sweep: Sweep) -> dict[str, Recipe]:
-    """What is played before all arms, by the key that takes the student: teacher/ for teacher.model, and so on.
+    """Recipes that run before all arms, by the key that takes their student: teacher/ for teacher.model, and so on.
 
     Raises:
         LimbeckError: one is refused.

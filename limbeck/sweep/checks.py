@@ -81,7 +81,7 @@ class RunChecker:
         return self.prints[run.directory]["signal"]
 
     def _story(self, recipe: Recipe) -> RunContext:
-        """A story that knows what the models say about their tokens, where an earlier one has read it."""
+        """A run context that knows the models' vocabularies where an earlier one has read them."""
         context, tree = RunContext(recipe), as_tree(recipe)
         pair = json.dumps([tree["teacher"], tree["student"]], sort_keys=True)
         if pair not in self._cards:
@@ -96,7 +96,7 @@ def _models(recipe: Recipe) -> tuple[str | None, str | None]:
 
 
 def check_recipe(recipe: Recipe, *, update: bool) -> None:
-    """Look at a recipe that is played before the arms.
+    """Check a recipe that runs before the arms.
 
     Raises:
         LimbeckError: it would fail, or its directory holds another run.

@@ -16,7 +16,7 @@ _OF_THE_TEACHER = ("prompts", "responses", "signal")
 
 @dataclass(frozen=True)
 class Forecast:
-    """Reads the manifests of a sweep's runs: what earlier commands have played counts, too."""
+    """Reads the manifests of a sweep's runs: what earlier commands have done counts, too."""
 
     ledger: RunTable
     inspector: RunChecker
@@ -51,8 +51,8 @@ class Forecast:
 
 
 def teacher_first(runs: Sequence[ArmRun], inspector: RunChecker) -> list[ArmRun]:
-    """The order to play them in: first one of each kind of teacher's work, so that different work is done side by side
-    and nobody waits for what another is doing while something else is to be done."""
+    """Runs in their order: first one of each kind of teacher's work, so that different work is done side by side and no
+    worker waits for another's while there is other work."""
     first: dict[str, ArmRun] = {}
     for run in runs:
         first.setdefault(inspector.signal_fingerprint(run), run)

@@ -1,4 +1,4 @@
-"""One run of a sweep as a task, and playing it: in this process or in a worker's, the same code."""
+"""One run of a sweep as a task, done in this process or in a worker's by the same code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that plays one run of a sweep after another, so that imports and torch's start are paid once.
+"""A process that does one run of a sweep after another, so that imports and torch's start are paid once.
 
     python -m limbeck.sweep.worker_process SHELF THREADS
 

@@ -1,4 +1,4 @@
-"""Who plays the runs of a sweep: this process, or several workers side by side."""
+"""Workers that do the runs of a sweep: this process, or several side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WorkerPool(Protocol):
         """Play the tasks, in their order as far as they fit side by side; tells when each begins and ends.
 
         Raises:
-            KeyboardInterrupt: stopped by a signal; what was playing has ended in order, and was told so.
+            KeyboardInterrupt: stopped by a signal; the current runs have stopped in order.
         """
         ...
 
@@ -189,7 +189,7 @@ def _signals_later() -> Iterator[None]:
 
 @contextmanager
 def worker_pool(parallel: int, threads: int, artifacts: Path, log: Path) -> Iterator[WorkerPool]:
-    """This process where runs are played one after another, else so many workers, ended with the block.
+    """This process where runs are done one after another, else so many workers, ended with the block.
 
     Args:
         threads: of this process, shared out evenly.

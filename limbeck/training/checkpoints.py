@@ -58,7 +58,7 @@ def usable(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path |
     """The last checkpoint that is what was written.
 
     Args:
-        warn: told of each one that is passed over.
+        warn: called with each one that is passed over.
     """
     for path in reversed(all_in(folder)):
         fault = _fault(path)

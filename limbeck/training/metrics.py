@@ -1,4 +1,4 @@
-"""What a training leaves behind while it runs: metrics, alarms, a few responses, and what trackers are told."""
+"""Records of a training while it runs: metrics, alarms, a few responses, and what goes to trackers."""
 
 from __future__ import annotations
 

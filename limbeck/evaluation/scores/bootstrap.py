@@ -46,7 +46,7 @@ def paired_change(
         if {row.id for row in before} != set(by_id) or len(by_id) != len(after):
             raise LimbeckError(
                 f"before holds {len(before)} examples and after {len(after)}, not all the same ones; "
-                "expected one row an example in both: evaluate both students on the same held-out examples"
+                "expected one row per example in both: evaluate both students on the same held-out examples"
             )
         after = [by_id[row.id] for row in before]
     first, second = Table.of(before), Table.of(after)
@@ -86,7 +86,7 @@ class Table:
         seen = set()
         for row in rows:
             if row.id in seen:
-                raise LimbeckError(f"got example {row.id!r} twice; expected one row an example: merge its rows first")
+                raise LimbeckError(f"got example {row.id!r} twice; expected one row per example: merge its rows first")
             seen.add(row.id)
             _check(row, rows[0])
         return cls(

@@ -5,7 +5,7 @@
     humaneval  task_id, prompt, entry_point, test                                        Chen et al. 2021
     mbpp       task_id, text (or prompt), code, test_list, test_setup_code, test_imports Austin et al. 2021
 
-All are asked without examples. A model with a chat template (or the Alpaca wording) is told what to do; one without
+All are asked without examples. A model with a chat template (or the Alpaca wording) is instructed; one without
 gets a text to continue: HumanEval's prompt itself, "Question: ... Answer:" for maths, the wording of
 Austin et al. for MBPP. The extra tests of MBPP (challenge_test_list) do not count, as in the paper.
 """
@@ -46,7 +46,7 @@ class Problem:
 
     Attributes:
         id: TASK/NAME, the name as the data has it, or the number of its line.
-        request: what a model is told that follows instructions.
+        request: the instruction, for models that follow instructions.
         plain: what a model of text continues.
         answer: of a mathematical problem.
         opening: of HumanEval: imports, helpers and the head of the function, a program of its own.

@@ -61,7 +61,7 @@ class Body:
 
     @property
     def values(self) -> int:
-        """How many values a token gets."""
+        """Number of values per token."""
         return sum(1 for _ in row_leaves(self.objective)) + len(self.measures)
 
     @property

@@ -1,4 +1,4 @@
-"""Everything that comes one a token, checked: weights, temperatures, labels, options, the rows of a sparse signal."""
+"""Checks of everything that comes per token: weights, temperatures, labels, options, the rows of a sparse signal."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from limbeck.types import DenseSignal, Head
 def token_difficulty(
     student_hidden_ND: Tensor, student_head: Head, signal: DenseSignal, tile_bytes: int | None = None
 ) -> Tensor:
-    """Hellinger distance of student and teacher at temperature 1, one a token (N,), in [0, 1]. No gradient.
+    """Hellinger distance of student and teacher at temperature 1, one per token (N,), in [0, 1]. No gradient.
 
     The difficulty of AdaKD (arXiv 2510.11615).
     """
@@ -30,7 +30,7 @@ def token_difficulty(
 
 @torch.no_grad()
 def tail_weights(signal: DenseSignal, sequence_N: Tensor, k: int = 10, beta: float = 2.0) -> Tensor:
-    """beta over the mean tail mass of the token's sequence: the `tail_weight` of TAD (arXiv 2602.20816), one a token.
+    """beta over the mean tail mass of the token's sequence: the `tail_weight` of TAD (arXiv 2602.20816), one per token.
 
     Args:
         sequence_N: which sequence each token belongs to, int64 from 0.

@@ -1,4 +1,4 @@
-"""Importance weights: what tokens count that were drawn from something else than the student of now."""
+"""Importance weights of tokens that were drawn from something else than the current student."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The group `nll`: how surprised the student is at answers, in its own tokens. It needs nothing of a teacher.
 
 Whose answers (`evaluate.nll.whose`): the held-out responses of the run, or the data's references; an evaluation on its
-own has only the latter. Of a conversation the tokens count that `prompts.loss_on` names. Nats a token are of the
-student's own tokens: models with different tokenizers are compared by the bits a byte in the detail.
+own has only the latter. Of a conversation the tokens count that `prompts.loss_on` names. Nats per token are of the
+student's own tokens: models with different tokenizers are compared by the bits per byte in the detail.
 """
 
 from __future__ import annotations
