@@ -19,7 +19,7 @@ from limbeck.evaluation.scores.metrics import METRICS
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_values
 from limbeck.objectives.sequence.rules import RULES
 from limbeck.pipeline.stage_order import STAGES
-from limbeck.recipe.load import ObjectiveSection, known_keys, load_recipe, objective_of
+from limbeck.recipe.load import ObjectiveSection, known_keys, load_recipe, objective_of, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -199,6 +199,12 @@ def test_files_and_modules_named_exist(page: Path) -> None:
     assert set(re.findall(r"stages/(\w+)\.json", text)) <= stages
     for name in re.findall(r"python -m (benchmarks\.\w+)", text):
         assert find_spec(name), f"{page.name} names {name}"
+
+
+def test_every_shipped_recipe_has_its_row() -> None:
+    cells = [line.split("|")[1] for line in text_of("recipes.md").splitlines() if line.startswith("| `")]
+    names = {name for cell in cells for name in re.findall(r"`([\w-]+)`", cell)}
+    assert {name for name in shipped_recipes() if "/" not in name} <= names
 
 
 def test_every_page_is_in_the_navigation() -> None:
