@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,8 @@ from limbeck.pipeline.engine import peak_memory_mib, reset_peak_memory
 
 METHODS = ("limbeck", "limbeck, stored signal", "trl GKDTrainer")
 WARM_UP_STEPS = 2
+# Of both sides; the recipe has its own searched for.
+LEARNING_RATE = 3e-4
 
 
 def main() -> None:
@@ -33,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured optimizer steps")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--alike", type=int, default=0, help="so many answers of nearly one length; 0 for all")
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -79,24 +83,31 @@ def _table(found: dict[str, list[dict[str, float]]]) -> str:
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, float]:
-    method = _trl if arguments.method == "trl GKDTrainer" else _limbeck
+    method = trl if arguments.method == "trl GKDTrainer" else limbeck
     seconds, tokens = method(arguments)
     seconds, tokens = seconds[WARM_UP_STEPS:], tokens[WARM_UP_STEPS : len(seconds)]
     return {"tokens_per_s": sum(tokens) / sum(seconds), "peak_mib": peak_memory_mib()}
 
 
-def _pair(arguments: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
-    """The run's story, its initial student and its training answers."""
+def pair(arguments: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
+    """The run's context, its initial student and its training answers."""
     from limbeck.api import load
     from limbeck.pipeline.engine import RunContext
     from limbeck.pipeline.stages.respond import load_responses
     from limbeck.pipeline.stages.train import build_initial_student
 
     context = RunContext(load(str(arguments.run)))
-    return context, build_initial_student(context), list(load_responses(context, "train").items())
+    rows = list(load_responses(context, "train").items())
+    if arguments.alike:
+        middle = statistics.median(response.length for _, response in rows)
+        rows = sorted(rows, key=lambda row: abs(row[1].length - middle))[: arguments.alike]
+    return context, build_initial_student(context), rows
 
 
-def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
+def limbeck(
+    arguments: argparse.Namespace, asked_to_stop: Callable[[], bool] = lambda: False
+) -> tuple[list[float], list[int]]:
+    """Seconds and tokens of each step. `asked_to_stop` is called once in every step."""
     import tempfile
 
     from limbeck.models.vocabulary import real_vocab_size
@@ -108,13 +119,14 @@ def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
     from limbeck.training.loss import LossPlan
     from limbeck.training.metrics import LoopContext
 
-    context, student, rows = _pair(arguments)
+    context, student, rows = pair(arguments)
     stored = arguments.method.endswith("stored signal")
     context.recipe = replace(context.recipe, signal=replace(context.recipe.signal, cache=stored))
     settings = replace(
         context.recipe.train,
         per_device_train_batch_size=arguments.batch,
         max_steps=arguments.steps + WARM_UP_STEPS,
+        learning_rate=LEARNING_RATE,
         save_steps=10**9,
         logging_steps=1,
     )
@@ -135,6 +147,7 @@ def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
                 learning_rate=Path(folder) / "learning_rate.json",
                 checkpoints=Path(folder) / "checkpoints",
                 metrics=metrics,
+                should_stop=asked_to_stop,
             ),
         )
         lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
@@ -143,7 +156,10 @@ def _limbeck(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
     return [b - a for a, b in pairwise(ends)], [b - a for a, b in pairwise(counts)]
 
 
-def _trl(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
+def trl(
+    arguments: argparse.Namespace, asked_to_stop: Callable[[], bool] = lambda: False
+) -> tuple[list[float], list[int]]:
+    """The same of TRL; `asked_to_stop` is called after every step."""
     import tempfile
     import warnings
 
@@ -154,7 +170,7 @@ def _trl(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
     warnings.simplefilter("ignore")
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    context, student, rows = _pair(arguments)
+    context, student, rows = pair(arguments)
     teacher = context.load_teacher()
     tokenizer = student.tokenizer
     prompts = {line["id"]: line for line in map(json.loads, (arguments.run / "prompts.jsonl").open(encoding="utf-8"))}
@@ -172,8 +188,10 @@ def _trl(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
         def on_step_begin(self, *unused: Any, **also: Any) -> None:
             ends.append(-time.perf_counter())
 
-        def on_step_end(self, *unused: Any, **also: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **also: Any) -> None:
             ends[-1] += time.perf_counter()
+            if asked_to_stop():
+                control.should_training_stop = True
 
     with tempfile.TemporaryDirectory() as folder:
         config = GKDConfig(
@@ -187,7 +205,7 @@ def _trl(arguments: argparse.Namespace) -> tuple[list[float], list[int]]:
             max_steps=arguments.steps + WARM_UP_STEPS,
             lmbda=0.0,
             beta=0.0,
-            learning_rate=context.recipe.train.learning_rate,
+            learning_rate=LEARNING_RATE,
             logging_steps=1,
             max_length=512,
             seed=0,

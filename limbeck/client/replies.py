@@ -12,6 +12,8 @@ from typing import Any
 from limbeck.client.http import HttpReply
 from limbeck.client.keys import Key
 
+Json = dict[str, Any]
+
 # Of a text that a message may quote.
 _QUOTED = 240
 

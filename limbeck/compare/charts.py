@@ -95,7 +95,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Mapping of numbers to places on an axis: linear, logarithmic, or reversed."""
+    """How numbers become places on an axis: linear, logarithmic, or reversed."""
 
     axis: Axis
     log: bool = False

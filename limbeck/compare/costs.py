@@ -1,4 +1,4 @@
-"""Cost of the arms: time by stage, speed, memory, size; and what sharing between the runs of a sweep saved."""
+"""What the arms cost: time by stage, speed, memory, size; and what sharing between the runs of a sweep saved."""
 
 from __future__ import annotations
 

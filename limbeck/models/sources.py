@@ -37,7 +37,7 @@ _ELSEWHERE = ("*/*", "consolidated*", "*.bin.index.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Location of a model.
+    """Where a model lies.
 
     Attributes:
         name: what was asked for.
@@ -208,7 +208,7 @@ def _hub(
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """Exceptions of the hub's client when the network fails; its HTTP library differs between versions."""
+    """What the hub's client raises when the network fails; its HTTP library differs between versions."""
     from huggingface_hub import errors
 
     roots = [base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]

@@ -23,7 +23,7 @@ AB_LIMIT = 1e-3
 
 
 class RowObjective(ABC):
-    """Base class of most objectives; see `limbeck.types.Objective`."""
+    """What most objectives have in common; see `limbeck.types.Objective`."""
 
     name: str
     order: int | None = 2

@@ -40,7 +40,7 @@ def preferred() -> bool:
 
 
 def _vendor() -> str:
-    """Vendor of the CPU, as Linux names it; empty elsewhere."""
+    """Who made the CPU, as Linux names them; empty elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return ""

@@ -27,8 +27,9 @@ from limbeck.runtime.errors import in_one_line
 from limbeck.runtime.heartbeat import beating, wait_until
 from limbeck.runtime.launcher import Launch, launched
 from limbeck.runtime.outputs import written_below
-from limbeck.runtime.rundir import RunDirectory, fingerprint, flatten, read_json, write_json, write_text
-from limbeck.types import Json, LimbeckError
+from limbeck.runtime.rundir import Json, RunDirectory, fingerprint, flatten, read_json, write_json, write_text
+from limbeck.runtime.spin_waits import short_spins_when_busy
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     import torch
@@ -281,7 +282,7 @@ def run_pipeline(
     """
     console = console or default_console()
     wanted = stages[: 1 + [stage.verb for stage in stages].index(until or stages[-1].verb)]
-    with in_one_line():
+    with in_one_line(), short_spins_when_busy():
         names = frozenset(stage.name for stage in wanted)
         context = RunContext(recipe, console, artifacts=artifacts, pause_at=pause_at, wanted=names)
         # A launch that cannot train is refused before anything else.

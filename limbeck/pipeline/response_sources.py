@@ -1,4 +1,4 @@
-"""Builds the response source of a training from a recipe."""
+"""Who writes during training, as a recipe says it."""
 
 from __future__ import annotations
 

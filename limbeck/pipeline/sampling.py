@@ -1,4 +1,4 @@
-"""Sampling settings from a recipe."""
+"""How responses are drawn, as a recipe says it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from limbeck.types import Sampling
 
 
 def sampling_of(section: ResponsesSection) -> Sampling:
-    """Settings of the teacher's responses."""
+    """How the teacher's responses are drawn."""
     return Sampling(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature,
@@ -21,7 +21,7 @@ def sampling_of(section: ResponsesSection) -> Sampling:
 
 
 def own_sampling(section: ResponsesSection) -> Sampling:
-    """Settings of the student's responses."""
+    """How the student's are."""
     own = section.on_policy
     settings = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
     return replace(sampling_of(section), **{key: value for key, value in settings.items() if value is not None})

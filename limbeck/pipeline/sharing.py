@@ -13,8 +13,7 @@ from pathlib import Path
 from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.sources import resolve
 from limbeck.pipeline.engine import RunContext
-from limbeck.runtime.rundir import fingerprint
-from limbeck.types import Json
+from limbeck.runtime.rundir import Json, fingerprint
 
 
 @contextmanager

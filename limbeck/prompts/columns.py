@@ -49,7 +49,7 @@ class ReadRow(dict[str, Any]):
 
 @dataclass(kw_only=True)
 class ColumnTally:
-    """Count of the columns of a source that are not read.
+    """What becomes of the columns of a source.
 
     Attributes:
         ignore: columns to leave out as if they were not there; `messages.weight` is a field of the turns of `messages`.

@@ -1,4 +1,4 @@
-"""Length check: the model's window must hold prompt and answer together."""
+"""Whether prompts fit: the model's window holds prompt and answer together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks across keys of a recipe: mistakes that no single key shows."""
+"""What excludes what in a recipe: mistakes that no single key shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types of values that the sections of a recipe share."""
+"""What the values of a recipe may be: the types that its sections share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors from outside limbeck (a full disk, too little memory), in one line with their remedy."""
+"""What goes wrong outside limbeck (a full disk, too little memory), said in one line with its remedy."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.runtime.hashing import sha256_of
-from limbeck.runtime.rundir import APPENDED, fingerprint
-from limbeck.types import Json
+from limbeck.runtime.rundir import APPENDED, Json, fingerprint
 
 Written = Mapping[str, Mapping[str, Any]]
 

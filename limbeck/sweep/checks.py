@@ -1,4 +1,4 @@
-"""Checks of every arm before any run of a sweep has worked; errors name the arm."""
+"""What is refused before any run of a sweep has worked, in every arm, with the arm's name."""
 
 from __future__ import annotations
 

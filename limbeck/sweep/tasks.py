@@ -23,7 +23,7 @@ from limbeck.types import Interrupted
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One run for a worker. All of it goes through JSON.
+    """What a worker needs to know. All of it goes through JSON.
 
     Attributes:
         recipe: complete.
@@ -41,7 +41,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Result of a task.
+    """How it ended.
 
     Attributes:
         error: one line where it failed.

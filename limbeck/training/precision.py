@@ -1,4 +1,4 @@
-"""Effect of rounding on the updates of a student whose weights are kept in 16 bits."""
+"""What rounding does to the updates of a student whose weights are kept in 16 bits."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from limbeck.evaluation.sandbox import jail, syscalls, trial
-from limbeck.types import Json, LimbeckError
+from limbeck.runtime.rundir import Json
+from limbeck.types import LimbeckError
 
 OutcomeKind = Literal[
     "passed", "wrong", "syntax", "exception", "exit", "killed", "timeout", "memory", "disk", "garbled", "unconfined"

@@ -26,7 +26,7 @@ from limbeck.types import DenseSignal, Head, LimbeckError, Objective, SampledSig
 
 @dataclass(frozen=True, kw_only=True)
 class FusedLoss:
-    """Result of the fused loss.
+    """What the fused loss gives back.
 
     Attributes:
         loss: sum over tokens of weight times value, a scalar with gradient.
