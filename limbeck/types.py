@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Json = dict[str, Any]
 Split = Literal["train", "heldout"]
 Author = Literal["data", "teacher", "student"]
 StopReason = Literal["eos", "stop", "length"]

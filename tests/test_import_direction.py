@@ -15,10 +15,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "limbeck"
 # The library, from below: no part of it knows the pipeline, what plays it, or the command line.
 LIBRARY: dict[str, set[str]] = {
     "types": set(),
+    "registry": {"types"},
     "runtime": {"types"},
     "ops": set(),
     "client": {"types"},
-    "objectives": {"types", "ops"},
+    "objectives": {"types", "registry", "ops"},
     # Of the objectives their options, for the schema and to refuse wrong ones, inside functions.
     "recipe": {"types", "objectives"},
     "models": {"types", "runtime", "ops"},

@@ -17,8 +17,8 @@ import limbeck
 from limbeck.pipeline.engine import GracefulStop, RunContext, Stage, run_pipeline
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.errors import explain, in_one_line
-from limbeck.runtime.rundir import Json, RunDirectory, flatten, read_json, write_text
-from limbeck.types import LimbeckError
+from limbeck.runtime.rundir import RunDirectory, flatten, read_json, write_text
+from limbeck.types import Json, LimbeckError
 from tests.tiny_pair import TinyPair, write_model
 
 # An alias bomb, one that holds itself, nested without end, no mapping, no text.

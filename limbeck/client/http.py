@@ -29,7 +29,7 @@ MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class HttpReply:
-    """What a server said, whatever its status."""
+    """Reply of a server, whatever its status."""
 
     status: int
     headers: Message

@@ -11,8 +11,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from limbeck.client.http import CONNECT_S, MAX_BYTES, ConnectionFailed, exchange
 from limbeck.client.keys import Key, read_key
-from limbeck.client.replies import Json, ReplyText, retry_after_s, short_json
-from limbeck.types import LimbeckError
+from limbeck.client.replies import ReplyText, retry_after_s, short_json
+from limbeck.types import Json, LimbeckError
 
 _URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?")
 # Statuses that another try may mend; every other 4xx is the server's last word on the request.

@@ -12,8 +12,6 @@ from typing import Any
 from limbeck.client.http import HttpReply
 from limbeck.client.keys import Key
 
-Json = dict[str, Any]
-
 # Of a text that a message may quote.
 _QUOTED = 240
 

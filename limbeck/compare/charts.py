@@ -95,7 +95,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How numbers become places on an axis: linear, logarithmic, or reversed."""
+    """Mapping of numbers to places on an axis: linear, logarithmic, or reversed."""
 
     axis: Axis
     log: bool = False

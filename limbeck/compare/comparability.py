@@ -1,4 +1,4 @@
-"""Which runs may be ranked together: those that measured the same examples in the same way."""
+"""Comparability of runs: those that measured the same examples in the same way may be ranked together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ExcludedRun:
 
 
 def settings_of(member: Member, table: str) -> dict[str, str]:
-    """What was set for a measurement, as text by key."""
+    """Settings of a measurement, as text by key."""
     assert member.run is not None
     flat = flatten(member.run.recipe)
     group, _, _ = table.partition("@")
@@ -54,7 +54,7 @@ def difference(
     usual: Mapping[str, str],
     table: str,
 ) -> str:
-    """Why two runs cannot be ranked together, or nothing."""
+    """The reason why two runs cannot be ranked together, or nothing."""
     shared = len({row.id for row in ours} & {row.id for row in theirs})
     if shared < max(len(ours), len(theirs)):
         return f"it was measured on other examples: {shared} of {len(theirs)} are the same"

@@ -1,4 +1,4 @@
-"""What the arms cost: time by stage, speed, memory, size; and what sharing between the runs of a sweep saved."""
+"""Cost of the arms: time by stage, speed, memory, size; and what sharing between the runs of a sweep saved."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def plain_value(value: Any) -> str:
 
 
 def value_of(keys: Mapping[str, Any], key: str) -> str:
-    """What is set for a key, or a dash."""
+    """The value of a key, or a dash."""
     return plain_value(keys[key]) if key in keys else "\N{EN DASH}"
 
 
@@ -52,7 +52,7 @@ def titled(name: str) -> str:
 
 
 def extra(name: str, keys: Mapping[str, Any], varied: Sequence[str]) -> str:
-    """What an arm sets that differs between arms and is not in its name."""
+    """Keys that differ between arms and are not in the arm's name."""
     told = {key: plain_value(keys[key]) for key in varied if key in keys}
     said = re.split(r"[, =]+", name)
     return ", ".join(f"{key}={value}" for key, value in told.items() if value not in said)

@@ -131,7 +131,7 @@ class View:
         return facts
 
     def extra(self, arm: ComparedArm) -> str:
-        """What sets an arm apart beside its name."""
+        """The keys that set an arm apart beside its name."""
         return extra(arm.name, arm.keys, self.comparison.varied)
 
     @property

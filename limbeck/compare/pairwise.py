@@ -1,4 +1,4 @@
-"""Which arms are separated: differences judged together, and the letters that say it.
+"""Separation of arms: differences tested together, and the letters of groups that are not separated.
 
 A pair is separated where the interval of its difference excludes 0. Among k arms there are k (k - 1) / 2 differences;
 each is judged at a level of its own such that the chance of any wrong separation stays at 5 % (Holm 1979, "A simple

@@ -1,4 +1,4 @@
-"""Which runs are compared: directories and sweeps as arms with their runs, failed and unfinished ones included."""
+"""Runs that are compared: directories and sweeps as arms with their runs, failed and unfinished ones included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure a comparison of arms is: both the examples and the training seeds could have been others.
+"""Uncertainty of a comparison of arms: both the examples and the training seeds could have been others.
 
 Runs and examples are crossed: every run answers the same examples, and a seed may be shared by all arms. So a resample
 draws examples once for all runs and seeds once for all arms that have the same ones (Owen 2007, "The pigeonhole
@@ -77,7 +77,7 @@ class Estimate:
 
 
 def draws(size: int, resamples: int, label: str) -> ndarray:
-    """How often each of `size` things is drawn, (resamples, size) float64. The same label gives the same draws."""
+    """Number of draws of each of `size` things, (resamples, size) float64. The same label gives the same draws."""
     import numpy as np
 
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(label.encode())))
@@ -85,7 +85,7 @@ def draws(size: int, resamples: int, label: str) -> ndarray:
 
 
 def arm_means(drawn_BR: ndarray, runs: Sequence[int], counts_BS: ndarray) -> ndarray:
-    """What an arm would have scored with resampled seeds, (B,).
+    """Means of an arm with resampled seeds, (B,).
 
     Args:
         runs: the arm's runs in the order of its seeds.

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, memory, and the seconds of reading a prompt and of writing token by token.
+"""Cost of a model: parameters, memory, and the seconds of reading a prompt and of writing token by token.
 
 Seconds are of this process, this machine and plain transformers; two models are timed in turns, so that whatever else
 the machine does meets both alike. No time is reproducible bit for bit.

@@ -1,4 +1,4 @@
-"""How much several answers to one prompt differ, counted in words.
+"""Diversity of several answers to one prompt, counted in words.
 
 Words are those of sacrebleu's tokenizer 13a, case kept, so that all figures are over the same words: punctuation stands
 apart, and text written without spaces is one long word. N-grams never cross from one answer to the next.

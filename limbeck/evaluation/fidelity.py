@@ -16,8 +16,7 @@ from torch import Tensor
 from limbeck.evaluation.token_metrics.calibration import bin_sums, curve, pooled_parts
 from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, TokenValues, fidelity_values
 from limbeck.objectives.fused.body import Compile
-from limbeck.runtime.rundir import Json
-from limbeck.types import LimbeckError, ScoredRow
+from limbeck.types import Json, LimbeckError, ScoredRow
 
 # Whose confidence against what, in the order of `TokenValues.confidences`.
 CALIBRATION: tuple[str, ...] = ("student_ece", "teacher_ece", "ece_to_teacher")

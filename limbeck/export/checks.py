@@ -50,7 +50,7 @@ class LogitProbe:
 
 
 def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> LogitProbe:
-    """What the source says.
+    """Logits and token ids of a model for a few texts.
 
     Raises:
         LimbeckError: logits that are NaN or infinite.

@@ -34,7 +34,7 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """What a GGUF file says about tokens.
+    """Tokenizer part of a GGUF file.
 
     Attributes:
         types: of each token, gguf's TokenType.

@@ -1,4 +1,4 @@
-"""What is exported: a run's student, a model by name, or a LoRA adapter merged into its base model."""
+"""Sources of an export: a run's student, a model by name, or a LoRA adapter merged into its base model."""
 
 from __future__ import annotations
 

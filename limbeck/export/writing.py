@@ -29,7 +29,7 @@ _PRECISIONS = {"safetensors": tuple(DTYPES), "gguf": (*DTYPES, "q8_0")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Attributes:
         file: what to load: the folder itself, or the GGUF file in it.

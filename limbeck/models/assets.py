@@ -71,7 +71,7 @@ ASSETS: dict[str, Asset | Blank] = {
 
 
 def cache_root() -> Path:
-    """Where converted assets live: $LIMBECK_CACHE, else $XDG_CACHE_HOME/limbeck, else ~/.cache/limbeck."""
+    """Folder of converted assets: $LIMBECK_CACHE, else $XDG_CACHE_HOME/limbeck, else ~/.cache/limbeck."""
     if chosen := os.environ.get("LIMBECK_CACHE"):
         return Path(chosen).expanduser()
     if base := os.environ.get("XDG_CACHE_HOME"):

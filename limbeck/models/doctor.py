@@ -57,7 +57,7 @@ def doctor(
 
 
 def doctor_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
-    """What is compared: (label, teacher, student)."""
+    """Rows of the comparison: (label, teacher, student)."""
     shown: list[tuple[str, Callable[[VocabularyCard], str]]] = [
         ("model", lambda card: card.name),
         ("architecture", lambda card: card.architecture),

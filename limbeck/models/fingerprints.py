@@ -66,7 +66,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def backend_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a fast tokenizer does, as its JSON has it, without padding and truncation: those belong to the last call."""
+    """Rules of a fast tokenizer, as in its JSON, without padding and truncation: those belong to the last call."""
     backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     rules: dict[str, Any] = json.loads(backend.to_str())
     return {key: value for key, value in rules.items() if key not in ("padding", "truncation")}

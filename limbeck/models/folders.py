@@ -1,4 +1,4 @@
-"""What is wrong with a model's folder before any library reads it: in many cases one would hang, or keep quiet.
+"""Checks of a model's folder before any library reads it: in many cases one would hang, or keep quiet.
 
 transformers puts an adapter that lies beside the weights onto them without a word, opens a pipe and waits, and builds
 whatever number of blocks a configuration names.

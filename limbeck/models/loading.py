@@ -32,7 +32,7 @@ _DROPOUT = re.compile(r"(^|_)(dropout|pdrop|layerdrop|drop)(_|$)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What a model is and where it came from.
+    """Origin of a model: name, files, revision.
 
     Attributes:
         location: resolved path, or the hub id.
@@ -196,7 +196,7 @@ def source_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreT
 
 
 def _require_usable(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What a damaged file may say and only the first use would show."""
+    """Refuse what a damaged file may hold and only the first use would show."""
     vocabulary, window = tokenizer.get_vocab(), tokenizer.model_max_length
     where = source.directory / "tokenizer_config.json"
     if not vocabulary or not all(type(index) is int and index >= 0 for index in vocabulary.values()):

@@ -37,7 +37,7 @@ _ELSEWHERE = ("*/*", "consolidated*", "*.bin.index.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a model lies.
+    """Location of a model.
 
     Attributes:
         name: what was asked for.
@@ -208,7 +208,7 @@ def _hub(
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises when the network fails; its HTTP library differs between versions."""
+    """Exceptions of the hub's client when the network fails; its HTTP library differs between versions."""
     from huggingface_hub import errors
 
     roots = [base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]

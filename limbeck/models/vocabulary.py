@@ -28,7 +28,7 @@ _UNLIMITED = 10**9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyCard:
-    """What a model and its tokenizer say about tokens, read without the weights.
+    """Vocabulary of a model and its tokenizer, read without the weights.
 
     Attributes:
         ids: token to id, added tokens included.
@@ -127,7 +127,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _splitting_rules(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How text becomes tokens, apart from the vocabulary itself: two models can share ids and split differently."""
+    """Rules of splitting text, apart from the vocabulary itself: two models can share ids and split differently."""
     if not tokenizer.is_fast:
         return type(tokenizer).__name__
     rules = backend_rules(tokenizer)
@@ -185,7 +185,7 @@ def require_same_vocabulary(teacher: VocabularyCard, student: VocabularyCard) ->
 
 
 def _token_differences(teacher: VocabularyCard, student: VocabularyCard) -> tuple[list[str], list[str]]:
-    """What makes the pair impossible, and control tokens that one of the two lacks: no text is meant to spell those."""
+    """Differences that make the pair impossible, and control tokens that one of the two lacks: no text spells those."""
     if teacher.ids == student.ids:
         return [], []
     by_id_teacher = {index: token for token, index in teacher.ids.items()}

@@ -23,7 +23,7 @@ AB_LIMIT = 1e-3
 
 
 class RowObjective(ABC):
-    """What most objectives have in common; see `limbeck.types.Objective`."""
+    """Base class of most objectives; see `limbeck.types.Objective`."""
 
     name: str
     order: int | None = 2

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from limbeck.objectives.adaptive import AdaptiveKL, EntropyGate, TailAwareKL, TokenwiseKL
@@ -14,34 +13,8 @@ from limbeck.objectives.logit_matching import CSD, DirectLogit, LogitStandardiza
 from limbeck.objectives.mixtures import TAID, AlphaMixture, JensenShannon, SkewKL, SkewReverseKL
 from limbeck.objectives.policy import PolicyGradient, SampledReverseKL
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, WeightedSum
+from limbeck.registry import Registry, checked
 from limbeck.types import HiddenObjective, LimbeckError, Objective
-
-# The values are frozen dataclasses that implement `Objective` or `HiddenObjective`; their fields are read, hence Any.
-OBJECTIVES: dict[str, type[Any]] = {
-    "fkl": ForwardKL,
-    "rkl": ReverseKL,
-    "symmetric_kl": SymmetricKL,
-    "jeffreys": Jeffreys,
-    "js": JensenShannon,
-    "skl": SkewKL,
-    "srkl": SkewReverseKL,
-    "tv": TotalVariation,
-    "ab": AlphaBeta,
-    "akl": AdaptiveKL,
-    "todi": TokenwiseKL,
-    "taid": TAID,
-    "amid": AlphaMixture,
-    "tad": TailAwareKL,
-    "eopd": EntropyGate,
-    "csd": CSD,
-    "dld": DirectLogit,
-    "lskd": LogitStandardization,
-    "opd": SampledReverseKL,
-    "hidden": HiddenMatching,
-    "ce": CrossEntropy,
-    "policy_gradient": PolicyGradient,
-    "sum": WeightedSum,
-}
 
 
 def build_objective(name: str, **options: object) -> AnyObjective:
@@ -53,28 +26,16 @@ def build_objective(name: str, **options: object) -> AnyObjective:
     Raises:
         LimbeckError: for an unknown name or option, with the nearest known one, or a value of the wrong kind.
     """
-    if name not in OBJECTIVES:
-        known = ", ".join(OBJECTIVES)
-        raise LimbeckError(f"objective {name!r} is unknown{nearest(name, OBJECTIVES)}: choose from {known}")
-    fields = {field.name: field for field in dataclasses.fields(OBJECTIVES[name])}
-    for option in options:
-        if option not in fields:
-            has = f"it has {', '.join(fields)}" if fields else "it has no options"
-            raise LimbeckError(f"objective {name!r} has no option {option!r}{nearest(option, fields)}: {has}")
-    return OBJECTIVES[name](**{option: _read(name, fields[option], value) for option, value in options.items()})
+    return OBJECTIVES.build(name, **options)
 
 
-def _read(name: str, field: dataclasses.Field, value: object) -> object:
+def _read(name: str, field: dataclasses.Field[Any], value: object) -> object:
     """An option's value, objectives built, numbers checked."""
     if name == "sum" and field.name == "parts":
         return _read_parts(value)
-    default = field.default if field.default is not dataclasses.MISSING else None
-    if default is None:
+    if field.default is dataclasses.MISSING or field.default is None:
         return _read_objective(f"{name} {field.name}", value)
-    kind = type(default)
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise LimbeckError(f"{name} {field.name}={value!r}: expected a {kind.__name__}, such as {default!r}")
-    return float(value) if kind is float and isinstance(value, int) else value
+    return checked(name, field, value)
 
 
 def _read_objective(where: str, value: object) -> AnyObjective:
@@ -105,7 +66,34 @@ def _read_parts(value: object) -> tuple[tuple[float, AnyObjective], ...]:
     return tuple(parts)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """' (nearest: x)' where a known word is close, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (nearest: {close[0]!r})" if close else ""
+# The values are frozen dataclasses that implement `Objective` or `HiddenObjective`; their fields are read, hence Any.
+OBJECTIVES: Registry[Any] = Registry(
+    "objective",
+    {
+        "fkl": ForwardKL,
+        "rkl": ReverseKL,
+        "symmetric_kl": SymmetricKL,
+        "jeffreys": Jeffreys,
+        "js": JensenShannon,
+        "skl": SkewKL,
+        "srkl": SkewReverseKL,
+        "tv": TotalVariation,
+        "ab": AlphaBeta,
+        "akl": AdaptiveKL,
+        "todi": TokenwiseKL,
+        "taid": TAID,
+        "amid": AlphaMixture,
+        "tad": TailAwareKL,
+        "eopd": EntropyGate,
+        "csd": CSD,
+        "dld": DirectLogit,
+        "lskd": LogitStandardization,
+        "opd": SampledReverseKL,
+        "hidden": HiddenMatching,
+        "ce": CrossEntropy,
+        "policy_gradient": PolicyGradient,
+        "sum": WeightedSum,
+    },
+    entry_points="limbeck.objectives",
+    read_option=_read,
+)

@@ -12,7 +12,7 @@ from limbeck.objectives.fused.projection import prepare_projection
 from limbeck.types import DenseSignal, LimbeckError, SampledSignal, Support, TopKSignal
 
 # Logits of so many bytes exist at a time.
-BLOCK_BYTES = 64 << 20
+SPARSE_BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class SparseForm:
         head = prepare_projection(signal.hidden_ND, signal.head, "teacher")
         generator = torch.Generator(signal.hidden_ND.device).manual_seed(seed)
         blocks = []
-        for hidden_ND in signal.hidden_ND.split(max(1, BLOCK_BYTES // (head.vocab_size * head.dtype.itemsize))):
+        for hidden_ND in signal.hidden_ND.split(max(1, SPARSE_BLOCK_BYTES // (head.vocab_size * head.dtype.itemsize))):
             logits_NV = hidden_ND.new_empty(len(hidden_ND), head.vocab_size, dtype=head.dtype)
             head.into(hidden_ND, logits_NV)
             blocks.append(self._block(head.finish.logits(logits_NV), generator))

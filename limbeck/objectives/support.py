@@ -64,7 +64,7 @@ def resolve_support(
 def signal_columns(
     signal: TopKSignal | SampledSignal, support: Support, teacher_tau_N1: Tensor, vocab_size: int
 ) -> Columns:
-    """What the rows of a sparse signal are made of, one row per token, checked."""
+    """Columns of a sparse signal, one row per token, checked."""
     tokens, kept = signal.ids_NK.shape
     if teacher_tau_N1.shape[0] != tokens:
         raise LimbeckError(

@@ -130,7 +130,7 @@ class Temperature:
         return None if isinstance(self.student_tau, Tensor) else float(self.student_tau) ** power
 
     def record(self, objective: Objective) -> dict[str, float | str | None]:
-        """What a run writes down: temperatures, scale and the factor it came to (None: by token or by part)."""
+        """Record for a run: temperatures, scale and the resulting factor (None: by token or by part)."""
         student, teacher = (None if isinstance(t, Tensor) else float(t) for t in (self.student_tau, self.teacher_tau))
         factor = None if objective.order is None else self.factor(objective.order)
         if self.adapt is not None:
@@ -183,7 +183,7 @@ class TemperatureSchedule:
         return Temperature(loss=loss, scale=self.scale, adapt=self.adapt)
 
     def record(self, objective: Objective) -> dict[str, float | str | None]:
-        """What a run writes down: the two ends and their factors. See `Temperature.record`."""
+        """Record for a run: the two ends and their factors. See `Temperature.record`."""
         first, last = self.at(0.0).record(objective), self.at(1.0).record(objective)
         return first | {f"{name}_end": last[name] for name in ("student", "teacher", "factor")} | {"shape": self.shape}
 

@@ -40,7 +40,7 @@ def preferred() -> bool:
 
 
 def _vendor() -> str:
-    """Who made the CPU, as Linux names them; empty elsewhere."""
+    """Vendor of the CPU, as Linux names it; empty elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return ""

@@ -1,4 +1,4 @@
-"""Who judges: temperature, objectives, rule and weights as a recipe says them, and a trial of three tokens."""
+"""Builds the loss from a recipe: temperature, objectives, rule and weights, with a trial on three tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def temperature_of(recipe: load.Recipe) -> Temperature | TemperatureSchedule:
 
 
 def loss_plan_of(recipe: load.Recipe) -> LossPlan:
-    """Which objective for whose response, as a recipe says it."""
+    """The objective of each author's responses, from a recipe."""
     own = recipe.contrast.student
     return LossPlan(
         objective=load.objective_of(recipe),
@@ -80,7 +80,7 @@ def trial_loss_plan(recipe: load.Recipe) -> LossPlan:
 
 
 def token_weighting_of(recipe: load.Recipe) -> TokenWeighting:
-    """What each response counts, as a recipe says it."""
+    """The weights of responses, from a recipe."""
     contrast = recipe.contrast
     beta = None
     if contrast.beta != "none":
@@ -89,7 +89,7 @@ def token_weighting_of(recipe: load.Recipe) -> TokenWeighting:
 
 
 def sparse_form(recipe: load.Recipe) -> SparseForm | None:
-    """What is kept of the teacher at each position; None where that is everything."""
+    """Form in which the teacher's distribution is kept at each position; None where all of it is."""
     section = recipe.signal
     if section.support == "full":
         return None

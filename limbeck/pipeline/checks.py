@@ -1,4 +1,4 @@
-"""What is refused before any stage has worked: mistakes that can be seen without loading a model.
+"""Checks before any stage works, of mistakes that can be seen without loading a model.
 
 A wrong pair, objective or tracker would otherwise come to light after the teacher has sampled for hours.
 """

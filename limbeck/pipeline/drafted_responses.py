@@ -12,11 +12,11 @@ from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import compare_vocabularies, describe_vocabulary
 from limbeck.pipeline.engine import RunContext
 from limbeck.recipe.sections import DraftSection
-from limbeck.runtime.rundir import Json, read_fields, write_json
+from limbeck.runtime.rundir import read_fields, write_json
 from limbeck.sampling.acceptance import AcceptanceStats
 from limbeck.sampling.local import LocalSampler
 from limbeck.sampling.speculative import SpeculativeSampler
-from limbeck.types import LimbeckError
+from limbeck.types import Json, LimbeckError
 
 
 def draft_inputs(section: DraftSection) -> Json:

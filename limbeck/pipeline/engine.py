@@ -27,9 +27,9 @@ from limbeck.runtime.errors import in_one_line
 from limbeck.runtime.heartbeat import beating, wait_until
 from limbeck.runtime.launcher import Launch, launched
 from limbeck.runtime.outputs import written_below
-from limbeck.runtime.rundir import Json, RunDirectory, fingerprint, flatten, read_json, write_json, write_text
+from limbeck.runtime.rundir import RunDirectory, fingerprint, flatten, read_json, write_json, write_text
 from limbeck.runtime.spin_waits import short_spins_when_busy
-from limbeck.types import LimbeckError
+from limbeck.types import Json, LimbeckError
 
 if TYPE_CHECKING:
     import torch

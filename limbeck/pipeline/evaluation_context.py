@@ -29,8 +29,8 @@ from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.templates import TemplateName, encode_prompts, resolve_template
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.rollouts.io import read_responses, write_responses
-from limbeck.runtime.rundir import Json, fingerprint
-from limbeck.types import Prompt, Response, Sampling, ScoredRow, TokenPrompt
+from limbeck.runtime.rundir import fingerprint
+from limbeck.types import Json, Prompt, Response, Sampling, ScoredRow, TokenPrompt
 
 Part = Literal["before", "after"]
 Who = Literal["student", "teacher"]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 from limbeck.runtime.console import Console
 from limbeck.runtime.outputs import Written, content_of, faults, is_log, made_from, matching, with_companions
-from limbeck.runtime.rundir import Json, RunDirectory
-from limbeck.types import LimbeckError
+from limbeck.runtime.rundir import RunDirectory
+from limbeck.types import Json, LimbeckError
 
 if TYPE_CHECKING:
     from limbeck.pipeline.engine import Stage

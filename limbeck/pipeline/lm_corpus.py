@@ -21,9 +21,9 @@ from limbeck.pipeline.engine import RunContext
 from limbeck.prompts.fields import text_in
 from limbeck.prompts.readers import PlacedRow, is_path, rows_of, source_digest
 from limbeck.recipe.sections import LmSection
-from limbeck.runtime.rundir import Json, whole_file
+from limbeck.runtime.rundir import whole_file
 from limbeck.training.corpus import Corpus
-from limbeck.types import LimbeckError
+from limbeck.types import Json, LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

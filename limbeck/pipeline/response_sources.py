@@ -1,4 +1,4 @@
-"""Who writes during training, as a recipe says it."""
+"""Builds the response source of a training from a recipe."""
 
 from __future__ import annotations
 

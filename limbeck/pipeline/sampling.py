@@ -1,4 +1,4 @@
-"""How responses are drawn, as a recipe says it."""
+"""Sampling settings from a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from limbeck.types import Sampling
 
 
 def sampling_of(section: ResponsesSection) -> Sampling:
-    """How the teacher's responses are drawn."""
+    """Settings of the teacher's responses."""
     return Sampling(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature,
@@ -21,7 +21,7 @@ def sampling_of(section: ResponsesSection) -> Sampling:
 
 
 def own_sampling(section: ResponsesSection) -> Sampling:
-    """How the student's are."""
+    """Settings of the student's responses."""
     own = section.on_policy
     settings = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
     return replace(sampling_of(section), **{key: value for key, value in settings.items() if value is not None})

@@ -13,10 +13,9 @@ from limbeck.pipeline.engine import RunContext
 from limbeck.prompts.chat import turns_of
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName, end_token_ids
-from limbeck.runtime.rundir import Json
 from limbeck.sampling.served import ServedSampler
 from limbeck.sampling.served_log import ServedLog
-from limbeck.types import LimbeckError, Prompt, Response, Sampling, TokenPrompt
+from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

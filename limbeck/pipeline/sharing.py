@@ -13,7 +13,8 @@ from pathlib import Path
 from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.sources import resolve
 from limbeck.pipeline.engine import RunContext
-from limbeck.runtime.rundir import Json, fingerprint
+from limbeck.runtime.rundir import fingerprint
+from limbeck.types import Json
 
 
 @contextmanager

@@ -23,9 +23,8 @@ from limbeck.pipeline.stages.evaluate import check_groups, evaluation_inputs, ex
 from limbeck.pipeline.stages.prompts import prompt_inputs, read_prompt_source
 from limbeck.pipeline.stages.respond import teacher_inputs
 from limbeck.recipe.load import Recipe, load_recipe
-from limbeck.recipe.messages import nearest
-from limbeck.runtime.rundir import Json
-from limbeck.types import LimbeckError
+from limbeck.recipe.messages import suggestion
+from limbeck.types import Json, LimbeckError
 
 
 def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequence[str]) -> Recipe:
@@ -69,7 +68,7 @@ def _check_names(overrides: Sequence[str]) -> None:
             if name in METRICS:
                 raise LimbeckError(f"{name} is a metric; name the group that measures it: {', '.join(GROUPS)}")
             if name not in GROUPS:
-                raise LimbeckError(f"no group {name!r}; there are {', '.join(GROUPS)}{nearest(name, tuple(GROUPS))}")
+                raise LimbeckError(f"no group {name!r}; there are {', '.join(GROUPS)}{suggestion(name, tuple(GROUPS))}")
 
 
 def _require_teacher(recipe: Recipe) -> None:

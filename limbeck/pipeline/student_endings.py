@@ -13,10 +13,9 @@ from limbeck.models.vocabulary import VocabularyCard, compare_vocabularies
 from limbeck.pipeline.engine import RunContext
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe.load import load_recipe
-from limbeck.runtime.rundir import Json
 from limbeck.student.build import Student
 from limbeck.student.endings import AnswerFormat, answer_format, end_answers_with, stop_ids
-from limbeck.types import LimbeckError
+from limbeck.types import Json, LimbeckError
 
 
 def same_tokens(context: RunContext) -> bool:

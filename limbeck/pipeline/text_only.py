@@ -20,8 +20,7 @@ from limbeck.pipeline.student_endings import same_tokens
 from limbeck.prompts.chat import reads_option
 from limbeck.prompts.special_tokens import special_tokens
 from limbeck.prompts.templates import TemplateName, encode_responses, resolve_template
-from limbeck.runtime.rundir import Json
-from limbeck.types import LimbeckError, Prompt, Response, TokenPrompt
+from limbeck.types import Json, LimbeckError, Prompt, Response, TokenPrompt
 
 
 def check_text_only(context: RunContext) -> None:

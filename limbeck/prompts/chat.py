@@ -74,7 +74,7 @@ class Rendering:
 
     @property
     def where(self) -> str:
-        """How messages name the template."""
+        """Name of the template in messages."""
         return f"the chat template of {self.tokenizer.name_or_path}"
 
     def text(self, name: str, turns: Turns, tools: Sequence[Mapping[str, Any]], *, ask: bool) -> str:
@@ -131,7 +131,7 @@ class Rendering:
 
     @cached_property
     def usual_edges(self) -> tuple[str, str]:
-        """What the template writes before and behind an answer that is text alone, beside the prompt.
+        """Texts that the template writes before and behind an answer that is text alone, beside the prompt.
 
         Raises:
             LimbeckError: it refuses or drops an assistant's text.
@@ -169,7 +169,7 @@ def require_asked(name: str, rendering: Rendering, prompt: Prompt, text: str) ->
 
 
 def text_after_answer(name: str, rendering: Rendering, prompt: str, conversation: str, turn: Mapping[str, Any]) -> str:
-    """What the template writes behind an answer, having checked that before it stands the rendered prompt.
+    """Text that the template writes behind an answer, having checked that before it stands the rendered prompt.
 
     Raises:
         LimbeckError: it is not. Reasoning templates open the answer with a thought when they ask and leave it out, or

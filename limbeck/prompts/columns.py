@@ -49,7 +49,7 @@ class ReadRow(dict[str, Any]):
 
 @dataclass(kw_only=True)
 class ColumnTally:
-    """What becomes of the columns of a source.
+    """Count of the columns of a source that are not read.
 
     Attributes:
         ignore: columns to leave out as if they were not there; `messages.weight` is a field of the turns of `messages`.

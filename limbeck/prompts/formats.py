@@ -1,4 +1,4 @@
-"""What a row of a data set means: recognised by its fields, never by the name of the file.
+"""Formats of data sets: recognised by the fields of a row, never by the name of the file.
 
     prompt [completion]                              text, or lists of messages (TRL)
     messages                                         a conversation; a last assistant turn is the completion
@@ -50,7 +50,7 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """What one row says: the prompt in exactly one of two forms, and the reference answers where there are some.
+    """One row of data: the prompt in exactly one of two forms, and the reference answers where there are some.
 
     Attributes:
         completion: the reference answer, the first of several.

@@ -1,4 +1,4 @@
-"""How messages name a prompt: an id is a hash, which nobody finds in their file."""
+"""Names of prompts in messages: an id is a hash, which nobody finds in their file."""
 
 from __future__ import annotations
 

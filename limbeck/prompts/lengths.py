@@ -1,4 +1,4 @@
-"""Whether prompts fit: the model's window holds prompt and answer together."""
+"""Length check: the model's window must hold prompt and answer together."""
 
 from __future__ import annotations
 

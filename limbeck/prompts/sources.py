@@ -163,7 +163,7 @@ def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_se
 
 
 def canonical_content(prompt: Example | Prompt) -> str:
-    """What a prompt says, whatever its format: its turns with runs of white space made one. A text is one user turn."""
+    """Content of a prompt, whatever its format: its turns, runs of white space made one. A text is one user turn."""
     turns = prompt.messages or (Message(role="user", content=prompt.text or ""),)
     said: list[Any] = [
         [turn.role, " ".join(turn.content.split()), *([turn.fields] if turn.fields else [])] for turn in turns

@@ -29,7 +29,7 @@ _CALL = {
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a template reads a turn that calls tools.
+    """Form in which a template reads a turn that calls tools.
 
     Attributes:
         as_text: arguments as JSON text.

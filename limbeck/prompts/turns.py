@@ -1,4 +1,4 @@
-"""What the model itself would write of a conversation: the text of each of the assistant's turns, with its end.
+"""Turns that the model itself would write of a conversation: the text of each assistant turn, with its end.
 
 A turn is asked with the rendered conversation before it, as in use, and told with the conversation up to it. Where the
 whole conversation holds every turn just so, it is one response whose other tokens are context. Templates that write an

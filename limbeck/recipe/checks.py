@@ -1,4 +1,4 @@
-"""What excludes what in a recipe: mistakes that no single key shows."""
+"""Checks across keys of a recipe: mistakes that no single key shows."""
 
 from __future__ import annotations
 

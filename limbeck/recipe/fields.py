@@ -1,4 +1,4 @@
-"""What the values of a recipe may be: the types that its sections share."""
+"""Types of values that the sections of a recipe share."""
 
 from __future__ import annotations
 

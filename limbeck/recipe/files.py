@@ -10,12 +10,12 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
-from limbeck.recipe.messages import nearest
+from limbeck.recipe.messages import suggestion
 from limbeck.recipe.yaml_text import parse
 from limbeck.types import LimbeckError
 
 # What a YAML file of the package, or of a user, describes: one run, or many runs around one recipe.
-Kind = Literal["recipe", "sweep"]
+DocumentKind = Literal["recipe", "sweep"]
 _OF_A_SWEEP = re.compile(r"^recipe:", re.MULTILINE)
 
 
@@ -43,7 +43,7 @@ def _shipped() -> dict[str, str]:
     return dict(walk(resources.files("limbeck.recipe") / "shipped", ""))
 
 
-def read_yaml(source: str | Path, kind: Kind) -> dict[str, Any]:
+def read_yaml(source: str | Path, kind: DocumentKind) -> dict[str, Any]:
     """The mapping in a shipped or a user's file; its `name` is the file's where it has none.
 
     Raises:
@@ -63,7 +63,7 @@ def read_yaml(source: str | Path, kind: Kind) -> dict[str, Any]:
     elif str(source) in _shipped():
         raise _other_kind(str(source), kind)
     else:
-        near = nearest(str(source), names)
+        near = suggestion(str(source), names)
         listed = ", ".join(names) or "there are none"
         raise LimbeckError(f"no {kind} {str(source)!r}: neither a file nor a shipped {kind} ({listed}){near}")
     tree = parse(text, f"{kind} {source}")
@@ -76,7 +76,7 @@ def read_yaml(source: str | Path, kind: Kind) -> dict[str, Any]:
     return {"name": name, **tree}
 
 
-def _other_kind(source: str, kind: Kind) -> LimbeckError:
+def _other_kind(source: str, kind: DocumentKind) -> LimbeckError:
     if kind == "recipe":
         return LimbeckError(f"{source} is a sweep, not a recipe; play it with: limbeck sweep {source}")
     return LimbeckError(f"{source} is a recipe, not a sweep; play it with: limbeck run {source}")

@@ -29,7 +29,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """A validated recipe from a shipped name, a YAML file or a mapping, with `section.key=value` overrides on top.
 
     Raises:
-        LimbeckError: unknown recipe, broken YAML, unknown key (with the nearest known one), wrong type or value.
+        LimbeckError: unknown recipe, broken YAML, unknown key (with the suggestion known one), wrong type or value.
     """
     return _validate(recipe_tree(recipe, overrides))
 
@@ -98,7 +98,7 @@ def signal_temperatures(recipe: Recipe) -> tuple[float, ...]:
 
 
 def objective_of(recipe: Recipe) -> Any:
-    """The recipe's objective from the registry; its unknown options are refused with the nearest known one."""
+    """The recipe's objective from the registry; its unknown options are refused with the suggestion known one."""
     from limbeck.objectives import OBJECTIVES
     from limbeck.objectives import build_objective as build
 
@@ -107,7 +107,7 @@ def objective_of(recipe: Recipe) -> Any:
     for key in section.options:
         if section.name in OBJECTIVES and key not in own:
             # What is misspelt may be an option of the objective or a key of the section, which is the same for all.
-            near = messages.nearest(key, [f"objective.{known}" for known in (*AXES, *own)])
+            near = messages.suggestion(key, [f"objective.{known}" for known in (*AXES, *own)])
             has = f"the options {', '.join(own)}" if own else "no options"
             raise LimbeckError(f"unknown key 'objective.{key}' (objective {section.name!r} has {has} of its own){near}")
     return build(section.name, **section.options)

@@ -25,7 +25,7 @@ def explain_mistake(error: ValidationError, known: Sequence[str]) -> str:
 
 def _explain(mistake: Any, path: str, known: Sequence[str]) -> str:
     if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {path!r}{nearest(path, known)}"
+        return f"unknown key {path!r}{suggestion(path, known)}"
     if mistake["type"] in ("missing", "missing_argument"):
         return f"{path} is missing; add it to the recipe or give it as {path}=..."
     if mistake["type"] in ("dataclass_type", "dataclass_exact_type"):
@@ -54,7 +54,7 @@ def _lower(message: str) -> str:
     return message[0].lower() + message[1:]
 
 
-def nearest(key: str, known: Sequence[str]) -> str:
+def suggestion(key: str, known: Sequence[str]) -> str:
     """'; did you mean X?' where a known key is close, else nothing."""
     # A bare name belongs to the training proper rather than to a stage before it.
     known = [name for name in known if not name.startswith("sft.") or key.startswith("sft")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.report.curves import Axis, axis, path, smooth, thin, tight_axis
-from limbeck.report.format import count, figure, objective_of, setting
+from limbeck.report.format import count, figure, objective_text, setting
 from limbeck.report.on_policy import names_in
 from limbeck.report.read_run import Run, number
 from limbeck.rollouts.alarms import EVERY_ALARM
@@ -92,7 +92,7 @@ def charts(run: Run) -> list[Chart]:
 
 def _loss_unit(run: Run) -> str:
     # Not nats: that depends on the objective, and the temperature's factor is in the value.
-    return ", ".join(["per token", *objective_of(run)])
+    return ", ".join(["per token", *objective_text(run)])
 
 
 def _chart(key: str, title: str, unit: str, rows: Sequence[Mapping[str, Any]], zero: bool, wavering: bool) -> Chart:

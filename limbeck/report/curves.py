@@ -19,7 +19,7 @@ class Axis:
     marks: tuple[float, ...]
 
     def at(self, value: float) -> float:
-        """Where a value lies: 0 at `low`, 1 at `high`."""
+        """Place of a value: 0 at `low`, 1 at `high`."""
         return (value - self.low) / (self.high - self.low)
 
 
@@ -62,7 +62,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def thin(values: Sequence[float], most: int = MOST_POINTS) -> list[int]:
-    """Which points to keep so that a curve keeps its peaks: lowest and highest of each of most/2 equal stretches."""
+    """Points to keep so that a curve keeps its peaks: lowest and highest of each of most/2 equal stretches."""
     N = len(values)
     if most >= N:
         return list(range(N))

@@ -93,7 +93,7 @@ def share_of_teacher(student: Mapping[str, Any]) -> float | None:
     return own / teacher if given is None and own and teacher else given
 
 
-def objective_of(run: Run) -> list[str]:
+def objective_text(run: Run) -> list[str]:
     """Name and temperature of the objective, from the last logged step or else the recipe."""
     last = run.steps[-1] if run.steps else {}
     name = last.get("objective") or value_at(run.recipe, "objective.name")

@@ -29,7 +29,7 @@ from limbeck.runtime.rundir import write_text
 
 # Only these have a meaning of their own on the hub; a path or a file name would be taken for somebody's repository.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-OBJECTIVES = {"fkl": "forward KL", "rkl": "reverse KL", "csd": "concrete score distillation"}
+OBJECTIVE_NAMES = {"fkl": "forward KL", "rkl": "reverse KL", "csd": "concrete score distillation"}
 
 
 def write_card(
@@ -211,7 +211,7 @@ def _method(run: Run) -> list[str]:
         said.append(f"Prompts: {markdown(_source(run))}. Responses: {written}.")
     objective = value_at(run.recipe, "objective.name")
     if objective:
-        shown = markdown(OBJECTIVES.get(str(objective), str(objective)))
+        shown = markdown(OBJECTIVE_NAMES.get(str(objective), str(objective)))
         said.append(
             f"Objective: {shown} (`{code(objective)}`) at temperature "
             f"{setting(number(run.recipe, 'objective.temperature') or 1.0)}, per response token."

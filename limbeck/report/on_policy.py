@@ -87,7 +87,7 @@ def _warned(name: str, rows: Sequence[Mapping[str, Any]]) -> RaisedAlarm:
 
 
 def account(run: Run) -> tuple[str, list[str]]:
-    """Who wrote what was trained on, in a sentence that may be empty, and what never acted."""
+    """Account of who wrote what was trained on, a sentence that may be empty, and of what never acted."""
     last = run.steps[-1] if run.steps else {}
     try:
         return summary(last), never_acted(last)

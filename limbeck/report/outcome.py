@@ -1,4 +1,4 @@
-"""Whether the student ends worse than it began, in one sentence with the remedy."""
+"""Warning where the student ends worse than it began, one sentence with the remedy."""
 
 from __future__ import annotations
 

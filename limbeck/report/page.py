@@ -85,7 +85,7 @@ def render(run: Run) -> str:
 
 
 def _story(run: Run) -> list[tuple[str, str]]:
-    """What was done, as short facts from the recipe."""
+    """Short facts from the recipe."""
     facts = []
     for label, keys in (
         ("teacher", ("teacher.model",)),

@@ -29,7 +29,7 @@ STORY = ("prompts", "responses", "signal", "student", "evaluation", "report")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What the files of a run directory say. A missing file is an empty value here and an entry in `missing`.
+    """Content of a run directory's files. A missing file is an empty value here and an entry in `missing`.
 
     Attributes:
         recipe_text: the resolved recipe as written; `recipe` is the same, parsed.

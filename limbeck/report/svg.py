@@ -11,7 +11,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from limbeck.report.curves import axis, path, smooth, thin, tight_axis
-from limbeck.report.format import figure, headline, name_of, objective_of
+from limbeck.report.format import figure, headline, name_of, objective_text
 from limbeck.report.read_run import Run, number, read_run, score, value_at
 from limbeck.runtime.rundir import write_text
 
@@ -60,7 +60,7 @@ def _curve(run: Run, rows: list[Mapping[str, Any]]) -> list[str]:
     left, top, width, height = CURVE
     steps, values = [float(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
     across, up = tight_axis(steps), axis(values, marks=5, zero=True)
-    remark = ", ".join(objective_of(run))
+    remark = ", ".join(objective_text(run))
     parts = [_heading(left - 42, top - 26, "Training loss per token", remark)]
     for mark in up.marks:
         y = top + height * (1 - up.at(mark))

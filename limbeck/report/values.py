@@ -1,4 +1,4 @@
-"""What the files of a run hold, made fit to be shown: whatever stands there, a page can be made of it."""
+"""Values of a run's files, made fit to be shown: whatever stands there, a page can be made of it."""
 
 from __future__ import annotations
 

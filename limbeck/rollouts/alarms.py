@@ -48,7 +48,7 @@ EMPTY_MOST, EMPTY_WELL = 0.1, 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class AlarmKind:
     """An alarm in words.
 
     Attributes:
@@ -61,43 +61,43 @@ class Kind:
     remedy: str
 
 
-ALARMS: Mapping[str, Kind] = {
-    "repetition": Kind(
+ALARMS: Mapping[str, AlarmKind] = {
+    "repetition": AlarmKind(
         keys=(REPEATED,),
         meaning="The student's responses loop, and it is now taught on loops",
         remedy="train on more responses of the teacher, lower train.learning_rate, or sample with temperature 1 and "
         "top_p 1; a student that loops from the start needs a phase on the teacher's responses first",
     ),
-    "truncation": Kind(
+    "truncation": AlarmKind(
         keys=(TRUNCATED,),
         meaning="Nearly all of the student's responses are cut off at the limit, so it hardly ever sees an end",
         remedy="raise responses.max_new_tokens; if the responses ramble, train on the teacher's responses first, and "
         "check that the template's end of turn is among the stop tokens",
     ),
-    "length_drift": Kind(
+    "length_drift": AlarmKind(
         keys=(LENGTH,),
         meaning="The student's responses have become a different length, which a token mean rewards or punishes unseen",
         remedy="read the responses below; mix in responses of the teacher, or average by sequence instead of by token",
     ),
-    "entropy_collapse": Kind(
+    "entropy_collapse": AlarmKind(
         keys=("student_entropy", "teacher_entropy"),
         meaning="The student is far surer than the teacher: it keeps to few continuations and its samples lose variety",
         remedy="take an objective that covers more (forward or skew KL, Jensen-Shannon) or mix it in, sample with "
         "temperature 1, and lower train.learning_rate",
     ),
-    "kl_tail": Kind(
+    "kl_tail": AlarmKind(
         keys=("kl_p99", "forward_kl", "loss"),
         meaning="A few tokens drift far from the teacher while the mean looks well; whole responses follow",
         remedy="take a bounded or skewed divergence (Jensen-Shannon, total variation, skew KL), clip the gradient, and "
         "look for responses that the teacher would never write",
     ),
-    "log_q_collapse": Kind(
+    "log_q_collapse": AlarmKind(
         keys=(LOG_Q,),
         meaning="The student finds its own responses ever less likely: it is pushed away, but not towards anything",
         remedy="weigh the student's responses less against the teacher's, take an objective that is bounded on them "
         "(skew reverse KL instead of DPKD), and sample new responses more often",
     ),
-    "empty": Kind(
+    "empty": AlarmKind(
         keys=(EMPTY,),
         meaning="The student ends its responses before it has said anything",
         remedy="check the prompt template and its generation prompt, drop empty responses of data or teacher, and "
@@ -107,8 +107,8 @@ ALARMS: Mapping[str, Kind] = {
 
 LOSS_CLIMBS = "loss_climbs"
 # Of trainings on responses that never change; see `limbeck.training.loss_alarm`.
-OFF_POLICY_ALARMS: Mapping[str, Kind] = {
-    LOSS_CLIMBS: Kind(
+OFF_POLICY_ALARMS: Mapping[str, AlarmKind] = {
+    LOSS_CLIMBS: AlarmKind(
         keys=("loss", "forward_kl"),
         meaning="The loss has climbed away from its best: the updates are larger than the student bears",
         remedy="set train.learning_rate=auto, or a tenth of what it is, and add --update; with train.eval_steps the "
@@ -116,4 +116,4 @@ OFF_POLICY_ALARMS: Mapping[str, Kind] = {
     ),
 }
 # For whoever explains them: the report.
-EVERY_ALARM: Mapping[str, Kind] = {**ALARMS, **OFF_POLICY_ALARMS}
+EVERY_ALARM: Mapping[str, AlarmKind] = {**ALARMS, **OFF_POLICY_ALARMS}

@@ -1,4 +1,4 @@
-"""How the responses of an optimizer step become micro-batches of tensors.
+"""Micro-batches of tensors, made of the responses of an optimizer step.
 
 Responses of similar length were put together into steps (limbeck.rollouts.order), so that padding costs next to
 nothing; here a step is cut for the ranks. The first move does not know how many ranks or accumulation steps there are,

@@ -1,4 +1,4 @@
-"""How healthy the student's own responses are: cut off, looping, empty, how long. Token ids in, numbers out."""
+"""Health of the student's own responses: cut off, looping, empty, how long. Token ids in, numbers out."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ TOKEN_BYTES = 40
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaySettings:
-    """How often the student writes and how its responses are used (arXiv 2402.03898, Algorithm 1).
+    """Settings of replay: how often the student writes and how its responses are used (arXiv 2402.03898, Algorithm 1).
 
     Attributes:
         share: phi at the start, the probability that a step trains on the student's responses. The authors' scripts

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.runtime.outputs import faults, made_from, matching, written_below
-from limbeck.runtime.rundir import Json, RunDirectory, link, read_object, read_sealed, sealed, whole_folder, write_json
+from limbeck.runtime.rundir import RunDirectory, link, read_object, read_sealed, sealed, whole_folder, write_json
+from limbeck.types import Json
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 

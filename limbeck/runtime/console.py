@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live bar in a terminal, plain lines elsewhere."""
+"""Console output while a run works: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Meter(Protocol):
 
 
 class Console(Protocol):
-    """Where a run says what it does."""
+    """Console of a run."""
 
     def say(self, line: str) -> None: ...
 
@@ -51,7 +51,7 @@ class Console(Protocol):
 
 @dataclass
 class _Pace:
-    """How fast work is done, from the end of its first piece on: before, a step is compiled, or a round written."""
+    """Speed of work, from the end of its first piece on: before, a step is compiled, or a round written."""
 
     since: float | None = None
     fresh: float = 0.0

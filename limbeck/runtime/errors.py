@@ -1,4 +1,4 @@
-"""What goes wrong outside limbeck (a full disk, too little memory), said in one line with its remedy."""
+"""Errors from outside limbeck (a full disk, too little memory), in one line with their remedy."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def _opened(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def partial_in(root: Path) -> Iterator[Path]:
-    """What has the name of something half written below a folder, `.NAME.partial`; links are not followed."""
+    """Half-written files below a folder, by their name `.NAME.partial`; links are not followed."""
     waiting = [root]
     while waiting:
         folder = waiting.pop()

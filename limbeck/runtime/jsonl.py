@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from limbeck.runtime.rundir import Json, naming
-from limbeck.types import LimbeckError
+from limbeck.runtime.rundir import naming
+from limbeck.types import Json, LimbeckError
 
 
 def read_log(path: Path) -> Iterator[tuple[int, Json]]:

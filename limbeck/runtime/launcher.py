@@ -1,4 +1,4 @@
-"""How this process was started: alone, or as a rank of a launch; and what limbeck cannot do for a launch is refused.
+"""Start of this process: alone, or as a rank of a launch; launches that limbeck cannot serve are refused.
 
 What a launcher wants is in the environment. Of the ways to spread a training, one works: a whole student on each rank
 (DDP). What asks for another would train something else, hang or fail at the end, so it is refused before any work.
@@ -53,7 +53,7 @@ class Launch:
 
     @property
     def wrapper(self) -> str:
-        """What spreads the training over the ranks."""
+        """Name of the wrapper that spreads the training over the ranks."""
         return "DDP" if self.ranks > 1 else "none"
 
     def line(self, per_device: int | None = None, accumulation: int = 1) -> str:
@@ -75,7 +75,7 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """How this process was started.
+    """Description of how this process was started.
 
     Raises:
         LimbeckError: the launch asks for what limbeck cannot do, or fewer processes were started than it asks for.
@@ -144,7 +144,7 @@ def asked_of_accelerate() -> int:
 
 
 def _options_of_accelerate(command: Sequence[str]) -> Sequence[str] | None:
-    """What follows `accelerate launch` on a command line; None for any other command."""
+    """Options behind `accelerate launch` on a command line; None for any other command."""
     words = [os.path.basename(word) for word in command[:6]]
     for i, word in enumerate(words):
         of_its_own = word in ("accelerate-launch", "accelerate.commands.launch")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.runtime.hashing import sha256_of
-from limbeck.runtime.rundir import APPENDED, Json, fingerprint
+from limbeck.runtime.rundir import APPENDED, fingerprint
+from limbeck.types import Json
 
 Written = Mapping[str, Mapping[str, Any]]
 

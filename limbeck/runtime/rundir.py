@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from limbeck.runtime.folders import partial_in, remove
-from limbeck.types import LimbeckError
-
-Json = dict[str, Any]
+from limbeck.types import Json, LimbeckError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 

@@ -1,4 +1,4 @@
-"""Which of the drafted tokens stand, and which token follows them.
+"""Acceptance rules: which of the drafted tokens are kept, and which token follows them.
 
 One model drafted K tokens in a row, each from its distribution q; the other read them and gives its distribution p at
 every place. Tokens stand up to the first one that is refused; in the place of that one comes another.
@@ -87,7 +87,7 @@ def veto(
 
 @dataclass(frozen=True, kw_only=True)
 class DraftedTokens:
-    """What is known when a rule decides.
+    """Drafted tokens with both models' distributions: what an acceptance rule decides on.
 
     Attributes:
         ids_BK: the drafted tokens.
@@ -106,7 +106,7 @@ class DraftedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptedTokens:
-    """What came of a round.
+    """Tokens of a round after verification.
 
     Attributes:
         kept_B, next_B: as `accept_or_resample` returns them.
@@ -120,7 +120,7 @@ class AcceptedTokens:
 
 @dataclass(kw_only=True)
 class AcceptanceStats:
-    """How the drafts fared. Only drafts up to the end of a response count.
+    """Counts of accepted and rejected drafts. Only drafts up to the end of a response count.
 
     Attributes:
         rounds: passes of the judging model, one for each row in them.

@@ -1,4 +1,4 @@
-"""What every sampler that runs models asks of prompts and settings, and the batches it makes of them."""
+"""Checks of prompts and settings for samplers that run models, and the batches made of them."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def _extend(
 
 
 def stop_reason(writer: DecodingModel, draft: SequenceState, sampling: Sampling) -> StopReason | None:
-    """Why the newest id was the last one; None where it was not."""
+    """Reason why the newest id was the last one; None where it was not."""
     if draft.ids[-1] in writer.eos_token_ids:
         return "eos"
     if writer.stops is not None and writer.stops.complete(draft.ids):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeSamplerBase(ABC):
-    """What the samplers here have in common (flow.Sampler).
+    """Base class of samplers with two models (`limbeck.types.Sampler`).
 
     A response depends on both models, the prompt's ids and id, the author, the `Sampling` and the number of draft
     tokens, and on no neighbour (see `LocalSampler` for what that means in float32). The hidden states handed over are
@@ -82,7 +82,7 @@ class SpeculativeSamplerBase(ABC):
     @property
     @abstractmethod
     def _drafter(self) -> tuple[str, nn.Module]:
-        """What messages call it, and the model."""
+        """Name of the drafting model in messages, and the model."""
 
     @property
     @abstractmethod

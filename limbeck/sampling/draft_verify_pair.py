@@ -54,7 +54,7 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftVerifyPair:
-    """Who writes, and how.
+    """The two models of speculative decoding, and their rule.
 
     Attributes:
         drafter, judge: both end responses at the same tokens.
@@ -108,7 +108,7 @@ def _round(
     sampling: Sampling,
     tally: AcceptanceStats,
 ) -> tuple[list[bool], int]:
-    """Which rows are finished by a round, and the tokens it wrote."""
+    """Rows that a round finished, and the tokens it wrote."""
     # Not fewer for a row that ends before: what it drafts at a place must not depend on how much may follow.
     drafted = min(pair.draft_tokens, max(sampling.max_new_tokens - len(row.draft.ids) for row in rows))
     uniform_BJA = _uniforms(rows, drafted + 1, sampling, drafter.writer.device)

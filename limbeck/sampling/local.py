@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingProgress:
-    """How far a call of the sampler is. Responses and tokens of batches that were skipped are not counted as done."""
+    """Progress of a call of the sampler. Responses and tokens of batches that were skipped are not counted as done."""
 
     responses_done: int
     responses_total: int
@@ -185,7 +185,7 @@ def decoding_model(
 
 
 def stops_of(tokenizer: PreTrainedTokenizerBase | None, sampling: Sampling) -> StopStrings | None:
-    """What looks for the stop strings; None where there are none."""
+    """Search for the stop strings; None where there are none."""
     if not sampling.stop:
         return None
     assert tokenizer is not None

@@ -33,7 +33,7 @@ _PROBE_TOLERANCE = 0.05
 
 @dataclass
 class Place:
-    """Where the next forward pass writes, shared by all layers.
+    """Slots that the next forward pass writes, shared by all layers.
 
     Attributes:
         first: row of the cache that the first row of the pass is.
@@ -110,7 +110,7 @@ class RaggedCache(Cache):
         Cache.__init__(self, layers=[RaggedLayer(rows, capacity, self) for _ in layers])
 
     def masks(self, attention: str, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """What the tokens of the pass see, in the form that the attention takes: (R, 1, Q, S), by kind of layer."""
+        """Mask of what tokens of the pass see, in the form that the attention takes: (R, 1, Q, S), by kind of layer."""
         positions_RQ1 = self.place.positions_RQ[..., None]
         slots_S = torch.arange(self.place.reach, device=positions_RQ1.device)
         masks = {}

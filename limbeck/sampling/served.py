@@ -21,7 +21,7 @@ from limbeck.types import Author, LimbeckError, Response, Sampling, TokenPrompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turns = Sequence[Mapping[str, str]]
+ChatTurns = Sequence[Mapping[str, str]]
 # The largest seed that all servers take; llama.cpp draws its own at 2^32 - 1.
 _SEEDS = 2**31
 
@@ -73,7 +73,7 @@ class ServedSampler:
     author: Author
     api: Literal["auto", "completions", "chat"] = "auto"
     concurrency: int = 8
-    turns: Mapping[str, Turns] = field(default_factory=dict)
+    turns: Mapping[str, ChatTurns] = field(default_factory=dict)
     chat_options: Mapping[str, Any] = field(default_factory=dict)
     keep_logp: bool = False
     on_progress: Callable[[SamplingProgress], None] | None = None

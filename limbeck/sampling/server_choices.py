@@ -12,12 +12,11 @@ Ids are taken from where the server has them, in this order; only the last has t
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from limbeck.client.replies import short_json
-from limbeck.types import LimbeckError, TokenPrompt, is_unicode
+from limbeck.types import Json, LimbeckError, TokenPrompt, is_unicode
 
-Json = dict[str, Any]
 IdSource = Literal["token_ids", "logprobs", "text"]
 
 _TOKEN_ID = re.compile(r"token_id:(\d+)")

@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from limbeck.types import Sampling
+from limbeck.types import Json, Sampling
 
 Api = Literal["completions", "chat"]
 Wire = Literal["ids", "text", "messages"]
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from limbeck.sampling.server_choices import (
     IdSource,
-    Json,
     choice_of,
     choice_text,
     count_of,
@@ -18,7 +17,7 @@ from limbeck.sampling.server_choices import (
     whole_numbers,
 )
 from limbeck.sampling.stop_strings import StopStrings
-from limbeck.types import LimbeckError, Sampling, StopReason, TokenPrompt
+from limbeck.types import Json, LimbeckError, Sampling, StopReason, TokenPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -81,7 +81,7 @@ def _hand_on(put_out: Tensor | None, as_tuple: bool) -> Callable[..., Any]:
 
 
 def last_block_output(blocks: Sequence[nn.Module], run: Callable[[], object]) -> Any:
-    """What the last block puts out while `run` is called: hidden states, or a tuple that starts with them."""
+    """Output of the last block while `run` is called: hidden states, or a tuple that starts with them."""
     outs: list[Any] = []
     hook = blocks[-1].register_forward_hook(lambda module, args, out: outs.append(out))
     try:

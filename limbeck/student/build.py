@@ -38,7 +38,7 @@ Init = Literal["pretrained", "depth_prune", "scratch"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentSpec:
-    """What the student is made of.
+    """Specification of a student.
 
     Attributes:
         init: "pretrained": as loaded; "depth_prune": `model` without some blocks; "scratch": its architecture with

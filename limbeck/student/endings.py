@@ -1,4 +1,4 @@
-"""How a student's answers end: the tokenizer, chat template and end tokens that it is trained with and saved with.
+"""Endings of a student's answers: the tokenizer, chat template and end tokens that it is trained and saved with.
 
 Training runs on ids that the teacher's tokenizer made, so the student of a pair with one vocabulary is given that
 tokenizer whatever its own said: a base model under an instruct teacher learns to end a turn with the teacher's
@@ -27,7 +27,7 @@ _WRITES = {"chat": "the teacher's", "alpaca": "one that writes the Alpaca wordin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerFormat:
-    """What a student is trained and saved with.
+    """Tokenizer, chat template and end tokens that a student is trained and saved with.
 
     Attributes:
         template: how prompts are written.
@@ -105,7 +105,7 @@ def _set(config: Any, values: Mapping[str, Any]) -> None:
 
 
 def stop_ids(model: nn.Module) -> tuple[int, ...]:
-    """Where a model's own generation stops, by its generation configuration."""
+    """Ids at which a model's own generation stops, by its generation configuration."""
     config: Any = causal_model(model).generation_config
     found = None if config is None else config.eos_token_id
     ids = found if isinstance(found, list | tuple) else [found]
@@ -130,7 +130,7 @@ def _changes(
 
 
 def _own_end_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Where the tokenizer by itself lets an answer end."""
+    """Ids at which the tokenizer by itself lets an answer end."""
     if isinstance(tokenizer.chat_template, str):
         try:
             return end_token_ids(tokenizer, "chat")

@@ -39,7 +39,7 @@ _TILE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockChoice:
-    """Which blocks stay, and what was measured.
+    """The blocks that stay, and what was measured.
 
     Attributes:
         keep: block numbers of the whole model, ascending.

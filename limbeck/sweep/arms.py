@@ -55,7 +55,7 @@ class ArmRun:
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """Name in messages."""
         tuned = f", tuning {self.directory.name}" if self.tuning else ""
         return f"{self.arm}, seed {self.seed}{tuned}"
 
@@ -162,6 +162,6 @@ def _value_name(value: Any) -> str:
 
 
 def _plain_name(name: str) -> str:
-    """What any file system takes, and a shell without quotes."""
+    """Name that any file system takes, and a shell without quotes."""
     plain = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", name).strip("_.") or "_"
     return plain if len(plain) <= LONGEST_NAME else f"{plain[: LONGEST_NAME - 9]}-{fingerprint(name)[:8]}"

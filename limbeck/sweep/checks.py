@@ -1,4 +1,4 @@
-"""What is refused before any run of a sweep has worked, in every arm, with the arm's name."""
+"""Checks of every arm before any run of a sweep has worked; errors name the arm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a sweep will still take, from what its finished runs took."""
+"""Forecast of the time that a sweep will still take, from what its finished runs took."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which values an arm takes, and which arms go on: by a metric of the evaluation, read as METRICS says."""
+"""Ranking of values and arms by a metric of the evaluation, in the direction that METRICS gives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Means = Mapping[str, float]
 
 
 def badness(metric: str, means: Means) -> float:
-    """How far from the best a student is; smaller is better.
+    """Distance of a student from the best; smaller is better.
 
     A metric that is best where it equals the teacher's counts by its distance from that.
 

@@ -28,7 +28,7 @@ from limbeck.sweep.workers import worker_pool
 
 @dataclass(frozen=True, kw_only=True)
 class SweepEnd:
-    """How a sweep ended.
+    """Result of a sweep.
 
     Attributes:
         runs: that were to be compared, without those that only tuned; the failed among them.
@@ -87,7 +87,7 @@ class SweepRunner:
 
     @property
     def models(self) -> Models:
-        """What the arms take of the runs that come first."""
+        """Models that the arms take of the runs that come first."""
         return {key: str(recipe.directory / "student") for key, recipe in first_recipes(self.sweep).items()}
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""What is decided between runs: the values that an arm takes, and the arms that go on."""
+"""Decisions between runs: the values that an arm takes, and the arms that go on."""
 
 from __future__ import annotations
 

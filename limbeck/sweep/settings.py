@@ -16,7 +16,7 @@ from limbeck.evaluation.scores.metrics import METRICS, describe_metric
 from limbeck.recipe.fields import STRICT, Count, Fraction, Seed
 from limbeck.recipe.files import read_yaml, shipped_recipes
 from limbeck.recipe.load import apply_override, known_keys, recipe_tree
-from limbeck.recipe.messages import explain_mistake, nearest
+from limbeck.recipe.messages import explain_mistake, suggestion
 from limbeck.recipe.yaml_text import dump, plain_tree
 from limbeck.types import LimbeckError
 
@@ -98,7 +98,7 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
             `sweep.key=value` and `output_dir=` change the sweep itself.
 
     Raises:
-        LimbeckError: unknown sweep or key (with the nearest known one), a wrong value, an override of what is swept.
+        LimbeckError: unknown sweep or key (with the suggestion known one), a wrong value, an override of what is swept.
     """
     tree, beside = _read(source)
     own = [o.removeprefix("sweep.") for o in overrides if _is_of_the_sweep(o)]
@@ -182,7 +182,7 @@ def _check(sweep: Sweep) -> None:
         )
     for key in sweep.first:
         if key.rpartition(".")[2] != "model" or key not in known_keys():
-            near = nearest(key, [known for known in known_keys() if known.endswith(".model")])
+            near = suggestion(key, [known for known in known_keys() if known.endswith(".model")])
             raise LimbeckError(f"first: got {key!r}; expected the key of a model, such as teacher.model{near}")
     of_arms = [key for changes in sweep.arms.values() for key in flat(changes)]
     for key in (*sweep.grid, *sweep.tune, *of_arms):
@@ -198,7 +198,7 @@ def _check(sweep: Sweep) -> None:
         raise LimbeckError(f"seeds: got {list(sweep.seeds)}, a seed twice; expected each once")
     for key, metric in _chosen_by(sweep):
         if metric.partition("@")[0] not in METRICS:
-            raise LimbeckError(f"{key}: no metric {metric!r}{nearest(metric, tuple(METRICS))}")
+            raise LimbeckError(f"{key}: no metric {metric!r}{suggestion(metric, tuple(METRICS))}")
         if describe_metric(metric).better == "context":
             raise LimbeckError(f"{key}: {metric} is the teacher's own; expected a metric of the student")
     if sweep.halving and list(sweep.halving.at) != sorted(set(sweep.halving.at)):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from limbeck.runtime.rundir import Json, write_text
+from limbeck.runtime.rundir import write_text
 from limbeck.sweep.arms import ArmRun
+from limbeck.types import Json
 
 RunStatus = Literal["waiting", "running", "done", "failed", "dropped"]
 

@@ -23,7 +23,7 @@ from limbeck.types import Interrupted
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a worker needs to know. All of it goes through JSON.
+    """One run for a worker. All of it goes through JSON.
 
     Attributes:
         recipe: complete.
@@ -41,7 +41,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How it ended.
+    """Result of a task.
 
     Attributes:
         error: one line where it failed.

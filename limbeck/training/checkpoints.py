@@ -69,7 +69,7 @@ def usable(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path |
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None where nothing is."""
+    """Fault of a checkpoint, None where there is none."""
     try:
         state = read_sealed(path / "state.json")
         if state.get("step") != step_of(path) or set(state.get("files", ())) != set(_FILES):

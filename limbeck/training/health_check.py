@@ -37,7 +37,7 @@ class HealthCheck:
     pad_id: int
 
     def fault(self, response: Response) -> str | None:
-        """What is wrong after an update; None where the loss on a response is finite and its gradient too.
+        """Fault after an update; None where the loss on a response is finite and its gradient too.
 
         Weights beyond all measure may still give a finite loss.
         """

@@ -1,4 +1,4 @@
-"""What a training run is started with: accelerate, its trackers, and the optimizer."""
+"""Parts that a training is started with: accelerate, its trackers, and the optimizer."""
 
 from __future__ import annotations
 

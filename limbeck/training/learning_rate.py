@@ -37,7 +37,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class RateSearch:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         metric: what the losses are: `loss` of the objective, per token, or `forward_kl` beside it.
@@ -60,7 +60,7 @@ class RateSearch:
 
     @classmethod
     def read(cls, path: Path) -> RateSearch | None:
-        """What `write` wrote; None where there is nothing."""
+        """Search that `write` wrote; None where there is none."""
         if not path.exists():
             return None
         record: dict[str, Any] = read_fields(path, {"metric": str, "before": (int, float), "trials": list})
@@ -79,7 +79,7 @@ def trial_factors() -> list[float]:
 
 
 def first_guess(width: int, *, adapters: bool) -> float:
-    """Where a search begins: 3e-4 at the width of 576 and less in wider models; adapters take ten times as much."""
+    """First rate of a search: 3e-4 at the width of 576 and less in wider models; adapters take ten times as much."""
     return 3e-4 * min(1.0, 576 / width) * (10 if adapters else 1)
 
 
@@ -125,7 +125,7 @@ def best_rate(guess: float, before: float, trials: Sequence[Trial]) -> float:
 
 
 class Trials(Protocol):
-    """What tries rates; see `limbeck.training.rate_trials`."""
+    """Trials of rates; see `limbeck.training.rate_trials`."""
 
     def before(self) -> float:
         """The loss of the student as it begins."""
@@ -172,12 +172,12 @@ def search(
 
 
 def _of_the_first(found: RateSearch | None) -> RateSearch | None:
-    """What the first process has, in all of them."""
+    """Value of the first process, in all of them."""
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([found])[0]
 
 
 def _place(rate: float, guess: float) -> int:
-    """How many half decades a rate is above the guess."""
+    """Number of half decades that a rate is above the guess."""
     return round(math.log(rate / guess, RATIO))

@@ -604,7 +604,7 @@ class _Run:
     def save(self, progress: Progress) -> None:
         state = progress.state() | {
             "step_rows": self.step_rows,
-            "supply": self.response_source.state(),
+            "response_source": self.response_source.state(),
             **self.journal.state(),
         }
         checkpoints.save(
@@ -631,7 +631,7 @@ class _Run:
                     f"{newest.parent} to train from the start"
                 )
             progress = Progress.of(state)
-            self.response_source.restore(state["supply"])
+            self.response_source.restore(state["response_source"])
             self.journal.restore(state)
         self.journal.rewind(progress.step)
         return progress

@@ -27,7 +27,7 @@ WRITERS = ("teacher", "student")
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What moves over training, as it stands at a step: temperature, options of the objective, what the rule must know.
+    """Values at a step of what moves over training: temperature, options of the objective, state of the rule.
 
     Attributes:
         reference: the mean gaps of an adaptive rule.
@@ -44,7 +44,7 @@ class StepSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LossPlan:
-    """Which objective for whose response.
+    """Objective of each author's responses.
 
     Attributes:
         objective: for the teacher's responses (and the data's), and for the student's where `own` is None.

@@ -23,7 +23,7 @@ EXAMPLES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LoopContext:
-    """What the loop reports to, and where it may stop.
+    """Destinations of the loop's reports, and its stop request.
 
     Attributes:
         checkpoints: folder for checkpoints.

@@ -1,4 +1,4 @@
-"""What rounding does to the updates of a student whose weights are kept in 16 bits."""
+"""Effect of rounding on the updates of a student whose weights are kept in 16 bits."""
 
 from __future__ import annotations
 

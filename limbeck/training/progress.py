@@ -1,4 +1,4 @@
-"""How far a training has come: what a checkpoint holds beside weights and optimizer."""
+"""Progress of a training: what a checkpoint holds beside weights and optimizer."""
 
 from __future__ import annotations
 

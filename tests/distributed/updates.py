@@ -47,7 +47,7 @@ def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.M
         more["corpus"] = tiny_corpus(rows=4 // ranks // parts)
     if name == "whitened":
         both = build_objective("sum", parts=["rkl", "policy_gradient"])
-        more["judgement"] = LossPlan(objective=both, rule=MiniLLM(whiten=True))
+        more["loss_plan"] = LossPlan(objective=both, rule=MiniLLM(whiten=True))
         # The last step of an epoch has nothing for the second rank.
         short, more["temperature"] = {"max_steps": None, "num_train_epochs": 2.0}, 1.0
     return play(

@@ -224,7 +224,7 @@ def test_verdicts_are_kept_and_a_cut_line_is_judged_again(tmp_path, monkeypatch)
     assert whole.count("\n") == 2, "equal programs are run once"
     log.write_text(whole[:-10])
     assert judged() == [True, False, True] and log.read_text() == whole
-    monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_all", None)
+    monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_programs", None)
     assert judged() == [True, False, True]
     odd = ('{"job": [1], "kind": "passed", "text": ""}', '{"job": "x", "kind": ["passed"], "text": ""}')
     for line in ("{}", *odd, '{"job": "x", "kind": "perfect", "text": ""}', "[" * 10**5 + "]" * 10**5):

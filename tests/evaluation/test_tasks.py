@@ -100,13 +100,13 @@ def test_the_group_on_answers_that_are_known(tiny: Tiny, tmp_path, monkeypatch):
     assert scores["after"]["accuracy@gsm8k"]["mean"] == 0.75 and scores["after"]["pass_at_k@mbpp,k=2"]["mean"] == 1
     assert not list((tmp_path / "run").glob(".*partial"))
     # Another evaluation of the same answers runs no program again.
-    monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_all", None)
+    monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_programs", None)
     assert GROUPS["tasks"].measure(evaluation).tables["mbpp,k=1"][0].values["pass_at_k"] == 0.5
 
 
 @confined
 def test_where_programs_can_write_no_file_it_is_said(tiny: Tiny, tmp_path, monkeypatch, capsys):
-    for module in ("evaluation.sandbox.host", "evaluation.sandbox.log", "stages.groups.tasks"):
+    for module in ("evaluation.sandbox.host", "evaluation.sandbox.log", "pipeline.groups.tasks"):
         monkeypatch.setattr(f"limbeck.{module}.files_possible", lambda: False)
     evaluation = tiny.evaluation(tmp_path / "run", section(tmp_path, ["mbpp"], seed=4))
     plant(monkeypatch, "chat")

@@ -160,7 +160,7 @@ def test_other_authors(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, a
     assert states[0] == states[1]
     if author == "replay":
         # The test would be none if the buffer were never drawn from, or the share never moved.
-        assert states[0]["supply"]["phi"] > 0.5 and len(states[0]["supply"]["buffer"]) == 8
+        assert states[0]["response_source"]["phi"] > 0.5 and len(states[0]["response_source"]["buffer"]) == 8
         assert lines[3]["buffer"] == 8 and any(line.get("responses/count") for line in lines[4:])
     if author == "mixed":
         wrote = [bool(line.get("responses/count")) for line in lines]

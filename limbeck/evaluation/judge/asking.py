@@ -8,11 +8,11 @@ from typing import Literal
 
 from limbeck.client.concurrency import concurrently
 from limbeck.client.openai import Refusal, Server
-from limbeck.client.replies import Json, short_json
+from limbeck.client.replies import short_json
 from limbeck.evaluation.judge.log import Judgement
 from limbeck.evaluation.judge.verdicts import Opinion, no_completion, read_opinion
 from limbeck.runtime.rundir import fingerprint
-from limbeck.types import LimbeckError
+from limbeck.types import Json, LimbeckError
 
 # Everything in one turn of the user: some chat templates have no system turn.
 _TASK = """\

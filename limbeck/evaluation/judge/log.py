@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from limbeck.client.replies import Json
 from limbeck.evaluation.judge.verdicts import Opinion, without_garbled
 from limbeck.runtime.jsonl import append_to_log, damaged, read_log
+from limbeck.types import Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from limbeck.client.replies import Json, short_json
-from limbeck.types import LimbeckError, ScoredRow, is_unicode
+from limbeck.client.replies import short_json
+from limbeck.types import Json, LimbeckError, ScoredRow, is_unicode
 
 Verdict = Literal["A", "B", "C"]
 Unread = Literal["none", "contradictory", "truncated", "empty", "refused", "garbled", "odd"]

@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from limbeck.evaluation.sandbox import jail, syscalls, trial
-from limbeck.runtime.rundir import Json
-from limbeck.types import LimbeckError
+from limbeck.types import Json, LimbeckError
 
 OutcomeKind = Literal[
     "passed", "wrong", "syntax", "exception", "exit", "killed", "timeout", "memory", "disk", "garbled", "unconfined"

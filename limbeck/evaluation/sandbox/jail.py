@@ -50,7 +50,7 @@ def landlock_version() -> int:
 
 
 def missing() -> str:
-    """What this machine lacks to confine a program, in a few words; empty where nothing is missing."""
+    """Features that this machine lacks to confine a program, in a few words; empty where nothing is missing."""
     if sys.platform != "linux" or os.uname().machine not in syscalls.MACHINES:
         return f"Linux on {' or '.join(syscalls.MACHINES)} (this is {sys.platform} on {os.uname().machine})"
     refuse = ctypes.c_uint32(0x00050000)
@@ -93,7 +93,7 @@ def confine(*, folder: str | None, memory_mb: int, cpu_s: int, file_mb: int) -> 
 
 
 def installation() -> tuple[str, ...]:
-    """Where Python and the libraries that its modules load are: what an import has to read."""
+    """Folders of Python and of the libraries that its modules load: what an import has to read."""
     with open("/proc/self/maps", encoding="utf-8") as maps:
         libraries = {line.rstrip("\n").rpartition(" ")[2] for line in maps}
     folders = {os.path.dirname(path) for path in libraries if path.startswith("/") and ".so" in path}

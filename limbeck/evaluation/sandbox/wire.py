@@ -1,4 +1,4 @@
-"""How values go between the process of a program and the process of its tests: as JSON, never as code or pickles.
+"""Transfer of values between the process of a program and that of its tests: as JSON, never as code or pickles.
 
 Plain values (numbers, text, bytes, containers of the standard library, dates, fractions, decimals) go as themselves,
 with their type; a subclass goes as what it is made from. Everything else stays where it is and goes as a number that

@@ -124,7 +124,7 @@ def _check(row: ScoredRow, first: ScoredRow) -> None:
 
 
 def _resample(examples: int, seed: int, resamples: int) -> ndarray:
-    """How often each example is drawn, (resamples, examples) float64; the same for every metric and both sides."""
+    """Number of draws of each example, (resamples, examples) float64; the same for every metric and both sides."""
     import numpy as np
 
     rng = np.random.Generator(np.random.PCG64(seed))

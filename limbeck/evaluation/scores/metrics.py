@@ -12,7 +12,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """How a metric is to be read.
+    """One metric: its label, unit, direction and meaning.
 
     Attributes:
         unit: empty for shares and other pure numbers.

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.runtime.rundir import Json
-from limbeck.types import LimbeckError, ScoredRow
+from limbeck.types import Json, LimbeckError, ScoredRow
 
 # Per-example metrics that say whether an answer is right, the first one that a task has counts.
 _RIGHT = ("exact_match", "acc", "prompt_level_strict_acc")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from limbeck.runtime.rundir import Json
+from limbeck.types import Json
 
 BINS = 15
 

@@ -1,4 +1,4 @@
-"""What fidelity is made of: the distances of both models at every token, tile by tile from their hidden states."""
+"""Distances of both models at every token, tile by tile from their hidden states: what fidelity is made of."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FidelityChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenValues:
-    """What was measured on N tokens.
+    """Measurements on N tokens.
 
     Attributes:
         values_MN: the metrics of `FIDELITY`, float64.

@@ -32,14 +32,14 @@ GPU_BLOCK_ROWS = 1024
 
 
 class Work(Protocol):
-    """What `run_body` applies: values of each token (values, N), and whatever it leaves in the block. Hashable."""
+    """Function of `run_body`: values of each token (values, N), and whatever it leaves in the block. Hashable."""
 
     def __call__(self, block: Block, kept: list[Tensor] | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """What is done with a block. Equal bodies share one compilation for each shape.
+    """Computation on a block. Equal bodies share one compilation for each shape.
 
     A block is a dict of tensors whose first dimension is the token: `student` (products of hidden states and weight, in
     their dtype; the gradient overwrites it), `teacher` (products too) or the columns of a sparse signal, `student_tau`,
@@ -134,7 +134,7 @@ def _softened(logits_NV: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def measured_on(support: Support, *, labels: bool = False) -> tuple[str, ...]:
-    """What can be measured of every token on a support, by name; see `fused_distillation_loss`."""
+    """Quantities that can be measured of every token on a support, by name; see `fused_distillation_loss`."""
     if support == "sampled":
         return ()
     kept = {"topk_renorm": ("student_kept",), "topk_tail": ("student_kept", "teacher_kept")}

@@ -26,7 +26,7 @@ from limbeck.types import DenseSignal, Head, LimbeckError, Objective, SampledSig
 
 @dataclass(frozen=True, kw_only=True)
 class FusedLoss:
-    """What the fused loss gives back.
+    """Result of the fused loss.
 
     Attributes:
         loss: sum over tokens of weight times value, a scalar with gradient.

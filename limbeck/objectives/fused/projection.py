@@ -15,7 +15,7 @@ STRIP_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitTransform:
-    """What a head does after its product: the scale, then the soft-cap."""
+    """Transform of a head's product: the scale, then the soft-cap."""
 
     scale: float = 1.0
     softcap: float | None = None

@@ -23,7 +23,7 @@ GPU_TILE_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How N tokens are cut: into tiles for the matrix products, and those into blocks for the elementwise work."""
+    """Division of N tokens: into tiles for the matrix products, and those into blocks for the elementwise work."""
 
     tokens: int
     tile_rows: int

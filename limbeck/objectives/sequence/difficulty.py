@@ -1,4 +1,4 @@
-"""What the tokens of a batch look like before the loss: how far apart the models are, how heavy the teacher's tail."""
+"""Measures of the tokens of a batch before the loss: distance of the models, weight of the teacher's tail."""
 
 from __future__ import annotations
 

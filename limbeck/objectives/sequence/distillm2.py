@@ -1,4 +1,4 @@
-"""What contrastive methods need of whole responses, two of one prompt: alpha by response, beta over training, DPKD.
+"""Quantities of whole responses for contrastive methods: alpha by response, beta over training, DPKD's advantage.
 
 An objective sees one token; these are numbers it is given beside it. None of them carries a gradient.
 """
@@ -90,7 +90,7 @@ class AdaptiveAlpha:
             raise LimbeckError(f"adaptive alpha low={self.low}, high={self.high}: expected low to be at most high")
 
     def gap_B(self, log_q_B: Tensor, log_p_B: Tensor, by_student_B: Tensor) -> Tensor:
-        """How much more likely its author finds each response: P - Q of the teacher's, Q - P of the student's.
+        """Excess probability that its author gives each response: P - Q of the teacher's, Q - P of the student's.
 
         P = exp(mean log p) over the tokens of the response, Q likewise; in (-1, 1). Detached.
 

@@ -32,7 +32,7 @@ def minillm_advantage(
     importance: Importance = "step",
     whitening: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the later tokens of a sampled response say of each token: (advantage_N, weight_N), without gradient.
+    """Advantage of each token by the later tokens of its response: (advantage_N, weight_N), without gradient.
 
     MiniLLM, arXiv 2306.08543, section 2.2: the gradient of sequence-level KL(q||p) on responses of the student is
     sum_t [grad KL_t(q||p) - R_{t+1} grad log q(y_t)], KL_t over the whole vocabulary after the tokens before t, and

@@ -7,7 +7,6 @@ and a line in `RULES`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, get_args
@@ -15,10 +14,10 @@ from typing import Any, Protocol, get_args
 import torch
 from torch import Tensor
 
-from limbeck.objectives.registry import nearest
 from limbeck.objectives.sequence.distillm2 import AdaptiveAlpha, dpkd_advantage, sequence_mean
 from limbeck.objectives.sequence.importance import Ratio, importance_weight
 from limbeck.objectives.sequence.minillm import Importance, check_minillm, minillm_advantage, minillm_return
+from limbeck.registry import Registry
 from limbeck.types import LimbeckError
 
 
@@ -248,9 +247,11 @@ class MiniLLM:
         )
 
 
-RULES: dict[str, type[AlphaByGap | DPKD | ImportanceWeights | MiniLLM]] = {
-    rule.name: rule for rule in (AlphaByGap, DPKD, ImportanceWeights, MiniLLM)
-}
+RULES: Registry[Any] = Registry(
+    "rule",
+    {"adaptive_alpha": AlphaByGap, "dpkd": DPKD, "importance": ImportanceWeights, "minillm": MiniLLM},
+    entry_points="limbeck.rules",
+)
 
 
 def build_rule(name: str, **options: object) -> SequenceRule:
@@ -259,19 +260,4 @@ def build_rule(name: str, **options: object) -> SequenceRule:
     Raises:
         LimbeckError: for an unknown name or option, with the nearest known one, or a value of the wrong kind.
     """
-    if name not in RULES:
-        raise LimbeckError(f"rule {name!r} is unknown{nearest(name, RULES)}: choose from {', '.join(RULES)}")
-    fields = {f.name: f for f in dataclasses.fields(RULES[name])}
-    values: dict[str, object] = {}
-    for option, value in options.items():
-        if option not in fields:
-            raise LimbeckError(
-                f"rule {name!r} has no option {option!r}{nearest(option, fields)}: it has {', '.join(fields)}"
-            )
-        kind = type(fields[option].default)
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise LimbeckError(
-                f"{name} {option}={value!r}: expected a {kind.__name__}, such as {fields[option].default!r}"
-            )
-        values[option] = float(value) if kind is float else value  # type: ignore[arg-type]
-    return RULES[name](**values)  # type: ignore[arg-type]
+    return RULES.build(name, **options)

@@ -15,9 +15,8 @@ from limbeck.models.sources import resolve
 from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Who
 from limbeck.recipe.evaluation import CostSection
-from limbeck.runtime.rundir import Json
 from limbeck.sampling.batching import cache_bytes_per_token
-from limbeck.types import ScoredRow
+from limbeck.types import Json, ScoredRow
 
 _BOTH: tuple[Who, Who] = ("student", "teacher")
 

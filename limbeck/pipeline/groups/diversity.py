@@ -24,8 +24,7 @@ from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Need, Who, response_text
 from limbeck.pipeline.groups.rouge import greedy
 from limbeck.recipe.evaluation import EvaluateSection
-from limbeck.runtime.rundir import Json
-from limbeck.types import LimbeckError, Prompt, Sampling, ScoredRow
+from limbeck.types import Json, LimbeckError, Prompt, Sampling, ScoredRow
 
 References = Mapping[str, Sequence[str]]
 

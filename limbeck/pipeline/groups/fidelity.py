@@ -29,9 +29,8 @@ from limbeck.prompts.references import require_references
 from limbeck.prompts.templates import encode_responses
 from limbeck.recipe.evaluation import EvaluateSection, Whose
 from limbeck.rollouts.collate import collate
-from limbeck.runtime.rundir import Json
 from limbeck.teachers.local import LocalTeacher
-from limbeck.types import DenseSignal, LimbeckError, Prompt, Response, Sampling, ScoredRow, Teacher
+from limbeck.types import DenseSignal, Json, LimbeckError, Prompt, Response, Sampling, ScoredRow, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,7 @@ from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Need, Who
 from limbeck.prompts.references import require_references
 from limbeck.recipe.evaluation import EvaluateSection
-from limbeck.runtime.rundir import Json
-from limbeck.types import LimbeckError, Sampling, ScoredRow
+from limbeck.types import Json, LimbeckError, Sampling, ScoredRow
 
 RougeValues = dict[str, dict[str, float]]
 

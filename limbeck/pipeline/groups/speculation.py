@@ -24,11 +24,11 @@ from limbeck.evaluation.speculation import (
 )
 from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult
 from limbeck.pipeline.stages.respond import sampler_for
-from limbeck.runtime.rundir import Json, read_fields
+from limbeck.runtime.rundir import read_fields
 from limbeck.sampling.acceptance import AcceptanceStats
 from limbeck.sampling.local import LocalSampler
 from limbeck.sampling.speculative import SpeculativeSampler
-from limbeck.types import LimbeckError, Response, Sampling, ScoredRow, TokenPrompt
+from limbeck.types import Json, LimbeckError, Response, Sampling, ScoredRow, TokenPrompt
 
 # Steps that the ratio of costs is measured over, and the times they are repeated.
 _STEPS, _REPEATS = 16, 3

@@ -22,8 +22,7 @@ from limbeck.evaluation.tasks.problems import CODE, STOPS, Problem, read_problem
 from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult, Who
 from limbeck.recipe.evaluation import TasksSection
-from limbeck.runtime.rundir import Json
-from limbeck.types import LimbeckError, Prompt, Response, Sampling, ScoredRow
+from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, ScoredRow
 
 
 @dataclass(frozen=True, kw_only=True)

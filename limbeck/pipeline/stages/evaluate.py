@@ -17,8 +17,8 @@ from limbeck.pipeline.sharing import initial_student, once
 from limbeck.prompts.readers import source_digest
 from limbeck.recipe.keys import fingerprinted
 from limbeck.report.model_card import write_card
-from limbeck.runtime.rundir import Json, read_fields, write_json, write_text
-from limbeck.types import ScoredRow
+from limbeck.runtime.rundir import read_fields, write_json, write_text
+from limbeck.types import Json, ScoredRow
 
 ScoreTables = dict[str, Sequence[ScoredRow]]
 

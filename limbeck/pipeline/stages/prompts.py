@@ -11,7 +11,7 @@ from limbeck.prompts.io import write_prompts
 from limbeck.prompts.readers import source_digest
 from limbeck.prompts.references import require_answers_for_sft
 from limbeck.prompts.sources import PromptSet, load_prompts
-from limbeck.runtime.rundir import Json
+from limbeck.types import Json
 
 
 def prompt_inputs(context: RunContext) -> Json:

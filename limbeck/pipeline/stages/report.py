@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from limbeck.pipeline.engine import RunContext, Stage
 from limbeck.report import write_picture, write_report
-from limbeck.runtime.rundir import Json
+from limbeck.types import Json
 
 
 def _play_report(context: RunContext) -> Json:

@@ -37,11 +37,10 @@ from limbeck.prompts.turns import has_earlier_answers
 from limbeck.recipe.keys import fingerprinted
 from limbeck.recipe.sections import Recipe
 from limbeck.rollouts.io import read_responses, write_asked, write_responses
-from limbeck.runtime.rundir import Json
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.teachers.stored import write_shard
-from limbeck.types import Author, LimbeckError, Prompt, Response, Split, TokenPrompt
+from limbeck.types import Author, Json, LimbeckError, Prompt, Response, Split, TokenPrompt
 
 # So many answers show which blocks of a teacher matter; more would cost more time than they would change.
 CALIBRATION_RESPONSES = 24

@@ -14,10 +14,10 @@ from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.engine import RunContext, Stage
 from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
 from limbeck.rollouts.collate import collate
-from limbeck.runtime.rundir import Json, link
+from limbeck.runtime.rundir import link
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.stored import StoredTeacher, dense_rows, sparse_rows, write_head, write_signal
-from limbeck.types import DenseSignal, Teacher
+from limbeck.types import DenseSignal, Json, Teacher
 
 # Rows of one shard of the signal, the unit that is redone after an interruption, and of one forward pass.
 SHARD_ROWS = 64

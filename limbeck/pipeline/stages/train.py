@@ -34,14 +34,14 @@ from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of_prompts, 
 from limbeck.rollouts.sources import offline
 from limbeck.runtime.folders import remove
 from limbeck.runtime.json_lines import json_lines
-from limbeck.runtime.rundir import Json, flatten, read_fields, write_json
+from limbeck.runtime.rundir import flatten, read_fields, write_json
 from limbeck.student.build import Student, build_student
 from limbeck.student.saving import save_student
 from limbeck.teachers.local import NullTeacher
 from limbeck.training import checkpoints
 from limbeck.training.loop import find_learning_rate, train
 from limbeck.training.metrics import LoopContext
-from limbeck.types import Interrupted, Objective, Response, Teacher
+from limbeck.types import Interrupted, Json, Objective, Response, Teacher
 
 
 def _student_inputs(context: RunContext) -> Json:
