@@ -15,13 +15,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "limbeck"
 # The library, from below: no part of it knows the pipeline, what plays it, or the command line.
 LIBRARY: dict[str, set[str]] = {
     "types": set(),
+    "fields": set(),
     "registry": {"types"},
     "runtime": {"types"},
     "ops": set(),
     "client": {"types"},
     "objectives": {"types", "registry", "ops"},
     # Of the objectives their options, for the schema and to refuse wrong ones, inside functions.
-    "recipe": {"types", "objectives"},
+    "recipe": {"types", "fields", "objectives"},
     "models": {"types", "runtime", "ops"},
     "prompts": {"types", "runtime", "models"},
     "teachers": {"types", "runtime", "ops", "models"},
@@ -40,7 +41,7 @@ LIBRARY: dict[str, set[str]] = {
 ABOVE: dict[str, set[str]] = {
     "pipeline": set(LIBRARY) - {"compare", "export", "ops"},
     "api": {"types", "recipe", "runtime", "pipeline"},
-    "sweep": {"types", "runtime", "recipe", "evaluation", "compare", "pipeline"},
+    "sweep": {"types", "fields", "runtime", "recipe", "evaluation", "compare", "pipeline"},
     "__init__": {"types", "recipe", "objectives", "api"},
     "cli": {"types", "recipe", "runtime", "models", "objectives", "report", "compare", "export", "pipeline"}
     | {"api", "sweep"},

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.recipe.fields import NEUTRAL, SAME_ARM, STRICT, Count, NonNegative, Positive, Seed, Strings
+from limbeck.fields import NEUTRAL, SAME_ARM, STRICT, Count, NonNegative, Positive, Seed, Strings
 
 Whose = Literal["responses", "teacher", "student", "references"]
 EvaluationGroup = Literal["fidelity", "rouge", "diversity", "judge", "tasks", "speculation", "cost", "nll"]

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from limbeck.recipe.fields import NEUTRAL, SAME_ARM, Effect
+from limbeck.fields import NEUTRAL, SAME_ARM, Effect
 from limbeck.recipe.sections import NESTED, Recipe
 
 

@@ -9,18 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.recipe.evaluation import (
-    CostSection,
-    DiversitySection,
-    EvaluateSection,
-    FidelitySection,
-    JudgeSection,
-    NllSection,
-    RougeSection,
-    SpeculationSection,
-    TasksSection,
-)
-from limbeck.recipe.fields import (
+from limbeck.fields import (
     NEUTRAL,
     SAME_ARM,
     STRICT,
@@ -31,6 +20,17 @@ from limbeck.recipe.fields import (
     Probability,
     Seed,
     Strings,
+)
+from limbeck.recipe.evaluation import (
+    CostSection,
+    DiversitySection,
+    EvaluateSection,
+    FidelitySection,
+    JudgeSection,
+    NllSection,
+    RougeSection,
+    SpeculationSection,
+    TasksSection,
 )
 
 Dtype = Literal["float32", "bfloat16", "float16"]

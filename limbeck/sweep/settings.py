@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.scores.metrics import METRICS, describe_metric
-from limbeck.recipe.fields import STRICT, Count, Fraction, Seed
+from limbeck.fields import STRICT, Count, Fraction, Seed
 from limbeck.recipe.files import read_yaml, shipped_recipes
 from limbeck.recipe.load import apply_override, known_keys, recipe_tree
 from limbeck.recipe.messages import explain_mistake, suggestion

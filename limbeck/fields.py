@@ -1,4 +1,4 @@
-"""Types of values that the sections of a recipe share."""
+"""Kinds of values that keys of a recipe and options of registered members share, and the marks that such keys bear."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Strings = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Effect:
-    """Says in a key's annotation that it changes less than what a run writes; see `recipe_keys`."""
+    """Says in a key's annotation that it changes less than what a run writes; see `recipe.keys`."""
 
     name: str
 
