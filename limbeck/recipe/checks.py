@@ -41,6 +41,17 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_evaluation_while_training(recipe: Recipe) -> None:
+    train = recipe.train
+    if train.early_stopping_patience is not None and train.eval_steps is None:
+        raise LimbeckError(
+            f"train.early_stopping_patience is {train.early_stopping_patience} measurements, but nothing is measured "
+            "while it trains; set train.eval_steps, or remove it"
+        )
+    if train.early_stopping_threshold and train.early_stopping_patience is None:
+        raise LimbeckError(
+            f"train.early_stopping_threshold is {train.early_stopping_threshold}, which only "
+            "train.early_stopping_patience reads; set that, or remove it"
+        )
     written = recipe.sft_on_responses or recipe.responses.author not in ("student", "speculative")
     if recipe.train.eval_steps is not None and not written:
         raise LimbeckError(

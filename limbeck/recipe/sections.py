@@ -338,6 +338,10 @@ class TrainSection:
     """How many, by the hash of their ids, at most a tenth of all; never trained on, and not among the held-out ones."""
     load_best_model_at_end: bool = True
     """With eval_steps: hand on the student of the lowest of these losses, the start included; false: the last one."""
+    early_stopping_patience: Count | None = None
+    """With eval_steps: end the training after so many measurements in a row without a lower loss; null never."""
+    early_stopping_threshold: NonNegative = 0.0
+    """How much lower than the lowest so far a loss must be to count for early_stopping_patience."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -57,6 +57,7 @@ CURVES = (
     ("loss", "Loss", "", False, True),
     ("forward_kl", "Forward KL", "at temperature 1", True, True),
     ("eval_loss", "Loss", "on set-aside prompts", False, False),
+    ("eval_forward_kl", "Forward KL", "on set-aside prompts", False, False),
     ("loss/lm", "Loss", "on the text of train.lm", False, True),
     ("student_entropy", "Student's entropy", "at the loss temperature", True, True),
     ("temperature", "Temperature", "of the loss", True, False),

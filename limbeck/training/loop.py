@@ -52,6 +52,9 @@ class NonFiniteError(LimbeckError):
     """The loss or its gradient is NaN or infinite; raised before the weights are touched."""
 
 
+Fidelity = Callable[[nn.Module], Mapping[str, float]]
+
+
 def train(
     student: nn.Module,
     author: SourceFactory,
@@ -63,6 +66,7 @@ def train(
     weighting: TokenWeighting | None = None,
     heldout: Sequence[Response] = (),
     development: Mapping[int, Response] = MappingProxyType({}),
+    fidelity: Fidelity | None = None,
     corpus: Corpus | None = None,
     settings: TrainSection,
     vocab_size: int,
@@ -79,6 +83,7 @@ def train(
         heldout: responses whose loss is measured where the author asks for it.
         development: responses, by the teacher's number, whose loss is measured every `settings.eval_steps`; the student
             of the lowest is returned where the settings say so.
+        fidelity: gives further metrics of the student on those, by name; logged beside their loss.
         corpus: text whose cross-entropy is added to the loss of every step.
         vocab_size: real token ids of the pair.
 
@@ -97,6 +102,7 @@ def train(
         weighting=weighting,
         heldout=heldout,
         development=development,
+        fidelity=fidelity,
         corpus=corpus,
         settings=settings,
         vocab_size=vocab_size,
@@ -162,6 +168,7 @@ def _prepared(
     weighting: TokenWeighting | None = None,
     heldout: Sequence[Response] = (),
     development: Mapping[int, Response] = MappingProxyType({}),
+    fidelity: Fidelity | None = None,
     corpus: Corpus | None = None,
     settings: TrainSection,
     vocab_size: int,
@@ -204,6 +211,7 @@ def _prepared(
         response_source=response_source,
         heldout=heldout,
         development=development,
+        fidelity=fidelity,
         corpus=corpus,
         teacher=teacher,
         settings=settings,
@@ -231,6 +239,7 @@ class _Run:
     response_source: ResponseSource
     heldout: Sequence[Response]
     development: Mapping[int, Response]
+    fidelity: Fidelity | None
     corpus: Corpus | None
     teacher: Teacher
     settings: TrainSection
@@ -332,10 +341,27 @@ class _Run:
     def evaluate(self, progress: Progress) -> float:
         """The loss on the set-aside responses; the weights of the lowest so far are kept."""
         loss = self.loss_on([self.development])
+        least = math.inf if progress.best is None else progress.best.loss - self.settings.early_stopping_threshold
+        # NaN is no gain.
+        progress.since_gain = 0 if loss < least else progress.since_gain + 1
         if math.isfinite(loss) and (progress.best is None or loss < progress.best.loss):
             progress.best = Best(step=progress.step, loss=loss)
             checkpoints.save_best(self.context.checkpoints, progress.step, self.module)
         return loss
+
+    def _fidelity(self) -> dict[str, float]:
+        """Fidelity of the student on the set-aside responses, as metrics that begin with eval_."""
+        if self.fidelity is None:
+            return {}
+        self.module.student.eval()
+        found = self.fidelity(self.module.student)
+        self.module.student.train()
+        return {f"eval_{name}": value for name, value in found.items()}
+
+    def _gave_up(self, progress: Progress) -> bool:
+        """Whether the loss on the set-aside responses has not fallen for as long as the settings have patience."""
+        patience = self.settings.early_stopping_patience
+        return patience is not None and progress.since_gain >= patience
 
     def _evaluates_after(self, step: int) -> bool:
         every = self.settings.eval_steps or self.total
@@ -362,7 +388,7 @@ class _Run:
             pause = math.ceil(round(share * self.total, 6))
             if self.development and progress.step == 0:
                 progress.first_loss = self.evaluate(progress)
-            while progress.step < self.total:
+            while progress.step < self.total and not self._gave_up(progress):
                 if progress.step >= pause:
                     raise Interrupted(f"paused after step {progress.step} of {self.total}")
                 self._prepare(progress)
@@ -374,6 +400,11 @@ class _Run:
                     self.save(progress)
                     if stop:
                         raise Interrupted(f"stopped after step {progress.step} of {self.total}")
+        if progress.step < self.total:
+            self.context.console.say(
+                f"{self.context.label}: ended after step {progress.step} of {self.total}: the loss on the set-aside "
+                f"prompts has not fallen in {progress.since_gain} measurements (train.early_stopping_patience)"
+            )
 
     def _prepare(self, progress: Progress) -> None:
         """What comes before a step: a held-out loss where it is due, a checkpoint where a round begins."""
@@ -428,7 +459,10 @@ class _Run:
         }
         due = progress.step % self.settings.logging_steps == 0 or progress.step == self.total
         if self._evaluates_after(progress.step):
-            metrics |= {"eval_loss": self.evaluate(progress), "eval_loss_before": progress.first_loss}
+            loss_aside = self.evaluate(progress)
+            metrics |= {"eval_loss": loss_aside, "eval_loss_before": progress.first_loss}
+            if math.isfinite(loss_aside):
+                metrics |= self._fidelity()
             due = True
         self.journal.record(metrics, by_row, due=due)
         meter.advance(1, f"step {progress.step}/{self.total}, loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")

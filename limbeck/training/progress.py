@@ -29,6 +29,7 @@ class Progress:
         learning_rate: the peak that a search found; None where the recipe gives it.
         first_loss: the loss on the set-aside responses before training.
         best: the lowest loss on the set-aside responses.
+        since_gain: measurements of that loss in a row that were not lower than the lowest.
         saved: step of the newest checkpoint.
         now: the step and its responses, so that they are written once.
     """
@@ -43,6 +44,7 @@ class Progress:
     learning_rate: float | None = None
     first_loss: float | None = None
     best: Best | None = None
+    since_gain: int = 0
     saved: int = 0
     now: tuple[int, dict[int, Response]] = (-1, {})
 
@@ -72,6 +74,7 @@ class Progress:
             "learning_rate": self.learning_rate,
             "first_loss": self.first_loss,
             "best": None if self.best is None else asdict(self.best),
+            "since_gain": self.since_gain,
         }
 
     @classmethod
@@ -88,5 +91,6 @@ class Progress:
             learning_rate=state["learning_rate"],
             first_loss=state["first_loss"],
             best=None if state["best"] is None else Best(**state["best"]),
+            since_gain=state["since_gain"],
             saved=state["step"],
         )

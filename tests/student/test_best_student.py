@@ -126,3 +126,32 @@ def test_the_alarm_is_in_the_metrics_and_on_the_console(tmp_path: Path, capsys: 
     _evaluated(tmp_path, chosen)
     assert any("loss_climbs" in line.get("warnings", ()) for line in metrics(tmp_path))
     assert "loss_climbs: " in capsys.readouterr().err
+
+
+RUINING = {"learning_rate": 10.0, "lr_scheduler_type": "constant", "eval_steps": 2, "max_steps": 40}
+
+
+def test_a_training_that_gains_nothing_ends_early(tmp_path: Path):
+    student = _evaluated(tmp_path / "early", RUINING | {"early_stopping_patience": 3})
+    assert metrics(tmp_path / "early")[-1]["step"] == 6
+    assert identical(weights(student), weights(tiny_model(1)))
+    # One that learns is not ended, unless more is asked of it than it gains.
+    learning = {"learning_rate": 1e-3, "eval_steps": 2, "early_stopping_patience": 1}
+    _evaluated(tmp_path / "learns", learning)
+    assert metrics(tmp_path / "learns")[-1]["step"] == 12
+    _evaluated(tmp_path / "greedy", learning | {"early_stopping_threshold": 100.0})
+    assert metrics(tmp_path / "greedy")[-1]["step"] == 2
+
+
+def test_patience_outlives_an_interruption(tmp_path: Path):
+    chosen = RUINING | {"early_stopping_patience": 3, "save_steps": 1}
+    _evaluated(tmp_path / "whole", chosen)
+    for after in (3, 2):
+        with pytest.raises(Interrupted):
+            _evaluated(tmp_path / "parts", chosen, should_stop=stop_after(after))
+    student = _evaluated(tmp_path / "parts", chosen)
+    assert metrics(tmp_path / "parts")[-1]["step"] == 6
+    assert identical(weights(student), weights(tiny_model(1)))
+    # It was ended already: asked again, not a step more.
+    _evaluated(tmp_path / "parts", chosen)
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]

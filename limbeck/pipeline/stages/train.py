@@ -19,6 +19,7 @@ from limbeck.pipeline.build import loss_plan_of, sft_loss_plan, temperature_of, 
 from limbeck.pipeline.cached_teacher import round_teacher
 from limbeck.pipeline.checks import check_student, student_spec
 from limbeck.pipeline.engine import RunContext, Stage
+from limbeck.pipeline.fidelity_in_training import fidelity_on
 from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
 from limbeck.pipeline.response_sources import author_of
 from limbeck.pipeline.sharing import initial_student, once, student_inputs
@@ -212,6 +213,10 @@ def _play_training(context: RunContext, student: Student, should_stop: Callable[
         teacher = NullTeacher.of(vocab_size)
     else:
         teacher = open_teacher(context, [*by_row, *aside])
+    development = dict(enumerate(aside.values(), start=len(by_row)))
+    # A teacher that says little of the training responses, or nothing, has no distribution to be compared with.
+    measured = aside and "fidelity" in recipe.evaluate.groups and recipe.signal.support == "full"
+    measured = measured and not isinstance(teacher, NullTeacher)
     return train(
         student.model,
         author_of(context, student, list(by_row.values()), teacher, should_stop, aside=ids_of_prompts(aside)),
@@ -221,7 +226,8 @@ def _play_training(context: RunContext, student: Student, should_stop: Callable[
         schedule=recipe.objective.schedule,
         weighting=token_weighting_of(recipe),
         heldout=list(load_responses(context, "heldout").values()),
-        development=dict(enumerate(aside.values(), start=len(by_row))),
+        development=development,
+        fidelity=fidelity_on(development, teacher, vocab_size=vocab_size, device=context.device) if measured else None,
         corpus=open_corpus(context, student.tokenizer),
         settings=recipe.train,
         vocab_size=vocab_size,
