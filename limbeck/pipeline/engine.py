@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.pipeline.integrity import closeness, differs, intact, reopen_damaged, sources_of
+from limbeck.pipeline.publishing import check_publishing, publish
 from limbeck.recipe import load, yaml_text
 from limbeck.recipe.keys import neutral_keys
 from limbeck.recipe.load import Recipe
@@ -296,8 +297,13 @@ def run_pipeline(
             if update or any(not run.done(stage.name) for stage in wanted):
                 for stage in stages:
                     stage.check(context)
+            whole = wanted[-1] is stages[-1]
+            if whole:
+                check_publishing(context)
             with context.stop.installed(), run.locked(console.warn):
                 _play_all(context, stages, wanted, update)
+                if whole:
+                    publish(context)
         _say_harm(run, console)
     return run
 

@@ -342,6 +342,12 @@ class TrainSection:
     """With eval_steps: end the training after so many measurements in a row without a lower loss; null never."""
     early_stopping_threshold: NonNegative = 0.0
     """How much lower than the lowest so far a loss must be to count for early_stopping_patience."""
+    push_to_hub: Annotated[bool, NEUTRAL] = False
+    """At the end of a whole run, upload the student with its model card to the hub."""
+    hub_model_id: Annotated[str | None, NEUTRAL] = None
+    """owner/name of the repository there; it is made where it does not exist."""
+    hub_private_repo: Annotated[bool, NEUTRAL] = True
+    """Whether a repository that is made is private."""
 
 
 @dataclass(config=STRICT, kw_only=True)
