@@ -92,7 +92,7 @@ def recipe(folder: Path, base: Path, prompts: Path, steps: int) -> dict[str, Any
         "teacher": {"model": TEACHER},
         "student": {"init": "depth_prune", "model": str(base), "layers": LAYERS, "freeze_embeddings": True},
         "prompts": {"source": str(prompts), "eval_fraction": 0.1},
-        "responses": {"author": "teacher", "max_new_tokens": TAUGHT_TOKENS, "temperature": 0.2, "top_p": 0.9},
+        "responses": {"source": "teacher", "max_new_tokens": TAUGHT_TOKENS, "temperature": 0.2, "top_p": 0.9},
         "objective": {"name": "fkl"},
         "train": {
             "max_steps": steps,

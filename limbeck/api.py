@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.recipe.load import Recipe, load_recipe
+from limbeck.recipe.retired import RetiredKeyError
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from limbeck.pipeline.engine import FinishedRun
@@ -20,7 +22,10 @@ def load(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Recipe:
         resolved = Path(recipe) / "recipe.resolved.yaml"
         if resolved.exists():
             # A run that was started elsewhere, or moved: it continues where it lies now.
-            return load_recipe(resolved, [f"output_dir={json.dumps(str(recipe))}", *overrides])
+            try:
+                return load_recipe(resolved, [f"output_dir={json.dumps(str(recipe))}", *overrides])
+            except RetiredKeyError as error:
+                raise LimbeckError(f"{recipe} was made by an earlier version: {error}, in a new directory") from None
     return load_recipe(recipe, overrides)
 
 

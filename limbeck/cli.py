@@ -7,11 +7,14 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from limbeck.types import LimbeckError
+
+if TYPE_CHECKING:
+    from limbeck.registry import Registry
 
 app = typer.Typer(
     name="limbeck",
@@ -267,16 +270,26 @@ def compare(
 @app.command()
 def objectives() -> None:
     """List the objectives with their options."""
-    from dataclasses import MISSING, fields
-
     from limbeck.objectives import OBJECTIVES
 
-    for name, objective in OBJECTIVES.items():
-        summary = (objective.__doc__ or "").strip().splitlines()[0]
-        print(f"{name:<24} {summary}")
-        for option in fields(objective):
-            default = "" if option.default is MISSING else f" = {option.default!r}"
-            print(f"{'':<24}   {option.name}: {option.type}{default}")
+    _list(OBJECTIVES)
+
+
+@app.command()
+def sources() -> None:
+    """List the response sources, which set who writes what the student is trained on, with their options."""
+    from limbeck.rollouts.registry import SOURCES
+
+    _list(SOURCES)
+
+
+def _list(registry: Registry[Any]) -> None:
+    """Print the members of a registry, each with its options below."""
+    for name in registry:
+        print(f"{name:<24} {registry.summary(name)}")
+        for option in registry.options(name).values():
+            default = "" if option.default is None else f" = {option.default}"
+            print(f"{'':<24}   {option.name}: {option.kind}{default}")
 
 
 @app.command()

@@ -87,7 +87,7 @@ def test_seqkd_learns_the_teachers_text_in_the_students_tokens(
 
 def test_sft_on_data_reads_the_students_tokens_alone(tiny: TinyPair, foreigner: Path, tmp_path: Path) -> None:
     source = write_prompts(tmp_path / "p.jsonl", [{"prompt": q, "completion": f"Well, {q}"} for q in questions()])
-    sections = {"prompts": {"source": str(source)}, "responses": {"author": "data", "max_new_tokens": 40}}
+    sections = {"prompts": {"source": str(source)}, "responses": {"source": "data", "max_new_tokens": 40}}
     tree = tree_of(tiny, foreigner, tmp_path / "run", **sections)
     tree["evaluate"] = {"groups": ["nll"], "nll": {"whose": "references"}, "max_new_tokens": 40}
     run_pipeline(load_recipe(tree), stages=STAGES)
@@ -105,10 +105,10 @@ def test_what_asks_for_the_teachers_distributions_is_refused_with_every_key(
     recipe = tiny.recipe(
         tmp_path / "run", sft={"objective": {"name": "fkl"}}, evaluate={"groups": ["fidelity", "rouge"]}
     )
-    refused = limbeck.run("run", recipe, student, "responses.author=mixed")
+    refused = limbeck.run("run", recipe, student, "responses.source=mixed")
     assert refused.code == 2
     keys = (
-        "responses.author=teacher",
+        "responses.source=teacher",
         "objective={name: ce}",
         "sft.objective={name: ce}",
         "signal.cache=false",

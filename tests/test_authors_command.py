@@ -27,11 +27,11 @@ class TestOnTheWay:
     def test_rounds_inside_an_epoch(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         """Known before the teacher has answered anything; whole epochs are taken, of the last one with its states."""
         run = tmp_path / "run"
-        recipe = tiny.recipe(run, responses={"author": "pairs"})
-        finished = limbeck.run("run", recipe, "responses.on_policy.refresh=4")
-        refused(finished, "responses.on_policy.refresh is 4 steps", "an epoch of pairs has 9", "refresh=epoch")
+        recipe = tiny.recipe(run, responses={"source": "pairs"})
+        finished = limbeck.run("run", recipe, "responses.source.refresh=4")
+        refused(finished, "responses.source.refresh is 4 steps", "an epoch of pairs has 9", "refresh=epoch")
         assert not (run / "responses").exists()
-        twice = limbeck.run("train", recipe, "responses.on_policy.refresh=18", "train.max_steps=19", "--update")
+        twice = limbeck.run("train", recipe, "responses.source.refresh=18", "train.max_steps=19", "--update")
         assert twice.code == 0, twice.stderr
         assert sorted(path.name for path in (run / "rounds").glob("0*")) == ["000", "001"]
         assert {path.parts[-3] for path in (run / "rounds").glob("*/*/*.safetensors")} == {"001"}
@@ -39,9 +39,9 @@ class TestOnTheWay:
     def test_buffer_with_its_prompts(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         """The first look knows the answers alone; one with the prompts comes when they are there."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        recipe = tiny.recipe(tmp_path / "run", responses={"author": "replay", "on_policy": {"buffer": memory // 800}})
+        recipe = tiny.recipe(tmp_path / "run", responses={"source": {"name": "replay", "capacity": memory // 800}})
         finished = limbeck.run("run", recipe)
-        refused(finished, f"a buffer of {memory // 800} responses", "lower responses.on_policy.buffer")
+        refused(finished, f"a buffer of {memory // 800} responses", "lower responses.source.capacity")
         assert (tmp_path / "run" / "responses" / "teacher.jsonl").exists()
 
     @pytest.mark.parametrize("author", ["student", "mixed", "replay", "speculative", "pairs"])
@@ -49,7 +49,7 @@ class TestOnTheWay:
         self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, author: str
     ) -> None:
         run, source = tmp_path / "run", write_prompts(tmp_path / "p.jsonl", [{"prompt": q} for q in questions(6)])
-        responses = {"author": author, "on_policy": {"share": 0.9} if author in ("mixed", "replay") else {}}
+        responses = {"source": {"name": author} | ({"share": 0.9} if author in ("mixed", "replay") else {})}
         train = {"per_device_train_batch_size": 16, "max_steps": 2}
         recipe = tiny.recipe(run, prompts={"source": str(source)}, responses=responses, train=train)
         finished = limbeck.run("train", recipe)
@@ -70,7 +70,7 @@ class TestOnTheWay:
             section["model"] = str(write_model(tmp_path / "student", layers=2, seed=1))
         if init == "keep":
             section |= {"init": "depth_prune", "keep": [0, 2]}
-        recipe = tiny.recipe(run, student=section, responses={"author": "student"}, train={"max_steps": 2})
+        recipe = tiny.recipe(run, student=section, responses={"source": "student"}, train={"max_steps": 2})
         finished = limbeck.run("run", recipe)
         assert finished.code == 0, finished.stderr
         answers = [json.loads(line) for line in (run / "responses/teacher.jsonl").read_text("utf-8").splitlines()]
@@ -83,7 +83,7 @@ class TestOnTheWay:
         section = {"model": str(student), "init": "pretrained", "layers": None}
         # Without a step that teaches it to end.
         train = {"max_steps": 24, "learning_rate": 1e-9, "per_device_train_batch_size": 8}
-        recipe = tiny.recipe(run, student=section, responses={"author": "student", "max_new_tokens": 6}, train=train)
+        recipe = tiny.recipe(run, student=section, responses={"source": "student", "max_new_tokens": 6}, train=train)
         finished = limbeck.run("run", recipe)
         assert finished.code == 0, finished.stderr
         warned = [line for line in finished.stderr.splitlines() if "truncation:" in line]
@@ -99,7 +99,7 @@ class TestOnTheWay:
         run, student = tmp_path / "run", silence(write_model(tmp_path / "student", layers=2, seed=1))
         section = {"model": str(student), "init": "pretrained", "layers": None}
         train = {"max_steps": 24, "learning_rate": 1e-9, "per_device_train_batch_size": 8}
-        recipe = tiny.recipe(run, student=section, responses={"author": "student"}, train=train)
+        recipe = tiny.recipe(run, student=section, responses={"source": "student"}, train=train)
         finished = limbeck.run("run", recipe)
         assert finished.code == 0, finished.stderr
         warned = [line for line in finished.stderr.splitlines() if "empty:" in line]
@@ -108,14 +108,14 @@ class TestOnTheWay:
 
     def test_teacher_that_says_nothing(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         teacher = silence(write_model(tmp_path / "teacher"))
-        recipe = tiny.recipe(tmp_path / "run", teacher={"model": str(teacher)}, responses={"author": "pairs"})
+        recipe = tiny.recipe(tmp_path / "run", teacher={"model": str(teacher)}, responses={"source": "pairs"})
         refused(limbeck.run("run", recipe), "all train responses are empty", "prompts.template")
 
     @pytest.mark.parametrize("author", ["student", "pairs"])
     def test_ruined_while_training(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, author: str) -> None:
         """The step is named, not the sampler that found the numbers that are none; nothing ruined is kept."""
         run = tmp_path / "run"
-        recipe = tiny.recipe(run, responses={"author": author})
+        recipe = tiny.recipe(run, responses={"source": author})
         finished = limbeck.run("run", recipe, "train.learning_rate=1e30")
         refused(finished, "step ", "the start", "lower train.learning_rate and add --update")
         assert not list((run / "checkpoints").glob("step-*")) and not (run / "student").exists()
@@ -128,10 +128,10 @@ class TestStale:
 
     def test_opd_over_an_epoch(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        own = {"refresh": "epoch"}
+        own = {"name": "student", "refresh": "epoch"}
         recipe = tiny.recipe(
             run,
-            responses={"author": "student", "on_policy": own},
+            responses={"source": own},
             objective={"name": "opd", "temperature": 1.0},
             contrast={"rule": {"name": "importance", "importance": "prefix"}},
             train={"max_steps": 12, "learning_rate": 3e-3},
@@ -151,7 +151,7 @@ class TestMechanisms:
     def test_a_student_that_never_wrote(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         """DistiLLM from a share of 0, the held-out loss falling: skew KL on the teacher's answers by another name."""
         run = tmp_path / "run"
-        responses = {"author": "replay", "on_policy": {"share": 0.0, "tolerance": 9.0, "validate_steps": 2}}
+        responses = {"source": {"name": "replay", "share": 0.0, "tolerance": 9.0, "validate_steps": 2}}
         recipe = tiny.recipe(run, responses=responses, train={"max_steps": 5})
         finished = limbeck.run("run", recipe)
         assert finished.code == 0, finished.stderr
@@ -193,16 +193,16 @@ class TestMechanisms:
         assert len(said) == 1 and "of them out of the buffer" in said[0]
 
     def test_a_teacher_that_replaced_no_token(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
-        responses = {"author": "speculative", "on_policy": {"teacher_top_k": 100_000}}
+        responses = {"source": {"name": "speculative", "teacher_top_k": 100_000}}
         recipe = tiny.recipe(tmp_path / "run", responses=responses, train={"max_steps": 2})
         finished = limbeck.run("train", recipe)
         assert finished.code == 0, finished.stderr
         tokens = int(metrics(tmp_path / "run")[-1]["so_far/replaceable"])
         assert finished.stderr.splitlines()[-1] == (
             f"warning: the teacher replaced 0 of the student's {tokens:,} tokens; lower "
-            "responses.on_policy.teacher_top_k, or raise responses.on_policy.teacher_share"
+            "responses.source.teacher_top_k, or raise responses.source.teacher_share"
         )
-        narrow = limbeck.run("train", recipe, "responses.on_policy.teacher_top_k=1", "--update")
+        narrow = limbeck.run("train", recipe, "responses.source.teacher_top_k=1", "--update")
         assert narrow.code == 0 and "warning: the teacher replaced" not in narrow.stderr
         assert metrics(tmp_path / "run")[-1]["so_far/replaced"] > 0
 
@@ -212,12 +212,12 @@ class TestUpdates:
 
     def test_the_student_alone_is_redone(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        recipe = tiny.recipe(run, responses={"author": "pairs"}, train={"max_steps": 2})
+        recipe = tiny.recipe(run, responses={"source": "pairs"}, train={"max_steps": 2})
         assert limbeck.run("train", recipe).code == 0
         before = (run / "responses" / "teacher.jsonl").stat()
         first = (run / "rounds" / "000" / "student" / "00000.jsonl").read_bytes()
-        change = "responses.on_policy.temperature=0.5"
-        refused(limbeck.run("train", recipe, change), "responses.on_policy.temperature", "--update")
+        change = "responses.source.temperature=0.5"
+        refused(limbeck.run("train", recipe, change), "responses.source.temperature", "--update")
         updated = limbeck.run("train", recipe, change, "--update")
         assert updated.code == 0, updated.stderr
         for name in ("prompts", "responses", "signal"):
@@ -237,7 +237,7 @@ class TestUpdates:
         recipe = tiny.recipe(
             run,
             prompts={"source": str(source)},
-            responses={"author": "pairs", "base": "data", "max_new_tokens": 40},
+            responses={"source": "pairs", "initial_author": "data", "max_new_tokens": 40},
             train={"max_steps": 2},
         )
         assert limbeck.run("train", recipe).code == 0

@@ -10,8 +10,8 @@ from tests.limbeck_command import CommandServer
 from tests.test_bad_input import refused
 from tests.tiny_pair import TinyPair
 
-PAIRS = ("responses.author=pairs",)
-STUDENT = ("responses.author=student",)
+PAIRS = ("responses.source=pairs",)
+STUDENT = ("responses.source=student",)
 MINILLM = (*STUDENT, "objective.name=policy_gradient", "contrast.rule={name: minillm}", "objective.temperature=1")
 PUSHED = "contrast.student={name: srkl}"
 
@@ -20,38 +20,41 @@ PUSHED = "contrast.student={name: srkl}"
     ("overrides", "words"),
     [
         # Who writes, and how much.
-        (("responses.author=studnet",), ("responses.author", "'studnet'", "student")),
-        (("responses.author=mixed", "responses.on_policy.share=1.5"), ("responses.on_policy.share", "1.5")),
-        (("responses.author=mixed", "responses.on_policy.share=-0.1"), ("responses.on_policy.share", "-0.1")),
-        (("responses.author=mixed", "responses.on_policy.share_end=2"), ("responses.on_policy.share_end", "2")),
-        ((*STUDENT, "responses.on_policy.teacher_share=1.0"), ("responses.on_policy.teacher_share", "1.0")),
-        ((*STUDENT, "responses.on_policy.lambda=0.5"), ("'responses.on_policy.lambda'",)),
-        ((*STUDENT, "responses.on_policy.refresh=0"), ("responses.on_policy.refresh", "0")),
-        ((*STUDENT, "responses.on_policy.refresh=never"), ("responses.on_policy.refresh", "'never'")),
+        (("responses.source=studnet",), ("responses.source", "'studnet'", "'student'")),
+        (("responses.source=mixed", "responses.source.share=1.5"), ("responses.source.share", "1.5")),
+        (("responses.source=mixed", "responses.source.share=-0.1"), ("responses.source.share", "-0.1")),
+        (("responses.source=mixed", "responses.source.share_end=2"), ("responses.source.share_end", "2")),
+        ((*STUDENT, "responses.source.teacher_share=1.0"), ("responses.source.teacher_share", "1.0")),
+        ((*STUDENT, "responses.source.lambda=0.5"), ("'responses.source.lambda'",)),
+        ((*STUDENT, "responses.source.refresh=0"), ("responses.source.refresh", "0")),
+        ((*STUDENT, "responses.source.refresh=never"), ("responses.source.refresh", "'never'")),
         # Keys that this author does not read.
-        ((*STUDENT, "responses.on_policy.share=0.3"), ("on_policy.share", "mixed or replay", "not student", "remove")),
-        (("responses.author=mixed", "responses.on_policy.buffer=9"), ("on_policy.buffer", "replay", "not mixed")),
-        (("responses.on_policy.refresh=epoch",), ("on_policy.refresh", "not teacher", "change the author")),
-        ((*PAIRS, "responses.on_policy.teacher_top_k=5"), ("on_policy.teacher_top_k", "speculative", "not pairs")),
-        ((*STUDENT, "responses.on_policy.teacher_redraw=nucleus"), ("teacher_redraw", "speculative", "not student")),
+        ((*STUDENT, "responses.source.share=0.3"), ("source.share", "mixed or replay", "not student", "remove")),
+        (("responses.source=mixed", "responses.source.capacity=9"), ("source.capacity", "replay", "not mixed")),
+        (("responses.source.refresh=epoch",), ("source.refresh", "not teacher", "set responses.source.name=student")),
+        ((*PAIRS, "responses.source.teacher_top_k=5"), ("source.teacher_top_k", "speculative", "not pairs")),
+        ((*STUDENT, "responses.source.teacher_redraw=nucleus"), ("teacher_redraw", "speculative", "not student")),
         # What cannot be.
         (
-            ("responses.author=replay", "responses.on_policy.buffer=2000000000"),
-            ("2000000000 responses", "GiB", "lower responses.on_policy.buffer"),
+            ("responses.source=replay", "responses.source.capacity=2000000000"),
+            ("2000000000 responses", "GiB", "lower responses.source.capacity"),
         ),
-        (("responses.author=replay", "responses.on_policy.refresh=epoch"), ("author=replay", "on_policy.refresh=step")),
+        (("responses.source=replay", "responses.source.refresh=epoch"), ("source=replay", "source.refresh=step")),
         ((*PAIRS, "train.per_device_train_batch_size=3"), ("train.per_device_train_batch_size is 3", "even number")),
-        ((*PAIRS, "responses.on_policy.refresh=step"), ("refresh is step", "on_policy.refresh=epoch")),
+        ((*PAIRS, "responses.source.refresh=step"), ("refresh is step", "source.refresh=epoch")),
         (
-            (*STUDENT, "responses.on_policy.first_max_new_tokens=13"),
+            (*STUDENT, "responses.source.first_max_new_tokens=13"),
             ("first_max_new_tokens is 13", "responses.max_new_tokens (12)"),
         ),
-        ((*STUDENT, "signal.support=topk_tail"), ("signal.support=topk_tail", "author=student", "signal.support=full")),
+        ((*STUDENT, "signal.support=topk_tail"), ("signal.support=topk_tail", "source=student", "signal.support=full")),
         # What tells authors apart needs two.
-        ((PUSHED,), ("contrast.student", "responses.author=teacher", "author=pairs")),
-        (("contrast.beta=code",), ("contrast.beta", "responses.author=teacher")),
+        ((PUSHED,), ("contrast.student", "responses.source=teacher", "source=pairs")),
+        (("contrast.beta=code",), ("contrast.beta", "responses.source=teacher")),
         ((*PAIRS, "contrast.scale=1.0"), ("contrast.beta=none", "contrast.beta=constant")),
-        ((*STUDENT, "contrast.rule={name: dpkd}"), ("contrast.rule=dpkd", "author=student", "set pairs")),
+        (
+            (*STUDENT, "contrast.rule={name: dpkd}"),
+            ("contrast.rule=dpkd", "source=student", "set responses.source=pairs"),
+        ),
         # Names and options inside.
         ((*PAIRS, "contrast.rule={name: adaptive_alpa}"), ("'adaptive_alpa'", "'adaptive_alpha'")),
         (
@@ -78,11 +81,11 @@ PUSHED = "contrast.student={name: srkl}"
         # A policy gradient is one of the student as it samples.
         (
             (*STUDENT, "objective.name=opd", "responses.temperature=0.8"),
-            ("opd", "temperature is 0.8", "responses.on_policy.temperature=1"),
+            ("opd", "temperature is 0.8", "responses.source.temperature=1"),
         ),
-        ((*STUDENT, "objective.name=opd", "responses.on_policy.top_p=0.9"), ("opd", "top_p is 0.9")),
-        ((*STUDENT, "objective.name=opd", "responses.on_policy.teacher_share=0.2"), ("opd", "teacher_share")),
-        (("objective.name=opd",), ("opd", "responses.author=teacher", "set responses.author=student")),
+        ((*STUDENT, "objective.name=opd", "responses.source.top_p=0.9"), ("opd", "top_p is 0.9")),
+        ((*STUDENT, "objective.name=opd", "responses.source.teacher_share=0.2"), ("opd", "teacher_share")),
+        (("objective.name=opd",), ("opd", "responses.source=teacher", "set responses.source=student")),
         ((*PAIRS, "contrast.student={name: opd}", "responses.temperature=0.8"), ("opd", "temperature is 0.8")),
         (
             (*STUDENT, "objective.name=policy_gradient", "contrast.rule={name: minillm}", "responses.temperature=0.8"),
@@ -90,12 +93,12 @@ PUSHED = "contrast.student={name: srkl}"
         ),
         # ... and of the student of now, unless its tokens are weighed.
         (
-            (*STUDENT, "objective.name=opd", "responses.on_policy.refresh=epoch"),
-            ("opd", "responses.on_policy.refresh=epoch", "refresh=step", "contrast.rule={name: importance}"),
+            (*STUDENT, "objective.name=opd", "responses.source.refresh=epoch"),
+            ("opd", "responses.source.refresh=epoch", "refresh=step", "contrast.rule={name: importance}"),
         ),
-        ((*STUDENT, "objective.name=opd", "responses.on_policy.refresh=2"), ("opd", "responses.on_policy.refresh=2")),
-        ((*PAIRS, "contrast.student={name: opd}"), ("contrast.student opd", "author=pairs", "{name: importance}")),
-        (("contrast.rule={name: importance}",), ("contrast.rule=importance", "author=teacher", "author=student")),
+        ((*STUDENT, "objective.name=opd", "responses.source.refresh=2"), ("opd", "responses.source.refresh=2")),
+        ((*PAIRS, "contrast.student={name: opd}"), ("contrast.student opd", "source=pairs", "{name: importance}")),
+        (("contrast.rule={name: importance}",), ("contrast.rule=importance", "source=teacher", "source=student")),
         (
             (*STUDENT, "contrast.rule={name: importance}", "responses.temperature=0.8"),
             ("contrast.rule=importance", "temperature is 0.8"),

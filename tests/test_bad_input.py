@@ -209,12 +209,12 @@ class TestPrompts:
 
     def test_empty_completions(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         path = write_prompts(tmp_path / "p.jsonl", [{"prompt": f"Say {i}.", "completion": ""} for i in range(20)])
-        self.prompts_refused(limbeck, tiny, path, "completion", responses={"author": "data"})
+        self.prompts_refused(limbeck, tiny, path, "completion", responses={"source": "data"})
 
     def test_no_completions(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         path = write_prompts(tmp_path / "p.jsonl")
-        named = (f"({path}, line ", "has no completion", "responses.author=teacher")
-        self.prompts_refused(limbeck, tiny, path, *named, responses={"author": "data"})
+        named = (f"({path}, line ", "has no completion", "responses.source=teacher")
+        self.prompts_refused(limbeck, tiny, path, *named, responses={"source": "data"})
 
 
 class TestRunDirectory:

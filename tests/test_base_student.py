@@ -90,7 +90,7 @@ def test_what_it_writes_itself_ends_with_the_teachers_end(tiny: TinyPair, base: 
     """Both while it trains and in the evaluation; before, this died when responses and signal were there."""
     tree = tiny.tree(
         tmp_path / "run",
-        responses={"author": "student", "max_new_tokens": 24},
+        responses={"source": "student", "max_new_tokens": 24},
         train={"max_steps": 4, "save_steps": 4},
         evaluate={"groups": ["fidelity", "diversity"], "max_new_tokens": 24},
     )

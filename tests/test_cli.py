@@ -31,7 +31,7 @@ class TestLookingUp:
     def test_help(self, limbeck: CommandServer) -> None:
         finished = limbeck.run("--help")
         assert finished.code == 0 and finished.stderr == ""
-        for verb in ("run", *VERBS, "objectives", "doctor", "init", "schema"):
+        for verb in ("run", *VERBS, "objectives", "sources", "doctor", "init", "schema"):
             assert re.search(rf"^  {verb} ", finished.stdout, re.MULTILINE), verb
 
     def test_objectives(self, limbeck: CommandServer) -> None:

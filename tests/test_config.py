@@ -24,6 +24,7 @@ from limbeck.recipe.load import (
     to_yaml,
 )
 from limbeck.recipe.yaml_text import dump, parse
+from limbeck.rollouts.registry import SOURCES
 from limbeck.types import LimbeckError
 
 SCHEMA = Path(__file__).resolve().parents[1] / "docs" / "recipe.schema.json"
@@ -49,7 +50,11 @@ def in_file(folder: Path, text: str) -> Recipe:
 
 def test_the_smallest_recipe_has_every_default():
     small = recipe()
-    assert small.train.learning_rate == "auto" and small.objective.name == "fkl" and small.responses.author == "teacher"
+    assert (
+        small.train.learning_rate == "auto"
+        and small.objective.name == "fkl"
+        and small.responses.source == SOURCES.build("teacher")
+    )
     assert small.directory == Path("runs/run")
     assert recipe("output_dir=elsewhere").directory == Path("elsewhere")
 

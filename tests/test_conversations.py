@@ -34,7 +34,7 @@ def played(tiny: TinyPair, out: Path, verb: str | None = None, **prompts: Any) -
     tree = tiny.tree(
         out,
         prompts={"source": str(source), "eval_fraction": 0.34, **prompts},
-        responses={"author": "data", "max_new_tokens": 24},
+        responses={"source": "data", "max_new_tokens": 24},
         train={"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "compile": "off"},
         evaluate={"groups": ["fidelity"], "fidelity": {"whose": ["responses", "references"]}, "max_new_tokens": 16},
     )
@@ -96,7 +96,7 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not(tiny: TinyPair, tm
     tree = tiny.tree(
         tmp_path / "halved",
         prompts={"source": str(source), "eval_fraction": 0.34},
-        responses={"author": "data", "max_new_tokens": 24},
+        responses={"source": "data", "max_new_tokens": 24},
         train={"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "compile": "off"},
         evaluate={"groups": ["fidelity"], "fidelity": {"whose": ["responses", "references"]}, "max_new_tokens": 16},
     )

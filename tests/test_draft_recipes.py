@@ -70,7 +70,7 @@ def test_what_cannot_be_drafted_is_refused_before_anything_is_written(
         "ids name different tokens",
     )
     refused(
-        limbeck.run("run", tiny.recipe(run, responses=section | {"author": "data"})), "responses.draft", "of the data"
+        limbeck.run("run", tiny.recipe(run, responses=section | {"source": "data"})), "responses.draft", "of the data"
     )
     server = {"server": {"base_url": "http://localhost:9/v1"}}
     refused(limbeck.run("run", tiny.recipe(run, responses=section | server)), "responses.draft", "responses.server")

@@ -21,12 +21,13 @@ LIBRARY: dict[str, set[str]] = {
     "ops": set(),
     "client": {"types"},
     "objectives": {"types", "registry", "ops"},
+    # Who writes the responses of a step; a recipe holds the options of a source.
+    "rollouts": {"types", "fields", "registry", "runtime"},
     # Of the objectives their options, for the schema and to refuse wrong ones, inside functions.
-    "recipe": {"types", "fields", "objectives"},
+    "recipe": {"types", "fields", "objectives", "rollouts"},
     "models": {"types", "runtime", "ops"},
     "prompts": {"types", "runtime", "models"},
     "teachers": {"types", "runtime", "ops", "models"},
-    "rollouts": {"types", "runtime"},
     "sampling": {"types", "runtime", "ops", "client", "models", "rollouts"},
     "student": {"types", "runtime", "ops", "models", "prompts"},
     # A teacher is handed in, never imported.
@@ -43,8 +44,8 @@ ABOVE: dict[str, set[str]] = {
     "api": {"types", "recipe", "runtime", "pipeline"},
     "sweep": {"types", "fields", "runtime", "recipe", "evaluation", "compare", "pipeline"},
     "__init__": {"types", "recipe", "objectives", "api"},
-    "cli": {"types", "recipe", "runtime", "models", "objectives", "report", "compare", "export", "pipeline"}
-    | {"api", "sweep"},
+    "cli": {"types", "registry", "recipe", "runtime", "models", "objectives", "rollouts", "report", "compare", "export"}
+    | {"pipeline", "api", "sweep"},
     "__main__": {"cli"},
 }
 ALLOWED: dict[str, set[str]] = LIBRARY | ABOVE

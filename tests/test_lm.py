@@ -39,7 +39,7 @@ def test_the_loss_on_the_text_falls_beside_the_objectives(
 ) -> None:
     run = tmp_path / "run"
     lm = {"source": corpus(tmp_path), "max_length": 24, "per_device_batch_size": 3, "weight": 2.0}
-    recipe = tiny.recipe(run, responses={"author": author}, train={"lm": lm, "learning_rate": 1e-2})
+    recipe = tiny.recipe(run, responses={"source": author}, train={"lm": lm, "learning_rate": 1e-2})
     finished = limbeck.run("run", recipe)
     assert finished.code == 0, finished.stderr
     lines = metrics(run)

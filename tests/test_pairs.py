@@ -148,7 +148,7 @@ class TestData:
         recipe = tiny.recipe(
             run,
             prompts={"source": str(source)},
-            responses={"author": "data", "max_new_tokens": 40},
+            responses={"source": "data", "max_new_tokens": 40},
             train={"max_steps": 4},
         )
         played(limbeck.run("run", recipe), run)
@@ -170,7 +170,7 @@ class TestData:
         source = write_prompts(tmp_path / "p.jsonl", rows)
         sections: dict[str, dict[str, Any]] = {
             "prompts": {"source": str(source)},
-            "responses": {"author": "data", "max_new_tokens": 40},
+            "responses": {"source": "data", "max_new_tokens": 40},
             "train": {"max_steps": 3},
         }
         run, whole = tmp_path / "run", tmp_path / "whole"
@@ -282,7 +282,7 @@ class TestModels:
         teacher, run = poison(write_model(tmp_path / "teacher"), value), tmp_path / "run"
         rows = [{"prompt": q, "completion": answer(i)} for i, q in enumerate(questions())]
         source = write_prompts(tmp_path / "p.jsonl", rows)
-        recipe = tiny.recipe(run, prompts={"source": str(source)}, responses={"author": author, "max_new_tokens": 40})
+        recipe = tiny.recipe(run, prompts={"source": str(source)}, responses={"source": author, "max_new_tokens": 40})
         refused(limbeck.run("run", recipe, f"teacher.model={teacher}"), "NaN or infinite", "weights")
         assert not list((run / "signal").glob("*")) and not (run / "student").exists()
 

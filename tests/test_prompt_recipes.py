@@ -42,7 +42,7 @@ def test_chat_options_reach_the_template(limbeck: CommandServer, tiny: TinyPair,
     run = tmp_path / "run"
     rows = write_prompts(tmp_path / "p.jsonl", [{"prompt": f"Say {i}.", "completion": f"{i}!"} for i in range(20)])
     sections: dict[str, Any] = {"teacher": {"model": str(thinker)}, "prompts": {"source": str(rows)}}
-    recipe = tiny.recipe(run, **sections, responses={"author": "data"})
+    recipe = tiny.recipe(run, **sections, responses={"source": "data"})
     refused = limbeck.run("respond", recipe)
     assert refused.code == 2 and "prompts.chat_options={enable_thinking: false}" in refused.error_line
     off = "prompts.chat_options={enable_thinking: false}"
@@ -51,11 +51,11 @@ def test_chat_options_reach_the_template(limbeck: CommandServer, tiny: TinyPair,
     assert asked(run, "data", thinker) == {"\n<think>\n\n</think>\n\n"}
 
     # They are an input of the responses, not of the prompts.
-    back = limbeck.run("respond", recipe, "responses.author=teacher", "prompts.chat_options={}", "--update")
+    back = limbeck.run("respond", recipe, "responses.source=teacher", "prompts.chat_options={}", "--update")
     assert back.code == 0 and "prompts: done earlier" in back.stderr, back.stderr
     assert asked(run, "teacher", thinker) == {"\n"}
-    assert limbeck.run("respond", recipe, "responses.author=teacher", off).code == 2
-    whole = limbeck.run("run", recipe, "responses.author=teacher", off, "train.max_steps=2", "--update")
+    assert limbeck.run("respond", recipe, "responses.source=teacher", off).code == 2
+    whole = limbeck.run("run", recipe, "responses.source=teacher", off, "train.max_steps=2", "--update")
     assert whole.code == 0, whole.stderr
     assert asked(run, "teacher", thinker) == {"\n<think>\n\n</think>\n\n"}
 

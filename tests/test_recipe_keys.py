@@ -18,6 +18,8 @@ from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.evaluation import EvaluationGroup
 from limbeck.recipe.keys import neutral_keys, same_arm_keys
 from limbeck.recipe.load import Recipe, known_keys, load_recipe, to_yaml
+from limbeck.recipe.response_source import read_source
+from limbeck.recipe.sections import ResponsesSection
 from limbeck.types import LimbeckError
 from tests.report.compare_runs import write_arm_run
 from tests.tiny_pair import TinyPair
@@ -27,6 +29,7 @@ LEAVES = [key for key in known_keys() if key not in SECTIONS]
 # What these name is in the fingerprints as weights, not how it was found.
 FOUND_ELSEWHERE = {f"{section}.{key}" for section in ("teacher", "student", "responses.draft")
                    for key in ("revision", "trust_remote_code")}  # fmt: skip
+SOURCE_VALUES = ("student", "data", {"name": "mixed", "share": 0.7})
 PLAIN = (True, False, 1, 2, 3, 7, 0.25, 0.5, 0.75, "x", None)
 
 
@@ -46,7 +49,7 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     served = tiny.tree(folder / "served", **common, responses={"server": {"base_url": "http://localhost:1/v1"}})
     served["student"] = {"init": "scratch", "model": str(tiny.teacher), "lora": {"r": 2}}
     drafted = tiny.tree(
-        folder / "drafted", **common, responses={"author": "mixed", "draft": {"model": str(tiny.teacher)}}
+        folder / "drafted", **common, responses={"source": "mixed", "draft": {"model": str(tiny.teacher)}}
     )
     sparse = tiny.tree(folder / "sparse", **common, signal={"support": "topk_tail", "k": 5})
     text = folder / "text.jsonl"
@@ -55,13 +58,16 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     answered.write_text(
         "".join(f'{{"prompt": "What is {i}?", "completion": "It is {i}."}}\n' for i in range(20)), "utf-8"
     )
-    data = tiny.tree(folder / "data", **common, responses={"author": "data"}, train={"lm": {"source": str(text)}})
+    data = tiny.tree(folder / "data", **common, responses={"source": "data"}, train={"lm": {"source": str(text)}})
     data["prompts"]["source"] = str(answered)
     return [load_recipe(tree) for tree in (served, drafted, sparse, data)]
 
 
 def others(section: type, name: str, now: Any) -> Iterator[Any]:
     """Other values that a key may have."""
+    if name == "source" and section is ResponsesSection:
+        yield from (value for value in SOURCE_VALUES if read_source(value) != now)
+        return
     hint = get_type_hints(section, include_extras=True)[name]
     adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     words = [word for part in literals(hint) for word in part]

@@ -34,7 +34,7 @@ def test_each_stage_has_responses_of_its_own(
     limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, author: str
 ) -> None:
     run = tmp_path / "run"
-    sections = {"prompts": {"source": answered(tmp_path)}, "responses": {"author": author}, "sft": SFT}
+    sections = {"prompts": {"source": answered(tmp_path)}, "responses": {"source": author}, "sft": SFT}
     recipe = tiny.recipe(run, **sections)
     finished = limbeck.run("run", recipe)
     assert finished.code == 0, finished.stderr
@@ -54,7 +54,7 @@ def test_each_stage_has_responses_of_its_own(
 
 def test_the_data_as_author_needs_no_second_file(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    sections = {"prompts": {"source": answered(tmp_path)}, "responses": {"author": "data"}, "sft": SFT}
+    sections = {"prompts": {"source": answered(tmp_path)}, "responses": {"source": "data"}, "sft": SFT}
     finished = limbeck.run("train", tiny.recipe(run, **sections))
     assert finished.code == 0, finished.stderr
     assert not (run / "responses/sft.jsonl").exists() and (run / "metrics.sft.jsonl").exists()
@@ -67,7 +67,7 @@ def test_a_student_that_writes_needs_no_answers_of_the_teacher(
     recipe = tiny.recipe(
         run,
         prompts={"source": answered(tmp_path)},
-        responses={"author": "student"},
+        responses={"source": "student"},
         student={"layers": None, "keep": [0, 2]},
         sft=SFT | {"objective": {"name": "fkl"}},
         train={"max_steps": 2},
@@ -97,7 +97,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(
     limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, whole: Path, name: str
 ) -> None:
     run = tmp_path / "run"
-    sections = {"prompts": {"source": answered(tmp_path)}, "responses": {"author": "pairs"}, "sft": SFT}
+    sections = {"prompts": {"source": answered(tmp_path)}, "responses": {"source": "pairs"}, "sft": SFT}
     recipe = tiny.recipe(run, **sections, train={"max_steps": 5})
     killed = limbeck.run("train", recipe, killed=KillAt(run, name, 0))
     assert killed.code == -signal.SIGKILL, killed
@@ -112,7 +112,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(
 def whole(limbeck: CommandServer, tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    sections = {"prompts": {"source": answered(folder)}, "responses": {"author": "pairs"}, "sft": SFT}
+    sections = {"prompts": {"source": answered(folder)}, "responses": {"source": "pairs"}, "sft": SFT}
     finished = limbeck.run("train", tiny.recipe(folder / "run", **sections, train={"max_steps": 5}))
     assert finished.code == 0, finished.stderr
     return folder / "run"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from limbeck.compare.labels import plain_value, short_value
 from limbeck.compare.runs import Member
 from limbeck.recipe.keys import same_arm_keys
+from limbeck.recipe.response_source import initial_author_of
 from limbeck.report.read_run import value_at
 from limbeck.runtime.rundir import flatten
 from limbeck.types import ScoredRow
@@ -40,8 +41,8 @@ def settings_of(member: Member, table: str) -> dict[str, str]:
     found = {}
     if table == "fidelity":
         keys += _RESPONSES
-        author = flat.get("responses.author")
-        found["responses.base"] = plain_value(author if author in ("teacher", "data") else flat.get("responses.base"))
+        source, otherwise = flat.get("responses.source.name"), flat.get("responses.initial_author")
+        found["responses.initial_author"] = plain_value(initial_author_of(source, otherwise))
     found |= {key: plain_value(flat[key]) if key in flat else "not set" for key in keys}
     teacher = value_at(member.run.provenance, "fingerprints.teacher") or flat.get("teacher.model")
     return found | {"the teacher": plain_value(teacher)}

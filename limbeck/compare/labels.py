@@ -22,14 +22,19 @@ def _text(flat: Mapping[str, Any], key: str) -> str:
 
 def arm_label(keys: Mapping[str, Any], varied: Sequence[str]) -> str:
     """An arm in words: the objective's name alone, other keys as name=value, as short as stays clear."""
-    leaves = Counter(key.rpartition(".")[2] for key in varied)
+    leaves = Counter(_leaf(key) for key in varied)
     parts = []
     for key in sorted(varied, key=lambda key: key != "objective.name"):
-        leaf = key.rpartition(".")[2]
+        leaf = _leaf(key)
         short = leaf if leaves[leaf] == 1 else key
         if key in keys:
             parts.append(plain_value(keys[key]) if key == "objective.name" else f"{short}={plain_value(keys[key])}")
     return ", ".join(parts)
+
+
+def _leaf(key: str) -> str:
+    """The last word of a key, but of responses.source.name `source`."""
+    return key.removesuffix(".name").rpartition(".")[2]
 
 
 def plain_value(value: Any) -> str:

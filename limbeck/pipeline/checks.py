@@ -5,7 +5,6 @@ A wrong pair, objective or tracker would otherwise come to light after the teach
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,8 +23,6 @@ from limbeck.pipeline.student_endings import check_endings
 from limbeck.pipeline.text_only import check_text_only
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe.sections import StudentSection, TeacherSection
-from limbeck.rollouts.replay import require_room
-from limbeck.rollouts.sources import require_whole_epochs
 from limbeck.student.adapters import LoraSpec, check_adapters
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, fresh_model
@@ -81,9 +78,7 @@ def check_student(context: RunContext) -> None:
     """
     check_objectives(context)
     responses = context.recipe.responses
-    if responses.author == "replay":
-        # Prompts come on top, once they are known.
-        require_room(responses.on_policy.buffer, responses.max_new_tokens)
+    responses.source.check_memory(max_new_tokens=responses.max_new_tokens)
     require_trackers(context.recipe.train.report_to)
     check_corpus(context)
     section = context.recipe.student
@@ -95,16 +90,14 @@ def check_student(context: RunContext) -> None:
 
 
 def check_rounds(context: RunContext, prompts: int) -> None:
-    """Rounds of pairs end with an epoch, whose steps are known as soon as the training prompts are.
+    """What the response source asks of the number of training prompts, such as rounds that end with an epoch.
 
     Raises:
-        LimbeckError: this one does not.
+        LimbeckError: it asks for another.
     """
     recipe, ranks = context.recipe, int(os.environ.get("WORLD_SIZE", "1"))
-    refresh = recipe.responses.on_policy.refresh
-    if recipe.responses.author == "pairs" and isinstance(refresh, int):
-        rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * ranks
-        require_whole_epochs(refresh, math.ceil(prompts / (rows // 2)))
+    rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * ranks
+    recipe.responses.source.check_steps(prompts=prompts, step_rows=rows)
 
 
 def check_template(context: RunContext, section: TeacherSection | StudentSection) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from limbeck.recipe.sections import ResponsesSection
 from limbeck.types import Sampling
 
@@ -18,10 +16,3 @@ def sampling_of(section: ResponsesSection) -> Sampling:
         stop=section.stop,
         seed=section.seed,
     )
-
-
-def own_sampling(section: ResponsesSection) -> Sampling:
-    """Settings of the student's responses."""
-    own = section.on_policy
-    settings = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
-    return replace(sampling_of(section), **{key: value for key, value in settings.items() if value is not None})

@@ -54,7 +54,7 @@ def _keys_to_change(context: RunContext) -> list[str]:
 
     recipe, keys = context.recipe, []
     if recipe.on_policy:
-        keys.append("responses.author=teacher")
+        keys.append("responses.source=teacher")
     if recipe.contrast.rule is not None:
         keys.append("contrast.rule=null")
     if loss_plan_of(recipe).needs_teacher:

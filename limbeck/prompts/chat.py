@@ -22,7 +22,7 @@ Options = Mapping[str, Any]
 _PROBE_ANSWER = "A probe of the template."
 _NO_THINKING = (
     "where the template has a switch for thinking, turn it off (prompts.chat_options={enable_thinking: false}), "
-    "or let the teacher answer (responses.author=teacher)"
+    "or let the teacher answer (responses.source=teacher)"
 )
 
 

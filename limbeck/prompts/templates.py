@@ -126,7 +126,7 @@ def encode_responses(
     for prompt in prompts:
         if prompt.completion is None and prompt.answer is None:
             raise LimbeckError(
-                f"prompt {prompt_label(prompt)} has no completion; let the teacher answer (responses.author=teacher), "
+                f"prompt {prompt_label(prompt)} has no completion; let the teacher answer (responses.source=teacher), "
                 "or give data with answers"
             )
     refuse_control_tokens(prompts, tokenizer, control_tokens, answers=True)

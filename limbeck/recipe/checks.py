@@ -6,7 +6,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from limbeck.recipe.response_source import source_name
 from limbeck.recipe.sections import AXES, Recipe
+from limbeck.rollouts.options import OnPolicyOptions, SourceOptions
+from limbeck.rollouts.registry import SOURCES
 from limbeck.types import LimbeckError
 
 
@@ -18,7 +21,7 @@ def check(recipe: Recipe) -> None:
     if reserved:
         raise LimbeckError(f"objective.options holds {reserved[0]!r}; write it as objective.{reserved[0]}")
     _check_axes(recipe)
-    _check_author(recipe)
+    _check_source(recipe)
     _check_contrast(recipe)
     _check_policy(recipe)
     _check_server(recipe)
@@ -52,11 +55,11 @@ def _check_evaluation_while_training(recipe: Recipe) -> None:
             f"train.early_stopping_threshold is {train.early_stopping_threshold}, which only "
             "train.early_stopping_patience reads; set that, or remove it"
         )
-    written = recipe.sft_on_responses or recipe.responses.author not in ("student", "speculative")
+    written = recipe.sft_on_responses or recipe.responses.source.trains_on_initial
     if recipe.train.eval_steps is not None and not written:
         raise LimbeckError(
             "train.eval_steps measures on training prompts that were answered before training, but with "
-            f"responses.author={recipe.responses.author} and no sft on them none are; remove it, or add a section sft"
+            f"responses.source={source_name(recipe.responses.source)} and no sft on them none are; remove it, or add a section sft"
         )
 
 
@@ -67,7 +70,7 @@ def _check_server(recipe: Recipe) -> None:
     if recipe.base_author != "teacher":
         raise LimbeckError(
             "responses.server is where the teacher answers, but the responses are those of the data; "
-            "remove it, or let the teacher answer (responses.author=teacher)"
+            "remove it, or let the teacher answer (responses.source=teacher)"
         )
 
 
@@ -88,7 +91,7 @@ def _check_draft(recipe: Recipe) -> None:
     if recipe.base_author != "teacher":
         raise LimbeckError(
             "responses.draft drafts what the teacher answers, but the responses are those of the data; "
-            "remove it, or let the teacher answer (responses.author=teacher)"
+            "remove it, or let the teacher answer (responses.source=teacher)"
         )
     if recipe.responses.server is not None:
         raise LimbeckError(
@@ -105,8 +108,8 @@ def _check_axes(recipe: Recipe) -> None:
             raise LimbeckError(f"objective.{moving} moves both sides at once; remove objective.{apart}")
     if recipe.on_policy and signal.support != "full":
         raise LimbeckError(
-            f"signal.support={signal.support} is kept on disk before training, but responses.author="
-            f"{recipe.responses.author} writes during it; set signal.support=full"
+            f"signal.support={signal.support} is kept on disk before training, but responses.source="
+            f"{source_name(recipe.responses.source)} writes during it; set signal.support=full"
         )
     if signal.support == "full":
         if signal.temperatures:
@@ -124,59 +127,17 @@ def _check_axes(recipe: Recipe) -> None:
         )
 
 
-# Keys of responses.on_policy by the authors that read them; the others say nothing without the student writing.
-_READ_BY = {
-    "share": ("mixed", "replay"),
-    "share_end": ("mixed",),
-    "resample_teacher": ("pairs",),
-    "teacher_top_k": ("speculative",),
-    "teacher_redraw": ("speculative",),
-    "teacher_share": ("student",),
-    "buffer": ("replay",),
-    "decay": ("replay",),
-    "tolerance": ("replay",),
-    "bump": ("replay",),
-    "compare_with": ("replay",),
-    "validate_steps": ("replay",),
-}
-
-
-def _check_author(recipe: Recipe) -> None:
-    """Who writes, and how: keys that nobody would read are mistakes."""
-    section, author = recipe.responses.on_policy, recipe.responses.author
-    for key, default in vars(type(section)()).items():
-        if key.startswith("_") or getattr(section, key) == default:
-            continue
-        readers = _READ_BY.get(key, ("student", "mixed", "replay", "speculative", "pairs"))
-        if author not in readers:
-            raise LimbeckError(
-                f"responses.on_policy.{key} is read where responses.author is {' or '.join(readers)}, not {author}; "
-                "remove it or change the author"
-            )
-    if author == "replay" and section.refresh not in (None, "step"):
-        raise LimbeckError(
-            "responses.author=replay keeps responses in its buffer; set responses.on_policy.refresh=step"
-        )
-    if author == "pairs" and section.refresh == "step":
-        raise LimbeckError(
-            "responses.on_policy.refresh is step, but pairs are written for whole epochs; "
-            "set responses.on_policy.refresh=epoch"
-        )
-    first, most = section.first_max_new_tokens, recipe.responses.max_new_tokens
-    if first is not None and first > most:
-        raise LimbeckError(
-            f"responses.on_policy.first_max_new_tokens is {first}, expected at most responses.max_new_tokens ({most})"
-        )
-    if author == "pairs" and recipe.train.per_device_train_batch_size % 2:
-        raise LimbeckError(
-            f"train.per_device_train_batch_size is {recipe.train.per_device_train_batch_size}; pairs are two responses "
-            "that must meet in a batch, so expected an even number"
-        )
+def _check_source(recipe: Recipe) -> None:
+    """What a response source cannot be together with."""
+    recipe.responses.source.check(
+        max_new_tokens=recipe.responses.max_new_tokens,
+        per_device_train_batch_size=recipe.train.per_device_train_batch_size,
+    )
 
 
 def _check_policy(recipe: Recipe) -> None:
     """A policy gradient is one of the student as it samples."""
-    objective, contrast, own = recipe.objective, recipe.contrast, recipe.responses.on_policy
+    objective, contrast, source = recipe.objective, recipe.contrast, recipe.responses.source
     rule = (contrast.rule or {}).get("name")
     if recipe.sft is not None and _names(recipe.sft.objective, "opd"):
         raise LimbeckError(
@@ -191,45 +152,47 @@ def _check_policy(recipe: Recipe) -> None:
         what = f"contrast.rule={rule}"
     else:
         return
-    fine = ("student",)
-    if what.startswith("contrast.student"):
-        # With an objective of their own the student's may stand beside others, else these would be pushed too.
-        fine = ("student", "mixed", "pairs")
-    elif what == "contrast.rule=importance":
-        fine = ("student", "mixed", "replay", "pairs")
-    if recipe.responses.author not in fine:
+    if not isinstance(source, OnPolicyOptions) or not _may_push(source, what):
         raise LimbeckError(
-            f"{what} is a gradient over responses that the student of now wrote, but responses.author="
-            f"{recipe.responses.author}; set responses.author=student"
+            f"{what} is a gradient over responses that the student of now wrote, but responses.source="
+            f"{source_name(source)}; set responses.source=student"
         )
-    if own.teacher_share and rule not in ("minillm", "importance"):
+    if source.bias is not None and rule not in ("minillm", "importance"):
         raise LimbeckError(
-            f"{what} is biased where the teacher draws too, but responses.on_policy.teacher_share is "
-            f"{own.teacher_share}; remove it, or weigh the tokens with contrast.rule={{name: importance}}"
+            f"{what} is biased where the teacher draws too, but {source.bias}; "
+            "remove it, or weigh the tokens with contrast.rule={name: importance}"
         )
     for key, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
-        value = getattr(recipe.responses, key) if getattr(own, key) is None else getattr(own, key)
+        value = getattr(recipe.responses, key) if getattr(source, key) is None else getattr(source, key)
         if value != plain:
             raise LimbeckError(
                 f"{what} is biased unless the student samples from its whole distribution, but {key} is {value}; "
-                f"set responses.on_policy.{key}={plain}"
+                f"set responses.source.{key}={plain}"
             )
-    _check_fresh(recipe, what, weighed=rule in ("minillm", "importance"))
+    if not source.fresh and rule not in ("minillm", "importance"):
+        raise _stale(source, what)
     if rule == "minillm":
         _check_untempered(recipe)
 
 
-def _check_fresh(recipe: Recipe, what: str, *, weighed: bool) -> None:
+def _may_push(source: SourceOptions | type[SourceOptions], what: str) -> bool:
+    """Whether a policy gradient may be one of the responses of this source."""
+    if what.startswith("contrast.student"):
+        # With an objective of their own the student's may stand beside others, else these would be pushed too.
+        return source.pure and not source.replays
+    return source.pure and (what == "contrast.rule=importance" or not source.trains_on_initial)
+
+
+def _stale(source: OnPolicyOptions, what: str) -> LimbeckError:
     """Responses of an earlier student are another's: their tokens need weights."""
-    refresh, author = recipe.responses.on_policy.refresh, recipe.responses.author
-    fresh = author != "pairs" and refresh in (None, "step", 1)
-    if fresh or weighed:
-        return
-    lived = f"responses.on_policy.refresh={refresh}" if refresh else "responses.author=pairs"
-    remedy = "set responses.on_policy.refresh=step" if author != "pairs" else "set responses.author=student or mixed"
-    raise LimbeckError(
-        f"{what} is a gradient over responses that the student of now wrote, but with {lived} they are used for many "
-        f"steps; {remedy}, or weigh the tokens with contrast.rule={{name: importance}}"
+    lived = f".refresh={source.refresh}" if source.refresh else f"={source_name(source)}"
+    fresh = [name for name, member in SOURCES.items() if _may_push(member, what) and not member.whole_epochs]
+    remedy = (
+        f"set responses.source={' or '.join(fresh)}" if source.whole_epochs else "set responses.source.refresh=step"
+    )
+    return LimbeckError(
+        f"{what} is a gradient over responses that the student of now wrote, but with responses.source{lived} they are "
+        f"used for many steps; {remedy}, or weigh the tokens with contrast.rule={{name: importance}}"
     )
 
 
@@ -260,6 +223,13 @@ def _names(value: object, objective: str) -> bool:
     return value == objective
 
 
+def _writing_students() -> str:
+    """Names of the sources in which the student writes, those of pairs first."""
+    names = [name for name, member in SOURCES.items() if member.on_policy]
+    first, *others = sorted(names, key=lambda name: not SOURCES[name].paired)
+    return f"{first} (or {', '.join(others)})"
+
+
 def _check_contrast(recipe: Recipe) -> None:
     """What tells the student's responses from others needs a student that writes."""
     contrast = recipe.contrast
@@ -267,8 +237,8 @@ def _check_contrast(recipe: Recipe) -> None:
         for key, there in (("student", contrast.student is not None), ("beta", contrast.beta != "none")):
             if there:
                 raise LimbeckError(
-                    f"contrast.{key} is for responses of the student, but responses.author={recipe.responses.author}; "
-                    "set responses.author=pairs (or student, mixed, replay, speculative), or remove it"
+                    f"contrast.{key} is for responses of the student, but responses.source="
+                    f"{source_name(recipe.responses.source)}; set responses.source={_writing_students()}, or remove it"
                 )
     if contrast.beta == "none" and (contrast.scale != 2.0 or contrast.beta_start != 0.5 or contrast.beta_end != 0.75):
         raise LimbeckError("contrast.beta=none reads no scale, beta_start or beta_end; set contrast.beta=constant")
@@ -281,9 +251,10 @@ def _check_contrast(recipe: Recipe) -> None:
                 f"contrast.rule={name} asks how likely the teacher finds each token, which signal.support="
                 f"{recipe.signal.support} does not hold; set signal.support=full"
             )
-        if name == "dpkd" and recipe.responses.author != "pairs":
+        if name == "dpkd" and not recipe.responses.source.paired:
             raise LimbeckError(
-                f"contrast.rule=dpkd compares pairs, but responses.author={recipe.responses.author}; set pairs"
+                "contrast.rule=dpkd compares pairs, but responses.source="
+                f"{source_name(recipe.responses.source)}; set responses.source=pairs"
             )
         if name == "dpkd" and recipe.train.reduction != "sequence":
             raise LimbeckError(

@@ -17,7 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from limbeck.recipe import checks, messages, yaml_text
 from limbeck.recipe.files import read_yaml, shipped_recipes
+from limbeck.recipe.response_source import source_keys, source_schema, source_tree
+from limbeck.recipe.retired import refuse_retired
 from limbeck.recipe.sections import AXES, NESTED, ObjectiveSection, Recipe, TrainSection
+from limbeck.rollouts.options import SOURCE_KEY
 from limbeck.types import LimbeckError
 
 __all__ = ["ObjectiveSection", "Recipe", "TrainSection", "shipped_recipes"]
@@ -67,6 +70,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         child = node.get(part)
         if child is None:
             child = {}
+        if isinstance(child, str) and ".".join(parents[: depth + 1]) == SOURCE_KEY:
+            child = {"name": child}
         if not isinstance(child, Mapping):
             raise LimbeckError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         # A copy, so that a mapping handed in by a caller is never changed.
@@ -77,6 +82,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _validate(tree: dict[str, Any]) -> Recipe:
     tree = yaml_text.plain_tree(tree)
+    refuse_retired(tree)
     objective = tree.get("objective")
     if isinstance(objective, dict) and "options" not in objective:
         options = {k: v for k, v in objective.items() if k not in AXES}
@@ -85,7 +91,7 @@ def _validate(tree: dict[str, Any]) -> Recipe:
         # Through JSON, where strict mode still reads a mapping as a section and a list as a tuple.
         recipe = _ADAPTER.validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise LimbeckError(messages.explain_mistake(error, known_keys())) from None
+        raise LimbeckError(messages.explain_mistake(error, (*known_keys(), *source_keys()))) from None
     checks.check(recipe)
     return recipe
 
@@ -143,7 +149,7 @@ def rule_of(recipe: Recipe) -> Any:
 
 
 def known_keys() -> tuple[str, ...]:
-    """Every dotted key of a recipe, without the objectives' own options."""
+    """Every dotted key of a recipe, without the options of objectives and response sources."""
 
     def walk(section: Any, prefix: str) -> Iterable[str]:
         for f in fields(section):
@@ -156,10 +162,11 @@ def known_keys() -> tuple[str, ...]:
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain nested mappings, every default spelled out; the objective's options stand beside its name."""
+    """The recipe as plain nested mappings, every default spelled out; options stand beside the name."""
     assert is_dataclass(recipe)
     tree: dict[str, Any] = yaml_text.plain_tree(asdict(recipe))
     tree["objective"] |= tree["objective"].pop("options")
+    tree["responses"]["source"] = yaml_text.plain_tree(source_tree(recipe.responses.source))
     return tree
 
 
@@ -169,7 +176,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe for editors, with the options of every registered objective."""
+    """JSON schema of a recipe for editors, with the options of every registered objective and response source."""
     from limbeck.objectives import OBJECTIVES
 
     schema = _ADAPTER.json_schema()
@@ -179,6 +186,7 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["evaluate"] = {
         "anyOf": [schema["properties"]["evaluate"], {k: v for k, v in groups.items() if k in ("type", "items")}]
     }
+    schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = source_schema()
     section = schema["$defs"]["ObjectiveSection"]
     del section["properties"]["options"]
     section["properties"]["name"]["enum"] = sorted(OBJECTIVES)

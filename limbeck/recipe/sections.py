@@ -32,6 +32,9 @@ from limbeck.recipe.evaluation import (
     SpeculationSection,
     TasksSection,
 )
+from limbeck.recipe.response_source import Source
+from limbeck.rollouts.options import InitialAuthor
+from limbeck.rollouts.registry import TeacherResponses
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -112,49 +115,6 @@ class PromptsSection:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class OnPolicySection:
-    """How the student writes during training; read where responses.author is student, mixed, replay, speculative or
-    pairs."""
-
-    refresh: Literal["step", "epoch"] | Count | None = None
-    """How long its responses are used before they are written anew: a step, an epoch, or so many steps; null is a step,
-    for pairs an epoch."""
-    share: Annotated[float, Field(ge=0, le=1)] | None = None
-    """mixed: the share of steps on the student's own responses (lambda of GKD), 0.5 if null. replay: where DistiLLM's
-    adaptive share begins, 0.2 if null."""
-    share_end: Annotated[float, Field(ge=0, le=1)] | None = None
-    """mixed: where the share arrives at the end, in a line; null leaves it where it is."""
-    temperature: NonNegative | None = None
-    """Of the student's sampling; null takes responses.temperature. So do top_p and top_k."""
-    top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    first_max_new_tokens: Count | None = None
-    """Length limit at the first step, from where it grows in a line to responses.max_new_tokens; null begins there."""
-    resample_teacher: bool = True
-    """pairs: the teacher answers anew in every round too; false keeps its first answers."""
-    teacher_top_k: Count = 25
-    """speculative: a token of the student's outside the teacher's so many likeliest ones is replaced by one of them."""
-    teacher_redraw: Literal["top_k", "nucleus"] = "top_k"
-    """speculative: what replaces it: a draw from those, or from all that the temperature, top_p and top_k of the
-    student's sampling leave of the teacher (the authors' code)."""
-    teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """student: every token is drawn from so much of the teacher's distribution and the rest of the student's (MiniLLM:
-    0.2)."""
-    buffer: Count = 1000
-    """replay: responses the buffer holds. It is drawn from once it is full."""
-    decay: Literal["decreasing", "constant", "increasing"] = "decreasing"
-    """replay: how often fresh responses are written over training."""
-    tolerance: NonNegative = 0.1
-    """replay: the share grows when the held-out loss is by so much above what it is compared with."""
-    bump: Probability = 0.1
-    """replay: by so much."""
-    compare_with: Literal["last_growth", "lowest"] = "last_growth"
-    """replay: what the held-out loss is compared with: its value when the share grew last, or the lowest since then."""
-    validate_steps: Count | None = None
-    """replay: steps from one measurement of the held-out loss to the next; null is an epoch."""
-
-
-@dataclass(config=STRICT, kw_only=True)
 class ServerSection:
     base_url: Annotated[str, NEUTRAL]
     """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
@@ -184,14 +144,11 @@ class DraftSection:
 
 @dataclass(config=STRICT, kw_only=True)
 class ResponsesSection:
-    author: Literal["teacher", "data", "student", "mixed", "replay", "speculative", "pairs"] = "teacher"
-    """Who writes what the student learns from. Before training: the teacher, or the data. During it: the student; mixed
-    steps of both (GKD); replay of the student's (DistiLLM); speculative, the student corrected by the teacher (SKD);
-    pairs of one by each (DistiLLM-2)."""
-    base: Literal["teacher", "data"] = "teacher"
-    """Who wrote the responses that are there before training where the author is none of the two: held-out ones always,
+    source: Source = field(default_factory=TeacherResponses)
+    """Who writes what the student learns from: a name of `limbeck sources`, or a mapping with name and options."""
+    initial_author: InitialAuthor = "teacher"
+    """Who wrote the responses that are there before training where the source is none of the two: held-out ones always,
     and those that mixed, replay, pairs and sft train on."""
-    on_policy: OnPolicySection = field(default_factory=OnPolicySection)
     max_new_tokens: Count = 256
     temperature: NonNegative = 1.0
     """Of sampling alone; 0 is greedy. Never enters the loss."""
@@ -268,7 +225,7 @@ class SftSection:
     """A first stage on responses that are there before training, or on the data's; then the training proper begins."""
 
     source: Literal["responses", "data"] = "responses"
-    """What it is taught from: the responses that are there before training (responses.base), or the data's own answers,
+    """What it is taught from: the responses that are there before training (responses.initial_author), or the data's own answers,
     which the training itself does not see where the teacher answers."""
     num_train_epochs: Positive = 1.0
     learning_rate: Positive | Literal["auto"] | None = None
@@ -371,13 +328,12 @@ class Recipe:
     @property
     def on_policy(self) -> bool:
         """Whether the student writes during training."""
-        return self.responses.author not in ("teacher", "data")
+        return self.responses.source.on_policy
 
     @property
-    def base_author(self) -> Literal["teacher", "data"]:
+    def base_author(self) -> InitialAuthor:
         """Who wrote the responses that are there before training."""
-        author = self.responses.author
-        return author if author in ("teacher", "data") else self.responses.base
+        return self.responses.source.initial_author or self.responses.initial_author
 
     @property
     def sft_on_data(self) -> bool:
@@ -401,7 +357,6 @@ NESTED: dict[tuple[Any, str], Any] = {
     (StudentSection, "lora"): LoraSection,
     (Recipe, "prompts"): PromptsSection,
     (Recipe, "responses"): ResponsesSection,
-    (ResponsesSection, "on_policy"): OnPolicySection,
     (ResponsesSection, "server"): ServerSection,
     (ResponsesSection, "draft"): DraftSection,
     (Recipe, "signal"): SignalSection,

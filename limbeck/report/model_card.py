@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from limbeck.recipe.response_source import credit_of, sampled_before
 from limbeck.report.before_after import evidence
 from limbeck.report.format import (
     code,
@@ -198,16 +199,14 @@ def _method(run: Run) -> list[str]:
             + (f", {share(ratio)} of the teacher's" if ratio else "")
             + (f", {megabytes(size)} on disk." if size else ".")
         )
-    source, author = value_at(run.recipe, "prompts.source"), value_at(run.recipe, "responses.author")
+    source, author = value_at(run.recipe, "prompts.source"), value_at(run.recipe, "responses.source.name")
     if source and author:
         drawn = [
             f"{label} {setting(number(run.recipe, f'responses.{key}'))}"
             for key, label in (("temperature", "sampling temperature"), ("top_p", "top-p"))
             if number(run.recipe, f"responses.{key}") is not None
         ]
-        written = (
-            f"sampled from the teacher ({', '.join(drawn)})" if author == "teacher" else f"by the {markdown(author)}"
-        )
+        written = markdown(credit_of(author)) + (f" ({', '.join(drawn)})" if sampled_before(author) else "")
         said.append(f"Prompts: {markdown(_source(run))}. Responses: {written}.")
     objective = value_at(run.recipe, "objective.name")
     if objective:

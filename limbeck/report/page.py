@@ -91,7 +91,7 @@ def _story(run: Run) -> list[tuple[str, str]]:
         ("teacher", ("teacher.model",)),
         ("student", ("student.model", "student.init")),
         ("prompts", ("prompts.source", "prompts.path")),
-        ("responses by", ("responses.author",)),
+        ("responses by", ("responses.source.name",)),
         ("objective", ("objective.name",)),
         ("temperature", ("objective.temperature",)),
         ("epochs", ("train.num_train_epochs",)),

@@ -68,7 +68,7 @@ def never_acted(line: Mapping[str, Any]) -> list[str]:
     if so_far.get("replaced") == 0 and so_far["replaceable"]:
         found.append(
             f"the teacher replaced 0 of the student's {so_far['replaceable']:,.0f} tokens; "
-            "lower responses.on_policy.teacher_top_k, or raise responses.on_policy.teacher_share"
+            "lower responses.source.teacher_top_k, or raise responses.source.teacher_share"
         )
     if so_far.get("alpha_low", 0.0) == so_far.get("alpha_high", 1.0):
         found.append(
@@ -78,7 +78,7 @@ def never_acted(line: Mapping[str, Any]) -> list[str]:
     if so_far.get("rounds") == 1 and line["step"] > 1:
         found.append(
             f"the student's responses were written once, before step 1 of {line['step']:,}, and never again; "
-            "lower responses.on_policy.refresh, or raise train.num_train_epochs"
+            "lower responses.source.refresh, or raise train.num_train_epochs"
         )
     return found
 
@@ -87,7 +87,7 @@ def _unwritten(so_far: Mapping[str, float], line: Mapping[str, Any]) -> list[str
     if so_far["student"]:
         return []
     share = f": its share of the steps is {line['share']:g}" if "share" in line else ""
-    return [f"the student wrote 0 of {so_far['responses']:,.0f} responses{share}; raise responses.on_policy.share"]
+    return [f"the student wrote 0 of {so_far['responses']:,.0f} responses{share}; raise responses.source.share"]
 
 
 def _unreplayed(so_far: Mapping[str, float], line: Mapping[str, Any]) -> list[str]:
@@ -96,7 +96,7 @@ def _unreplayed(so_far: Mapping[str, float], line: Mapping[str, Any]) -> list[st
     held = line["buffer"]
     return [
         f"the buffer replayed 0 responses: it is drawn from once it is full and held {held:,.0f} at the end; "
-        "lower responses.on_policy.buffer, or raise responses.on_policy.share"
+        "lower responses.source.capacity, or raise responses.source.share"
     ]
 
 
@@ -105,13 +105,13 @@ def _ungrown(so_far: Mapping[str, float], line: Mapping[str, Any]) -> list[str]:
         return []
     validations, rises = so_far["validations"], so_far["rises"]
     if not validations:
-        why = "the held-out loss was not measured again after the first step; lower responses.on_policy.validate_steps"
+        why = "the held-out loss was not measured again after the first step; lower responses.source.validate_steps"
     elif not rises:
         why = f"the held-out loss fell in each of {validations:,.0f} validations"
     else:
         why = (
             f"the held-out loss rose in {rises:,.0f} of {validations:,.0f} validations, but never as far as "
-            "responses.on_policy.tolerance asks"
+            "responses.source.tolerance asks"
         )
     return [f"the share never grew from {line['share']:g}: {why}"]
 

@@ -151,5 +151,5 @@ def require_room(capacity: int, longest: int) -> None:
     if wanted > there:
         raise LimbeckError(
             f"a buffer of {capacity} responses of up to {longest} tokens takes {wanted >> 30} GiB and this machine has "
-            f"{there >> 30}; lower responses.on_policy.buffer"
+            f"{there >> 30}; lower responses.source.capacity"
         )

@@ -384,8 +384,8 @@ def require_whole_epochs(refresh: int, steps_per_epoch: int) -> None:
     """
     if refresh % steps_per_epoch:
         raise LimbeckError(
-            f"responses.on_policy.refresh is {refresh} steps and an epoch of pairs has {steps_per_epoch}: "
-            "expected whole epochs, set responses.on_policy.refresh=epoch"
+            f"responses.source.refresh is {refresh} steps and an epoch of pairs has {steps_per_epoch}: "
+            "expected whole epochs, set responses.source.refresh=epoch"
         )
 
 

@@ -58,7 +58,7 @@ def test_a_rank_that_dies_while_it_writes_ends_the_launch_and_the_next_one_conti
     run = tmp_path / "run"
     recipe = TinyPair.write(tmp_path).recipe(
         run,
-        responses={"author": "pairs"},
+        responses={"source": "pairs"},
         sft={"num_train_epochs": 0.5},
         train={"max_steps": 6, "per_device_train_batch_size": 4},
         evaluate={"groups": ["fidelity"]},

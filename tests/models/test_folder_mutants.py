@@ -58,7 +58,7 @@ def examined(pair: TinyPair, mutant: Path) -> None:
 
 
 def checked(pair: TinyPair, mutant: Path, *, as_teacher: bool) -> None:
-    tree = pair.tree(mutant.parent / "run", responses={"author": "student"})
+    tree = pair.tree(mutant.parent / "run", responses={"source": "student"})
     if as_teacher:
         tree["teacher"] = {"model": str(mutant)}
     else:

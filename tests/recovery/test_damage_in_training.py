@@ -16,7 +16,7 @@ from tests.tiny_pair import TinyPair
 
 JUNK = ("[]\n", "null\n", "\ud7ff\x00junk\n", '{"step": "x"}\n', "[" * 9999 + "\n")
 STOPPED: dict[str, dict[str, object]] = {
-    "responses": {"author": "student", "on_policy": {"refresh": "epoch"}},
+    "responses": {"source": {"name": "student", "refresh": "epoch"}},
     "sft": {"num_train_epochs": 1.0},
     "train": {"per_device_train_batch_size": 8, "save_total_limit": 3},
 }

@@ -17,7 +17,7 @@ from tests.tiny_pair import TinyPair
 # A first stage, then 12 steps: two epochs of five pairs of steps, and the beginning of a third. What the rule measures
 # in the first epoch is used in the others.
 PAIRS: dict[str, dict[str, Any]] = {
-    "responses": {"author": "pairs"},
+    "responses": {"source": "pairs"},
     "objective": {"name": "skl"},
     "contrast": {"student": {"name": "srkl"}, "beta": "code", "rule": {"name": "adaptive_alpha"}},
     "sft": {"num_train_epochs": 1.0},
@@ -126,11 +126,11 @@ def test_interrupted_in_a_round(
 
 AUTHORS: dict[str, dict[str, Any]] = {
     # Anew in every step, with answers that may grow.
-    "student": {"author": "student", "on_policy": {"first_max_new_tokens": 3}},
+    "student": {"source": {"name": "student", "first_max_new_tokens": 3}},
     # Rounds that end inside epochs, and steps of the teacher's among them.
-    "mixed": {"author": "mixed", "on_policy": {"share": 0.4, "share_end": 1.0, "refresh": 4}},
+    "mixed": {"source": {"name": "mixed", "share": 0.4, "share_end": 1.0, "refresh": 4}},
     # The share grows at every epoch; the buffer is full after two steps of the student's.
-    "replay": {"author": "replay", "on_policy": {"share": 0.5, "buffer": 8, "tolerance": 0.0, "bump": 0.25}},
+    "replay": {"source": {"name": "replay", "share": 0.5, "capacity": 8, "tolerance": 0.0, "bump": 0.25}},
 }
 
 

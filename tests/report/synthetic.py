@@ -21,7 +21,7 @@ prompts:
   source: builtin
   eval_fraction: 0.1
 responses:
-  author: teacher
+  source: {name: teacher}
   max_new_tokens: 96
   temperature: 0.8
   top_p: 0.95

@@ -120,7 +120,7 @@ def test_arms_come_out_of_the_recipes(pair):
     assert comparison.varied == ("objective.name",)
 
 
-MANY = ("responses.author", "train.reduction", "evaluate.more", "prompts.more", "student.more")
+MANY = ("responses.source.name", "train.reduction", "evaluate.more", "prompts.more", "student.more")
 
 
 def test_arms_apart_in_many_keys_are_named_as_their_recipes(tmp_path):
@@ -144,12 +144,12 @@ def test_arms_apart_in_many_keys_are_named_as_their_recipes(tmp_path):
     # A name a run, and so none for the arm.
     comparison = gather(runs(names=False), None, tmp_path)
     assert [len(arm.members) for arm in comparison.arms] == [2, 2]
-    assert all("author=" in arm.name for arm in comparison.arms)
+    assert all("source=" in arm.name for arm in comparison.arms)
 
 
 def test_one_name_for_two_recipes_tells_nothing_apart(tmp_path):
     runs = [write_arm_run(tmp_path / f"r{n}", seed=0, name="kd", recipe=dict.fromkeys(MANY, f"v{n}")) for n in range(2)]
-    assert ["author=v0" in arm.name for arm in gather(runs, None, tmp_path).arms] == [True, False]
+    assert ["source=v0" in arm.name for arm in gather(runs, None, tmp_path).arms] == [True, False]
 
 
 def test_the_mean_of_an_arm_is_that_of_its_runs(pair):

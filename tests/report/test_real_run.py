@@ -19,7 +19,7 @@ from tests.tiny_pair import TinyPair
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
-    sections = {"responses": {"author": "mixed", "on_policy": {"share": 0.5}}, "train": {"eval_steps": 4}}
+    sections = {"responses": {"source": {"name": "mixed", "share": 0.5}}, "train": {"eval_steps": 4}}
     return limbeck.run(TinyPair.write(folder).tree(folder / "run", **sections)).directory
 
 

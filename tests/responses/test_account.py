@@ -63,14 +63,14 @@ def test_nothing_is_said_where_nobody_counted(metrics: dict[str, Any]):
     [
         (
             line(responses=584, student=0) | {"share": 0.001},
-            ["the student wrote 0 of 584 responses: its share of the steps is 0.001; raise responses.on_policy.share"],
+            ["the student wrote 0 of 584 responses: its share of the steps is 0.001; raise responses.source.share"],
         ),
         (
             replay(student=0, replayed=0, rises=0, growths=0) | {"share": 0.0, "buffer": 0.0},
             [
-                "the student wrote 0 of 584 responses: its share of the steps is 0; raise responses.on_policy.share",
+                "the student wrote 0 of 584 responses: its share of the steps is 0; raise responses.source.share",
                 "the buffer replayed 0 responses: it is drawn from once it is full and held 0 at the end; "
-                "lower responses.on_policy.buffer, or raise responses.on_policy.share",
+                "lower responses.source.capacity, or raise responses.source.share",
                 "the share never grew from 0: the held-out loss fell in each of 6 validations",
             ],
         ),
@@ -78,22 +78,22 @@ def test_nothing_is_said_where_nobody_counted(metrics: dict[str, Any]):
             replay(growths=0),
             [
                 "the share never grew from 0.2: the held-out loss rose in 2 of 6 validations, but never as far as "
-                "responses.on_policy.tolerance asks"
+                "responses.source.tolerance asks"
             ],
         ),
         (
             replay(growths=0, rises=0, validations=0),
             [
                 "the share never grew from 0.2: the held-out loss was not measured again after the first step; "
-                "lower responses.on_policy.validate_steps"
+                "lower responses.source.validate_steps"
             ],
         ),
         (replay(growths=0) | {"share": 1.0}, []),
         (
             line(responses=584, student=584, replaced=0, replaceable=30_000),
             [
-                "the teacher replaced 0 of the student's 30,000 tokens; lower responses.on_policy.teacher_top_k, or "
-                "raise responses.on_policy.teacher_share"
+                "the teacher replaced 0 of the student's 30,000 tokens; lower responses.source.teacher_top_k, or "
+                "raise responses.source.teacher_share"
             ],
         ),
         (
@@ -102,7 +102,7 @@ def test_nothing_is_said_where_nobody_counted(metrics: dict[str, Any]):
                 "the adaptive alpha was 0.1 in every step; train for more epochs than its warmup_epochs, or lower its "
                 "`low`",
                 "the student's responses were written once, before step 1 of 146, and never again; "
-                "lower responses.on_policy.refresh, or raise train.num_train_epochs",
+                "lower responses.source.refresh, or raise train.num_train_epochs",
             ],
         ),
     ],

@@ -155,7 +155,7 @@ def test_what_is_trained_on_is_what_was_sampled(tmp_path: Path, doors: Doors, na
         "teacher": {"model": str(tmp_path / "teacher")},
         "student": {"init": "depth_prune", "keep": [0, 2]},
         "prompts": {"source": str(write_prompts(tmp_path / "prompts.jsonl")), "eval_fraction": 0.25},
-        "responses": {"author": author, "max_new_tokens": 10, "batch_size": 5},
+        "responses": {"source": author, "max_new_tokens": 10, "batch_size": 5},
         "objective": {"name": "fkl"},
         "train": {"max_steps": 6, "per_device_train_batch_size": 4, "compile": "off"},
     }

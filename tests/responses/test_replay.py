@@ -174,5 +174,5 @@ def test_a_share_that_is_no_probability_is_refused():
 
 
 def test_a_buffer_larger_than_the_memory_is_refused(tmp_path):
-    with pytest.raises(LimbeckError, match=r"a buffer of 100000000000 responses of up to 20 tokens .*on_policy.buffer"):
+    with pytest.raises(LimbeckError, match=r"a buffer of 100000000000 responses of up to 20 tokens .*source.capacity"):
         replay_of(tmp_path, capacity=10**11)

@@ -51,7 +51,7 @@ def _response_inputs(context: RunContext) -> Json:
     section = fingerprinted(context.recipe.responses)
     del section["server"], section["draft"]
     # How the student writes later is no matter of this stage; whose responses are there before, and of whom, is.
-    del section["on_policy"], section["base"]
+    del section["source"], section["initial_author"]
     section["author"] = context.recipe.base_author
     if context.recipe.on_policy:
         section["answered"] = _answers_train(context.recipe)
@@ -115,7 +115,7 @@ def _play_responses(context: RunContext) -> Json:
         asked = _answered(context, asked)
     if author == "data":
         # Pairs are two answers to one prompt.
-        loss_on = "last" if context.recipe.responses.author == "pairs" else context.recipe.prompts.loss_on
+        loss_on = "last" if context.recipe.responses.source.paired else context.recipe.prompts.loss_on
         responses = _from_data(context, prompts, asked, tokenizer, template, loss_on=loss_on)
     elif teacher is not None:
         _say_what_is_answered(context, prompts)
@@ -177,7 +177,7 @@ def _say_what_is_answered(context: RunContext, prompts: Sequence[Prompt]) -> Non
 
 def _answers_train(recipe: Recipe) -> Literal["all", "some", "none"]:
     """How many of the training prompts are answered before training: the student may write what it trains on itself."""
-    if recipe.sft_on_responses or recipe.responses.author not in ("student", "speculative"):
+    if recipe.sft_on_responses or recipe.responses.source.trains_on_initial:
         return "all"
     return "some" if recipe.student.init == "depth_prune" and not recipe.student.keep else "none"
 

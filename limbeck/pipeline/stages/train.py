@@ -21,13 +21,14 @@ from limbeck.pipeline.checks import check_student, student_spec
 from limbeck.pipeline.engine import RunContext, Stage
 from limbeck.pipeline.fidelity_in_training import fidelity_on
 from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
-from limbeck.pipeline.response_sources import author_of
+from limbeck.pipeline.response_sources import response_source_of
 from limbeck.pipeline.sharing import initial_student, once, student_inputs
 from limbeck.pipeline.stages.respond import CALIBRATION_RESPONSES, load_responses, load_sft_answers, pad_token_id
 from limbeck.pipeline.stages.teach import local_teacher, open_teacher
 from limbeck.pipeline.student_endings import endings_record, say_endings, with_endings
 from limbeck.recipe import load
 from limbeck.recipe.keys import fingerprinted
+from limbeck.recipe.response_source import source_tree
 from limbeck.recipe.sections import SftSection
 from limbeck.rollouts.account import never_acted, summary
 from limbeck.rollouts.collate import collate
@@ -50,7 +51,7 @@ def _student_inputs(context: RunContext) -> Json:
     inputs = student_inputs(context) | corpus_inputs(context)
     inputs |= {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
     if recipe.on_policy:
-        inputs |= {"author": recipe.responses.author, "on_policy": asdict(recipe.responses.on_policy)}
+        inputs |= {"source": source_tree(recipe.responses.source)}
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
 
 
@@ -219,7 +220,7 @@ def _play_training(context: RunContext, student: Student, should_stop: Callable[
     measured = measured and not isinstance(teacher, NullTeacher)
     return train(
         student.model,
-        author_of(context, student, list(by_row.values()), teacher, should_stop, aside=ids_of_prompts(aside)),
+        response_source_of(context, student, list(by_row.values()), teacher, should_stop, aside=ids_of_prompts(aside)),
         teacher,
         loss_plan_of(recipe),
         temperature=temperature_of(recipe),

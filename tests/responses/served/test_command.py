@@ -161,7 +161,7 @@ def test_escape_codes_and_long_messages_reach_no_terminal(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("responses.author=data", "where the teacher answers, but the responses are those of the data"),
+        ("responses.source=data", "where the teacher answers, but the responses are those of the data"),
         ("responses.server.api_key_env=sk-12345", "is no name of an environment variable"),
         ("responses.server.base_url=localhost", "expected something like http://localhost:8000/v1"),
         ("responses.server.concurency=3", "did you mean 'responses.server.concurrency'?"),

@@ -1,0 +1,46 @@
+"""Keys that recipes had under other names: refused with the names of today."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from limbeck.types import LimbeckError
+
+# A key, or a section of keys, by what took its place; options that kept their names are not listed.
+RENAMED = {
+    "responses.author": "responses.source",
+    "responses.base": "responses.initial_author",
+    "responses.on_policy": "responses.source",
+    "responses.on_policy.buffer": "responses.source.capacity",
+}
+SHOWN = 4
+
+
+class RetiredKeyError(LimbeckError):
+    """A recipe that was written for an earlier limbeck."""
+
+
+def refuse_retired(tree: Mapping[str, Any]) -> None:
+    """Refuse a recipe with a key of another name.
+
+    Raises:
+        RetiredKeyError: names the keys of today.
+    """
+    found = list(_retired(tree, ""))
+    if found:
+        told = [f"{old} is now {new}" for old, new in found[:SHOWN]]
+        more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise RetiredKeyError(f"keys of a recipe have new names: {', '.join(told)}{more}; write those instead")
+
+
+def _retired(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        inside = isinstance(value, Mapping) and value
+        if inside and any(old.startswith(key) for old in RENAMED):
+            yield from _retired(value, f"{key}.")
+        elif key in RENAMED:
+            yield key, RENAMED[key]
+        elif (section := key.rpartition(".")[0]) in RENAMED:
+            yield key, f"{RENAMED[section]}.{name}"
