@@ -20,6 +20,7 @@ from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_v
 from limbeck.objectives.sequence.rules import RULES
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import ObjectiveSection, known_keys, load_recipe, objective_of, shipped_recipes
+from limbeck.rollouts.registry import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -143,7 +144,7 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page: str) -> None:
     for code in blocks(page, "python"):
-        exec(compile(code, page, "exec"), {})
+        exec(compile(code, page, "exec", dont_inherit=True), {"__name__": "__main__"})
     for section in blocks(page, "yaml"):
         recipe = load_recipe({"teacher": {"model": "t"}, "student": {"model": "s"}, **yaml.safe_load(section)})
         chosen = recipe.objective
@@ -173,7 +174,7 @@ def test_links_and_keys_exist(page: str) -> None:
 def test_objectives_named_in_tables_exist(page: str) -> None:
     """`name: x` in recipes' notation, wherever it stands in the text."""
     for name in re.findall(r"\{name: (\w+)", text_of(page)):
-        assert name in {**OBJECTIVES, **RULES}
+        assert name in {**OBJECTIVES, **RULES, **SOURCES}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("objectives.md", "methods.md")])

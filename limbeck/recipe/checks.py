@@ -59,7 +59,8 @@ def _check_evaluation_while_training(recipe: Recipe) -> None:
     if recipe.train.eval_steps is not None and not written:
         raise LimbeckError(
             "train.eval_steps measures on training prompts that were answered before training, but with "
-            f"responses.source={source_name(recipe.responses.source)} and no sft on them none are; remove it, or add a section sft"
+            f"responses.source={source_name(recipe.responses.source)} and no sft on them none "
+            "are; remove it, or add a section sft"
         )
 
 
@@ -187,12 +188,11 @@ def _stale(source: OnPolicyOptions, what: str) -> LimbeckError:
     """Responses of an earlier student are another's: their tokens need weights."""
     lived = f".refresh={source.refresh}" if source.refresh else f"={source_name(source)}"
     fresh = [name for name, member in SOURCES.items() if _may_push(member, what) and not member.whole_epochs]
-    remedy = (
-        f"set responses.source={' or '.join(fresh)}" if source.whole_epochs else "set responses.source.refresh=step"
-    )
+    remedy = f"={' or '.join(fresh)}" if source.whole_epochs else ".refresh=step"
     return LimbeckError(
         f"{what} is a gradient over responses that the student of now wrote, but with responses.source{lived} they are "
-        f"used for many steps; {remedy}, or weigh the tokens with contrast.rule={{name: importance}}"
+        f"used for many steps; set responses.source{remedy}, or weigh the tokens with "
+        "contrast.rule={name: importance}"
     )
 
 

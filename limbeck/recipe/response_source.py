@@ -29,7 +29,7 @@ def read_source(value: object) -> SourceOptions:
         return value
     if not isinstance(value, str | Mapping):
         raise _mistake(
-            f"{SOURCE_KEY} is {short_repr(value)}; expected a name such as student, or a mapping with name and options"
+            f"{SOURCE_KEY} is {short_repr(value)}; expected a name such as student, or a mapping of name and options"
         )
     options = {"name": value} if isinstance(value, str) else dict(value)
     name = options.pop("name", DEFAULT)
@@ -58,12 +58,13 @@ def _unknown_option(name: str, option: str) -> str:
     readers = [other for other in SOURCES if option in SOURCES.options(other)]
     if readers:
         return (
-            f"{SOURCE_KEY}.{option} is an option of {' or '.join(readers)}, not of {name}; "
+            f"{SOURCE_KEY}.{option} is an option of {' or '.join(readers)}, not {name}; "
             f"remove it, or set {SOURCE_KEY}.name={readers[0]}"
         )
     known = [f"{SOURCE_KEY}.{own}" for own in SOURCES.options(name)]
     has = f"the options {', '.join(SOURCES.options(name))}" if known else "no options"
-    return f"unknown key '{SOURCE_KEY}.{option}' (response source {name!r} has {has}){suggestion(f'{SOURCE_KEY}.{option}', known)}"
+    key = f"{SOURCE_KEY}.{option}"
+    return f"unknown key {key!r} (response source {name!r} has {has}){suggestion(key, known)}"
 
 
 def source_name(source: SourceOptions) -> str:

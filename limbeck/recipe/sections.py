@@ -225,8 +225,8 @@ class SftSection:
     """A first stage on responses that are there before training, or on the data's; then the training proper begins."""
 
     source: Literal["responses", "data"] = "responses"
-    """What it is taught from: the responses that are there before training (responses.initial_author), or the data's own answers,
-    which the training itself does not see where the teacher answers."""
+    """What it is taught from: the responses that are there before training (responses.initial_author), or the data's
+    own answers, which the training itself does not see where the teacher answers."""
     num_train_epochs: Positive = 1.0
     learning_rate: Positive | Literal["auto"] | None = None
     """Null takes train.learning_rate; auto is searched for this stage apart."""

@@ -196,6 +196,7 @@ class OnPolicyOptions(SourceOptions):
         first = self.first_max_new_tokens
         if first is not None and first > max_new_tokens:
             raise LimbeckError(
-                f"{SOURCE_KEY}.first_max_new_tokens is {first}, expected at most responses.max_new_tokens ({max_new_tokens})"
+                f"{SOURCE_KEY}.first_max_new_tokens is {first}, expected at most responses.max_new_tokens "
+                f"({max_new_tokens})"
             )
         super().check(max_new_tokens=max_new_tokens, per_device_train_batch_size=per_device_train_batch_size)

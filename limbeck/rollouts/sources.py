@@ -142,23 +142,33 @@ class StatelessSource:
 
 
 class OfflineSource(StatelessSource):
-    """Responses that are there before training."""
+    """Responses that are there before training.
 
-    def __init__(self, responses: Sequence[Response], source_context: SourceContext):
-        if not responses:
+    Args:
+        rows: places in `responses` of those that are trained on; None for all. By its place the teacher's signal of a
+            response is found, so give a selection here rather than as a shorter list.
+    """
+
+    def __init__(
+        self, responses: Sequence[Response], source_context: SourceContext, *, rows: Sequence[int] | None = None
+    ):
+        self.rows = range(len(responses)) if rows is None else rows
+        chosen = [responses[row] for row in self.rows]
+        if not chosen:
             raise LimbeckError(
                 "got no responses to train on; expected at least one, check the prompts and their lengths"
             )
         self.responses = responses
-        self.plan = Plan.of(responses, step_rows=source_context.step_rows, seed=source_context.seed)
-        self.prompts = frozenset(r.prompt_id for r in responses)
+        self.plan = Plan.of(chosen, step_rows=source_context.step_rows, seed=source_context.seed)
+        self.prompts = frozenset(r.prompt_id for r in chosen)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.plan.steps_per_epoch
 
     def step(self, clock: StepCounter) -> dict[int, Response]:
-        return {row: self.responses[row] for row in self.plan.at(clock.step)}
+        rows = [self.rows[place] for place in self.plan.at(clock.step)]
+        return {row: self.responses[row] for row in rows}
 
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
         return first_steps(self, count, total)
