@@ -196,7 +196,7 @@ def evaluate(
     if groups is not None:
         changes.append(f"evaluate.groups=[{groups}]")
     if lm_eval is not None:
-        changes.append(f"evaluate.tasks.lm_eval=[{lm_eval}]")
+        changes.append(f"evaluate.groups.tasks.lm_eval=[{lm_eval}]")
     if prompts is None:
         if teacher is not None:
             raise LimbeckError("--teacher goes with --prompts; of a run, name the teacher with teacher.model=...")
@@ -281,6 +281,14 @@ def sources() -> None:
     from limbeck.rollouts.registry import SOURCES
 
     _list(SOURCES)
+
+
+@app.command()
+def groups() -> None:
+    """List the evaluation groups with their options."""
+    from limbeck.evaluation.groups import EVALUATION_GROUPS
+
+    _list(EVALUATION_GROUPS)
 
 
 def _list(registry: Registry[Any]) -> None:

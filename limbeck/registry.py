@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 from limbeck.types import LimbeckError
 
@@ -111,8 +112,7 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         """The options of a member by name."""
         found = {}
         for field in dataclasses.fields(self[name]):  # type: ignore[arg-type]
-            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-            found[field.name] = Option(name=field.name, kind=kind, default=_default(field))
+            found[field.name] = Option(name=field.name, kind=_kind(self[name], field), default=_default(field))
         return found
 
     def summary(self, name: str) -> str:
@@ -168,6 +168,19 @@ def _validated(what: str, member: type[Any], options: Mapping[str, object]) -> A
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise LimbeckError(f"{what} {where}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+
+
+def _kind(member: type[Any], field: dataclasses.Field[Any]) -> str:
+    """What an option takes, without the bounds that are marked on it."""
+    try:
+        hint = get_type_hints(member)[field.name]
+    except NameError:
+        # A name that only type checkers import: as it is written.
+        return str(field.type)
+    if isinstance(hint, type) and get_origin(hint) is None:
+        return hint.__name__
+    plain = re.sub(r"\b[a-z_.]+\.(?=[A-Z])", "", str(hint))
+    return re.sub(r"Optional\[(\w+)\]", r"\1 | None", plain)
 
 
 def _default(field: dataclasses.Field[Any]) -> str | None:

@@ -34,8 +34,9 @@ def foreigner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree_of(tiny: TinyPair, student: Path, out: Path, **sections: Any) -> dict[str, Any]:
-    evaluate = {"groups": GROUPS, "max_new_tokens": 8, "samples": 2, "diversity": {"samples": 2, "prompts": 2}}
-    evaluate["cost"] = {"prompt_tokens": 16, "new_tokens": 4, "repeats": 2}
+    groups: dict[str, Any] = {name: {} for name in GROUPS} | {"diversity": {"samples": 2, "prompts": 2}}
+    groups["cost"] = {"prompt_tokens": 16, "new_tokens": 4, "repeats": 2}
+    evaluate = {"groups": groups, "max_new_tokens": 8, "samples": 2}
     whole = (
         {"student": {"init": "pretrained", "model": str(student), "layers": None}, "evaluate": evaluate}
         | ALONE
@@ -89,7 +90,7 @@ def test_sft_on_data_reads_the_students_tokens_alone(tiny: TinyPair, foreigner: 
     source = write_prompts(tmp_path / "p.jsonl", [{"prompt": q, "completion": f"Well, {q}"} for q in questions()])
     sections = {"prompts": {"source": str(source)}, "responses": {"source": "data", "max_new_tokens": 40}}
     tree = tree_of(tiny, foreigner, tmp_path / "run", **sections)
-    tree["evaluate"] = {"groups": ["nll"], "nll": {"whose": "references"}, "max_new_tokens": 40}
+    tree["evaluate"] = {"groups": {"nll": {"whose": "references"}}, "max_new_tokens": 40}
     run_pipeline(load_recipe(tree), stages=STAGES)
     own = AutoTokenizer.from_pretrained(foreigner)
     for row in lines(tmp_path / "run" / "responses" / "data.jsonl"):

@@ -107,8 +107,8 @@ def test_a_list_of_groups_is_what_is_evaluated():
     listed = recipe(evaluate=["rouge"])
     assert listed == recipe("evaluate.groups=[rouge]") == recipe(evaluate={"groups": ["rouge"]})
     both = recipe("evaluate.samples=2", "evaluate=[fidelity]", evaluate=["rouge"])
-    assert (both.evaluate.groups, both.evaluate.samples) == (("fidelity",), 2)
-    assert as_tree(listed)["evaluate"]["groups"] == ["rouge"]
+    assert (tuple(both.evaluate.groups), both.evaluate.samples) == (("fidelity",), 2)
+    assert list(as_tree(listed)["evaluate"]["groups"]) == ["rouge"]
 
 
 def test_the_last_override_wins():

@@ -36,7 +36,7 @@ def played(tiny: TinyPair, out: Path, verb: str | None = None, **prompts: Any) -
         prompts={"source": str(source), "eval_fraction": 0.34, **prompts},
         responses={"source": "data", "max_new_tokens": 24},
         train={"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "compile": "off"},
-        evaluate={"groups": ["fidelity"], "fidelity": {"whose": ["responses", "references"]}, "max_new_tokens": 16},
+        evaluate={"groups": {"fidelity": {"whose": ["responses", "references"]}}, "max_new_tokens": 16},
     )
     run_pipeline(load_recipe(tree), stages=STAGES, until=verb)
     return out
@@ -98,7 +98,7 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not(tiny: TinyPair, tm
         prompts={"source": str(source), "eval_fraction": 0.34},
         responses={"source": "data", "max_new_tokens": 24},
         train={"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "compile": "off"},
-        evaluate={"groups": ["fidelity"], "fidelity": {"whose": ["responses", "references"]}, "max_new_tokens": 16},
+        evaluate={"groups": {"fidelity": {"whose": ["responses", "references"]}}, "max_new_tokens": 16},
     )
     with pytest.raises(Interrupted):
         run_pipeline(load_recipe(tree), stages=STAGES, until="train", pause_at=0.5)

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from benchmarks import gallery, objectives_page
+from limbeck.evaluation.groups import EVALUATION_GROUPS
 from limbeck.evaluation.scores.metrics import METRICS
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_values
 from limbeck.objectives.sequence.rules import RULES
@@ -44,6 +45,14 @@ def test_table_of_objectives_is_current() -> None:
     assert text_of("objectives.md") == objectives_page.page(), (
         "docs/objectives.md is not what the registry gives: run `python -m benchmarks.gallery --table`"
     )
+
+
+def test_tables_of_evaluation_groups_are_current() -> None:
+    said = "| group | what it measures |\n|---|---|\n"
+    said += "".join(f"| `{name}` | {EVALUATION_GROUPS.summary(name)} |\n" for name in EVALUATION_GROUPS)
+    said += "\n| group | options |\n|---|---|\n"
+    said += "".join(f"| `{name}` | {', '.join(EVALUATION_GROUPS.options(name))} |\n" for name in EVALUATION_GROUPS)
+    assert said in text_of("evaluation.md"), f"docs/evaluation.md lists other groups or options; write\n{said}"
 
 
 def test_every_option_is_explained() -> None:

@@ -82,8 +82,8 @@ def test_another_tokenizer(limbeck: CommandServer, pair: tuple[Path, Path], data
         (("--groups", "rogue"), "no group 'rogue'"),
         (("--groups", "forward_kl"), "forward_kl is a metric"),
         (("evaluate.groups=[fidelty]",), "did you mean 'fidelity'?"),
-        (("evaluate.fidelity.whose=[students]",), "evaluate.fidelity.whose.0"),
-        (("evaluate.fidelity.who=[student]",), "did you mean 'evaluate.fidelity.whose'?"),
+        (("evaluate.groups.fidelity.whose=[students]",), "evaluate.groups.fidelity.whose.0"),
+        (("evaluate.groups.fidelity.who=[student]",), "did you mean 'evaluate.groups.fidelity.whose'?"),
         (("prompts.source=nowhere.jsonl",), "nowhere.jsonl"),
     ],
 )

@@ -23,16 +23,18 @@ LIBRARY: dict[str, set[str]] = {
     "objectives": {"types", "registry", "ops"},
     # Who writes the responses of a step; a recipe holds the options of a source.
     "rollouts": {"types", "fields", "registry", "runtime"},
-    # Of the objectives their options, for the schema and to refuse wrong ones, inside functions.
-    "recipe": {"types", "fields", "objectives", "rollouts"},
     "models": {"types", "runtime", "ops"},
     "prompts": {"types", "runtime", "models"},
     "teachers": {"types", "runtime", "ops", "models"},
     "sampling": {"types", "runtime", "ops", "client", "models", "rollouts"},
     "student": {"types", "runtime", "ops", "models", "prompts"},
+    # A group asks for models and answers by a protocol; what runs know of both is in the pipeline.
+    "evaluation": {"types", "fields", "registry", "runtime", "client", "objectives", "models", "prompts", "teachers"}
+    | {"rollouts", "sampling"},
+    # Of objectives, sources and groups their options, for the schema and to refuse wrong ones.
+    "recipe": {"types", "fields", "registry", "objectives", "rollouts", "evaluation"},
     # A teacher is handed in, never imported.
     "training": {"types", "runtime", "ops", "objectives", "recipe", "models", "rollouts"},
-    "evaluation": {"types", "runtime", "client", "objectives", "models"},
     # Reads what a run wrote; of the rollouts the words of the alarms, which need no torch.
     "report": {"types", "runtime", "recipe", "rollouts"},
     "compare": {"types", "runtime", "recipe", "evaluation", "report"},
@@ -45,7 +47,7 @@ ABOVE: dict[str, set[str]] = {
     "sweep": {"types", "fields", "runtime", "recipe", "evaluation", "compare", "pipeline"},
     "__init__": {"types", "recipe", "objectives", "api"},
     "cli": {"types", "registry", "recipe", "runtime", "models", "objectives", "rollouts", "report", "compare", "export"}
-    | {"pipeline", "api", "sweep"},
+    | {"evaluation", "pipeline", "api", "sweep"},
     "__main__": {"cli"},
 }
 ALLOWED: dict[str, set[str]] = LIBRARY | ABOVE

@@ -13,9 +13,9 @@ import pytest
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from limbeck.compare.runs import gather
+from limbeck.evaluation.groups import EVALUATION_GROUPS
 from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.stage_order import STAGES
-from limbeck.recipe.evaluation import EvaluationGroup
 from limbeck.recipe.keys import neutral_keys, same_arm_keys
 from limbeck.recipe.load import Recipe, known_keys, load_recipe, to_yaml
 from limbeck.recipe.response_source import read_source
@@ -43,7 +43,9 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     """Recipes that between them have every section and every group."""
     folder = tmp_path_factory.mktemp("runs")
     common: dict[str, Any] = {
-        "evaluate": {"groups": list(get_args(EvaluationGroup)), "judge": {"base_url": "http://localhost:1/v1"}},
+        "evaluate": {
+            "groups": {name: {} for name in EVALUATION_GROUPS} | {"judge": {"base_url": "http://localhost:1/v1"}}
+        },
         "sft": {"num_train_epochs": 2.0},
     }
     served = tiny.tree(folder / "served", **common, responses={"server": {"base_url": "http://localhost:1/v1"}})
@@ -90,13 +92,18 @@ def literals(hint: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def section_at(recipe: Recipe, path: list[str]) -> Any:
-    return reduce(lambda found, name: getattr(found, name), path, recipe)
+    return reduce(inside, path, recipe)
+
+
+def inside(section: Any, name: str) -> Any:
+    """What a section has under a name; the groups are a mapping."""
+    return section[name] if isinstance(section, dict) else getattr(section, name)
 
 
 def with_value(section: Any, path: list[str], value: Any) -> Any:
     """A section with another value at a dotted place."""
-    inner = with_value(getattr(section, path[0]), path[1:], value) if path[1:] else value
-    return replace(section, **{path[0]: inner})
+    inner = with_value(inside(section, path[0]), path[1:], value) if path[1:] else value
+    return section | {path[0]: inner} if isinstance(section, dict) else replace(section, **{path[0]: inner})
 
 
 def prints(recipe: Recipe) -> dict[str, str] | str:
@@ -146,7 +153,7 @@ def test_two_seeds_that_differ_in_a_marked_key_are_one_arm(bases: list[Recipe], 
 
 def test_the_price_of_a_judge_makes_no_other_arm(tmp_path: Path) -> None:
     prices = [None, [0.15, 0.6]]
-    judged = [{"evaluate.judge": {"price_per_million": price}} for price in prices]
+    judged = [{"evaluate.groups.judge": {"price_per_million": price}} for price in prices]
     folders = [
         write_arm_run(tmp_path / f"run{n}", seed=n, name="same", recipe=recipe) for n, recipe in enumerate(judged)
     ]
@@ -169,7 +176,7 @@ def test_the_marked_keys() -> None:
         *("name", "output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to"),
         *("train.push_to_hub", "train.hub_model_id", "train.hub_private_repo"),
         *(f"responses.server.{key}" for key in connection),
-        *(f"evaluate.judge.{key}" for key in connection | {"price_per_million"}),
+        *(f"evaluate.groups.judge.{key}" for key in connection | {"price_per_million"}),
     }
     assert same_arm_keys() - neutral_keys() == {"train.seed", "responses.batch_size", "evaluate.batch_size"}
     assert same_arm_keys() <= set(LEAVES)

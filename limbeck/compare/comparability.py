@@ -37,7 +37,8 @@ def settings_of(member: Member, table: str) -> dict[str, str]:
     assert member.run is not None
     flat = flatten(member.run.recipe)
     group, _, _ = table.partition("@")
-    keys = [*_ALWAYS, *(key for key in flat if key.startswith(f"evaluate.{group}.") and key not in same_arm_keys())]
+    same_arm, prefix = same_arm_keys(), f"evaluate.groups.{group}."
+    keys = [*_ALWAYS, *(key for key in flat if key.startswith(prefix) and key not in same_arm)]
     found = {}
     if table == "fidelity":
         keys += _RESPONSES

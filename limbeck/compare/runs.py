@@ -203,7 +203,8 @@ def _judged(member: Member) -> Member:
 def _derived(found: Sequence[Member]) -> list[Member]:
     """Members with arms and keys from their resolved recipes: those that differ in the seed alone are one arm."""
     flats = [flatten(member.run.recipe) if member.run else dict(member.keys) for member in found]
-    flats = [{key: value for key, value in flat.items() if key not in same_arm_keys()} for flat in flats]
+    same_arm = same_arm_keys()
+    flats = [{key: value for key, value in flat.items() if key not in same_arm} for flat in flats]
     keys = differing(flats)
     members = []
     names: dict[str, str] = {}

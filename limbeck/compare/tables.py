@@ -14,7 +14,7 @@ from limbeck.compare.runs import ComparedArm, Comparison, Member
 from limbeck.compare.uncertainty import Resampled, ResampledMetric, draws
 from limbeck.evaluation.scores.bootstrap import RESAMPLES, Table
 from limbeck.evaluation.scores.files import read_rows
-from limbeck.evaluation.scores.metrics import METRICS, Metric, describe_metric
+from limbeck.evaluation.scores.metrics import Metric, describe_metric, known_metrics
 from limbeck.evaluation.scores.pooled import POOLED
 from limbeck.report.read_run import value_at
 from limbeck.types import LimbeckError, ScoredRow
@@ -72,22 +72,22 @@ class MetricTables:
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """Metric to its column, in the order of METRICS; the teacher's own values are none."""
+        """Metric to its column, in the order in which metrics are listed; the teacher's own values are none."""
         found = {column.name: column for table in self._kept for column in self._columns(table)}
-        order = {name: n for n, name in enumerate(METRICS)}
+        order = {name: n for n, name in enumerate(known_metrics())}
         return dict(sorted(found.items(), key=lambda item: (order[item[0].partition("@")[0]], item[0])))
 
     def _read(self, member: Member) -> dict[str, list[ScoredRow]]:
         assert member.run is not None
         named = value_at(member.run.scores, "rows.after")
-        found = {}
+        found, described = {}, known_metrics()
         for table, name in (named if isinstance(named, Mapping) else {}).items():
             path = member.run.directory / str(name)
             if ".." in PurePosixPath(str(name)).parts or not path.is_file():
                 self.notes.append(f"{member.place}: {name} is missing, so {table} is not compared")
                 continue
             try:
-                rows = [_known(row) for row in read_rows(path)]
+                rows = [_known(row, described) for row in read_rows(path)]
                 self._arrays[table, member.place] = Table.of(rows)
             except (LimbeckError, UnicodeDecodeError, TypeError) as error:
                 self.notes.append(f"{member.place}: {table} is not compared: {error}")
@@ -191,10 +191,10 @@ def _target(
     return measured.get(about.teacher.partition("@")[0])
 
 
-def _known(row: ScoredRow) -> ScoredRow:
-    """A row without what another version of limbeck measured."""
+def _known(row: ScoredRow, described: Mapping[str, Metric]) -> ScoredRow:
+    """A row without what another version of limbeck, or a package that is not here, measured."""
     return replace(
         row,
-        values={name: value for name, value in row.values.items() if name in METRICS},
+        values={name: value for name, value in row.values.items() if name in described},
         sums={name: parts for name, parts in row.sums.items() if name in POOLED},
     )

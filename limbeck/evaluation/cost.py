@@ -80,8 +80,8 @@ def require_window(name: str, config: Mapping[str, object], tokens: int) -> None
     window = config.get("max_position_embeddings")
     if isinstance(window, int) and tokens > window:
         raise LimbeckError(
-            f"evaluate.cost times {tokens} tokens (prompt_tokens + new_tokens), expected at most {window}, the window "
-            f"of the {name}; lower evaluate.cost.prompt_tokens"
+            f"evaluate.groups.cost times {tokens} tokens (prompt_tokens + new_tokens), expected at most {window}, "
+            f"the window of the {name}; lower evaluate.groups.cost.prompt_tokens"
         )
 
 

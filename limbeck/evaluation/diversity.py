@@ -58,7 +58,8 @@ def self_bleu(answers: Sequence[str]) -> float:
     """
     if len(answers) < 2:
         raise LimbeckError(
-            f"got {len(answers)} answers to a prompt; expected at least 2 to compare: raise evaluate.diversity.samples"
+            f"got {len(answers)} answers to a prompt; expected at least 2 to compare: raise "
+            "evaluate.groups.diversity.samples"
         )
     empty = [not words(answer) for answer in answers]
     scores = []

@@ -67,7 +67,7 @@ def expected_tokens_per_pass(acceptance: float, draft_tokens: int) -> float:
     if not 0 <= acceptance <= 1 or draft_tokens < 1:
         raise LimbeckError(
             f"acceptance is {acceptance} and draft_tokens {draft_tokens}, expected a share in [0, 1] and at least 1 "
-            "token: correct evaluate.speculation.draft_tokens"
+            "token: correct evaluate.groups.speculation.draft_tokens"
         )
     # The sum, not the quotient: near a = 1 that is a difference of equal numbers over another.
     return sum(acceptance**k for k in range(draft_tokens + 1))

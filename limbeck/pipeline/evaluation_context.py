@@ -1,124 +1,124 @@
-"""An exam: one student beside one teacher on held-out prompts, and what a group of metrics asks of it.
+"""The evaluation of a run: one student beside one teacher on held-out prompts, as `EvaluationContext` wants it.
 
-A group (`Group`, one file in `stages/groups`) says what it needs and turns an exam into rows, one an example. The rest
-is the same for all groups: models are loaded when they are first needed, answers are written batch by batch so that
-none is written twice, rows and details are kept on disk.
+The same for all evaluation groups: models are loaded when they are first needed, answers are written batch by batch so
+that none is written twice, rows and details are kept on disk.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from limbeck.evaluation.context import ChatModel, ModelSource, Part, Who, response_text
+from limbeck.models.heads import head_of
 from limbeck.models.loading import load_model, load_tokenizer
-from limbeck.pipeline.engine import RunContext
+from limbeck.models.vocabulary import real_vocab_size
+from limbeck.pipeline.engine import GracefulStop, RunContext
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sharing import once
 from limbeck.pipeline.stages.respond import load_responses, sampler_for, sampling_meter
+from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE, open_teacher
 from limbeck.pipeline.stages.train import build_initial_student
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import text_options
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.lengths import check_lengths
-from limbeck.prompts.templates import TemplateName, encode_prompts, resolve_template
+from limbeck.prompts.templates import LossOn, encode_prompts, encode_responses, resolve_template
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.rollouts.io import read_responses, write_responses
+from limbeck.runtime.console import Console
 from limbeck.runtime.rundir import fingerprint
-from limbeck.types import Json, Prompt, Response, Sampling, ScoredRow, TokenPrompt
+from limbeck.sampling.local import LocalSampler
+from limbeck.teachers.local import LocalTeacher
+from limbeck.types import Prompt, Response, Sampling, Teacher, TokenPrompt
 
-Part = Literal["before", "after"]
-Who = Literal["student", "teacher"]
-Need = Literal["teacher", "tokens", "references"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatModel:
-    """A model that answers, with its own tokenizer: the two of a pair need not share one for what compares texts."""
-
-    who: Who
-    model: nn.Module
-    tokenizer: Any
-    template: TemplateName
-
-
-class ModelSource(NamedTuple):
-    """What it takes to load a model or its tokenizer."""
-
-    model: str | Path
-    revision: str | None
-    trust_remote_code: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupResult:
-    """What a group found.
-
-    Attributes:
-        tables: condition to rows, one an example, all of a table with the same metrics. The condition "" is the plain
-            one; with another, such as "student" or "T=0.7", the metric `distinct_2` is called `distinct_2@T=0.7`.
-        detail: what is no number an example (a reliability curve, the judge's record), kept as JSON beside the rows.
-    """
-
-    tables: Mapping[str, Sequence[ScoredRow]]
-    detail: Json = field(default_factory=dict)
-
-    def named(self, group: str) -> dict[str, Sequence[ScoredRow]]:
-        """The tables by GROUP or GROUP@CONDITION."""
-        return {table_name(group, condition): rows for condition, rows in self.tables.items()}
-
-
-def table_name(group: str, condition: str) -> str:
-    """GROUP@CONDITION, or GROUP alone for the plain condition."""
-    return f"{group}@{condition}" if condition else group
-
-
-def _nothing(section: EvaluateSection) -> frozenset[Need]:
-    del section
-    return frozenset()
-
-
-def _no_check(context: RunContext) -> None:
-    del context
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """A group of metrics.
-
-    Attributes:
-        parts: students it looks at: before training, after, or both. Evaluating a student on its own is "after".
-        needs: "teacher": a teacher; "tokens": the same tokens in both models; "references": completions in the data.
-        check: refuses what can be known to fail before any stage has worked.
-    """
-
-    name: str
-    measure: Callable[[EvaluationContext], GroupResult]
-    parts: tuple[Part, ...] = ("before", "after")
-    needs: Callable[[EvaluateSection], frozenset[Need]] = _nothing
-    check: Callable[[RunContext], None] = _no_check
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(kw_only=True)
-class EvaluationContext:
+class RunEvaluation:
     """One student on the held-out prompts of a run. Models load on first use; `release` lets go of them."""
 
     context: RunContext
     part: Part
 
     @property
-    def section(self) -> EvaluateSection:
+    def settings(self) -> EvaluateSection:
         return self.context.recipe.evaluate
 
     @property
     def folder(self) -> Path:
         """Where whatever a group keeps lies: caches in files of its own, rows and details by the frame."""
         return self.context.run.scores
+
+    @property
+    def root(self) -> Path:
+        return self.context.run.root
+
+    @property
+    def console(self) -> Console:
+        return self.context.console
+
+    @property
+    def stop(self) -> GracefulStop:
+        return self.context.stop
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
+
+    @property
+    def trained(self) -> bool:
+        """Whether the student came out of a training; on its own it did not."""
+        return self.context.run.manifest("student") is not None
+
+    @property
+    def standalone(self) -> bool:
+        """Whether two models are evaluated on their own, without the responses of a run."""
+        return self.context.run.manifest("responses") is None
+
+    @property
+    def evaluated(self) -> bool:
+        return self.context.run.done("evaluation")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Evaluated on its own without a teacher, the student stands in its place; the student of a run never does."""
+        teacher, student = self.context.recipe.teacher, self.context.recipe.student
+        return self.trained or (teacher.model, teacher.revision) != (student.model, student.revision)
+
+    @property
+    def window(self) -> int | None:
+        return self.context.window
+
+    @property
+    def loss_on(self) -> LossOn:
+        return self.context.recipe.prompts.loss_on
+
+    @property
+    def responses_author(self) -> Literal["teacher", "data"]:
+        return self.context.recipe.base_author
+
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """Environment variables with keys that no file may repeat."""
+        server = self.context.recipe.responses.server
+        return (server.api_key_env,) if server and server.api_key_env else ()
+
+    @property
+    def scoring_batch_size(self) -> int:
+        return SCORING_BATCH_SIZE
+
+    def before(self) -> RunEvaluation:
+        """The same with the student as it was before training."""
+        return replace(self, part="before")
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -187,6 +187,35 @@ class EvaluationContext:
         fitting = check_lengths(encoded, window=window, max_new_tokens=max_new_tokens, too_long=section.too_long)
         return [replace(p, split="heldout") for p in fitting.kept]
 
+    def encode_references(self, who: Who, prompts: Sequence[Prompt]) -> list[Response]:
+        """The data's own answers to prompts, as one of the two would have written them."""
+        speaker, section = self.speaker(who), self.context.recipe.prompts
+        return encode_responses(
+            prompts,
+            speaker.tokenizer,
+            speaker.template,
+            max_new_tokens=self.settings.max_new_tokens,
+            control_tokens=section.control_tokens,
+            chat_options=text_options(self.context, speaker.tokenizer),
+            loss_on=section.loss_on,
+        )
+
+    def heldout_responses(self) -> dict[int, Response]:
+        """The held-out responses of the run by their row in its signal."""
+        return load_responses(self.context, "heldout")
+
+    def scoring_teacher(self, rows: Sequence[int] | None) -> Teacher:
+        """What tells the teacher's distributions: of responses by their rows in the run's signal, or of any (None)."""
+        if rows is not None and self.context.recipe.signal.cache:
+            return open_teacher(self.context, rows)
+        model, vocab_size = self.teacher.model, real_vocab_size(self.teacher.tokenizer)
+        return LocalTeacher(model, head_of(model, vocab_size))  # type: ignore[arg-type]
+
+    def sampler(self, who: Who, batch_size: int) -> LocalSampler:
+        """A sampler of one of the two; answers end where its template ends them."""
+        speaker = self.speaker(who)
+        return sampler_for(self.context, speaker.model, speaker.tokenizer, speaker.template, who, batch_size)
+
     def answers(
         self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None, *, keep_logp: bool = False
     ) -> list[Response]:
@@ -195,14 +224,14 @@ class EvaluationContext:
         Args:
             keep_logp: with the log-probability of each id at temperature 1.
         """
-        prompts = self.prompts[: self.section.prompts] if prompts is None else prompts
+        prompts = self.prompts[: self.settings.prompts] if prompts is None else prompts
         asked_of = [(p.id, p.text, [m.as_turn() for m in p.messages or ()]) for p in prompts]
         key = fingerprint([asked_of, asdict(sampling), *(["logp"] if keep_logp else [])])[:12]
         writer = who if who == "teacher" else self.part
         path = self.folder / "answers" / f"{writer}-{key}.jsonl"
         if not path.exists() and who == "teacher":
             # The same for all students of a sweep.
-            made_from = {"answers": key, "batch_size": self.section.batch_size}
+            made_from = {"answers": key, "batch_size": self.settings.batch_size}
             with once(self.context, made_from, path.parent, (path.name,)):
                 if not path.exists():
                     self._answer(path, who, sampling, prompts, keep_logp)
@@ -212,13 +241,11 @@ class EvaluationContext:
 
     def _answer(self, path: Path, who: Who, sampling: Sampling, prompts: Sequence[Prompt], keep_logp: bool) -> None:
         """Write the answers of one of the two into a file."""
-        speaker = self.speaker(who)
         asked = self.encode(who, prompts, max_new_tokens=sampling.max_new_tokens)
         batches = path.with_suffix("")
-        writer, rows = path.stem.partition("-")[0], self.section.batch_size
-        sampler = sampler_for(self.context, speaker.model, speaker.tokenizer, speaker.template, who, rows)
+        writer, rows = path.stem.partition("-")[0], self.settings.batch_size
         found, _ = write_in_batches(
-            replace(sampler, keep_logp=keep_logp),
+            replace(self.sampler(who, rows), keep_logp=keep_logp),
             asked,
             sampling,
             batches,
@@ -240,16 +267,11 @@ class EvaluationContext:
     def source(self, who: Who) -> ModelSource:
         """Where a model and its tokenizer are: what was trained, or what the recipe names."""
         recipe = self.context.recipe
-        if who == "student" and self.part == "after" and self._trained:
+        if who == "student" and self.part == "after" and self.trained:
             return ModelSource(self.context.run.student, None, self.context.student_trusted)
         section = recipe.teacher if who == "teacher" or recipe.student.model is None else recipe.student
         assert section.model is not None
         return ModelSource(section.model, section.revision, section.trust_remote_code)
-
-    @property
-    def _trained(self) -> bool:
-        """Whether the student came out of a training; on its own it did not."""
-        return self.context.run.manifest("student") is not None
 
     def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> ChatModel:
         record = self.context.run.manifest("responses") or {}
@@ -259,8 +281,3 @@ class EvaluationContext:
         if template is None:
             template = resolve_template(self.context.recipe.prompts.template, tokenizer, self.prompts)
         return ChatModel(who=who, model=model, tokenizer=tokenizer, template=template)
-
-
-def response_text(response: Response, tokenizer: Any) -> str:
-    """A response as text, without special tokens."""
-    return str(tokenizer.decode(list(response.response_ids), skip_special_tokens=True)).strip()

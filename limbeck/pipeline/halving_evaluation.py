@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from limbeck.evaluation.context import ChatModel
 from limbeck.evaluation.scores.files import assemble
 from limbeck.pipeline.engine import RunContext
-from limbeck.pipeline.evaluation_context import ChatModel, EvaluationContext
-from limbeck.pipeline.groups import GROUPS
+from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.stages.train import build_initial_student
 from limbeck.runtime.rundir import write_json
 from limbeck.training import checkpoints
@@ -24,8 +24,8 @@ RungMeans = dict[str, float]
 
 
 @dataclass(kw_only=True)
-class _PausedExam(EvaluationContext):
-    """An exam of what the newest checkpoint holds, or of the student where training had no steps left."""
+class _PausedEvaluation(RunEvaluation):
+    """The evaluation of what the newest checkpoint holds, or of the student where training had no steps left."""
 
     place: Path
 
@@ -34,12 +34,12 @@ class _PausedExam(EvaluationContext):
         return self.place
 
     @property
-    def _trained(self) -> bool:
+    def trained(self) -> bool:
         return self.context.run.done("student")
 
     @cached_property
     def student(self) -> ChatModel:
-        if self._trained:
+        if self.trained:
             return super().student
         checkpoint = checkpoints.usable(self.context.run.checkpoints, self.context.console.warn)
         if checkpoint is None:
@@ -61,14 +61,14 @@ def measure_paused(context: RunContext, metric: str) -> RungMeans:
     path, run = paused_path(context), context.run
     if run.done("student"):
         _require_no_steps_left(context)
-    evaluation = _PausedExam(context=context, part="after", place=path.with_suffix(""))
+    evaluation = _PausedEvaluation(context=context, part="after", place=path.with_suffix(""))
     found: dict[str, Sequence[ScoredRow]] = {}
     means: RungMeans = {}
-    for name in context.recipe.evaluate.groups:
-        measured = GROUPS[name].measure(evaluation)
+    for name, group in context.recipe.evaluate.groups.items():
+        measured = group.measure(evaluation)
         evaluation.release(student=False)
         found |= measured.named(name)
-        means = {name: score.mean for name, score in assemble({}, found).after.items()}
+        means = {measured_as: score.mean for measured_as, score in assemble({}, found).after.items()}
         if metric in means:
             write_json(path, {"after": means})
             return means

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.evaluation.scores.metrics import METRICS
+from limbeck.evaluation.groups import EVALUATION_GROUPS
+from limbeck.evaluation.scores.metrics import known_metrics
 from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import compare_vocabularies
 from limbeck.pipeline.checks import check_template, resolvable
 from limbeck.pipeline.engine import RunContext, Stage
-from limbeck.pipeline.evaluation_context import EvaluationContext
-from limbeck.pipeline.groups import GROUPS
+from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.stages import evaluate, report
 from limbeck.pipeline.stages.evaluate import check_groups, evaluation_inputs, examine, write_answers
 from limbeck.pipeline.stages.prompts import prompt_inputs, read_prompt_source
@@ -43,7 +43,7 @@ def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequen
     folder = named.name if named.name != "student" else named.resolve().parent.name
     evaluate: dict[str, Any] = {"groups": ["fidelity", "rouge"]}
     if teacher is None:
-        evaluate = {"groups": ["rouge"], "rouge": {"against": ["references"]}}
+        evaluate = {"groups": {"rouge": {"against": ["references"]}}}
     tree = {
         "name": f"evaluation-of-{folder}",
         "teacher": {"model": teacher or student},
@@ -60,21 +60,22 @@ def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequen
 
 def _check_names(overrides: Sequence[str]) -> None:
     """A metric is no group, but somebody may well ask for one by its name."""
+    groups = tuple(EVALUATION_GROUPS)
     for override in overrides:
         key, _, value = override.partition("=")
         if key.strip() not in ("evaluate", "evaluate.groups"):
             continue
         for name in value.strip(" []").replace(",", " ").split():
-            if name in METRICS:
-                raise LimbeckError(f"{name} is a metric; name the group that measures it: {', '.join(GROUPS)}")
-            if name not in GROUPS:
-                raise LimbeckError(f"no group {name!r}; there are {', '.join(GROUPS)}{suggestion(name, tuple(GROUPS))}")
+            if name in known_metrics():
+                raise LimbeckError(f"{name} is a metric; name the group that measures it: {', '.join(groups)}")
+            if name not in groups:
+                raise LimbeckError(f"no group {name!r}; there are {', '.join(groups)}{suggestion(name, groups)}")
 
 
 def _require_teacher(recipe: Recipe) -> None:
-    for name in recipe.evaluate.groups:
-        if "teacher" in GROUPS[name].needs(recipe.evaluate):
-            other = "; or evaluate.rouge.against=[references]" if name == "rouge" else "; or leave the group out"
+    for name, group in recipe.evaluate.groups.items():
+        if "teacher" in group.needs():
+            other = "; or evaluate.groups.rouge.against=[references]" if name == "rouge" else "; or leave the group out"
             raise LimbeckError(f"group {name} needs a teacher and none is given; name one with --teacher{other}")
 
 
@@ -90,9 +91,7 @@ def _check_exam(context: RunContext) -> None:
     check_template(context, context.recipe.student)
     resolvable(context.recipe.teacher)
     check_template(context, context.recipe.teacher)
-    asking = [
-        name for name in context.recipe.evaluate.groups if "tokens" in GROUPS[name].needs(context.recipe.evaluate)
-    ]
+    asking = [name for name, group in context.recipe.evaluate.groups.items() if "tokens" in group.needs()]
     if asking and context.student_card is not None:
         differences = compare_vocabularies(context.teacher_card, context.student_card).differences
         if differences:
@@ -117,7 +116,7 @@ def _exam_inputs(context: RunContext) -> Json:
 def _play_exam(context: RunContext) -> Json:
     parts = examine(context, ("after",))
     write_answers(context, parts)
-    return {"heldout_prompts": len(EvaluationContext(context=context, part="after").prompts), "alone": True}
+    return {"heldout_prompts": len(RunEvaluation(context=context, part="after").prompts), "alone": True}
 
 
 STANDALONE_STAGES: tuple[Stage, ...] = (

@@ -49,9 +49,6 @@ def check_text_only(context: RunContext) -> None:
 
 def _keys_to_change(context: RunContext) -> list[str]:
     """What a recipe asks of the teacher beside text, as the overrides that would mend it."""
-    # The groups import the stages that import this.
-    from limbeck.pipeline.groups import GROUPS
-
     recipe, keys = context.recipe, []
     if recipe.on_policy:
         keys.append("responses.source=teacher")
@@ -65,7 +62,7 @@ def _keys_to_change(context: RunContext) -> list[str]:
         keys.append("signal.support=full")
     if recipe.signal.cache:
         keys.append("signal.cache=false")
-    asking = [name for name in recipe.evaluate.groups if "tokens" in GROUPS[name].needs(recipe.evaluate)]
+    asking = [name for name, group in recipe.evaluate.groups.items() if "tokens" in group.needs()]
     if asking:
         rest = [name for name in recipe.evaluate.groups if name not in asking] or ["rouge"]
         keys.append(f"evaluate.groups=[{', '.join(dict.fromkeys([*rest, 'nll']))}]")

@@ -76,8 +76,10 @@ def _check_server(recipe: Recipe) -> None:
 
 
 def _check_key_names(recipe: Recipe) -> None:
-    server, judge = recipe.responses.server, recipe.evaluate.judge
-    for section, name in (("responses.server", server and server.api_key_env), ("evaluate.judge", judge.api_key_env)):
+    named = {"responses.server": recipe.responses.server}
+    named |= {f"evaluate.groups.{name}": group for name, group in recipe.evaluate.groups.items()}
+    for section, holder in named.items():
+        name = getattr(holder, "api_key_env", None)
         if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             # Not repeated: it may be the key itself.
             raise LimbeckError(

@@ -1,124 +1,92 @@
-"""The section `evaluate` of a recipe: one section for each group of metrics, see `recipe_sections`."""
+"""The section `evaluate` of a recipe: which groups are measured with which options, and what they share."""
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from limbeck.fields import NEUTRAL, SAME_ARM, STRICT, Count, NonNegative, Positive, Seed, Strings
+from limbeck.evaluation.context import EvaluationGroup
+from limbeck.evaluation.groups import EVALUATION_GROUPS
+from limbeck.fields import SAME_ARM, STRICT, Count
+from limbeck.recipe.messages import suggestion
 
-Whose = Literal["responses", "teacher", "student", "references"]
-EvaluationGroup = Literal["fidelity", "rouge", "diversity", "judge", "tasks", "speculation", "cost", "nll"]
-
-
-@dataclass(config=STRICT, kw_only=True)
-class FidelitySection:
-    whose: tuple[Whose, ...] = ("responses",)
-    """Whose answers the two models are compared on: the held-out responses of the run, fresh ones of the teacher or of
-    the student (exposure bias), or the data's references."""
-    top_k: Annotated[int, Field(ge=2)] = 5
-    """Tokens of the top-k agreement."""
-    temperature: NonNegative = 1.0
-    """Of the fresh answers; their length is evaluate.max_new_tokens."""
-    seed: Seed = 0
+DEFAULT_GROUPS = ("fidelity", "rouge")
 
 
-@dataclass(config=STRICT, kw_only=True)
-class NllSection:
-    whose: Literal["responses", "references"] = "responses"
-    """Whose answers the student's likelihood is measured on: the held-out responses of the run, or the data's."""
+def _read_groups(value: object) -> object:
+    """The groups of a mapping of their options, or of a list of names, in the order in which they are written."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = _listed(value)
+    if not isinstance(value, Mapping):
+        return value
+    found: dict[str, EvaluationGroup] = {}
+    mistakes: list[InitErrorDetails] = []
+    for name, options in value.items():
+        if name not in EVALUATION_GROUPS:
+            mistakes.append(InitErrorDetails(type="unexpected_keyword_argument", loc=(name,), input=options))
+            continue
+        try:
+            found[name] = _read_options(EVALUATION_GROUPS[name], options)
+        except ValidationError as error:
+            mistakes += [_under(name, mistake) for mistake in error.errors()]
+    if mistakes:
+        raise ValidationError.from_exception_data("groups", mistakes)
+    return found
 
 
-@dataclass(config=STRICT, kw_only=True)
-class RougeSection:
-    against: tuple[Literal["teacher", "references"], ...] = ("teacher",)
-    """teacher: greedy answers beside the teacher's greedy ones. references: the papers' protocol, sampled answers
-    beside the reference answers of the data, the best of several counts."""
-    seeds: tuple[Seed, ...] = (10, 20, 30, 40, 50)
-    """references: one answer a prompt for each; the mean over them is reported."""
-    temperature: NonNegative = 1.0
-    """references: of the sampled answers."""
+def _read_options(member: type[EvaluationGroup], options: object) -> EvaluationGroup:
+    """A group with the options that are written, all of them checked."""
+    if isinstance(options, member):
+        return options
+    # A dataclass that is not pydantic's would pass over what it does not know.
+    known = {option.name for option in fields(member)}  # type: ignore[arg-type]
+    if isinstance(options, Mapping) and (unknown := [name for name in options if name not in known]):
+        mistakes = [InitErrorDetails(type="unexpected_keyword_argument", loc=(name,), input=None) for name in unknown]
+        raise ValidationError.from_exception_data(member.__name__, mistakes)
+    # Through JSON, where strict mode still reads a list as a tuple.
+    return TypeAdapter(member).validate_json(json.dumps(options), strict=True)
 
 
-@dataclass(config=STRICT, kw_only=True)
-class DiversitySection:
-    temperatures: tuple[NonNegative, ...] = (1.0,)
-    """Decoding temperatures; each is a point of the fidelity-diversity curve."""
-    samples: Annotated[int, Field(ge=2)] = 4
-    """Answers to each prompt."""
-    prompts: Count | None = 64
-    """At most so many prompts; null for all."""
-    seed: Seed = 0
+def _listed(names: Sequence[object]) -> dict[str, dict[str, Any]]:
+    """Groups by name with their default options."""
+    known = tuple(EVALUATION_GROUPS)
+    mistakes = []
+    for place, name in enumerate(names):
+        if name not in known:
+            listed = ", ".join(repr(one) for one in known[:-1])
+            near = suggestion(name, known) if isinstance(name, str) else ""
+            said = PydanticCustomError("unknown_group", f"Input should be {listed} or {known[-1]!r}{near}")  # type: ignore[arg-type]
+            mistakes.append(InitErrorDetails(type=said, loc=(place,), input=name))
+        elif name in names[:place]:
+            said = PydanticCustomError("group_twice", "Input should name each group once")
+            mistakes.append(InitErrorDetails(type=said, loc=(place,), input=name))
+    if mistakes:
+        raise ValidationError.from_exception_data("groups", mistakes)
+    return {str(name): {} for name in names}
 
 
-@dataclass(config=STRICT, kw_only=True)
-class JudgeSection:
-    base_url: Annotated[str | None, NEUTRAL] = None
-    """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
-    model: str | None = None
-    """The judge's name there; null takes the only model it offers."""
-    against: Literal["teacher", "references", "before"] = "teacher"
-    """Whose answers the student's are set beside."""
-    concurrency: Annotated[Count, NEUTRAL] = 8
-    timeout_s: Annotated[Positive, NEUTRAL] = 120.0
-    retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
-    api_key_env: Annotated[str | None, NEUTRAL] = None
-    """Environment variable that holds the key; never the key itself."""
-    max_new_tokens: Count = 512
-    """Length of a judgement."""
-    price_per_million: Annotated[tuple[NonNegative, NonNegative] | None, NEUTRAL] = None
-    """Of input and output tokens, in any currency, for the estimate."""
+def _under(name: str, mistake: Any) -> InitErrorDetails:
+    """A mistake in the options of a group, as one of the mapping of groups."""
+    context = {"ctx": mistake["ctx"]} if "ctx" in mistake else {}
+    return InitErrorDetails(type=mistake["type"], loc=(name, *mistake["loc"]), input=mistake["input"], **context)
 
 
-@dataclass(config=STRICT, kw_only=True)
-class TasksSection:
-    files: dict[Literal["gsm8k", "math", "humaneval", "mbpp"], str] = field(default_factory=dict)
-    """The tasks and where their problems lie (JSONL in the fields of the original data sets)."""
-    limit: Count | None = None
-    """Only so many problems of each."""
-    samples: Count = 1
-    """Answers to each problem."""
-    temperature: NonNegative = 0.0
-    """Of the answers; more than one sample needs one above 0."""
-    pass_at: tuple[Count, ...] = (1,)
-    """k of pass@k, none above samples."""
-    max_new_tokens: Count = 256
-    timeout_s: Positive = 10.0
-    """For a program in the sandbox."""
-    memory_mb: Count = 512
-    """For a program with its files, which lie in memory: they get 64 MiB of it, a quarter at most."""
-    seed: Seed = 0
-    lm_eval: Strings = ()
-    """Tasks of lm-evaluation-harness, where it is installed."""
-
-
-@dataclass(config=STRICT, kw_only=True)
-class SpeculationSection:
-    draft_tokens: tuple[Count, ...] = (4,)
-    """Tokens that the student drafts for each of the teacher's passes."""
-    prompts: Count = 16
-    temperature: NonNegative = 1.0
-    seed: Seed = 0
-
-
-@dataclass(config=STRICT, kw_only=True)
-class CostSection:
-    prompt_tokens: Count = 256
-    """Length of the prompt that is read."""
-    new_tokens: Count = 32
-    """Tokens decoded one by one."""
-    repeats: Count = 3
-    """Each is measured so often; the detail has the medians."""
+def _default_groups() -> dict[str, Any]:
+    return {name: EVALUATION_GROUPS.build(name) for name in DEFAULT_GROUPS}
 
 
 @dataclass(config=STRICT, kw_only=True)
 class EvaluateSection:
     """What is measured and how; a list alone, `evaluate: [fidelity, rouge]`, stands for its groups."""
 
-    groups: tuple[EvaluationGroup, ...] = ("fidelity", "rouge")
+    groups: Annotated[dict[str, Any], BeforeValidator(_read_groups)] = field(default_factory=_default_groups)
+    """The groups of metrics, each with its options: {fidelity: {top_k: 5}, rouge: {}}. A list has their defaults."""
     max_new_tokens: Count = 64
     """Length of the answers that are measured."""
     prompts: Count | None = None
@@ -126,11 +94,20 @@ class EvaluateSection:
     samples: Annotated[int, Field(ge=0)] = 6
     """Answers shown side by side in the report."""
     batch_size: Annotated[Count, SAME_ARM] = 32
-    fidelity: FidelitySection = field(default_factory=FidelitySection)
-    nll: NllSection = field(default_factory=NllSection)
-    rouge: RougeSection = field(default_factory=RougeSection)
-    diversity: DiversitySection = field(default_factory=DiversitySection)
-    judge: JudgeSection = field(default_factory=JudgeSection)
-    tasks: TasksSection = field(default_factory=TasksSection)
-    speculation: SpeculationSection = field(default_factory=SpeculationSection)
-    cost: CostSection = field(default_factory=CostSection)
+
+
+def open_groups(section: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a section `evaluate` whose groups are a mapping, so that options can be set in them."""
+    groups = section.get("groups", DEFAULT_GROUPS)
+    if isinstance(groups, list | tuple):
+        groups = {str(name): {} for name in groups}
+    return section | {"groups": groups}
+
+
+def choose_groups(chosen: object, options: object) -> object:
+    """The groups of a list, with the options that were written for them before."""
+    if not isinstance(chosen, list | tuple) or not isinstance(options, Mapping):
+        return chosen
+    if not any(isinstance(name, str) and options.get(name) for name in chosen):
+        return chosen
+    return {str(name): options.get(name, {}) for name in chosen}

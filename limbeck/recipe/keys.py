@@ -8,16 +8,14 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from limbeck.fields import NEUTRAL, SAME_ARM, Effect
-from limbeck.recipe.sections import NESTED, Recipe
+from limbeck.recipe.sections import Recipe, sections_under
 
 
-@cache
 def neutral_keys() -> frozenset[str]:
     """Dotted keys in which two runs may differ and be the same run."""
     return frozenset(_marked(Recipe, (NEUTRAL,)))
 
 
-@cache
 def same_arm_keys() -> frozenset[str]:
     """Dotted keys in which two runs may differ and belong to one arm of a comparison; the neutral ones among them."""
     return frozenset(_marked(Recipe, (NEUTRAL, SAME_ARM)))
@@ -26,15 +24,20 @@ def same_arm_keys() -> frozenset[str]:
 def fingerprinted(section: Any) -> dict[str, Any]:
     """A section as plain values, sections inside it too, without its neutral keys."""
     left_out = _own(type(section), (NEUTRAL,))
-    values = {f.name: getattr(section, f.name) for f in fields(section) if f.name not in left_out}
-    return {name: fingerprinted(value) if is_dataclass(value) else value for name, value in values.items()}
+    return {f.name: _plain(getattr(section, f.name)) for f in fields(section) if f.name not in left_out}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return fingerprinted(value)
+    return {key: _plain(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def _marked(section: type, effects: tuple[Effect, ...], prefix: str = "") -> Iterator[str]:
     yield from (prefix + name for name in _own(section, effects))
     for f in fields(section):
-        if (inner := NESTED.get((section, f.name))) is not None:
-            yield from _marked(inner, effects, f"{prefix}{f.name}.")
+        for place, inner in sections_under(section, f.name):
+            yield from _marked(inner, effects, f"{prefix}{place}.")
 
 
 @cache

@@ -16,10 +16,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from limbeck.recipe import checks, messages, yaml_text
+from limbeck.recipe.evaluation import EVALUATION_GROUPS, choose_groups, open_groups
 from limbeck.recipe.files import read_yaml, shipped_recipes
 from limbeck.recipe.response_source import source_keys, source_schema, source_tree
 from limbeck.recipe.retired import refuse_retired
-from limbeck.recipe.sections import AXES, NESTED, ObjectiveSection, Recipe, TrainSection
+from limbeck.recipe.sections import AXES, ObjectiveSection, Recipe, TrainSection, sections_under
 from limbeck.rollouts.options import SOURCE_KEY
 from limbeck.types import LimbeckError
 
@@ -64,6 +65,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     value = yaml_text.parse(text, f"the value of override {override!r}")
     if key == "evaluate" and isinstance(value, list):
         key = "evaluate.groups"
+    if key.startswith("evaluate.groups.") and isinstance(section := tree.get("evaluate", {}), Mapping):
+        tree["evaluate"] = open_groups(dict(section))
     *parents, leaf = key.split(".")
     node = tree
     for depth, part in enumerate(parents):
@@ -77,7 +80,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         # A copy, so that a mapping handed in by a caller is never changed.
         node[part] = dict(child)
         node = node[part]
-    node[leaf] = value
+    node[leaf] = choose_groups(value, node.get(leaf)) if key == "evaluate.groups" else value
 
 
 def _validate(tree: dict[str, Any]) -> Recipe:
@@ -149,14 +152,15 @@ def rule_of(recipe: Recipe) -> Any:
 
 
 def known_keys() -> tuple[str, ...]:
-    """Every dotted key of a recipe, without the options of objectives and response sources."""
+    """Every dotted key of a recipe with those of evaluation groups, without options of objectives and sources."""
 
     def walk(section: Any, prefix: str) -> Iterable[str]:
         for f in fields(section):
             yield prefix + f.name
-            nested = NESTED.get((section, f.name))
-            if nested is not None:
-                yield from walk(nested, f"{prefix}{f.name}.")
+            for place, inner in sections_under(section, f.name):
+                if place != f.name:
+                    yield prefix + place
+                yield from walk(inner, f"{prefix}{place}.")
 
     return tuple(walk(Recipe, ""))
 
@@ -182,10 +186,12 @@ def json_schema() -> dict[str, Any]:
     schema = _ADAPTER.json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "limbeck recipe"
+    listed = {"type": "array", "items": {"enum": list(EVALUATION_GROUPS)}, "uniqueItems": True}
+    schema["properties"]["evaluate"] = {"anyOf": [schema["properties"]["evaluate"], listed]}
     groups = schema["$defs"]["EvaluateSection"]["properties"]["groups"]
-    schema["properties"]["evaluate"] = {
-        "anyOf": [schema["properties"]["evaluate"], {k: v for k, v in groups.items() if k in ("type", "items")}]
-    }
+    del groups["type"], groups["additionalProperties"]
+    schema["$defs"]["EvaluationGroups"] = _group_options(schema["$defs"])
+    groups["anyOf"] = [{"$ref": "#/$defs/EvaluationGroups"}, listed]
     schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = source_schema()
     section = schema["$defs"]["ObjectiveSection"]
     del section["properties"]["options"]
@@ -194,3 +200,12 @@ def json_schema() -> dict[str, Any]:
         for option in fields(objective):
             section["properties"].setdefault(option.name, {})
     return schema
+
+
+def _group_options(definitions: dict[str, Any]) -> dict[str, Any]:
+    """Schema of the options of the evaluation groups by name; their own go among the definitions."""
+    for group in EVALUATION_GROUPS.values():
+        own = TypeAdapter(group).json_schema()
+        definitions |= own.pop("$defs", {}) | {group.__name__: own}
+    options = {name: {"$ref": f"#/$defs/{group.__name__}"} for name, group in EVALUATION_GROUPS.items()}
+    return {"type": "object", "additionalProperties": False, "properties": options}

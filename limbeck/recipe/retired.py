@@ -13,6 +13,14 @@ RENAMED = {
     "responses.base": "responses.initial_author",
     "responses.on_policy": "responses.source",
     "responses.on_policy.buffer": "responses.source.capacity",
+    "evaluate.fidelity": "evaluate.groups.fidelity",
+    "evaluate.rouge": "evaluate.groups.rouge",
+    "evaluate.diversity": "evaluate.groups.diversity",
+    "evaluate.judge": "evaluate.groups.judge",
+    "evaluate.tasks": "evaluate.groups.tasks",
+    "evaluate.speculation": "evaluate.groups.speculation",
+    "evaluate.cost": "evaluate.groups.cost",
+    "evaluate.nll": "evaluate.groups.nll",
 }
 SHOWN = 4
 

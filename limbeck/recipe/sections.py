@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from limbeck.evaluation.groups import EVALUATION_GROUPS
 from limbeck.fields import (
     NEUTRAL,
     SAME_ARM,
@@ -21,18 +23,9 @@ from limbeck.fields import (
     Seed,
     Strings,
 )
-from limbeck.recipe.evaluation import (
-    CostSection,
-    DiversitySection,
-    EvaluateSection,
-    FidelitySection,
-    JudgeSection,
-    NllSection,
-    RougeSection,
-    SpeculationSection,
-    TasksSection,
-)
+from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.response_source import Source
+from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
 
@@ -350,7 +343,7 @@ class Recipe:
         return Path(self.output_dir) if self.output_dir else Path("runs") / self.name
 
 
-# Sections inside sections, for whoever walks over the keys.
+# Sections inside sections, and registries whose members are sections, for `sections_under`.
 NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "teacher"): TeacherSection,
     (Recipe, "student"): StudentSection,
@@ -366,15 +359,18 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "train"): TrainSection,
     (TrainSection, "lm"): LmSection,
     (Recipe, "evaluate"): EvaluateSection,
-    (EvaluateSection, "fidelity"): FidelitySection,
-    (EvaluateSection, "nll"): NllSection,
-    (EvaluateSection, "rouge"): RougeSection,
-    (EvaluateSection, "diversity"): DiversitySection,
-    (EvaluateSection, "judge"): JudgeSection,
-    (EvaluateSection, "tasks"): TasksSection,
-    (EvaluateSection, "speculation"): SpeculationSection,
-    (EvaluateSection, "cost"): CostSection,
+    (EvaluateSection, "groups"): EVALUATION_GROUPS,
 }
+
+
+def sections_under(section: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """The sections at a key with their dotted place: one, or one for each member of a registry."""
+    inner = NESTED.get((section, key))
+    if isinstance(inner, Registry):
+        yield from ((f"{key}.{name}", member) for name, member in inner.items())
+    elif inner is not None:
+        yield key, inner
+
 
 # Keys of `objective` that are the same for all objectives.
 AXES = tuple(f.name for f in fields(ObjectiveSection) if f.name != "options")

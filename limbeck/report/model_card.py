@@ -132,7 +132,7 @@ def _dataset(run: Run, metric: str) -> tuple[str, str]:
     condition = metric.partition("@")[2]
     if condition and f"tasks@{condition}" in (value_at(run.scores, "rows.after") or {}):
         task = condition.partition(",")[0]
-        file = value_at(run.recipe, f"evaluate.tasks.files.{task}")
+        file = value_at(run.recipe, f"evaluate.groups.tasks.files.{task}")
         return task, f"{task} ({Path(file).name})" if isinstance(file, str) else f"{task} (lm-evaluation-harness)"
     source = _source(run)
     return source, f"held-out prompts of {source}"

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.scores.metrics import METRICS, describe_metric
+from limbeck.evaluation.scores.metrics import describe_metric, known_metrics
 from limbeck.fields import STRICT, Count, Fraction, Seed
 from limbeck.recipe.files import read_yaml, shipped_recipes
 from limbeck.recipe.load import apply_override, known_keys, recipe_tree
@@ -138,7 +138,10 @@ def flat(changes: Mapping[str, Any], prefix: str = "") -> Tree:
     found: Tree = {}
     for name, value in changes.items():
         key = f"{prefix}{name}"
-        found |= flat(value, f"{key}.") if isinstance(value, Mapping) and key in sections else {key: value}
+        # A group without options is a group more; any other empty section changes nothing.
+        whole = not value and prefix == "evaluate.groups."
+        inner = isinstance(value, Mapping) and key in sections and not whole
+        found |= flat(value, f"{key}.") if inner else {key: value}
     return found
 
 
@@ -197,8 +200,8 @@ def _check(sweep: Sweep) -> None:
     if len(set(sweep.seeds)) < len(sweep.seeds):
         raise LimbeckError(f"seeds: got {list(sweep.seeds)}, a seed twice; expected each once")
     for key, metric in _chosen_by(sweep):
-        if metric.partition("@")[0] not in METRICS:
-            raise LimbeckError(f"{key}: no metric {metric!r}{suggestion(metric, tuple(METRICS))}")
+        if metric.partition("@")[0] not in known_metrics():
+            raise LimbeckError(f"{key}: no metric {metric!r}{suggestion(metric, tuple(known_metrics()))}")
         if describe_metric(metric).better == "context":
             raise LimbeckError(f"{key}: {metric} is the teacher's own; expected a metric of the student")
     if sweep.halving and list(sweep.halving.at) != sorted(set(sweep.halving.at)):

@@ -60,13 +60,15 @@ def test_two_models_take_turns_and_the_first_round_does_not_count(model: Any) ->
 
 
 def test_what_does_not_fit_the_window_is_refused(model: Any) -> None:
-    with pytest.raises(LimbeckError, match=r"129 tokens .*expected at most 128.*the student; lower evaluate\.cost"):
+    with pytest.raises(
+        LimbeckError, match=r"129 tokens .*expected at most 128.*the student; lower evaluate\.groups\.cost"
+    ):
         timed_in_turns({"student": (model, [5] * 121)}, new_tokens=8, repeats=1)
 
 
 def test_the_group(tiny: TinyPair, tmp_path: Path) -> None:
     section = {"prompt_tokens": 48, "new_tokens": 4, "repeats": 3}
-    run = limbeck.run(tiny.tree(tmp_path / "run", evaluate={"groups": ["cost"], "cost": section}))
+    run = limbeck.run(tiny.tree(tmp_path / "run", evaluate={"groups": {"cost": section}}))
     after, before = run.scores["after"], run.scores["before"]
     assert not before and not run.scores["change"]
     record = json.loads((run.student / "student.json").read_text("utf-8"))
@@ -92,6 +94,6 @@ def test_the_group(tiny: TinyPair, tmp_path: Path) -> None:
 
 def test_a_prompt_longer_than_the_pair_can_read_is_refused_before_any_work(tiny: TinyPair, tmp_path: Path) -> None:
     tree = tiny.tree(tmp_path / "run", evaluate={"groups": ["cost"]})
-    with pytest.raises(LimbeckError, match=r"288 tokens .*expected at most 128.*pair; lower evaluate\.cost"):
+    with pytest.raises(LimbeckError, match=r"288 tokens .*expected at most 128.*pair; lower evaluate\.groups\.cost"):
         limbeck.run(tree)
     assert not (tmp_path / "run" / "responses").exists()

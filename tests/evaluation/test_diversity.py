@@ -51,7 +51,7 @@ def test_self_bleu_of_empty_answers():
     assert self_bleu(["", "a b"]) == 0.0
     assert self_bleu(["", "a b", "a b"]) == pytest.approx(2 / 3)
     assert self_bleu(["", " ", "a b", "a b"]) == 1.0
-    with pytest.raises(LimbeckError, match=r"got 1 answers to a prompt.*evaluate\.diversity\.samples"):
+    with pytest.raises(LimbeckError, match=r"got 1 answers to a prompt.*evaluate\.groups\.diversity\.samples"):
         self_bleu(["alone"])
 
 

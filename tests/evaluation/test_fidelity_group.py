@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import limbeck
 from limbeck.evaluation.scores.metrics import METRICS
-from limbeck.pipeline.groups import GROUPS
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.templates import encode_responses
 from limbeck.rollouts.io import read_responses
@@ -36,9 +35,8 @@ def root(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that measured on everybody's answers."""
     tree = pair.tree(tmp_path_factory.mktemp("run") / "run", train={"max_steps": 2}, signal={"dtype": "float32"})
     tree["evaluate"] = {
-        "groups": ["fidelity"],
+        "groups": {"fidelity": {"whose": ["student", "responses", "teacher", "references"], "top_k": 3}},
         "max_new_tokens": LENGTH,
-        "fidelity": {"whose": ["student", "responses", "teacher", "references"], "top_k": 3},
     }
     return limbeck.run(tree).directory
 
@@ -119,7 +117,7 @@ def test_on_its_own_the_detail_says_whose_answers(pair: TinyPair, tmp_path: Path
     student = write_model(tmp_path / "student", layers=2, seed=5)
     out = tmp_path / "out"
     options = (f"output_dir={out}", "evaluate.groups=[fidelity]", f"evaluate.max_new_tokens={LENGTH}")
-    whose = f"evaluate.fidelity.whose=[responses,{source}]"
+    whose = f"evaluate.groups.fidelity.whose=[responses,{source}]"
     data = write_prompts(tmp_path / "data.jsonl", rows)
     limbeck.evaluate(student, *options, whose, prompts=data, teacher=pair.teacher)
     detail = read(out / "scores/after.fidelity.json")["detail"]
@@ -133,14 +131,16 @@ def test_references_must_be_there(pair: TinyPair, tmp_path: Path) -> None:
     options = (f"output_dir={tmp_path / 'out'}", "evaluate.groups=[fidelity]")
     with pytest.raises(LimbeckError, match="reference"):
         limbeck.evaluate(
-            pair.teacher, *options, "evaluate.fidelity.whose=[references]", prompts=data, teacher=pair.teacher
+            pair.teacher, *options, "evaluate.groups.fidelity.whose=[references]", prompts=data, teacher=pair.teacher
         )
-    with pytest.raises(LimbeckError, match=r"evaluate\.fidelity\.whose is \[\]"):
-        limbeck.evaluate(pair.teacher, *options, "evaluate.fidelity.whose=[]", prompts=data, teacher=pair.teacher)
+    with pytest.raises(LimbeckError, match=r"evaluate\.groups\.fidelity\.whose is \[\]"):
+        limbeck.evaluate(
+            pair.teacher, *options, "evaluate.groups.fidelity.whose=[]", prompts=data, teacher=pair.teacher
+        )
 
 
 def test_references_are_a_need_where_they_are_asked_for(pair: TinyPair, tmp_path: Path) -> None:
     evaluate = limbeck.load(pair.tree(tmp_path / "run")).evaluate
-    assert GROUPS["fidelity"].needs(evaluate) == {"teacher", "tokens"}
-    asked = limbeck.load(pair.tree(tmp_path / "run"), "evaluate.fidelity.whose=[teacher,references]").evaluate
-    assert GROUPS["fidelity"].needs(asked) == {"teacher", "tokens", "references"}
+    assert evaluate.groups["fidelity"].needs() == {"teacher", "tokens"}
+    asked = limbeck.load(pair.tree(tmp_path / "run"), "evaluate.groups.fidelity.whose=[teacher,references]").evaluate
+    assert asked.groups["fidelity"].needs() == {"teacher", "tokens", "references"}

@@ -41,7 +41,7 @@ def state(running: tuple[str, JudgeState]) -> JudgeState:
 @pytest.fixture
 def judge(running: tuple[str, JudgeState], state: JudgeState) -> Judge:
     del state
-    server = Server(base_url=running[0], timeout_s=5, retries=1, backoff_s=0.02, section="evaluate.judge")
+    server = Server(base_url=running[0], timeout_s=5, retries=1, backoff_s=0.02, section="evaluate.groups.judge")
     return Judge(server=server, model=JUDGE, max_new_tokens=64, concurrency=4)
 
 
@@ -155,13 +155,16 @@ def test_what_passes_is_tried_again(judge: Judge, state: JudgeState, fault: Any)
     ("fault", "said"),
     [
         ({"status": 503}, r"cannot answer \(HTTP 503: as ordered\) \(2 tries\); .* the same command then continues"),
-        ({"status": 429}, r"lower evaluate\.judge\.concurrency"),
-        ("garbage", r"expected a JSON object \(2 tries\); check that evaluate\.judge\.base_url"),
-        ({"status": 401}, r"does not let us in .*with evaluate\.judge\.api_key_env"),
-        ({"status": 301, "headers": {"Location": "http://x/v1"}}, r"give that as evaluate\.judge\.base_url"),
-        ({"status": 404}, r"declines to judge \(HTTP 404: as ordered\); correct evaluate\.judge\.model"),
+        ({"status": 429}, r"lower evaluate\.groups\.judge\.concurrency"),
+        ("garbage", r"expected a JSON object \(2 tries\); check that evaluate\.groups\.judge\.base_url"),
+        ({"status": 401}, r"does not let us in .*with evaluate\.groups\.judge\.api_key_env"),
+        ({"status": 301, "headers": {"Location": "http://x/v1"}}, r"give that as evaluate\.groups\.judge\.base_url"),
+        ({"status": 404}, r"declines to judge \(HTTP 404: as ordered\); correct evaluate\.groups\.judge\.model"),
         ({"status": 402}, r"declines to judge \(HTTP 402: as ordered\)"),
-        ({"status": 200, "body": {"id": 7}}, r"expected a chat completion; check that evaluate\.judge\.base_url"),
+        (
+            {"status": 200, "body": {"id": 7}},
+            r"expected a chat completion; check that evaluate\.groups\.judge\.base_url",
+        ),
     ],
     ids=str,
 )
@@ -177,9 +180,9 @@ def test_what_lasts_keeps_what_is_there_and_is_said_in_one_line(
 
 
 def test_a_judge_that_is_down(judge: Judge) -> None:
-    judge.server = Server(base_url="http://127.0.0.1:9/v1", retries=0, section="evaluate.judge")
+    judge.server = Server(base_url="http://127.0.0.1:9/v1", retries=0, section="evaluate.groups.judge")
     with pytest.raises(
-        LimbeckError, match=r"cannot be reached .*start the server, or correct evaluate\.judge\.base_url"
+        LimbeckError, match=r"cannot be reached .*start the server, or correct evaluate\.groups\.judge\.base_url"
     ):
         asked(judge)
 
@@ -220,8 +223,8 @@ def test_models_that_take_neither_max_tokens_nor_a_temperature(judge: Judge, sta
 
 def test_the_key_is_sent_and_never_said(judge: Judge, state: JudgeState, monkeypatch: pytest.MonkeyPatch) -> None:
     state.key = "s3cret"
-    judge.server = Server(base_url=judge.server.base_url, api_key_env="JUDGE_KEY", section="evaluate.judge")
-    with pytest.raises(LimbeckError, match=r"that evaluate\.judge\.api_key_env names is not set; export it"):
+    judge.server = Server(base_url=judge.server.base_url, api_key_env="JUDGE_KEY", section="evaluate.groups.judge")
+    with pytest.raises(LimbeckError, match=r"that evaluate\.groups\.judge\.api_key_env names is not set; export it"):
         judge.server.check_key()
     monkeypatch.setenv("JUDGE_KEY", "s3cret")
     judge.server.check_key()
@@ -275,7 +278,7 @@ def test_a_judge_that_repeats_the_key_is_kept_without_it(
     monkeypatch.setenv("JUDGE_KEY", key)
     state.key, state.rule = key, lambda a, b: f"Your key is {key}. [[A]]"
     state.faults = [None, {"status": 200, "body": {"said": key}}, {"status": 400, "body": {"error": f"not with {key}"}}]
-    judge.server = Server(base_url=judge.server.base_url, api_key_env="JUDGE_KEY", section="evaluate.judge")
+    judge.server = Server(base_url=judge.server.base_url, api_key_env="JUDGE_KEY", section="evaluate.groups.judge")
     found = asked(judge)
     assert key not in repr(found)
     assert sum("Your key is ***. [[A]]" in j.opinion.text for j in found.values()) == 18

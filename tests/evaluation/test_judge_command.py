@@ -33,7 +33,7 @@ class Bench:
         return [
             *("evaluate", str(self.student), "--teacher", str(self.pair.teacher), "--prompts", str(self.pair.prompts)),
             *(f"output_dir={output}", "evaluate.groups=[judge]", "evaluate.max_new_tokens=6"),
-            *(f"evaluate.judge.{setting}" for setting in settings),
+            *(f"evaluate.groups.judge.{setting}" for setting in settings),
             *overrides,
         ]
 
@@ -72,7 +72,7 @@ def detail(output: Path) -> dict[str, Any]:
 
 def test_a_judge_of_length_gives_the_win_rate_that_the_lengths_give(bench: Bench, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    end = bench.evaluate(output, "evaluate.judge.price_per_million=[1000.0, 100000.0]")
+    end = bench.evaluate(output, "evaluate.groups.judge.price_per_million=[1000.0, 100000.0]")
     assert end.code == 0, end.stderr
     pairs = lines(output / "scores/after.judge.pairs.jsonl")
     assert len(pairs) == PROMPTS
@@ -91,7 +91,7 @@ def test_a_judge_of_length_gives_the_win_rate_that_the_lengths_give(bench: Bench
     assert f"at most {asked * 32:,} to write, at most " in end.stderr
     read, written = 100 * asked, 10 * asked
     price = (read * 1000 + written * 100000) / 1e6
-    assert f"{read:,} tokens read and {written:,} written, {price:.2f} at evaluate.judge.price" in end.stderr
+    assert f"{read:,} tokens read and {written:,} written, {price:.2f} at evaluate.groups.judge.price" in end.stderr
 
 
 def test_a_judge_that_always_says_a_is_at_par_with_itself_contradicted(bench: Bench, tmp_path: Path) -> None:
@@ -102,14 +102,14 @@ def test_a_judge_that_always_says_a_is_at_par_with_itself_contradicted(bench: Be
 
 
 def test_against_the_references_those_without_one_are_left_out(bench: Bench, tmp_path: Path) -> None:
-    end = bench.evaluate(tmp_path / "run", "evaluate.judge.against=references")
+    end = bench.evaluate(tmp_path / "run", "evaluate.groups.judge.against=references")
     assert end.code == 0 and "1 of 12 held-out prompts have no reference; left out" in end.stderr
     assert scores(tmp_path / "run").keys() == {"win_rate_references", "judge_ties", "judge_consistency"}
     answers = {answer for text in bench.state.judged for answer in answers_in(text)}
     assert {"It is a number." * i for i in range(1, PROMPTS)} <= answers
     bare = write_prompts(tmp_path / "bare.jsonl", [{"prompt": "Why?"}])
-    end = bench.evaluate(tmp_path / "bare", "evaluate.judge.against=references", f"prompts.source={bare}")
-    assert "evaluate.judge.against is references, but none of 1 held-out prompts has one" in end.error_line
+    end = bench.evaluate(tmp_path / "bare", "evaluate.groups.judge.against=references", f"prompts.source={bare}")
+    assert "evaluate.groups.judge.against is references, but none of 1 held-out prompts has one" in end.error_line
 
 
 def test_killed_and_resumed_nothing_is_asked_twice(bench: Bench, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_another_group_or_a_server_that_moved_costs_no_judgement(bench: Bench, t
     output = tmp_path / "run"
     assert bench.evaluate(output).code == 0
     before, bench.state.judged = scores(output), []
-    away = ("evaluate.judge.base_url=http://127.0.0.1:9/v1", f"evaluate.judge.model={JUDGE}", "--update")
+    away = ("evaluate.groups.judge.base_url=http://127.0.0.1:9/v1", f"evaluate.groups.judge.model={JUDGE}", "--update")
     end = bench.evaluate(output, "evaluate.groups=[rouge, judge]", *away)
     assert end.code == 0, end.stderr
     assert not bench.state.judged and scores(output).items() > before.items()
@@ -186,9 +186,7 @@ def test_what_cannot_be_read_is_warned_of_and_never_a_tie(bench: Bench, tmp_path
 
 def test_before_is_the_student_that_training_began_with(bench: Bench, tiny: TinyPair, tmp_path: Path) -> None:
     judge = {"base_url": bench.url, "against": "before", "retries": 0}
-    recipe = tiny.recipe(
-        tmp_path / "run", evaluate={"groups": ["rouge", "judge"], "judge": judge}, train={"max_steps": 4}
-    )
+    recipe = tiny.recipe(tmp_path / "run", evaluate={"groups": {"rouge": {}, "judge": judge}}, train={"max_steps": 4})
     end = bench.limbeck.run("run", recipe)
     assert end.code == 0, end.stderr
     document = json.loads((tmp_path / "run/scores.json").read_text())
@@ -197,23 +195,26 @@ def test_before_is_the_student_that_training_began_with(bench: Bench, tiny: Tiny
     shown = [p for p in lines(tmp_path / "run/scores/after.judge.pairs.jsonl") if p["prompt"] in samples]
     assert shown and all(p["answer_1"] == samples[p["prompt"]]["after"] for p in shown)
     assert all(p["answer_2"] == samples[p["prompt"]]["before"] for p in shown)
-    line = bench.evaluate(tmp_path / "alone", "evaluate.judge.against=before").error_line
-    assert "evaluate.judge.against is before, but nothing was trained here" in line
+    line = bench.evaluate(tmp_path / "alone", "evaluate.groups.judge.against=before").error_line
+    assert "evaluate.groups.judge.against is before, but nothing was trained here" in line
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("base_url=null", "evaluate.groups names judge, but evaluate.judge.base_url is missing"),
-        ("base_url=localhost", "evaluate.judge.base_url is 'localhost', expected something like http://localhost:8000"),
+        ("base_url=null", "evaluate.groups names judge, but evaluate.groups.judge.base_url is missing"),
+        (
+            "base_url=localhost",
+            "evaluate.groups.judge.base_url is 'localhost', expected something like http://localhost:8000",
+        ),
         ("base_url=http://127.0.0.1:9/v1", "cannot be reached (Connection refused); start the server, or correct eval"),
-        ("api_key_env=sk-12345", "evaluate.judge.api_key_env is no name of an environment variable"),
-        ("api_key_env=NO_SUCH_KEY", "that evaluate.judge.api_key_env names is not set; export it with the key"),
-        ("model=nobody", "has no model 'nobody'; it offers tiny-judge: set evaluate.judge.model"),
+        ("api_key_env=sk-12345", "evaluate.groups.judge.api_key_env is no name of an environment variable"),
+        ("api_key_env=NO_SUCH_KEY", "that evaluate.groups.judge.api_key_env names is not set; export it with the key"),
+        ("model=nobody", "has no model 'nobody'; it offers tiny-judge: set evaluate.groups.judge.model"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(bench: Bench, tmp_path: Path, override: str, said: str) -> None:
-    line = bench.evaluate(tmp_path / "run", f"evaluate.judge.{override}").error_line
+    line = bench.evaluate(tmp_path / "run", f"evaluate.groups.judge.{override}").error_line
     assert said in line and "sk-12345" not in line
     assert (tmp_path / "run").exists() == (override.startswith("model") or "127" in override)
 
@@ -247,7 +248,7 @@ def test_one_reply_that_is_no_text_and_a_key_that_is_repeated_end_nothing(bench:
         return f"{half}I was asked with {KEY}. {longer(a, b)}"
 
     bench.state.rule, bench.state.key = rule, KEY
-    settings = ("evaluate.judge.api_key_env=JUDGE_KEY", "evaluate.judge.concurrency=1")
+    settings = ("evaluate.groups.judge.api_key_env=JUDGE_KEY", "evaluate.groups.judge.concurrency=1")
     end = bench.evaluate(output, *settings, env={"JUDGE_KEY": KEY})
     assert end.code == 0, end.stderr
     told = detail(output)
@@ -276,7 +277,7 @@ def test_one_reply_that_is_no_text_and_a_key_that_is_repeated_end_nothing(bench:
 def test_odd_replies_among_good_ones_are_counted_and_end_nothing(part: int, bench: Bench, tmp_path: Path) -> None:
     chosen = list(ODD.values())[part::3]
     bench.state.faults = [fault for body, _ in chosen for fault in (None, {"status": 200, "body": body})]
-    end = bench.evaluate(tmp_path / "run", "evaluate.judge.concurrency=1")
+    end = bench.evaluate(tmp_path / "run", "evaluate.groups.judge.concurrency=1")
     assert end.code == 0, end.stderr
     told = detail(tmp_path / "run")
     expected = [unread for _, unread in chosen if unread]

@@ -74,7 +74,7 @@ def test_everything_else_is_unread_and_never_a_tie(said: dict[str, Any], why: st
 
 @pytest.mark.parametrize("said", [{}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 7}}]}])
 def test_what_is_no_completion_is_an_error(said: dict[str, Any]) -> None:
-    with pytest.raises(LimbeckError, match=r"expected a chat completion; check that evaluate\.judge\.base_url"):
+    with pytest.raises(LimbeckError, match=r"expected a chat completion; check that evaluate\.groups\.judge\.base_url"):
         read_opinion(said)
 
 

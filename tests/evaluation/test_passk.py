@@ -26,5 +26,5 @@ def test_large_counts_are_exact_enough():
 
 @pytest.mark.parametrize(("answers", "right", "k"), [(1, 0, 2), (3, 4, 1), (3, -1, 1), (3, 1, 0)])
 def test_what_cannot_be_estimated_is_refused(answers, right, k):
-    with pytest.raises(LimbeckError, match=r"evaluate\.tasks\.samples"):
+    with pytest.raises(LimbeckError, match=r"evaluate\.groups\.tasks\.samples"):
         pass_at_k(answers, right, k)

@@ -199,7 +199,7 @@ def test_a_program_whose_process_does_not_say_that_it_is_confined_is_not_run(tmp
     for said in (None, {"unconfined": "no Landlock"}):
         verdict = judge(Program(cast(Link, Elsewhere(said))), asdict(job(GOOD)))
         assert verdict["kind"] == "unconfined"
-    with pytest.raises(LimbeckError, match=r"failed its trial.*evaluate\.tasks\.memory_mb"):
+    with pytest.raises(LimbeckError, match=r"failed its trial.*evaluate\.groups\.tasks\.memory_mb"):
         require_sandbox(tmp_path, Limits(memory_mb=1))
 
 

@@ -64,7 +64,7 @@ def test_limits() -> None:
     assert break_even(1, 0.3) == pytest.approx(0.3), "one draft pays where it stands more often than it costs"
     assert break_even(4, 1.5) is None
     for share, drafts in ((1.2, 4), (-0.1, 4), (math.nan, 4), (0.5, 0)):
-        with pytest.raises(LimbeckError, match=r"evaluate\.speculation\.draft_tokens"):
+        with pytest.raises(LimbeckError, match=r"evaluate\.groups\.speculation\.draft_tokens"):
             expected_tokens_per_pass(share, drafts)
 
 
@@ -87,7 +87,7 @@ def play(tiny: TinyPair, out: Path, **speculation: Any) -> tuple[dict[str, Any],
         out,
         student={"init": "pretrained", "model": str(tiny.teacher), "layers": None},
         train={"max_steps": 1, "learning_rate": 1e-30},
-        evaluate={"groups": ["fidelity", "speculation"], "max_new_tokens": 12, "speculation": speculation},
+        evaluate={"groups": {"fidelity": {}, "speculation": speculation}, "max_new_tokens": 12},
     )
     run = limbeck.run(tree)
     detail = json.loads((run.directory / "scores/after.speculation.json").read_text("utf-8"))["detail"]

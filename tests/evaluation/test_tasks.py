@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from limbeck.evaluation.groups.tasks import _text_behind
 from limbeck.evaluation.sandbox import jail
-from limbeck.pipeline.evaluation_context import EvaluationContext
-from limbeck.pipeline.groups import GROUPS
-from limbeck.pipeline.groups.tasks import _text_behind
+from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.stages.evaluate import examine
 from limbeck.runtime.rundir import read_json
 from limbeck.types import LimbeckError, Prompt, Response, Sampling
@@ -44,14 +43,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 def section(folder: Path, tasks: Sequence[str], **more: Any) -> dict[str, Any]:
     files = {task: str(write(folder, task)) for task in tasks}
-    return {"groups": ["tasks"], "tasks": {"files": files, "max_new_tokens": 8, **more}}
+    return {"groups": {"tasks": {"files": files, "max_new_tokens": 8, **more}}}
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, template: str) -> list[tuple[Sampling, tuple[str | None, ...]]]:
     """Let the student answer as GIVEN says; what it was asked, in order."""
     asked = []
 
-    def answers(self: EvaluationContext, who: str, sampling: Sampling, prompts: Sequence[Prompt]) -> list[Response]:
+    def answers(self: RunEvaluation, who: str, sampling: Sampling, prompts: Sequence[Prompt]) -> list[Response]:
         asked.append((sampling, tuple(p.text for p in prompts)))
         tokenizer = self.tokenizer("student")
         return [
@@ -65,8 +64,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, template: str) -> list[tuple[Sampling
             for p in prompts
         ]
 
-    monkeypatch.setattr(EvaluationContext, "answers", answers)
-    monkeypatch.setattr(EvaluationContext, "student", SimpleNamespace(template=template))
+    monkeypatch.setattr(RunEvaluation, "answers", answers)
+    monkeypatch.setattr(RunEvaluation, "student", SimpleNamespace(template=template))
     return asked
 
 
@@ -77,7 +76,7 @@ def test_the_group_on_answers_that_are_known(tiny: Tiny, tmp_path, monkeypatch):
     )
     evaluation = tiny.evaluation(tmp_path / "run", evaluate)
     asked = plant(monkeypatch, "chat")
-    GROUPS["tasks"].check(evaluation.context)
+    evaluation.settings.groups["tasks"].check(evaluation)
     tables = examine(evaluation.context, ("after",))["after"]
     means = {name: [next(iter(row.values.values())) for row in rows] for name, rows in tables.items()}
     assert means == {
@@ -101,16 +100,16 @@ def test_the_group_on_answers_that_are_known(tiny: Tiny, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob(".*partial"))
     # Another evaluation of the same answers runs no program again.
     monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_programs", None)
-    assert GROUPS["tasks"].measure(evaluation).tables["mbpp,k=1"][0].values["pass_at_k"] == 0.5
+    assert evaluation.settings.groups["tasks"].measure(evaluation).tables["mbpp,k=1"][0].values["pass_at_k"] == 0.5
 
 
 @confined
 def test_where_programs_can_write_no_file_it_is_said(tiny: Tiny, tmp_path, monkeypatch, capsys):
-    for module in ("evaluation.sandbox.host", "evaluation.sandbox.log", "pipeline.groups.tasks"):
+    for module in ("evaluation.sandbox.host", "evaluation.sandbox.log", "evaluation.groups.tasks"):
         monkeypatch.setattr(f"limbeck.{module}.files_possible", lambda: False)
     evaluation = tiny.evaluation(tmp_path / "run", section(tmp_path, ["mbpp"], seed=4))
     plant(monkeypatch, "chat")
-    measured = GROUPS["tasks"].measure(evaluation)
+    measured = evaluation.settings.groups["tasks"].measure(evaluation)
     assert measured.detail["mbpp"]["right"] == 1
     assert "nothing to write: this machine lets no process mount" in measured.detail["sandbox"]["file_system"]
     assert "warning: tasks: programs have nothing to write" in capsys.readouterr().err
@@ -120,12 +119,12 @@ def test_where_programs_can_write_no_file_it_is_said(tiny: Tiny, tmp_path, monke
 def test_a_student_without_a_chat_template_continues_text(tiny: Tiny, tmp_path):
     """A real, random student: it is asked in plain words, answers once, and is wrong."""
     evaluation = tiny.evaluation(tmp_path / "run", section(tmp_path, tuple(ROWS)))
-    measured = GROUPS["tasks"].measure(evaluation)
+    measured = evaluation.settings.groups["tasks"].measure(evaluation)
     assert set(measured.tables) == {"gsm8k", "math", "humaneval,k=1", "mbpp,k=1"}
     assert all(value == 0 for rows in measured.tables.values() for row in rows for value in row.values.values())
     assert measured.detail["humaneval"]["answers"] == 1
     evaluation.release(student=True)
-    again = GROUPS["tasks"].measure(evaluation)
+    again = evaluation.settings.groups["tasks"].measure(evaluation)
     assert again == measured
 
 
@@ -155,19 +154,21 @@ def test_the_white_space_at_the_beginning_of_a_continuation_is_kept(tiny: Tiny):
 def test_what_can_be_known_to_fail_is_refused_before_all_else(more, said, tiny: Tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     evaluate = section(tmp_path, ["humaneval"])
-    evaluate["tasks"] |= more
+    evaluate["groups"]["tasks"] |= more
     evaluation = tiny.evaluation(tmp_path / "run", evaluate)
     with pytest.raises(LimbeckError, match=said):
-        GROUPS["tasks"].check(evaluation.context)
+        evaluation.settings.groups["tasks"].check(evaluation)
 
 
 def test_without_a_sandbox_programs_are_refused_and_maths_is_not(tiny: Tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(jail, "landlock_version", lambda: 0)
-    GROUPS["tasks"].check(tiny.evaluation(tmp_path / "maths", section(tmp_path, ["gsm8k"])).context)
+    maths = tiny.evaluation(tmp_path / "maths", section(tmp_path, ["gsm8k"]))
+    maths.settings.groups["tasks"].check(maths)
     evaluation = tiny.evaluation(tmp_path / "code", section(tmp_path, ["humaneval"]))
-    for act in (lambda: GROUPS["tasks"].check(evaluation.context), lambda: GROUPS["tasks"].measure(evaluation)):
+    group = evaluation.settings.groups["tasks"]
+    for act in (group.check, group.measure):
         with pytest.raises(LimbeckError, match="no Landlock"):
-            act()
+            act(evaluation)
 
 
 def test_lm_eval(tiny: Tiny, tmp_path, monkeypatch):
@@ -194,10 +195,10 @@ def test_lm_eval(tiny: Tiny, tmp_path, monkeypatch):
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    evaluate = {"groups": ["tasks"], "tasks": {"lm_eval": ["x", "ppl"], "limit": 2, "seed": 7}}
+    evaluate = {"groups": {"tasks": {"lm_eval": ["x", "ppl"], "limit": 2, "seed": 7}}}
     evaluation = tiny.evaluation(tmp_path / "run", evaluate)
-    GROUPS["tasks"].check(evaluation.context)
-    measured = GROUPS["tasks"].measure(evaluation)
+    evaluation.settings.groups["tasks"].check(evaluation)
+    measured = evaluation.settings.groups["tasks"].measure(evaluation)
     assert {c: [(r.id, r.values["accuracy"]) for r in rows] for c, rows in measured.tables.items()} == {
         "lm_eval,x": [("x/0", 1.0), ("x/1", 0.0)]
     }
@@ -208,6 +209,6 @@ def test_lm_eval(tiny: Tiny, tmp_path, monkeypatch):
     assert [options["apply_chat_template"] for options in asked] == [False, True], "each with its own template"
     assert all(options["limit"] == 2 and options["random_seed"] == 7 for options in asked)
     assert asked[0]["model"]["pretrained"] is evaluation.student.model
-    other = tiny.evaluation(tmp_path / "other", {"groups": ["tasks"], "tasks": {"lm_eval": ["y"]}})
+    other = tiny.evaluation(tmp_path / "other", {"groups": {"tasks": {"lm_eval": ["y"]}}})
     with pytest.raises(LimbeckError, match=r"0\.4\.13 has no task 'y'"):
-        GROUPS["tasks"].measure(other)
+        other.settings.groups["tasks"].measure(other)

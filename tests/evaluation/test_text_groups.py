@@ -15,9 +15,9 @@ from rouge_score import rouge_scorer
 from transformers import AutoModelForCausalLM
 
 import limbeck
+from limbeck.evaluation.context import GroupResult, Who, response_text
 from limbeck.evaluation.diversity import diversity
-from limbeck.pipeline.evaluation_context import EvaluationContext, GroupResult, Who, response_text
-from limbeck.pipeline.groups import GROUPS
+from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.prompts.io import read_prompts, write_prompts
 from limbeck.runtime.rundir import sealed
 from limbeck.types import LimbeckError, Sampling
@@ -34,19 +34,24 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny.write(tmp_path_factory.mktemp("pair"))
 
 
+def over(**groups: Any) -> dict[str, Any]:
+    """The groups of EVALUATE with other options for some."""
+    return {"groups": EVALUATE["groups"] | groups}
+
+
 @pytest.fixture(scope="module")
-def evaluation(pair: Tiny, tmp_path_factory: pytest.TempPathFactory) -> EvaluationContext:
+def evaluation(pair: Tiny, tmp_path_factory: pytest.TempPathFactory) -> RunEvaluation:
     return pair.evaluation(tmp_path_factory.mktemp("exam"), {})
 
 
 @pytest.fixture(scope="module")
-def rouge(evaluation: EvaluationContext) -> GroupResult:
-    return GROUPS["rouge"].measure(evaluation)
+def rouge(evaluation: RunEvaluation) -> GroupResult:
+    return evaluation.settings.groups["rouge"].measure(evaluation)
 
 
 @pytest.fixture(scope="module")
-def spread(evaluation: EvaluationContext) -> GroupResult:
-    return GROUPS["diversity"].measure(evaluation)
+def spread(evaluation: RunEvaluation) -> GroupResult:
+    return evaluation.settings.groups["diversity"].measure(evaluation)
 
 
 def test_the_two_tokenizers_differ(pair: Tiny) -> None:
@@ -54,7 +59,7 @@ def test_the_two_tokenizers_differ(pair: Tiny) -> None:
 
 
 def test_rouge_to_the_references_is_the_packages_own_mean_over_seeds(
-    pair: Tiny, evaluation: EvaluationContext, rouge: GroupResult
+    pair: Tiny, evaluation: RunEvaluation, rouge: GroupResult
 ) -> None:
     own = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     references = {p.id: p.known_answers for p in read_prompts(evaluation.context.run.prompts)}
@@ -82,9 +87,7 @@ def test_rouge_to_the_references_is_the_packages_own_mean_over_seeds(
     assert all(0.0 <= values["rouge_l"] <= 1.0 for values in rows.values())
 
 
-def test_rows_of_diversity_are_what_the_answers_say(
-    pair: Tiny, evaluation: EvaluationContext, spread: GroupResult
-) -> None:
+def test_rows_of_diversity_are_what_the_answers_say(pair: Tiny, evaluation: RunEvaluation, spread: GroupResult) -> None:
     own = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     prompts = read_prompts(evaluation.context.run.prompts)[:4]
     references = {p.id: p.known_answers for p in prompts}
@@ -105,7 +108,7 @@ def test_rows_of_diversity_are_what_the_answers_say(
                 assert row.values[f"{prefix}sample_rouge_l"] == pytest.approx(fmean(f1), abs=1e-9)
 
 
-def test_greedy_samples_are_one_answer(evaluation: EvaluationContext, spread: GroupResult) -> None:
+def test_greedy_samples_are_one_answer(evaluation: RunEvaluation, spread: GroupResult) -> None:
     for row in spread.tables["T=0"]:
         for prefix in ("", "teacher_"):
             assert row.values[f"{prefix}self_bleu"] == 1.0
@@ -127,7 +130,7 @@ def test_hotter_samples_differ_more(spread: GroupResult) -> None:
 
 
 def test_surprise_at_the_samples_is_the_models_own_at_temperature_1(
-    pair: Tiny, evaluation: EvaluationContext, spread: GroupResult
+    pair: Tiny, evaluation: RunEvaluation, spread: GroupResult
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(pair.student)
     answers = [
@@ -150,37 +153,37 @@ def test_surprise_at_the_samples_is_the_models_own_at_temperature_1(
 
 def test_without_references_the_samples_stand_beside_the_teachers_greedy_answers(pair: Tiny, tmp_path: Path) -> None:
     evaluation = pair.evaluation(
-        tmp_path, {"diversity": {"temperatures": [0.0], "samples": 2, "prompts": 3}}, answered=False
+        tmp_path, over(diversity={"temperatures": [0.0], "samples": 2, "prompts": 3}), answered=False
     )
-    found = GROUPS["diversity"].measure(evaluation)
+    found = evaluation.settings.groups["diversity"].measure(evaluation)
     assert found.detail["rouge_beside"] == "teacher"
     # The teacher's greedy samples are the very answers they stand beside, where ROUGE-L sees anything in them.
     assert {row.values["teacher_sample_rouge_l"] for row in found.tables["T=0"]} <= {0.0, 1.0}
     assert max(row.values["teacher_sample_rouge_l"] for row in found.tables["T=0"]) == 1.0
     with pytest.raises(LimbeckError, match=r"prompts\.jsonl, line \d.*one of 6 among 6.*rouge\.against=\[teacher\]"):
-        GROUPS["rouge"].measure(evaluation)
+        evaluation.settings.groups["rouge"].measure(evaluation)
 
 
 def test_references_that_rouge_cannot_read_leave_the_rest(
     pair: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluation = pair.evaluation(tmp_path, {"diversity": {"temperatures": [1.0], "samples": 2, "prompts": 2}})
+    evaluation = pair.evaluation(tmp_path, over(diversity={"temperatures": [1.0], "samples": 2, "prompts": 2}))
     write_prompts(
         evaluation.context.run.prompts,
         [replace(p, completion="你好", references=()) for p in read_prompts(evaluation.context.run.prompts)],
     )
-    found = GROUPS["diversity"].measure(evaluation)
+    found = evaluation.settings.groups["diversity"].measure(evaluation)
     assert found.detail["rouge_beside"] is None
     assert "sample_rouge_l is left out" in capsys.readouterr().err
     assert all("self_bleu" in row.values and "sample_rouge_l" not in row.values for row in found.tables["T=1"])
     with pytest.raises(LimbeckError, match="leave rouge out"):
-        GROUPS["rouge"].measure(evaluation)
+        evaluation.settings.groups["rouge"].measure(evaluation)
 
 
 def test_a_student_alone_has_no_teacher_to_be_measured(pair: Tiny, tmp_path: Path) -> None:
-    evaluation = pair.evaluation(tmp_path, {"rouge": {"against": ["references"], "seeds": [3]}}, teacher=pair.student)
-    group = GROUPS["rouge"]
-    assert group.needs(evaluation.section) == {"references"}
+    evaluation = pair.evaluation(tmp_path, over(rouge={"against": ["references"], "seeds": [3]}), teacher=pair.student)
+    group = evaluation.settings.groups["rouge"]
+    assert group.needs() == {"references"}
     found = group.measure(evaluation)
     assert {name for row in found.tables[""] for name in row.values} == {"rouge_l_references"}
     assert found.detail["references"]["student"]["standard_deviation"] is None
@@ -191,11 +194,15 @@ def test_a_student_alone_has_no_teacher_to_be_measured(pair: Tiny, tmp_path: Pat
 @pytest.mark.parametrize(
     ("group", "section", "message"),
     [
-        ("rouge", {"against": []}, r"evaluate\.rouge\.against is empty"),
-        ("rouge", {"against": ["references"], "seeds": []}, r"evaluate\.rouge\.seeds is \[\]; expected one or more"),
+        ("rouge", {"against": []}, r"evaluate\.groups\.rouge\.against is empty"),
+        (
+            "rouge",
+            {"against": ["references"], "seeds": []},
+            r"evaluate\.groups\.rouge\.seeds is \[\]; expected one or more",
+        ),
         ("rouge", {"against": ["references"], "seeds": [1, 1]}, r"seeds is \[1, 1\]; expected one or more different"),
         ("rouge", {"against": ["references"], "temperature": 0.0}, r"is 0, so all 5 seeds give the same answers"),
-        ("diversity", {"temperatures": []}, r"evaluate\.diversity\.temperatures is \[\]"),
+        ("diversity", {"temperatures": []}, r"evaluate\.groups\.diversity\.temperatures is \[\]"),
         (
             "diversity",
             {"temperatures": [0.7, 0.7]},
@@ -206,20 +213,19 @@ def test_a_student_alone_has_no_teacher_to_be_measured(pair: Tiny, tmp_path: Pat
 def test_settings_that_measure_nothing_are_refused_at_once(
     pair: Tiny, tmp_path: Path, group: str, section: dict[str, Any], message: str
 ) -> None:
-    context = pair.evaluation(tmp_path, {group: section}).context
+    evaluation = pair.evaluation(tmp_path, over(**{group: section}))
     with pytest.raises(LimbeckError, match=message) as caught:
-        GROUPS[group].check(context)
+        evaluation.settings.groups[group].check(evaluation)
     assert "\n" not in str(caught.value)
 
 
 def test_a_run_has_them_in_its_scores_and_asks_the_teacher_once(tmp_path: Path) -> None:
     tiny = TinyPair.write(tmp_path)
     write_rows(tiny.prompts, [{"instruction": text, "output": [text, "Nobody knows"]} for text in questions()])
-    evaluate = {
-        **EVALUATE,
-        "rouge": {"against": ["references"], "seeds": list(SEEDS)},
-        "diversity": {"temperatures": [0.7], "samples": 2, "prompts": 3},
-    }
+    evaluate = EVALUATE | over(
+        rouge={"against": ["references"], "seeds": list(SEEDS)},
+        diversity={"temperatures": [0.7], "samples": 2, "prompts": 3},
+    )
     tree = tiny.tree(tmp_path / "run", train={"max_steps": 2}, evaluate=evaluate)
     run = limbeck.run(tree)
     for part in ("before", "after", "change"):

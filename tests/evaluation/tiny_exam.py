@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from limbeck.evaluation.context import Who
 from limbeck.pipeline.engine import RunContext
-from limbeck.pipeline.evaluation_context import EvaluationContext, Who
+from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.prompts.io import write_prompts
 from limbeck.prompts.sources import load_prompts
 from limbeck.recipe.load import load_recipe
@@ -23,10 +24,11 @@ SEEDS = (3, 4)
 # Random models say hardly more than single letters.
 FRAGMENTS = "b a c of r the use th i y ke u e three m s and n at"
 EVALUATE = {
-    "groups": ["rouge", "diversity"],
+    "groups": {
+        "rouge": {"against": ["teacher", "references"], "seeds": list(SEEDS)},
+        "diversity": {"temperatures": [0.0, 0.7, 1.0], "samples": 3, "prompts": 4, "seed": 5},
+    },
     "max_new_tokens": 8,
-    "rouge": {"against": ["teacher", "references"], "seeds": list(SEEDS)},
-    "diversity": {"temperatures": [0.0, 0.7, 1.0], "samples": 3, "prompts": 4, "seed": 5},
 }
 
 
@@ -52,8 +54,8 @@ class Tiny:
 
     def evaluation(
         self, folder: Path, evaluate: dict[str, Any], *, teacher: Path | None = None, answered: bool = True
-    ) -> EvaluationContext:
-        """An exam outside of a run, on all prompts; sections of `evaluate` are put over EVALUATE."""
+    ) -> RunEvaluation:
+        """An evaluation outside of a run, on all prompts; keys of `evaluate` are put over EVALUATE."""
         tree = {
             "name": "tiny",
             "output_dir": str(folder),
@@ -67,7 +69,7 @@ class Tiny:
         if not answered:
             prompts = [replace(p, completion=None, references=()) for p in prompts]
         write_prompts(context.run.prompts, prompts)
-        return EvaluationContext(context=context, part="after")
+        return RunEvaluation(context=context, part="after")
 
 
 def prompts_of(path: Path) -> Sequence[Prompt]:
@@ -75,7 +77,7 @@ def prompts_of(path: Path) -> Sequence[Prompt]:
 
 
 def written(
-    evaluation: EvaluationContext, who: Who, sampling: Sampling, *, logp: bool = False
+    evaluation: RunEvaluation, who: Who, sampling: Sampling, *, logp: bool = False
 ) -> dict[str, list[Response]]:
     """Answers on disk that were drawn like this, by prompt id, found by what they say of themselves."""
     name = who if who == "teacher" else "after"

@@ -33,7 +33,7 @@ def write_arm_run(
     tree["name"] = name or folder.name
     tree["objective"] |= {"name": objective, "temperature": temperature}
     tree["train"]["seed"] = seed
-    tree["evaluate"] = {"groups": ["fidelity", "rouge"], "max_new_tokens": 64, "fidelity": {"top_k": 5}}
+    tree["evaluate"] = {"groups": {"fidelity": {"top_k": 5}, "rouge": {}}, "max_new_tokens": 64}
     for key, value in (recipe or {}).items():
         section, _, leaf = key.partition(".")
         tree[section][leaf] = value

@@ -25,7 +25,7 @@ Unread = Literal["none", "contradictory", "truncated", "empty", "refused", "garb
 UNREAD: dict[str, str] = {
     "none": "no verdict in it",
     "contradictory": "more than one verdict",
-    "truncated": "cut off at evaluate.judge.max_new_tokens",
+    "truncated": "cut off at evaluate.groups.judge.max_new_tokens",
     "empty": "nothing said",
     "refused": "refused to judge",
     "garbled": "half of a surrogate pair in it, which is no text",
@@ -105,8 +105,8 @@ def printable_judgement(opinion: Opinion) -> Opinion:
 def no_completion(shown: str) -> LimbeckError:
     """The error for a reply that is no chat completion."""
     return LimbeckError(
-        f"the judge answers {shown}, expected a chat completion; check that evaluate.judge.base_url is that of an "
-        "OpenAI-compatible server"
+        f"the judge answers {shown}, expected a chat completion; check that evaluate.groups.judge.base_url is that of "
+        "an OpenAI-compatible server"
     )
 
 
@@ -155,8 +155,8 @@ def score_pairs(pairs: Sequence[JudgedPair], metric: str) -> list[ScoredRow]:
         heard = " ".join(opinions[0].text.split()) or "nothing" if opinions else "nothing"
         raise LimbeckError(
             f"the judge gave a verdict in both orders for none of {len(pairs)} pairs ({_listed(pairs)}); heard "
-            f"{heard[:120]!r}, expected one of [[A]], [[B]], [[C]]: name another judge with evaluate.judge.model, or "
-            "raise evaluate.judge.max_new_tokens"
+            f"{heard[:120]!r}, expected one of [[A]], [[B]], [[C]]: name another judge with "
+            "evaluate.groups.judge.model, or raise evaluate.groups.judge.max_new_tokens"
         )
     return rows
 

@@ -117,15 +117,16 @@ def require_sandbox(scratch: Path, limits: Limits) -> Json:
     if lacking:
         raise LimbeckError(
             f"programs that a model wrote are run in a sandbox only, and this machine has no {lacking}; "
-            "evaluate on a machine that has, or take humaneval and mbpp out of evaluate.tasks.files"
+            "evaluate on a machine that has, or take humaneval and mbpp out of evaluate.groups.tasks.files"
         )
     files = files_possible()
     tests = trial.tests(limits.disk_mb << 20 if files else 0)
     found = run_program(Job(program=trial.PROGRAM, setup="", names=trial.NAMES, tests=tests), limits, scratch)
     if not found.passed:
         raise LimbeckError(
-            f"the sandbox for programs failed its trial ({found.kind}: {found.text}); raise evaluate.tasks.memory_mb "
-            "or evaluate.tasks.timeout_s, or take humaneval and mbpp out of evaluate.tasks.files"
+            f"the sandbox for programs failed its trial ({found.kind}: {found.text}); raise "
+            "evaluate.groups.tasks.memory_mb or evaluate.groups.tasks.timeout_s, or take humaneval and mbpp out of "
+            "evaluate.groups.tasks.files"
         )
     return {
         "system_calls": f"seccomp allows {len(syscalls.ALLOWED_SYSCALLS) + 4}, none that makes a process, a thread "
@@ -176,7 +177,7 @@ def run_program(job: Job, limits: Limits, scratch: Path) -> ProgramOutcome:
     if verdict.kind == "unconfined":
         raise LimbeckError(
             f"a program could not be confined and was not run ({verdict.text}); see that nothing else limits this "
-            "process, or take humaneval and mbpp out of evaluate.tasks.files"
+            "process, or take humaneval and mbpp out of evaluate.groups.tasks.files"
         )
     return verdict
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from limbeck.evaluation.scores.metrics import METRICS
+from limbeck.evaluation.scores.metrics import known_metrics
 from limbeck.evaluation.scores.pooled import POOLED
 from limbeck.types import LimbeckError, Score, ScoredRow
 
@@ -81,8 +81,12 @@ class Table:
         if not rows:
             raise LimbeckError("got no examples to score; expected at least one: raise prompts.eval_fraction")
         names, pooled = list(rows[0].values), list(rows[0].sums)
-        unknown = [name for name in names + pooled if name not in METRICS]
-        assert not unknown, f"describe {unknown} in METRICS"
+        described = known_metrics()
+        if unknown := [name for name in names + pooled if name not in described]:
+            raise LimbeckError(
+                f"the metric {unknown[0]!r} is not described; expected its unit, direction and meaning in `metrics` of "
+                "the evaluation group that measures it"
+            )
         seen = set()
         for row in rows:
             if row.id in seen:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.evaluation.scores.bootstrap import CONFIDENCE, RESAMPLES, paired_change, summarise
-from limbeck.evaluation.scores.metrics import METRICS, describe_metric
+from limbeck.evaluation.scores.metrics import describe_metric, known_metrics
 from limbeck.runtime.json_lines import json_lines
 from limbeck.runtime.rundir import write_text
 from limbeck.types import LimbeckError, Score, ScoredRow, Scores
@@ -119,8 +119,8 @@ def write_scores(run_dir: Path, *, before: Groups, after: Groups, seed: int = 0,
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """As METRICS has them; a metric's conditions one after another."""
-    places = {name: place for place, name in enumerate(METRICS)}
+    """As the metrics are listed; a metric's conditions one after another."""
+    places = {name: place for place, name in enumerate(known_metrics())}
     return sorted(names, key=lambda name: places[name.partition("@")[0]])
 
 

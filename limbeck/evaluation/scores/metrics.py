@@ -1,6 +1,7 @@
 """The metrics of the evaluation: what each is called, its unit, which way is better, and what it means.
 
-A new metric is one entry here and a value of that name in the rows its group measures. What was measured under a
+A new metric is one entry here, or in `metrics` of its group, and a value of that name in the rows its group measures.
+What was measured under a
 condition (another author's answers, a decoding temperature) is called METRIC@CONDITION.
 """
 
@@ -73,7 +74,8 @@ METRICS: dict[str, Metric] = {
     ),
     "topk_agreement": Metric(
         label="Top-k agreement", unit="", better="higher", teacher_value=1.0,
-        meaning="share of the teacher's k likeliest tokens that are among the student's (evaluate.fidelity.top_k)",
+        meaning="share of the teacher's k likeliest tokens that are among the student's "
+        "(evaluate.groups.fidelity.top_k)",
     ),
     "student_entropy": Metric(
         label="Entropy", unit=NATS, better="match", teacher="teacher_entropy",
@@ -215,10 +217,20 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 
+def known_metrics() -> dict[str, Metric]:
+    """METRICS, and what the groups of other packages measure."""
+    from limbeck.evaluation.groups import EVALUATION_GROUPS
+
+    found = dict(METRICS)
+    for group in EVALUATION_GROUPS.values():
+        found |= {name: metric for name, metric in group.metrics.items() if name not in METRICS}
+    return found
+
+
 def describe_metric(name: str) -> Metric:
     """The metric behind a name, with the condition of METRIC@CONDITION in its label and in the teacher's metric."""
     bare, _, condition = name.partition("@")
-    metric = METRICS[bare]
+    metric = METRICS[bare] if bare in METRICS else known_metrics()[bare]
     if not condition:
         return metric
     teacher = None if metric.teacher is None else f"{metric.teacher}@{condition}"

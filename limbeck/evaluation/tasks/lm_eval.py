@@ -38,7 +38,7 @@ def require_lm_eval() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise LimbeckError(
-            "evaluate.tasks.lm_eval names tasks of lm-evaluation-harness, which is not installed; "
+            "evaluate.groups.tasks.lm_eval names tasks of lm-evaluation-harness, which is not installed; "
             "pip install lm-eval, or leave the key out"
         )
 
@@ -70,7 +70,7 @@ def run_lm_eval(
     if unknown:
         raise LimbeckError(
             f"lm-evaluation-harness {lm_eval.__version__} has no task {unknown[0]!r}; expected one that "
-            "`lm_eval ls tasks` prints: correct evaluate.tasks.lm_eval"
+            "`lm_eval ls tasks` prints: correct evaluate.groups.tasks.lm_eval"
         )
     found = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),

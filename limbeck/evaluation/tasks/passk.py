@@ -16,6 +16,6 @@ def pass_at_k(answers: int, right: int, k: int) -> float:
     if not (1 <= k <= answers and 0 <= right <= answers):
         raise LimbeckError(
             f"got pass@{k} of {answers} answers with {right} right; expected 1 <= k <= answers and as many right at "
-            "most: raise evaluate.tasks.samples or lower evaluate.tasks.pass_at"
+            "most: raise evaluate.groups.tasks.samples or lower evaluate.groups.tasks.pass_at"
         )
     return 1.0 - comb(answers - right, k) / comb(answers, k)

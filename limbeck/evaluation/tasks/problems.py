@@ -71,7 +71,9 @@ def read_problems(task: TaskName, path: Path, limit: int | None = None) -> list[
         LimbeckError: there is no file, no problem in it, or a line that is none; names file and line.
     """
     if not path.is_file():
-        raise LimbeckError(f"evaluate.tasks.files.{task} is {path}, which is no file; give the path of its JSONL")
+        raise LimbeckError(
+            f"evaluate.groups.tasks.files.{task} is {path}, which is no file; give the path of its JSONL"
+        )
     problems: list[Problem] = []
     seen: set[str] = set()
     for number, line in _lines(path):
@@ -86,7 +88,9 @@ def read_problems(task: TaskName, path: Path, limit: int | None = None) -> list[
         seen.add(problem.id)
         problems.append(problem)
     if not problems:
-        raise LimbeckError(f"{path} holds no problem; expected one JSON object a line: see evaluate.tasks.files.{task}")
+        raise LimbeckError(
+            f"{path} holds no problem; expected one JSON object a line: see evaluate.groups.tasks.files.{task}"
+        )
     return problems
 
 

@@ -150,6 +150,6 @@ def _check(chunk: FidelityChunk, top_k: int) -> None:
         )
     if not 1 <= top_k <= chunk.student_head.vocab_size:
         raise LimbeckError(
-            f"evaluate.fidelity.top_k is {top_k} and the vocabulary has {chunk.student_head.vocab_size} tokens; "
+            f"evaluate.groups.fidelity.top_k is {top_k} and the vocabulary has {chunk.student_head.vocab_size} tokens; "
             "expected 1 to as many: lower it"
         )

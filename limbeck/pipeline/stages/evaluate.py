@@ -6,15 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from limbeck.evaluation.context import EvaluationGroup, Part, greedy, table_name
 from limbeck.evaluation.scores.files import read_rows, write_rows, write_scores
 from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
 from limbeck.pipeline.engine import RunContext, Stage
-from limbeck.pipeline.evaluation_context import EvaluationContext, Group, Part, table_name
-from limbeck.pipeline.groups import GROUPS
-from limbeck.pipeline.groups.rouge import greedy
+from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.sharing import initial_student, once
-from limbeck.prompts.readers import source_digest
 from limbeck.recipe.keys import fingerprinted
 from limbeck.report.model_card import write_card
 from limbeck.runtime.rundir import read_fields, write_json, write_text
@@ -24,16 +22,10 @@ ScoreTables = dict[str, Sequence[ScoredRow]]
 
 
 def evaluation_inputs(context: RunContext) -> Json:
-    """What the evaluation reads of the recipe: the sections of the groups that are asked for."""
-    section = fingerprinted(context.recipe.evaluate)
-    for name in GROUPS:
-        if name not in section["groups"]:
-            del section[name]
-    if "fidelity" in section and "references" in section["fidelity"]["whose"]:
-        section["fidelity"]["loss_on"] = context.recipe.prompts.loss_on
-    if "tasks" in section:
-        files = section["tasks"]["files"]
-        section["tasks"]["content"] = {task: source_digest(path) for task, path in files.items()}
+    """What the evaluation reads of the recipe, and what its groups depend on beside."""
+    section, evaluation = fingerprinted(context.recipe.evaluate), RunEvaluation(context=context, part="after")
+    for name, group in context.recipe.evaluate.groups.items():
+        section["groups"][name] |= group.inputs(evaluation)
     return section
 
 
@@ -43,8 +35,8 @@ def check_groups(context: RunContext) -> None:
     Raises:
         LimbeckError: something is missing.
     """
-    for name in context.recipe.evaluate.groups:
-        GROUPS[name].check(context)
+    for group in context.recipe.evaluate.groups.values():
+        group.check(RunEvaluation(context=context, part="after"))
 
 
 def _play_evaluation(context: RunContext) -> Json:
@@ -53,25 +45,24 @@ def _play_evaluation(context: RunContext) -> Json:
     write_answers(context, parts)
     base_model, license = _origin(context)
     write_card(context.run.root, base_model=base_model, license=license)
-    return {"heldout_prompts": len(EvaluationContext(context=context, part="after").prompts)}
+    return {"heldout_prompts": len(RunEvaluation(context=context, part="after").prompts)}
 
 
 def examine(context: RunContext, parts: Sequence[Part]) -> dict[Part, ScoreTables]:
     """The rows of all groups for some parts, and `scores.json` of them."""
-    groups = [GROUPS[name] for name in context.recipe.evaluate.groups]
     found: dict[Part, ScoreTables] = {"before": {}, "after": {}}
     for part in parts:
-        evaluation = EvaluationContext(context=context, part=part)
+        evaluation = RunEvaluation(context=context, part=part)
         with _once_a_sweep(evaluation):
-            for group in groups:
+            for name, group in context.recipe.evaluate.groups.items():
                 if part in group.parts:
-                    found[part] |= _rows_of(evaluation, group)
+                    found[part] |= _rows_of(evaluation, name, group)
         evaluation.release(student=True)
     write_scores(context.run.root, before=found["before"], after=found["after"], seed=0)
     return found
 
 
-def _once_a_sweep(evaluation: EvaluationContext) -> AbstractContextManager[None]:
+def _once_a_sweep(evaluation: RunEvaluation) -> AbstractContextManager[None]:
     """Runs that begin with the same student have the same scores before training; those after it are their own."""
     if evaluation.part == "after":
         return nullcontext()
@@ -79,20 +70,21 @@ def _once_a_sweep(evaluation: EvaluationContext) -> AbstractContextManager[None]
     return once(evaluation.context, made_from, evaluation.folder, ("before.*", "answers/before-*.jsonl"))
 
 
-def _rows_of(evaluation: EvaluationContext, group: Group) -> ScoreTables:
+def _rows_of(evaluation: RunEvaluation, name: str, group: EvaluationGroup) -> ScoreTables:
     """The tables of a group by GROUP or GROUP@CONDITION, measured unless they are on disk.
 
     The record of a group is written last and names its tables: without it nothing of the group counts as measured.
     """
-    record = evaluation.folder / f"{evaluation.part}.{group.name}.json"
+    record = evaluation.folder / f"{evaluation.part}.{name}.json"
     if not record.exists():
-        measured = group.measure(evaluation)
+        # pyright takes no cached_property for what a protocol has as a property.
+        measured = group.measure(evaluation)  # type: ignore[arg-type]
         evaluation.release(student=False)
-        for name, rows in measured.named(group.name).items():
-            write_rows(evaluation.folder / f"{evaluation.part}.{name}.jsonl", rows)
+        for table, rows in measured.named(name).items():
+            write_rows(evaluation.folder / f"{evaluation.part}.{table}.jsonl", rows)
         write_json(record, {"conditions": list(measured.tables), "detail": measured.detail})
-    names = [table_name(group.name, condition) for condition in read_fields(record, {"conditions": list})["conditions"]]
-    return {name: read_rows(evaluation.folder / f"{evaluation.part}.{name}.jsonl") for name in names}
+    tables = [table_name(name, condition) for condition in read_fields(record, {"conditions": list})["conditions"]]
+    return {table: read_rows(evaluation.folder / f"{evaluation.part}.{table}.jsonl") for table in tables}
 
 
 def _origin(context: RunContext) -> tuple[str | None, str | None]:
@@ -115,11 +107,11 @@ def write_answers(context: RunContext, parts: Mapping[Part, ScoreTables]) -> Non
             scored[part] = rows
     if not scored:
         return
-    after = EvaluationContext(context=context, part="after")
-    sampling = greedy(after.section)
+    after = RunEvaluation(context=context, part="after")
+    sampling = greedy(after.settings)
     sides: dict[str, dict[str, str]] = {"teacher": after.texts("teacher", sampling)}
     for part in scored:
-        sides[part] = EvaluationContext(context=context, part=part).texts("student", sampling)
+        sides[part] = RunEvaluation(context=context, part=part).texts("student", sampling)
     lines = []
     shown = [p for p in after.prompts if all(p.id in texts for texts in sides.values())]
     for prompt in shown[: context.recipe.evaluate.samples]:

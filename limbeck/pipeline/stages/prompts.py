@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from limbeck.pipeline.engine import RunContext, Stage
-from limbeck.pipeline.groups import require_known_answers
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.io import write_prompts
 from limbeck.prompts.readers import source_digest
-from limbeck.prompts.references import require_answers_for_sft
+from limbeck.prompts.references import require_answers_for_sft, require_references
 from limbeck.prompts.sources import PromptSet, load_prompts
-from limbeck.types import Json
+from limbeck.types import Json, Prompt
 
 
 def prompt_inputs(context: RunContext) -> Json:
@@ -41,9 +41,20 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         context.console.say(unread_line(loaded.unread, loaded.rows))
     if loaded.duplicates:
         context.console.say(f"prompts: {loaded.duplicates} rows ask what an earlier row asks, and are left out")
-    require_known_answers(context.recipe.evaluate, loaded.prompts)
+    _require_known_answers(context, loaded.prompts)
     write_prompts(context.run.prompts, loaded.prompts)
     return loaded
+
+
+def _require_known_answers(context: RunContext, prompts: Sequence[Prompt]) -> None:
+    """See that data has the reference answers that groups will need, before anything has worked.
+
+    Raises:
+        LimbeckError: a held-out prompt has none; names it and its place in the data.
+    """
+    for group in context.recipe.evaluate.groups.values():
+        if "references" in group.needs():
+            require_references([p for p in prompts if p.split == "heldout"], group.references_remedy)
 
 
 def _play_prompts(context: RunContext) -> Json:

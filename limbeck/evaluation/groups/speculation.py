@@ -11,8 +11,11 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from limbeck.evaluation.cost import settle, timed_in_turns
+from pydantic.dataclasses import dataclass
+
+from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.scores.bootstrap import summarise
 from limbeck.evaluation.scores.files import read_rows
 from limbeck.evaluation.speculation import (
@@ -22,36 +25,66 @@ from limbeck.evaluation.speculation import (
     expected_speedup,
     expected_tokens_per_pass,
 )
-from limbeck.pipeline.evaluation_context import EvaluationContext, Group, GroupResult
-from limbeck.pipeline.stages.respond import sampler_for
+from limbeck.fields import STRICT, Count, NonNegative, Seed
 from limbeck.runtime.rundir import read_fields
-from limbeck.sampling.acceptance import AcceptanceStats
-from limbeck.sampling.local import LocalSampler
-from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.types import Json, LimbeckError, Response, Sampling, ScoredRow, TokenPrompt
+
+if TYPE_CHECKING:
+    from limbeck.sampling.acceptance import AcceptanceStats
+    from limbeck.sampling.local import LocalSampler
+    from limbeck.sampling.speculative import SpeculativeSampler
 
 # Steps that the ratio of costs is measured over, and the times they are repeated.
 _STEPS, _REPEATS = 16, 3
 
 
-def _measure(evaluation: EvaluationContext) -> GroupResult:
-    section = evaluation.section.speculation
-    sampling = Sampling(
-        max_new_tokens=evaluation.section.max_new_tokens, temperature=section.temperature, seed=section.seed
-    )
-    asked = _asked(evaluation, sampling)
-    ratio = _cost_ratio(evaluation, asked)
-    tables: dict[str, list[ScoredRow]] = {}
-    detail: Json = {"cost_ratio": ratio, "prompts": len(asked)}
-    for draft_tokens in dict.fromkeys(section.draft_tokens):
-        name = f"draft={draft_tokens}"
-        tables[name] = acceptance_rows(_in_turns(evaluation, asked, sampling, draft_tokens))
-        measured = summarise(tables[name])["draft_acceptance"].mean
-        expected = {"measured": _expected(measured, draft_tokens, ratio)}
-        if (share := _expected_acceptance(evaluation, sampling)) is not None:
-            expected["fidelity"] = _expected(share, draft_tokens, ratio)
-        detail[name] = {"break_even_acceptance": break_even(draft_tokens, ratio), "expected_from_acceptance": expected}
-    return GroupResult(tables=tables, detail=detail)
+@dataclass(config=STRICT, kw_only=True)
+class SpeculationGroup(EvaluationGroup):
+    """The student as the draft of its teacher: acceptance, tokens per pass and speed-up."""
+
+    draft_tokens: tuple[Count, ...] = (4,)
+    """Tokens that the student drafts for each of the teacher's passes."""
+    prompts: Count = 16
+    temperature: NonNegative = 1.0
+    seed: Seed = 0
+
+    parts = ("after",)
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"teacher", "tokens"})
+
+    def measure(self, evaluation: EvaluationContext) -> GroupResult:
+        sampling = Sampling(
+            max_new_tokens=evaluation.settings.max_new_tokens, temperature=self.temperature, seed=self.seed
+        )
+        asked = self._asked(evaluation, sampling)
+        ratio = _cost_ratio(evaluation, asked)
+        tables: dict[str, list[ScoredRow]] = {}
+        detail: Json = {"cost_ratio": ratio, "prompts": len(asked)}
+        for draft_tokens in dict.fromkeys(self.draft_tokens):
+            name = f"draft={draft_tokens}"
+            tables[name] = acceptance_rows(_in_turns(evaluation, asked, sampling, draft_tokens))
+            measured = summarise(tables[name])["draft_acceptance"].mean
+            expected = {"measured": _expected(measured, draft_tokens, ratio)}
+            if (share := _expected_acceptance(evaluation, sampling)) is not None:
+                expected["fidelity"] = _expected(share, draft_tokens, ratio)
+            detail[name] = {
+                "break_even_acceptance": break_even(draft_tokens, ratio),
+                "expected_from_acceptance": expected,
+            }
+        return GroupResult(tables=tables, detail=detail)
+
+    def _asked(self, evaluation: EvaluationContext, sampling: Sampling) -> list[TokenPrompt]:
+        """The prompts as the teacher reads them, those that fit both models."""
+        prompts, most = evaluation.prompts[: self.prompts], sampling.max_new_tokens
+        fits = {p.id for p in evaluation.encode("student", prompts, max_new_tokens=most)}
+        asked = [p for p in evaluation.encode("teacher", prompts, max_new_tokens=most) if p.id in fits]
+        if not asked:
+            raise LimbeckError(
+                "no held-out prompt fits both models with its answer, expected at least one to draft for; "
+                "lower evaluate.max_new_tokens, or raise prompts.eval_fraction"
+            )
+        return asked
 
 
 def _expected(acceptance: float, draft_tokens: int, ratio: float) -> Json:
@@ -62,23 +95,12 @@ def _expected(acceptance: float, draft_tokens: int, ratio: float) -> Json:
     }
 
 
-def _asked(evaluation: EvaluationContext, sampling: Sampling) -> list[TokenPrompt]:
-    """The prompts as the teacher reads them, those that fit both models."""
-    prompts = evaluation.prompts[: evaluation.section.speculation.prompts]
-    fits = {p.id for p in evaluation.encode("student", prompts, max_new_tokens=sampling.max_new_tokens)}
-    asked = [p for p in evaluation.encode("teacher", prompts, max_new_tokens=sampling.max_new_tokens) if p.id in fits]
-    if not asked:
-        raise LimbeckError(
-            "no held-out prompt fits both models with its answer, expected at least one to draft for; "
-            "lower evaluate.max_new_tokens, or raise prompts.eval_fraction"
-        )
-    return asked
-
-
 def _cost_ratio(evaluation: EvaluationContext, asked: Sequence[TokenPrompt]) -> float:
     """What a step of the student costs in steps of the teacher."""
+    from limbeck.evaluation.cost import timed_in_turns
+
     ids = asked[0].ids
-    steps = min(_STEPS, evaluation.section.max_new_tokens)
+    steps = min(_STEPS, evaluation.settings.max_new_tokens)
     timings = timed_in_turns(
         {"student": (evaluation.student.model, ids), "teacher": (evaluation.teacher.model, ids)},
         new_tokens=steps,
@@ -91,10 +113,12 @@ def _cost_ratio(evaluation: EvaluationContext, asked: Sequence[TokenPrompt]) -> 
 def _in_turns(
     evaluation: EvaluationContext, asked: Sequence[TokenPrompt], sampling: Sampling, draft_tokens: int
 ) -> list[Drafted]:
+    from limbeck.sampling.speculative import SpeculativeSampler
+
     longest = max(asked, key=lambda prompt: len(prompt.ids))
     # Samplers answer the longest prompt first, and of two the earlier one.
     every = [replace(longest, id=f"{longest.id} (first)"), *asked]
-    alone = _alone(evaluation)
+    alone = evaluation.sampler("teacher", 1)
     drafted = SpeculativeSampler(
         model=alone.model,
         draft=evaluation.student.model,
@@ -117,11 +141,6 @@ def _in_turns(
     return sorted(found, key=lambda answer: order[answer.id])
 
 
-def _alone(evaluation: EvaluationContext) -> LocalSampler:
-    teacher = evaluation.teacher
-    return sampler_for(evaluation.context, teacher.model, teacher.tokenizer, teacher.template, "teacher", 1)
-
-
 def _timed(
     evaluation: EvaluationContext,
     sampler: LocalSampler | SpeculativeSampler,
@@ -129,13 +148,15 @@ def _timed(
     sampling: Sampling,
 ) -> Iterator[tuple[Response, float]]:
     """Each answer with the seconds it took; the sampler rests between two."""
+    from limbeck.evaluation.cost import settle
+
     answers = sampler.respond_in_batches(asked, sampling)
     for _ in asked:
-        evaluation.context.stop.raise_if_requested()
-        settle(evaluation.context.device)
+        evaluation.stop.raise_if_requested()
+        settle(evaluation.device)
         started = time.perf_counter()
         (response,) = next(answers).responses
-        settle(evaluation.context.device)
+        settle(evaluation.device)
         yield response, time.perf_counter() - started
 
 
@@ -164,16 +185,8 @@ def _expected_acceptance(evaluation: EvaluationContext, sampling: Sampling) -> f
     if sampling.temperature != 1 or not record.exists():
         return None
     conditions = read_fields(record, {"conditions": list})["conditions"]
-    by_teacher = evaluation.context.recipe.base_author == "teacher"
+    by_teacher = evaluation.responses_author == "teacher"
     name = "fidelity@teacher" if "teacher" in conditions else "fidelity" if "" in conditions and by_teacher else None
     if name is None:
         return None
     return summarise(read_rows(evaluation.folder / f"{evaluation.part}.{name}.jsonl"))["acceptance"].mean
-
-
-GROUP = Group(
-    name="speculation",
-    measure=_measure,
-    parts=("after",),
-    needs=lambda section: frozenset({"teacher", "tokens"}),
-)

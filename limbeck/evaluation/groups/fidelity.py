@@ -1,0 +1,149 @@
+"""The group `fidelity`: next-token distributions of both models on the same answers.
+
+Whose answers (`evaluate.groups.fidelity.whose`) is the condition: the held-out responses of the run (plain names), the
+data's references, or fresh answers of the teacher or of the student. On the student's own answers the two models meet
+what the student leads them into; what fidelity is worse there than on the teacher's is exposure bias (compare Arora
+et al. 2022).
+
+An evaluation on its own has no responses. There "responses" are the references where every prompt has one, else fresh
+answers of the teacher; `answers` in the detail says which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who
+from limbeck.fields import STRICT, NonNegative, Seed
+from limbeck.prompts.references import require_references
+from limbeck.types import DenseSignal, Json, LimbeckError, Prompt, Response, Sampling, ScoredRow
+
+if TYPE_CHECKING:
+    from limbeck.evaluation.fidelity import Fidelity
+    from limbeck.evaluation.token_metrics.tokens import FidelityChunk
+
+Whose = Literal["responses", "teacher", "student", "references"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Answers:
+    """What both models read.
+
+    Attributes:
+        rows: row of each response in what the run kept of its teacher; None where the teacher itself has to look.
+    """
+
+    responses: Sequence[Response]
+    rows: Sequence[int] | None = None
+
+
+@dataclass(config=STRICT, kw_only=True)
+class FidelityGroup(EvaluationGroup):
+    """Next-token distributions of both models on the same answers, over the whole vocabulary."""
+
+    whose: tuple[Whose, ...] = ("responses",)
+    """Whose answers the two models are compared on: the held-out responses of the run, fresh ones of the teacher or of
+    the student (exposure bias), or the data's references."""
+    top_k: Annotated[int, Field(ge=2)] = 5
+    """Tokens of the top-k agreement."""
+    temperature: NonNegative = 1.0
+    """Of the fresh answers; their length is evaluate.max_new_tokens."""
+    seed: Seed = 0
+
+    references_remedy = "take references out of evaluate.groups.fidelity.whose"
+
+    def needs(self) -> frozenset[Need]:
+        references: tuple[Need, ...] = ("references",) if "references" in self.whose else ()
+        return frozenset({"teacher", "tokens", *references})
+
+    def check(self, evaluation: EvaluationContext) -> None:
+        if not self.whose or len(set(self.whose)) < len(self.whose):
+            raise LimbeckError(
+                f"evaluate.groups.fidelity.whose is {list(self.whose)}; expected one or more of responses, teacher, "
+                "student and references, each once: name what to measure on, or leave fidelity out of evaluate.groups"
+            )
+
+    def inputs(self, evaluation: EvaluationContext) -> Json:
+        return {"loss_on": evaluation.loss_on} if "references" in self.whose else {}
+
+    def measure(self, evaluation: EvaluationContext) -> GroupResult:
+        from limbeck.evaluation.fidelity import measure
+
+        found: dict[Whose, Fidelity] = {}
+        tables: dict[str, Sequence[ScoredRow]] = {}
+        detail: Json = {}
+        for whose in self.whose:
+            source = _source(evaluation, whose)
+            if source not in found:
+                found[source] = measure(_chunks(evaluation, self._answers(evaluation, source)), top_k=self.top_k)
+            tables["" if whose == "responses" else whose] = found[source].rows
+            detail[whose] = {"answers": source, "top_k": self.top_k} | found[source].detail
+        return GroupResult(tables=tables, detail=detail)
+
+    def _answers(self, evaluation: EvaluationContext, source: Whose) -> _Answers:
+        if source == "responses":
+            by_row = evaluation.heldout_responses()
+            return _Answers(responses=list(by_row.values()), rows=list(by_row))
+        settings = evaluation.settings
+        if source == "references":
+            remedy = "give data with answers, or leave references out of evaluate.groups.fidelity.whose"
+            require_references(evaluation.prompts[: settings.prompts], remedy)
+            responses = evaluation.encode_references("teacher", _fitting(evaluation))
+        else:
+            sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=self.temperature, seed=self.seed)
+            responses = evaluation.answers(source, sampling, _fitting(evaluation))
+        return _Answers(responses=[response for response in responses if response.response_ids])
+
+
+def _source(evaluation: EvaluationContext, whose: Whose) -> Whose:
+    """Whose answers are meant: an evaluation on its own has no responses."""
+    if whose != "responses" or not evaluation.standalone:
+        return whose
+    answered = all(prompt.completion is not None for prompt in evaluation.prompts[: evaluation.settings.prompts])
+    return "references" if answered else "teacher"
+
+
+def _fitting(evaluation: EvaluationContext) -> list[Prompt]:
+    """The prompts that leave room for an answer in the windows of both models: each reads what the other wrote."""
+    held, most = evaluation.prompts[: evaluation.settings.prompts], evaluation.settings.max_new_tokens
+    both: tuple[Who, Who] = ("teacher", "student")
+    room = [{asked.id for asked in evaluation.encode(who, held, max_new_tokens=most)} for who in both]
+    return [prompt for prompt in held if all(prompt.id in ids for ids in room)]
+
+
+def _chunks(evaluation: EvaluationContext, answers: _Answers) -> Iterator[FidelityChunk]:
+    """The answers as the student and the teacher see them, a few rows at a time."""
+    import torch
+
+    from limbeck.evaluation.token_metrics.tokens import FidelityChunk
+    from limbeck.models.forward import hidden_states
+    from limbeck.models.heads import head_of
+    from limbeck.models.vocabulary import real_vocab_size
+    from limbeck.rollouts.collate import collate
+
+    responses, teacher = answers.responses, evaluation.scoring_teacher(answers.rows)
+    model, device = evaluation.student.model, evaluation.device
+    # One that was not trained here may have control tokens that the teacher lacks.
+    head = head_of(model, real_vocab_size(evaluation.tokenizer("teacher")))
+    order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
+    with evaluation.meter("evaluate", sum(r.tokens for r in responses), "tokens") as meter:
+        for start in range(0, len(order), evaluation.scoring_batch_size):
+            batch = collate(responses, order[start : start + evaluation.scoring_batch_size], pad_id=0)
+            with torch.inference_mode():
+                hidden_ND = hidden_states(model, batch.to(device))
+            signal = teacher.signal(batch)
+            assert isinstance(signal, DenseSignal), "held-out rows are kept whole"
+            yield FidelityChunk(
+                student_hidden_ND=hidden_ND,
+                student_head=head,
+                teacher=signal,
+                label_ids_N=batch.labels_N.to(device),
+                ids=tuple(responses[i].prompt_id for i in batch.rows),
+                lengths=tuple(responses[i].tokens for i in batch.rows),
+            )
+            meter.advance(len(batch.labels_N))

@@ -1,0 +1,94 @@
+"""The group `nll`: how surprised the student is at answers, in its own tokens. It needs nothing of a teacher.
+
+Whose answers (`evaluate.groups.nll.whose`): the held-out responses of the run, or the data's references; an evaluation
+on its own has only the latter. Of a conversation the tokens count that `prompts.loss_on` names. Nats per token are of
+the student's own tokens: models with different tokenizers are compared by the bits per byte in the detail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
+from limbeck.fields import STRICT
+from limbeck.prompts.references import require_references
+from limbeck.types import Response, ScoredRow
+
+
+@dataclass(config=STRICT, kw_only=True)
+class NllGroup(EvaluationGroup):
+    """Surprise of the student alone at the held-out answers, in its own tokens."""
+
+    whose: Literal["responses", "references"] = "responses"
+    """Whose answers the student's likelihood is measured on: the held-out responses of the run, or the data's."""
+
+    references_remedy = "set evaluate.groups.nll.whose=responses"
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"references"} if self.whose == "references" else ())
+
+    def measure(self, evaluation: EvaluationContext) -> GroupResult:
+        whose = "references" if evaluation.standalone else self.whose
+        responses = _responses(evaluation, whose)
+        tokenizer = evaluation.student.tokenizer
+        sums: dict[str, list[float]] = {}
+        size = 0
+        with evaluation.meter("likelihood", sum(r.tokens for r in responses), "tokens") as meter:
+            for response, nll in _surprise(evaluation, responses):
+                total = sums.setdefault(response.prompt_id, [0.0, 0.0])
+                total[0] += nll
+                total[1] += response.tokens
+                size += len(str(tokenizer.decode(list(response.label_ids), skip_special_tokens=True)).encode())
+                meter.advance(response.tokens)
+        rows = [
+            ScoredRow(id=name, weight=count, values={"nll": total / count}) for name, (total, count) in sums.items()
+        ]
+        nats = sum(total for total, _ in sums.values())
+        detail = {
+            "answers": whose,
+            "tokens": int(sum(count for _, count in sums.values())),
+            "bytes": size,
+            "bits_per_byte": nats / math.log(2) / size if size else None,
+        }
+        return GroupResult(tables={"": rows}, detail=detail)
+
+
+def _responses(evaluation: EvaluationContext, whose: str) -> Sequence[Response]:
+    if whose == "responses":
+        return list(evaluation.heldout_responses().values())
+    settings = evaluation.settings
+    held = evaluation.prompts[: settings.prompts]
+    require_references(held, "give data with answers, or leave nll out of evaluate.groups")
+    fitting = {asked.id for asked in evaluation.encode("student", held, max_new_tokens=settings.max_new_tokens)}
+    return evaluation.encode_references("student", [prompt for prompt in held if prompt.id in fitting])
+
+
+def _surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> Iterator[tuple[Response, float]]:
+    """Each response with the sum of -log q over its tokens."""
+    import torch
+
+    from limbeck.models.forward import hidden_states
+    from limbeck.models.heads import head_of
+    from limbeck.models.vocabulary import real_vocab_size
+    from limbeck.objectives import logit_tiles
+    from limbeck.rollouts.collate import collate
+    from limbeck.teachers.local import NullTeacher
+
+    model, vocab_size = evaluation.student.model, real_vocab_size(evaluation.student.tokenizer)
+    head, unheard = head_of(model, vocab_size), NullTeacher.of(vocab_size)
+    order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
+    for start in range(0, len(order), evaluation.scoring_batch_size):
+        rows = order[start : start + evaluation.scoring_batch_size]
+        batch = collate(responses, rows, pad_id=0).to(evaluation.device)
+        with torch.inference_mode():
+            hidden_ND = hidden_states(model, batch)
+            nll_N = torch.empty(len(batch.labels_N), dtype=torch.float64)
+            for tokens, logits_NV, _ in logit_tiles(hidden_ND, head, unheard.signal(batch)):
+                label_N = batch.labels_N[tokens]
+                nll_N[tokens] = -logits_NV.double().log_softmax(-1).gather(1, label_N[:, None])[:, 0].cpu()
+        parts = nll_N.split([responses[i].tokens for i in batch.rows])
+        yield from ((responses[i], float(part.sum())) for i, part in zip(batch.rows, parts, strict=True))
