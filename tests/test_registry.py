@@ -15,6 +15,7 @@ from limbeck.evaluation.groups import EVALUATION_GROUPS
 from limbeck.objectives import OBJECTIVES
 from limbeck.objectives.sequence.rules import RULES
 from limbeck.registry import Registry
+from limbeck.rollouts.registry import SOURCES
 from limbeck.types import LimbeckError
 
 
@@ -100,7 +101,9 @@ def test_entry_points_are_looked_for_once_and_when_needed(
     assert "unknown" not in registry and asked == ["limbeck.tests"]
 
 
-@pytest.mark.parametrize("registry", [OBJECTIVES, RULES, EVALUATION_GROUPS], ids=lambda registry: registry.kind)
+@pytest.mark.parametrize(
+    "registry", [OBJECTIVES, RULES, SOURCES, EVALUATION_GROUPS], ids=lambda registry: registry.kind
+)
 def test_every_member_says_what_it_is(registry: Registry[Any]) -> None:
     for name in registry:
         assert registry.summary(name).endswith((".", ":"))

@@ -1,13 +1,13 @@
 """Who writes the responses of an optimizer step, and when.
 
-    Fixed     what is there before training: the teacher's answers, or the data's
-    Own       the student's: anew for each step, for every k steps, or for each epoch
-    Mixed     a step is the student's with probability lambda, else fixed (GKD, arXiv 2306.13649)
-    Replay    the student's through a buffer, with a share that adapts (DistiLLM, arXiv 2402.03898): see replay.py
-    Pairs     of each prompt the teacher's and the student's (DistiLLM-2, arXiv 2503.07067)
+    OfflineSource   what is there before training: the teacher's answers, or the data's
+    StudentSource   the student's: anew for each step, for every k steps, or for each epoch
+    MixedSource     a step is the student's with probability lambda, else offline (GKD, arXiv 2306.13649)
+    ReplaySource    the student's through a buffer, with a share that adapts (DistiLLM, arXiv 2402.03898): see replay.py
+    PairedSource    of each prompt the teacher's and the student's (DistiLLM-2, arXiv 2503.07067)
 
-A supply is asked for the responses of one step after another. What it answers is a function of the step, the weights
-and its `state`, which is in the checkpoint.
+A source is asked for the responses of one step after another. What it answers is a function of the step, the weights
+and its `state`, which is in the checkpoint. Recipes name sources by the registry (registry.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt
 
 @dataclass(frozen=True, kw_only=True)
 class SourceContext:
-    """What a supply must know of the training: responses of an optimizer step over all ranks, seed, processes."""
+    """What a source must know of the training: responses of an optimizer step over all ranks, seed, processes."""
 
     step_rows: int
     seed: int
@@ -89,7 +89,7 @@ class ResponseSource(Protocol):
     def validated(self, loss: float) -> None: ...
 
     def metrics(self, clock: StepCounter) -> dict[str, float]:
-        """What is logged of the supply beside its responses."""
+        """What is logged of the source beside its responses."""
         ...
 
     def counts(self, clock: StepCounter) -> dict[str, float]:
@@ -107,7 +107,7 @@ MAX_PREVIEW_STEPS = 6
 
 
 def first_steps(source: ResponseSource, count: int, total: int) -> list[dict[int, Response]]:
-    """The responses of the first steps, up to the end of the first epoch; the supply is then as it was."""
+    """The responses of the first steps, up to the end of the first epoch; the source is then as it was."""
     before = source.state()
     steps = [
         source.step(StepCounter(step=step, total=total)) for step in range(min(count, source.steps_per_epoch, total))
@@ -117,7 +117,7 @@ def first_steps(source: ResponseSource, count: int, total: int) -> list[dict[int
 
 
 class StatelessSource:
-    """A supply that keeps nothing between steps and asks for nothing."""
+    """A source that keeps nothing between steps and asks for nothing."""
 
     wants_validation = False
     validation_steps = 1
@@ -175,7 +175,7 @@ class OfflineSource(StatelessSource):
 
 
 def offline(responses: Sequence[Response]) -> SourceFactory:
-    """An author whose responses are all there already."""
+    """Makes a source of responses that are all there already."""
     return lambda source_context: OfflineSource(responses, source_context)
 
 
