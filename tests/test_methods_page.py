@@ -14,6 +14,8 @@ import yaml
 from limbeck.objectives import OBJECTIVES
 from limbeck.objectives.sequence.rules import RULES
 from limbeck.recipe.load import known_keys, load_recipe, shipped_recipes
+from limbeck.recipe.response_source import source_keys, source_name
+from limbeck.rollouts.options import SOURCE_KEY
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text("utf-8")
@@ -43,18 +45,20 @@ def options_of(member: Any) -> set[str]:
 
 
 def exists(name: str) -> bool:
-    """A key of a recipe, an option of an objective or of a rule."""
+    """A key of a recipe, an option of a response source, an objective or a rule."""
     owner, _, option = name.partition(".")
     if owner in OBJECTIVES or owner in RULES:
         return option in options_of(OBJECTIVES[owner] if owner in OBJECTIVES else RULES[owner])
     if name.startswith(("contrast.rule.", "contrast.student.", "objective.")) and name not in known_keys():
         option = name.rpartition(".")[2]
         return option == "name" or any(option in options_of(m) for m in (*OBJECTIVES.values(), *RULES.values()))
-    return name in known_keys()
+    return name in (*known_keys(), *source_keys())
 
 
 def value_in(recipe: Any, name: str) -> Any:
     """What a recipe has under a dotted key; options that it leaves out have the value of their dataclass."""
+    if name == SOURCE_KEY:
+        return source_name(recipe.responses.source)
     found = recipe
     *path, last = name.split(".")
     for part in path:

@@ -186,7 +186,7 @@ def test_a_refusal_of_the_template_is_passed_on(make_tokenizer: MakeTokenizer) -
 def test_no_completion_is_refused(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(
         LimbeckError,
-        match=r"prompt p \('What is the capital of France\?'\) has no completion; .*responses\.author=teacher",
+        match=r"prompt p \('What is the capital of France\?'\) has no completion; .*responses\.source=teacher",
     ):
         encode_responses([Prompt(id="p", text=QUESTION)], make_tokenizer(CHATML))
 
