@@ -73,7 +73,7 @@ def test_seqkd_learns_the_teachers_text_in_the_students_tokens(
             assert own.eos_token_id not in row["response_ids"]
             assert text.encode().startswith(own.decode(row["response_ids"]).rstrip("\ufffd").encode())
     assert {row["stop"] for row in rows} == {"eos", "length"}
-    record = json.loads((run / "stages" / "responses.json").read_text("utf-8"))
+    record = json.loads((run / "stages" / "respond.json").read_text("utf-8"))
     assert record["tokens_of"] == "student" and record["left_out"] == 0
     assert not list((run / "signal").glob("*"))
 
@@ -142,7 +142,7 @@ def test_where_tokens_agree_nothing_is_read_anew(tiny: TinyPair, tmp_path: Path)
     run_pipeline(load_recipe(tiny.tree(run, **ALONE)), stages=STAGES, until="respond")
     by_batch = {r["prompt_id"]: r for path in (run / "responses/batches").glob("*.jsonl") for r in lines(path)}
     assert all(by_batch[row["prompt_id"]] == row for row in lines(run / "responses" / "teacher.jsonl"))
-    assert "tokens_of" not in json.loads((run / "stages" / "responses.json").read_text("utf-8"))
+    assert "tokens_of" not in json.loads((run / "stages" / "respond.json").read_text("utf-8"))
 
 
 def test_another_template_of_the_student_makes_other_responses(tiny: TinyPair, foreigner: Path, tmp_path: Path) -> None:

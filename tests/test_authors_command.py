@@ -120,7 +120,7 @@ class TestOnTheWay:
         refused(finished, "step ", "the start", "lower train.learning_rate and add --update")
         assert not list((run / "checkpoints").glob("step-*")) and not (run / "student").exists()
         mended = limbeck.run("train", recipe, "train.max_steps=2", "--update")
-        assert mended.code == 0 and "responses: done earlier" in mended.stderr
+        assert mended.code == 0 and "respond: done earlier" in mended.stderr
 
 
 class TestStale:
@@ -159,7 +159,7 @@ class TestMechanisms:
         total, held = int(last["so_far/responses"]), last["buffer"]
         assert last["so_far/student"] == last["so_far/replayed"] == last["so_far/growths"] == held == 0
         assert last["so_far/validations"] == 2 and last["heldout_loss"] > 0
-        never = json.loads((run / "stages" / "student.json").read_text("utf-8"))["never_acted"]
+        never = json.loads((run / "stages" / "train.json").read_text("utf-8"))["never_acted"]
         assert [sentence.split(";")[0] for sentence in never][:2] == [
             f"the student wrote 0 of {total} responses: its share of the steps is 0",
             "the buffer replayed 0 responses: it is drawn from once it is full and held 0 at the end",
@@ -243,5 +243,5 @@ class TestUpdates:
         assert limbeck.run("train", recipe).code == 0
         more = limbeck.run("train", recipe, "sft.objective={name: fkl}", "--update")
         assert more.code == 0, more.stderr
-        assert "responses: done earlier" in more.stderr and "signal: done earlier" not in more.stderr
+        assert "respond: done earlier" in more.stderr and "teach: done earlier" not in more.stderr
         assert (run / "metrics.sft.jsonl").exists()

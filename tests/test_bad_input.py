@@ -140,7 +140,7 @@ class TestModels:
     def test_nan_in_teacher(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         teacher, run = poison(write_model(tmp_path / "teacher")), tmp_path / "run"
         refused(limbeck.run("run", tiny.recipe(run), f"teacher.model={teacher}"), "NaN", "weights")
-        assert not (run / "stages" / "signal.json").exists()
+        assert not (run / "stages" / "teach.json").exists()
         assert (run / "prompts.jsonl").exists()
 
     def test_nan_in_student(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
@@ -230,13 +230,13 @@ class TestRunDirectory:
         assert before == {path: path.read_bytes() for path in before}
         assert limbeck.run("train", recipe, "train.learning_rate=0.5").code == 2
         updated = limbeck.run("train", recipe, "train.learning_rate=0.5", "--update")
-        assert updated.code == 0 and "responses: done earlier" in updated.stderr
+        assert updated.code == 0 and "respond: done earlier" in updated.stderr
         aside = {path.name.partition("-")[0]: path for path in (run / "superseded").iterdir()}
         # What came after the student would otherwise pass for scores of the new one.
         assert set(aside) == {"student", "evaluation", "report"}
         old = before[run / "student" / "model.safetensors"]
         assert (aside["student"] / "student" / "model.safetensors").read_bytes() == old
-        assert (aside["student"] / "student.json").read_bytes() == before[run / "stages" / "student.json"]
+        assert (aside["student"] / "student.json").read_bytes() == before[run / "stages" / "train.json"]
         assert (aside["evaluation"] / "scores.json").read_bytes() == before[run / "scores.json"]
         assert (run / "student" / "model.safetensors").read_bytes() != old
         assert not (run / "scores.json").exists()
@@ -294,7 +294,7 @@ class TestRunDirectory:
         run = tmp_path / "run"
         recipe = tiny.recipe(run, train={"max_steps": 400, "num_train_epochs": 100.0})
         first = limbeck.start("run", recipe)
-        assert first.wait_until(lambda: (run / "stages" / "responses.json").exists())
+        assert first.wait_until(lambda: (run / "stages" / "respond.json").exists())
         for verb in ("run", "report"):
             refused(limbeck.run(verb, recipe), f"in use by another run (process {first.pid})", "output_dir=")
         assert not first.ended()

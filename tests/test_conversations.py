@@ -57,7 +57,7 @@ def test_all_turns_or_the_last_one(tiny: TinyPair, tmp_path: Path) -> None:
             parts = learnt(row, tokenizer)
             assert [part.removesuffix("<|im_end|>").split()[-1] for part in parts] == expected
             assert all(part.endswith("<|im_end|>") for part in parts)
-        record = json.loads((run / "stages" / "responses.json").read_text("utf-8"))
+        record = json.loads((run / "stages" / "respond.json").read_text("utf-8"))
         assert record["tokens"] == sum(
             len(tokenizer(part)["input_ids"]) for row in rows for part in learnt(row, tokenizer)
         )

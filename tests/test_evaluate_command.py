@@ -46,7 +46,7 @@ def test_a_pair_on_a_file(limbeck: CommandServer, pair: tuple[Path, Path], data:
     page = (tmp_path / "out/report.html").read_text("utf-8")
     assert "What was measured" in page and "not complete" not in page and "before training" not in page
     again = limbeck.run(*command)
-    assert again.code == 0 and "evaluation: done earlier" in again.stderr
+    assert again.code == 0 and "evaluate: done earlier" in again.stderr
 
 
 def test_the_teacher_is_as_far_from_itself_as_nothing(pair: tuple[Path, Path], data: Path, tmp_path: Path) -> None:

@@ -45,13 +45,13 @@ def test_the_loss_on_the_text_falls_beside_the_objectives(
     lines = metrics(run)
     assert lines[-1]["loss/lm"] < 0.8 * lines[0]["loss/lm"]
     assert [line["lm_tokens"] for line in lines] == [3 * 23 * (i + 1) for i in range(12)]
-    assert json.loads((run / "stages/student.json").read_text())["tokens"] == lines[-1]["tokens"]
+    assert json.loads((run / "stages/train.json").read_text())["tokens"] == lines[-1]["tokens"]
     assert "on the text of train.lm" in (run / "report.html").read_text("utf-8")
     # Another text is another run, and is trained on after an update.
     corpus(tmp_path, TEXTS[::-1])
     refused(limbeck.run("run", recipe), "the inputs of its student have changed since")
     again = limbeck.run("train", recipe, "--update")
-    assert again.code == 0 and "responses: done earlier" in again.stderr
+    assert again.code == 0 and "respond: done earlier" in again.stderr
     assert metrics(run)[0]["loss/lm"] != lines[0]["loss/lm"]
 
 

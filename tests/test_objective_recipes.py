@@ -36,7 +36,7 @@ def test_the_resolved_factor_is_recorded(
     recipe.write_text(json.dumps(tree), "utf-8")
     done = limbeck.run("run", str(recipe), cwd=tmp_path)
     assert done.code == 0, done.stderr
-    recorded = json.loads((run / "stages" / "student.json").read_text("utf-8"))["temperature"]
+    recorded = json.loads((run / "stages" / "train.json").read_text("utf-8"))["temperature"]
     assert {name: recorded[name]["factor"] for name in factors} == factors
 
 
@@ -52,7 +52,7 @@ def test_a_temperature_that_moves(limbeck: CommandServer, tiny: TinyPair, tmp_pa
     moving = {"temperature": 4.0, "temperature_end": 1.0, "temperature_shape": "linear"}
     lines = played(limbeck, tiny, tmp_path / "run", objective=moving)
     assert [line["temperature"] for line in lines] == pytest.approx([4.0, 3.0, 2.0, 1.0])
-    recorded = json.loads((tmp_path / "run" / "stages" / "student.json").read_text("utf-8"))["temperature"]["fkl"]
+    recorded = json.loads((tmp_path / "run" / "stages" / "train.json").read_text("utf-8"))["temperature"]["fkl"]
     assert (recorded["student"], recorded["student_end"], recorded["factor"], recorded["factor_end"]) == (4, 1, 16, 1)
 
 

@@ -162,7 +162,7 @@ class TestData:
         for i, question in enumerate(asked):
             (prompt,) = (p for p in said if f"user\n{question}" in p and (form != "alpaca" or ("short" in p) == i % 2))
             assert said[prompt] == answer(i)
-        assert stage(run, "signal")["tokens"] == sum(len(r["response_ids"]) for r in responses)
+        assert stage(run, "teach")["tokens"] == sum(len(r["response_ids"]) for r in responses)
 
     def test_killed_while_judging(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         """The teacher's pass over the data: what it has judged is not judged again."""
@@ -178,7 +178,7 @@ class TestData:
         killed = limbeck.run("run", recipe, killed=KillAt(run, "signal/00001.safetensors"))
         assert killed.code == -signal.SIGKILL
         first = (run / "signal" / "00000.safetensors").stat()
-        assert not (run / "signal" / "00001.safetensors").exists() and not stage(run, "signal")["done"]
+        assert not (run / "signal" / "00001.safetensors").exists() and not stage(run, "teach")["done"]
         played(limbeck.run("run", recipe), run)
         again = (run / "signal" / "00000.safetensors").stat()
         assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
@@ -204,7 +204,7 @@ class TestSettings:
         """Without the signal on disk the teacher runs beside the student, and says the same."""
         run = tmp_path / "run"
         scores = played(limbeck.run("run", tiny.recipe(run), "signal.cache=false"), run)
-        assert not (run / "signal").exists() and stage(run, "signal")["cached"] is False
+        assert not (run / "signal").exists() and stage(run, "teach")["cached"] is False
         assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
         there = json.loads((plain / "scores.json").read_text("utf-8"))
         kl = [s["after"]["forward_kl"]["mean"] for s in (scores, there)]

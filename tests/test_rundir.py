@@ -182,26 +182,26 @@ def stage(run: RunDirectory, name: str, *, done: bool = True) -> None:
 class TestSettingAside:
     def test_outputs_and_record_move(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
-        stage(run, "student")
+        stage(run, "train")
         write_text(run.student / "config.json", "{}")
         write_text(run.metrics, "line\n")
-        target = run.set_aside("student", (run.student, run.metrics, run.checkpoints))
+        target = run.set_aside("train", (run.student, run.metrics, run.checkpoints))
         assert target is not None and target.parent == tmp_path / "superseded"
         assert (target / "student" / "config.json").read_text() == "{}"
         assert (target / "metrics.jsonl").read_text() == "line\n"
-        assert read_json(target / "student.json")["done"]
-        assert not run.student.exists() and not run.metrics.exists() and run.manifest("student") is None
+        assert read_json(target / "train.json")["done"]
+        assert not run.student.exists() and not run.metrics.exists() and run.manifest("train") is None
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
-        assert run.set_aside("student", (run.student,)) is None
+        assert run.set_aside("train", (run.student,)) is None
         assert list(tmp_path.iterdir()) == []
 
     def test_twice_within_a_second(self, tmp_path: Path) -> None:
         run, kept = RunDirectory(tmp_path), set()
         for content in ("first", "second", "third"):
             write_text(run.metrics, content)
-            target = run.set_aside("student", (run.metrics,))
+            target = run.set_aside("train", (run.metrics,))
             assert target is not None
             kept.add((target / "metrics.jsonl").read_text())
         assert kept == {"first", "second", "third"}
@@ -209,7 +209,7 @@ class TestSettingAside:
     def test_killed_half_way_is_not_done(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What remains must pass neither for a finished stage nor for the beginning of another."""
         run = RunDirectory(tmp_path)
-        stage(run, "student")
+        stage(run, "train")
         write_text(run.student / "config.json", "{}")
         write_text(run.metrics, "line\n")
         before = Path.replace
@@ -222,12 +222,12 @@ class TestSettingAside:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", killed)
             with pytest.raises(KeyboardInterrupt):
-                run.set_aside("student", (run.student, run.metrics))
-        assert not run.finished("student", "f" * 64)
-        assert run.manifest("student") is not None
-        assert run.set_aside("student", (run.student, run.metrics)) is not None
+                run.set_aside("train", (run.student, run.metrics))
+        assert not run.finished("train", "f" * 64)
+        assert run.manifest("train") is not None
+        assert run.set_aside("train", (run.student, run.metrics)) is not None
         contents = [path.name for path in (tmp_path / "superseded").rglob("*") if path.is_file()]
-        assert sorted(contents) == ["config.json", "metrics.jsonl", "student.json", "student.json"]
+        assert sorted(contents) == ["config.json", "metrics.jsonl", "train.json", "train.json"]
 
 
 class TestSealing:

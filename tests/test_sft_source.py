@@ -44,7 +44,7 @@ def test_each_stage_has_responses_of_its_own(
     assert {r["prompt_id"] for r in taught} == train, "held-out answers are not taught from"
     tokens = sum(len(r["response_ids"]) for r in taught)
     assert lines(run / "metrics.sft.jsonl")[-1]["tokens"] == 2 * tokens
-    assert json.loads((run / "stages/responses.json").read_text())["sft"] == {
+    assert json.loads((run / "stages/respond.json").read_text())["sft"] == {
         "responses": len(taught),
         "tokens": tokens,
     }

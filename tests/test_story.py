@@ -104,7 +104,6 @@ class Trace:
 
         return Stage(
             name=name,
-            verb=name,
             inputs=lambda context: {"value": self.values[name]},
             play=work,
             outputs=lambda run: (run.root / f"{name}.txt",),
@@ -260,3 +259,12 @@ def test_python_api(tiny: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixtur
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(done.student).config.num_hidden_layers == 2
+
+
+def test_a_directory_of_an_earlier_version_is_refused(tiny: TinyPair, tmp_path: Path) -> None:
+    """Its stages had other names, and would all be played again beside what is there."""
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.resolved.yaml").write_text("name: run\n", "utf-8")
+    (tmp_path / "run" / "stages" / "responses.json").write_text("{}", "utf-8")
+    with pytest.raises(LimbeckError, match=r"earlier version of limbeck \(stages/responses.json\); name another"):
+        limbeck.run(tiny.tree(tmp_path / "run"))

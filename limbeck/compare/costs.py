@@ -83,7 +83,7 @@ def _seconds(run: Run, name: str) -> float | None:
 
 
 def _speed(run: Run) -> float | None:
-    return next((number(stage, "tokens_per_s") for stage in run.stages if stage["stage"] == "student"), None)
+    return next((number(stage, "tokens_per_s") for stage in run.stages if stage["stage"] == "train"), None)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -74,7 +74,7 @@ def _of_run(run: Path, trust_remote_code: bool) -> Exportable:
     student = run / "student"
     if not (student / "config.json").is_file():
         raise LimbeckError(f"{run} has no finished student, expected {student}; end it with `limbeck run {run}`")
-    written = (RunDirectory(run).manifest("student") or {}).get("outputs", {})
+    written = (RunDirectory(run).manifest("train") or {}).get("outputs", {})
     fault = next(iter(faults(run, matching(written, ["student/*"]), content=True).items()), None)
     if fault is not None:
         raise LimbeckError(

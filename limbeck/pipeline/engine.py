@@ -56,7 +56,6 @@ class Stage:
     """
 
     name: str
-    verb: str
     inputs: Callable[[RunContext], Json]
     play: Callable[[RunContext], Json]
     outputs: Callable[[RunDirectory], tuple[Path, ...]]
@@ -270,7 +269,7 @@ def run_pipeline(
 
     Args:
         stages: the whole story, in order.
-        until: verb of the last stage to play; None plays them all.
+        until: name of the last stage to play; None plays them all.
         update: in a directory made from other inputs, set aside and redo what differs instead of refusing.
         shelf: take over what another run has made from the same inputs.
         pause_at: stop in order after this share of the optimizer steps; nothing else changes, so that the same call
@@ -282,7 +281,7 @@ def run_pipeline(
         KeyboardInterrupt: stopped by a signal; everything finished is on disk.
     """
     console = console or default_console()
-    wanted = stages[: 1 + [stage.verb for stage in stages].index(until or stages[-1].verb)]
+    wanted = stages[: 1 + [stage.name for stage in stages].index(until or stages[-1].name)]
     with in_one_line(), short_spins_when_busy():
         names = frozenset(stage.name for stage in wanted)
         context = RunContext(recipe, console, artifacts=artifacts, pause_at=pause_at, wanted=names)
@@ -311,7 +310,7 @@ def run_pipeline(
 def _step_batch(recipe: Recipe, stages: Container[str]) -> tuple[int, ...]:
     """Responses per device and accumulated micro-batches of a step; nothing where none of the stages trains."""
     train = recipe.train
-    return (train.per_device_train_batch_size, train.gradient_accumulation_steps) if "student" in stages else ()
+    return (train.per_device_train_batch_size, train.gradient_accumulation_steps) if "train" in stages else ()
 
 
 def _say_harm(run: RunDirectory, console: Console) -> None:
@@ -348,7 +347,7 @@ def _play_all(context: RunContext, stages: Sequence[Stage], wanted: Sequence[Sta
             reopen_damaged(run, stage, looks[stage.name], context.console)
         _play_stage(context, stages, stage, prints[stage.name])
     # At the very end, where a person looks: what was asked for and did not happen.
-    for sentence in (run.manifest("student") or {}).get("never_acted", ()):
+    for sentence in (run.manifest("train") or {}).get("never_acted", ()):
         context.console.warn(sentence)
 
 
@@ -382,7 +381,7 @@ def require_same_inputs(context: RunContext, stages: Sequence[Stage], prints: di
 def _play_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fingerprint_: str) -> None:
     run, console = context.run, context.console
     # Whoever pauses wants to see how the training stands there, not how it ended elsewhere.
-    artifacts = context.artifacts if stage.shared and (stage.name != "student" or context.pause_at is None) else None
+    artifacts = context.artifacts if stage.shared and (stage.name != "train" or context.pause_at is None) else None
     if run.finished(stage.name, fingerprint_):
         console.say(f"{stage.name}: done earlier")
         if artifacts is not None:
@@ -441,7 +440,7 @@ def _follow(context: RunContext, stages: Sequence[Stage]) -> RunDirectory:
     prints = context.fingerprints(stages)
     looks = closeness(run, stages, prints)
     for stage in stages:
-        if stage.name == "student" and not intact(run, stage, prints[stage.name], looks[stage.name]):
+        if stage.name == "train" and not intact(run, stage, prints[stage.name], looks[stage.name]):
             # Not before the first rank has set aside what is damaged or other inputs made: blocks and checkpoints are
             # read there.
             context.wait_until(partial(run.begun, stage.name, prints[stage.name]))
@@ -456,6 +455,10 @@ def _is_stale(run: RunDirectory, stage: Stage, prints: dict[str, str]) -> bool:
     return record is not None and record["fingerprint"] != prints[stage.name]
 
 
+# What stages were called before they had the names of their commands.
+_EARLIER_STAGES = ("responses", "signal", "student", "evaluation")
+
+
 def _check_directory(run: RunDirectory) -> None:
     root = run.root
     if root.exists() and not root.is_dir():
@@ -463,6 +466,12 @@ def _check_directory(run: RunDirectory) -> None:
     known = run.recipe.exists() or (root / ".lock").exists()
     if root.is_dir() and not known and any(root.iterdir()):
         raise LimbeckError(f"{root} holds files that are no run of limbeck; name another directory with output_dir=...")
+    earlier = [name for name in _EARLIER_STAGES if run.manifest_path(name).exists()]
+    if earlier:
+        raise LimbeckError(
+            f"{root} was written by an earlier version of limbeck (stages/{earlier[0]}.json); "
+            "name another directory with output_dir=..., or delete it"
+        )
 
 
 def _refusal(context: RunContext, stage: Stage) -> str:

@@ -77,16 +77,16 @@ class RunEvaluation:
     @property
     def trained(self) -> bool:
         """Whether the student came out of a training; on its own it did not."""
-        return self.context.run.manifest("student") is not None
+        return self.context.run.manifest("train") is not None
 
     @property
     def standalone(self) -> bool:
         """Whether two models are evaluated on their own, without the responses of a run."""
-        return self.context.run.manifest("responses") is None
+        return self.context.run.manifest("respond") is None
 
     @property
     def evaluated(self) -> bool:
-        return self.context.run.done("evaluation")
+        return self.context.run.done("evaluate")
 
     @property
     def has_teacher(self) -> bool:
@@ -124,7 +124,7 @@ class RunEvaluation:
     def prompts(self) -> list[Prompt]:
         """The held-out prompts, in the order of the file, without those that were too long for the pair."""
         held = [p for p in read_prompts(self.context.run.prompts) if p.split == "heldout"]
-        if self.context.run.manifest("responses") is not None:
+        if self.context.run.manifest("respond") is not None:
             answered = {r.prompt_id for r in load_responses(self.context, "heldout").values()}
             held = [p for p in held if p.id in answered]
         return held
@@ -274,7 +274,7 @@ class RunEvaluation:
         return ModelSource(section.model, section.revision, section.trust_remote_code)
 
     def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> ChatModel:
-        record = self.context.run.manifest("responses") or {}
+        record = self.context.run.manifest("respond") or {}
         # Where the two have different tokens, the responses are the student's way of writing.
         apart = who == "teacher" and record.get("tokens_of") == "student"
         template = None if apart else record.get("template")

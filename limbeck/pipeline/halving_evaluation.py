@@ -35,7 +35,7 @@ class _PausedEvaluation(RunEvaluation):
 
     @property
     def trained(self) -> bool:
-        return self.context.run.done("student")
+        return self.context.run.done("train")
 
     @cached_property
     def student(self) -> ChatModel:
@@ -59,7 +59,7 @@ def measure_paused(context: RunContext, metric: str) -> RungMeans:
         LimbeckError: no group of the recipe measures it, or there was no pause.
     """
     path, run = paused_path(context), context.run
-    if run.done("student"):
+    if run.done("train"):
         _require_no_steps_left(context)
     evaluation = _PausedEvaluation(context=context, part="after", place=path.with_suffix(""))
     found: dict[str, Sequence[ScoredRow]] = {}
@@ -82,12 +82,12 @@ def paused_path(context: RunContext) -> Path:
     """Where the numbers of a pause are kept: by what is trained, so that those of a superseded student are not read."""
     from limbeck.pipeline.stage_order import STAGES
 
-    fingerprint_ = context.fingerprints(STAGES)["student"]
+    fingerprint_ = context.fingerprints(STAGES)["train"]
     return context.run.root / "halving" / f"{context.pause_at:g}-{fingerprint_[:12]}.json"
 
 
 def _require_no_steps_left(context: RunContext) -> None:
-    steps, share = (context.run.manifest("student") or {})["steps"], context.pause_at or 0.0
+    steps, share = (context.run.manifest("train") or {})["steps"], context.pause_at or 0.0
     if math.ceil(round(share * steps, 6)) < steps:
         raise LimbeckError(
             f"{context.run.root} was trained to its end before anybody asked how it stood after {share:g} of its "

@@ -105,7 +105,7 @@ class _Samplers:
 
     def _alone(self, model: Any, author: AuthorName) -> LocalSampler:
         batch_size, rule = self.context.recipe.responses.batch_size, self.context.recipe.contrast.rule or {}
-        template = (self.context.run.manifest("responses") or {})["template"]
+        template = (self.context.run.manifest("respond") or {})["template"]
         sampler = sampler_for(self.context, model, self.tokens, template, author, batch_size)
         # What was drawn with other weights, or is used once more, has an importance that only this number tells.
         return replace(sampler, keep_logp=author == "student" and rule.get("name") in ("minillm", "importance"))

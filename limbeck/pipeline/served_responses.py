@@ -30,9 +30,9 @@ def check_server(context: RunContext) -> None:
         LimbeckError: it is not, or has it not.
     """
     section = context.recipe.responses.server
-    if section is None or context.run.done("responses"):
+    if section is None or context.run.done("respond"):
         return
-    if context.wanted is not None and "responses" not in context.wanted:
+    if context.wanted is not None and "respond" not in context.wanted:
         # Nothing that is asked for needs the server: no request, and no key, leaves this machine.
         return
     if section.api == "chat" and context.recipe.prompts.template in ("alpaca", "plain"):

@@ -28,7 +28,7 @@ def once(context: RunContext, made_from: Json, folder: Path, patterns: Sequence[
     if context.artifacts is None:
         yield
         return
-    stages = {name: (context.run.manifest(name) or {}).get("fingerprint") for name in ("responses", "signal")}
+    stages = {name: (context.run.manifest(name) or {}).get("fingerprint") for name in ("respond", "teach")}
     key = fingerprint({"stages": stages, **made_from})
     with context.artifacts.lock(key):
         context.artifacts.restore(key, folder)

@@ -40,7 +40,7 @@ def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequen
         LimbeckError: a group needs a teacher and there is none, or `load_recipe` refuses something.
     """
     named = Path(student).expanduser()
-    folder = named.name if named.name != "student" else named.resolve().parent.name
+    folder = named.name if named.name != "train" else named.resolve().parent.name
     evaluate: dict[str, Any] = {"groups": ["fidelity", "rouge"]}
     if teacher is None:
         evaluate = {"groups": {"rouge": {"against": ["references"]}}}
@@ -122,14 +122,12 @@ def _play_exam(context: RunContext) -> Json:
 STANDALONE_STAGES: tuple[Stage, ...] = (
     Stage(
         name="prompts",
-        verb="prompts",
         inputs=lambda context: prompt_inputs(context) | {"heldout": "all"},
         play=_play_prompts,
         outputs=lambda run: (run.prompts,),
     ),
     Stage(
-        name="evaluation",
-        verb="evaluate",
+        name="evaluate",
         check=_check_exam,
         inputs=_exam_inputs,
         play=_play_exam,

@@ -110,7 +110,7 @@ def with_endings(context: RunContext, student: Student, teacher: LoadedModel) ->
     """The student with the tokenizer that made the responses, ending its answers where they end."""
     if not same_tokens(context):
         return student
-    template = (context.run.manifest("responses") or {})["template"]
+    template = (context.run.manifest("respond") or {})["template"]
     options = context.recipe.prompts.chat_options
     found = answer_format(teacher.tokenizer, template, options, own=student.tokenizer, window=_window(context))
     end_answers_with(student.model, found, also=stop_ids(teacher.model))

@@ -24,7 +24,7 @@ OF_TRAINING = ("student/student.json", "metrics.jsonl", "samples.jsonl")
 # Absent where the student wrote none of what it was trained on, and not missed then.
 WRITTEN = "rounds/examples.jsonl"
 RECIPE = "recipe.resolved.yaml"
-STORY = ("prompts", "responses", "signal", "student", "evaluation", "report")
+STORY = ("prompts", "respond", "teach", "train", "evaluate", "report")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ def read_run(run_dir: Path) -> Run:
             f"{run_dir} holds none of {', '.join(FILES)}; expected a run directory: give the one `limbeck run` wrote"
         )
     recipe_text = text_field(run_dir, RECIPE, broken)
-    alone = any(row["stage"] == "evaluation" and row.get("alone") is True for row in stages)
+    alone = any(row["stage"] == "evaluate" and row.get("alone") is True for row in stages)
     expected = {name: what for name, what in FILES.items() if not (alone and name in OF_TRAINING)}
     return Run(
         directory=run_dir,

@@ -78,7 +78,7 @@ class RunChecker:
 
     def signal_fingerprint(self, run: ArmRun) -> str:
         """The same for runs that share prompts, responses and signal."""
-        return self.prints[run.directory]["signal"]
+        return self.prints[run.directory]["teach"]
 
     def _story(self, recipe: Recipe) -> RunContext:
         """A run context that knows the models' vocabularies where an earlier one has read them."""

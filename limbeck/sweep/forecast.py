@@ -11,7 +11,7 @@ from limbeck.sweep.arms import ArmRun
 from limbeck.sweep.checks import RunChecker
 from limbeck.sweep.status import RunTable
 
-_OF_THE_TEACHER = ("prompts", "responses", "signal")
+_OF_THE_TEACHER = ("prompts", "respond", "teach")
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class SweepRunner:
         for key, recipe in recipes.items():
             with at(f"first.{key}"):
                 check_recipe(recipe, update=self.inspector.update)
-        if all(RunDirectory(recipe.directory).done("student") for recipe in recipes.values()):
+        if all(RunDirectory(recipe.directory).done("train") for recipe in recipes.values()):
             self._inspect(self.models)
             return
         # What will be trained has the tokens and the anatomy of what it begins as, unless that is cut or made anew.

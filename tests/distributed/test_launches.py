@@ -109,7 +109,7 @@ def two_ranks(runs: tuple[Path, Path], recipe: Path, dies_at: str) -> list[subpr
 def test_a_rank_without_the_first_ones_directory_gives_up(tiny: TinyPair, tmp_path: Path) -> None:
     """Two machines, no shared disk. The first waits in vain for the other to train with, until its launcher ends it."""
     recipe = tiny.recipe(tmp_path / "run", train={"max_steps": 2})
-    _, other = two_ranks((tmp_path / "here", tmp_path / "there"), recipe, dies_at="stages/student.json")
+    _, other = two_ranks((tmp_path / "here", tmp_path / "there"), recipe, dies_at="stages/train.json")
     [line] = own_lines(other.stderr)
     assert other.returncode == 2 and f"rank 1 does not see rank 0 work in {tmp_path / 'there'}" in line
     assert "Traceback" not in other.stderr

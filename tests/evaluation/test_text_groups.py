@@ -243,7 +243,7 @@ def test_a_run_has_them_in_its_scores_and_asks_the_teacher_once(tmp_path: Path) 
     for name in kept:
         (scores / name).unlink()
     answers = {path: path.stat().st_mtime_ns for path in (scores / "answers").iterdir()}
-    manifest = tmp_path / "run" / "stages" / "evaluation.json"
+    manifest = tmp_path / "run" / "stages" / "evaluate.json"
     record = json.loads(manifest.read_text())
     # As a run that was killed leaves it; `sealed` writes the hash that belongs to it.
     manifest.write_text(json.dumps(sealed(record | {"done": False})))

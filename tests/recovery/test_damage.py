@@ -66,7 +66,7 @@ def test_damaged_before_the_training(
     """What the training reads is what was written, or is written again: never trained on as it is."""
     for made in ("student", "checkpoints", "scores"):
         shutil.rmtree(run / made)
-    for made in ("stages/student.json", "stages/evaluation.json", "stages/report.json", "metrics.jsonl", "blocks.json"):
+    for made in ("stages/train.json", "stages/evaluate.json", "stages/report.json", "metrics.jsonl", "blocks.json"):
         (run / made).unlink()
     for made in ("scores.json", "samples.jsonl", "report.html", "report.svg"):
         (run / made).unlink()
@@ -117,9 +117,9 @@ def test_made_again_and_different(limbeck: CommandServer, run: Path, reference: 
     from limbeck.runtime.rundir import RunDirectory
 
     directory = RunDirectory(run)
-    record = directory.manifest("student") or {}
+    record = directory.manifest("train") or {}
     record["made_from"]["responses"] = "0" * 64
-    directory.write_manifest("student", record)
+    directory.write_manifest("train", record)
     refused = limbeck.run("run", run)
     assert refused.code == 2 and "add --update" in refused.error_line
     finished = limbeck.run("run", run, "--update")
@@ -130,7 +130,7 @@ def test_made_again_and_different(limbeck: CommandServer, run: Path, reference: 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"done": 1}', "{", '{"a": ' * 3000])
 def test_a_manifest_that_is_none(limbeck: CommandServer, run: Path, reference: Reference, text: str) -> None:
-    path = run / "stages" / "evaluation.json"
+    path = run / "stages" / "evaluate.json"
     path.write_text(text)
     refused = limbeck.run("run", run)
     assert refused.code == 2 and f"{path} is damaged" in refused.error_line and "delete it" in refused.error_line
@@ -142,7 +142,7 @@ def test_a_manifest_that_is_none(limbeck: CommandServer, run: Path, reference: R
 
 
 def test_a_manifest_with_another_value(limbeck: CommandServer, run: Path) -> None:
-    path = run / "stages" / "responses.json"
+    path = run / "stages" / "respond.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"template": "alpaca"}))
     assert f"{path} is damaged (it is not what was written)" in limbeck.run("run", run).error_line

@@ -55,7 +55,7 @@ def test_interrupted(
     assert "Traceback" not in stopped.stderr
     record = json.loads((run / "stages" / f"{stage}.json").read_text())
     assert not record["done"] and record["seconds"] > 0
-    if stage == "student":
+    if stage == "train":
         steps = len((run / "metrics.jsonl").read_text().splitlines())
         # The step that was being made is finished and kept, whatever save_steps says.
         assert (run / "checkpoints" / f"step-{steps:06d}").is_dir()

@@ -113,7 +113,7 @@ def test_interrupted_in_a_round(
     assert f"train: stopped while {author} responses of round 1 were written" in stopped.stderr
     assert stopped.stderr.splitlines()[-1] == "stopped; what is finished is on disk, and the same command continues"
     assert sorted(path.name for path in folder.glob("*.jsonl")) == ["00000.jsonl", "00001.jsonl"]
-    assert not json.loads((run / "stages" / "student.json").read_text())["done"]
+    assert not json.loads((run / "stages" / "train.json").read_text())["done"]
     sampled.look()
     finished = limbeck.run("run", recipe)
     assert finished.code == 0, finished.stderr

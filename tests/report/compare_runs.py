@@ -56,7 +56,7 @@ def write_arm_run(
     for stage, seconds, tokens, speed, peak in STAGES:
         manifest = {"stage": stage, "done": True, "fingerprint": "f", "started": 1.76e9, "seconds": seconds}
         manifest |= {"tokens": tokens, "tokens_per_s": speed, "peak_memory_mib": peak}
-        if shared and stage in ("prompts", "responses", "signal"):
+        if shared and stage in ("prompts", "respond", "teach"):
             manifest["shared_from"] = "../other"
         (folder / "stages" / f"{stage}.json").write_text(json.dumps(manifest))
     return folder

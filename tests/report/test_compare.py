@@ -220,10 +220,10 @@ def test_unfinished_and_broken_runs_never_break_the_page(tmp_path, pair):
     begun = tmp_path / "begun"
     (begun / "stages").mkdir(parents=True)
     (begun / "recipe.resolved.yaml").write_text("name: begun\nobjective: {name: tv}\n")
-    (begun / "stages" / "student.json").write_text('{"stage": "student", "done": false, "seconds": 3}')
+    (begun / "stages" / "train.json").write_text('{"stage": "train", "done": false, "seconds": 3}')
     said = text_of(write_comparison([*pair, begun], tmp_path / "compare.html", title="x"))
     assert "scores.json is not JSON" in said and "fidelity is not compared" in said
-    assert "after.rouge.jsonl is missing" in said and "student was begun and is not finished" in said
+    assert "after.rouge.jsonl is missing" in said and "train was begun and is not finished" in said
 
 
 def test_nothing_evaluated_yet_still_gives_a_page(tmp_path):
@@ -239,7 +239,7 @@ def test_hostile_text_anywhere_stays_text(tmp_path):
     evil = "</style><script>boom()</script>\"'|<b onload=boom()>"
     runs = [write_arm_run(tmp_path / f"r{n}", objective=f"{evil}{n}", kl=0.5 + n) for n in range(2)]
     (runs[0] / "samples.jsonl").write_text(json.dumps({"prompt": evil, "teacher": evil, "after": evil}))
-    (runs[1] / "stages" / "student.json").write_text(json.dumps({"stage": evil, "seconds": 3, "done": False}))
+    (runs[1] / "stages" / "train.json").write_text(json.dumps({"stage": evil, "seconds": 3, "done": False}))
     page = write_comparison(runs, tmp_path / "compare.html", title=evil)
     parsed = parse(page.read_text("utf-8"))
     assert "script" not in parsed.tags and parsed.handlers == []

@@ -41,7 +41,7 @@ def test_mutants(pair: tuple[Path, Path], tmp_path: Path, first: int) -> None:
     [
         ("scores.json", '{"after": {"forward_kl": {"mean": 1' + "0" * 400 + '}}, "metrics": []}'),
         ("scores.json", '{"before": [1], "after": {"rouge_l": {"mean": NaN}}, "metrics": {"rouge_l": NaN}}'),
-        ("stages/student.json", '{"stage": "student", "started": 1e308, "seconds": 5e-324, "peak_memory_mib": 1e308}'),
+        ("stages/train.json", '{"stage": "train", "started": 1e308, "seconds": 5e-324, "peak_memory_mib": 1e308}'),
         (
             "student/student.json",
             '{"parameters": 3, "kept_blocks": [0], "removed_blocks": [[]], "teacher_layers": 1e9}',
@@ -94,7 +94,7 @@ def test_a_condition_with_a_dot_in_it_is_shown(tmp_path: Path) -> None:
 
 def test_a_clock_that_was_set_back_has_measured_nothing(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", steps=12)
-    path = RunDirectory(run_dir).manifest_path("student")
+    path = RunDirectory(run_dir).manifest_path("train")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": -7199.03, "tokens_per_s": 2.87e11}))
     text = write_report(run_dir).read_text("utf-8")
     assert "3 min 03 s" in text and "under 0.1 s" not in text and "287" not in text.partition('id="stages"')[2]

@@ -106,7 +106,7 @@ def test_every_text_is_escaped(finished):
 def test_hostile_text_anywhere_stays_text(tmp_path):
     evil = "</script><script>boom()</script>\"'><b onload=boom()>"
     run_dir = write_run(tmp_path / "run", steps=30)
-    for name in ("student/student.json", "provenance.json", "stages/student.json", "scores.json"):
+    for name in ("student/student.json", "provenance.json", "stages/train.json", "scores.json"):
         document = json.loads((run_dir / name).read_text())
         document |= {"criterion": evil, "stage": evil, "fingerprint": evil, evil: {evil: [evil]}}
         if name == "scores.json":
@@ -141,7 +141,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 def test_a_stage_cut_short_is_marked_and_the_reports_own_is_left_out(tmp_path):
     run_dir = write_run(tmp_path / "run", steps=30)
-    for stage in ("student", "report"):
+    for stage in ("train", "report"):
         (run_dir / "stages" / f"{stage}.json").write_text(json.dumps({"stage": stage, "done": False, "seconds": 3.0}))
     text = write_report(run_dir).read_text(encoding="utf-8")
     assert text.count("<small>not finished</small>") == 1
@@ -184,7 +184,7 @@ def test_values_of_wrong_kinds_do_not_break_the_page(tmp_path):
         )
     )
     (run_dir / "samples.jsonl").write_text('{"prompt": null}\n{"teacher": 5, "rouge_teacher": "x"}\n{}\n')
-    (run_dir / "stages" / "student.json").write_text('{"seconds": null, "started": [], "tokens": "x"}')
+    (run_dir / "stages" / "train.json").write_text('{"seconds": null, "started": [], "tokens": "x"}')
     (run_dir / "metrics.jsonl").write_text(
         '{"step": 1, "loss": NaN}\n{"step": "2"}\n{"loss": 1}\n[]\n{"step": 3, "loss": 1}'
     )

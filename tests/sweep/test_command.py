@@ -83,7 +83,7 @@ def test_killed_started_twice_stopped_and_continued(
     assert finished.stdout == f"{root / 'compare.html'}\n" and (root / "compare.html").exists()
     assert [line["state"] for line in read_lines(root)] == ["done", "done"]
     runs = [root / "arms" / arm / "seed=0" for arm in ARMS]
-    assert sorted("responses" in made_here(run) for run in runs) == [False, True]
+    assert sorted("respond" in made_here(run) for run in runs) == [False, True]
     assert (RunDirectory(runs[0]).root / "superseded").exists() is False
     require_same_bits(runs[1], alone(tiny, tmp_path / "r", "objective.name=rkl", train=STEPS))
 
@@ -143,5 +143,5 @@ def test_a_worker_that_is_killed(tiny: TinyPair, tmp_path: Path) -> None:
         outcomes[0].error or ""
     )
     assert outcomes[0].lost and outcomes[1] == Outcome(state="done")
-    record = RunDirectory(tmp_path / "b").manifest("student")
+    record = RunDirectory(tmp_path / "b").manifest("train")
     assert record is not None and record["done"]

@@ -24,7 +24,7 @@ class TestFailing:
         assert (done.end.runs, done.end.failed) == (2, 1)
         assert done.said[-1] == "sweep small: 2 runs, 1 done, 1 failed"
         log = (done.root / "arms" / "learning_rate=1e+30" / "seed=0.log").read_text()
-        assert f"failed: {bad['error']}" in log and "responses: the same as that of" in log
+        assert f"failed: {bad['error']}" in log and "respond: the same as that of" in log
 
     @pytest.mark.parametrize(
         ("keys", "said"),
@@ -47,7 +47,7 @@ class TestFailing:
             played(tmp_path / "s", arms={"a": {"objective.name": "rkl"}})
         done = played(tmp_path / "s", arms={"a": {"objective.name": "rkl"}}, update=True)
         assert done.state("a")["state"] == "done"
-        assert made_here(tmp_path / "s" / "arms" / "a" / "seed=0") >= {"student", "responses"}
+        assert made_here(tmp_path / "s" / "arms" / "a" / "seed=0") >= {"train", "respond"}
 
     def test_other_files(self, played: Play, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")

@@ -98,4 +98,4 @@ class TestPausing:
                 run_pipeline(recipe, stages=STAGES, until="train", pause_at=share)
             assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == step
         run = run_pipeline(recipe, stages=STAGES, until="train", pause_at=0.9)
-        assert run.done("student")
+        assert run.done("train")

@@ -31,8 +31,8 @@ class TestSharing:
     def test_teachers_work_is_done_once(self, grid: Played) -> None:
         runs = [grid.root / line["directory"] for line in grid.lines]
         assert len(runs) == 4 and {line["state"] for line in grid.lines} == {"done"}
-        own = {"student", "evaluation", "report"}
-        assert [made_here(run) for run in runs] == [own | {"prompts", "responses", "signal"}] + [own] * 3
+        own = {"train", "evaluate", "report"}
+        assert [made_here(run) for run in runs] == [own | {"prompts", "respond", "teach"}] + [own] * 3
         for name in ("signal/00000.safetensors", "responses/teacher.jsonl", "prompts.jsonl", "blocks.json"):
             assert all((run / name).samefile(runs[0] / name) for run in runs), name
         answers = [next((run / "scores" / "answers").glob("teacher-*.jsonl")) for run in runs]
@@ -53,7 +53,7 @@ class TestSharing:
 
     def test_other_teachers_work_is_done_apart(self, played: Play, tmp_path: Path) -> None:
         done = played(tmp_path / "s", grid={"responses.seed": [0, 1], "objective.name": ["fkl", "rkl"]})
-        assert [("responses" in made_here(done.root / line["directory"])) for line in done.lines] == [True, False] * 2
+        assert [("respond" in made_here(done.root / line["directory"])) for line in done.lines] == [True, False] * 2
         # One of each kind goes first.
         finished = [line.partition(", seed")[0] for line in done.said if ": done" in line]
         assert finished[:2] == ["seed=0,name=fkl", "seed=1,name=fkl"]
@@ -72,4 +72,4 @@ class TestSharing:
         played(tmp_path / "s", seeds=[0])
         more = played(tmp_path / "s", seeds=[0, 1])
         assert [line["state"] for line in more.lines] == ["done", "done"]
-        assert [made_here(more.root / line["directory"]) >= {"responses"} for line in more.lines] == [True, False]
+        assert [made_here(more.root / line["directory"]) >= {"respond"} for line in more.lines] == [True, False]

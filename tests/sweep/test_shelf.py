@@ -17,7 +17,7 @@ def finished_run(root: Path, fingerprint_: str = "abc") -> RunDirectory:
     run = RunDirectory(root)
     write_text(run.responses / "batches" / "00000.jsonl", "one\n")
     write_text(run.prompts, "prompts\n")
-    write_json(run.manifest_path("responses"), {"fingerprint": fingerprint_, "done": True, "seconds": 3.0})
+    write_json(run.manifest_path("respond"), {"fingerprint": fingerprint_, "done": True, "seconds": 3.0})
     return run
 
 
@@ -33,38 +33,38 @@ def artifacts(tmp_path: Path) -> ArtifactCache:
 class TestStages:
     def test_adopted_as_links(self, artifacts: ArtifactCache, tmp_path: Path) -> None:
         donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
-        artifacts.publish("responses", "abc", donor)
-        assert artifacts.link_stage("responses", "abc", run, outputs) == donor.root
-        assert run.finished("responses", "abc") and not run.samples.exists()
+        artifacts.publish("respond", "abc", donor)
+        assert artifacts.link_stage("respond", "abc", run, outputs) == donor.root
+        assert run.finished("respond", "abc") and not run.samples.exists()
         for here, there in zip(outputs(run)[:2], outputs(donor)[:2], strict=True):
             for file in [here] if here.is_file() else [p for p in here.rglob("*") if p.is_file()]:
                 assert file.samefile(there / file.relative_to(here) if there.is_dir() else there)
-        assert read_json(run.manifest_path("responses"))["shared_from"] == "../a"
+        assert read_json(run.manifest_path("respond"))["shared_from"] == "../a"
 
     def test_a_moved_sweep_still_finds_them(self, artifacts: ArtifactCache, tmp_path: Path) -> None:
-        artifacts.publish("responses", "abc", finished_run(tmp_path / "sweep" / "a"))
+        artifacts.publish("respond", "abc", finished_run(tmp_path / "sweep" / "a"))
         (tmp_path / "sweep").rename(tmp_path / "moved")
         moved, run = ArtifactCache(tmp_path / "moved" / "shared"), RunDirectory(tmp_path / "moved" / "b")
-        assert moved.link_stage("responses", "abc", run, outputs) == tmp_path / "moved" / "a"
+        assert moved.link_stage("respond", "abc", run, outputs) == tmp_path / "moved" / "a"
 
     @pytest.mark.parametrize("change", [{"done": False}, {"fingerprint": "other"}])
     def test_only_what_is_finished_with_these_inputs(
         self, artifacts: ArtifactCache, tmp_path: Path, change: dict
     ) -> None:
         donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
-        artifacts.publish("responses", "abc", donor)
-        write_json(donor.manifest_path("responses"), (donor.manifest("responses") or {}) | change)
-        assert artifacts.link_stage("responses", "abc", run, outputs) is None and not run.root.exists()
+        artifacts.publish("respond", "abc", donor)
+        write_json(donor.manifest_path("respond"), (donor.manifest("respond") or {}) | change)
+        assert artifacts.link_stage("respond", "abc", run, outputs) is None and not run.root.exists()
         other = finished_run(tmp_path / "sweep" / "c")
-        artifacts.publish("responses", "abc", other)
-        assert artifacts.link_stage("responses", "abc", run, outputs) == other.root
+        artifacts.publish("respond", "abc", other)
+        assert artifacts.link_stage("respond", "abc", run, outputs) == other.root
 
     def test_killed_before_any_link(
         self, artifacts: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """However far it came, the stage counts as begun, and the next try completes it."""
         donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
-        artifacts.publish("responses", "abc", donor)
+        artifacts.publish("respond", "abc", donor)
         plain, moves = Path.replace, 0
 
         def replace(self: Path, target: Path) -> Path:
@@ -78,13 +78,13 @@ class TestStages:
             moves = 0
             monkeypatch.setattr(Path, "replace", replace)
             with pytest.raises(KeyboardInterrupt):
-                artifacts.link_stage("responses", "abc", run, outputs)
+                artifacts.link_stage("respond", "abc", run, outputs)
             monkeypatch.undo()
-            assert not run.done("responses")
-            assert fatal == 1 or run.manifest("responses") is not None
-        artifacts.link_stage("responses", "abc", run, outputs)
+            assert not run.done("respond")
+            assert fatal == 1 or run.manifest("respond") is not None
+        artifacts.link_stage("respond", "abc", run, outputs)
         run.remove_partial_files()
-        assert run.finished("responses", "abc") and run.prompts.samefile(donor.prompts)
+        assert run.finished("respond", "abc") and run.prompts.samefile(donor.prompts)
         assert not list(run.root.rglob("*.partial"))
 
 

@@ -123,8 +123,7 @@ def write_answers(context: RunContext, parts: Mapping[Part, ScoreTables]) -> Non
 
 
 STAGE = Stage(
-    name="evaluation",
-    verb="evaluate",
+    name="evaluate",
     check=check_groups,
     inputs=evaluation_inputs,
     play=_play_evaluation,

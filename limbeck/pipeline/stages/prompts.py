@@ -68,7 +68,6 @@ def _play_prompts(context: RunContext) -> Json:
 
 STAGE = Stage(
     name="prompts",
-    verb="prompts",
     inputs=prompt_inputs,
     play=_play_prompts,
     outputs=lambda run: (run.prompts,),

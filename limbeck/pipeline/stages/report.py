@@ -15,7 +15,6 @@ def _play_report(context: RunContext) -> Json:
 
 STAGE = Stage(
     name="report",
-    verb="report",
     inputs=lambda context: {},
     play=_play_report,
     outputs=lambda run: (run.report, run.picture),

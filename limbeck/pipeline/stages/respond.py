@@ -304,8 +304,7 @@ def load_sft_answers(context: RunContext) -> list[Response]:
 
 
 STAGE = Stage(
-    name="responses",
-    verb="respond",
+    name="respond",
     check=check_responses,
     inputs=_response_inputs,
     play=_play_responses,

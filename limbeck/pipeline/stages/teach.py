@@ -113,8 +113,7 @@ def open_teacher(context: RunContext, rows: Sequence[int]) -> Teacher:
 
 
 STAGE = Stage(
-    name="signal",
-    verb="teach",
+    name="teach",
     inputs=_signal_inputs,
     play=_play_signal,
     outputs=lambda run: (run.signal,),

@@ -302,8 +302,7 @@ def _anatomy(blocks: Path) -> Json:
 
 
 STAGE = Stage(
-    name="student",
-    verb="train",
+    name="train",
     check=check_student,
     inputs=_student_inputs,
     play=_play_student,

@@ -29,7 +29,7 @@ def test_a_whole_run_with_a_server(tiny: TinyPair, server: FakeServer, limbeck: 
     end = limbeck.run("run", recipe(tiny, server, tmp_path / "run"))
     assert end.code == 0, end.stderr
     run = RunDirectory(tmp_path / "run")
-    responses, signal = run.manifest("responses"), run.manifest("signal")
+    responses, signal = run.manifest("respond"), run.manifest("teach")
     assert responses is not None and signal is not None
     assert responses["server"] == {
         "model": MODEL,
@@ -49,7 +49,7 @@ def test_the_server_may_move(tiny: TinyPair, server: FakeServer, limbeck: Comman
     asked = len(server.record()["requests"])
     moved = ("responses.server.base_url=http://127.0.0.1:9/v1", "responses.server.concurrency=3")
     end = limbeck.run("respond", path, *moved)
-    assert end.code == 0 and "responses: done earlier" in end.stdout + end.stderr
+    assert end.code == 0 and "respond: done earlier" in end.stdout + end.stderr
     assert len(server.record()["requests"]) == asked
     end = limbeck.run("respond", path, f"responses.server.model={MODEL}")
     assert "responses.server.model is None there and 'tiny-teacher' here" in end.error_line
@@ -108,7 +108,7 @@ def test_text_alone_is_told(tiny: TinyPair, server: FakeServer, limbeck: Command
     server.order(manner="chat")
     end = limbeck.run("respond", recipe(tiny, server, tmp_path / "run"))
     assert end.code == 0 and "gave text alone for 24 of 24 answers" in end.stdout + end.stderr
-    record = RunDirectory(tmp_path / "run").manifest("responses")
+    record = RunDirectory(tmp_path / "run").manifest("respond")
     assert record is not None and record["server"]["api"] == ["chat"] and record["server"]["reencoded_from_text"] == 24
 
 

@@ -82,7 +82,7 @@ def test_greedy_answers_are_those_of_the_teacher_here(
     # Token for token, but for a near tie now and then, which another order of summation decides otherwise.
     assert sum(x.response_ids == y.response_ids for x, y in zip(there, here, strict=True)) >= 22
     assert {r.stop for r in there} == {"eos", "length"}
-    record = RunDirectory(tmp_path / "there").manifest("responses")
+    record = RunDirectory(tmp_path / "there").manifest("respond")
     assert record is not None and record["server"]["reencoded_from_text"] == 0
 
 

@@ -81,7 +81,7 @@ def test_greedy_answers_are_those_of_the_teacher_here(
     # This teacher writes half characters, which text does not carry: they come back as others, and as more of them.
     assert all(y.startswith(x) and (HALF in y or x == y) for x, y in zip(*said, strict=True))
     assert any(x and x == y for x, y in zip(*said, strict=True)) and len(set(said[0])) > 6
-    record = RunDirectory(tmp_path / "there").manifest("responses")
+    record = RunDirectory(tmp_path / "there").manifest("respond")
     assert record is not None and record["server"] == {
         "model": str(tiny.teacher),
         "api": ["chat" if api == "chat" else "completions"],
