@@ -171,7 +171,7 @@ def trl(
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     context, student, rows = pair(arguments)
-    teacher = context.load_teacher()
+    teacher = context.teacher.weights()
     tokenizer = student.tokenizer
     prompts = {line["id"]: line for line in map(json.loads, (arguments.run / "prompts.jsonl").open(encoding="utf-8"))}
     messages = [

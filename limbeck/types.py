@@ -13,6 +13,7 @@ This module imports nothing else of limbeck, and torch only for type checkers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -151,6 +152,7 @@ class Response:
             alone (MiniLLM's mixture).
         replaced: how many of its tokens the teacher put in the place of the student's, where both wrote; no part of
             what makes two responses equal.
+        round: of rollouts in which it was written, from 1; 0 is before training.
     """
 
     prompt_id: str
@@ -164,6 +166,13 @@ class Response:
     sampled_logp: tuple[float, ...] | None = None
     replaced: int | None = field(default=None, compare=False)
     spans: tuple[tuple[int, int], ...] = ()
+    round: int = 0
+
+    @property
+    def id(self) -> str:
+        """The one address of a response in signals, caches and logs: a hash of prompt, author and round."""
+        address = f"{self.prompt_id}\0{self.author}\0{self.round}".encode("utf-8", "surrogatepass")
+        return hashlib.sha256(address).hexdigest()[:16]
 
     @property
     def label_ids(self) -> tuple[int, ...]:
@@ -193,6 +202,7 @@ class TokenBatch:
         loss_mask_BT: True where the hidden state predicts a response token (position t predicts token t + 1), bool.
         labels_N: the response tokens those positions predict, row by row, int64.
         rows: number of each row's response, as the caller of `collate` numbered them.
+        ids: `Response.id` of each row.
         by_student_B: whether the student wrote the response of each row, bool.
         partners: of each row the one with the other author's response to the same prompt; -1 for none.
         drawn_logp_N: log-probability the response tokens were drawn with; NaN where it was not kept, float32.
@@ -203,6 +213,7 @@ class TokenBatch:
     loss_mask_BT: Tensor
     labels_N: Tensor
     rows: tuple[int, ...]
+    ids: tuple[str, ...]
     by_student_B: Tensor
     partners: tuple[int, ...]
     drawn_logp_N: Tensor
@@ -462,6 +473,24 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class SequenceMeasuring(Protocol):
+    """An objective with token options that are measured over the sequences of its tokens before it is computed.
+
+    Attributes:
+        per_sequence: whether it asks for that, with the options it has.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def per_sequence(self) -> bool: ...
+
+    def sequence_options(self, signal: DenseSignal, sequence_N: Tensor) -> Mapping[str, Tensor]:
+        """The options by name, one value (N,) per token."""
+        ...
+
+
+@runtime_checkable
 class HiddenObjective(Protocol):
     """Compares hidden states instead of logits. Its gradient is autograd's."""
 
@@ -485,7 +514,10 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
-class Teacher(Protocol):
-    """Judges tokens. A batch has N loss positions (`loss_mask_BT`, row by row); the signal has one row for each."""
+class SignalSource(Protocol):
+    """Scores tokens: a teacher, or what it has said before.
+
+    A batch has N loss positions (`loss_mask_BT`, row by row); the signal has one row for each.
+    """
 
     def signal(self, batch: TokenBatch) -> Signal: ...

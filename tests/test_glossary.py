@@ -75,6 +75,8 @@ IDENTIFIERS = {
     "_refuse_teacher": "_require_teacher",
     "author_of": "response_source_of",
     "crew_of": "worker_pool",
+    "load_teacher": "RunContext.teacher, whose weights() load when first needed",
+    "local_teacher": "RunContext.teacher",
     "wish_s": "retry_after_s",
     "write_together": "decode_speculative",
     "writer_of": "decoding_model",

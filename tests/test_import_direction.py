@@ -25,7 +25,7 @@ LIBRARY: dict[str, set[str]] = {
     "rollouts": {"types", "fields", "registry", "runtime"},
     "models": {"types", "runtime", "ops"},
     "prompts": {"types", "runtime", "models"},
-    "teachers": {"types", "runtime", "ops", "models"},
+    "teachers": {"types", "registry", "runtime", "ops", "models"},
     "sampling": {"types", "runtime", "ops", "client", "models", "rollouts"},
     "student": {"types", "runtime", "ops", "models", "prompts"},
     # A group asks for models and answers by a protocol; what runs know of both is in the pipeline.

@@ -10,7 +10,7 @@ import torch
 
 from limbeck.pipeline.cached_teacher import CachedTeacher
 from limbeck.rollouts.collate import collate
-from limbeck.types import DenseSignal, Response, TokenBatch
+from limbeck.types import DenseSignal, LimbeckError, Response, TokenBatch
 from tests.student.play import tiny_responses, tiny_teacher
 
 
@@ -55,11 +55,14 @@ def test_a_batch_with_a_new_response_is_judged_whole(kept) -> None:
 
 
 def test_the_same_tokens_split_elsewhere_are_another_response(kept) -> None:
-    """One token more of prompt and one less of response: as many ids, another number of states."""
+    """One token more of prompt and one less of response: as many ids, another number of states; refused by its number
+    where somebody gives it the id of the one that was scored."""
     teacher, _, responses = kept
     long = max(responses[:8], key=lambda r: len(r.response_ids))
     moved = replace(long, prompt_ids=(*long.prompt_ids, long.response_ids[0]), response_ids=long.response_ids[1:])
-    batch = collate([moved], (0,), pad_id=0)
+    with pytest.raises(LimbeckError, match="made from other responses"):
+        teacher.signal(collate([moved], (0,), pad_id=0))
+    batch = collate([replace(moved, prompt_id="another prompt")], (0,), pad_id=0)
     assert teacher.signal(batch).hidden_ND.shape[0] == len(moved.response_ids)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 from limbeck.evaluation.scores.metrics import Metric
 from limbeck.prompts.templates import LossOn, TemplateName
 from limbeck.runtime.console import Console, Meter
-from limbeck.types import Json, Prompt, Response, Sampling, ScoredRow, Teacher, TokenPrompt
+from limbeck.types import Json, Prompt, Response, Sampling, ScoredRow, SignalSource, TokenPrompt
 
 if TYPE_CHECKING:
     import torch
@@ -212,8 +212,8 @@ class EvaluationContext(Protocol):
         """The same with the student as it was before training."""
         ...
 
-    def release(self, *, student: bool) -> None:
-        """Let go of the teacher, and of the student where asked; the next use loads them again."""
+    def release_teacher(self) -> None:
+        """Let go of the teacher's weights; the next use loads them again."""
         ...
 
     def encode(self, who: Who, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[TokenPrompt]:
@@ -225,11 +225,11 @@ class EvaluationContext(Protocol):
         ...
 
     def heldout_responses(self) -> Mapping[int, Response]:
-        """The held-out responses of the run by their row in its signal."""
+        """The held-out responses of the run."""
         ...
 
-    def scoring_teacher(self, rows: Sequence[int] | None) -> Teacher:
-        """What tells the teacher's distributions: of responses by their rows in the run's signal, or of any (None)."""
+    def scoring_teacher(self, *, stored: bool) -> SignalSource:
+        """What tells the teacher's distributions: of responses of the run, which may be stored, or of any."""
         ...
 
     def sampler(self, who: Who, batch_size: int) -> LocalSampler:

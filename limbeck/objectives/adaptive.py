@@ -18,7 +18,7 @@ from limbeck.objectives.divergences import (
     through_softmax,
 )
 from limbeck.objectives.temperature import scaled
-from limbeck.types import LOG_ZERO, LimbeckError, Objective, Rows
+from limbeck.types import LOG_ZERO, DenseSignal, LimbeckError, Objective, Rows
 
 GateMode = Literal["add", "switch"]
 
@@ -119,6 +119,13 @@ class TailAwareKL(RowObjective):
             raise LimbeckError(f"tad k={self.k}: expected at least one token")
         if not 0 <= self.tail_weight < math.inf:
             raise LimbeckError(f"tad tail_weight={self.tail_weight}: expected zero or more; 1 is forward KL")
+
+    def sequence_options(self, signal: DenseSignal, sequence_N: Tensor) -> dict[str, Tensor]:
+        """The weight of the tail, by the mean tail mass of each sequence."""
+        # That module measures with the tiles of the fused loss, which is made of objectives.
+        from limbeck.objectives.sequence.difficulty import tail_weights
+
+        return {"tail_weight": tail_weights(signal, sequence_N, k=self.k, beta=self.tail_weight)}
 
     def value_and_grad(self, rows: Rows) -> tuple[Tensor, Tensor]:
         weight = rows.option(self.name, "tail_weight", self.tail_weight)

@@ -35,8 +35,8 @@ from limbeck.types import Json, LimbeckError
 if TYPE_CHECKING:
     import torch
 
-    from limbeck.models.loading import LoadedModel
     from limbeck.models.vocabulary import VocabularyCard
+    from limbeck.teachers.base import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class Stage:
             once it is done, and so may all outputs of an `intermediate` stage once those that read them are done.
         handed_on: patterns of those working files that the next stage reads.
         cheap: played again without being asked for where what it reads was made again and differs.
+        hands_on_teacher: the next stage finds the weights of the teacher in memory, where this one has loaded them.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Stage:
     handed_on: tuple[str, ...] = ()
     intermediate: bool = False
     cheap: bool = False
+    hands_on_teacher: bool = False
 
 
 # Ctrl-C, a terminal that closes, and what schedulers send before they kill (SIGTERM; SLURM's --signal=USR1).
@@ -171,14 +173,25 @@ class RunContext:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     @cached_property
-    def teacher_card(self) -> VocabularyCard:
-        """What the teacher says about its tokens, without its weights."""
-        from limbeck.models.vocabulary import describe_vocabulary
+    def teacher(self) -> Teacher:
+        """The teacher of the run, one for all stages; its weights load when a stage first needs them."""
+        from limbeck.teachers.base import TeacherModel
+        from limbeck.teachers.registry import TEACHERS
 
         section = self.recipe.teacher
-        return describe_vocabulary(
-            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+        model = TeacherModel(
+            model=section.model,
+            revision=section.revision,
+            dtype=section.dtype,
+            attn_implementation=section.attn_implementation,
+            trust_remote_code=section.trust_remote_code,
         )
+        return TEACHERS.build("in_process").open(model, device=self.device, progress=self.console.say)
+
+    @cached_property
+    def teacher_card(self) -> VocabularyCard:
+        """What the teacher says about its tokens, without its weights."""
+        return self.teacher.vocabulary
 
     @cached_property
     def student_card(self) -> VocabularyCard | None:
@@ -208,33 +221,7 @@ class RunContext:
 
     @cached_property
     def teacher_fingerprint(self) -> str:
-        from limbeck.models.fingerprints import model_fingerprint
-        from limbeck.models.sources import resolve
-
-        section = self.recipe.teacher
-        source = resolve(
-            section.model,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            progress=self.console.say,
-        )
-        return model_fingerprint(source)
-
-    def load_teacher(self) -> LoadedModel:
-        """The teacher, loaded afresh: stages let go of it when they end, so that it never sits beside what follows."""
-        from limbeck.models.loading import load_model
-
-        section = self.recipe.teacher
-        loaded = load_model(
-            section.model,
-            dtype=section.dtype,
-            attn_implementation=section.attn_implementation,
-            trust_remote_code=section.trust_remote_code,
-            revision=section.revision,
-            progress=self.console.say,
-        )
-        loaded.model.to(self.device)  # type: ignore[arg-type]
-        return loaded
+        return self.teacher.fingerprint
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """On a rank other than the first: wait for what that one writes, as long as it shows that it lives.
@@ -424,6 +411,8 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
         record["outputs"] = written_below(run.root, stage.outputs(run))
         record["done"] = True
     finally:
+        if not stage.hands_on_teacher:
+            context.teacher.release()
         # Also after an interruption: the time it took so far is part of the cost of the run.
         record["seconds"] = round(earlier_s + time.monotonic() - started, 2)
         record["peak_memory_mib"] = peak_memory_mib()

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from limbeck.evaluation.context import ChatModel, ModelSource, Part, Who, response_text
-from limbeck.models.heads import head_of
 from limbeck.models.loading import load_model, load_tokenizer
-from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.engine import GracefulStop, RunContext
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sharing import once
@@ -35,8 +33,7 @@ from limbeck.rollouts.io import read_responses, write_responses
 from limbeck.runtime.console import Console
 from limbeck.runtime.rundir import fingerprint
 from limbeck.sampling.local import LocalSampler
-from limbeck.teachers.local import LocalTeacher
-from limbeck.types import Prompt, Response, Sampling, Teacher, TokenPrompt
+from limbeck.types import Prompt, Response, Sampling, SignalSource, TokenPrompt
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class RunEvaluation:
-    """One student on the held-out prompts of a run. Models load on first use; `release` lets go of them."""
+    """One student on the held-out prompts of a run. Models load on first use."""
 
     context: RunContext
     part: Part
@@ -148,7 +145,7 @@ class RunEvaluation:
 
     @cached_property
     def teacher(self) -> ChatModel:
-        loaded = self.context.load_teacher()
+        loaded = self.context.teacher.weights()
         return self._speaker("teacher", loaded.model, loaded.tokenizer)
 
     def speaker(self, who: Who) -> ChatModel:
@@ -160,13 +157,19 @@ class RunEvaluation:
             return self.speaker(who).tokenizer
         # Before training it is built with the teacher's, where the two have the same tokens.
         built = who == "student" and self.part == "before" and same_tokens(self.context)
-        source = self.source("teacher" if built else who)
+        if built or who == "teacher":
+            return self.context.teacher.tokenizer
+        source = self.source(who)
         return load_tokenizer(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
-    def release(self, *, student: bool) -> None:
-        """Let go of the teacher, and of the student where asked; the next use loads them again."""
-        for name in ("teacher", "student") if student else ("teacher",):
-            self.__dict__.pop(name, None)
+    def release_student(self) -> None:
+        """Let go of the student; the next use loads it again. The teacher stays for the other part of the stage."""
+        self.__dict__.pop("student", None)
+
+    def release_teacher(self) -> None:
+        """Let go of the teacher's weights; the next use loads them again."""
+        self.__dict__.pop("teacher", None)
+        self.context.teacher.release()
 
     def encode(self, who: Who, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[TokenPrompt]:
         """Prompts as one of the two reads them.
@@ -204,12 +207,9 @@ class RunEvaluation:
         """The held-out responses of the run by their row in its signal."""
         return load_responses(self.context, "heldout")
 
-    def scoring_teacher(self, rows: Sequence[int] | None) -> Teacher:
-        """What tells the teacher's distributions: of responses by their rows in the run's signal, or of any (None)."""
-        if rows is not None and self.context.recipe.signal.cache:
-            return open_teacher(self.context, rows)
-        model, vocab_size = self.teacher.model, real_vocab_size(self.teacher.tokenizer)
-        return LocalTeacher(model, head_of(model, vocab_size))  # type: ignore[arg-type]
+    def scoring_teacher(self, *, stored: bool) -> SignalSource:
+        """What tells the teacher's distributions: of responses of the run, which may be stored, or of any."""
+        return open_teacher(self.context) if stored else self.context.teacher
 
     def sampler(self, who: Who, batch_size: int) -> LocalSampler:
         """A sampler of one of the two; answers end where its template ends them."""

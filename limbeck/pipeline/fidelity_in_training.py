@@ -12,7 +12,7 @@ from limbeck.evaluation.token_metrics.tokens import FidelityChunk
 from limbeck.models.forward import hidden_states
 from limbeck.models.heads import head_of
 from limbeck.rollouts.collate import collate
-from limbeck.types import DenseSignal, Response, Teacher
+from limbeck.types import DenseSignal, Response, SignalSource
 
 # Rows of one forward pass.
 _ROWS = 16
@@ -21,7 +21,7 @@ _LOGGED = ("forward_kl", "reverse_kl", "top1_agreement")
 
 
 def fidelity_on(
-    aside: Mapping[int, Response], teacher: Teacher, *, vocab_size: int, device: torch.device
+    aside: Mapping[int, Response], teacher: SignalSource, *, vocab_size: int, device: torch.device
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A measurement of forward KL, reverse KL (nats per token, temperature 1) and top-1 agreement.
 
@@ -45,7 +45,7 @@ def _chunks(
     student: nn.Module,
     aside: Mapping[int, Response],
     order: Sequence[int],
-    teacher: Teacher,
+    teacher: SignalSource,
     *,
     vocab_size: int,
     device: torch.device,

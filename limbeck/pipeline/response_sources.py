@@ -17,16 +17,15 @@ from limbeck.rollouts.sources import ResponseSource, SourceContext, SourceFactor
 from limbeck.sampling.local import LocalSampler
 from limbeck.sampling.speculative import MixtureSampler, SkdSampler
 from limbeck.student.build import Student
-from limbeck.teachers.local import LocalTeacher
 from limbeck.types import Author as AuthorName
-from limbeck.types import Response, Sampling, Teacher, TokenPrompt
+from limbeck.types import Response, Sampling, SignalSource, TokenPrompt
 
 
 def response_source_of(
     context: RunContext,
     student: Student,
     base: Sequence[Response],
-    teacher: Teacher,
+    teacher: SignalSource,
     should_stop: Callable[[], bool],
     *,
     aside: frozenset[str] = frozenset(),
@@ -39,12 +38,11 @@ def response_source_of(
         aside: ids of prompts that are not trained on.
     """
     source = context.recipe.responses.source
-    prompts, local = [], None
+    prompts = []
     if source.on_policy:
         assert isinstance(teacher, CachedTeacher), "nobody else can judge what is not written yet"
-        local = teacher.local
         prompts = [p for p in read_asked(context.run.responses / "asked.jsonl") if p.id not in aside]
-    samplers = _Samplers(context, student, local)
+    samplers = _Samplers(context, student)
 
     def begin(source_context: SourceContext) -> ResponseSource:
         rounds = Rounds(
@@ -83,13 +81,12 @@ class Materials:
 class _Samplers:
     """The samplers of a training, made when they are asked for."""
 
-    def __init__(self, context: RunContext, student: Student, teacher: LocalTeacher | None):
-        self.context, self.tokens, self.model, self._teacher = context, student.tokenizer, student.model, teacher
+    def __init__(self, context: RunContext, student: Student):
+        self.context, self.tokens, self.model = context, student.tokenizer, student.model
 
     @property
     def _teacher_model(self) -> Any:
-        assert self._teacher is not None, "a source without on_policy asks for no sampler"
-        return self._teacher.model
+        return self.context.teacher.weights().model
 
     def student(self) -> BatchSampler:
         return self._alone(self.model, "student")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from limbeck.models.loading import LoadedModel, load_tokenizer
+from limbeck.models.loading import load_tokenizer
 from limbeck.models.sources import resolve
 from limbeck.models.untrained_tokens import untrained_tokens
 from limbeck.models.vocabulary import VocabularyCard, compare_vocabularies
@@ -97,8 +97,8 @@ def foreseen_format(context: RunContext) -> AnswerFormat:
     Raises:
         LimbeckError: a chat template that refuses or drops an assistant's text.
     """
-    teacher, student, prompts = context.recipe.teacher, context.recipe.student, context.recipe.prompts
-    given = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    student, prompts = context.recipe.student, context.recipe.prompts
+    given = context.teacher.tokenizer
     own = given
     if student.model is not None:
         own = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
@@ -106,14 +106,14 @@ def foreseen_format(context: RunContext) -> AnswerFormat:
     return answer_format(given, template, prompts.chat_options, own=own, window=_window(context))
 
 
-def with_endings(context: RunContext, student: Student, teacher: LoadedModel) -> Student:
+def with_endings(context: RunContext, student: Student) -> Student:
     """The student with the tokenizer that made the responses, ending its answers where they end."""
     if not same_tokens(context):
         return student
     template = (context.run.manifest("respond") or {})["template"]
     options = context.recipe.prompts.chat_options
-    found = answer_format(teacher.tokenizer, template, options, own=student.tokenizer, window=_window(context))
-    end_answers_with(student.model, found, also=stop_ids(teacher.model))
+    found = answer_format(context.teacher.tokenizer, template, options, own=student.tokenizer, window=_window(context))
+    end_answers_with(student.model, found, also=stop_ids(context.teacher.skeleton))
     return replace(student, tokenizer=found.tokenizer, answers=found)
 
 

@@ -75,8 +75,7 @@ def text_options(context: RunContext, tokenizer: Any) -> Mapping[str, Any]:
     if same_tokens(context):
         return options
     own = load_student_tokenizer(context)
-    theirs = context.recipe.teacher
-    known = (own, load_tokenizer(theirs.model, revision=theirs.revision, trust_remote_code=theirs.trust_remote_code))
+    known = (own, context.teacher.tokenizer)
     for name in options:
         if not any(reads_option(name, one) for one in known):
             raise LimbeckError(

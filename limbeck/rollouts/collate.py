@@ -62,6 +62,7 @@ def collate(responses: Sequence[Response] | Mapping[int, Response], rows: Sequen
         loss_mask_BT=loss_mask_BT,
         labels_N=torch.tensor(labels, dtype=torch.int64),
         rows=tuple(rows),
+        ids=tuple(r.id for r in chosen),
         by_student_B=torch.tensor([r.author == "student" for r in chosen]),
         partners=_partners(chosen),
         drawn_logp_N=torch.tensor(drawn, dtype=torch.float32),

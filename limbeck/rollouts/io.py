@@ -21,12 +21,14 @@ def write_responses(path: Path, responses: Iterable[Response]) -> None:
 
 
 def fields_of(response: Response) -> dict[str, Any]:
-    """A response as plain values; what only conversations have is left out of others."""
+    """A response as plain values; what only conversations or rollouts have is left out of others."""
     row = {f.name: getattr(response, f.name) for f in fields(response)}
     if response.sampling is not None:
         row["sampling"] = asdict(response.sampling)
     if not response.spans:
         del row["spans"]
+    if not response.round:
+        del row["round"]
     return row
 
 

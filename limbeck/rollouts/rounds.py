@@ -140,18 +140,19 @@ class Rounds:
         written = len(others)
         capture = {"capture_hidden": True} if by_teacher and self.signal_cache is not None else {}
         for batch in sampler.respond_in_batches(prompts, sampling, done=others, **capture):
+            responses = in_round(batch.responses, number)
             if self.signal_cache is not None:
-                self.signal_cache.store(paths[batch.indices], batch.responses, batch.hidden)
-            write_responses(paths[batch.indices], batch.responses)
-            written += len(batch.responses)
+                self.signal_cache.store(paths[batch.indices], responses, batch.hidden)
+            write_responses(paths[batch.indices], responses)
+            written += len(responses)
             self.report(author, written, len(prompts))
             if self.world.ranks == 1 and self.should_stop():
                 raise Interrupted(f"stopped while {author} responses of round {number} were written")
-        self._judge_again(paths[rows] for rows in mine)
+        self._judge_again((paths[rows] for rows in mine), number)
         self.world.wait()
         answers: dict[int, Response] = {}
         for rows, path in paths.items():
-            responses = read_batch(path, len(rows))
+            responses = in_round(read_batch(path, len(rows)), number)
             if self.signal_cache is not None:
                 self.signal_cache.register(path, responses)
             answers |= dict(zip(rows, responses, strict=True))
@@ -160,12 +161,12 @@ class Rounds:
             write_json(folder / _WHOLE, sealed({"files": files}))
         return [answers[i] for i in range(len(prompts))]
 
-    def _judge_again(self, paths: Iterable[Path]) -> None:
+    def _judge_again(self, paths: Iterable[Path], number: int) -> None:
         """What the teacher says of responses that are used once more: it goes when the next round begins, and a
         training that had come there may have had to go back for want of a whole checkpoint."""
         for path in paths:
             if self.signal_cache is not None and not path.with_suffix(".safetensors").exists():
-                self.signal_cache.store(path, read_responses(path), None)
+                self.signal_cache.store(path, in_round(read_responses(path), number), None)
 
     def _require_unchanged(self, folder: Path) -> None:
         """A round that was whole still is, but for what the teacher said: nobody could write it again.
@@ -186,6 +187,11 @@ class Rounds:
                     f"{self.folder} and {self.folder.with_name('checkpoints')} and run the same command again to "
                     "train from the start"
                 )
+
+
+def in_round(responses: Iterable[Response], number: int) -> list[Response]:
+    """The responses with the round they belong to, which is a part of their ids; rounds are numbered from 0."""
+    return [replace(response, round=number + 1) for response in responses]
 
 
 def for_round(sampling: Sampling, number: int) -> Sampling:

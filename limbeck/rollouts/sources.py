@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from limbeck.rollouts.order import Plan
-from limbeck.rollouts.rounds import BatchSampler, ProcessGroup, Rounds, SingleProcess, for_round
+from limbeck.rollouts.rounds import BatchSampler, ProcessGroup, Rounds, SingleProcess, for_round, in_round
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt
 
 
@@ -276,7 +276,7 @@ class StudentSource(StatelessSource):
         world = self.source_context.world
         mine = slice(world.rank, None, world.ranks)
         answers = rollout.sampler.respond(asked[mine], for_round(sampling, number)) if asked[mine] else []
-        written = world.gather(list(zip(rows[mine], answers, strict=True)))
+        written = world.gather(list(zip(rows[mine], in_round(answers, number), strict=True)))
         return dict(sorted(written))
 
 

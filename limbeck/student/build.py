@@ -100,13 +100,15 @@ def build_student(
     spec: StudentSpec,
     *,
     teacher: LoadedModel | None = None,
+    teacher_parameters: int | None = None,
     calibration: Sequence[TokenBatch] = (),
     progress: DownloadProgress | None = None,
 ) -> Student:
     """Make the student a spec describes. The teacher is left untouched.
 
     Args:
-        teacher: needed where `spec.model` is None; also the reference for the parameter share.
+        teacher: needed where `spec.model` is None.
+        teacher_parameters: the reference for the parameter share; None counts those of `teacher`, if there is one.
         calibration: batches of responses with their prompts; needed by "depth_prune" unless `spec.keep` is given.
 
     Raises:
@@ -133,6 +135,8 @@ def build_student(
                 keep = blocks.keep
             model = depth_prune(model, keep, dtype=as_dtype(spec.dtype))
     parameters = _count(model)
+    if teacher_parameters is None and teacher is not None:
+        teacher_parameters = _count(teacher.model)
     if spec.freeze_embeddings:
         for embedding in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             embedding.requires_grad_(False)
@@ -146,7 +150,7 @@ def build_student(
         blocks=blocks,
         parameters=parameters,
         trainable=sum(p.numel() for p in trained.parameters() if p.requires_grad),
-        teacher_parameters=None if teacher is None else _count(teacher.model),
+        teacher_parameters=teacher_parameters,
     )
 
 

@@ -1,10 +1,10 @@
-"""The teacher's signal on disk: written once, read by row.
+"""The teacher's signal on disk: written once, read by the ids of responses.
 
     signal/  head.safetensors  head.json  00000.safetensors  00001.safetensors ...
 
-A shard belongs to one batch of responses. Of each response it holds hidden states (N*D numbers instead of N*V) as
-`row-0000007`, or a sparse signal (N*K numbers) as `row-0000007.ids` and so on. A shard that exists is whole, so an
-interrupted pass continues with the next one.
+A shard belongs to one batch of responses. Of each response it holds, under its `Response.id`, hidden states (N*D
+numbers instead of N*V) as `9f86d081884c7d65`, or a sparse signal (N*K numbers) as `9f86d081884c7d65.ids` and so on. A
+shard that exists is whole, so an interrupted pass continues with the next one.
 """
 
 from __future__ import annotations
@@ -26,13 +26,8 @@ if TYPE_CHECKING:
 _COLUMNS = {"ids_NK": "ids", "logp_NK": "logp", "log_z_NG": "log_z", "count_NK": "count"}
 
 
-def row_name(row: int) -> str:
-    """Name of a response's tensor in its shard."""
-    return f"row-{row:07d}"
-
-
-def write_shard(path: Path, hidden: Mapping[int, Tensor], *, dtype: torch.dtype) -> None:
-    """Write the (tokens, D) hidden states of some rows, atomically.
+def write_shard(path: Path, hidden: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
+    """Write the (tokens, D) hidden states of some responses, by their ids, atomically.
 
     Raises:
         LimbeckError: a hidden state that is not finite, or not in the precision it is stored in.
@@ -40,20 +35,20 @@ def write_shard(path: Path, hidden: Mapping[int, Tensor], *, dtype: torch.dtype)
     write_signal(path, dense_rows(hidden, dtype=dtype))
 
 
-def dense_rows(hidden: Mapping[int, Tensor], *, dtype: torch.dtype) -> dict[str, Tensor]:
+def dense_rows(hidden: Mapping[str, Tensor], *, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of hidden states as they are stored; see `write_shard`."""
-    stored = {row: hidden_TD.detach().to("cpu", dtype).contiguous() for row, hidden_TD in hidden.items()}
-    for row, stored_TD in stored.items():
-        if not hidden[row].isfinite().all():
-            raise LimbeckError(f"the teacher's output is not finite on response {row}; try teacher.dtype=float32")
+    stored = {name: hidden_TD.detach().to("cpu", dtype).contiguous() for name, hidden_TD in hidden.items()}
+    for name, stored_TD in stored.items():
+        if not hidden[name].isfinite().all():
+            raise LimbeckError(f"the teacher's output is not finite on response {name}; try teacher.dtype=float32")
         if not stored_TD.isfinite().all():
             raise LimbeckError(
-                f"hidden states of response {row} overflow {dtype}; set signal.dtype=float32 or bfloat16"
+                f"hidden states of response {name} overflow {dtype}; set signal.dtype=float32 or bfloat16"
             )
-    return {row_name(row): stored_TD for row, stored_TD in stored.items()}
+    return stored
 
 
-def sparse_rows(signals: Mapping[int, TopKSignal | SampledSignal]) -> dict[str, Tensor]:
+def sparse_rows(signals: Mapping[str, TopKSignal | SampledSignal]) -> dict[str, Tensor]:
     """The tensors of sparse signals as they are stored: 32 bits a number.
 
     Raises:
@@ -62,14 +57,14 @@ def sparse_rows(signals: Mapping[int, TopKSignal | SampledSignal]) -> dict[str, 
     import torch
 
     tensors: dict[str, Tensor] = {}
-    for row, signal in signals.items():
+    for response, signal in signals.items():
         if signal.logp_NK.isnan().any():
-            raise LimbeckError(f"the teacher's output is not finite on response {row}; try teacher.dtype=float32")
+            raise LimbeckError(f"the teacher's output is not finite on response {response}; try teacher.dtype=float32")
         for name, short in _COLUMNS.items():
             column: Tensor | None = getattr(signal, name, None)
             if column is not None:
                 dtype = torch.float32 if column.is_floating_point() else torch.int32
-                tensors[f"{row_name(row)}.{short}"] = column.detach().to("cpu", dtype).contiguous()
+                tensors[f"{response}.{short}"] = column.detach().to("cpu", dtype).contiguous()
     return tensors
 
 
@@ -109,29 +104,29 @@ def read_head(folder: Path) -> Head:
     return Head(weight_VD=tensors["weight"], bias_V=tensors.get("bias"), **scalars)
 
 
-_ROW = re.compile(rf"row-([0-9]{{7,}})(?:\.(?:{'|'.join(_COLUMNS.values())}))?")
+_ENTRY = re.compile(rf"([0-9a-f]{{16}})(?:\.(?:{'|'.join(_COLUMNS.values())}))?")
 
 
 def _damaged(path: Path, what: str) -> LimbeckError:
     return LimbeckError(f"{path} is damaged ({what}); delete it and run the same command again")
 
 
-def shards_of(folder: Path) -> dict[int, Path]:
-    """The shard of every row in a folder.
+def shards_of(folder: Path) -> dict[str, Path]:
+    """The shard of every response in a folder, by its id.
 
     Raises:
-        LimbeckError: a shard holds something else than rows.
+        LimbeckError: a shard holds something else.
     """
     from safetensors import safe_open
 
-    shards: dict[int, Path] = {}
+    shards: dict[str, Path] = {}
     for path in sorted(folder.glob("[0-9]*.safetensors")):
         with safe_open(path, framework="pt") as shard:
             names = list(shard.keys())
-        rows = [_ROW.fullmatch(name) for name in names]
-        if not all(rows):
-            raise _damaged(path, f"it holds {names[rows.index(None)]}")
-        shards |= {int(row[1]): path for row in rows if row}
+        entries = [_ENTRY.fullmatch(name) for name in names]
+        if not all(entries):
+            raise _damaged(path, f"it holds {names[entries.index(None)]}")
+        shards |= {entry[1]: path for entry in entries if entry}
     return shards
 
 
@@ -141,13 +136,13 @@ class OpenShards:
 
     _open: dict[Path, Any] = field(default_factory=dict)
 
-    def row(self, path: Path, row: int) -> dict[str, Tensor]:
-        """The tensors of a row by their short names; `hidden` alone where hidden states are stored."""
+    def entry(self, path: Path, name: str) -> dict[str, Tensor]:
+        """The tensors of a response by their short names; `hidden` alone where hidden states are stored."""
         from safetensors import safe_open
 
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt").__enter__()
-        shard, name = self._open[path], row_name(row)
+        shard = self._open[path]
         stored = set(shard.keys())
         if name in stored:
             return {"hidden": shard.get_tensor(name)}
@@ -165,23 +160,19 @@ class StoredTeacher:
     """A `Teacher` that reads what an earlier pass wrote.
 
     Attributes:
-        shards: the shard of every row on disk.
-        rows: row on disk of each response of the list that batches are made of.
+        shards: the shard of every response on disk, by its id.
         temperatures: the grid that sparse signals were made for.
     """
 
     folder: Path
     head: Head
-    shards: Mapping[int, Path]
-    rows: Sequence[int]
+    shards: Mapping[str, Path]
     device: torch.device
     temperatures: tuple[float, ...] = ()
     _open: OpenShards = field(default_factory=OpenShards)
 
     @classmethod
-    def open(
-        cls, folder: Path, *, rows: Sequence[int], device: torch.device, temperatures: tuple[float, ...] = ()
-    ) -> StoredTeacher:
+    def open(cls, folder: Path, *, device: torch.device, temperatures: tuple[float, ...] = ()) -> StoredTeacher:
         from dataclasses import replace
 
         head = read_head(folder)
@@ -190,22 +181,16 @@ class StoredTeacher:
             folder=folder,
             head=replace(head, weight_VD=head.weight_VD.to(device), bias_V=bias_V),
             shards=shards_of(folder),
-            rows=rows,
             device=device,
             temperatures=temperatures,
         )
 
     def signal(self, batch: TokenBatch) -> Signal:
-        """The stored signal at every loss position of the batch: of the kind its rows were stored as."""
+        """The stored signal at every loss position of the batch: of the kind it was stored as."""
         import torch
 
-        rows = [self._row(self.rows[row]) for row in batch.rows]
-        found, expected = [len(next(iter(row.values()))) for row in rows], batch.loss_mask_BT.sum(1).tolist()
-        if found != expected:
-            raise LimbeckError(
-                f"{self.folder} holds signals of {found} tokens for responses of {expected} tokens; "
-                "it was made from other responses: delete it and run the same command again"
-            )
+        rows = [self._entry(name) for name in batch.ids]
+        require_lengths(self.folder, rows, batch)
         joined = {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
         if "ids" not in joined:
             return DenseSignal(hidden_ND=joined["hidden"].to(self.head.weight_VD.dtype), head=self.head)
@@ -215,11 +200,25 @@ class StoredTeacher:
             return TopKSignal(**columns, temperatures=self.temperatures)
         return SampledSignal(**columns, log_proposal_NK=columns["logp_NK"], temperatures=self.temperatures)
 
-    def _row(self, row: int) -> dict[str, Tensor]:
-        """The tensors of a row by their short names."""
-        path = self.shards.get(row)
+    def _entry(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a response by their short names."""
+        path = self.shards.get(name)
         if path is None:
             raise LimbeckError(
-                f"{self.folder} has no signal for response {row}; delete it and run the same command again"
+                f"{self.folder} has no signal for response {name}; delete it and run the same command again"
             )
-        return self._open.row(path, row)
+        return self._open.entry(path, name)
+
+
+def require_lengths(where: Path, entries: Sequence[Mapping[str, Tensor]], batch: TokenBatch) -> None:
+    """Refuse what is stored under the ids of a batch but was said of other tokens.
+
+    Raises:
+        LimbeckError: an entry has another number of tokens than its response.
+    """
+    found, expected = [len(next(iter(entry.values()))) for entry in entries], batch.loss_mask_BT.sum(1).tolist()
+    if found != expected:
+        raise LimbeckError(
+            f"{where} holds signals of {found} tokens for responses of {expected} tokens; "
+            "it was made from other responses: delete it and run the same command again"
+        )

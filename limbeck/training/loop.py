@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from limbeck.models.heads import head_of
 from limbeck.objectives import Temperature, TemperatureSchedule
-from limbeck.objectives.sequence.rules import AlphaByGap
 from limbeck.ops import onednn
 from limbeck.recipe.sections import TrainSection
 from limbeck.rollouts.account import SO_FAR, count_phrase
@@ -42,7 +41,7 @@ from limbeck.training.progress import Best, Progress
 from limbeck.training.rate_trials import RateTrials, previews_wanted
 from limbeck.training.weighting import TokenWeighting
 from limbeck.training.whitening import whitened
-from limbeck.types import Interrupted, LimbeckError, Response, Signal, Teacher, TokenBatch
+from limbeck.types import Interrupted, LimbeckError, Response, Signal, SignalSource, TokenBatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,7 +57,7 @@ Fidelity = Callable[[nn.Module], Mapping[str, float]]
 def train(
     student: nn.Module,
     author: SourceFactory,
-    teacher: Teacher,
+    teacher: SignalSource,
     loss_plan: LossPlan,
     *,
     temperature: Temperature | TemperatureSchedule,
@@ -126,7 +125,7 @@ def train(
 def find_learning_rate(
     student: nn.Module,
     author: SourceFactory,
-    teacher: Teacher,
+    teacher: SignalSource,
     loss_plan: LossPlan,
     *,
     temperature: Temperature | TemperatureSchedule,
@@ -160,7 +159,7 @@ def find_learning_rate(
 def _prepared(
     student: nn.Module,
     author: SourceFactory,
-    teacher: Teacher,
+    teacher: SignalSource,
     loss_plan: LossPlan,
     *,
     temperature: Temperature | TemperatureSchedule,
@@ -241,7 +240,7 @@ class _Run:
     development: Mapping[int, Response]
     fidelity: Fidelity | None
     corpus: Corpus | None
-    teacher: Teacher
+    teacher: SignalSource
     settings: TrainSection
     step_rows: int
     pad_id: int
@@ -499,9 +498,7 @@ class _Run:
     def _measures_gaps(self, progress: Progress) -> bool:
         """Whether the reference of an adaptive rule is still being measured."""
         rule = self.module.loss_plan.rule
-        return (
-            isinstance(rule, AlphaByGap) and progress.step < rule.warmup_epochs * self.response_source.steps_per_epoch
-        )
+        return rule is not None and progress.step < rule.warmup_epochs * self.response_source.steps_per_epoch
 
     def _gradients(
         self, by_row: Mapping[int, Response], moment: StepSettings, progress: Progress

@@ -20,7 +20,7 @@ from limbeck.objectives.fused.body import measured_on
 from limbeck.objectives.sequence.distillm2 import label_logp
 from limbeck.objectives.sequence.rules import SequenceRule, SequenceStats, TokenOptions
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, leaves, part_names, row_leaves
-from limbeck.types import DenseSignal, Head, Signal, Support, Teacher, TokenBatch, TopKSignal
+from limbeck.types import DenseSignal, Head, Signal, SignalSource, Support, TokenBatch, TopKSignal
 
 WRITERS = ("teacher", "student")
 
@@ -288,7 +288,7 @@ class StudentLoss(nn.Module):
 
 
 def make_projection(
-    student: nn.Module, teacher: Teacher, batch: TokenBatch, *, vocab_size: int, seed: int
+    student: nn.Module, teacher: SignalSource, batch: TokenBatch, *, vocab_size: int, seed: int
 ) -> Tensor | None:
     """A projection (teacher width, student width) for objectives on hidden states; None where the widths are one.
 

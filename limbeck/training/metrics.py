@@ -103,6 +103,7 @@ def _example(response: Response, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "step": metrics["step"],
         "epoch": metrics["epoch"],
+        "id": response.id,
         "author": response.author,
         "prompt_id": response.prompt_id,
         "prompt_ids": response.prompt_ids,

@@ -123,7 +123,7 @@ def test_a_student_without_a_chat_template_continues_text(tiny: Tiny, tmp_path):
     assert set(measured.tables) == {"gsm8k", "math", "humaneval,k=1", "mbpp,k=1"}
     assert all(value == 0 for rows in measured.tables.values() for row in rows for value in row.values.values())
     assert measured.detail["humaneval"]["answers"] == 1
-    evaluation.release(student=True)
+    evaluation.release_student()
     again = evaluation.settings.groups["tasks"].measure(evaluation)
     assert again == measured
 

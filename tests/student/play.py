@@ -26,7 +26,7 @@ from limbeck.training.loop import train
 from limbeck.training.loss import LossPlan
 from limbeck.training.metrics import LoopContext
 from limbeck.training.weighting import TokenWeighting
-from limbeck.types import DenseSignal, Response, Teacher, TokenBatch
+from limbeck.types import DenseSignal, Response, SignalSource, TokenBatch
 
 # The heads have three rows more than there are ids.
 VOCAB, HEAD_ROWS = 101, 104
@@ -120,7 +120,7 @@ def play(
     *,
     responses: Sequence[Response] | None = None,
     author: SourceFactory | None = None,
-    teacher: Teacher | None = None,
+    teacher: SignalSource | None = None,
     objective: AnyObjective | None = None,
     loss_plan: LossPlan | None = None,
     weighting: TokenWeighting | None = None,

@@ -30,6 +30,7 @@ def batch(rows: int = 3, prompt: int = 4, length: int = 12, seed: int = 0) -> To
         loss_mask_BT=loss_BT,
         labels_N=labels_N,
         rows=tuple(range(rows)),
+        ids=tuple(map(str, range(rows))),
         partners=(-1,) * rows,
         by_student_B=torch.zeros(rows, dtype=torch.bool),
         drawn_logp_N=torch.full((len(labels_N),), float("nan")),

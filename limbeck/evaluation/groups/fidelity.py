@@ -35,11 +35,11 @@ class _Answers:
     """What both models read.
 
     Attributes:
-        rows: row of each response in what the run kept of its teacher; None where the teacher itself has to look.
+        stored: the run may have kept what its teacher said of them; else the teacher itself has to look.
     """
 
     responses: Sequence[Response]
-    rows: Sequence[int] | None = None
+    stored: bool = False
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -88,7 +88,7 @@ class FidelityGroup(EvaluationGroup):
     def _answers(self, evaluation: EvaluationContext, source: Whose) -> _Answers:
         if source == "responses":
             by_row = evaluation.heldout_responses()
-            return _Answers(responses=list(by_row.values()), rows=list(by_row))
+            return _Answers(responses=list(by_row.values()), stored=True)
         settings = evaluation.settings
         if source == "references":
             remedy = "give data with answers, or leave references out of evaluate.groups.fidelity.whose"
@@ -126,7 +126,7 @@ def _chunks(evaluation: EvaluationContext, answers: _Answers) -> Iterator[Fideli
     from limbeck.models.vocabulary import real_vocab_size
     from limbeck.rollouts.collate import collate
 
-    responses, teacher = answers.responses, evaluation.scoring_teacher(answers.rows)
+    responses, teacher = answers.responses, evaluation.scoring_teacher(stored=answers.stored)
     model, device = evaluation.student.model, evaluation.device
     # One that was not trained here may have control tokens that the teacher lacks.
     head = head_of(model, real_vocab_size(evaluation.tokenizer("teacher")))

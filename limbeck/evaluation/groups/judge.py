@@ -70,7 +70,7 @@ class JudgeGroup(EvaluationGroup):
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         pairs = _pairs(evaluation, self.against)
-        evaluation.release(student=False)
+        evaluation.release_teacher()
         server = self._server()
         # A server is only needed while something is left to ask.
         model = self.model or server.model(None)

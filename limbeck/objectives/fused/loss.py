@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limbeck.objectives.adaptive import TailAwareKL
 from limbeck.objectives.fused.body import Body, Compile, resolve_compile
 from limbeck.objectives.fused.inputs import label_columns, option_columns, token_columns, token_weights, weighted
 from limbeck.objectives.fused.projection import LogitTransform, Projection, gather_head, prepare_projection
 from limbeck.objectives.fused.tile_pass import Grads, Pass, Wanted
 from limbeck.objectives.fused.tiles import check_pair, plan_tiles
 from limbeck.objectives.hidden_matching import HiddenPair, projected
-from limbeck.objectives.sequence.difficulty import tail_weights, token_difficulty
+from limbeck.objectives.sequence.difficulty import token_difficulty
 from limbeck.objectives.sums import AnyObjective, WeightedSum, hidden_leaves, nested, part_names, row_leaves
 from limbeck.objectives.support import resolve_support
 from limbeck.objectives.temperature import Temperature
-from limbeck.types import DenseSignal, Head, LimbeckError, Objective, SampledSignal, Signal, Support
+from limbeck.types import DenseSignal, Head, LimbeckError, Objective, SampledSignal, SequenceMeasuring, Signal, Support
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,15 +230,17 @@ def _sequence_options(
 ) -> dict[str, Tensor]:
     """Options that a part wants measured over the sequences of its tokens."""
     options: dict[str, Tensor] = {}
-    tails = [part for _, part in rows if isinstance(part, TailAwareKL)]
-    if len(tails) > 1 and any(part.per_sequence for part in tails):
-        raise LimbeckError("tad per_sequence=True beside another tad: one weight a token cannot serve both; keep one")
-    for part in tails:
-        if not (part.per_sequence and isinstance(signal, DenseSignal)):
+    names = [part.name for _, part in rows]
+    for part in (part for _, part in rows if isinstance(part, SequenceMeasuring) and part.per_sequence):
+        said = f"{part.name} per_sequence=True"
+        if names.count(part.name) > 1:
+            raise LimbeckError(f"{said} beside another {part.name}: one weight a token cannot serve both; keep one")
+        if not isinstance(signal, DenseSignal):
             continue
         if sequence_N is None:
-            raise LimbeckError("tad per_sequence=True weighs by sequence: give sequence_N, the sequence of each token")
-        options[f"{part.name}.tail_weight"] = tail_weights(signal, sequence_N, k=part.k, beta=part.tail_weight)
+            raise LimbeckError(f"{said} weighs by sequence: give sequence_N, the sequence of each token")
+        measured = part.sequence_options(signal, sequence_N)
+        options |= {f"{part.name}.{option}": value_N for option, value_N in measured.items()}
     return options
 
 

@@ -81,6 +81,7 @@ class SequenceRule(Protocol):
         option: the token option it gives; the objective must have it. None where it only gives weights.
         pairs: whether it needs two responses of one prompt side by side.
         whiten: whether it needs the mean and deviation of `Told.plain_N` over the step before it can say anything else.
+        warmup_epochs: epochs in which its reference is measured and not given to it; 0 for a rule that has none.
     """
 
     @property
@@ -93,6 +94,8 @@ class SequenceRule(Protocol):
     def pairs(self) -> bool: ...
     @property
     def whiten(self) -> bool: ...
+    @property
+    def warmup_epochs(self) -> int: ...
     def apply(self, seen: SequenceStats) -> TokenOptions: ...
 
 
@@ -109,6 +112,7 @@ class AlphaByGap(AdaptiveAlpha):
     option = "alpha"
     pairs = False
     whiten = False
+    warmup_epochs = 0
 
     warmup_epochs: int = 1
 
@@ -143,6 +147,7 @@ class DPKD:
     option = "advantage"
     pairs = True
     whiten = False
+    warmup_epochs = 0
 
     beta: float = 0.1
 
@@ -172,6 +177,7 @@ class ImportanceWeights:
     option = None
     pairs = False
     whiten = False
+    warmup_epochs = 0
 
     importance: Ratio = "step"
     clip_weight: float = 0.0
@@ -204,6 +210,7 @@ class MiniLLM:
     measures = ("reverse_kl",)
     option = "advantage"
     pairs = False
+    warmup_epochs = 0
 
     gamma: float = 1.0
     length_norm: bool = True

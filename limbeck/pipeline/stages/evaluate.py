@@ -57,7 +57,7 @@ def examine(context: RunContext, parts: Sequence[Part]) -> dict[Part, ScoreTable
             for name, group in context.recipe.evaluate.groups.items():
                 if part in group.parts:
                     found[part] |= _rows_of(evaluation, name, group)
-        evaluation.release(student=True)
+        evaluation.release_student()
     write_scores(context.run.root, before=found["before"], after=found["after"], seed=0)
     return found
 
@@ -79,7 +79,6 @@ def _rows_of(evaluation: RunEvaluation, name: str, group: EvaluationGroup) -> Sc
     if not record.exists():
         # pyright takes no cached_property for what a protocol has as a property.
         measured = group.measure(evaluation)  # type: ignore[arg-type]
-        evaluation.release(student=False)
         for table, rows in measured.named(name).items():
             write_rows(evaluation.folder / f"{evaluation.part}.{table}.jsonl", rows)
         write_json(record, {"conditions": list(measured.tables), "detail": measured.detail})

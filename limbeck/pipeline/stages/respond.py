@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from limbeck.models.fingerprints import tokenizer_fingerprint
-from limbeck.models.loading import LoadedModel, load_tokenizer
+from limbeck.models.loading import LoadedModel
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.checks import check_responses, check_rounds
 from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_counts, with_draft
@@ -91,11 +91,11 @@ def _play_responses(context: RunContext) -> Json:
     run, section, author = context.run, context.recipe.responses, context.recipe.base_author
     prompts = read_prompts(run.prompts)
     # A server and the data answer without the weights being here; they come with the signal.
-    teacher = context.load_teacher() if section.server is None and author == "teacher" else None
+    teacher = context.teacher.weights() if section.server is None and author == "teacher" else None
     # Where the two have different tokens, the student reads text in its own.
     apart = not same_tokens(context)
     own = load_student_tokenizer(context) if apart else None
-    tokenizer = teacher.tokenizer if teacher else own if own and author == "data" else _tokenizer(context)
+    tokenizer = teacher.tokenizer if teacher else own if own and author == "data" else context.teacher.tokenizer
     template = resolve_template(context.recipe.prompts.template, tokenizer, prompts)
     asked, dropped = _token_prompts(context, tokenizer, prompts, template)
     reader = (own or tokenizer, student_template(context, own, prompts) if own else template)
@@ -189,11 +189,6 @@ def _answered(context: RunContext, asked: Sequence[TokenPrompt]) -> tuple[TokenP
     return (*train, *(p for p in asked if p.split == "heldout"))
 
 
-def _tokenizer(context: RunContext) -> Any:
-    section = context.recipe.teacher
-    return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
-
-
 def _is_empty(response: Response) -> bool:
     """Nothing, or nothing but the end."""
     return response.tokens <= (response.stop == "eos")
@@ -232,12 +227,15 @@ def _sample(
     section, folder = context.recipe.responses, context.run.responses / "batches"
     sampling = sampling_of(section)
     dtype = getattr(torch, context.recipe.signal.dtype)
+    if captures(context):
+        # A head that is not understood is refused here, and not after the answers are there.
+        _ = context.teacher.head
     sampler = sampler_for(context, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
     sampler = with_draft(context, section.draft, sampler) if section.draft else sampler
 
     def beside(sampler: LocalSampler | SpeculativeSampler, batch: SampledBatch, path: Path) -> None:
         if batch.hidden is not None:
-            hidden = dict(zip(batch.indices, batch.hidden, strict=True))
+            hidden = {r.id: states for r, states in zip(batch.responses, batch.hidden, strict=True)}
             write_shard(path.with_suffix(".safetensors"), hidden, dtype=dtype)
         keep_counts(sampler, path)
 
@@ -293,7 +291,7 @@ def sampling_meter(
 
 
 def load_responses(context: RunContext, split: Split) -> dict[int, Response]:
-    """The non-empty responses of a split by their row in the file, which is also their row in the signal."""
+    """The non-empty responses of a split by their row in the file."""
     every = read_responses(context.run.responses / f"{context.recipe.base_author}.jsonl")
     return {row: r for row, r in enumerate(every) if r.split == split and r.response_ids}
 
@@ -311,4 +309,5 @@ STAGE = Stage(
     outputs=lambda run: (run.responses,),
     working=("responses/batches/*",),
     handed_on=("responses/batches/*.safetensors",),
+    hands_on_teacher=True,
 )

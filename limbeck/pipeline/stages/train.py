@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from limbeck.models.fingerprints import weight_files
-from limbeck.models.loading import source_config
+from limbeck.models.loading import LoadedModel, source_config
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
@@ -24,7 +24,7 @@ from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
 from limbeck.pipeline.response_sources import response_source_of
 from limbeck.pipeline.sharing import initial_student, once, student_inputs
 from limbeck.pipeline.stages.respond import CALIBRATION_RESPONSES, load_responses, load_sft_answers, pad_token_id
-from limbeck.pipeline.stages.teach import local_teacher, open_teacher
+from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.student_endings import endings_record, say_endings, with_endings
 from limbeck.recipe import load
 from limbeck.recipe.keys import fingerprinted
@@ -37,13 +37,13 @@ from limbeck.rollouts.sources import offline
 from limbeck.runtime.folders import remove
 from limbeck.runtime.json_lines import json_lines
 from limbeck.runtime.rundir import flatten, read_fields, write_json
-from limbeck.student.build import Student, build_student
+from limbeck.student.build import Student, StudentSpec, build_student
 from limbeck.student.saving import save_student
 from limbeck.teachers.local import NullTeacher
 from limbeck.training import checkpoints
 from limbeck.training.loop import find_learning_rate, train
 from limbeck.training.metrics import LoopContext
-from limbeck.types import Interrupted, Json, Objective, Response, Teacher
+from limbeck.types import Interrupted, Json, Objective, Response, SignalSource
 
 
 def _student_inputs(context: RunContext) -> Json:
@@ -67,8 +67,7 @@ def build_initial_student(context: RunContext) -> Student:
 
 def _build(context: RunContext) -> Student:
     run, blocks = context.run, context.run.root / "blocks.json"
-    spec = student_spec(context)
-    teacher = context.load_teacher()
+    spec, weights = _of_teacher(context, student_spec(context))
     if context.rank and spec.init == "depth_prune" and not spec.keep:
         # One rank measures for all: what two machines measure may differ in the last bit and in a block.
         context.wait_until(blocks.exists)
@@ -76,12 +75,30 @@ def _build(context: RunContext) -> Student:
         spec = replace(spec, keep=tuple(_measured(blocks)["keep"]), layers=None)
     responses = list(load_responses(context, "train").values())[:CALIBRATION_RESPONSES]
     calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
-    student = build_student(spec, teacher=teacher, calibration=calibration, progress=context.console.say)
+    student = build_student(
+        spec,
+        teacher=weights,
+        teacher_parameters=context.teacher.size,
+        calibration=calibration,
+        progress=context.console.say,
+    )
     if student.blocks is not None and not blocks.exists():
         write_json(run.root / "blocks.json", asdict(student.blocks))
-    student = with_endings(context, student, teacher)
+    student = with_endings(context, student)
     student.model.to(context.device)  # type: ignore[arg-type]
     return student
+
+
+def _of_teacher(context: RunContext, spec: StudentSpec) -> tuple[StudentSpec, LoadedModel | None]:
+    """The spec of a student, and the teacher's weights where it is cut out of them in the precision they have.
+
+    A student that begins otherwise loads its own, or none: then it names the teacher, which is let go of first.
+    """
+    teacher = context.recipe.teacher
+    if spec.model is None and spec.init == "depth_prune" and spec.dtype == teacher.dtype:
+        return spec, context.teacher.weights()
+    context.teacher.release()
+    return spec if spec.model is not None else replace(spec, model=teacher.model, revision=teacher.revision), None
 
 
 def _measured(blocks: Path) -> Json:
@@ -94,6 +111,9 @@ def _play_student(context: RunContext) -> Json:
     recipe, run = context.recipe, context.run
     student = build_initial_student(context)
     say_endings(context, student)
+    # Not beside a student that learns from what is on disk; where the teacher itself is asked, it loads again.
+    if not _asks_teacher(context):
+        context.teacher.release()
     # Dropout inside adapters draws from torch's own generator.
     torch.manual_seed(recipe.train.seed)
     with context.stop.deferred() as should_stop:
@@ -134,6 +154,14 @@ def _play_student(context: RunContext) -> Json:
     }
 
 
+def _asks_teacher(context: RunContext) -> bool:
+    """Whether the teacher itself works while the student trains."""
+    recipe = context.recipe
+    plans = [loss_plan_of(recipe)] + ([] if recipe.sft is None else [sft_loss_plan(recipe, recipe.sft)])
+    uncached = not recipe.signal.cache and any(plan.needs_teacher for plan in plans)
+    return recipe.on_policy or uncached or (recipe.sft_on_data and plans[-1].needs_teacher)
+
+
 def _play_sft(context: RunContext, student: Student, section: SftSection, should_stop: Callable[[], bool]) -> None:
     """The first stage, on what was written before training; its last checkpoint is where the training begins."""
     recipe, run = context.recipe, context.run
@@ -167,15 +195,15 @@ def _play_sft(context: RunContext, student: Student, section: SftSection, should
     checkpoints.save_weights(done, student.model)
 
 
-def _sft_responses(context: RunContext, section: SftSection, *, vocab_size: int) -> tuple[list[Response], Teacher]:
+def _sft_responses(context: RunContext, section: SftSection, *, vocab_size: int) -> tuple[list[Response], SignalSource]:
     """What the first stage is taught from, and who says what of it. Nothing is kept of the data's answers on disk."""
     if not context.recipe.sft_on_data:
         by_row = load_responses(context, "train")
         if not context.recipe.signal.cache and not sft_loss_plan(context.recipe, section).needs_teacher:
             return list(by_row.values()), NullTeacher.of(vocab_size)
-        return list(by_row.values()), open_teacher(context, list(by_row))
+        return list(by_row.values()), open_teacher(context)
     heeded = sft_loss_plan(context.recipe, section).needs_teacher
-    return load_sft_answers(context), local_teacher(context) if heeded else NullTeacher.of(vocab_size)
+    return load_sft_answers(context), context.teacher if heeded else NullTeacher.of(vocab_size)
 
 
 def _search_learning_rate(context: RunContext, student: Student, should_stop: Callable[[], bool]) -> None:
@@ -187,7 +215,7 @@ def _search_learning_rate(context: RunContext, student: Student, should_stop: Ca
     find_learning_rate(
         student.model,
         offline(list(by_row.values())),
-        open_teacher(context, list(by_row)) if heeded else NullTeacher.of(vocab_size),
+        open_teacher(context) if heeded else NullTeacher.of(vocab_size),
         loss_plan,
         temperature=temperature_of(recipe),
         schedule=recipe.objective.schedule,
@@ -209,11 +237,11 @@ def _play_training(context: RunContext, student: Student, should_stop: Callable[
         )
     vocab_size = real_vocab_size(student.tokenizer)
     if recipe.on_policy:
-        teacher = round_teacher(context, by_row | aside)
+        teacher = round_teacher(context, (by_row | aside).values())
     elif not recipe.signal.cache and not loss_plan_of(recipe).needs_teacher:
         teacher = NullTeacher.of(vocab_size)
     else:
-        teacher = open_teacher(context, [*by_row, *aside])
+        teacher = open_teacher(context)
     development = dict(enumerate(aside.values(), start=len(by_row)))
     # A teacher that says little of the training responses, or nothing, has no distribution to be compared with.
     measured = aside and "fidelity" in recipe.evaluate.groups and recipe.signal.support == "full"

@@ -1,0 +1,97 @@
+"""A teacher whose weights are in this process: loaded when first needed, let go of on request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from limbeck.teachers.base import Provision, Teacher, TeacherModel
+from limbeck.teachers.local import LocalTeacher
+from limbeck.types import Head, Signal, TokenBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from limbeck.models.assets import DownloadProgress
+    from limbeck.models.loading import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class InProcess:
+    """The model runs in this process."""
+
+    def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> InProcessTeacher:
+        """The teacher; nothing is loaded yet."""
+        return InProcessTeacher(model=model, device=device, progress=progress)
+
+
+@dataclass(kw_only=True)
+class InProcessTeacher(Teacher):
+    """A model in this process, which gives all there is."""
+
+    _loaded: LoadedModel | None = None
+    _local: LocalTeacher | None = None
+
+    @property
+    def provides(self) -> frozenset[Provision]:
+        return frozenset({"hidden", "text", "weights"})
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._loaded is not None
+
+    def weights(self) -> LoadedModel:
+        from limbeck.models.loading import load_model
+
+        if self._loaded is None:
+            model = self.model
+            self._loaded = load_model(
+                model.model,
+                dtype=model.dtype,
+                attn_implementation=model.attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+                revision=model.revision,
+                progress=self.progress,
+            )
+            self._loaded.model.to(self.device)  # type: ignore[arg-type]
+        return self._loaded
+
+    @property
+    def head(self) -> Head:
+        """The head of the model in memory; where it is not there, the head alone from its file."""
+        if not self.loaded and (head := self._stored_head) is not None:
+            return head
+        return self._scorer().head
+
+    @cached_property
+    def _stored_head(self) -> Head | None:
+        from dataclasses import replace
+
+        from limbeck.models.loading import as_dtype
+        from limbeck.models.skeleton import stored_head
+        from limbeck.models.vocabulary import real_vocab_size
+
+        dtype, vocab_size = as_dtype(self.model.dtype), real_vocab_size(self.tokenizer)
+        head = stored_head(self._source(weights=True), self.skeleton, vocab_size, dtype)
+        if head is None:
+            return None
+        bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
+        return replace(head, weight_VD=head.weight_VD.to(self.device), bias_V=bias_V)
+
+    def signal(self, batch: TokenBatch) -> Signal:
+        return self._scorer().signal(batch)
+
+    def release(self) -> None:
+        self._loaded = self._local = None
+        vars(self).pop("_stored_head", None)
+
+    def _scorer(self) -> LocalTeacher:
+        from limbeck.models.heads import head_of
+        from limbeck.models.vocabulary import real_vocab_size
+
+        if self._local is None:
+            model = self.weights().model
+            self._local = LocalTeacher(model, head_of(model, real_vocab_size(self.tokenizer)))
+        return self._local

@@ -1,0 +1,10 @@
+"""The registry of teachers: where one can be."""
+
+from __future__ import annotations
+
+from limbeck.registry import Registry
+from limbeck.teachers.base import TeacherLocation
+from limbeck.teachers.in_process import InProcess
+
+_MEMBERS: dict[str, type[TeacherLocation]] = {"in_process": InProcess}
+TEACHERS = Registry("teacher", _MEMBERS, entry_points="limbeck.teachers")
