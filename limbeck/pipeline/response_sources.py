@@ -34,7 +34,7 @@ def response_source_of(
 
     Args:
         base: the training responses that were there before.
-        teacher: judges the student's responses, and writes beside it where the source asks for that.
+        teacher: scores the student's responses, and writes beside it where the source asks for that.
         aside: ids of prompts that are not trained on.
     """
     source = context.recipe.responses.source

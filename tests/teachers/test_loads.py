@@ -46,7 +46,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "quickstart": {},
-    "on-policy": {"responses": {"author": "student"}},
+    "on-policy": {"responses": {"source": "student"}},
     "student of its own": {"student": {"init": "pretrained", "layers": None}},
     "labels of the teacher": {"objective": {"name": "ce"}, "signal": {"cache": False}},
     "no cache": {"signal": {"cache": False}},
