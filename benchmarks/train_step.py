@@ -130,7 +130,7 @@ def limbeck(
         save_steps=10**9,
         logging_steps=1,
     )
-    teacher = open_teacher(context, [row for row, _ in rows])
+    teacher = open_teacher(context)
     reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
