@@ -19,6 +19,7 @@ from limbeck.evaluation.scores.metrics import Metric
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.recipe.load import as_tree, json_schema, load_recipe, to_yaml
 from limbeck.recipe.yaml_text import parse
+from limbeck.sweep.settings import as_overrides
 from limbeck.types import LimbeckError, ScoredRow
 from tests.tiny_pair import TinyPair
 
@@ -178,3 +179,9 @@ def test_a_metric_that_nobody_described_is_refused(
     tree = TinyPair.write(tmp_path).tree(tmp_path / "run", train={"max_steps": 1}, evaluate={"groups": ["letters"]})
     with pytest.raises(LimbeckError, match="the metric 'letter_share' is not described"):
         limbeck.run(tree)
+
+
+def test_an_arm_of_a_sweep_may_add_a_group_with_its_defaults() -> None:
+    added = as_overrides({"evaluate": {"groups": {"nll": {}, "cost": {"repeats": 2}}}, "train": {}})
+    assert added == ["evaluate.groups.nll={}", "evaluate.groups.cost.repeats=2"]
+    assert list(groups(*added)) == ["fidelity", "rouge", "nll", "cost"]
