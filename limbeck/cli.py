@@ -291,6 +291,14 @@ def groups() -> None:
     _list(EVALUATION_GROUPS)
 
 
+@app.command()
+def teachers() -> None:
+    """List where a teacher can be (teacher.where), with options."""
+    from limbeck.teachers.registry import TEACHERS
+
+    _list(TEACHERS)
+
+
 def _list(registry: Registry[Any]) -> None:
     """Print the members of a registry, each with its options below."""
     for name in registry:

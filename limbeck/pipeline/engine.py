@@ -186,7 +186,9 @@ class RunContext:
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
         )
-        return TEACHERS.build("in_process").open(model, device=self.device, progress=self.console.say)
+        where = {"name": section.where} if isinstance(section.where, str) else dict(section.where)
+        name = where.pop("name", "in_process")
+        return TEACHERS.build(str(name), **where).open(model, device=self.device, progress=self.console.say)
 
     @cached_property
     def teacher_card(self) -> VocabularyCard:

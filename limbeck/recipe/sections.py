@@ -43,6 +43,8 @@ class TeacherSection:
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless asked."""
+    where: str | dict[str, Any] = "in_process"
+    """Where the teacher is: a name of `limbeck teachers`, or a mapping with name and options."""
 
 
 @dataclass(config=STRICT, kw_only=True)
