@@ -93,8 +93,8 @@ def test_an_option_is_read_resolved_and_in_the_fingerprint(name: str, option: st
         RunContext(load_recipe(tiny.tree(Path("run"), **sections), more)).fingerprints(STAGES)
         for more in ((), (f"responses.source.{option}={json.dumps(value)}",))
     )
-    assert before["student"] != after["student"], "another training"
-    assert all(before[stage] == after[stage] for stage in ("prompts", "responses", "signal")), "the same before it"
+    assert before["train"] != after["train"], "another training"
+    assert all(before[stage] == after[stage] for stage in ("prompts", "respond", "teach")), "the same before it"
 
 
 @pytest.mark.parametrize(("name", "option"), sorted({(n, o) for n in SOURCES for _, o in OPTIONS} - {*OPTIONS}))
