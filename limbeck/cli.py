@@ -7,14 +7,11 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from limbeck.types import LimbeckError
-
-if TYPE_CHECKING:
-    from limbeck.registry import Registry
 
 app = typer.Typer(
     name="limbeck",
@@ -299,7 +296,7 @@ def teachers() -> None:
     _list(TEACHERS)
 
 
-def _list(registry: Registry[Any]) -> None:
+def _list(registry: Any) -> None:
     """Print the members of a registry, each with its options below."""
     for name in registry:
         print(f"{name:<24} {registry.summary(name)}")

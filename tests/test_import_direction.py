@@ -46,7 +46,7 @@ ABOVE: dict[str, set[str]] = {
     "api": {"types", "recipe", "runtime", "pipeline"},
     "sweep": {"types", "fields", "runtime", "recipe", "evaluation", "compare", "pipeline"},
     "__init__": {"types", "recipe", "objectives", "api"},
-    "cli": {"types", "registry", "recipe", "runtime", "models", "objectives", "rollouts", "report", "compare", "export"}
+    "cli": {"types", "teachers", "recipe", "runtime", "models", "objectives", "rollouts", "report", "compare", "export"}
     | {"evaluation", "pipeline", "api", "sweep"},
     "__main__": {"cli"},
 }
