@@ -29,7 +29,7 @@ from limbeck.sampling.local import LocalSampler
 from limbeck.training.loss import LossPlan
 from limbeck.types import Response, Sampling, TokenPrompt
 from tests.distributed.updates import EXACT
-from tests.student.play import VOCAB, play, settings, tiny_model, tiny_responses, tiny_teacher
+from tests.training.play import VOCAB, play, settings, tiny_model, tiny_responses, tiny_teacher
 
 # Eleven prompts: the last step of an epoch is short, and has nothing, or less, for the second rank.
 BASE = tiny_responses(11)

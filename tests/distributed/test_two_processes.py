@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tests.distributed.authors import SCENARIOS, play_author
 from tests.distributed.updates import UPDATES, play_update
-from tests.student.play import identical, largest_gap, metrics, weights
 from tests.tiny_pair import write_model
+from tests.training.play import identical, largest_gap, metrics, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,7 +17,7 @@ from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.rules import MiniLLM
 from limbeck.student.build import StudentSpec, build_student
 from limbeck.training.loss import LossPlan
-from tests.student.play import play, settings, tiny_corpus, tiny_lora, tiny_model, tiny_responses, tiny_teacher
+from tests.training.play import play, settings, tiny_corpus, tiny_lora, tiny_model, tiny_responses, tiny_teacher
 
 EXACT = torch.float64
 UPDATES = ("tied", "untied", "short", "lora", "recomputed", "text", "text lora", "whitened")

@@ -18,7 +18,7 @@ from limbeck.training.loop import NonFiniteError
 from limbeck.types import Interrupted
 from tests.distributed.authors import SCENARIOS, play_author
 from tests.distributed.updates import UPDATES, play_update
-from tests.student.play import FailingTeacher, play, settings, stop_after, tiny_lora, tiny_model, weights
+from tests.training.play import FailingTeacher, play, settings, stop_after, tiny_lora, tiny_model, weights
 
 RANK = int(os.environ["RANK"])
 

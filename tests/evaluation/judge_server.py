@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models
 
-from tests.responses.served.fake_server import Handler, State
+from tests.sampling.served.fake_server import Handler, State
 
 JUDGE = "tiny-judge"
 ANSWERS = re.compile(r"=== Answer A ===\n(.*)\n=== Answer B ===\n(.*)\n=== End of the answers ===", re.DOTALL)

@@ -22,7 +22,7 @@ from limbeck.training.loss import LossPlan, StepSettings, StudentLoss
 from limbeck.types import LimbeckError, Sampling
 from tests.objectives.cases import DEFAULTS
 from tests.objectives.pairs import Pair
-from tests.student.play import VOCAB, tiny_model, tiny_responses, tiny_teacher
+from tests.training.play import VOCAB, tiny_model, tiny_responses, tiny_teacher
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ from limbeck.training.loss import LossPlan, StepSettings, StudentLoss
 from limbeck.training.metrics import LoopContext
 from limbeck.training.weighting import TokenWeighting
 from limbeck.types import Response
-from tests.student.play import metrics, settings
 from tests.tiny_pair import questions, write_model
+from tests.training.play import metrics, settings
 
 ROWS = 4
 pytestmark = [pytest.mark.filterwarnings("ignore")]

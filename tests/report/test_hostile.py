@@ -14,7 +14,7 @@ from limbeck.report.model_card import write_card
 from limbeck.report.read_run import read_run, score
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.types import LimbeckError
-from tests.report.compare_runs import write_arm_run, write_sweep
+from tests.compare.compare_runs import write_arm_run, write_sweep
 from tests.report.hostile import complaints, mutated
 from tests.report.synthetic import write_on_policy, write_run
 

@@ -8,7 +8,7 @@ import torch
 from limbeck.models.heads import head_of, project
 from limbeck.rollouts.collate import collate
 from limbeck.teachers.local import LocalTeacher
-from tests.student.play import VOCAB, tiny_model, tiny_responses
+from tests.training.play import VOCAB, tiny_model, tiny_responses
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -14,7 +14,7 @@ from limbeck.rollouts.collate import collate
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.stored import StoredTeacher, read_head, sparse_rows, write_head, write_shard, write_signal
 from limbeck.types import DenseSignal, Head, LimbeckError, Response
-from tests.student.play import HEAD_ROWS, VOCAB, tiny_model, tiny_responses
+from tests.training.play import HEAD_ROWS, VOCAB, tiny_model, tiny_responses
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,99 @@
+"""The teacher of a training with rounds: what it said of kept responses is read, and is what it would say now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from limbeck.pipeline.cached_teacher import CachedTeacher
+from limbeck.rollouts.collate import collate
+from limbeck.types import DenseSignal, LimbeckError, Response, TokenBatch
+from tests.training.play import tiny_responses, tiny_teacher
+
+
+class Counting:
+    """A teacher in this process that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.teacher, self.asked = tiny_teacher(), 0
+        self.head, self.model = self.teacher.head, self.teacher.model
+
+    def signal(self, batch: TokenBatch) -> DenseSignal:
+        self.asked += 1
+        return self.teacher.signal(batch)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> tuple[CachedTeacher, Counting, list[Response]]:
+    """A round teacher that has kept what it says of the first eight responses."""
+    counting, responses = Counting(), tiny_responses(12)
+    teacher = CachedTeacher(counting, torch.float32)  # type: ignore[arg-type]
+    teacher.store(tmp_path / "00000.jsonl", responses[:8], None)
+    teacher.register(tmp_path / "00000.jsonl", responses[:8])
+    return teacher, counting, responses
+
+
+def test_kept_responses_are_read_in_any_order_and_company(kept) -> None:
+    teacher, counting, responses = kept
+    judged = counting.asked
+    rows = [responses[i] for i in (5, 0, 7, 3)]
+    batch = collate(rows, range(4), pad_id=0)
+    read = teacher.signal(batch).hidden_ND
+    assert counting.asked == judged
+    torch.testing.assert_close(read, tiny_teacher().signal(batch).hidden_ND, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_with_a_new_response_is_judged_whole(kept) -> None:
+    teacher, counting, responses = kept
+    judged = counting.asked
+    batch = collate([responses[1], responses[9]], range(2), pad_id=0)
+    assert torch.equal(teacher.signal(batch).hidden_ND, tiny_teacher().signal(batch).hidden_ND)
+    assert counting.asked == judged + 1
+
+
+def test_the_same_tokens_split_elsewhere_are_another_response(kept) -> None:
+    """One token more of prompt and one less of response: as many ids, another number of states; refused by its number
+    where somebody gives it the id of the one that was scored."""
+    teacher, _, responses = kept
+    long = max(responses[:8], key=lambda r: len(r.response_ids))
+    moved = replace(long, prompt_ids=(*long.prompt_ids, long.response_ids[0]), response_ids=long.response_ids[1:])
+    with pytest.raises(LimbeckError, match="made from other responses"):
+        teacher.signal(collate([moved], (0,), pad_id=0))
+    batch = collate([replace(moved, prompt_id="another prompt")], (0,), pad_id=0)
+    assert teacher.signal(batch).hidden_ND.shape[0] == len(moved.response_ids)
+
+
+def test_states_that_came_with_the_sampling_are_kept_as_they_are(tmp_path: Path) -> None:
+    counting, (response, *_) = Counting(), tiny_responses(1)
+    teacher = CachedTeacher(counting, torch.float32)  # type: ignore[arg-type]
+    states = torch.randn(len(response.response_ids), 48)
+    teacher.store(tmp_path / "00000.jsonl", [response], [states])
+    teacher.register(tmp_path / "00000.jsonl", [response])
+    assert torch.equal(teacher.signal(collate([response], (0,), pad_id=0)).hidden_ND, states)
+    assert counting.asked == 0
+
+
+def test_what_was_said_of_a_round_goes_when_the_next_begins(tmp_path: Path) -> None:
+    counting, responses = Counting(), tiny_responses(6)
+    teacher = CachedTeacher(counting, torch.float32)  # type: ignore[arg-type]
+    files = [tmp_path / "rounds" / f"{number:03d}" / "student" / "00000.jsonl" for number in (998, 999, 1000)]
+    base = tmp_path / "signal" / "00000.jsonl"
+    for path, some in zip([base, *files], (responses[:1], responses[1:2], responses[2:4], responses[4:]), strict=True):
+        if path != base:
+            teacher.start_round(path.parent.parent)
+        teacher.store(path, some, None)
+        teacher.register(path, some)
+        teacher.signal(collate(some, range(len(some)), pad_id=0))
+    assert [path.with_suffix(".safetensors").exists() for path in files] == [False, False, True]
+    judged = counting.asked
+    for response in (responses[0], *responses[4:]):
+        teacher.signal(collate([response], (0,), pad_id=0))
+    assert counting.asked == judged
+    # A checkpoint from before was taken up, and its round is used once more.
+    teacher.register(files[0], responses[1:2])
+    batch = collate(responses[1:2], (0,), pad_id=0)
+    assert torch.equal(teacher.signal(batch).hidden_ND, tiny_teacher().signal(batch).hidden_ND)
+    assert counting.asked == judged + 1

@@ -1,0 +1,128 @@
+"""llama.cpp's own server (out of the package xllamacpp) with the tiny teacher as a GGUF file: ids in, ids out."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from limbeck.models.loading import load_model
+from limbeck.rollouts.io import read_responses
+from limbeck.runtime.rundir import RunDirectory
+from limbeck.sampling.served import ServedSampler
+from limbeck.types import Sampling, TokenPrompt
+from tests.limbeck_command import CommandServer
+from tests.models.tiny import save_gguf
+from tests.sampling.served.asking import at_url, prompts_of
+from tests.tiny_pair import TinyPair
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp's server comes with xllamacpp: see extra dev"
+)
+
+SERVE = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.model_alias, params.hostnames, params.port = sys.argv[1], {"tiny"}, ["127.0.0.1"], 0
+params.n_ctx, params.n_parallel = 1024, 4
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server = xllamacpp.Server(params)
+print("listening at", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: TinyPair) -> Any:
+    return load_model(str(tiny.teacher))
+
+
+@pytest.fixture(scope="module")
+def url(loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    path = save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", loaded.model, tokenizer=loaded.tokenizer)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdin is not None
+    told = next((line for line in process.stdout if line.startswith("listening at")), None)
+    assert told is not None, "the server did not start"
+    yield told.split()[-1] + "/v1"
+    process.kill()
+    process.wait(10)
+    process.stdin.close()
+    process.stdout.close()
+
+
+@pytest.fixture
+def asked(sampler: ServedSampler, url: str) -> ServedSampler:
+    return at_url(replace(sampler, model="tiny"), url)
+
+
+def test_greedy_answers_are_those_of_the_teacher_here(
+    tiny: TinyPair, url: str, limbeck: CommandServer, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 10}
+    for name, server in (("there", {"server": {"base_url": url, "timeout_s": 60.0}}), ("here", {})):
+        end = limbeck.run("respond", tiny.recipe(tmp_path / name, responses=settings | server))
+        assert end.code == 0, end.stderr
+    there, here = (read_responses(tmp_path / name / "responses/teacher.jsonl") for name in ("there", "here"))
+    assert [r.prompt_ids for r in there] == [r.prompt_ids for r in here]
+    # Token for token, but for a near tie now and then, which another order of summation decides otherwise.
+    assert sum(x.response_ids == y.response_ids for x, y in zip(there, here, strict=True)) >= 22
+    assert {r.stop for r in there} == {"eos", "length"}
+    record = RunDirectory(tmp_path / "there").manifest("respond")
+    assert record is not None and record["server"]["reencoded_from_text"] == 0
+
+
+def test_it_keeps_to_seeds(asked: ServedSampler) -> None:
+    prompts, settings = prompts_of(asked), Sampling(max_new_tokens=10, temperature=0.8, seed=5)
+    first = [r.response_ids for r in asked.respond(prompts, settings)]
+    again = [r.response_ids for r in replace(asked, concurrency=2).respond(prompts, settings)]
+    # Another batch rounds otherwise, which tips a draw now and then.
+    assert sum(x == y for x, y in zip(first, again, strict=True)) >= 9
+    other = [r.response_ids for r in asked.respond(prompts, replace(settings, seed=6))]
+    assert sum(x != y for x, y in zip(first, other, strict=True)) >= 9
+
+
+def test_tokens_follow_the_settings(asked: ServedSampler, loaded: Any) -> None:
+    """Temperature, then top-k, then top-p, and none of the server's habits: chi-squared against the teacher here."""
+    count, settings = 1500, Sampling(max_new_tokens=1, temperature=2.0, top_k=20, top_p=0.8, seed=11)
+    (prompt,) = prompts_of(asked, 1)
+    rows = [TokenPrompt(id=f"row {i}", ids=prompt.ids) for i in range(count)]
+    drawn = torch.tensor([r.response_ids[0] for r in asked.respond(rows, settings)])
+    with torch.no_grad():
+        logits_V = loaded.model(torch.tensor([prompt.ids])).logits[0, -1, : asked.vocab_size]
+    top = (logits_V / settings.temperature).topk(settings.top_k)
+    p_K = top.values.softmax(0)
+    kept_K = p_K.cumsum(0) - p_K < settings.top_p
+    p_K, ids_K = p_K[kept_K] / p_K[kept_K].sum(), top.indices[kept_K]
+    seen_K = (drawn[:, None] == ids_K).sum(0)
+    assert seen_K.sum() == count, "nothing outside the nucleus"
+    chi2 = ((seen_K - count * p_K) ** 2 / (count * p_K)).sum()
+    freedom = len(ids_K) - 1
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_it_says_at_which_stop_string_it_stopped(asked: ServedSampler) -> None:
+    prompts, settings = prompts_of(asked), Sampling(max_new_tokens=12, temperature=0.0)
+    word = next(
+        text
+        for r in asked.respond(prompts[:1], settings)
+        for text in (asked.tokenizer.decode([token]) for token in r.response_ids[2:])
+        if isinstance(text, str) and text.isascii() and text.strip()
+    )
+    (stopped,) = asked.respond(prompts[:1], replace(settings, stop=(word,)))
+    text = asked.tokenizer.decode(list(stopped.response_ids))
+    assert stopped.stop == "stop" and isinstance(text, str) and word in text
