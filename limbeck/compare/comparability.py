@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from limbeck.compare.labels import plain_value, short_value
-from limbeck.compare.runs import Member
+from limbeck.compare.runs import ComparedRun
 from limbeck.recipe.keys import same_arm_keys
 from limbeck.recipe.response_source import initial_author_of
 from limbeck.report.read_run import value_at
@@ -32,7 +32,7 @@ class ExcludedRun:
     why: str
 
 
-def settings_of(member: Member, table: str) -> dict[str, str]:
+def settings_of(member: ComparedRun, table: str) -> dict[str, str]:
     """Settings of a measurement, as text by key."""
     assert member.run is not None
     flat = flatten(member.run.recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from limbeck.compare.runs import ComparedArm, Comparison, Member
+from limbeck.compare.runs import ComparedArm, ComparedRun, Comparison
 from limbeck.report.read_run import STORY, Run, number
 
 
@@ -70,7 +70,7 @@ def _cost(arm: ComparedArm) -> Cost | None:
     )
 
 
-def _counted(members: Sequence[Member]) -> list[Member]:
+def _counted(members: Sequence[ComparedRun]) -> list[ComparedRun]:
     """Finished runs; where there are none, what the others have spent so far."""
     done = [member for member in members if member.state == "done"]
     return done or list(members)

@@ -19,7 +19,7 @@ from limbeck.compare.frontier import frontier
 from limbeck.compare.labels import extra, short_value, value_of
 from limbeck.compare.learning_curves import learning
 from limbeck.compare.ranking import Ranking, interval, main_columns, rank
-from limbeck.compare.runs import ComparedArm, Comparison, Member, gather
+from limbeck.compare.runs import ComparedArm, ComparedRun, Comparison, gather
 from limbeck.compare.samples import Sample, samples
 from limbeck.compare.sweep_curves import Panel, panels, tuned_keys
 from limbeck.compare.tables import Column, MetricTables
@@ -143,7 +143,7 @@ class View:
         return self.tables.apart
 
     @property
-    def unfinished(self) -> list[Member]:
+    def unfinished(self) -> list[ComparedRun]:
         return [member for member in self.comparison.members if member.state != "done"]
 
     @cached_property
@@ -174,7 +174,7 @@ class View:
         return bill(self.comparison)
 
     @cached_property
-    def tuning(self) -> list[tuple[Member, str, str]]:
+    def tuning(self) -> list[tuple[ComparedRun, str, str]]:
         """Runs that served to choose a setting: what they tried, and the leading metric they reached."""
         keys = sorted(tuned_keys(self.comparison))
         found = []

@@ -27,7 +27,7 @@ LABEL_KEYS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
+class ComparedRun:
     """One run of an arm.
 
     Attributes:
@@ -55,10 +55,10 @@ class ComparedArm:
     name: str
     number: int
     keys: Mapping[str, Any]
-    members: tuple[Member, ...]
+    members: tuple[ComparedRun, ...]
 
     @cached_property
-    def done(self) -> list[Member]:
+    def done(self) -> list[ComparedRun]:
         return [member for member in self.members if member.state == "done"]
 
 
@@ -74,13 +74,13 @@ class Comparison:
     """
 
     arms: tuple[ComparedArm, ...]
-    tuning: tuple[Member, ...]
+    tuning: tuple[ComparedRun, ...]
     varied: tuple[str, ...]
     notes: tuple[str, ...]
     swept: bool = False
 
     @property
-    def members(self) -> list[Member]:
+    def members(self) -> list[ComparedRun]:
         return [member for arm in self.arms for member in arm.members]
 
 
@@ -141,7 +141,7 @@ def _read(path: Path) -> str:
         raise LimbeckError(f"{path} is not UTF-8 text; start the sweep again, it writes the file anew") from None
 
 
-def _from_line(line: Mapping[str, Any], folders: Sequence[Path], home: Path) -> Member:
+def _from_line(line: Mapping[str, Any], folders: Sequence[Path], home: Path) -> ComparedRun:
     """A run as its sweep tells of it."""
     keys = line.get("keys")
     directory = _directory(str(line.get("directory") or ""), folders, home)
@@ -152,7 +152,7 @@ def _from_line(line: Mapping[str, Any], folders: Sequence[Path], home: Path) -> 
         except LimbeckError as error:
             reason = reason or str(error)
     state: RunState = line["state"] if line.get("state") in ("waiting", "running", "failed", "dropped") else "done"
-    member = Member(
+    member = ComparedRun(
         arm=titled(str(line["arm"])),
         seed=int(number(line, "seed") or 0),
         place=_place(directory, home) if directory is not None else str(line["arm"]),
@@ -180,14 +180,14 @@ def _place(directory: Path, home: Path) -> str:
     return directory.relative_to(home).as_posix() if directory.is_relative_to(home) else directory.as_posix()
 
 
-def _from_folder(folder: Path) -> Member:
+def _from_folder(folder: Path) -> ComparedRun:
     run = read_run(folder)
     seed = number(run.recipe, "train.seed")
-    member = Member(arm="", seed=int(seed or 0), place=folder.as_posix(), run=run, state="done")
+    member = ComparedRun(arm="", seed=int(seed or 0), place=folder.as_posix(), run=run, state="done")
     return _judged(member)
 
 
-def _judged(member: Member) -> Member:
+def _judged(member: ComparedRun) -> ComparedRun:
     """Done where the student was evaluated after training; else as far as it has come."""
     run = member.run
     if run is not None and value_at(run.scores, "after"):
@@ -200,7 +200,7 @@ def _judged(member: Member) -> Member:
     return replace(member, state="failed" if broken else "running", reason=member.reason or reason)
 
 
-def _derived(found: Sequence[Member]) -> list[Member]:
+def _derived(found: Sequence[ComparedRun]) -> list[ComparedRun]:
     """Members with arms and keys from their resolved recipes: those that differ in the seed alone are one arm."""
     flats = [flatten(member.run.recipe) if member.run else dict(member.keys) for member in found]
     same_arm = same_arm_keys()
@@ -227,7 +227,7 @@ def _free(name: str, names: Mapping[str, str]) -> str:
     return next(free for n in count(1) if (free := f"{name} ({n})" if n > 1 else name) not in others)
 
 
-def _by_recipe(members: Sequence[Member]) -> list[Member]:
+def _by_recipe(members: Sequence[ComparedRun]) -> list[ComparedRun]:
     """Arms named as their recipes are, where these names tell them apart; a label of many keys nobody reads."""
     pairs = {(member.arm, name_of(member.run)) for member in members if member.run and member.run.recipe}
     arms, names = {arm for arm, _ in pairs}, {name for _, name in pairs}
@@ -237,8 +237,8 @@ def _by_recipe(members: Sequence[Member]) -> list[Member]:
     return [replace(member, arm=recipes.get(member.arm, member.arm)) for member in members]
 
 
-def _compared(found: Sequence[Member], *, swept: bool) -> Comparison:
-    arms: dict[str, list[Member]] = {}
+def _compared(found: Sequence[ComparedRun], *, swept: bool) -> Comparison:
+    arms: dict[str, list[ComparedRun]] = {}
     notes, seen = [], dict[tuple[str, int], str]()
     for member in found:
         if member.tuning:

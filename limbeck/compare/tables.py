@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from limbeck.compare.comparability import ExcludedRun, difference, settings_of
-from limbeck.compare.runs import ComparedArm, Comparison, Member
+from limbeck.compare.runs import ComparedArm, ComparedRun, Comparison
 from limbeck.compare.uncertainty import Resampled, ResampledMetric, draws
 from limbeck.evaluation.scores.bootstrap import RESAMPLES, Table
 from limbeck.evaluation.scores.files import read_rows
@@ -77,7 +77,7 @@ class MetricTables:
         order = {name: n for n, name in enumerate(known_metrics())}
         return dict(sorted(found.items(), key=lambda item: (order[item[0].partition("@")[0]], item[0])))
 
-    def _read(self, member: Member) -> dict[str, list[ScoredRow]]:
+    def _read(self, member: ComparedRun) -> dict[str, list[ScoredRow]]:
         assert member.run is not None
         named = value_at(member.run.scores, "rows.after")
         found, described = {}, known_metrics()

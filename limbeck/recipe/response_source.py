@@ -47,7 +47,7 @@ def read_source(value: object) -> SourceOptions:
 
 
 # A response source, from its name or a mapping.
-Source = Annotated[SourceOptions, PlainValidator(read_source, json_schema_input_type=Any)]
+SourceSetting = Annotated[SourceOptions, PlainValidator(read_source, json_schema_input_type=Any)]
 
 
 def _mistake(message: str) -> PydanticCustomError:

@@ -22,7 +22,7 @@ RENAMED = {
     "evaluate.cost": "evaluate.groups.cost",
     "evaluate.nll": "evaluate.groups.nll",
 }
-SHOWN = 4
+SHOWN_KEYS = 4
 
 
 class RetiredKeyError(LimbeckError):
@@ -37,8 +37,8 @@ def refuse_retired(tree: Mapping[str, Any]) -> None:
     """
     found = list(_retired(tree, ""))
     if found:
-        told = [f"{old} is now {new}" for old, new in found[:SHOWN]]
-        more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        told = [f"{old} is now {new}" for old, new in found[:SHOWN_KEYS]]
+        more = f", and {len(found) - SHOWN_KEYS} more" if len(found) > SHOWN_KEYS else ""
         raise RetiredKeyError(f"keys of a recipe have new names: {', '.join(told)}{more}; write those instead")
 
 

@@ -24,7 +24,7 @@ from limbeck.fields import (
     Strings,
 )
 from limbeck.recipe.evaluation import EvaluateSection
-from limbeck.recipe.response_source import Source
+from limbeck.recipe.response_source import SourceSetting
 from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
@@ -139,7 +139,7 @@ class DraftSection:
 
 @dataclass(config=STRICT, kw_only=True)
 class ResponsesSection:
-    source: Source = field(default_factory=TeacherResponses)
+    source: SourceSetting = field(default_factory=TeacherResponses)
     """Who writes what the student learns from: a name of `limbeck sources`, or a mapping with name and options."""
     initial_author: InitialAuthor = "teacher"
     """Who wrote the responses that are there before training where the source is none of the two: held-out ones always,

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-INTERVAL_S = 0.5
+LOOK_INTERVAL_S = 0.5
 # Seconds that the threads together wait for a core in a second: from here on somebody else wants it, and as long as
 # there was more than the second number within the last seconds.
 BUSY, QUIET = 0.1, 0.03
@@ -48,10 +48,10 @@ def short_spins_when_busy() -> Iterator[None]:
 
 
 def _watch(ended: threading.Event) -> None:
-    watch, last, waited = Watch(), time.monotonic(), waited_s()
+    watch, last, waited = SpinWatch(), time.monotonic(), waited_s()
     spare: SpareThreads | None = None
     try:
-        while not ended.wait(INTERVAL_S):
+        while not ended.wait(LOOK_INTERVAL_S):
             now, total = time.monotonic(), waited_s()
             busy = watch.busy((total - waited) / (now - last), now)
             last, waited = now, total
@@ -66,7 +66,7 @@ def _watch(ended: threading.Event) -> None:
 
 
 @dataclass
-class Watch:
+class SpinWatch:
     """Tells a busy machine from a quiet one by how long threads waited for a core."""
 
     _until: float = field(default=0.0, init=False)

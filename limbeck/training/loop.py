@@ -51,7 +51,7 @@ class NonFiniteError(LimbeckError):
     """The loss or its gradient is NaN or infinite; raised before the weights are touched."""
 
 
-Fidelity = Callable[[nn.Module], Mapping[str, float]]
+MeasureFidelity = Callable[[nn.Module], Mapping[str, float]]
 
 
 def train(
@@ -65,7 +65,7 @@ def train(
     weighting: TokenWeighting | None = None,
     heldout: Sequence[Response] = (),
     development: Mapping[int, Response] = MappingProxyType({}),
-    fidelity: Fidelity | None = None,
+    fidelity: MeasureFidelity | None = None,
     corpus: Corpus | None = None,
     settings: TrainSection,
     vocab_size: int,
@@ -167,7 +167,7 @@ def _prepared(
     weighting: TokenWeighting | None = None,
     heldout: Sequence[Response] = (),
     development: Mapping[int, Response] = MappingProxyType({}),
-    fidelity: Fidelity | None = None,
+    fidelity: MeasureFidelity | None = None,
     corpus: Corpus | None = None,
     settings: TrainSection,
     vocab_size: int,
@@ -238,7 +238,7 @@ class _Run:
     response_source: ResponseSource
     heldout: Sequence[Response]
     development: Mapping[int, Response]
-    fidelity: Fidelity | None
+    fidelity: MeasureFidelity | None
     corpus: Corpus | None
     teacher: SignalSource
     settings: TrainSection

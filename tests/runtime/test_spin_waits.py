@@ -16,7 +16,7 @@ from limbeck.pipeline import engine
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime import spin_waits
-from limbeck.runtime.spin_waits import BUSY, QUIET, QUIET_S, Watch, waited_s
+from limbeck.runtime.spin_waits import BUSY, QUIET, QUIET_S, SpinWatch, waited_s
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 CORES = sorted(os.sched_getaffinity(0))[:2] if sys.platform == "linux" else []
@@ -54,7 +54,7 @@ def busy(cores: list[int]) -> Iterator[None]:
 
 
 def test_a_machine_is_busy_until_nobody_has_waited_for_some_seconds() -> None:
-    watch = Watch()
+    watch = SpinWatch()
     assert not watch.busy(BUSY, now=100.0)
     assert watch.busy(BUSY + 0.01, now=101.0)
     assert watch.busy(0.0, now=101.0 + QUIET_S - 0.1)
