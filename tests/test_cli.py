@@ -20,7 +20,7 @@ from tests.limbeck_command import ROOT, CommandServer
 from tests.tiny_pair import TinyPair
 
 VERBS = ("prompts", "respond", "teach", "train", "evaluate", "report")
-STAGES = ("prompts", "responses", "signal", "student", "evaluation", "report")
+STAGES = ("prompts", "respond", "teach", "train", "evaluate", "report")
 
 
 class TestLookingUp:

@@ -483,7 +483,7 @@ def _refusal(context: RunContext, stage: Stage) -> str:
             more = f" and {len(keys) - 3} more keys differ" if len(keys) > 3 else ""
             return f"{run.root} was made by another recipe: {listed}{more}; {remedy}"
     return (
-        f"{run.root}: the inputs of its {stage.name} have changed since (a data file, or a model with its "
+        f"{run.root}: the inputs of its stage {stage.name} have changed since (a data file, or a model with its "
         f"tokenizer and chat template); {remedy}"
     )
 

@@ -151,7 +151,7 @@ def test_another_template_of_the_student_makes_other_responses(tiny: TinyPair, f
     tree = tree_of(tiny, student, tmp_path / "run")
     run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
     (student / "chat_template.jinja").write_text(CHATML, "utf-8")
-    with pytest.raises(LimbeckError, match="the inputs of its responses have changed"):
+    with pytest.raises(LimbeckError, match="the inputs of its stage respond have changed"):
         run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
 
 

@@ -233,11 +233,11 @@ class TestRunDirectory:
         assert updated.code == 0 and "respond: done earlier" in updated.stderr
         aside = {path.name.partition("-")[0]: path for path in (run / "superseded").iterdir()}
         # What came after the student would otherwise pass for scores of the new one.
-        assert set(aside) == {"student", "evaluation", "report"}
+        assert set(aside) == {"train", "evaluate", "report"}
         old = before[run / "student" / "model.safetensors"]
-        assert (aside["student"] / "student" / "model.safetensors").read_bytes() == old
-        assert (aside["student"] / "student.json").read_bytes() == before[run / "stages" / "train.json"]
-        assert (aside["evaluation"] / "scores.json").read_bytes() == before[run / "scores.json"]
+        assert (aside["train"] / "student" / "model.safetensors").read_bytes() == old
+        assert (aside["train"] / "train.json").read_bytes() == before[run / "stages" / "train.json"]
+        assert (aside["evaluate"] / "scores.json").read_bytes() == before[run / "scores.json"]
         assert (run / "student" / "model.safetensors").read_bytes() != old
         assert not (run / "scores.json").exists()
 
@@ -246,7 +246,7 @@ class TestRunDirectory:
         recipe = tiny.recipe(tmp_path / "run", prompts={"source": str(path)})
         assert limbeck.run("prompts", recipe).code == 0
         write_prompts(path, [{"prompt": f"Say {i}."} for i in range(20)])
-        refused(limbeck.run("prompts", recipe), "the inputs of its prompts have changed", "--update")
+        refused(limbeck.run("prompts", recipe), "the inputs of its stage prompts have changed", "--update")
 
     def test_foreign_files(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         run = tmp_path / "run"
@@ -285,7 +285,7 @@ class TestRunDirectory:
             )
             assert not [path for path in run.rglob("*.partial") if path.is_dir()]
             seen.append({path.stem for path in (run / "stages").glob("*.json") if json.loads(path.read_text())["done"]})
-        assert seen[0] <= seen[1] <= seen[2] and "responses" in seen[2] and "student" not in seen[2]
+        assert seen[0] <= seen[1] <= seen[2] and "respond" in seen[2] and "train" not in seen[2]
         assert limbeck.run("run", recipe).code == 0
         assert limbeck.run("train", tiny.recipe(whole)).code == 0
         assert (run / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()

@@ -19,7 +19,7 @@ def said(run: Path) -> list[list[int]]:
 
 
 def manifest(run: Path) -> dict[str, Any]:
-    (path,) = run.glob("**/responses*.json")
+    path = run / "stages" / "respond.json"
     return json.loads(path.read_text("utf-8"))
 
 

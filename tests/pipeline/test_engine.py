@@ -158,7 +158,7 @@ class TestPlaying:
         trace, root = Trace(), tmp_path / "run"
         trace.play(tiny, root)
         trace.values["two"] = 2
-        with pytest.raises(LimbeckError, match="the inputs of its two have changed"):
+        with pytest.raises(LimbeckError, match="the inputs of its stage two have changed"):
             trace.play(tiny, root)
         # Also by a verb that would only read what comes before: its recipe would be recorded as that of all.
         with pytest.raises(LimbeckError, match="--update"):

@@ -49,7 +49,7 @@ def test_the_loss_on_the_text_falls_beside_the_objectives(
     assert "on the text of train.lm" in (run / "report.html").read_text("utf-8")
     # Another text is another run, and is trained on after an update.
     corpus(tmp_path, TEXTS[::-1])
-    refused(limbeck.run("run", recipe), "the inputs of its student have changed since")
+    refused(limbeck.run("run", recipe), "the inputs of its stage train have changed since")
     again = limbeck.run("train", recipe, "--update")
     assert again.code == 0 and "respond: done earlier" in again.stderr
     assert metrics(run)[0]["loss/lm"] != lines[0]["loss/lm"]

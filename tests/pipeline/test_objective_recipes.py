@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from limbeck.rollouts.io import read_responses
 from tests.limbeck_command import CommandServer
 from tests.tiny_pair import TinyPair
 
@@ -82,15 +83,16 @@ def test_sparse_supports(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path,
     run = tmp_path / "run"
     lines = played(limbeck, tiny, run, signal={"support": support, "k": 5}, objective={"temperature": 1.0})
     assert all(line["loss"] == line["loss"] for line in lines)
-    splits = [json.loads(line)["split"] for line in (run / "responses" / "teacher.jsonl").read_text().splitlines()]
+    responses = read_responses(run / "responses" / "teacher.jsonl")
     stored: dict[str, tuple[int, ...]] = {}
     for path in (run / "signal").glob("[0-9]*.safetensors"):
         with safe_open(path, framework="pt") as shard:
             stored |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-    for row, split in enumerate(splits):
+    for response in responses:
+        split = response.split
         # Held-out rows stay whole, since evaluation is over the whole vocabulary; training rows hold five tokens.
-        assert (f"row-{row:07d}" in stored) == (split == "heldout")
-        assert (stored.get(f"row-{row:07d}.ids", (0, 5))[1], f"row-{row:07d}.ids" in stored) == (5, split == "train")
+        assert (response.id in stored) == (split == "heldout")
+        assert (stored.get(f"{response.id}.ids", (0, 5))[1], f"{response.id}.ids" in stored) == (5, split == "train")
 
 
 def test_all_tokens_kept_is_the_full_support(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:

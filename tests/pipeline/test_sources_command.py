@@ -220,7 +220,7 @@ class TestUpdates:
         refused(limbeck.run("train", recipe, change), "responses.source.temperature", "--update")
         updated = limbeck.run("train", recipe, change, "--update")
         assert updated.code == 0, updated.stderr
-        for name in ("prompts", "responses", "signal"):
+        for name in ("prompts", "respond", "teach"):
             assert f"{name}: done earlier" in updated.stderr
         after = (run / "responses" / "teacher.jsonl").stat()
         assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)

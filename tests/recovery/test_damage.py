@@ -118,7 +118,7 @@ def test_made_again_and_different(limbeck: CommandServer, run: Path, reference: 
 
     directory = RunDirectory(run)
     record = directory.manifest("train") or {}
-    record["made_from"]["responses"] = "0" * 64
+    record["made_from"]["respond"] = "0" * 64
     directory.write_manifest("train", record)
     refused = limbeck.run("run", run)
     assert refused.code == 2 and "add --update" in refused.error_line
@@ -160,7 +160,7 @@ def test_the_teacher_speaks_another_way(limbeck: CommandServer, tmp_path: Path, 
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.5, "model_max_length": 127}))
     refused = limbeck.run("run", recipe)
-    assert refused.code == 2 and "the inputs of its responses have changed" in refused.error_line
+    assert refused.code == 2 and "the inputs of its stage respond have changed" in refused.error_line
     assert limbeck.run("run", recipe, "train.max_steps=1", "--update").code == 0
 
 

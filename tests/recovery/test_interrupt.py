@@ -29,12 +29,12 @@ def evaluating(run: Path) -> bool:
 @pytest.mark.parametrize(
     ("moment", "stage", "number"),
     [
-        (sampling, "responses", signal.SIGINT),
-        (training, "student", signal.SIGINT),
-        (evaluating, "evaluation", signal.SIGINT),
-        (training, "student", signal.SIGTERM),
-        (training, "student", signal.SIGHUP),
-        (sampling, "responses", signal.SIGUSR1),
+        (sampling, "respond", signal.SIGINT),
+        (training, "train", signal.SIGINT),
+        (evaluating, "evaluate", signal.SIGINT),
+        (training, "train", signal.SIGTERM),
+        (training, "train", signal.SIGHUP),
+        (sampling, "respond", signal.SIGUSR1),
     ],
 )
 def test_interrupted(

@@ -54,7 +54,9 @@ def test_every_group_and_condition_is_carried(tmp_path):
     run_dir = write_run(tmp_path / "run", steps=30)
     recipe = (run_dir / "recipe.resolved.yaml").read_text().replace("source: builtin", "source: /data/mine/asked.jsonl")
     recipe = recipe.replace("smollm2-135m-instruct", "/data/mine/teacher")
-    recipe = recipe.replace("evaluate: [fidelity, rouge]", "evaluate: {tasks: {files: {gsm8k: /data/mine/test.jsonl}}}")
+    recipe = recipe.replace(
+        "evaluate: [fidelity, rouge]", "evaluate: {groups: {tasks: {files: {gsm8k: /data/mine/test.jsonl}}}}"
+    )
     (run_dir / "recipe.resolved.yaml").write_text(recipe)
     with_groups(
         run_dir,

@@ -39,13 +39,14 @@ def _play_signal(context: RunContext) -> Json:
         return {"cached": False}
 
     run = context.run
-    write_head(run.signal, context.teacher.head)
     captured = sorted((run.responses / "batches").glob("[0-9]*.safetensors"))
     for path in captured:
         target = run.signal / path.name
         if not target.exists():
             link(path, target)
     tokens = 0 if captured else _score(context)
+    # Last, so that nothing is left of a teacher whose numbers are none.
+    write_head(run.signal, context.teacher.head)
     size = sum(path.stat().st_size for path in run.signal.iterdir())
     return {"cached": True, "captured_while_sampling": bool(captured), "tokens": tokens, "mib": size >> 20}
 
