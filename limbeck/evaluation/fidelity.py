@@ -7,16 +7,18 @@ hidden states tile by tile; what exists at once is a few tokens by the vocabular
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck.evaluation.token_metrics.calibration import bin_sums, curve, pooled_parts
 from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, TokenValues, fidelity_values
+from limbeck.models.forward import hidden_states
 from limbeck.objectives.fused.body import Compile
-from limbeck.types import Json, LimbeckError, ScoredRow
+from limbeck.rollouts.collate import collate
+from limbeck.types import DenseSignal, Head, Json, LimbeckError, Response, ScoredRow, SignalSource
 
 # Whose confidence against what, in the order of `TokenValues.confidences`.
 CALIBRATION: tuple[str, ...] = ("student_ece", "teacher_ece", "ece_to_teacher")
@@ -35,6 +37,39 @@ class Fidelity:
 
     rows: list[ScoredRow]
     detail: Json
+
+
+def chunks_of(
+    student: nn.Module,
+    head: Head,
+    responses: Mapping[int, Response],
+    teacher: SignalSource,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[FidelityChunk]:
+    """Responses as the student and the teacher see them, the longest first, `batch_size` rows at a time.
+
+    Args:
+        head: the student's.
+        responses: by their number.
+        teacher: says its whole distribution of each.
+    """
+    order = sorted(responses, key=lambda row: (-responses[row].length, row))
+    for start in range(0, len(order), batch_size):
+        batch = collate(responses, order[start : start + batch_size], pad_id=0)
+        with torch.inference_mode():
+            hidden_ND = hidden_states(student, batch.to(device))
+        signal = teacher.signal(batch)
+        assert isinstance(signal, DenseSignal), "fidelity is over the whole vocabulary"
+        yield FidelityChunk(
+            student_hidden_ND=hidden_ND,
+            student_head=head,
+            teacher=signal,
+            label_ids_N=batch.labels_N.to(device),
+            ids=tuple(responses[row].prompt_id for row in batch.rows),
+            lengths=tuple(responses[row].tokens for row in batch.rows),
+        )
 
 
 def measure(chunks: Iterable[FidelityChunk], *, top_k: int, compile: Compile = "auto") -> Fidelity:

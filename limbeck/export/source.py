@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from limbeck.models.folders import read_json_object, require_regular_files
+from limbeck.models.folders import holds_whole_weights, read_json_object, require_regular_files
 from limbeck.models.headers import safetensors_header
 from limbeck.models.loading import DTYPES, load_model, source_config, source_tokenizer
 from limbeck.models.quiet import one_line, quiet_transformers
@@ -156,7 +156,7 @@ def _base_of(folder: Path) -> str:
     rank = told.get("r")
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         raise LimbeckError(f"{path}: r is {str(rank)[:40]!r}, expected a whole number from 1 to {_LARGEST_RANK}")
-    if any(not file.name.startswith("adapter_") for file in folder.glob("*.safetensors")):
+    if holds_whole_weights(folder):
         raise LimbeckError(
             f"{folder} holds whole weights and an adapter, so which of the two is meant is not clear; "
             "move adapter_config.json or the weights elsewhere"

@@ -4,5 +4,5 @@
      resolve   load_model         decoder_of, head_of
 
 A name is a shipped asset, a local directory, a GGUF file or a hub id; see `limbeck.models.sources.resolve`.
-This package imports only `limbeck.types`.
+It knows neither recipe nor pipeline.
 """

@@ -31,7 +31,7 @@ _TEXTS = ("model_type", "_attn_implementation", "hidden_act", "hidden_activation
 _BLOCK = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
 
 
-def require_sound_folder(name: str, folder: Path) -> None:
+def require_sound_folder(folder: Path) -> None:
     """See that a model's folder can be read: files where libraries read them, and a configuration of possible sizes.
 
     Raises:
@@ -48,13 +48,18 @@ def refuse_adapter(name: str, folder: Path) -> None:
         LimbeckError: one does.
     """
     if (folder / "adapter_config.json").is_file():
-        whole = any(not path.name.startswith("adapter_") for path in folder.glob("*.safetensors"))
+        whole = holds_whole_weights(folder)
         raise LimbeckError(
             f"{name} holds a LoRA adapter (adapter_config.json)"
             + (" beside whole weights, which transformers would put onto them without a word" if whole else "")
             + "; merge it with `limbeck export` and give the result"
             + (", or move adapter_config.json elsewhere" if whole else "")
         )
+
+
+def holds_whole_weights(folder: Path) -> bool:
+    """Whether a folder has weights beside those of an adapter."""
+    return any(not path.name.startswith("adapter_") for path in folder.glob("*.safetensors"))
 
 
 def require_regular_files(folder: Path) -> None:

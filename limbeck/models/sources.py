@@ -107,7 +107,7 @@ def _local(name: str, path: Path, weights: bool) -> Source:
         return Source(name=name, kind="gguf", directory=path.resolve().parent, gguf=path.resolve())
     if not (path / "config.json").is_file():
         raise LimbeckError(f"{name} is no model: {_what_instead(path)}")
-    require_sound_folder(name, path)
+    require_sound_folder(path)
     if weights:
         require_safetensors(name, [file.name for file in path.iterdir()])
         require_inside(name, path)
@@ -254,7 +254,7 @@ def _cached(repo: str, revision: str | None, patterns: list[str], weights: bool,
 def _snapshot(repo: str, folder: Path, weights: bool, license_name: object) -> Source:
     if not (folder / "config.json").is_file():
         raise LimbeckError(f"the hub model {repo} has no config.json; give a model in transformers' form")
-    require_sound_folder(repo, folder)
+    require_sound_folder(folder)
     if weights:
         require_safetensors(repo, os.listdir(folder))
         require_inside(repo, folder)

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who
 from limbeck.fields import STRICT, NonNegative, Seed
 from limbeck.prompts.references import require_references
-from limbeck.types import DenseSignal, Json, LimbeckError, Prompt, Response, Sampling, ScoredRow
+from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, ScoredRow
 
 if TYPE_CHECKING:
     from limbeck.evaluation.fidelity import Fidelity
@@ -118,32 +118,22 @@ def _fitting(evaluation: EvaluationContext) -> list[Prompt]:
 
 def _chunks(evaluation: EvaluationContext, answers: _Answers) -> Iterator[FidelityChunk]:
     """The answers as the student and the teacher see them, a few rows at a time."""
-    import torch
-
-    from limbeck.evaluation.token_metrics.tokens import FidelityChunk
-    from limbeck.models.forward import hidden_states
+    from limbeck.evaluation.fidelity import chunks_of
     from limbeck.models.heads import head_of
     from limbeck.models.vocabulary import real_vocab_size
-    from limbeck.rollouts.collate import collate
 
     responses, teacher = answers.responses, evaluation.scoring_teacher(stored=answers.stored)
-    model, device = evaluation.student.model, evaluation.device
+    model = evaluation.student.model
     # One that was not trained here may have control tokens that the teacher lacks.
     head = head_of(model, real_vocab_size(evaluation.tokenizer("teacher")))
-    order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
     with evaluation.meter("evaluate", sum(r.tokens for r in responses), "tokens") as meter:
-        for start in range(0, len(order), evaluation.scoring_batch_size):
-            batch = collate(responses, order[start : start + evaluation.scoring_batch_size], pad_id=0)
-            with torch.inference_mode():
-                hidden_ND = hidden_states(model, batch.to(device))
-            signal = teacher.signal(batch)
-            assert isinstance(signal, DenseSignal), "held-out rows are kept whole"
-            yield FidelityChunk(
-                student_hidden_ND=hidden_ND,
-                student_head=head,
-                teacher=signal,
-                label_ids_N=batch.labels_N.to(device),
-                ids=tuple(responses[i].prompt_id for i in batch.rows),
-                lengths=tuple(responses[i].tokens for i in batch.rows),
-            )
-            meter.advance(len(batch.labels_N))
+        for chunk in chunks_of(
+            model,
+            head,
+            dict(enumerate(responses)),
+            teacher,
+            batch_size=evaluation.scoring_batch_size,
+            device=evaluation.device,
+        ):
+            yield chunk
+            meter.advance(len(chunk.label_ids_N))
