@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.api import load
-from limbeck.pipeline.engine import RunContext, run_pipeline
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.pipeline.stages.train import build_initial_student
 

@@ -34,7 +34,7 @@ from limbeck.objectives import OBJECTIVES, Temperature, build_objective, fused_d
 from limbeck.objectives.fused.projection import prepare_projection
 from limbeck.objectives.fused.tiles import plan_tiles
 from limbeck.ops import onednn
-from limbeck.pipeline.engine import peak_memory_mib, reset_peak_memory
+from limbeck.runtime.memory import peak_memory_mib, reset_peak_memory
 from limbeck.types import DenseSignal, Head
 
 FLOOR_ROWS = 2048

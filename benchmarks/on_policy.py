@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from limbeck.pipeline.engine import peak_memory_mib, reset_peak_memory
+from limbeck.runtime.memory import peak_memory_mib, reset_peak_memory
 from limbeck.runtime.spin_waits import short_spins_when_busy
 
 METHODS = ("limbeck", "trl DistillationTrainer")

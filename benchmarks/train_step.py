@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from limbeck.pipeline.engine import peak_memory_mib, reset_peak_memory
+from limbeck.runtime.memory import peak_memory_mib, reset_peak_memory
 
 METHODS = ("limbeck", "limbeck, stored signal", "trl GKDTrainer")
 WARM_UP_STEPS = 2
@@ -92,7 +92,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
 def pair(arguments: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
     """The run's context, its initial student and its training answers."""
     from limbeck.api import load
-    from limbeck.pipeline.engine import RunContext
+    from limbeck.pipeline.context import RunContext
     from limbeck.pipeline.stages.respond import load_responses
     from limbeck.pipeline.stages.train import build_initial_student
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE
 from limbeck.rollouts.collate import collate
 from limbeck.teachers.stored import OpenShards, require_lengths, shards_of, write_shard

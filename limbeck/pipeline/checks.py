@@ -15,8 +15,8 @@ import torch
 from limbeck.models.loading import load_tokenizer, source_config
 from limbeck.models.sources import resolve
 from limbeck.pipeline.build import check_objectives
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.drafted_responses import check_draft
-from limbeck.pipeline.engine import RunContext
 from limbeck.pipeline.lm_corpus import check_corpus
 from limbeck.pipeline.served_responses import check_server
 from limbeck.pipeline.student_endings import check_endings

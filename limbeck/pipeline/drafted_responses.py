@@ -10,7 +10,7 @@ from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.loading import load_model
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import compare_vocabularies, describe_vocabulary
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.recipe.sections import DraftSection
 from limbeck.runtime.rundir import read_fields, write_json
 from limbeck.sampling.acceptance import AcceptanceStats

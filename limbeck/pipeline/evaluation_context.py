@@ -17,7 +17,7 @@ from torch import nn
 
 from limbeck.evaluation.context import ChatModel, ModelSource, Part, Who, response_text
 from limbeck.models.loading import load_model, load_tokenizer
-from limbeck.pipeline.engine import GracefulStop, RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sharing import once
 from limbeck.pipeline.stages.respond import load_responses, sampler_for, sampling_meter
@@ -31,6 +31,7 @@ from limbeck.prompts.templates import LossOn, encode_prompts, encode_responses, 
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.rollouts.io import read_responses, write_responses
 from limbeck.runtime.console import Console
+from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.rundir import fingerprint
 from limbeck.sampling.local import LocalSampler
 from limbeck.types import Prompt, Response, Sampling, SignalSource, TokenPrompt

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from limbeck.evaluation.context import ChatModel
 from limbeck.evaluation.scores.files import assemble
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.stages.train import build_initial_student
 from limbeck.runtime.rundir import write_json

@@ -17,7 +17,7 @@ from limbeck.runtime.rundir import RunDirectory
 from limbeck.types import Json, LimbeckError
 
 if TYPE_CHECKING:
-    from limbeck.pipeline.engine import Stage
+    from limbeck.pipeline.context import Stage
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.prompts.fields import text_in
 from limbeck.prompts.readers import PlacedRow, is_path, rows_of, source_digest
 from limbeck.recipe.sections import LmSection

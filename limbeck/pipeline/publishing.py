@@ -11,7 +11,7 @@ from limbeck.runtime.rundir import read_json, write_json
 from limbeck.types import Json, LimbeckError
 
 if TYPE_CHECKING:
-    from limbeck.pipeline.engine import RunContext
+    from limbeck.pipeline.context import RunContext
 
 
 def check_publishing(context: RunContext) -> None:

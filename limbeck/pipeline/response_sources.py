@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from limbeck.pipeline.cached_teacher import CachedTeacher
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.stages.respond import sampler_for
 from limbeck.rollouts.io import read_asked

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from limbeck.pipeline.engine import GracefulStop
 from limbeck.rollouts.io import read_batch, write_responses
+from limbeck.runtime.interrupts import GracefulStop
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.types import Response, Sampling, TokenPrompt

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.client.openai import Server
 from limbeck.models.vocabulary import real_vocab_size
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.prompts.chat import turns_of
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName, end_token_ids

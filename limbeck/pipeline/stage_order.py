@@ -1,6 +1,6 @@
 """The six stages of a run, in order; each goes from what is on disk to what is on disk."""
 
-from limbeck.pipeline.engine import Stage
+from limbeck.pipeline.context import Stage
 from limbeck.pipeline.stages import evaluate, prompts, report, respond, teach, train
 
 STAGES: tuple[Stage, ...] = (

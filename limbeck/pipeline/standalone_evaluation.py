@@ -16,7 +16,7 @@ from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import compare_vocabularies
 from limbeck.pipeline.checks import check_template, resolvable
-from limbeck.pipeline.engine import RunContext, Stage
+from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.stages import evaluate, report
 from limbeck.pipeline.stages.evaluate import check_groups, evaluation_inputs, examine, write_answers

@@ -10,7 +10,7 @@ from limbeck.models.loading import load_tokenizer
 from limbeck.models.sources import resolve
 from limbeck.models.untrained_tokens import untrained_tokens
 from limbeck.models.vocabulary import VocabularyCard, compare_vocabularies
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe.load import load_recipe
 from limbeck.student.build import Student

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limbeck.pipeline.engine import RunContext, require_same_inputs
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.same_inputs import require_same_inputs
 from limbeck.recipe.load import Recipe, as_tree, at
 from limbeck.runtime.launcher import launched
 from limbeck.sweep.arms import ArmRun

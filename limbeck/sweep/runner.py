@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.pipeline.engine import GracefulStop, RunContext, run_pipeline
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.engine import run_pipeline
 from limbeck.recipe.load import at, load_recipe
 from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, default_console
 from limbeck.runtime.errors import in_one_line
+from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.rundir import RunDirectory, write_text
 from limbeck.sweep.arms import Models, arms_of, final_runs, first_recipes, first_values, tuning_runs
 from limbeck.sweep.checks import RunChecker, check_recipe, refuse_launcher, refuse_other_files

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
-from limbeck.pipeline.engine import RunContext, run_pipeline
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.engine import run_pipeline
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import PlainConsole

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
-from limbeck.pipeline.engine import GracefulStop
+from limbeck.runtime.interrupts import GracefulStop
 from limbeck.sweep.tasks import Outcome, Task, perform
 from limbeck.sweep.worker_process import STOPPING
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from limbeck.evaluation.context import Who
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.prompts.io import write_prompts
 from limbeck.prompts.sources import load_prompts

@@ -20,7 +20,7 @@ import pytest
 
 from limbeck.export import export_model
 from limbeck.models.doctor import doctor, doctor_table
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.pipeline.student_endings import doctor_says
 from limbeck.recipe.load import load_recipe

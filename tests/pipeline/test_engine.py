@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +11,12 @@ import torch
 from safetensors import SafetensorError
 
 import limbeck
-from limbeck.pipeline.engine import GracefulStop, RunContext, Stage, run_pipeline
+from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.engine import run_pipeline
 from limbeck.recipe.load import load_recipe
-from limbeck.runtime.errors import explain, in_one_line
-from limbeck.runtime.rundir import RunDirectory, flatten, read_json, write_text
+from limbeck.runtime.rundir import RunDirectory, read_json, write_text
 from limbeck.types import Json, LimbeckError
-from tests.tiny_pair import TinyPair, write_model
+from tests.tiny_pair import TinyPair
 
 # An alias bomb, one that holds itself, nested without end, no mapping, no text.
 ODD_RECIPES = (
@@ -29,61 +26,6 @@ ODD_RECIPES = (
     b"- a\n",
     b"\xff",
 )
-
-
-class TestStopWish:
-    def test_at_once(self) -> None:
-        stop, before = GracefulStop(), signal.getsignal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt) as caught, stop.installed():
-            signal.raise_signal(signal.SIGTERM)
-        assert caught.value.args == (signal.SIGTERM,)
-        assert signal.getsignal(signal.SIGINT) is before
-
-    def test_deferred_then_heeded(self, capsys: pytest.CaptureFixture[str]) -> None:
-        stop, finished = GracefulStop(), []
-        with pytest.raises(KeyboardInterrupt), stop.installed():
-            with stop.deferred() as requested, stop.deferred():
-                assert not requested()
-                signal.raise_signal(signal.SIGINT)
-                assert requested()
-                finished.append("the write")
-            stop.raise_if_requested()
-        assert finished == ["the write"]
-        assert "stopping after this step" in capsys.readouterr().err
-
-    def test_second_time_at_once(self) -> None:
-        stop = GracefulStop()
-        with pytest.raises(KeyboardInterrupt), stop.installed(), stop.deferred():
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-        GracefulStop().raise_if_requested()
-
-    @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-    def test_of_terminals_and_schedulers(self, number: signal.Signals) -> None:
-        stop, before = GracefulStop(), signal.getsignal(number)
-        with pytest.raises(KeyboardInterrupt) as caught, stop.installed():
-            signal.raise_signal(number)
-        assert caught.value.args == (number,) and signal.getsignal(number) is before
-
-    def test_nohup(self) -> None:
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        try:
-            with GracefulStop().installed():
-                signal.raise_signal(signal.SIGHUP)
-        finally:
-            signal.signal(signal.SIGHUP, before)
-
-    def test_outside_the_main_thread(self) -> None:
-        before, entered = signal.getsignal(signal.SIGINT), []
-
-        def other() -> None:
-            with GracefulStop().installed():
-                entered.append(signal.getsignal(signal.SIGINT) is before)
-
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-        assert entered == [True]
 
 
 class Trace:
@@ -202,52 +144,6 @@ class TestPlaying:
         assert trace.played == ["one", "two", "two", "three"]
 
 
-class TestFailures:
-    def test_of_a_real_allocation(self) -> None:
-        with pytest.raises(LimbeckError, match="out of memory"), in_one_line():
-            torch.empty(1 << 50, dtype=torch.uint8)
-
-    def test_damaged_weights(self, tmp_path: Path) -> None:
-        from safetensors.torch import load_file
-
-        (tmp_path / "a.safetensors").write_bytes(b"12345678{")
-        with (
-            pytest.raises(LimbeckError, match=rf"{tmp_path / 'a.safetensors'} is damaged .*; delete it"),
-            in_one_line(),
-        ):
-            load_file(tmp_path / "a.safetensors")
-
-    @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), KeyError("x")])
-    def test_own_faults_keep_their_traceback(self, error: Exception) -> None:
-        assert explain(error) is None
-        with pytest.raises(type(error)), in_one_line():
-            raise error
-
-    def test_own_lines_pass(self) -> None:
-        line = LimbeckError("a line")
-        with pytest.raises(LimbeckError) as caught, in_one_line():
-            raise line
-        assert caught.value is line
-
-
-def test_window_is_the_smaller_one(tiny: TinyPair, tmp_path: Path) -> None:
-    student = write_model(tmp_path / "student", window=64, layers=2)
-    section = {"model": str(student), "init": "pretrained", "layers": None}
-    windows: list[Callable[[], int | None]] = []
-    for sections in (
-        {},
-        {"student": section},
-        {"student": section | {"init": "scratch", "config": {"max_position_embeddings": 32}}},
-    ):
-        context = RunContext(load_recipe(tiny.tree(tmp_path / "run", **sections)))
-        windows.append(lambda context=context: context.window)
-    assert [window() for window in windows] == [128, 64, 32]
-
-
-def test_flatten() -> None:
-    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [2], "e": {}}
-
-
 def test_python_api(tiny: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From Python: a mapping in, the run out, errors as one exception."""
     recipe = tiny.tree(tmp_path / "run", train={"max_steps": 2})
@@ -259,12 +155,3 @@ def test_python_api(tiny: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixtur
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(done.student).config.num_hidden_layers == 2
-
-
-def test_a_directory_of_an_earlier_version_is_refused(tiny: TinyPair, tmp_path: Path) -> None:
-    """Its stages had other names, and would all be played again beside what is there."""
-    (tmp_path / "run" / "stages").mkdir(parents=True)
-    (tmp_path / "run" / "recipe.resolved.yaml").write_text("name: run\n", "utf-8")
-    (tmp_path / "run" / "stages" / "responses.json").write_text("{}", "utf-8")
-    with pytest.raises(LimbeckError, match=r"earlier version of limbeck \(stages/responses.json\); name another"):
-        limbeck.run(tiny.tree(tmp_path / "run"))

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from limbeck.compare.runs import gather
 from limbeck.evaluation.groups import EVALUATION_GROUPS
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.keys import neutral_keys, same_arm_keys
 from limbeck.recipe.load import Recipe, known_keys, load_recipe, to_yaml

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 import limbeck
 from limbeck.fields import STRICT, Count
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import Recipe, as_tree, json_schema, load_recipe, to_yaml
 from limbeck.recipe.yaml_text import parse

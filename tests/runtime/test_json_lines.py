@@ -22,7 +22,7 @@ OTHER_TEXT = {
     "registry.py",
     "cli.py",
     "ops/onednn.py",
-    "pipeline/engine.py",
+    "runtime/memory.py",
     "models/assets.py",
     "models/quiet.py",
     "runtime/jsonl.py",

@@ -22,6 +22,7 @@ from limbeck.runtime import rundir
 from limbeck.runtime.rundir import (
     RunDirectory,
     fingerprint,
+    flatten,
     read_json,
     read_sealed,
     sealed,
@@ -264,3 +265,7 @@ def test_sweep_removes_what_a_kill_left(tmp_path: Path) -> None:
     run.remove_partial_files()
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(whole)
     assert not list(run.root.glob(".student*"))
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [2], "e": {}}

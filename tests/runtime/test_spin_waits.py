@@ -145,7 +145,7 @@ def test_a_run_looks_after_its_threads(tmp_path: Path, monkeypatch: pytest.Monke
         assert looked == ["begun"]
 
     monkeypatch.setattr(engine, "short_spins_when_busy", recorded)
-    monkeypatch.setattr(engine, "_play_all", refuse)
+    monkeypatch.setattr(engine, "_run_all", refuse)
     monkeypatch.setattr(engine, "_say_harm", refuse)
     recipe = load_recipe("quickstart", [f"output_dir={tmp_path / 'run'}"])
     stages = [engine.replace(stage, check=lambda context: None) for stage in STAGES]

@@ -10,7 +10,7 @@ from limbeck.evaluation.context import EvaluationGroup, Part, greedy, table_name
 from limbeck.evaluation.scores.files import read_rows, write_rows, write_scores
 from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
-from limbeck.pipeline.engine import RunContext, Stage
+from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.sharing import initial_student, once
 from limbeck.recipe.keys import fingerprinted

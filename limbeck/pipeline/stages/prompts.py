@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from limbeck.pipeline.engine import RunContext, Stage
+from limbeck.pipeline.context import RunContext, Stage
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.io import write_prompts
 from limbeck.prompts.readers import source_digest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from limbeck.pipeline.engine import RunContext, Stage
+from limbeck.pipeline.context import RunContext, Stage
 from limbeck.report import write_picture, write_report
 from limbeck.types import Json
 

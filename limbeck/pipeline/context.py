@@ -1,0 +1,172 @@
+"""What stages are given: the recipe of the run, its directory, and models that load when first needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limbeck.recipe.load import Recipe
+from limbeck.runtime.artifact_cache import ArtifactCache
+from limbeck.runtime.console import Console, QuietConsole
+from limbeck.runtime.heartbeat import wait_until
+from limbeck.runtime.interrupts import GracefulStop
+from limbeck.runtime.launcher import Launch, launched
+from limbeck.runtime.rundir import RunDirectory, fingerprint
+from limbeck.types import Json
+
+if TYPE_CHECKING:
+    import torch
+
+    from limbeck.models.vocabulary import VocabularyCard
+    from limbeck.teachers.base import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One of the steps of a run, from files to files.
+
+    Attributes:
+        check: refuses what can be known to fail before the first stage begins; it loads no models and writes nothing.
+        inputs: what the stage reads of the recipe and of other files, JSON-able; with the stages before it makes the
+            fingerprint.
+        play: does the work and returns what its manifest records beside time and memory.
+        outputs: the files it writes. They move aside when the stage is superseded, and are shared with runs that have
+            the same inputs.
+        shared: whether another run with the same inputs would write the same.
+        working: patterns of outputs that only the stage itself reads, to go on where it was stopped; they may be gone
+            once it is done, and so may all outputs of an `intermediate` stage once those that read them are done.
+        handed_on: patterns of those working files that the next stage reads.
+        cheap: done again without `update` where the files that it reads were made again and differ.
+        hands_on_teacher: keeps the teacher's weights in memory for the next stage.
+    """
+
+    name: str
+    inputs: Callable[[RunContext], Json]
+    play: Callable[[RunContext], Json]
+    outputs: Callable[[RunDirectory], tuple[Path, ...]]
+    check: Callable[[RunContext], None] = lambda context: None
+    shared: bool = True
+    working: tuple[str, ...] = ()
+    handed_on: tuple[str, ...] = ()
+    intermediate: bool = False
+    cheap: bool = False
+    hands_on_teacher: bool = False
+
+
+@dataclass
+class RunContext:
+    """One run of a recipe. Models are loaded when a stage first needs them.
+
+    Attributes:
+        artifacts: results that runs with the same inputs share; None where the run shares nothing.
+        pause_at: share of the optimizer steps after which training pauses with a checkpoint.
+        wanted: names of the stages to run; None for all.
+    """
+
+    recipe: Recipe
+    console: Console = field(default_factory=QuietConsole)
+    stop: GracefulStop = field(default_factory=GracefulStop)
+    artifacts: ArtifactCache | None = None
+    pause_at: float | None = None
+    wanted: frozenset[str] | None = None
+
+    @cached_property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.recipe.directory)
+
+    @cached_property
+    def launch(self) -> Launch:
+        """How this process was started.
+
+        Raises:
+            LimbeckError: in a way that limbeck cannot train with.
+        """
+        return launched()
+
+    @property
+    def rank(self) -> int:
+        """This process's number under a launcher; the first, 0, does everything but train on its own."""
+        return int(os.environ.get("RANK", "0"))
+
+    @cached_property
+    def device(self) -> torch.device:
+        import torch
+
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher of the run, one for all stages; its weights load when a stage first needs them."""
+        from limbeck.teachers.base import TeacherModel
+        from limbeck.teachers.registry import TEACHERS
+
+        section = self.recipe.teacher
+        model = TeacherModel(
+            model=section.model,
+            revision=section.revision,
+            dtype=section.dtype,
+            attn_implementation=section.attn_implementation,
+            trust_remote_code=section.trust_remote_code,
+        )
+        where = {"name": section.where} if isinstance(section.where, str) else dict(section.where)
+        name = where.pop("name", "in_process")
+        return TEACHERS.build(str(name), **where).open(model, device=self.device, progress=self.console.say)
+
+    @cached_property
+    def teacher_card(self) -> VocabularyCard:
+        """The teacher's vocabulary, chat template and context length, read without its weights."""
+        return self.teacher.vocabulary
+
+    @cached_property
+    def student_card(self) -> VocabularyCard | None:
+        """The same of the model that the student starts from; None where that is the teacher."""
+        from limbeck.models.vocabulary import describe_vocabulary
+
+        section = self.recipe.student
+        if section.model is None:
+            return None
+        return describe_vocabulary(
+            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+
+    @property
+    def student_trusted(self) -> bool:
+        """Whether Python files in the folder of the model that the student starts from may run."""
+        section = self.recipe.student if self.recipe.student.model is not None else self.recipe.teacher
+        return section.trust_remote_code
+
+    @property
+    def window(self) -> int | None:
+        """The most tokens of prompt and response together that both models can read; None where neither has a limit."""
+        student = self.student_card.context_length if self.student_card else self.teacher_card.context_length
+        student = self.recipe.student.config.get("max_position_embeddings", student)
+        limits = [limit for limit in (self.teacher_card.context_length, student) if limit is not None]
+        return min(limits, default=None)
+
+    @cached_property
+    def teacher_fingerprint(self) -> str:
+        return self.teacher.fingerprint
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait, on a rank other than the first, for files that the first rank writes, while its process is alive.
+
+        Raises:
+            LimbeckError: the first rank has ended, or writes to another folder than this rank reads.
+        """
+        wait_until(ready, sign=self.run.lock, rank=self.rank)
+
+    def fingerprints(self, stages: Sequence[Stage]) -> dict[str, str]:
+        """The fingerprint of every stage: its own inputs and, through the chain, those of all stages before it."""
+        prints: dict[str, str] = {}
+        before = ""
+        for stage in stages:
+            before = prints[stage.name] = fingerprint(
+                {"stage": stage.name, "inputs": stage.inputs(self), "after": before}
+            )
+        return prints
