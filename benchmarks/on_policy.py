@@ -135,7 +135,7 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], l
     from limbeck.prompts.templates import encode_prompts, end_token_ids
     from limbeck.recipe.sections import TrainSection
     from limbeck.rollouts.rounds import Rounds
-    from limbeck.rollouts.sources import RolloutConfig, StudentSource
+    from limbeck.rollouts.student import RolloutConfig, StudentSource
     from limbeck.sampling.local import LocalSampler
     from limbeck.teachers.local import LocalTeacher
     from limbeck.training.loop import train

@@ -19,7 +19,8 @@ from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt
 
 if TYPE_CHECKING:
     from limbeck.rollouts.rounds import BatchSampler, Rounds
-    from limbeck.rollouts.sources import ResponseSource, RolloutConfig, SourceContext
+    from limbeck.rollouts.sources import ResponseSource, SourceContext
+    from limbeck.rollouts.student import RolloutConfig
 
 InitialAuthor = Literal["teacher", "data"]
 # Where the options stand in a recipe, as messages name them.
@@ -181,7 +182,7 @@ class OnPolicyOptions(SourceOptions):
 
     def rollout(self, materials: SourceMaterials) -> RolloutConfig:
         """How the student writes, as `StudentSource` and `PairedSource` take it."""
-        from limbeck.rollouts.sources import RolloutConfig
+        from limbeck.rollouts.student import RolloutConfig
 
         return RolloutConfig(
             sampler=self.sampler(materials.samplers),

@@ -21,7 +21,8 @@ from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from limbeck.rollouts.rounds import BatchSampler
-    from limbeck.rollouts.sources import OfflineSource, ResponseSource, StudentSource
+    from limbeck.rollouts.sources import OfflineSource, ResponseSource
+    from limbeck.rollouts.student import StudentSource
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -84,7 +85,7 @@ class MixedResponses(OnPolicyOptions):
     credit: ClassVar[str] = "by the student in some steps, written before training in the others"
 
     def build(self, materials: SourceMaterials) -> ResponseSource:
-        from limbeck.rollouts.sources import MixedSource
+        from limbeck.rollouts.mixed import MixedSource
 
         end = self.share if self.share_end is None else self.share_end
         own, initial = _student(self, materials), _offline(materials)
@@ -179,7 +180,7 @@ class PairedResponses(OnPolicyOptions):
     credit: ClassVar[str] = "in pairs, one by the student and one by the teacher or the data"
 
     def build(self, materials: SourceMaterials) -> ResponseSource:
-        from limbeck.rollouts.sources import PairedSource
+        from limbeck.rollouts.pairs import PairedSource
 
         rollout = self.rollout(materials)
         return PairedSource(
@@ -199,7 +200,7 @@ class PairedResponses(OnPolicyOptions):
         super().check(max_new_tokens=max_new_tokens, per_device_train_batch_size=per_device_train_batch_size)
 
     def check_steps(self, *, prompts: int, step_rows: int) -> None:
-        from limbeck.rollouts.sources import require_whole_epochs
+        from limbeck.rollouts.pairs import require_whole_epochs
 
         if isinstance(self.refresh, int):
             require_whole_epochs(self.refresh, -(-prompts // (step_rows // 2)))
@@ -212,7 +213,7 @@ def _offline(materials: SourceMaterials) -> OfflineSource:
 
 
 def _student(source: OnPolicyOptions, materials: SourceMaterials) -> StudentSource:
-    from limbeck.rollouts.sources import StudentSource
+    from limbeck.rollouts.student import StudentSource
 
     return StudentSource(materials.prompts, source.rollout(materials), materials.context)
 

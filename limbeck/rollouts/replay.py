@@ -9,15 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from limbeck.rollouts.io import fields_of, response_from_json
-from limbeck.rollouts.sources import (
-    MAX_PREVIEW_STEPS,
-    OfflineSource,
-    StepCounter,
-    StudentSource,
-    die,
-    first_steps,
-    longest_first,
-)
+from limbeck.rollouts.sources import MAX_PREVIEW_STEPS, OfflineSource, StepCounter, die, first_steps, longest_first
+from limbeck.rollouts.student import StudentSource
 from limbeck.types import LimbeckError, Response
 
 # Bytes of a token in a buffered response: an int object and its place in a tuple, generously.

@@ -13,18 +13,11 @@ from torch import nn
 
 from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.rules import build_rule
+from limbeck.rollouts.pairs import PairedSource
 from limbeck.rollouts.replay import ReplaySettings, ReplaySource
 from limbeck.rollouts.rounds import Rounds
-from limbeck.rollouts.sources import (
-    OfflineSource,
-    PairedSource,
-    ResponseSource,
-    RolloutConfig,
-    SourceContext,
-    SourceFactory,
-    StepCounter,
-    StudentSource,
-)
+from limbeck.rollouts.sources import OfflineSource, ResponseSource, SourceContext, SourceFactory, StepCounter
+from limbeck.rollouts.student import RolloutConfig, StudentSource
 from limbeck.sampling.local import LocalSampler
 from limbeck.training.loss import LossPlan
 from limbeck.types import Response, Sampling, TokenPrompt

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.rollouts.sources import MixedSource, OfflineSource, SourceContext, StepCounter, die
+from limbeck.rollouts.mixed import MixedSource
+from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter, die
 from limbeck.types import LimbeckError
 from tests.sampling.writing import FakeSampler, base_of, own_of, played, prompts_of
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from limbeck.rollouts.collate import collate, micro_batches
-from limbeck.rollouts.sources import PairedSource, SourceContext, StepCounter
+from limbeck.rollouts.pairs import PairedSource
+from limbeck.rollouts.sources import SourceContext, StepCounter
 from limbeck.types import LimbeckError, Response, Sampling
 from tests.sampling.writing import FakeSampler, asked_in, base_of, pen_of, played, prompts_of
 

@@ -20,7 +20,8 @@ from limbeck.recipe.load import Recipe, as_tree, json_schema, load_recipe, to_ya
 from limbeck.recipe.yaml_text import parse
 from limbeck.rollouts.options import OnPolicyOptions, SourceMaterials, SourceOptions
 from limbeck.rollouts.registry import SOURCES
-from limbeck.rollouts.sources import OfflineSource, ResponseSource, StepCounter, StudentSource
+from limbeck.rollouts.sources import OfflineSource, ResponseSource, StepCounter
+from limbeck.rollouts.student import StudentSource
 from limbeck.types import LimbeckError, Response
 from tests.limbeck_command import CommandServer
 from tests.tiny_pair import TinyPair

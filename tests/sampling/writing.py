@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.rollouts.rounds import Rounds
-from limbeck.rollouts.sources import ResponseSource, RolloutConfig, SourceContext, StepCounter, StudentSource
+from limbeck.rollouts.sources import ResponseSource, SourceContext, StepCounter
+from limbeck.rollouts.student import RolloutConfig, StudentSource
 from limbeck.sampling.local import SampledBatch, in_order
 from limbeck.types import Author, Response, Sampling, TokenPrompt
 

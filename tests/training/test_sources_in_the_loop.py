@@ -15,18 +15,12 @@ from torch import Tensor, nn
 from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.distillm2 import Beta
 from limbeck.objectives.sequence.rules import AlphaByGap
+from limbeck.rollouts.mixed import MixedSource
+from limbeck.rollouts.pairs import PairedSource
 from limbeck.rollouts.replay import ReplaySettings, ReplaySource
 from limbeck.rollouts.rounds import Rounds
-from limbeck.rollouts.sources import (
-    MixedSource,
-    OfflineSource,
-    PairedSource,
-    ResponseSource,
-    RolloutConfig,
-    SourceContext,
-    SourceFactory,
-    StudentSource,
-)
+from limbeck.rollouts.sources import OfflineSource, ResponseSource, SourceContext, SourceFactory
+from limbeck.rollouts.student import RolloutConfig, StudentSource
 from limbeck.sampling.local import LocalSampler
 from limbeck.training.loss import LossPlan
 from limbeck.training.weighting import TokenWeighting

@@ -1,0 +1,46 @@
+"""Steps on the student's responses mixed with steps on responses written before training (GKD, arXiv 2306.13649)."""
+
+from __future__ import annotations
+
+from limbeck.rollouts.sources import MAX_PREVIEW_STEPS, OfflineSource, StatelessSource, StepCounter, die, first_steps
+from limbeck.rollouts.student import StudentSource
+from limbeck.types import LimbeckError, Response
+
+
+class MixedSource(StatelessSource):
+    """Each step trains on the student's responses with probability lambda, else on fixed ones; all ranks alike.
+
+    Lambda changes linearly over training. ImitKD (arXiv 2010.07859) lets the fixed share fall exponentially instead;
+    other papers call the student's responses alone, through a buffer, ImitKD.
+    """
+
+    def __init__(self, own: StudentSource, base: OfflineSource, *, share: tuple[float, float], seed: int):
+        for value in share:
+            if not 0 <= value <= 1:
+                raise LimbeckError(f"share is {value}: expected a probability from 0 (fixed) to 1 (the student's own)")
+        self.own, self.base, self.share, self.seed = own, base, share, seed
+        self.prompts = own.prompts | base.prompts
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.base.steps_per_epoch
+
+    def preview(self, count: int, total: int) -> list[dict[int, Response]]:
+        if self.own.refresh > 1:
+            # Its first round may be written later than at the first step.
+            return self.base.preview(count, total)
+        return first_steps(self, min(count, MAX_PREVIEW_STEPS), total)
+
+    def step(self, clock: StepCounter) -> dict[int, Response]:
+        chosen = self.own if die(self.seed, clock.step).random() < self._share(clock) else self.base
+        return chosen.step(clock)
+
+    def _share(self, clock: StepCounter) -> float:
+        start, end = self.share
+        return start + (end - start) * clock.schedule_fraction
+
+    def starts_round(self, clock: StepCounter) -> bool:
+        return self.own.starts_round(clock)
+
+    def metrics(self, clock: StepCounter) -> dict[str, float]:
+        return {"share": self._share(clock)}
