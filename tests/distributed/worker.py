@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from limbeck.training.loop import NonFiniteError
+from limbeck.training.run import NonFiniteError
 from limbeck.types import Interrupted
 from tests.distributed.authors import SCENARIOS, play_author
 from tests.distributed.updates import UPDATES, play_update

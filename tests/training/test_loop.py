@@ -16,7 +16,7 @@ from limbeck.rollouts.order import Plan
 from limbeck.student.adapters import LoraSpec
 from limbeck.student.build import StudentSpec, build_student
 from limbeck.training import checkpoints
-from limbeck.training.loop import NonFiniteError
+from limbeck.training.run import NonFiniteError
 from limbeck.types import Interrupted, LimbeckError
 from tests.tiny_pair import write_model
 from tests.training.play import (

@@ -10,7 +10,7 @@ import pytest
 
 from limbeck.objectives import build_objective
 from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter
-from limbeck.training.loop import NonFiniteError
+from limbeck.training.run import NonFiniteError
 from limbeck.types import LimbeckError, Response
 from tests.training.play import play, settings, tiny_model, tiny_responses
 

@@ -1,0 +1,205 @@
+"""Gradients of an optimizer step: forward and backward of its micro-batches, summed over ranks, and the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from limbeck.ops import onednn
+from limbeck.recipe.sections import TrainSection
+from limbeck.rollouts.collate import collate, micro_batches
+from limbeck.training.corpus import Corpus
+from limbeck.training.loss import StepSettings, StudentLoss
+from limbeck.training.percentile import StreamingPercentile
+from limbeck.training.whitening import whitened
+from limbeck.types import Response, Signal, SignalSource, TokenBatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What was measured beside the gradients of a step, over all ranks.
+
+    Attributes:
+        sums: name of a measure to its sum over the step and the number of its values; measures without values are
+            left out.
+        means: the metrics of the step.
+        stop: whether any rank was asked to stop.
+    """
+
+    sums: Mapping[str, tuple[float, float]]
+    means: Mapping[str, float]
+    stop: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientPasses:
+    """Forward and backward passes of the student on the responses of a step.
+
+    Attributes:
+        model: `module` as accelerate prepared it.
+        should_stop: asked after the passes of each step; True on one rank stops all.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    module: StudentLoss
+    optimizer: torch.optim.Optimizer
+    teacher: SignalSource
+    corpus: Corpus | None
+    settings: TrainSection
+    pad_id: int
+    should_stop: Callable[[], bool]
+
+    def seed(self, step: int) -> None:
+        """Seed the random numbers (dropout) of a step by seed, step and rank alone, whatever ran before."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        set_seed((self.settings.seed * 1_000_003 + step * ranks + rank) % 2**32)
+
+    def gradients(
+        self, by_row: Mapping[int, Response], weights: Mapping[int, float], step_settings: StepSettings, *, step: int
+    ) -> StepSums:
+        """Add up the gradients of a step over its micro-batches and all ranks.
+
+        Args:
+            by_row: the responses of the step.
+            weights: weight per token of each of them.
+        """
+        sums = torch.zeros(len(self.module.stats), 2, device=self.accelerator.device)
+        ranks = self.accelerator.num_processes
+        micros = self._micro_batches(by_row)
+        # DDP averages over ranks, the step sums over them: hence the factor.
+        weights = {row: ranks * weight for row, weight in weights.items()}
+        percentile = None
+        if self.module.loss_plan.authored:
+            percentile = StreamingPercentile(sum(r.tokens for r in by_row.values()), device=self.accelerator.device)
+        seen: dict[int, tuple[TokenBatch, Signal]] = {}
+        if self.module.loss_plan.rule is not None and self.module.loss_plan.rule.whiten:
+            seen = {i: self._batch(micro, by_row) for i, micro in enumerate(micros)}
+            batches = [(*seen[i], bool(micro)) for i, micro in enumerate(micros)]
+            step_settings = whitened(step_settings, batches, accelerator=self.accelerator, model=self.model)
+        text = self._text_gradients(step)
+        for i, micro in enumerate(micros):
+            batch, signal = seen.get(i) or self._batch(micro, by_row)
+            weight_B = [weights[row] if micro else 0.0 for row in batch.rows]
+            part, value_N = self._backward(batch, signal, weight_B, step_settings, last=i == len(micros) - 1)
+            if not micro:
+                continue
+            sums += part
+            if percentile is not None:
+                percentile.add(value_N)
+        return self._over_ranks(sums, text, percentile)
+
+    def _over_ranks(self, sums: Tensor, text: Tensor, percentile: StreamingPercentile | None) -> StepSums:
+        # Ranks must agree to stop at the same step, so the request travels with the loss.
+        wish = torch.tensor([float(self.should_stop())], device=sums.device)
+        every = torch.cat([sums.flatten(), text, wish])
+        *summed, text_sum, text_count, stop = self.accelerator.reduce(every, reduction="sum").tolist()  # type: ignore[union-attr]
+        found = {
+            name: (total, count)
+            for name, total, count in zip(self.module.stats, summed[::2], summed[1::2], strict=True)
+            if count
+        }
+        means = {name: total / count for name, (total, count) in found.items()}
+        if text_count:
+            means["loss/lm"] = text_sum / text_count
+        if percentile is not None:
+            means["kl_p99"] = percentile.value(self.accelerator.gather).item()  # type: ignore[arg-type]
+        return StepSums(sums=found, means=means, stop=stop > 0)
+
+    @torch.no_grad()
+    def loss_on(self, steps: Sequence[Mapping[int, Response]], step_settings: StepSettings) -> float:
+        """Mean per token of `LossPlan.gauge` on the responses of some steps, over all ranks."""
+        sums = torch.zeros(2, device=self.accelerator.device)
+        place = self.module.stats.index(self.module.loss_plan.gauge)
+        self.model.eval()
+        for by_row in steps:
+            for micro in self._micro_batches(by_row):
+                batch, signal = self._batch(micro, by_row)
+                with onednn.linears():
+                    part = self.model(batch, signal, torch.ones_like(batch.labels_N).float(), step_settings)[1][place]
+                if micro:
+                    sums += part
+        self.model.train()
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
+        return total / max(count, 1.0)
+
+    def clip(self) -> float:
+        """Clip the gradient and return the norm that it had."""
+        limit = self.settings.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
+        return float(norm)  # type: ignore[arg-type]
+
+    def update(self, rate: float) -> None:
+        """Update the weights at a learning rate and clear the gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def text_tokens(self, step: int) -> dict[str, int]:
+        """Tokens of the second corpus in the first `step` steps, as a metric; they are not among the others."""
+        if self.corpus is None:
+            return {}
+        ranks, accumulation = self.accelerator.num_processes, self.settings.gradient_accumulation_steps
+        return {"lm_tokens": step * self.corpus.tokens(accumulation=accumulation, ranks=ranks)}
+
+    def _text_gradients(self, step: int) -> Tensor:
+        """The gradients of the language-modelling loss; sum and count of its tokens on this rank."""
+        found = torch.zeros(2, device=self.accelerator.device)
+        if self.corpus is None:
+            return found
+        for batch, weight_B in self.corpus.batches(
+            step,
+            accumulation=self.settings.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            pad_id=self.pad_id,
+        ):
+            # The last backward of a step, in which ranks meet, is one of the responses.
+            batch = batch.to(self.accelerator.device)
+            _, value_N = self._backward(batch, None, weight_B, StepSettings(), last=False)
+            found += torch.stack([value_N.float().sum(), found.new_tensor(float(len(value_N)))])
+        return found
+
+    def _micro_batches(self, by_row: Mapping[int, Response]) -> list[tuple[int, ...]]:
+        return micro_batches(
+            tuple(by_row),
+            rows_per_device=self.settings.per_device_train_batch_size,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+
+    def _backward(
+        self,
+        batch: TokenBatch,
+        signal: Signal | None,
+        weight_B: Sequence[float],
+        step_settings: StepSettings,
+        *,
+        last: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Backward of one micro-batch; returns what `StudentLoss.forward` returns beside the loss."""
+        weight_N = torch.tensor(weight_B, device=batch.labels_N.device)[batch.sequence_N]
+        with nullcontext() if last else self.accelerator.no_sync(self.model), onednn.linears():
+            loss, sums, value_N = self.model(batch, signal, weight_N, step_settings)
+            self.accelerator.backward(loss)
+        return sums, value_N
+
+    def _batch(self, rows: tuple[int, ...], by_row: Mapping[int, Response]) -> tuple[TokenBatch, Signal]:
+        """Some rows as tensors on the device, and the teacher's signal for them.
+
+        Without rows, one row whose loss does not count: all ranks meet at each pass.
+        """
+        batch = collate(by_row, rows or tuple(by_row)[-1:], pad_id=self.pad_id)
+        signal = self.teacher.signal(batch)
+        return batch.to(self.accelerator.device), signal
