@@ -23,7 +23,7 @@ LIBRARY: dict[str, set[str]] = {
     "objectives": {"types", "registry", "ops"},
     # Who writes the responses of a step; a recipe holds the options of a source.
     "rollouts": {"types", "fields", "registry", "runtime"},
-    "models": {"types", "runtime", "ops"},
+    "models": {"types", "registry", "runtime", "ops"},
     "prompts": {"types", "runtime", "models"},
     "teachers": {"types", "registry", "runtime", "ops", "models"},
     "sampling": {"types", "runtime", "ops", "client", "models", "rollouts"},
@@ -51,7 +51,7 @@ ABOVE: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 ALLOWED: dict[str, set[str]] = LIBRARY | ABOVE
-ROOMS, ARROWS = 25, 115
+ROOMS, ARROWS = 25, 116
 
 
 def modules() -> list[Path]:
