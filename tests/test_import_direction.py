@@ -29,10 +29,10 @@ LIBRARY: dict[str, set[str]] = {
     "sampling": {"types", "runtime", "ops", "client", "models", "rollouts"},
     "student": {"types", "runtime", "ops", "models", "prompts"},
     # A group asks for models and answers by a protocol; what runs know of both is in the pipeline.
-    "evaluation": {"types", "fields", "registry", "runtime", "client", "objectives", "models", "prompts", "teachers"}
+    "evaluation": {"types", "fields", "registry", "runtime", "client", "objectives", "models", "prompts"}
     | {"rollouts", "sampling"},
-    # Of objectives, sources and groups their options, for the schema and to refuse wrong ones.
-    "recipe": {"types", "fields", "registry", "objectives", "rollouts", "evaluation"},
+    # Of objectives, sources, teachers and groups their options, for the schema and to refuse wrong ones.
+    "recipe": {"types", "fields", "registry", "objectives", "rollouts", "teachers", "evaluation"},
     # A teacher is handed in, never imported.
     "training": {"types", "runtime", "ops", "objectives", "recipe", "models", "rollouts"},
     # Reads what a run wrote; of the rollouts the words of the alarms, which need no torch.

@@ -13,8 +13,8 @@ import yaml
 
 from limbeck.objectives import OBJECTIVES
 from limbeck.objectives.sequence.rules import RULES
-from limbeck.recipe.load import known_keys, load_recipe, shipped_recipes
-from limbeck.recipe.response_source import source_keys, source_name
+from limbeck.recipe.load import known_keys, load_recipe, member_keys, shipped_recipes
+from limbeck.recipe.response_source import source_name
 from limbeck.rollouts.options import SOURCE_KEY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ def exists(name: str) -> bool:
     if name.startswith(("contrast.rule.", "contrast.student.", "objective.")) and name not in known_keys():
         option = name.rpartition(".")[2]
         return option == "name" or any(option in options_of(m) for m in (*OBJECTIVES.values(), *RULES.values()))
-    return name in (*known_keys(), *source_keys())
+    return name in (*known_keys(), *member_keys())
 
 
 def value_in(recipe: Any, name: str) -> Any:

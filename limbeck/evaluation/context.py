@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Part = Literal["before", "after"]
 Who = Literal["student", "teacher"]
-Need = Literal["teacher", "tokens", "references"]
+Need = Literal["teacher", "teacher_weights", "tokens", "references"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ class EvaluationContext(Protocol):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether there is a teacher; evaluated on its own without one, the student stands in its place."""
+        """Whether there is a teacher: a student may be evaluated on its own without one."""
         ...
 
     @property
@@ -269,7 +269,11 @@ class EvaluationGroup(ABC):
     references_remedy: ClassVar[str] = "leave the group out of evaluate.groups"
 
     def needs(self) -> frozenset[Need]:
-        """What must be there: "teacher", the same "tokens" in both models, "references" in the data."""
+        """What must be there.
+
+        "teacher": what it says of tokens; "teacher_weights": the model itself, which answers or is timed; "tokens": the
+        same ones in both models; "references": in the data.
+        """
         return frozenset()
 
     def check(self, evaluation: EvaluationContext) -> None:  # noqa: B027 (most groups have nothing to refuse)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _VERDICTS = {
     "same": "yes: the same tokens, heads without padding",
     "same_padded": "yes: the same tokens; padded head rows get no mass",
-    "different": "not yet: different tokens. From text alone, yes: sft, and seqkd with signal.cache=false",
+    "different": "not yet: different tokens. From text alone, yes: sft, and seqkd with teacher.cache=false",
 }
 
 _TEXT_ONLY = (

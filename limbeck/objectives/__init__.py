@@ -7,7 +7,7 @@ An objective is a frozen dataclass whose fields are its options. To add one: wri
 from __future__ import annotations
 
 from limbeck.objectives.fused.loss import FusedLoss, fused_distillation_loss
-from limbeck.objectives.fused.tiles import logit_tiles
+from limbeck.objectives.fused.tiles import logit_tiles, model_logit_tiles
 from limbeck.objectives.hidden_matching import HiddenPair
 from limbeck.objectives.registry import OBJECTIVES, build_objective
 from limbeck.objectives.sequence.difficulty import tail_weights, token_difficulty
@@ -44,6 +44,7 @@ __all__ = [
     "label_logp",
     "logit_tiles",
     "minillm_advantage",
+    "model_logit_tiles",
     "reverse_kl",
     "sampled_signal",
     "sequence_mean",

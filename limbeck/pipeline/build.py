@@ -56,13 +56,13 @@ def loss_plan_of(recipe: load.Recipe) -> LossPlan:
         student_objective=None if own is None else load.named_objective("contrast.student", own),
         rule=load.rule_of(recipe),
         authored=recipe.on_policy,
-        support=recipe.signal.support,
+        support=recipe.teacher.support,
     )
 
 
 def sft_loss_plan(recipe: load.Recipe, section: SftSection) -> LossPlan:
     """The objective of the first stage. What the teacher says of the data's answers is not kept, and so it is whole."""
-    support = "full" if recipe.sft_on_data else recipe.signal.support
+    support = "full" if recipe.sft_on_data else recipe.teacher.support
     return LossPlan(objective=load.named_objective("sft.objective", section.objective), support=support)
 
 
@@ -90,10 +90,10 @@ def token_weighting_of(recipe: load.Recipe) -> TokenWeighting:
 
 def sparse_form(recipe: load.Recipe) -> SparseForm | None:
     """Form in which the teacher's distribution is kept at each position; None where all of it is."""
-    section = recipe.signal
+    section = recipe.teacher
     if section.support == "full":
         return None
-    return SparseForm(support=section.support, k=section.k, temperatures=load.signal_temperatures(recipe))
+    return SparseForm(support=section.support, k=section.support_k, temperatures=load.signal_temperatures(recipe))
 
 
 def check_objectives(context: RunContext) -> None:
@@ -106,7 +106,7 @@ def check_objectives(context: RunContext) -> None:
     form = sparse_form(recipe)
     if form is not None and form.support != "sampled" and form.k > context.teacher_card.vocab_size:
         raise LimbeckError(
-            f"signal.k is {form.k}, but the teacher has {context.teacher_card.vocab_size} tokens; lower it"
+            f"teacher.support_k is {form.k}, but the teacher has {context.teacher_card.vocab_size} tokens; lower it"
         )
     _check_rule(loss_plan)
     for progress in (0.0, 1.0):

@@ -56,7 +56,7 @@ class CachedTeacher:
     def _scored(self, batch: TokenBatch) -> DenseSignal:
         """What the teacher itself says."""
         signal = self.teacher.signal(batch)
-        assert isinstance(signal, DenseSignal), "refused before any stage works: see require_provided"
+        assert isinstance(signal, DenseSignal), "all that a teacher can provide: see limbeck.pipeline.provisions"
         return signal
 
     def start_round(self, folder: Path) -> None:
@@ -98,8 +98,8 @@ def round_teacher(context: RunContext, base: Iterable[Response]) -> CachedTeache
     Args:
         base: training responses that were there before.
     """
-    teacher = CachedTeacher(context.teacher, getattr(torch, context.recipe.signal.dtype))
-    if context.recipe.signal.cache:
+    teacher = CachedTeacher(context.teacher, getattr(torch, context.recipe.teacher.cache_dtype))
+    if context.recipe.teacher.cache:
         shards = shards_of(context.run.signal)
         teacher.places.update({r.id: shards[r.id] for r in base if r.id in shards})
     return teacher

@@ -9,15 +9,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from limbeck.models.loading import load_tokenizer, source_config
+from limbeck.models.loading import source_config
 from limbeck.models.sources import resolve
 from limbeck.pipeline.build import check_objectives
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.drafted_responses import check_draft
 from limbeck.pipeline.lm_corpus import check_corpus
+from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.served_responses import check_server
 from limbeck.pipeline.student_endings import check_endings
 from limbeck.pipeline.text_only import check_text_only
@@ -65,7 +67,8 @@ def check_responses(context: RunContext) -> None:
             f"responses.max_new_tokens is {context.recipe.responses.max_new_tokens} and the window of the pair "
             f"{window} tokens, so no prompt fits; lower it"
         )
-    check_template(context, section)
+    check_template(context, context.teacher.tokenizer)
+    check_provisions(context)
     check_server(context)
     check_draft(context)
 
@@ -100,17 +103,13 @@ def check_rounds(context: RunContext, prompts: int) -> None:
     recipe.responses.source.check_steps(prompts=prompts, step_rows=rows)
 
 
-def check_template(context: RunContext, section: TeacherSection | StudentSection) -> None:
-    """The tokenizer of a model has the chat template that is asked for.
+def check_template(context: RunContext, tokenizer: Any) -> None:
+    """A tokenizer has the chat template that is asked for.
 
     Raises:
         LimbeckError: it has none.
     """
     if context.recipe.prompts.template == "chat":
-        assert section.model is not None
-        tokenizer = load_tokenizer(
-            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
         resolve_template("chat", tokenizer, ())
 
 

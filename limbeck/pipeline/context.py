@@ -104,7 +104,6 @@ class RunContext:
     def teacher(self) -> Teacher:
         """The teacher of the run, one for all stages; its weights load when a stage first needs them."""
         from limbeck.teachers.base import TeacherModel
-        from limbeck.teachers.registry import TEACHERS
 
         section = self.recipe.teacher
         model = TeacherModel(
@@ -114,9 +113,7 @@ class RunContext:
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
         )
-        where = {"name": section.where} if isinstance(section.where, str) else dict(section.where)
-        name = where.pop("name", "in_process")
-        return TEACHERS.build(str(name), **where).open(model, device=self.device, progress=self.console.say)
+        return section.where.open(model, device=self.device, progress=self.console.say)
 
     @cached_property
     def teacher_card(self) -> VocabularyCard:

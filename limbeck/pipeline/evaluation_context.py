@@ -27,7 +27,13 @@ from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import text_options
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.lengths import check_lengths
-from limbeck.prompts.templates import LossOn, encode_prompts, encode_responses, resolve_template
+from limbeck.prompts.templates import (
+    LossOn,
+    TemplateName,
+    encode_prompts,
+    encode_responses,
+    resolve_template,
+)
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.rollouts.io import read_responses, write_responses
 from limbeck.runtime.console import Console
@@ -88,9 +94,7 @@ class RunEvaluation:
 
     @property
     def has_teacher(self) -> bool:
-        """Evaluated on its own without a teacher, the student stands in its place; the student of a run never does."""
-        teacher, student = self.context.recipe.teacher, self.context.recipe.student
-        return self.trained or (teacher.model, teacher.revision) != (student.model, student.revision)
+        return bool(self.context.teacher.provides)
 
     @property
     def window(self) -> int | None:
@@ -178,29 +182,29 @@ class RunEvaluation:
         Raises:
             LimbeckError: one does not fit its window.
         """
-        speaker, section = self.speaker(who), self.context.recipe.prompts
+        tokenizer, section = self.tokenizer(who), self.context.recipe.prompts
         encoded = encode_prompts(
             prompts,
-            speaker.tokenizer,
-            speaker.template,
+            tokenizer,
+            self._template(who, tokenizer),
             control_tokens=section.control_tokens,
-            chat_options=text_options(self.context, speaker.tokenizer),
+            chat_options=text_options(self.context, tokenizer),
         )
-        config: Any = speaker.model.config
-        window = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-        fitting = check_lengths(encoded, window=window, max_new_tokens=max_new_tokens, too_long=section.too_long)
+        fitting = check_lengths(
+            encoded, window=self._window(who), max_new_tokens=max_new_tokens, too_long=section.too_long
+        )
         return [replace(p, split="heldout") for p in fitting.kept]
 
     def encode_references(self, who: Who, prompts: Sequence[Prompt]) -> list[Response]:
         """The data's own answers to prompts, as one of the two would have written them."""
-        speaker, section = self.speaker(who), self.context.recipe.prompts
+        tokenizer, section = self.tokenizer(who), self.context.recipe.prompts
         return encode_responses(
             prompts,
-            speaker.tokenizer,
-            speaker.template,
+            tokenizer,
+            self._template(who, tokenizer),
             max_new_tokens=self.settings.max_new_tokens,
             control_tokens=section.control_tokens,
-            chat_options=text_options(self.context, speaker.tokenizer),
+            chat_options=text_options(self.context, tokenizer),
             loss_on=section.loss_on,
         )
 
@@ -275,10 +279,19 @@ class RunEvaluation:
         return ModelSource(section.model, section.revision, section.trust_remote_code)
 
     def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> ChatModel:
+        return ChatModel(who=who, model=model, tokenizer=tokenizer, template=self._template(who, tokenizer))
+
+    def _template(self, who: Who, tokenizer: Any) -> TemplateName:
+        """How a prompt becomes text for one of the two."""
         record = self.context.run.manifest("respond") or {}
         # Where the two have different tokens, the responses are the student's way of writing.
         apart = who == "teacher" and record.get("tokens_of") == "student"
         template = None if apart else record.get("template")
-        if template is None:
-            template = resolve_template(self.context.recipe.prompts.template, tokenizer, self.prompts)
-        return ChatModel(who=who, model=model, tokenizer=tokenizer, template=template)
+        return template or resolve_template(self.context.recipe.prompts.template, tokenizer, self.prompts)
+
+    def _window(self, who: Who) -> int:
+        """Tokens that one of the two reads at most; the teacher's are known without its weights."""
+        if who == "teacher":
+            return self.context.teacher.window or 2**31
+        config: Any = self.student.model.config
+        return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31

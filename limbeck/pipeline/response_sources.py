@@ -47,7 +47,7 @@ def response_source_of(
     def begin(source_context: SourceContext) -> ResponseSource:
         rounds = Rounds(
             folder=context.run.rounds,
-            signal_cache=teacher if isinstance(teacher, CachedTeacher) and context.recipe.signal.cache else None,
+            signal_cache=teacher if isinstance(teacher, CachedTeacher) and context.recipe.teacher.cache else None,
             world=source_context.world,
             should_stop=should_stop,
             report=samplers.reporter(),

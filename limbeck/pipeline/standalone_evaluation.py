@@ -18,17 +18,19 @@ from limbeck.models.vocabulary import compare_vocabularies
 from limbeck.pipeline.checks import check_template, resolvable
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.evaluation_context import RunEvaluation
+from limbeck.pipeline.provisions import check_group_provisions
 from limbeck.pipeline.stages import evaluate, report
 from limbeck.pipeline.stages.evaluate import check_groups, evaluation_inputs, examine, write_answers
 from limbeck.pipeline.stages.prompts import prompt_inputs, read_prompt_source
 from limbeck.pipeline.stages.respond import teacher_inputs
+from limbeck.pipeline.text_only import load_student_tokenizer
 from limbeck.recipe.load import Recipe, load_recipe
 from limbeck.recipe.messages import suggestion
 from limbeck.types import Json, LimbeckError
 
 
 def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe of an evaluation. Without a teacher the student stands in its place, and no group may ask for one.
+    """The recipe of an evaluation. Without a teacher no group may ask for one.
 
     Args:
         student, teacher: directories, hub ids, GGUF files or named assets.
@@ -46,7 +48,7 @@ def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequen
         evaluate = {"groups": {"rouge": {"against": ["references"]}}}
     tree = {
         "name": f"evaluation-of-{folder}",
-        "teacher": {"model": teacher or student},
+        "teacher": {"model": teacher or student, "where": "in_process" if teacher else "none"},
         "student": {"model": student, "init": "pretrained"},
         "prompts": {"source": prompts},
         "evaluate": evaluate,
@@ -88,9 +90,10 @@ def _play_prompts(context: RunContext) -> Json:
 def _check_exam(context: RunContext) -> None:
     """Both models exist, and token metrics have the same tokens on both sides."""
     resolvable(context.recipe.student)
-    check_template(context, context.recipe.student)
+    check_template(context, load_student_tokenizer(context))
     resolvable(context.recipe.teacher)
-    check_template(context, context.recipe.teacher)
+    check_template(context, context.teacher.tokenizer)
+    check_group_provisions(context)
     asking = [name for name, group in context.recipe.evaluate.groups.items() if "tokens" in group.needs()]
     if asking and context.student_card is not None:
         differences = compare_vocabularies(context.teacher_card, context.student_card).differences

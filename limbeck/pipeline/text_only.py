@@ -58,10 +58,10 @@ def _keys_to_change(context: RunContext) -> list[str]:
         keys.append("objective={name: ce}")
     if recipe.sft is not None and sft_loss_plan(recipe, recipe.sft).needs_teacher:
         keys.append("sft.objective={name: ce}")
-    if recipe.signal.support != "full":
-        keys.append("signal.support=full")
-    if recipe.signal.cache:
-        keys.append("signal.cache=false")
+    if recipe.teacher.support != "full":
+        keys.append("teacher.support=full")
+    if recipe.teacher.cache:
+        keys.append("teacher.cache=false")
     asking = [name for name, group in recipe.evaluate.groups.items() if "tokens" in group.needs()]
     if asking:
         rest = [name for name in recipe.evaluate.groups if name not in asking] or ["rouge"]

@@ -104,29 +104,31 @@ def _check_draft(recipe: Recipe) -> None:
 
 def _check_axes(recipe: Recipe) -> None:
     """Temperature and support: what excludes what."""
-    objective, signal = recipe.objective, recipe.signal
+    objective, teacher = recipe.objective, recipe.teacher
     apart = next((s for s in ("teacher_temperature", "student_temperature") if getattr(objective, s) is not None), None)
     for moving in ("temperature_end", "temperature_adapt"):
         if apart is not None and getattr(objective, moving) is not None:
             raise LimbeckError(f"objective.{moving} moves both sides at once; remove objective.{apart}")
-    if recipe.on_policy and signal.support != "full":
+    if recipe.on_policy and teacher.support != "full":
         raise LimbeckError(
-            f"signal.support={signal.support} is kept on disk before training, but responses.source="
-            f"{source_name(recipe.responses.source)} writes during it; set signal.support=full"
+            f"teacher.support={teacher.support} is kept on disk before training, but responses.source="
+            f"{source_name(recipe.responses.source)} writes during it; set teacher.support=full"
         )
-    if signal.support == "full":
-        if signal.temperatures:
-            raise LimbeckError("signal.temperatures belongs to a sparse signal.support; the full one knows them all")
+    if teacher.support == "full":
+        if teacher.support_temperatures:
+            raise LimbeckError(
+                "teacher.support_temperatures belongs to a sparse teacher.support; the full one knows them all"
+            )
         return
-    if not signal.cache:
+    if not teacher.cache:
         raise LimbeckError(
-            f"signal.support={signal.support} is what is kept on disk, but signal.cache is false; "
-            "set signal.cache=true or signal.support=full"
+            f"teacher.support={teacher.support} is what is kept on disk, but teacher.cache is false; "
+            "set teacher.cache=true or teacher.support=full"
         )
-    if objective.temperature_end is not None and signal.support != "topk_renorm":
+    if objective.temperature_end is not None and teacher.support != "topk_renorm":
         raise LimbeckError(
-            f"objective.temperature_end moves the temperature off the grid that signal.support={signal.support} holds; "
-            "use signal.support=full or topk_renorm"
+            "objective.temperature_end moves the temperature off the grid that teacher.support="
+            f"{teacher.support} holds; use teacher.support=full or topk_renorm"
         )
 
 
@@ -248,10 +250,10 @@ def _check_contrast(recipe: Recipe) -> None:
         name = contrast.rule.get("name")
         if name is None:
             raise LimbeckError(f"contrast.rule is {contrast.rule}; expected a name, such as {{name: adaptive_alpha}}")
-        if recipe.signal.support != "full":
+        if recipe.teacher.support != "full":
             raise LimbeckError(
-                f"contrast.rule={name} asks how likely the teacher finds each token, which signal.support="
-                f"{recipe.signal.support} does not hold; set signal.support=full"
+                f"contrast.rule={name} asks how likely the teacher finds each token, which teacher.support="
+                f"{recipe.teacher.support} does not hold; set teacher.support=full"
             )
         if name == "dpkd" and not recipe.responses.source.paired:
             raise LimbeckError(

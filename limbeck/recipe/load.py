@@ -18,15 +18,18 @@ from pydantic import TypeAdapter, ValidationError
 from limbeck.recipe import checks, messages, yaml_text
 from limbeck.recipe.evaluation import EVALUATION_GROUPS, choose_groups, open_groups
 from limbeck.recipe.files import read_yaml, shipped_recipes
-from limbeck.recipe.response_source import source_keys, source_schema, source_tree
+from limbeck.recipe.member import MemberKey
+from limbeck.recipe.response_source import SOURCE
 from limbeck.recipe.retired import refuse_retired
 from limbeck.recipe.sections import AXES, ObjectiveSection, Recipe, TrainSection, sections_under
-from limbeck.rollouts.options import SOURCE_KEY
+from limbeck.recipe.teacher import WHERE
 from limbeck.types import LimbeckError
 
 __all__ = ["ObjectiveSection", "Recipe", "TrainSection", "shipped_recipes"]
 
 _ADAPTER = TypeAdapter(Recipe)
+# Keys that hold a member of a registry; objectives and evaluation groups are read in ways of their own.
+MEMBER_KEYS: dict[str, MemberKey[Any]] = {one.key: one for one in (WHERE, SOURCE)}
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -73,7 +76,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         child = node.get(part)
         if child is None:
             child = {}
-        if isinstance(child, str) and ".".join(parents[: depth + 1]) == SOURCE_KEY:
+        if isinstance(child, str) and ".".join(parents[: depth + 1]) in MEMBER_KEYS:
             child = {"name": child}
         if not isinstance(child, Mapping):
             raise LimbeckError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
@@ -94,16 +97,22 @@ def _validate(tree: dict[str, Any]) -> Recipe:
         # Through JSON, where strict mode still reads a mapping as a section and a list as a tuple.
         recipe = _ADAPTER.validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise LimbeckError(messages.explain_mistake(error, (*known_keys(), *source_keys()))) from None
+        raise LimbeckError(messages.explain_mistake(error, (*known_keys(), *member_keys()))) from None
     checks.check(recipe)
     return recipe
+
+
+def member_keys() -> Iterator[str]:
+    """Every dotted key below those that hold a member of a registry."""
+    for one in MEMBER_KEYS.values():
+        yield from one.dotted_keys()
 
 
 def signal_temperatures(recipe: Recipe) -> tuple[float, ...]:
     """The loss temperatures that a sparse signal of this recipe is made for."""
     objective = recipe.objective
     teacher = objective.temperature if objective.teacher_temperature is None else objective.teacher_temperature
-    return tuple(sorted({*recipe.signal.temperatures} or {teacher}))
+    return tuple(sorted({*recipe.teacher.support_temperatures} or {teacher}))
 
 
 def objective_of(recipe: Recipe) -> Any:
@@ -170,7 +179,9 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
     assert is_dataclass(recipe)
     tree: dict[str, Any] = yaml_text.plain_tree(asdict(recipe))
     tree["objective"] |= tree["objective"].pop("options")
-    tree["responses"]["source"] = yaml_text.plain_tree(source_tree(recipe.responses.source))
+    for key, one in MEMBER_KEYS.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = yaml_text.plain_tree(one.tree(getattr(getattr(recipe, section), name)))
     return tree
 
 
@@ -192,7 +203,8 @@ def json_schema() -> dict[str, Any]:
     del groups["type"], groups["additionalProperties"]
     schema["$defs"]["EvaluationGroups"] = _group_options(schema["$defs"])
     groups["anyOf"] = [{"$ref": "#/$defs/EvaluationGroups"}, listed]
-    schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = source_schema()
+    schema["$defs"]["TeacherSection"]["properties"]["where"]["anyOf"] = WHERE.schema()
+    schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = SOURCE.schema()
     section = schema["$defs"]["ObjectiveSection"]
     del section["properties"]["options"]
     section["properties"]["name"]["enum"] = sorted(OBJECTIVES)

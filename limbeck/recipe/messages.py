@@ -26,7 +26,7 @@ def explain_mistake(error: ValidationError, known: Sequence[str]) -> str:
 def _explain(mistake: Any, path: str, known: Sequence[str]) -> str:
     if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown key {path!r}{suggestion(path, known)}"
-    if mistake["type"] == "response_source":
+    if mistake["type"] == "registry_member":
         return mistake["msg"]
     if mistake["type"] in ("missing", "missing_argument"):
         return f"{path} is missing; add it to the recipe or give it as {path}=..."

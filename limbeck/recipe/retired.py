@@ -9,6 +9,11 @@ from limbeck.types import LimbeckError
 
 # A key, or a section of keys, by what took its place; options that kept their names are not listed.
 RENAMED = {
+    "signal.support": "teacher.support",
+    "signal.k": "teacher.support_k",
+    "signal.temperatures": "teacher.support_temperatures",
+    "signal.cache": "teacher.cache",
+    "signal.dtype": "teacher.cache_dtype",
     "responses.author": "responses.source",
     "responses.base": "responses.initial_author",
     "responses.on_policy": "responses.source",

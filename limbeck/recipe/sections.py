@@ -25,26 +25,10 @@ from limbeck.fields import (
 )
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.response_source import SourceSetting
+from limbeck.recipe.teacher import Dtype, TeacherSection
 from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(config=STRICT, kw_only=True)
-class TeacherSection:
-    model: str
-    """A named asset (smollm2-135m-instruct), a local directory, a hub id or a GGUF file."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    dtype: Dtype = "float32"
-    """Precision the teacher runs in."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    trust_remote_code: bool = False
-    """Run code that comes with the model. Off unless asked."""
-    where: str | dict[str, Any] = "in_process"
-    """Where the teacher is: a name of `limbeck teachers`, or a mapping with name and options."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -157,21 +141,6 @@ class ResponsesSection:
     draft: DraftSection | None = None
     """A small model that drafts what the teacher answers in this process: fewer passes of the teacher, a sample of the
     same distribution (speculative sampling)."""
-
-
-@dataclass(config=STRICT, kw_only=True)
-class SignalSection:
-    cache: bool = True
-    """Write the teacher's signal to disk once; false runs the teacher beside the student in every epoch."""
-    dtype: Dtype = "float32"
-    """Precision of the cached hidden states."""
-    support: Literal["full", "topk_renorm", "topk_tail", "sampled"] = "full"
-    """What training sees of the teacher: every token (by hidden states), its k most likely tokens renormalised or with
-    one class for all others, or a sample of it."""
-    k: Count = 64
-    """Tokens kept of each position with a top-k support; draws with a sampled one."""
-    temperatures: tuple[Positive, ...] = ()
-    """Loss temperatures a sparse signal is exact for; empty takes the objective's."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -313,7 +282,6 @@ class Recipe:
     student: StudentSection = field(default_factory=StudentSection)
     prompts: PromptsSection = field(default_factory=PromptsSection)
     responses: ResponsesSection = field(default_factory=ResponsesSection)
-    signal: SignalSection = field(default_factory=SignalSection)
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     contrast: ContrastSection = field(default_factory=ContrastSection)
     sft: SftSection | None = None
@@ -354,7 +322,6 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "responses"): ResponsesSection,
     (ResponsesSection, "server"): ServerSection,
     (ResponsesSection, "draft"): DraftSection,
-    (Recipe, "signal"): SignalSection,
     (Recipe, "objective"): ObjectiveSection,
     (Recipe, "contrast"): ContrastSection,
     (Recipe, "sft"): SftSection,

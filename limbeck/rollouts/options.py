@@ -101,6 +101,11 @@ class SourceOptions(ABC):
         """What gives each step of the training its responses."""
 
     @property
+    def samples_teacher(self) -> bool:
+        """Whether the teacher writes during training, alone or beside the student."""
+        return False
+
+    @property
     def fresh(self) -> bool:
         """Whether the student's responses of a step were written by the student that the step updates."""
         return False
@@ -166,8 +171,12 @@ class OnPolicyOptions(SourceOptions):
 
     @property
     def by_teacher(self) -> bool:
-        """Whether the teacher writes too, so that what it computes for that is kept as its signal."""
+        """Whether the teacher writes tokens of the student's responses, so that what it computes for that is kept."""
         return False
+
+    @property
+    def samples_teacher(self) -> bool:
+        return self.by_teacher
 
     def sampling(self, sampling: Sampling) -> Sampling:
         """How the student's responses are drawn, given how the teacher's are."""

@@ -179,6 +179,10 @@ class PairedResponses(OnPolicyOptions):
     whole_epochs: ClassVar[bool] = True
     credit: ClassVar[str] = "in pairs, one by the student and one by the teacher or the data"
 
+    @property
+    def samples_teacher(self) -> bool:
+        return self.resample_teacher
+
     def build(self, materials: SourceMaterials) -> ResponseSource:
         from limbeck.rollouts.pairs import PairedSource
 

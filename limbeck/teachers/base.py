@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from limbeck.models.sources import Source
     from limbeck.models.vocabulary import VocabularyCard
 
-Provision = Literal["hidden", "topk", "text", "weights"]
+Provision = Literal["hidden", "weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Teacher(ABC):
     @property
     @abstractmethod
     def provides(self) -> frozenset[Provision]:
-        """What it gives: "hidden" or "topk" by `signal`, "text" (answers), "weights" (the model itself, in memory)."""
+        """What it gives: "hidden" (states, by `signal`), "weights" (the model itself, in memory: it can answer)."""
 
     @abstractmethod
     def signal(self, batch: TokenBatch) -> Signal:
@@ -65,9 +65,13 @@ class Teacher(ABC):
         """Tokens of prompt and answer together; None where it states no limit."""
         return self.vocabulary.context_length
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Changes with whatever changes what it says."""
+        return self._fingerprint_of_files
+
+    @cached_property
+    def _fingerprint_of_files(self) -> str:
         from limbeck.models.fingerprints import model_fingerprint
 
         return model_fingerprint(self._source(weights=True))
@@ -91,13 +95,25 @@ class Teacher(ABC):
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
     @property
+    def blocks(self) -> int | None:
+        """Blocks of the model; None where its configuration does not say."""
+        return getattr(self.skeleton.config, "num_hidden_layers", None)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of its files of weights."""
+        from limbeck.models.fingerprints import weight_files
+
+        return sum(path.stat().st_size for path in weight_files(self._source(weights=True)))
+
+    @property
     def head(self) -> Head:
         """What projects the hidden states of its signal.
 
         Raises:
             LimbeckError: it gives none.
         """
-        raise self._lacks("hidden")
+        raise self.lacks("hidden")
 
     def weights(self) -> LoadedModel:
         """The model in memory, loaded if it is not there; for samplers, and for students that are made of it.
@@ -105,7 +121,7 @@ class Teacher(ABC):
         Raises:
             LimbeckError: it does not provide them.
         """
-        raise self._lacks("weights")
+        raise self.lacks("weights")
 
     def release(self) -> None:
         """Let go of the weights, where they are in memory; the next use loads them again."""
@@ -123,9 +139,10 @@ class Teacher(ABC):
             progress=self.progress,
         )
 
-    def _lacks(self, what: Provision) -> LimbeckError:
+    def lacks(self, what: Provision) -> LimbeckError:
+        """The error of a teacher that is asked for what it does not provide."""
         return LimbeckError(
-            f"teacher {self.model.model} provides {', '.join(sorted(self.provides))}, expected {what}; "
+            f"teacher {self.model.model} provides {', '.join(sorted(self.provides)) or 'nothing'}, expected {what}; "
             "set teacher.where=in_process"
         )
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
-from limbeck.teachers.local import LocalTeacher
 from limbeck.types import Head, Signal, TokenBatch
 
 if TYPE_CHECKING:
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 
     from limbeck.models.assets import DownloadProgress
     from limbeck.models.loading import LoadedModel
+    from limbeck.teachers.local import LocalTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class InProcessTeacher(Teacher):
 
     @property
     def provides(self) -> frozenset[Provision]:
-        return frozenset({"hidden", "text", "weights"})
+        return frozenset({"hidden", "weights"})
 
     @property
     def loaded(self) -> bool:
@@ -90,6 +90,7 @@ class InProcessTeacher(Teacher):
     def _scorer(self) -> LocalTeacher:
         from limbeck.models.heads import head_of
         from limbeck.models.vocabulary import real_vocab_size
+        from limbeck.teachers.local import LocalTeacher
 
         if self._local is None:
             model = self.weights().model

@@ -43,7 +43,7 @@ def dense_rows(hidden: Mapping[str, Tensor], *, dtype: torch.dtype) -> dict[str,
             raise LimbeckError(f"the teacher's output is not finite on response {name}; try teacher.dtype=float32")
         if not stored_TD.isfinite().all():
             raise LimbeckError(
-                f"hidden states of response {name} overflow {dtype}; set signal.dtype=float32 or bfloat16"
+                f"hidden states of response {name} overflow {dtype}; set teacher.cache_dtype=float32 or bfloat16"
             )
     return stored
 

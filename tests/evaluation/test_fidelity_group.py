@@ -33,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
 @pytest.fixture(scope="module")
 def root(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that measured on everybody's answers."""
-    tree = pair.tree(tmp_path_factory.mktemp("run") / "run", train={"max_steps": 2}, signal={"dtype": "float32"})
+    tree = pair.tree(tmp_path_factory.mktemp("run") / "run", train={"max_steps": 2}, teacher={"cache_dtype": "float32"})
     tree["evaluate"] = {
         "groups": {"fidelity": {"whose": ["student", "responses", "teacher", "references"], "top_k": 3}},
         "max_new_tokens": LENGTH,
@@ -143,4 +143,4 @@ def test_references_are_a_need_where_they_are_asked_for(pair: TinyPair, tmp_path
     evaluate = limbeck.load(pair.tree(tmp_path / "run")).evaluate
     assert evaluate.groups["fidelity"].needs() == {"teacher", "tokens"}
     asked = limbeck.load(pair.tree(tmp_path / "run"), "evaluate.groups.fidelity.whose=[teacher,references]").evaluate
-    assert asked.groups["fidelity"].needs() == {"teacher", "tokens", "references"}
+    assert asked.groups["fidelity"].needs() == {"teacher", "teacher_weights", "tokens", "references"}

@@ -18,7 +18,7 @@ from limbeck.types import LimbeckError
 from tests.limbeck_command import CommandServer
 from tests.tiny_pair import CHATML, TinyPair, questions, write_model, write_prompts
 
-ALONE = {"objective": {"name": "ce", "temperature": 1.0}, "signal": {"cache": False}}
+ALONE = {"objective": {"name": "ce", "temperature": 1.0}, "teacher": {"cache": False}}
 GROUPS = ["rouge", "nll", "diversity", "cost"]
 
 
@@ -112,7 +112,7 @@ def test_what_asks_for_the_teachers_distributions_is_refused_with_every_key(
         "responses.source=teacher",
         "objective={name: ce}",
         "sft.objective={name: ce}",
-        "signal.cache=false",
+        "teacher.cache=false",
         "evaluate.groups=[rouge, nll]",
     )
     for key in keys:
@@ -126,7 +126,7 @@ def test_what_asks_for_the_teachers_distributions_is_refused_with_every_key(
     ("override", "key"),
     [
         ("objective.name=fkl", "objective={name: ce}"),
-        ("signal.cache=true", "signal.cache=false"),
+        ("teacher.cache=true", "teacher.cache=false"),
         ("evaluate.groups=[speculation]", "evaluate.groups=[rouge, nll]"),
     ],
 )
@@ -158,6 +158,6 @@ def test_another_template_of_the_student_makes_other_responses(tiny: TinyPair, f
 def test_doctor_says_what_is_possible(limbeck: CommandServer, tiny: TinyPair, foreigner: Path) -> None:
     found = limbeck.run("doctor", tiny.teacher, foreigner)
     said = " ".join(found.stdout.split())
-    assert "From text alone, yes: sft, and seqkd with signal.cache=false" in said
+    assert "From text alone, yes: sft, and seqkd with teacher.cache=false" in said
     assert "rouge, diversity, judge, tasks, cost and nll measure such a pair" in said
     assert not doctor(str(tiny.teacher), str(foreigner)).distillable

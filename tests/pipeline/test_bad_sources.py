@@ -46,7 +46,10 @@ PUSHED = "contrast.student={name: srkl}"
             (*STUDENT, "responses.source.first_max_new_tokens=13"),
             ("first_max_new_tokens is 13", "responses.max_new_tokens (12)"),
         ),
-        ((*STUDENT, "signal.support=topk_tail"), ("signal.support=topk_tail", "source=student", "signal.support=full")),
+        (
+            (*STUDENT, "teacher.support=topk_tail"),
+            ("teacher.support=topk_tail", "source=student", "teacher.support=full"),
+        ),
         # What tells authors apart needs two.
         ((PUSHED,), ("contrast.student", "responses.source=teacher", "source=pairs")),
         (("contrast.beta=code",), ("contrast.beta", "responses.source=teacher")),
@@ -74,10 +77,10 @@ PUSHED = "contrast.student={name: srkl}"
         ((*PAIRS, PUSHED, "contrast.rule={name: dpkd}"), ("dpkd", "train.reduction=sequence")),
         ((*PAIRS, PUSHED, "train.reduction=sequence", "contrast.rule={name: dpkd}"), ("dpkd", "advantage")),
         (
-            ("signal.support=topk_renorm", "signal.k=4", "sft.objective={name: opd}"),
+            ("teacher.support=topk_renorm", "teacher.support_k=4", "sft.objective={name: opd}"),
             ("sft.objective", "opd"),
         ),
-        (("signal.support=sampled", "sft.objective={name: rkl}"), ("rkl", "sampled")),
+        (("teacher.support=sampled", "sft.objective={name: rkl}"), ("rkl", "sampled")),
         # A policy gradient is one of the student as it samples.
         (
             (*STUDENT, "objective.name=opd", "responses.temperature=0.8"),

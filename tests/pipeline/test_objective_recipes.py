@@ -81,7 +81,7 @@ def test_sparse_supports(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path,
     from safetensors import safe_open
 
     run = tmp_path / "run"
-    lines = played(limbeck, tiny, run, signal={"support": support, "k": 5}, objective={"temperature": 1.0})
+    lines = played(limbeck, tiny, run, teacher={"support": support, "support_k": 5}, objective={"temperature": 1.0})
     assert all(line["loss"] == line["loss"] for line in lines)
     responses = read_responses(run / "responses" / "teacher.jsonl")
     stored: dict[str, tuple[int, ...]] = {}
@@ -96,8 +96,8 @@ def test_sparse_supports(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path,
 
 
 def test_all_tokens_kept_is_the_full_support(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
-    full = played(limbeck, tiny, tmp_path / "full", signal={"cache": False})
-    kept = played(limbeck, tiny, tmp_path / "kept", signal={"support": "topk_tail", "k": 300})
+    full = played(limbeck, tiny, tmp_path / "full", teacher={"cache": False})
+    kept = played(limbeck, tiny, tmp_path / "kept", teacher={"support": "topk_tail", "support_k": 300})
     for one, other in zip(full, kept, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
@@ -105,7 +105,7 @@ def test_all_tokens_kept_is_the_full_support(limbeck: CommandServer, tiny: TinyP
 def test_a_teacher_that_nobody_reads_is_not_asked(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
     """Cross-entropy trains to the same bits beside the stored signal and beside none."""
     asked = played(limbeck, tiny, tmp_path / "asked", objective={"name": "ce"})
-    unheard = played(limbeck, tiny, tmp_path / "unheard", objective={"name": "ce"}, signal={"cache": False})
+    unheard = played(limbeck, tiny, tmp_path / "unheard", objective={"name": "ce"}, teacher={"cache": False})
     assert [one["loss"] for one in asked] == [one["loss"] for one in unheard]
     weights = "student/model.safetensors"
     assert (tmp_path / "asked" / weights).read_bytes() == (tmp_path / "unheard" / weights).read_bytes()
@@ -114,24 +114,24 @@ def test_a_teacher_that_nobody_reads_is_not_asked(limbeck: CommandServer, tiny: 
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"signal": {"support": "topk_tail", "cache": False}}, ("signal.support=topk_tail", "signal.cache=true")),
-        ({"signal": {"support": "topk_tail", "k": 100000}}, ("signal.k is 100000", "300")),
-        ({"signal": {"temperatures": [2.0]}}, ("signal.temperatures", "full")),
-        ({"signal": {"support": "sampled"}, "objective": {"name": "rkl"}}, ("'rkl'", "'sampled'")),
+        ({"teacher": {"support": "topk_tail", "cache": False}}, ("teacher.support=topk_tail", "teacher.cache=true")),
+        ({"teacher": {"support": "topk_tail", "support_k": 100000}}, ("teacher.support_k is 100000", "300")),
+        ({"teacher": {"support_temperatures": [2.0]}}, ("teacher.support_temperatures", "full")),
+        ({"teacher": {"support": "sampled"}, "objective": {"name": "rkl"}}, ("'rkl'", "'sampled'")),
         (
-            {"signal": {"support": "topk_tail", "temperatures": [3.0]}},
+            {"teacher": {"support": "topk_tail", "support_temperatures": [3.0]}},
             ("temperature 2 is not in the cache", "topk_renorm"),
         ),
         (
-            {"signal": {"support": "topk_tail"}, "objective": {"temperature_end": 1.0}},
-            ("objective.temperature_end", "signal.support=full"),
+            {"teacher": {"support": "topk_tail"}, "objective": {"temperature_end": 1.0}},
+            ("objective.temperature_end", "teacher.support=full"),
         ),
         (
             {"objective": {"temperature_end": 1.0, "teacher_temperature": 2.0, "temperature_scale": "none"}},
             ("objective.temperature_end", "remove objective.teacher_temperature"),
         ),
-        ({"signal": {"support": "topk_tail"}, "objective": {"temperature_adapt": 0.5}}, ("adapt", "sparse")),
-        ({"signal": {"support": "topk_tail"}, "objective": {"name": "tad"}}, ("'tad'", "'topk_tail'")),
+        ({"teacher": {"support": "topk_tail"}, "objective": {"temperature_adapt": 0.5}}, ("adapt", "sparse")),
+        ({"teacher": {"support": "topk_tail"}, "objective": {"name": "tad"}}, ("'tad'", "'topk_tail'")),
         ({"objective": {"name": "fkl", "schedule": {"alpha": [0.1, 0.2]}}}, ("'alpha'", "unknown", "none")),
         ({"objective": {"name": "skl", "schedule": {"alpha": [0.1, 1.0]}}}, ("skl alpha=1.0",)),
         ({"objective": {"name": "hidden", "schedule": {"alpha": [0.1, 1.0]}}}, ("'alpha'", "none")),

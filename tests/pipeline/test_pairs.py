@@ -203,7 +203,7 @@ class TestSettings:
     def test_live_teacher(self, limbeck: CommandServer, tiny: TinyPair, plain: Path, tmp_path: Path) -> None:
         """Without the signal on disk the teacher runs beside the student, and says the same."""
         run = tmp_path / "run"
-        scores = played(limbeck.run("run", tiny.recipe(run), "signal.cache=false"), run)
+        scores = played(limbeck.run("run", tiny.recipe(run), "teacher.cache=false"), run)
         assert not (run / "signal").exists() and stage(run, "teach")["cached"] is False
         assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
         there = json.loads((plain / "scores.json").read_text("utf-8"))

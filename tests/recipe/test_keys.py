@@ -17,9 +17,9 @@ from limbeck.evaluation.groups import EVALUATION_GROUPS
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.keys import neutral_keys, same_arm_keys
-from limbeck.recipe.load import Recipe, known_keys, load_recipe, to_yaml
-from limbeck.recipe.response_source import read_source
+from limbeck.recipe.load import MEMBER_KEYS, Recipe, known_keys, load_recipe, to_yaml
 from limbeck.recipe.sections import ResponsesSection
+from limbeck.recipe.teacher import TeacherSection
 from limbeck.types import LimbeckError
 from tests.compare.compare_runs import write_arm_run
 from tests.tiny_pair import TinyPair
@@ -29,7 +29,11 @@ LEAVES = [key for key in known_keys() if key not in SECTIONS]
 # What these name is in the fingerprints as weights, not how it was found.
 FOUND_ELSEWHERE = {f"{section}.{key}" for section in ("teacher", "student", "responses.draft")
                    for key in ("revision", "trust_remote_code")}  # fmt: skip
-SOURCE_VALUES = ("student", "data", {"name": "mixed", "share": 0.7})
+MEMBERS: dict[str, tuple[Any, ...]] = {
+    "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}),
+    "teacher.where": ("none",),
+}
+MEMBER_SECTIONS: dict[str, type] = {"responses.source": ResponsesSection, "teacher.where": TeacherSection}
 PLAIN = (True, False, 1, 2, 3, 7, 0.25, 0.5, 0.75, "x", None)
 
 
@@ -53,7 +57,7 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     drafted = tiny.tree(
         folder / "drafted", **common, responses={"source": "mixed", "draft": {"model": str(tiny.teacher)}}
     )
-    sparse = tiny.tree(folder / "sparse", **common, signal={"support": "topk_tail", "k": 5})
+    sparse = tiny.tree(folder / "sparse", **common, teacher={"support": "topk_tail", "support_k": 5})
     text = folder / "text.jsonl"
     text.write_text('{"text": "Some text to learn from."}\n' * 20, "utf-8")
     answered = folder / "answered.jsonl"
@@ -67,9 +71,10 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
 
 def others(section: type, name: str, now: Any) -> Iterator[Any]:
     """Other values that a key may have."""
-    if name == "source" and section is ResponsesSection:
-        yield from (value for value in SOURCE_VALUES if read_source(value) != now)
-        return
+    for key, values in MEMBERS.items():
+        if (section, name) == (MEMBER_SECTIONS[key], key.rpartition(".")[2]):
+            yield from (value for value in values if MEMBER_KEYS[key].read(value) != now)
+            return
     hint = get_type_hints(section, include_extras=True)[name]
     adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     words = [word for part in literals(hint) for word in part]

@@ -139,7 +139,7 @@ def test_the_last_override_wins():
         ("responses.stop='a, b'", 'expected a list, such as responses.stop=["a, b"]'),
         ("student.keep=3", "student.keep: got 3; expected a list, such as student.keep=[3]"),
         ("student.keep={a: 1}", "student.keep: got {'a': 1}; expected a list"),
-        ("signal.temperatures=2.5", "expected a list, such as signal.temperatures=[2.5]"),
+        ("teacher.support_temperatures=2.5", "expected a list, such as teacher.support_temperatures=[2.5]"),
         ("objective.schedule.alpha=0.1", "objective.schedule.alpha: got 0.1; expected a list"),
         (
             "evaluate.groups=[fidelity, rogue]",

@@ -32,7 +32,10 @@ class TestFailing:
             ({"grid": {"student.layers": [2, 9]}}, "arm layers=9: student.layers is 9"),
             ({"arms": {"a": {}, "b": {"objective.frist": 1}}}, "arm b: unknown key 'objective.frist'"),
             ({"arms": {"a": {}, "b": {"teacher.model": "nowhere/at-all/x"}}}, "arm b: no model 'nowhere/at-all/x'"),
-            ({"tune": {"signal.k": [5, 999]}, "set": {"signal.support": "topk_tail"}}, "arm base: signal.k is 999"),
+            (
+                {"tune": {"teacher.support_k": [5, 999]}, "set": {"teacher.support": "topk_tail"}},
+                "arm base: teacher.support_k is 999",
+            ),
         ],
     )
     def test_refused_before_anything_starts(self, played: Play, tmp_path: Path, keys: Tree, said: str) -> None:
@@ -63,7 +66,9 @@ class TestFailing:
         with pytest.raises(LimbeckError, match="start `limbeck sweep` alone"):
             played(tmp_path / "s")
 
-    @pytest.mark.parametrize("more", [{}, {"tune": {"signal.k": list(range(1, 101))}}, {"seeds": list(range(50))}])
+    @pytest.mark.parametrize(
+        "more", [{}, {"tune": {"teacher.support_k": list(range(1, 101))}}, {"seeds": list(range(50))}]
+    )
     def test_more_runs_than_anybody_waits_for(self, played: Play, tmp_path: Path, more: Tree) -> None:
         many = [1.0 + n / 1000 for n in range(10_000 if not more else 200)]
         started = time.monotonic()

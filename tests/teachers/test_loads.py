@@ -48,8 +48,8 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "quickstart": {},
     "on-policy": {"responses": {"source": "student"}},
     "student of its own": {"student": {"init": "pretrained", "layers": None}},
-    "labels of the teacher": {"objective": {"name": "ce"}, "signal": {"cache": False}},
-    "no cache": {"signal": {"cache": False}},
+    "labels of the teacher": {"objective": {"name": "ce"}, "teacher": {"cache": False}},
+    "no cache": {"teacher": {"cache": False}},
 }
 
 
@@ -88,7 +88,7 @@ def test_a_teacher_is_not_in_memory_while_a_student_learns_from_what_is_on_disk(
     monkeypatch.setattr(InProcess, "open", watched)
     monkeypatch.setattr(stage, "train", training)
     for name, signal in (("cached", True), ("asked", False)):
-        tree = tiny.tree(tmp_path / name, signal={"cache": signal})
+        tree = tiny.tree(tmp_path / name, teacher={"cache": signal})
         tree["train"]["max_steps"] = 1
         run_pipeline(load_recipe(tree), stages=STAGES, until="train")
     assert held == [False, True]

@@ -118,7 +118,7 @@ def test_a_teacher_that_is_not_finite_is_refused_and_nothing_written(tmp_path, b
 
 
 def test_states_that_overflow_the_stored_precision_are_refused(tmp_path):
-    with pytest.raises(LimbeckError, match=r"signal\.dtype"):
+    with pytest.raises(LimbeckError, match=r"teacher\.cache_dtype"):
         write_shard(tmp_path / "00000.safetensors", {"0" * 16: torch.full((2, 4), 1e6)}, dtype=torch.float16)
 
 

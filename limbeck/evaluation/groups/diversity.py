@@ -71,7 +71,7 @@ class DiversityGroup(EvaluationGroup):
     seed: Seed = 0
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"teacher"})
+        return frozenset({"teacher", "teacher_weights"})
 
     def check(self, evaluation: EvaluationContext) -> None:
         conditions = {condition(temperature) for temperature in self.temperatures}

@@ -58,8 +58,8 @@ class FidelityGroup(EvaluationGroup):
     references_remedy = "take references out of evaluate.groups.fidelity.whose"
 
     def needs(self) -> frozenset[Need]:
-        references: tuple[Need, ...] = ("references",) if "references" in self.whose else ()
-        return frozenset({"teacher", "tokens", *references})
+        more: dict[str, Need] = {"references": "references", "teacher": "teacher_weights"}
+        return frozenset({"teacher", "tokens", *(need for whose, need in more.items() if whose in self.whose)})
 
     def check(self, evaluation: EvaluationContext) -> None:
         if not self.whose or len(set(self.whose)) < len(self.whose):

@@ -74,12 +74,11 @@ def _surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> I
     from limbeck.models.forward import hidden_states
     from limbeck.models.heads import head_of
     from limbeck.models.vocabulary import real_vocab_size
-    from limbeck.objectives import logit_tiles
+    from limbeck.objectives import model_logit_tiles
     from limbeck.rollouts.collate import collate
-    from limbeck.teachers.local import NullTeacher
 
-    model, vocab_size = evaluation.student.model, real_vocab_size(evaluation.student.tokenizer)
-    head, unheard = head_of(model, vocab_size), NullTeacher.of(vocab_size)
+    model = evaluation.student.model
+    head = head_of(model, real_vocab_size(evaluation.student.tokenizer))
     order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
     for start in range(0, len(order), evaluation.scoring_batch_size):
         rows = order[start : start + evaluation.scoring_batch_size]
@@ -87,7 +86,7 @@ def _surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> I
         with torch.inference_mode():
             hidden_ND = hidden_states(model, batch)
             nll_N = torch.empty(len(batch.labels_N), dtype=torch.float64)
-            for tokens, logits_NV, _ in logit_tiles(hidden_ND, head, unheard.signal(batch)):
+            for tokens, logits_NV in model_logit_tiles(hidden_ND, head):
                 label_N = batch.labels_N[tokens]
                 nll_N[tokens] = -logits_NV.double().log_softmax(-1).gather(1, label_N[:, None])[:, 0].cpu()
         parts = nll_N.split([responses[i].tokens for i in batch.rows])

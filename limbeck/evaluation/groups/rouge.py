@@ -65,8 +65,8 @@ class RougeGroup(EvaluationGroup):
     references_remedy = "set evaluate.groups.rouge.against to [teacher]"
 
     def needs(self) -> frozenset[Need]:
-        needs: dict[str, Need] = {"teacher": "teacher", "references": "references"}
-        return frozenset(needs[whose] for whose in self.against)
+        needs: dict[str, tuple[Need, ...]] = {"teacher": ("teacher", "teacher_weights"), "references": ("references",)}
+        return frozenset(need for whose in self.against for need in needs[whose])
 
     def check(self, evaluation: EvaluationContext) -> None:
         if not self.against:

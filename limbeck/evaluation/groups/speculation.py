@@ -51,7 +51,7 @@ class SpeculationGroup(EvaluationGroup):
     parts = ("after",)
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"teacher", "tokens"})
+        return frozenset({"teacher", "teacher_weights", "tokens"})
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         sampling = Sampling(

@@ -96,3 +96,15 @@ def logit_tiles(
         student.into(student_hidden_ND[tokens], student_NV)
         teacher.into(signal.hidden_ND[tokens], teacher_NV)
         yield tokens, student.finish.logits(student_NV), teacher.finish.logits(teacher_NV)
+
+
+def model_logit_tiles(hidden_ND: Tensor, head: Head, tile_bytes: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Raw logits of one model alone, as `logit_tiles` gives them: (tokens, logits_NV)."""
+    student = prepare_projection(hidden_ND, head, "student")
+    # Buffers of two models, so that a tile is as high as beside a teacher and its sums are rounded alike.
+    plan = plan_tiles(hidden_ND.shape[0], student.vocab_size, (student.dtype,) * 2, hidden_ND.device, tile_bytes)
+    buffer_NV = torch.empty(plan.tile_rows, student.vocab_size, dtype=student.dtype, device=hidden_ND.device)
+    for tokens in plan.tiles():
+        logits_NV = buffer_NV[: tokens.stop - tokens.start]
+        student.into(hidden_ND[tokens], logits_NV)
+        yield tokens, student.finish.logits(logits_NV)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from limbeck.objectives.adaptive import tail_of
 from limbeck.objectives.fused.body import block_rows
-from limbeck.objectives.fused.tiles import logit_tiles
+from limbeck.objectives.fused.tiles import logit_tiles, model_logit_tiles
 from limbeck.types import DenseSignal, Head
 
 
@@ -36,8 +36,7 @@ def tail_weights(signal: DenseSignal, sequence_N: Tensor, k: int = 10, beta: flo
         sequence_N: which sequence each token belongs to, int64 from 0.
     """
     masses = [signal.hidden_ND.new_zeros(0, dtype=torch.float32)]
-    # The teacher stands in for the student: only its own logits are read.
-    for _, _, teacher_NV in logit_tiles(signal.hidden_ND, signal.head, signal):
+    for _, teacher_NV in model_logit_tiles(signal.hidden_ND, signal.head):
         for teacher in teacher_NV.split(block_rows(teacher_NV.shape[1], teacher_NV.dtype, teacher_NV.device)):
             log_p_NV = teacher.log_softmax(-1)
             masses.append(torch.where(tail_of(log_p_NV, k), log_p_NV.exp(), 0.0).sum(-1))

@@ -66,7 +66,7 @@ def _response_inputs(context: RunContext) -> Json:
     }
     if prompts.chat_options:
         chosen["chat_options"] = prompts.chat_options
-    captured = {"captured": context.recipe.signal.dtype} if captures(context) else {}
+    captured = {"captured": context.recipe.teacher.cache_dtype} if captures(context) else {}
     if context.recipe.base_author == "data" or context.recipe.sft_on_data:
         chosen["loss_on"] = prompts.loss_on
     sft = {"sft": "data"} if context.recipe.sft_on_data else {}
@@ -79,7 +79,7 @@ def captures(context: RunContext) -> bool:
     """Whether the hidden states that sampling computes anyway are the signal that is wanted."""
     recipe = context.recipe
     here = recipe.base_author == "teacher" and recipe.responses.server is None
-    return here and recipe.signal.cache and recipe.signal.support == "full"
+    return here and recipe.teacher.cache and recipe.teacher.support == "full"
 
 
 def teacher_inputs(context: RunContext) -> Json:
@@ -226,7 +226,7 @@ def _sample(
     """
     section, folder = context.recipe.responses, context.run.responses / "batches"
     sampling = sampling_of(section)
-    dtype = getattr(torch, context.recipe.signal.dtype)
+    dtype = getattr(torch, context.recipe.teacher.cache_dtype)
     if captures(context):
         # A head that is not understood is refused here, and not after the answers are there.
         _ = context.teacher.head

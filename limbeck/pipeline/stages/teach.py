@@ -25,8 +25,8 @@ SCORING_BATCH_SIZE = 16
 def _signal_inputs(context: RunContext) -> Json:
     form = sparse_form(context.recipe)
     inputs = {
-        "cache": context.recipe.signal.cache,
-        "dtype": context.recipe.signal.dtype,
+        "cache": context.recipe.teacher.cache,
+        "dtype": context.recipe.teacher.cache_dtype,
         "teacher": teacher_inputs(context),
     }
     if not captures(context) and not _scores_train(context):
@@ -35,7 +35,7 @@ def _signal_inputs(context: RunContext) -> Json:
 
 
 def _play_signal(context: RunContext) -> Json:
-    if not context.recipe.signal.cache:
+    if not context.recipe.teacher.cache:
         return {"cached": False}
 
     run = context.run
@@ -59,7 +59,7 @@ def _score(context: RunContext) -> int:
     responses = load_responses(context, "heldout")
     if _scores_train(context):
         responses |= load_responses(context, "train")
-    form, dtype = sparse_form(context.recipe), getattr(torch, context.recipe.signal.dtype)
+    form, dtype = sparse_form(context.recipe), getattr(torch, context.recipe.teacher.cache_dtype)
     rows = sorted(responses, key=lambda row: (-responses[row].length, row))
     tokens = sum(r.tokens for r in responses.values())
     with context.console.meter("teach", tokens, "tokens") as meter:
@@ -86,7 +86,7 @@ def _hidden_states(teacher: Teacher, responses: Mapping[int, Response], rows: Se
     for start in range(0, len(rows), SCORING_BATCH_SIZE):
         micro = rows[start : start + SCORING_BATCH_SIZE]
         signal = teacher.signal(collate(responses, micro, pad_id=0))
-        assert isinstance(signal, DenseSignal), "refused before any stage works: see require_provided"
+        assert isinstance(signal, DenseSignal), "all that a teacher can provide: see limbeck.pipeline.provisions"
         hidden |= dict(zip(micro, signal.hidden_ND.split([responses[row].tokens for row in micro]), strict=True))
     return hidden
 
@@ -98,7 +98,7 @@ def _scores_train(context: RunContext) -> bool:
 
 def open_teacher(context: RunContext) -> SignalSource:
     """What training and evaluation ask: what is on disk, or the teacher itself where the recipe keeps nothing."""
-    if context.recipe.signal.cache:
+    if context.recipe.teacher.cache:
         form = sparse_form(context.recipe)
         temperatures = () if form is None else form.temperatures
         return StoredTeacher.open(context.run.signal, device=context.device, temperatures=temperatures)

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 
-from limbeck.models.fingerprints import weight_files
-from limbeck.models.loading import LoadedModel, source_config
-from limbeck.models.sources import resolve
+from limbeck.models.loading import LoadedModel
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
 from limbeck.objectives.sums import nested
@@ -28,7 +26,7 @@ from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.student_endings import endings_record, say_endings, with_endings
 from limbeck.recipe import load
 from limbeck.recipe.keys import fingerprinted
-from limbeck.recipe.response_source import source_tree
+from limbeck.recipe.response_source import SOURCE
 from limbeck.recipe.sections import SftSection
 from limbeck.rollouts.account import never_acted, summary
 from limbeck.rollouts.collate import collate
@@ -51,7 +49,7 @@ def _student_inputs(context: RunContext) -> Json:
     inputs = student_inputs(context) | corpus_inputs(context)
     inputs |= {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
     if recipe.on_policy:
-        inputs |= {"source": source_tree(recipe.responses.source)}
+        inputs |= {"source": SOURCE.tree(recipe.responses.source)}
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
 
 
@@ -158,7 +156,7 @@ def _asks_teacher(context: RunContext) -> bool:
     """Whether the teacher itself works while the student trains."""
     recipe = context.recipe
     plans = [loss_plan_of(recipe)] + ([] if recipe.sft is None else [sft_loss_plan(recipe, recipe.sft)])
-    uncached = not recipe.signal.cache and any(plan.needs_teacher for plan in plans)
+    uncached = not recipe.teacher.cache and any(plan.needs_teacher for plan in plans)
     return recipe.on_policy or uncached or (recipe.sft_on_data and plans[-1].needs_teacher)
 
 
@@ -199,7 +197,7 @@ def _sft_responses(context: RunContext, section: SftSection, *, vocab_size: int)
     """What the first stage is taught from, and who says what of it. Nothing is kept of the data's answers on disk."""
     if not context.recipe.sft_on_data:
         by_row = load_responses(context, "train")
-        if not context.recipe.signal.cache and not sft_loss_plan(context.recipe, section).needs_teacher:
+        if not context.recipe.teacher.cache and not sft_loss_plan(context.recipe, section).needs_teacher:
             return list(by_row.values()), NullTeacher.of(vocab_size)
         return list(by_row.values()), open_teacher(context)
     heeded = sft_loss_plan(context.recipe, section).needs_teacher
@@ -211,7 +209,7 @@ def _search_learning_rate(context: RunContext, student: Student, should_stop: Ca
     recipe, run = context.recipe, context.run
     by_row, _ = _trained_and_aside(context)
     loss_plan, vocab_size = trial_loss_plan(recipe), real_vocab_size(student.tokenizer)
-    heeded = recipe.signal.cache or loss_plan.needs_teacher
+    heeded = recipe.teacher.cache or loss_plan.needs_teacher
     find_learning_rate(
         student.model,
         offline(list(by_row.values())),
@@ -238,13 +236,13 @@ def _play_training(context: RunContext, student: Student, should_stop: Callable[
     vocab_size = real_vocab_size(student.tokenizer)
     if recipe.on_policy:
         teacher = round_teacher(context, (by_row | aside).values())
-    elif not recipe.signal.cache and not loss_plan_of(recipe).needs_teacher:
+    elif not recipe.teacher.cache and not loss_plan_of(recipe).needs_teacher:
         teacher = NullTeacher.of(vocab_size)
     else:
         teacher = open_teacher(context)
     development = dict(enumerate(aside.values(), start=len(by_row)))
     # A teacher that says little of the training responses, or nothing, has no distribution to be compared with.
-    measured = aside and "fidelity" in recipe.evaluate.groups and recipe.signal.support == "full"
+    measured = aside and "fidelity" in recipe.evaluate.groups and recipe.teacher.support == "full"
     measured = measured and not isinstance(teacher, NullTeacher)
     return train(
         student.model,
@@ -296,9 +294,7 @@ def _tracker_config(recipe: load.Recipe) -> Json:
 
 def _student_record(context: RunContext, student: Student) -> Json:
     """student.json: size and anatomy, for the report and the model card."""
-    section, folder = context.recipe.teacher, context.run.student
-    trust = section.trust_remote_code
-    source = resolve(section.model, revision=section.revision, trust_remote_code=trust)
+    folder, teacher = context.run.student, context.teacher
     return (
         {
             "init": context.recipe.student.init,
@@ -306,9 +302,9 @@ def _student_record(context: RunContext, student: Student) -> Json:
             "trainable": student.trainable,
             "share": student.share_of_teacher,
             "size_mb": sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6,
-            "teacher_size_mb": sum(path.stat().st_size for path in weight_files(source)) / 1e6,
+            "teacher_size_mb": teacher.bytes_on_disk / 1e6,
             "teacher_parameters": student.teacher_parameters,
-            "teacher_layers": getattr(source_config(source, trust_remote_code=trust), "num_hidden_layers", None),
+            "teacher_layers": teacher.blocks,
         }
         | endings_record(context, student)
         | _anatomy(context.run.root / "blocks.json")

@@ -1,0 +1,67 @@
+"""What a recipe asks of its teacher, against what the teacher provides, before any stage works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
+from limbeck.pipeline.engine import RunContext
+from limbeck.recipe.teacher import WHERE
+from limbeck.teachers.base import Provision
+from limbeck.types import LimbeckError
+
+GROUP_NEEDS: tuple[tuple[str, Provision], ...] = (("teacher", "hidden"), ("teacher_weights", "weights"))
+
+
+def check_provisions(context: RunContext) -> None:
+    """Everything that a run asks of its teacher is something that the teacher gives.
+
+    Raises:
+        LimbeckError: it gives less; names what asks for it and what to change.
+    """
+    _check(context, (*_by_training(context), *_by_groups(context)))
+
+
+def check_group_provisions(context: RunContext) -> None:
+    """The same for an evaluation on its own."""
+    _check(context, tuple(_by_groups(context)))
+
+
+def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -> None:
+    given = context.teacher.provides
+    for what, provision, remedy in asked:
+        if provision not in given:
+            where = WHERE.name_of(context.recipe.teacher.where)
+            raise LimbeckError(
+                f"{what} asks the teacher for its {_SAID[provision]}, but teacher.where={where} gives "
+                f"{' and '.join(_SAID[one] for one in sorted(given)) or 'nothing'}; {remedy}, or set "
+                "teacher.where=in_process"
+            )
+
+
+_SAID: dict[Provision, str] = {"hidden": "distributions", "weights": "weights"}
+
+
+def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
+    """What asks, for what, and what to do instead."""
+    recipe = context.recipe
+    if recipe.base_author == "teacher" and recipe.responses.server is None:
+        yield "responses.source=teacher", "weights", "give data with answers and set responses.source=data"
+    if recipe.responses.source.samples_teacher:
+        yield "responses.source", "weights", "choose a source in which the teacher does not write"
+    if recipe.student.model is None and recipe.student.init == "depth_prune":
+        yield "student.init=depth_prune", "weights", "name a student.model"
+    if recipe.teacher.cache:
+        yield "teacher.cache=true", "hidden", "set teacher.cache=false"
+    if recipe.on_policy or loss_plan_of(recipe).needs_teacher:
+        yield f"objective {recipe.objective.name}", "hidden", "set objective={name: ce} with responses.source=data"
+    if recipe.sft is not None and sft_loss_plan(recipe, recipe.sft).needs_teacher:
+        yield "sft.objective", "hidden", "set sft.objective={name: ce}"
+
+
+def _by_groups(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
+    for name, group in context.recipe.evaluate.groups.items():
+        for need, provision in GROUP_NEEDS:
+            if need in group.needs():
+                remedy = "set evaluate.groups.rouge.against=[references]" if name == "rouge" else "leave it out"
+                yield f"evaluate.groups.{name}", provision, remedy

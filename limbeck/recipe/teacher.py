@@ -1,0 +1,46 @@
+"""The section `teacher` of a recipe: who teaches, where it is and how much it says."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainValidator
+from pydantic.dataclasses import dataclass
+
+from limbeck.fields import STRICT, Count, Positive
+from limbeck.recipe.member import MemberKey
+from limbeck.teachers.base import TeacherLocation
+from limbeck.teachers.in_process import InProcess
+from limbeck.teachers.registry import TEACHERS
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+WHERE: MemberKey[TeacherLocation] = MemberKey(
+    key="teacher.where", registry=TEACHERS, default="in_process", example="in_process"
+)
+WhereSetting = Annotated[TeacherLocation, PlainValidator(WHERE.read, json_schema_input_type=Any)]
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TeacherSection:
+    model: str
+    """Who: a named asset (smollm2-135m-instruct), a local directory, a hub id or a GGUF file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Dtype = "float32"
+    """Precision the teacher runs in."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless asked."""
+    where: WhereSetting = InProcess()
+    """Where: a name of `limbeck teachers`, or a mapping with name and options."""
+    support: Literal["full", "topk_renorm", "topk_tail", "sampled"] = "full"
+    """How much it says of each token: its whole distribution (by hidden states), its k most likely tokens renormalised
+    or with one class for all others, or a sample of it. Held-out responses always get the whole one."""
+    support_k: Count = 64
+    """Tokens kept of each position with a top-k support; draws with a sampled one."""
+    support_temperatures: tuple[Positive, ...] = ()
+    """Loss temperatures that a sparse support is exact for; empty takes the objective's."""
+    cache: bool = True
+    """Write what it says to disk once; false runs the teacher beside the student in every epoch."""
+    cache_dtype: Dtype = "float32"
+    """Precision of the hidden states on disk."""

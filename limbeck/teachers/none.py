@@ -1,0 +1,44 @@
+"""No teacher: what a student is evaluated, or trained on the data's own answers, without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from limbeck.teachers.base import Provision, Teacher, TeacherModel
+from limbeck.types import Signal, TokenBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from limbeck.models.assets import DownloadProgress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nowhere:
+    """No teacher at all: `teacher.model` lends its tokenizer and its window alone."""
+
+    def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> NoTeacher:
+        """A teacher that gives nothing."""
+        return NoTeacher(model=model, device=device, progress=progress)
+
+
+@dataclass(kw_only=True)
+class NoTeacher(Teacher):
+    """A model whose tokenizer and window are known and that says nothing."""
+
+    @property
+    def provides(self) -> frozenset[Provision]:
+        return frozenset()
+
+    @property
+    def fingerprint(self) -> str:
+        return "none"
+
+    def signal(self, batch: TokenBatch) -> Signal:
+        """Nothing.
+
+        Raises:
+            LimbeckError: always.
+        """
+        raise self.lacks("hidden")
