@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import gallery_pictures, objectives_page
 from limbeck.objectives import Temperature, build_objective, token_values
-from limbeck.types import TemperatureScale
+from limbeck.objectives.base import TemperatureScale
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TAUS = (1.0, 2.0, 4.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from limbeck.objectives import OBJECTIVES
-from limbeck.types import HiddenObjective, Objective
+from limbeck.objectives.base import HiddenObjective, Objective
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "objectives.md"
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"

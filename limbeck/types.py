@@ -1,4 +1,4 @@
-"""The nouns on the arrows of the story, and the seams between its stages. Read this file first.
+"""The data that a run's stages hand to each other, and the protocols of samplers and teachers. Read this file first.
 
     prompts ──► responses ──► teachers ──► objectives ──► student ──► evaluation ──► report
      Prompt      Response      Signal       (N,) values    weights     Scores        report.html
@@ -14,9 +14,8 @@ This module imports nothing else of limbeck, and torch only for type checkers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -27,26 +26,22 @@ Json = dict[str, Any]
 Split = Literal["train", "heldout"]
 Author = Literal["data", "teacher", "student"]
 StopReason = Literal["eos", "stop", "length"]
-TemperatureScale = Literal["auto", "none", "tau", "tau2"] | float
-
-# The log-probability that stands for an impossible token: finite, so that 0 * log 0 is 0 and no gradient is NaN.
-LOG_ZERO = -1e30
 
 
 _IDS: dict[int, int] = {}
 
 
 def shared_ids(ids: Sequence[int]) -> tuple[int, ...]:
-    """The ids with one object for each distinct one: a Python integer takes 28 bytes, and a run holds millions."""
+    """The ids with one Python object for each distinct one: an integer takes 28 bytes, and a run holds millions."""
     return tuple([_IDS.setdefault(i, i) for i in ids])
 
 
 class LimbeckError(ValueError):
-    """A mistake at a public door. The message is one line: what was got, what was expected, the remedy."""
+    """An error that the caller can correct. Its message is one line: what was got, what was expected, the remedy."""
 
 
 class Interrupted(Exception):
-    """A stage was asked to stop and did so in order: everything it finished is on disk."""
+    """A stage that stopped on request; everything it finished is on disk."""
 
 
 def is_unicode(text: str) -> bool:
@@ -59,7 +54,7 @@ class Message:
     """One turn of a conversation, in the ecosystem's form.
 
     Attributes:
-        fields: what else it holds for the chat template: tool_calls, tool_call_id, name, reasoning_content.
+        fields: further fields for the chat template: tool_calls, tool_call_id, name, reasoning_content.
     """
 
     role: str
@@ -73,18 +68,18 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What is asked. Exactly one of `messages` (a conversation to be answered) and `text` (raw text) is set.
+    """A prompt. Exactly one of `messages` (a conversation to be answered) and `text` (raw text) is set.
 
     Attributes:
         id: stable name within its source; a hash of the content.
-        instruction: of instruction data, (instruction, input) as the source had them, beside the `text` of both; a
-            template that words the two apart (Alpaca) needs them. The input may be empty.
+        instruction: of instruction data, (instruction, input) as the source had them, beside the `text` of both; for
+            templates that place the two apart (Alpaca). The input may be empty.
         completion: the reference answer, where the data has one; the first where it has several.
         references: all of them where the data has several; else empty. See `known_answers`.
         answer: the reference answer as a turn, where it is more than text: with calls of tools, or a thought.
         tools: schemas of the tools that the prompt offers.
         split: training or held-out, decided by a hash of the content so that it never depends on order or neighbours.
-        where: place in the source ("data.jsonl, line 7"), for messages; no part of what the prompt is.
+        where: place in the source ("data.jsonl, line 7"), for messages; not compared.
     """
 
     id: str
@@ -107,7 +102,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a response is drawn. `temperature` 0 is greedy decoding. This temperature never enters a loss.
+    """Sampling settings of a response. `temperature` 0 is greedy decoding. This temperature never enters a loss.
 
     Attributes:
         top_p: nucleus mass in (0, 1]; 1 keeps the whole vocabulary.
@@ -129,7 +124,7 @@ class TokenPrompt:
     """A prompt as the model reads it: the ids of the chat template, ending where the answer begins.
 
     Attributes:
-        label: how messages name it.
+        label: its name in messages.
     """
 
     id: str
@@ -148,11 +143,10 @@ class Response:
             loss is on these alone, the rest is context. Empty where that is all of them.
         sampling: how it was drawn; None for data.
         logp: log-probability at temperature 1 of every response id, where the sampler was asked to keep it.
-        sampled_logp: log-probability of every response id under what it was drawn from, where that was neither model
-            alone (MiniLLM's mixture).
-        replaced: how many of its tokens the teacher put in the place of the student's, where both wrote; no part of
-            what makes two responses equal.
-        round: of rollouts in which it was written, from 1; 0 is before training.
+        sampled_logp: log-probability of every response id under the distribution it was drawn from, where that is of
+            neither model alone (MiniLLM's mixture).
+        replaced: number of tokens in which the teacher replaced the student's, where both models sample; not compared.
+        round: rollout round in which it was written, from 1; 0 is before training.
     """
 
     prompt_id: str
@@ -183,7 +177,7 @@ class Response:
 
     @property
     def tokens(self) -> int:
-        """How many response ids enter the loss."""
+        """Number of response ids that enter the loss."""
         return sum(end - start for start, end in self.spans) if self.spans else len(self.response_ids)
 
     @property
@@ -204,7 +198,7 @@ class TokenBatch:
         rows: number of each row's response, as the caller of `collate` numbered them.
         ids: `Response.id` of each row.
         by_student_B: whether the student wrote the response of each row, bool.
-        partners: of each row the one with the other author's response to the same prompt; -1 for none.
+        partners: for each row, the row with the other author's response to the same prompt; -1 for none.
         drawn_logp_N: log-probability the response tokens were drawn with; NaN where it was not kept, float32.
     """
 
@@ -271,7 +265,7 @@ class TopKSignal:
         ids_NK: token ids, int64.
         logp_NK: log-probabilities at temperature 1, normalised over the whole vocabulary.
         temperatures: the declared grid G of temperatures the cache is exact for.
-        log_z_NG: log sum_v p_v^(1/tau) over the whole vocabulary, one column a temperature of the grid.
+        log_z_NG: log sum_v p_v^(1/tau) over the whole vocabulary, one column per temperature of the grid.
     """
 
     ids_NK: Tensor
@@ -282,7 +276,7 @@ class TopKSignal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledSignal:
-    """Tokens drawn from a proposal, with what it takes to weigh them: an unbiased sample of the teacher (RS-KD).
+    """An unbiased sample of the teacher's distribution: tokens drawn from a proposal, and their weights (RS-KD).
 
     Attributes:
         ids_NK: the distinct tokens drawn, int64; unused places hold any id with a count of zero.
@@ -306,11 +300,11 @@ Support = Literal["full", "topk_renorm", "topk_tail", "sampled"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRow:
-    """What was measured on one held-out example. A metric is a mean over such rows, or made of what they add up to.
+    """Metrics of one held-out example. A metric of the run is a mean over such rows, or a function of their sums.
 
     Attributes:
         id: names the example; rows of two models with the same id are compared as a pair.
-        weight: what the example counts in the mean: its tokens for per-token metrics, 1 for whole answers.
+        weight: weight of the example in the mean: its tokens for per-token metrics, 1 for whole answers.
         values: metric name to the example's own mean.
         sums: name of a metric of the whole corpus, such as a calibration error, to the example's part of the sums it is
             made of (`limbeck.evaluation.scores.pooled`).
@@ -327,7 +321,7 @@ class Score:
     """A metric's weighted mean over `n` examples with its 95 % interval (bootstrap over examples, never over tokens).
 
     Attributes:
-        low, high: None when one example alone was measured: nothing can be said about its spread.
+        low, high: None when only one example was measured, which has no spread.
     """
 
     mean: float
@@ -338,170 +332,14 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What evaluation measured: metric name to score, before and after training, and the paired change of the examples.
+    """Result of the evaluation: metric name to score, before and after training, and the paired change per example.
 
-    A part that was not measured (yet) is empty.
+    A part that was not measured is empty.
     """
 
     before: Mapping[str, Score]
     after: Mapping[str, Score]
     change: Mapping[str, Score]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Some tokens of the student and the teacher, side by side on one support: what an objective sees.
-
-    Attributes:
-        student_logits_NK: raw logits (after the head's scale and soft-cap), float32 or float64.
-        teacher_logits_NK: raw logits on the same support. Minus infinity on either side marks an impossible token.
-        student_tau_N1: the student's temperature, one a token.
-        teacher_tau_N1: the teacher's temperature, one a token.
-        scale: the rule for the factor on value and gradient; "auto" is tau to the power the objective declares.
-        label_N: the token that followed, an index into the support, int64; None where nobody asked for it.
-        token_options: options given a token (`alpha` or `skl.alpha`), shape (N,), which go before the objective's own.
-        estimate: where the teacher is known by a sample: an unbiased estimate of p, and log p where it is not zero.
-        soften: gives probabilities and log-probabilities of tempered logits; None takes softmax and its logarithm.
-    """
-
-    student_logits_NK: Tensor
-    teacher_logits_NK: Tensor
-    student_tau_N1: Tensor
-    teacher_tau_N1: Tensor
-    scale: TemperatureScale = "auto"
-    label_N: Tensor | None = None
-    token_options: Mapping[str, Tensor] = field(default_factory=dict)
-    estimate: tuple[Tensor, Tensor] | None = None
-    soften: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-
-    @cached_property
-    def student_inv_tau_N1(self) -> Tensor:
-        """One over the student's temperature: a division a row instead of one an entry."""
-        return 1 / self.student_tau_N1
-
-    @cached_property
-    def teacher_inv_tau_N1(self) -> Tensor:
-        """One over the teacher's temperature."""
-        return 1 / self.teacher_tau_N1
-
-    @cached_property
-    def _student(self) -> tuple[Tensor, Tensor]:
-        return self._softened(self.student_logits_NK * self.student_inv_tau_N1)
-
-    @cached_property
-    def _teacher(self) -> tuple[Tensor, Tensor]:
-        return self.estimate or self._softened(self.teacher_logits_NK * self.teacher_inv_tau_N1)
-
-    def _softened(self, tempered_NK: Tensor) -> tuple[Tensor, Tensor]:
-        if self.soften is not None:
-            return self.soften(tempered_NK)
-        log_NK = tempered_NK.log_softmax(-1).clamp_min(LOG_ZERO)
-        return log_NK.exp(), log_NK
-
-    @property
-    def log_q_NK(self) -> Tensor:
-        """Log-probabilities of the student at its temperature."""
-        return self._student[1]
-
-    @property
-    def log_p_NK(self) -> Tensor:
-        """Log-probabilities of the teacher at its temperature."""
-        return self._teacher[1]
-
-    @property
-    def q_NK(self) -> Tensor:
-        """Probabilities of the student at its temperature."""
-        return self._student[0]
-
-    @property
-    def p_NK(self) -> Tensor:
-        """Probabilities of the teacher at its temperature."""
-        return self._teacher[0]
-
-    def factor_N1(self, order: int) -> Tensor | float:
-        """The factor of `scale` for an objective whose neutral factor is tau to the power `order`.
-
-        Where the two temperatures differ, tau is the student's: it is the one that divides the gradient.
-        """
-        powers = {"auto": order, "none": 0, "tau": 1, "tau2": 2}
-        if not isinstance(self.scale, str):
-            return float(self.scale)
-        power = powers[self.scale]
-        return self.student_tau_N1**power if power else 1.0
-
-    def option(self, objective: str, name: str, value: float) -> Tensor | float:
-        """The option `name` of an objective: the value of each token where one was given, else `value`."""
-        for key in (f"{objective}.{name}", name):
-            if key in self.token_options:
-                return self.token_options[key].unsqueeze(-1)
-        return value
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """Compares two rows of logits. Implementations are frozen dataclasses: their fields are their options.
-
-    Attributes:
-        name: the key in the registry.
-        order: power of tau that keeps the gradient's size ("auto"); None where the parts of a sum bring their own.
-        reads: what it needs besides the student: "teacher", "labels", "hidden".
-        supports: the supports of the teacher's signal on which it is defined.
-        token_fields: its options that may be given a token.
-        caution: what to know before tempering it; empty where there is nothing.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def order(self) -> int | None: ...
-    @property
-    def reads(self) -> frozenset[str]: ...
-    @property
-    def supports(self) -> frozenset[str]: ...
-    @property
-    def token_fields(self) -> frozenset[str]: ...
-    @property
-    def caution(self) -> str: ...
-
-    def value_and_grad(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Value a token (N,), without the temperature factor, and its gradient (N, K) in the student's raw logits.
-
-        The value, differentiated by autograd through `rows.student_logits_NK`, gives the same gradient: whatever an
-        objective holds constant by definition is detached in it.
-        """
-        ...
-
-
-@runtime_checkable
-class SequenceMeasuring(Protocol):
-    """An objective with token options that are measured over the sequences of its tokens before it is computed.
-
-    Attributes:
-        per_sequence: whether it asks for that, with the options it has.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def per_sequence(self) -> bool: ...
-
-    def sequence_options(self, signal: DenseSignal, sequence_N: Tensor) -> Mapping[str, Tensor]:
-        """The options by name, one value (N,) per token."""
-        ...
-
-
-@runtime_checkable
-class HiddenObjective(Protocol):
-    """Compares hidden states instead of logits. Its gradient is autograd's."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def reads(self) -> frozenset[str]: ...
-
-    def value(self, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """Value of each token (N,) from states of the same width."""
-        ...
 
 
 @runtime_checkable
@@ -515,7 +353,7 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class SignalSource(Protocol):
-    """Scores tokens: a teacher, or what it has said before.
+    """Scores tokens: a teacher, or its stored signals.
 
     A batch has N loss positions (`loss_mask_BT`, row by row); the signal has one row for each.
     """

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from limbeck.objectives.base import LOG_ZERO, Objective, Rows
 from limbeck.objectives.divergences import (
     Divergence,
     ForwardKL,
@@ -18,7 +19,7 @@ from limbeck.objectives.divergences import (
     through_softmax,
 )
 from limbeck.objectives.temperature import scaled
-from limbeck.types import LOG_ZERO, DenseSignal, LimbeckError, Objective, Rows
+from limbeck.types import DenseSignal, LimbeckError
 
 GateMode = Literal["add", "switch"]
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from limbeck.types import LimbeckError, Rows
+from limbeck.objectives.base import Rows
+from limbeck.types import LimbeckError
 
 ANY_SUPPORT = frozenset({"full", "topk_renorm", "topk_tail"})
 # Above this a ratio of probabilities stands still: e^60 times any vocabulary is still a float32.
@@ -23,7 +24,7 @@ AB_LIMIT = 1e-3
 
 
 class RowObjective(ABC):
-    """Base class of most objectives; see `limbeck.types.Objective`."""
+    """Base class of most objectives; see `limbeck.objectives.base.Objective`."""
 
     name: str
     order: int | None = 2

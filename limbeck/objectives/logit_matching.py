@@ -8,9 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from limbeck.objectives.base import Objective, Rows
 from limbeck.objectives.divergences import ForwardKL, RowObjective, check_fraction
 from limbeck.objectives.fused.normalization import Normalization, normalize
-from limbeck.types import LimbeckError, Objective, Rows
+from limbeck.types import LimbeckError
 
 Weighting = Literal["student", "teacher", "uniform", "mixture"]
 

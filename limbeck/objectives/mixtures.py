@@ -12,8 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from limbeck.objectives.base import Rows
 from limbeck.objectives.divergences import Divergence, check_fraction, power
-from limbeck.types import LimbeckError, Rows
+from limbeck.types import LimbeckError
 
 JSForm = Literal["gkd", "endpoint", "normalized"]
 Assisted = Literal["teacher_assistant", "student_assistant", "assistant_teacher", "assistant_student"]

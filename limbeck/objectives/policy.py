@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from limbeck.objectives.base import Rows
 from limbeck.objectives.divergences import ANY_SUPPORT, RowObjective, through_softmax
 from limbeck.objectives.sums import CrossEntropy, labels_of
-from limbeck.types import LimbeckError, Rows
+from limbeck.types import LimbeckError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from limbeck.objectives.adaptive import AdaptiveKL, EntropyGate, TailAwareKL, TokenwiseKL
+from limbeck.objectives.base import HiddenObjective, Objective
 from limbeck.objectives.divergences import AlphaBeta, ForwardKL, Jeffreys, ReverseKL, SymmetricKL, TotalVariation
 from limbeck.objectives.hidden_matching import HiddenMatching
 from limbeck.objectives.logit_matching import CSD, DirectLogit, LogitStandardization
@@ -14,7 +15,7 @@ from limbeck.objectives.mixtures import TAID, AlphaMixture, JensenShannon, SkewK
 from limbeck.objectives.policy import PolicyGradient, SampledReverseKL
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, WeightedSum
 from limbeck.registry import Registry, checked
-from limbeck.types import HiddenObjective, LimbeckError, Objective
+from limbeck.types import LimbeckError
 
 
 def build_objective(name: str, **options: object) -> AnyObjective:

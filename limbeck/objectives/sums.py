@@ -10,9 +10,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from limbeck.objectives.base import HiddenObjective, Objective, Rows
 from limbeck.objectives.divergences import ANY_SUPPORT, ForwardKL
 from limbeck.objectives.temperature import scaled
-from limbeck.types import HiddenObjective, LimbeckError, Objective, Rows
+from limbeck.types import LimbeckError
 
 IGNORED = -100
 

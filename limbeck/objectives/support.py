@@ -18,9 +18,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from limbeck.objectives.base import Objective, Rows
 from limbeck.objectives.sums import row_leaves
 from limbeck.objectives.temperature import Temperature
-from limbeck.types import DenseSignal, LimbeckError, Objective, Rows, SampledSignal, Signal, Support, TopKSignal
+from limbeck.types import DenseSignal, LimbeckError, SampledSignal, Signal, Support, TopKSignal
 
 Spread = Callable[[Tensor], Tensor]
 Columns = dict[str, Tensor]

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from limbeck.types import LimbeckError, Objective, Rows, TemperatureScale
+from limbeck.objectives.base import Objective, Rows, TemperatureScale
+from limbeck.types import LimbeckError
 
 SCALES = ("auto", "none", "tau", "tau2")
 FLAT_ABOVE = 5.0

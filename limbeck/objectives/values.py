@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from limbeck.objectives.base import Objective, Rows
 from limbeck.objectives.divergences import ForwardKL, ReverseKL
 from limbeck.objectives.logit_matching import CSD, Weighting
 from limbeck.objectives.mixtures import JensenShannon, JSForm, SkewKL, SkewReverseKL
 from limbeck.objectives.sums import AnyObjective, nested
 from limbeck.objectives.temperature import Temperature, scaled
-from limbeck.types import LimbeckError, Objective, Rows
+from limbeck.types import LimbeckError
 
 
 def token_values(

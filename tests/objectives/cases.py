@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives import OBJECTIVES, build_objective
+from limbeck.objectives.base import Objective, Rows, TemperatureScale
 from limbeck.objectives.sums import row_leaves
-from limbeck.types import Objective, Rows, TemperatureScale
 
 WEIGHTINGS = ("student", "teacher", "uniform", "mixture")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from limbeck.objectives import build_objective
 from limbeck.objectives.adaptive import temperature_of_head
+from limbeck.objectives.base import Objective
 from limbeck.objectives.temperature import scaled
-from limbeck.types import Objective
 from tests.objectives.cases import WEIGHTINGS, make_logits, make_rows
 
 STUDENT, TEACHER, _ = make_logits()

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives import Temperature, build_objective, topk_signal
+from limbeck.objectives.base import Objective
 from limbeck.objectives.temperature import scaled
-from limbeck.types import LimbeckError, Objective
+from limbeck.types import LimbeckError
 from tests.objectives.cases import make_logits, make_rows
 from tests.objectives.pairs import Pair
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from limbeck.objectives.base import Objective, TemperatureScale
 from limbeck.objectives.sums import WeightedSum
 from limbeck.objectives.temperature import scaled
-from limbeck.types import Objective, TemperatureScale
 from tests.objectives.cases import CASES, feels_shifts, has_kink, is_signed, is_teacherless, make_logits, make_rows
 
 every = pytest.mark.parametrize("objective", CASES.values(), ids=CASES.keys())

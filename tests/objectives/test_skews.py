@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from limbeck.objectives import build_objective
+from limbeck.objectives.base import Objective
 from limbeck.objectives.temperature import scaled
-from limbeck.types import Objective
 from tests.objectives.cases import make_logits, make_rows
 
 STUDENT, TEACHER, _ = make_logits()

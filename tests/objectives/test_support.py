@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives import SparseForm, Temperature, build_objective, sampled_signal, token_values, topk_signal
+from limbeck.objectives.base import Rows
 from limbeck.objectives.support import restrict
-from limbeck.types import LimbeckError, Rows, SampledSignal
+from limbeck.types import LimbeckError, SampledSignal
 from tests.objectives.cases import CASES, DEFAULTS
 from tests.objectives.pairs import Pair
 

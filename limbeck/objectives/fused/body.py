@@ -15,11 +15,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from limbeck.objectives.base import LOG_ZERO, Objective, Rows, TemperatureScale
 from limbeck.objectives.fused.projection import LogitTransform
 from limbeck.objectives.sums import row_leaves
 from limbeck.objectives.support import restrict
 from limbeck.objectives.temperature import scaled
-from limbeck.types import LOG_ZERO, LimbeckError, Objective, Rows, Support, TemperatureScale
+from limbeck.types import LimbeckError, Support
 
 Compile = Literal["auto", "on", "off"]
 Block = dict[str, Tensor]

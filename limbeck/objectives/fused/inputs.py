@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from limbeck.objectives.base import Objective
 from limbeck.objectives.fused.projection import Projection
 from limbeck.objectives.sums import IGNORED, WeightedSum, nested
 from limbeck.objectives.support import Columns, signal_columns
 from limbeck.objectives.temperature import Temperature
-from limbeck.types import DenseSignal, LimbeckError, Objective, Signal, Support
+from limbeck.types import DenseSignal, LimbeckError, Signal, Support
 
 
 def token_weights(weight_N: Tensor | None, tokens: int, student: Projection) -> Tensor:

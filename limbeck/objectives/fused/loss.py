@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from limbeck.objectives.base import Objective, SequenceMeasuring
 from limbeck.objectives.fused.body import Body, Compile, resolve_compile
 from limbeck.objectives.fused.inputs import label_columns, option_columns, token_columns, token_weights, weighted
 from limbeck.objectives.fused.projection import LogitTransform, Projection, gather_head, prepare_projection
@@ -20,7 +21,7 @@ from limbeck.objectives.sequence.difficulty import token_difficulty
 from limbeck.objectives.sums import AnyObjective, WeightedSum, hidden_leaves, nested, part_names, row_leaves
 from limbeck.objectives.support import resolve_support
 from limbeck.objectives.temperature import Temperature
-from limbeck.types import DenseSignal, Head, LimbeckError, Objective, SampledSignal, SequenceMeasuring, Signal, Support
+from limbeck.types import DenseSignal, Head, LimbeckError, SampledSignal, Signal, Support
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from limbeck.objectives.base import LOG_ZERO
 from limbeck.objectives.divergences import check_fraction
 from limbeck.objectives.fused.body import block_rows
 from limbeck.objectives.fused.projection import gather_head
 from limbeck.objectives.fused.tiles import logit_tiles
 from limbeck.objectives.sums import IGNORED
-from limbeck.types import LOG_ZERO, DenseSignal, Head, LimbeckError, Signal
+from limbeck.types import DenseSignal, Head, LimbeckError, Signal
 
 BetaShape = Literal["constant", "code", "linear", "sawtooth"]
 # Gaps closer to zero than this count as this: the models agree.

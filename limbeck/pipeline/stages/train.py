@@ -12,6 +12,7 @@ import torch
 from limbeck.models.loading import LoadedModel
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
+from limbeck.objectives.base import Objective
 from limbeck.objectives.sums import nested
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan, temperature_of, token_weighting_of, trial_loss_plan
 from limbeck.pipeline.cached_teacher import round_teacher
@@ -41,7 +42,7 @@ from limbeck.teachers.local import NullTeacher
 from limbeck.training import checkpoints
 from limbeck.training.loop import find_learning_rate, train
 from limbeck.training.metrics import LoopContext
-from limbeck.types import Interrupted, Json, Objective, Response, SignalSource
+from limbeck.types import Interrupted, Json, Response, SignalSource
 
 
 def _student_inputs(context: RunContext) -> Json:
