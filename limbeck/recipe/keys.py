@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from limbeck.fields import NEUTRAL, SAME_ARM, Effect
-from limbeck.recipe.sections import Recipe, sections_under
+from limbeck.recipe.sections import MEMBER_KEYS, Recipe, sections_under
 
 
 def neutral_keys() -> frozenset[str]:
@@ -19,6 +19,11 @@ def neutral_keys() -> frozenset[str]:
 def same_arm_keys() -> frozenset[str]:
     """Dotted keys in which two runs may differ and belong to one arm of a comparison; the neutral ones among them."""
     return frozenset(_marked(Recipe, (NEUTRAL, SAME_ARM)))
+
+
+def fingerprinted_member(key: str, member: Any) -> dict[str, Any]:
+    """What stands at a key that holds a member of a registry: its name and its options, without the neutral ones."""
+    return {"name": MEMBER_KEYS[key].name_of(member), **fingerprinted(member)}
 
 
 def fingerprinted(section: Any) -> dict[str, Any]:
@@ -38,12 +43,19 @@ def _marked(section: type, effects: tuple[Effect, ...], prefix: str = "") -> Ite
     for f in fields(section):
         for place, inner in sections_under(section, f.name):
             yield from _marked(inner, effects, f"{prefix}{place}.")
+        if (key := f"{prefix}{f.name}") in MEMBER_KEYS:
+            for member in MEMBER_KEYS[key].registry.values():
+                yield from (f"{key}.{name}" for name in _own(member, effects))
 
 
 @cache
 def _own(section: type, effects: tuple[Effect, ...]) -> frozenset[str]:
     """Names of a section's own keys that bear one of the marks."""
-    hints = get_type_hints(section, include_extras=True)
+    try:
+        hints = get_type_hints(section, include_extras=True)
+    except NameError:
+        # A member from outside whose annotations only type checkers can read: it marks nothing.
+        return frozenset()
     return frozenset(name for name, hint in hints.items() if set(effects) & _marks(hint))
 
 

@@ -18,18 +18,15 @@ from pydantic import TypeAdapter, ValidationError
 from limbeck.recipe import checks, messages, yaml_text
 from limbeck.recipe.evaluation import EVALUATION_GROUPS, choose_groups, open_groups
 from limbeck.recipe.files import read_yaml, shipped_recipes
-from limbeck.recipe.member import MemberKey
 from limbeck.recipe.response_source import SOURCE
 from limbeck.recipe.retired import refuse_retired
-from limbeck.recipe.sections import AXES, ObjectiveSection, Recipe, TrainSection, sections_under
+from limbeck.recipe.sections import AXES, MEMBER_KEYS, ObjectiveSection, Recipe, TrainSection, sections_under
 from limbeck.recipe.teacher import WHERE
 from limbeck.types import LimbeckError
 
 __all__ = ["ObjectiveSection", "Recipe", "TrainSection", "shipped_recipes"]
 
 _ADAPTER = TypeAdapter(Recipe)
-# Keys that hold a member of a registry; objectives and evaluation groups are read in ways of their own.
-MEMBER_KEYS: dict[str, MemberKey[Any]] = {one.key: one for one in (WHERE, SOURCE)}
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

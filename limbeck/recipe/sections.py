@@ -24,8 +24,9 @@ from limbeck.fields import (
     Strings,
 )
 from limbeck.recipe.evaluation import EvaluateSection
-from limbeck.recipe.response_source import SourceSetting
-from limbeck.recipe.teacher import Dtype, TeacherSection
+from limbeck.recipe.member import MemberKey
+from limbeck.recipe.response_source import SOURCE, SourceSetting
+from limbeck.recipe.teacher import WHERE, Dtype, TeacherSection
 from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
@@ -330,6 +331,9 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "evaluate"): EvaluateSection,
     (EvaluateSection, "groups"): EVALUATION_GROUPS,
 }
+
+# Keys that hold a member of a registry; objectives and evaluation groups are read in ways of their own.
+MEMBER_KEYS: dict[str, MemberKey[Any]] = {one.key: one for one in (WHERE, SOURCE)}
 
 
 def sections_under(section: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from limbeck.compare.runs import gather
 from limbeck.evaluation.groups import EVALUATION_GROUPS
+from limbeck.fields import NEUTRAL
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.keys import neutral_keys, same_arm_keys
-from limbeck.recipe.load import MEMBER_KEYS, Recipe, known_keys, load_recipe, to_yaml
-from limbeck.recipe.sections import ResponsesSection
+from limbeck.recipe.load import Recipe, known_keys, load_recipe, to_yaml
+from limbeck.recipe.sections import MEMBER_KEYS, ResponsesSection
 from limbeck.recipe.teacher import TeacherSection
+from limbeck.teachers.in_process import InProcess
+from limbeck.teachers.registry import TEACHERS
 from limbeck.types import LimbeckError
 from tests.compare.compare_runs import write_arm_run
 from tests.tiny_pair import TinyPair
@@ -185,3 +188,27 @@ def test_the_marked_keys() -> None:
     }
     assert same_arm_keys() - neutral_keys() == {"train.seed", "responses.batch_size", "evaluate.batch_size"}
     assert same_arm_keys() <= set(LEAVES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """Somewhere else."""
+
+    address: Annotated[str, NEUTRAL] = "here"
+    depth: int = 1
+
+    def open(self, model: Any, *, device: Any, progress: Any) -> Any:
+        return InProcess().open(model, device=device, progress=progress)
+
+
+def test_marks_of_a_member_from_outside_are_heeded(tiny: TinyPair, tmp_path: Path) -> None:
+    TEACHERS.register("elsewhere", Elsewhere)
+    try:
+        assert "teacher.where.address" in neutral_keys() and "teacher.where.depth" not in neutral_keys()
+        base = tiny.tree(tmp_path / "run", teacher={"where": {"name": "elsewhere"}})
+        plain, moved, deeper = (
+            prints(load_recipe(base, [f"teacher.where.{more}"])) for more in ("depth=1", "address=there", "depth=2")
+        )
+        assert plain == moved != deeper
+    finally:
+        TEACHERS.unregister("elsewhere")

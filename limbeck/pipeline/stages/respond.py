@@ -34,7 +34,7 @@ from limbeck.prompts.templates import (
     resolve_template,
 )
 from limbeck.prompts.turns import has_earlier_answers
-from limbeck.recipe.keys import fingerprinted
+from limbeck.recipe.keys import fingerprinted, fingerprinted_member
 from limbeck.recipe.sections import Recipe
 from limbeck.rollouts.io import read_responses, write_asked, write_responses
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
@@ -84,7 +84,12 @@ def captures(context: RunContext) -> bool:
 
 def teacher_inputs(context: RunContext) -> Json:
     section = context.recipe.teacher
-    return {"weights": context.teacher_fingerprint, "dtype": section.dtype, "attention": section.attn_implementation}
+    return {
+        "weights": context.teacher_fingerprint,
+        "where": fingerprinted_member("teacher.where", section.where),
+        "dtype": section.dtype,
+        "attention": section.attn_implementation,
+    }
 
 
 def _play_responses(context: RunContext) -> Json:

@@ -26,12 +26,12 @@ from limbeck.pipeline.stages.respond import CALIBRATION_RESPONSES, load_response
 from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.student_endings import endings_record, say_endings, with_endings
 from limbeck.recipe import load
-from limbeck.recipe.keys import fingerprinted
-from limbeck.recipe.response_source import SOURCE
+from limbeck.recipe.keys import fingerprinted, fingerprinted_member
 from limbeck.recipe.sections import SftSection
 from limbeck.rollouts.account import never_acted, summary
 from limbeck.rollouts.collate import collate
 from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of_prompts, set_aside
+from limbeck.rollouts.options import SOURCE_KEY
 from limbeck.rollouts.sources import offline
 from limbeck.runtime.folders import remove
 from limbeck.runtime.json_lines import json_lines
@@ -50,7 +50,7 @@ def _student_inputs(context: RunContext) -> Json:
     inputs = student_inputs(context) | corpus_inputs(context)
     inputs |= {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
     if recipe.on_policy:
-        inputs |= {"source": SOURCE.tree(recipe.responses.source)}
+        inputs |= {"source": fingerprinted_member(SOURCE_KEY, recipe.responses.source)}
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
 
 
