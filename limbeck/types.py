@@ -27,6 +27,8 @@ Split = Literal["train", "heldout"]
 Author = Literal["data", "teacher", "student"]
 StopReason = Literal["eos", "stop", "length"]
 
+# `Response.round` of answers that the evaluation after training asks for; training never sees them.
+AFTER_TRAINING = -1
 
 _IDS: dict[int, int] = {}
 
@@ -146,7 +148,8 @@ class Response:
         sampled_logp: log-probability of every response id under the distribution it was drawn from, where that is of
             neither model alone (MiniLLM's mixture).
         replaced: number of tokens in which the teacher replaced the student's, where both models sample; not compared.
-        round: rollout round in which it was written, from 1; 0 is before training.
+        round: rollout round in which it was written, from 1; 0 is before training, `AFTER_TRAINING` in the evaluation
+            after it.
     """
 
     prompt_id: str

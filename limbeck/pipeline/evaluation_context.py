@@ -40,7 +40,7 @@ from limbeck.runtime.console import Console
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.rundir import fingerprint
 from limbeck.sampling.local import LocalSampler
-from limbeck.types import Prompt, Response, Sampling, SignalSource, TokenPrompt
+from limbeck.types import AFTER_TRAINING, Prompt, Response, Sampling, SignalSource, TokenPrompt
 
 if TYPE_CHECKING:
     import torch
@@ -257,7 +257,9 @@ class RunEvaluation:
             stop=self.context.stop,
             watching=lambda done: sampling_meter(self.context, f"answer {writer}", len(asked), done),
         )
-        write_responses(path, found)
+        # The student before training has round 0, like all that was written before training.
+        before = who == "student" and self.part == "before"
+        write_responses(path, found if before else [replace(r, round=AFTER_TRAINING) for r in found])
         shutil.rmtree(batches)
 
     def texts(self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None) -> dict[str, str]:

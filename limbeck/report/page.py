@@ -16,7 +16,7 @@ from limbeck.report.charts import HEIGHT, WIDTH, charts
 from limbeck.report.on_policy import account, exchanges, warned
 from limbeck.report.outcome import harm
 from limbeck.report.rate_search import search_charts
-from limbeck.report.read_run import Run, number, read_run, score, value_at
+from limbeck.report.read_run import Run, number, read_run, response_id, score, value_at
 from limbeck.runtime.rundir import write_text
 
 
@@ -144,7 +144,13 @@ def _examples(run: Run) -> int | None:
 def _sample(row: Mapping[str, Any], alone: bool) -> dict[str, Any]:
     own = "Student" if alone else "Student after"
     answers = [
-        {"who": who, "label": label, "text": str(row[who]), "rouge": number(row, f"rouge_{who}")}
+        {
+            "who": who,
+            "label": label,
+            "text": str(row[who]),
+            "rouge": number(row, f"rouge_{who}"),
+            "id": response_id(row, who),
+        }
         for who, label in (
             ("teacher", "Teacher"),
             ("before", "Student before"),

@@ -122,6 +122,12 @@ def value_at(mapping: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def response_id(sample: Mapping[str, Any], side: str) -> str | None:
+    """`Response.id` of an answer ("teacher", "before", "after") in a line of samples.jsonl; None where it has none."""
+    found = value_at(sample, f"responses.{side}.id")
+    return found if isinstance(found, str) else None
+
+
 def score(run: Run, part: str, metric: str) -> Mapping[str, Any] | None:
     """A score with a finite mean, or None."""
     found = value_at(run.scores, part)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ import limbeck
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.recipe.load import load_recipe
+from limbeck.rollouts.io import read_responses
 from limbeck.runtime.rundir import RunDirectory, read_json, write_text
-from limbeck.types import Json, LimbeckError
+from limbeck.types import AFTER_TRAINING, Json, LimbeckError
 from tests.tiny_pair import TinyPair
 
 # An alias bomb, one that holds itself, nested without end, no mapping, no text.
@@ -150,6 +153,16 @@ def test_python_api(tiny: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixtur
     done = limbeck.run(recipe)
     assert done.student.is_dir() and done.report.is_file() and {"before", "after"} <= set(done.scores)
     assert capsys.readouterr().out == ""
+    samples = [json.loads(line) for line in (done.directory / "samples.jsonl").read_text("utf-8").splitlines()]
+    rounds = {"teacher": ("teacher", AFTER_TRAINING), "before": ("student", 0), "after": ("student", AFTER_TRAINING)}
+    for sample in samples:
+        found = {side: (r["author"], r["round"]) for side, r in sample["responses"].items()}
+        assert found == rounds and len({r["id"] for r in sample["responses"].values()}) == 3
+    # The page names them, and none of them is the address of a response that the teacher scored.
+    ids = {r["id"] for sample in samples for r in sample["responses"].values()}
+    scored = {r.id for path in (done.directory / "responses").glob("*.jsonl") for r in read_responses(path)}
+    assert samples and scored and not ids & scored
+    assert ids == set(re.findall(r'data-response="(\w+)"', done.report.read_text("utf-8")))
     with pytest.raises(LimbeckError, match=r"train\.max_steps is 2 there and 3 here"):
         limbeck.run(recipe, "train.max_steps=3")
     from transformers import AutoModelForCausalLM

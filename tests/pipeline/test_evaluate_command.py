@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from limbeck import evaluate
+from limbeck.rollouts.io import read_responses
 from tests.limbeck_command import CommandServer, KillAt
 from tests.tiny_pair import questions, write_model
 
@@ -28,6 +29,9 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+SIDES = {"teacher": "teacher", "after": "student"}
+
+
 def options(out: Path, *more: str) -> tuple[str, ...]:
     return (f"output_dir={out}", "evaluate.max_new_tokens=8", *more)
 
@@ -42,8 +46,13 @@ def test_a_pair_on_a_file(limbeck: CommandServer, pair: tuple[Path, Path], data:
     assert scores["after"]["forward_kl"]["mean"] > 0 and 0 <= scores["after"]["rouge_l"]["mean"] < 1
     assert all(score["n"] == 6 for score in scores["after"].values())
     lines = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text("utf-8").splitlines()]
-    assert len(lines) == 6 and set(lines[0]) == {"prompt", "teacher", "after", "rouge_after"}
+    assert len(lines) == 6 and set(lines[0]) == {"prompt_id", "prompt", "teacher", "after", "rouge_after", "responses"}
+    answers = [read_responses(path) for path in (tmp_path / "out/scores/answers").glob("*.jsonl")]
+    known = {r.id: {"id": r.id, "author": r.author, "round": r.round} for responses in answers for r in responses}
+    assert all(line["responses"][side] == known[line["responses"][side]["id"]] for line in lines for side in SIDES)
+    assert all(line["responses"][side]["author"] == author for line in lines for side, author in SIDES.items())
     page = (tmp_path / "out/report.html").read_text("utf-8")
+    assert all(f'data-response="{line["responses"]["after"]["id"]}"' in page for line in lines)
     assert "What was measured" in page and "not complete" not in page and "before training" not in page
     again = limbeck.run(*command)
     assert again.code == 0 and "evaluate: done earlier" in again.stderr

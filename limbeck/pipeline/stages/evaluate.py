@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from limbeck.evaluation.context import EvaluationGroup, Part, greedy, table_name
+from limbeck.evaluation.context import EvaluationGroup, Part, Who, greedy, table_name
 from limbeck.evaluation.scores.files import read_rows, write_rows, write_scores
 from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
@@ -16,7 +16,7 @@ from limbeck.pipeline.sharing import initial_student, once
 from limbeck.recipe.keys import fingerprinted
 from limbeck.report.model_card import write_card
 from limbeck.runtime.rundir import read_fields, write_json, write_text
-from limbeck.types import Json, ScoredRow
+from limbeck.types import Json, Response, ScoredRow
 
 ScoreTables = dict[str, Sequence[ScoredRow]]
 
@@ -98,7 +98,10 @@ def _origin(context: RunContext) -> tuple[str | None, str | None]:
 
 
 def write_answers(context: RunContext, parts: Mapping[Part, ScoreTables]) -> None:
-    """A handful of held-out prompts with the greedy answers of whoever answered: teacher, student before and after."""
+    """Write some held-out prompts with the greedy answers of the teacher and of the student before and after training.
+
+    Each answer comes with its `Response.id`, and with the author and the round that the id is made of.
+    """
     # Against the references alone no greedy answers were written.
     scored: dict[Part, dict[str, float]] = {}
     for part, tables in parts.items():
@@ -107,18 +110,28 @@ def write_answers(context: RunContext, parts: Mapping[Part, ScoreTables]) -> Non
     if not scored:
         return
     after = RunEvaluation(context=context, part="after")
-    sampling = greedy(after.settings)
-    sides: dict[str, dict[str, str]] = {"teacher": after.texts("teacher", sampling)}
+    sides: dict[str, dict[str, tuple[Response, str]]] = {"teacher": _greedy_answers(after, "teacher")}
     for part in scored:
-        sides[part] = RunEvaluation(context=context, part=part).texts("student", sampling)
+        sides[part] = _greedy_answers(RunEvaluation(context=context, part=part), "student")
     lines = []
-    shown = [p for p in after.prompts if all(p.id in texts for texts in sides.values())]
+    shown = [p for p in after.prompts if all(p.id in answers for answers in sides.values())]
     for prompt in shown[: context.recipe.evaluate.samples]:
         asked = prompt.text if prompt.text is not None else "\n".join(m.content for m in prompt.messages or ())
-        line = {"prompt": asked} | {side: texts[prompt.id] for side, texts in sides.items()}
+        answers = {side: answers[prompt.id] for side, answers in sides.items()}
+        line: Json = {"prompt_id": prompt.id, "prompt": asked} | {side: text for side, (_, text) in answers.items()}
+        line["responses"] = {
+            side: {"id": r.id, "author": r.author, "round": r.round} for side, (r, _) in answers.items()
+        }
         line |= {f"rouge_{part}": rows[prompt.id] for part, rows in scored.items()}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(context.run.samples, "".join(lines))
+
+
+def _greedy_answers(evaluation: RunEvaluation, who: Who) -> dict[str, tuple[Response, str]]:
+    """Greedy answers of the teacher or the student, by prompt id, with their text."""
+    sampling = greedy(evaluation.settings)
+    texts = evaluation.texts(who, sampling)
+    return {r.prompt_id: (r, texts[r.prompt_id]) for r in evaluation.answers(who, sampling)}
 
 
 STAGE = Stage(
