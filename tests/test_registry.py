@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as strict_dataclass
 
 from limbeck.evaluation.groups import EVALUATION_GROUPS
+from limbeck.models.quantization import FORMATS
 from limbeck.objectives import OBJECTIVES
 from limbeck.objectives.sequence.rules import RULES
 from limbeck.registry import Registry
@@ -102,7 +103,7 @@ def test_entry_points_are_looked_for_once_and_when_needed(
 
 
 @pytest.mark.parametrize(
-    "registry", [OBJECTIVES, RULES, SOURCES, EVALUATION_GROUPS], ids=lambda registry: registry.kind
+    "registry", [OBJECTIVES, RULES, SOURCES, EVALUATION_GROUPS, FORMATS], ids=lambda registry: registry.kind
 )
 def test_every_member_says_what_it_is(registry: Registry[Any]) -> None:
     for name in registry:

@@ -6,7 +6,7 @@ A wrong pair, objective or tracker would otherwise come to light after the teach
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from limbeck.models.loading import source_config
+from limbeck.models.quantization.layout import replaced
 from limbeck.models.sources import resolve
 from limbeck.pipeline.build import check_objectives
 from limbeck.pipeline.context import RunContext
@@ -28,6 +29,7 @@ from limbeck.recipe.sections import StudentSection, TeacherSection
 from limbeck.student.adapters import LoraSpec, check_adapters
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, fresh_model
+from limbeck.student.quantizing import QuantizeSpec, check_quantizing, formats_of
 from limbeck.training.launch import require_trackers
 from limbeck.types import LimbeckError
 
@@ -35,7 +37,7 @@ from limbeck.types import LimbeckError
 def student_spec(context: RunContext) -> StudentSpec:
     """The student that a recipe asks for."""
     section = context.recipe.student
-    lora = section.lora
+    lora, quantize = section.lora, section.quantize
     return StudentSpec(
         init=section.init,
         model=section.model,
@@ -48,6 +50,7 @@ def student_spec(context: RunContext) -> StudentSpec:
         trust_remote_code=context.student_trusted,
         freeze_embeddings=section.freeze_embeddings,
         lora=LoraSpec(**asdict(lora)) if lora else None,
+        quantize=QuantizeSpec(**asdict(quantize)) if quantize else None,
         gradient_checkpointing=context.recipe.train.gradient_checkpointing,
         seed=context.recipe.train.seed,
     )
@@ -130,8 +133,10 @@ def resolvable(section: TeacherSection | StudentSection) -> None:
 
 
 def _check_anatomy(context: RunContext) -> None:
-    """Depth, configuration and adapters of the student against what the model it begins as has."""
+    """Depth, configuration, adapters and formats of the student against what the model it begins as has."""
     spec = student_spec(context)
+    if spec.quantize is not None:
+        check_quantizing(spec.quantize, dtype=spec.dtype, init=spec.init, lora=spec.lora is not None)
     section = context.recipe.student if spec.model is not None else context.recipe.teacher
     assert section.model is not None
     source = resolve(section.model, revision=section.revision, weights=False, trust_remote_code=spec.trust_remote_code)
@@ -139,11 +144,22 @@ def _check_anatomy(context: RunContext) -> None:
     if spec.init == "depth_prune":
         kept = _kept_blocks(spec, section.model, there.get_text_config().num_hidden_layers)
         there = pruned_config(there, kept)
-    if spec.init == "scratch" or spec.lora is not None:
+    if spec.init == "scratch" or spec.lora is not None or spec.quantize is not None:
         with torch.device("meta"):
             model = fresh_model(there, spec)
+        if spec.quantize is not None:
+            _say_replaced(context, spec.quantize, formats_of(model, spec.quantize))
         if spec.lora is not None:
             check_adapters(model, spec.lora)
+
+
+def _say_replaced(context: RunContext, quantize: QuantizeSpec, formats: Mapping[str, str]) -> None:
+    """Which weights another format stands in for."""
+    for chosen, names in replaced(formats, quantize.format, quantize.embeddings).items():
+        context.console.warn(
+            f"student.quantize: {len(names)} of {len(formats)} matrices are kept in {chosen}, since their rows are no "
+            f"multiple of the block of {quantize.format} ({names[0]}, ...)"
+        )
 
 
 def _kept_blocks(spec: StudentSpec, name: str, depth: int) -> Sequence[int]:

@@ -35,6 +35,12 @@ def check(recipe: Recipe) -> None:
     student = recipe.student
     if student.init == "pretrained" and student.model is None:
         raise LimbeckError("student.model is missing; name a model, or set student.init=depth_prune to cut the teacher")
+    if student.init == "teacher" and (student.model is not None or student.revision is not None):
+        named = "model" if student.model is not None else "revision"
+        raise LimbeckError(
+            f"student.init=teacher begins as a copy of the teacher, but student.{named} names another; remove it, or "
+            "set student.init=pretrained"
+        )
     if student.init == "depth_prune" and (student.layers is None) == (not student.keep):
         raise LimbeckError("student.init=depth_prune needs student.layers (how many) or student.keep (which), not both")
     if student.init != "depth_prune" and (student.layers is not None or student.keep):

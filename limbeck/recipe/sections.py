@@ -42,12 +42,27 @@ class LoraSection:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class QuantizeSection:
+    """Weights in few bits: trained on the grid of the file that ships, or frozen there under adapters."""
+
+    format: str
+    """Of the linear layers: q4_0, q5_0, q8_0, q4_k, q6_k (as GGUF files keep them), int4_g32 or nf4."""
+    weights: Literal["straight_through", "frozen"] = "straight_through"
+    """Trained on their grid, the gradient passing the rounding as if there were none; or frozen on it, with
+    student.lora trained beside them."""
+    embeddings: str | None = "q8_0"
+    """Format of the token embeddings and the head; null leaves them in float32."""
+    fallback: str | None = None
+    """Format of linear layers whose rows are no multiple of the format's block; null refuses such a student."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class StudentSection:
     model: str | None = None
     """Where the student comes from, as for the teacher; null takes the teacher itself (depth_prune, scratch)."""
     revision: str | None = None
-    init: Literal["pretrained", "depth_prune", "scratch"] = "pretrained"
-    """As loaded; blocks removed; or the architecture of `model` with fresh weights."""
+    init: Literal["pretrained", "teacher", "depth_prune", "scratch"] = "pretrained"
+    """As loaded; a copy of the teacher; blocks removed; or the architecture of `model` with fresh weights."""
     layers: Count | None = None
     """Blocks to keep with init depth_prune."""
     keep: tuple[int, ...] = ()
@@ -61,6 +76,8 @@ class StudentSection:
     """Leave input and output embeddings as they are: a pruned student speaks its teacher's language already."""
     lora: LoraSection | None = None
     """Train low-rank adapters instead of all weights; merged when the student is saved."""
+    quantize: QuantizeSection | None = None
+    """Keep the weights in few bits while they are trained, exactly as the exported file will; null keeps them whole."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -319,6 +336,7 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "teacher"): TeacherSection,
     (Recipe, "student"): StudentSection,
     (StudentSection, "lora"): LoraSection,
+    (StudentSection, "quantize"): QuantizeSection,
     (Recipe, "prompts"): PromptsSection,
     (Recipe, "responses"): ResponsesSection,
     (ResponsesSection, "server"): ServerSection,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -28,12 +28,13 @@ from limbeck.student.adapters import LoraSpec, with_adapters
 from limbeck.student.blocks import depth_prune, per_layer_fields
 from limbeck.student.endings import AnswerFormat
 from limbeck.student.pruning import BlockChoice, choose_blocks
+from limbeck.student.quantizing import Quantization, QuantizeSpec, check_quantizing, quantized
 from limbeck.types import LimbeckError, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Init = Literal["pretrained", "depth_prune", "scratch"]
+Init = Literal["pretrained", "teacher", "depth_prune", "scratch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +42,8 @@ class StudentSpec:
     """Specification of a student.
 
     Attributes:
-        init: "pretrained": as loaded; "depth_prune": `model` without some blocks; "scratch": its architecture with
-            fresh weights.
+        init: "pretrained": as loaded; "teacher": a copy of the teacher; "depth_prune": `model` without some blocks;
+            "scratch": its architecture with fresh weights.
         model: asset, directory, GGUF file or hub id; None takes the teacher. With "scratch" a directory with nothing
             but config.json and a tokenizer will do.
         layers: blocks to keep with "depth_prune".
@@ -62,6 +63,7 @@ class StudentSpec:
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
     lora: LoraSpec | None = None
+    quantize: QuantizeSpec | None = None
     freeze_embeddings: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -79,6 +81,7 @@ class Student:
         trainable: parameters that get gradients.
         teacher_parameters: None without a teacher.
         answers: what it is trained and saved with, where that is known; its tokenizer is `tokenizer`.
+        quantization: what of it is kept in few bits; None where nothing is.
     """
 
     model: nn.Module
@@ -89,6 +92,7 @@ class Student:
     trainable: int
     teacher_parameters: int | None
     answers: AnswerFormat | None = None
+    quantization: Quantization | None = None
 
     @property
     def share_of_teacher(self) -> float | None:
@@ -140,6 +144,7 @@ def build_student(
     if spec.freeze_embeddings:
         for embedding in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             embedding.requires_grad_(False)
+    quantization = None if spec.quantize is None else quantized(model, spec.quantize)
     trained = with_adapters(model, spec.lora, spec.seed) if spec.lora is not None else model
     if spec.gradient_checkpointing:
         _checkpoint_gradients(model)
@@ -151,14 +156,17 @@ def build_student(
         parameters=parameters,
         trainable=sum(p.numel() for p in trained.parameters() if p.requires_grad),
         teacher_parameters=teacher_parameters,
+        quantization=quantization,
     )
 
 
 def _check(spec: StudentSpec, teacher: LoadedModel | None) -> None:
     if spec.model is None and teacher is None:
         raise LimbeckError("student.model is not set and there is no teacher to take it from; name a model")
-    if spec.init not in ("pretrained", "depth_prune", "scratch"):
-        raise LimbeckError(f"student.init is {spec.init!r}; expected pretrained, depth_prune or scratch")
+    if spec.init not in get_args(Init):
+        raise LimbeckError(f"student.init is {spec.init!r}; expected one of {', '.join(get_args(Init))}")
+    if spec.quantize is not None:
+        check_quantizing(spec.quantize, dtype=spec.dtype, init=spec.init, lora=spec.lora is not None)
     if spec.init == "depth_prune" and (spec.layers is None) == (not spec.keep):
         raise LimbeckError(
             "student.init=depth_prune needs either student.layers (how many blocks) or student.keep (which), "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from limbeck.models.heads import causal_model
+from limbeck.models.quantization.files import save_blocks
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.runtime.rundir import whole_folder
 from limbeck.types import LimbeckError
@@ -16,11 +19,21 @@ from limbeck.types import LimbeckError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from limbeck.student.quantizing import Quantization
 
-def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
+
+def save_student(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    *,
+    quantization: Quantization | None = None,
+) -> Path:
     """Write a directory that plain `AutoModelForCausalLM.from_pretrained(directory)` loads. The model is not changed.
 
-    Adapters are merged into the weights. The directory appears whole: what stood there before is replaced at the end.
+    Adapters are merged into the weights, and weights on a grid are written as the floats they stand for; the blocks of
+    `quantization` lie below, and with them the adapters that a merged weight no longer shows. The directory appears
+    whole: what stood there before is replaced at the end.
 
     Raises:
         LimbeckError: the disk is full or not writable, or the adapter cannot be merged.
@@ -30,6 +43,10 @@ def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory
         with whole_folder(directory) as work, quiet_transformers():
             causal_model(model).save_pretrained(work, state_dict=merged_state(model))
             _plain(tokenizer).save_pretrained(work)
+            if quantization is not None:
+                save_blocks(work, quantization.packed())
+                if quantization.weights == "frozen":
+                    _save_adapters(model, work / "quantized")
     except OSError as error:
         raise LimbeckError(
             f"cannot write the student to {directory}: {error.strerror or one_line(error)}; "
@@ -44,7 +61,8 @@ def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the plain model a LoRA model is equal to: ``W + scaling * B @ A``. Nothing is changed in place.
+    """The state dict of the plain model that a model with LoRA (``W + scaling * B @ A``), or with weights on a grid, is
+    equal to. Nothing is changed in place.
 
     Raises:
         LimbeckError: an adapter other than plain LoRA.
@@ -66,7 +84,21 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
             delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
             base["weight"] = (base["weight"].float() + delta).to(base["weight"].dtype)
             state = _without(state, name) | {f"{name}.{key}": value for key, value in base.items()}
+        elif parametrize.is_parametrized(module, "weight"):
+            weight: Any = module.weight
+            state = _without(state, f"{name}.parametrizations.weight") | {f"{name}.weight": weight.detach()}
     return state
+
+
+def _save_adapters(model: nn.Module, folder: Path) -> None:
+    """The adapters alone, as PEFT writes them."""
+    from peft import PeftModel
+
+    assert isinstance(model, PeftModel)
+    with warnings.catch_warnings():
+        # PEFT looks for the base model's files, which are nowhere.
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def _without(state: dict[str, Tensor], module: str) -> dict[str, Tensor]:

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.rules import MiniLLM
 from limbeck.student.build import StudentSpec, build_student
+from limbeck.student.quantizing import QuantizeSpec, quantized
 from limbeck.training.loss import LossPlan
 from tests.training.play import play, settings, tiny_corpus, tiny_lora, tiny_model, tiny_responses, tiny_teacher
 
 EXACT = torch.float64
-UPDATES = ("tied", "untied", "short", "lora", "recomputed", "text", "text lora", "whitened")
+UPDATES = ("tied", "untied", "short", "lora", "recomputed", "quantised", "text", "text lora", "whitened")
 
 
 def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.Module:
@@ -33,6 +35,7 @@ def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.M
         "text": lambda: tiny_model(1, dtype=EXACT),
         "text lora": lambda: tiny_lora(1, dtype=EXACT),
         "whitened": lambda: tiny_model(1, dtype=EXACT),
+        "quantised": lambda: _quantised(tiny_model(1)),
         "recomputed": lambda: build_student(
             StudentSpec(model=str(model), gradient_checkpointing=ranks > 1)
         ).model.double(),
@@ -58,3 +61,9 @@ def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.M
         teacher=tiny_teacher(dtype=EXACT),
         **more,
     )
+
+
+def _quantised(model: PreTrainedModel) -> nn.Module:
+    """Trained straight through the rounding of its weights."""
+    quantized(model, QuantizeSpec(format="q4_0"))
+    return model.double()

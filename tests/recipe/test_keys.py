@@ -60,6 +60,7 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     drafted = tiny.tree(
         folder / "drafted", **common, responses={"source": "mixed", "draft": {"model": str(tiny.teacher)}}
     )
+    drafted["student"] |= {"quantize": {"format": "q8_0"}}
     sparse = tiny.tree(folder / "sparse", **common, teacher={"support": "topk_tail", "support_k": 5})
     text = folder / "text.jsonl"
     text.write_text('{"text": "Some text to learn from."}\n' * 20, "utf-8")

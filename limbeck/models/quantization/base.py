@@ -34,6 +34,11 @@ class BlockFormat(ABC):
         """Scales included."""
         return 8 * self.block_bytes / self.width
 
+    @classmethod
+    def weights_in(cls, blocks: Tensor) -> int:
+        """Number of weights that bytes stand for."""
+        return blocks.numel() // cls.block_bytes * cls.width
+
     @abstractmethod
     def grid(self, weight_NB: Tensor) -> Grid:
         """The grid of each block, chosen for its weights."""

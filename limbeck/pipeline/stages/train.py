@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from limbeck.models.loading import LoadedModel
+from limbeck.models.quantization import FORMATS
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
 from limbeck.objectives.base import Objective
@@ -134,7 +136,7 @@ def _play_student(context: RunContext) -> Json:
             raise
     if context.rank:
         return {}
-    save_student(trained, student.tokenizer, run.student)
+    save_student(trained, student.tokenizer, run.student, quantization=student.quantization)
     write_json(run.student / "student.json", _student_record(context, student))
     last = json.loads([line for _, line in json_lines(run.metrics.read_text("utf-8"))][-1])
     if account := summary(last):
@@ -308,8 +310,26 @@ def _student_record(context: RunContext, student: Student) -> Json:
             "teacher_layers": teacher.blocks,
         }
         | endings_record(context, student)
+        | _bits(context, student)
         | _anatomy(context.run.root / "blocks.json")
     )
+
+
+def _bits(context: RunContext, student: Student) -> Json:
+    """How the weights are quantised, and the size of what ships: blocks, and float32 where there are none."""
+    section, found = context.recipe.student.quantize, student.quantization
+    if section is None or found is None:
+        return {}
+    packed = found.packed()
+    shipped = sum(blocks.numel() for blocks in packed.blocks.values())
+    whole = sum(FORMATS[packed.formats[n]].weights_in(b) for n, b in packed.blocks.items())
+    return {
+        "quantized": asdict(section)
+        | {
+            "formats": dict(Counter(found.formats.values())),
+            "size_mb": (shipped + 4 * (student.parameters - whole)) / 1e6,
+        }
+    }
 
 
 def _anatomy(blocks: Path) -> Json:

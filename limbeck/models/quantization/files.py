@@ -1,0 +1,70 @@
+"""Blocks of a model on disk, beside its dequantised weights: quantized/blocks.safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from limbeck.models.quantization.formats import FORMATS
+from limbeck.types import LimbeckError
+
+Trained = Literal["straight_through", "frozen"]
+# Below the model's own folder, where nobody who looks for its weights meets it.
+PLACE = "quantized/blocks.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeights:
+    """The blocks of a model.
+
+    Attributes:
+        trained: "straight_through": the model's weights are what the blocks stand for; "frozen": those below its
+            adapters are.
+        formats: names of the formats, by the weight's name in the plain model.
+        blocks: bytes (rows, bytes of a row) of each of them.
+    """
+
+    trained: Trained
+    formats: Mapping[str, str]
+    blocks: Mapping[str, Tensor]
+
+
+def save_blocks(folder: Path, quantized: QuantizedWeights) -> None:
+    """Write the blocks into the folder of a model."""
+    path = folder / PLACE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"trained": quantized.trained, "formats": json.dumps(dict(quantized.formats))}
+    save_file({name: blocks.cpu().contiguous() for name, blocks in quantized.blocks.items()}, path, metadata=metadata)
+
+
+def read_blocks(folder: Path) -> QuantizedWeights | None:
+    """The blocks that lie in the folder of a model; None where it has none.
+
+    Raises:
+        LimbeckError: a file that is not what `save_blocks` wrote.
+    """
+    path = folder / PLACE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            formats = json.loads(metadata["formats"])
+            blocks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        trained = metadata["trained"]
+        if trained not in ("straight_through", "frozen") or formats.keys() != blocks.keys():
+            raise ValueError("it names other weights than it holds")
+        for name in formats.values():
+            FORMATS.require(name)
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
+        raise LimbeckError(
+            f"{path} is damaged ({' '.join(str(error).split())[:120]}); make the student again with `limbeck run`"
+        ) from error
+    return QuantizedWeights(trained=trained, formats=formats, blocks=blocks)
