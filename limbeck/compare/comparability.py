@@ -10,7 +10,7 @@ from limbeck.compare.runs import ComparedRun
 from limbeck.recipe.keys import same_arm_keys
 from limbeck.recipe.response_source import initial_author_of
 from limbeck.report.read_run import value_at
-from limbeck.runtime.rundir import flatten
+from limbeck.runtime.records import flatten
 from limbeck.types import ScoredRow
 
 # What changes what is measured, beside the section of the group itself.

@@ -27,7 +27,7 @@ from limbeck.evaluation.scores.bootstrap import CONFIDENCE
 from limbeck.report import format
 from limbeck.report.charts import HEIGHT, WIDTH
 from limbeck.report.read_run import value_at
-from limbeck.runtime.rundir import write_text
+from limbeck.runtime.files import write_text
 
 # Longer tables go on folded, or in the CSV alone.
 OPEN_ROWS, EVERYTHING_ROWS = 25, 30

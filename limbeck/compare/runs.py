@@ -16,7 +16,7 @@ from limbeck.report.format import name_of
 from limbeck.report.read_run import Run, number, read_run, value_at
 from limbeck.report.values import parsed
 from limbeck.runtime.json_lines import json_lines
-from limbeck.runtime.rundir import flatten
+from limbeck.runtime.records import flatten
 from limbeck.types import LimbeckError
 
 RunState = Literal["waiting", "running", "done", "failed", "dropped"]

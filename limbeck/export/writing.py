@@ -16,7 +16,7 @@ from limbeck.export.cards import exported_card, front_matter
 from limbeck.export.checks import BOUNDS, compare_logits, probe
 from limbeck.export.source import Exportable, find
 from limbeck.models.loading import DTYPES, load_model
-from limbeck.runtime.rundir import whole_folder, write_text
+from limbeck.runtime.files import whole_folder, write_text
 from limbeck.student.saving import save_student
 from limbeck.types import LimbeckError
 

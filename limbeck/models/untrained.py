@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.models.quiet import quiet_transformers
-from limbeck.runtime.rundir import fingerprint
+from limbeck.runtime.records import fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ from limbeck.runtime.console import Console, QuietConsole
 from limbeck.runtime.heartbeat import wait_until
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.launcher import Launch, launched
-from limbeck.runtime.rundir import RunDirectory, fingerprint
+from limbeck.runtime.records import fingerprint
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.types import Json
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import compare_vocabularies, describe_vocabulary
 from limbeck.pipeline.context import RunContext
 from limbeck.recipe.sections import DraftSection
-from limbeck.runtime.rundir import read_fields, write_json
+from limbeck.runtime.files import write_json
+from limbeck.runtime.records import read_fields
 from limbeck.sampling.acceptance import AcceptanceStats
 from limbeck.sampling.local import LocalSampler
 from limbeck.sampling.speculative import SpeculativeSampler

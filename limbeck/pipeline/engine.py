@@ -24,10 +24,11 @@ from limbeck.recipe.load import Recipe
 from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, QuietConsole, default_console, format_seconds
 from limbeck.runtime.errors import in_one_line
+from limbeck.runtime.files import read_json, write_json, write_text
 from limbeck.runtime.heartbeat import beating
 from limbeck.runtime.memory import peak_memory_mib, reset_peak_memory
 from limbeck.runtime.outputs import written_below
-from limbeck.runtime.rundir import RunDirectory, read_json, write_json, write_text
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.runtime.spin_waits import short_spins_when_busy
 from limbeck.types import Json, LimbeckError
 

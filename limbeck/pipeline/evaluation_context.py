@@ -38,7 +38,7 @@ from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.rollouts.io import read_responses, write_responses
 from limbeck.runtime.console import Console
 from limbeck.runtime.interrupts import GracefulStop
-from limbeck.runtime.rundir import fingerprint
+from limbeck.runtime.records import fingerprint
 from limbeck.sampling.local import LocalSampler
 from limbeck.types import AFTER_TRAINING, Prompt, Response, Sampling, SignalSource, TokenPrompt
 

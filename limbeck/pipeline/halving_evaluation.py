@@ -16,7 +16,7 @@ from limbeck.evaluation.scores.files import assemble
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.stages.train import build_initial_student
-from limbeck.runtime.rundir import write_json
+from limbeck.runtime.files import write_json
 from limbeck.training import checkpoints
 from limbeck.types import LimbeckError, ScoredRow
 

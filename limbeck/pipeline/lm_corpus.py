@@ -21,7 +21,7 @@ from limbeck.pipeline.context import RunContext
 from limbeck.prompts.fields import text_in
 from limbeck.prompts.readers import PlacedRow, is_path, rows_of, source_digest
 from limbeck.recipe.sections import LmSection
-from limbeck.runtime.rundir import whole_file
+from limbeck.runtime.files import whole_file
 from limbeck.training.corpus import Corpus
 from limbeck.types import Json, LimbeckError
 

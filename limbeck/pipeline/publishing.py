@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from limbeck.models.quiet import one_line
 from limbeck.models.sources import network_errors
+from limbeck.runtime.files import read_json, write_json
 from limbeck.runtime.hashing import sha256_of
-from limbeck.runtime.rundir import read_json, write_json
 from limbeck.types import Json, LimbeckError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.recipe import load, yaml_text
 from limbeck.recipe.keys import neutral_keys
-from limbeck.runtime.rundir import RunDirectory, flatten
+from limbeck.runtime.records import flatten
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.types import LimbeckError
 
 # What stages were called before they had the names of their commands.

@@ -13,7 +13,7 @@ from pathlib import Path
 from limbeck.models.fingerprints import model_fingerprint
 from limbeck.models.sources import resolve
 from limbeck.pipeline.context import RunContext
-from limbeck.runtime.rundir import fingerprint
+from limbeck.runtime.records import fingerprint
 from limbeck.types import Json
 
 

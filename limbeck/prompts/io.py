@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from limbeck.runtime.files import whole_file
 from limbeck.runtime.json_lines import json_lines
-from limbeck.runtime.rundir import whole_file
 from limbeck.types import LimbeckError, Message, Prompt
 
 

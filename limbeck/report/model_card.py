@@ -26,7 +26,7 @@ from limbeck.report.format import (
     share_of_teacher,
 )
 from limbeck.report.read_run import Run, number, read_run, score, value_at
-from limbeck.runtime.rundir import write_text
+from limbeck.runtime.files import write_text
 
 # Only these have a meaning of their own on the hub; a path or a file name would be taken for somebody's repository.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -17,7 +17,7 @@ from limbeck.report.on_policy import account, exchanges, warned
 from limbeck.report.outcome import harm
 from limbeck.report.rate_search import search_charts
 from limbeck.report.read_run import Run, number, read_run, response_id, score, value_at
-from limbeck.runtime.rundir import write_text
+from limbeck.runtime.files import write_text
 
 
 def write_report(run_dir: Path) -> Path:

@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 from limbeck.report.curves import axis, path, smooth, thin, tight_axis
 from limbeck.report.format import figure, headline, name_of, objective_text
 from limbeck.report.read_run import Run, number, read_run, score, value_at
-from limbeck.runtime.rundir import write_text
+from limbeck.runtime.files import write_text
 
 WIDTH, HEIGHT = 1000, 470
 PAPER, INK, SOFT, RULE = "#fbfaf7", "#1c1f24", "#5d6570", "#e4e2dc"

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from limbeck.runtime.rundir import whole_file, write_text
+from limbeck.runtime.files import whole_file, write_text
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt, shared_ids
 
 _T = TypeVar("_T")

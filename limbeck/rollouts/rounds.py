@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from limbeck.rollouts.io import read_batch, read_responses, write_responses
+from limbeck.runtime.files import write_json
 from limbeck.runtime.hashing import sha256_of
-from limbeck.runtime.rundir import read_sealed, sealed, write_json
+from limbeck.runtime.records import read_sealed, sealed
 from limbeck.types import Author, Interrupted, LimbeckError, Response, Sampling, TokenPrompt
 
 if TYPE_CHECKING:

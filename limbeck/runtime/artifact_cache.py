@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from limbeck.runtime.files import link, whole_folder, write_json
 from limbeck.runtime.outputs import faults, made_from, matching, written_below
-from limbeck.runtime.rundir import RunDirectory, link, read_object, read_sealed, sealed, whole_folder, write_json
+from limbeck.runtime.records import read_object, read_sealed, sealed
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.types import Json
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)

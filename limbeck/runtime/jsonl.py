@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from limbeck.runtime.rundir import naming
+from limbeck.runtime.files import naming
 from limbeck.types import Json, LimbeckError
 
 

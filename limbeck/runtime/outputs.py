@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from limbeck.runtime.files import APPENDED
 from limbeck.runtime.hashing import sha256_of
-from limbeck.runtime.rundir import APPENDED, fingerprint
+from limbeck.runtime.records import fingerprint
 from limbeck.types import Json
 
 Written = Mapping[str, Mapping[str, Any]]

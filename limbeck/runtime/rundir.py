@@ -1,223 +1,38 @@
-"""The run directory: atomic writes, the lock, and one manifest a finished stage.
+"""The run directory: its files, the lock, and one manifest per finished stage.
 
     recipe.resolved.yaml  provenance.json  prompts.jsonl  responses/  signal/  checkpoints/  rounds/  metrics.jsonl
     student/  scores/  scores.json  samples.jsonl  report.html  report.svg  stages/NAME.json
 
 A stage is done when its manifest says so; the manifest holds the fingerprint of everything the stage read and the hash
-of every file it wrote (`outputs`). Whatever is written appears under its final name only when it is whole, so
-a kill at any moment leaves finished things finished.
+of every file it wrote (`outputs`). A file appears under its final name only when it is whole, so a kill at any time
+leaves finished things finished.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
-import json
 import os
-import shutil
-import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from limbeck.runtime.files import a_folder, naming, write_json
 from limbeck.runtime.folders import partial_in, remove
+from limbeck.runtime.records import read_fields, read_sealed, sealed
 from limbeck.types import Json, LimbeckError
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-def fingerprint(value: Any) -> str:
-    """Sha256 (hex) of a JSON-able value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let a write that fails inside the block say what it wrote: the system names a file it cannot open, no other."""
-    try:
-        yield
-    except Exception as error:
-        # safetensors has an error of its own, with the system's number in its text.
-        of_the_disk = getattr(error, "errno", None) in _DISK or "os error" in str(error)
-        if of_the_disk and getattr(error, "filename", None) is None:
-            error.filename = str(path)  # pyright: ignore[reportAttributeAccessIssue]
-        raise
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A scratch file that becomes `path`, on disk, when the block ends without an error, and vanishes with one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with naming(path):
-            # What a kill left, or a link that would have somebody else's file written.
-            remove(partial)
-            if path.is_dir():
-                raise _a_folder(path)
-            partial.touch()
-            mode = stat.S_IMODE(partial.stat().st_mode)
-            yield partial
-            _settle(partial, mode)
-        partial.replace(path)
-    finally:
-        # On a full disk half a file would take the room that the next one needs.
-        partial.unlink(missing_ok=True)
-
-
-def _settle(file: Path, mode: int) -> None:
-    """See that a file is on disk, and that whoever may read its neighbours may read it: safetensors writes 0600."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-    if stat.S_IMODE(file.stat().st_mode) != mode:
-        file.chmod(mode)
-
-
-def _a_folder(path: Path) -> LimbeckError:
-    return LimbeckError(f"{path} is a folder where a file belongs; delete it and run the same command again")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, also after a crash."""
-    with whole_file(path) as partial:
-        partial.write_text(text, "utf-8", newline="\n")
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except IsADirectoryError:
-        raise _a_folder(path) from None
-    except (ValueError, RecursionError) as error:
-        raise LimbeckError(f"{path} is damaged ({error}); delete it and run the same command again") from None
-
-
-def read_object(path: Path) -> Json:
-    """A JSON object.
-
-    Raises:
-        LimbeckError: the file holds something else.
-    """
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise LimbeckError(
-            f"{path} is damaged (it holds a {type(value).__name__} where an object belongs); delete it and run the "
-            "same command again"
-        )
-    return value
-
-
-def read_fields(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> Json:
-    """A JSON object with certain fields.
-
-    Raises:
-        LimbeckError: the file holds something else.
-    """
-    record = read_object(path)
-    wrong = next((name for name, kind in fields.items() if not isinstance(record.get(name), kind)), None)
-    if wrong is not None:
-        got = f"no {wrong}" if wrong not in record else f"a {type(record[wrong]).__name__} as {wrong}"
-        raise LimbeckError(f"{path} is damaged (it holds {got}); delete it and run the same command again")
-    return record
-
-
-def sealed(record: Json) -> Json:
-    """A record with the fingerprint of itself, so that whoever reads it sees whether it is what was written."""
-    plain = {key: value for key, value in record.items() if key != "check"}
-    # As it will be read: JSON turns every key into text.
-    return plain | {"check": fingerprint(json.loads(json.dumps(plain)))}
-
-
-def read_sealed(path: Path) -> Json:
-    """The record of `sealed` that a file holds; one without a fingerprint of itself passes.
-
-    Raises:
-        LimbeckError: it is not as it was written.
-    """
-    record = read_object(path)
-    if record != sealed(record) and "check" in record:
-        raise LimbeckError(f"{path} is damaged (it is not what was written); delete it and run the same command again")
-    return {key: value for key, value in record.items() if key != "check"}
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `path` when the block ends without an error, and vanishes with one.
-
-    A folder that stood there before steps aside under another name until the new one is in place.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    remove(partial)
-    partial.mkdir()
-    try:
-        with naming(path):
-            yield partial
-            mode = stat.S_IMODE(partial.stat().st_mode) & 0o666
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    _settle(file, mode)
-        replaced = path.with_name(f".{path.name}.replaced.partial")
-        remove(replaced)
-        if path.exists():
-            path.replace(replaced)
-        partial.replace(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-# Files that grow by lines in place: a second name for one of them would change with it.
-APPENDED = ("metrics.jsonl", "metrics.sft.jsonl", "examples.jsonl", "served.jsonl")
-
-
-def link(path: Path, target: Path) -> None:
-    """Give a file a second name, in place of what has it; a copy for logs and where a file can have but one name.
-
-    Safe because everything else in a run directory is replaced, never written in place.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)
-    if path.name in APPENDED:
-        shutil.copyfile(path, partial)
-    else:
-        try:
-            partial.hardlink_to(path)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
-                raise
-            shutil.copyfile(path, partial)
-    partial.replace(target)
-    # Of two names of one file, a move of the first onto the second does nothing at all.
-    partial.unlink(missing_ok=True)
 
 
 def _open_lock(path: Path) -> IO[str]:
-    """The lock file; a link there would have somebody else's file overwritten."""
+    """Open the lock file; a link is refused, since another file would be overwritten through it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.EISDIR:
-            raise _a_folder(path) from None
+            raise a_folder(path) from None
         if error.errno != errno.ELOOP:
             raise
         raise LimbeckError(
@@ -228,7 +43,7 @@ def _open_lock(path: Path) -> IO[str]:
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Where a run lives. Construct with `open_run`."""
+    """The folder of a run and the paths of its files."""
 
     root: Path
 
@@ -271,7 +86,7 @@ class RunDirectory:
 
     @property
     def learning_rate(self) -> Path:
-        """Searches for the learning rate, a file for each training that left it open."""
+        """Searches for the learning rate, one file per training without a rate of its own."""
         return self.root / "learning_rate"
 
     @property
@@ -300,14 +115,14 @@ class RunDirectory:
 
     @property
     def lock(self) -> Path:
-        """Held by the run; the first rank of a launch also touches it, as a sign of life."""
+        """Locked by the run; the first rank of a launch also touches it, to show that it is alive."""
         return self.root / ".lock"
 
     def manifest_path(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
 
     def manifest(self, stage: str) -> Json | None:
-        """The record of a finished (or begun, see `finished`) stage."""
+        """The record of a stage that is finished, or begun (see `finished`); None where there is none."""
         path = self.manifest_path(stage)
         if not path.exists():
             return None
@@ -319,7 +134,7 @@ class RunDirectory:
         write_json(self.manifest_path(stage), sealed(record))
 
     def done(self, stage: str) -> bool:
-        """Whether the stage is done, for whatever inputs."""
+        """Whether the stage is done, for any inputs."""
         record = self.manifest(stage)
         return record is not None and record["done"]
 
@@ -338,7 +153,7 @@ class RunDirectory:
         """Keep a second run out of the directory. The lock dies with the process, so a kill never leaves it behind.
 
         Args:
-            warn: told where the file system has no locks.
+            warn: called where the file system has no locks.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with _open_lock(self.root / ".lock") as file:
@@ -405,7 +220,7 @@ class RunDirectory:
         return target
 
     def _superseded(self, what: str) -> Path:
-        """A new folder's path for what is set aside now."""
+        """The path of a new folder for files that are set aside."""
         name = f"{what}-{time.strftime('%Y%m%dT%H%M%S')}"
         folder, number = self.root / "superseded", 1
         while (folder / name).exists():

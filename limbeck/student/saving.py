@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from limbeck.models.heads import causal_model
 from limbeck.models.quantization.files import save_blocks
 from limbeck.models.quiet import one_line, quiet_transformers
-from limbeck.runtime.rundir import whole_folder
+from limbeck.runtime.files import whole_folder
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:

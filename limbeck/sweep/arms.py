@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.recipe.load import Recipe, at, load_recipe
-from limbeck.runtime.rundir import fingerprint
+from limbeck.runtime.records import fingerprint
 from limbeck.sweep.settings import Sweep, Tree, as_overrides, flat
 from limbeck.types import LimbeckError
 

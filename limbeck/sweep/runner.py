@@ -16,8 +16,9 @@ from limbeck.recipe.load import at, load_recipe
 from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, default_console
 from limbeck.runtime.errors import in_one_line
+from limbeck.runtime.files import write_text
 from limbeck.runtime.interrupts import GracefulStop
-from limbeck.runtime.rundir import RunDirectory, write_text
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.sweep.arms import Models, arms_of, final_runs, first_recipes, first_values, tuning_runs
 from limbeck.sweep.checks import RunChecker, check_recipe, refuse_launcher, refuse_other_files
 from limbeck.sweep.executor import Executor

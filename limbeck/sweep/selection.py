@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from limbeck.evaluation.scores.metrics import describe_metric
-from limbeck.runtime.rundir import read_json
+from limbeck.runtime.files import read_json
 from limbeck.sweep.arms import Arm, ArmRun, Models, arms_of, final_runs, tuning_runs
 from limbeck.sweep.executor import Executor
 from limbeck.sweep.ranking import badness, best, survivors

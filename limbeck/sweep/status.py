@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from limbeck.runtime.rundir import write_text
+from limbeck.runtime.files import write_text
 from limbeck.sweep.arms import ArmRun
 from limbeck.types import Json
 

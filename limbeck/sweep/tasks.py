@@ -17,7 +17,7 @@ from limbeck.recipe.load import load_recipe
 from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import PlainConsole
 from limbeck.runtime.errors import explain
-from limbeck.runtime.rundir import read_json
+from limbeck.runtime.files import read_json
 from limbeck.sweep.settings import Tree
 from limbeck.types import Interrupted
 

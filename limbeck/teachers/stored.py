@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.runtime.rundir import read_fields, whole_file, write_json
+from limbeck.runtime.files import whole_file, write_json
+from limbeck.runtime.records import read_fields
 from limbeck.types import DenseSignal, Head, LimbeckError, SampledSignal, Signal, TokenBatch, TopKSignal
 
 if TYPE_CHECKING:

@@ -28,9 +28,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from limbeck.runtime.files import whole_file, whole_folder, write_json
 from limbeck.runtime.folders import remove
 from limbeck.runtime.hashing import sha256_of
-from limbeck.runtime.rundir import read_sealed, sealed, whole_file, whole_folder, write_json
+from limbeck.runtime.records import read_sealed, sealed
 from limbeck.types import LimbeckError
 
 _FILES = ("model.safetensors", "optimizer.safetensors")

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from limbeck.runtime.rundir import read_fields, write_json
+from limbeck.runtime.files import write_json
+from limbeck.runtime.records import read_fields
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

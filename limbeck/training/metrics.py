@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.rollouts.monitor import Watch
 from limbeck.runtime.console import Console, QuietConsole
-from limbeck.runtime.rundir import write_text
+from limbeck.runtime.files import write_text
 from limbeck.training.loss_alarm import LossAlarm
 from limbeck.types import LimbeckError, Response
 

@@ -15,7 +15,7 @@ from limbeck.evaluation.groups.tasks import _text_behind
 from limbeck.evaluation.sandbox import jail
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.stages.evaluate import examine
-from limbeck.runtime.rundir import read_json
+from limbeck.runtime.files import read_json
 from limbeck.types import LimbeckError, Prompt, Response, Sampling
 from tests.evaluation.few_problems import MBPP, ROWS, WHOLE, write
 from tests.evaluation.tiny_exam import Tiny

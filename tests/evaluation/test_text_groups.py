@@ -19,7 +19,7 @@ from limbeck.evaluation.context import GroupResult, Who, response_text
 from limbeck.evaluation.diversity import diversity
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.prompts.io import read_prompts, write_prompts
-from limbeck.runtime.rundir import sealed
+from limbeck.runtime.records import sealed
 from limbeck.types import LimbeckError, Sampling
 from tests.evaluation.tiny_exam import EVALUATE, SEEDS, Tiny, tokenizer_of, written
 from tests.tiny_pair import TinyPair, questions

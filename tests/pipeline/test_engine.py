@@ -17,7 +17,8 @@ from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.recipe.load import load_recipe
 from limbeck.rollouts.io import read_responses
-from limbeck.runtime.rundir import RunDirectory, read_json, write_text
+from limbeck.runtime.files import read_json, write_text
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.types import AFTER_TRAINING, Json, LimbeckError
 from tests.tiny_pair import TinyPair
 

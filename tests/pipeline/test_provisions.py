@@ -12,7 +12,7 @@ from limbeck.pipeline.engine import RunContext, run_pipeline
 from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import as_tree, json_schema, load_recipe
-from limbeck.runtime.rundir import read_json
+from limbeck.runtime.files import read_json
 from limbeck.teachers.registry import TEACHERS
 from limbeck.types import LimbeckError
 from tests.teachers.test_from_outside import Uniform

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from limbeck.runtime.artifact_cache import ArtifactCache
-from limbeck.runtime.rundir import RunDirectory, link, read_json, write_json, write_text
+from limbeck.runtime.files import link, read_json, write_json, write_text
+from limbeck.runtime.rundir import RunDirectory
 
 
 def finished_run(root: Path, fingerprint_: str = "abc") -> RunDirectory:

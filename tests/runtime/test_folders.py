@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from limbeck.runtime.files import whole_file, whole_folder
 from limbeck.runtime.folders import partial_in, remove
-from limbeck.runtime.rundir import RunDirectory, whole_file, whole_folder
+from limbeck.runtime.rundir import RunDirectory
 
 
 def nest(folder: Path, depth: int, name: str = "a") -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import limbeck
 from limbeck.runtime.console import QuietConsole
-from limbeck.runtime.rundir import read_json
+from limbeck.runtime.files import read_json
 from limbeck.sweep.runner import SweepEnd, play_sweep
 from tests.tiny_pair import TinyPair
 

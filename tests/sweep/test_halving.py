@@ -9,7 +9,7 @@ import pytest
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
-from limbeck.runtime.rundir import read_json
+from limbeck.runtime.files import read_json
 from limbeck.sweep.ranking import survivors
 from limbeck.types import Interrupted
 from tests.sweep.conftest import SMALL, Play, alone, recipe_tree, require_same_bits

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.recipe.load import load_recipe
-from limbeck.runtime.rundir import read_json
+from limbeck.runtime.files import read_json
 from limbeck.types import LimbeckError
 from tests.sweep.conftest import Play, Tree, made_here, recipe_tree
 from tests.tiny_pair import TinyPair, write_model

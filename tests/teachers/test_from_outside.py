@@ -15,7 +15,7 @@ from limbeck.models.vocabulary import describe_vocabulary
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
-from limbeck.runtime.rundir import read_json
+from limbeck.runtime.files import read_json
 from limbeck.teachers.base import Provision, Teacher
 from limbeck.teachers.registry import TEACHERS
 from limbeck.types import DenseSignal, Head, LimbeckError, TokenBatch

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from limbeck.runtime.rundir import read_json
+from limbeck.runtime.files import read_json
 from limbeck.training import checkpoints
 from tests.training.play import identical, play, settings, tiny_lora, tiny_model, weights
 

@@ -23,7 +23,7 @@ from limbeck.evaluation.judge.verdicts import (
     unread_warning,
 )
 from limbeck.fields import NEUTRAL, STRICT, Count, NonNegative, Positive
-from limbeck.runtime.rundir import write_text
+from limbeck.runtime.files import write_text
 from limbeck.types import LimbeckError, Prompt
 
 # The win rate's name by whose answers the student's are set beside.

@@ -26,7 +26,7 @@ from limbeck.evaluation.speculation import (
     expected_tokens_per_pass,
 )
 from limbeck.fields import STRICT, Count, NonNegative, Seed
-from limbeck.runtime.rundir import read_fields
+from limbeck.runtime.records import read_fields
 from limbeck.types import Json, LimbeckError, Response, Sampling, ScoredRow, TokenPrompt
 
 if TYPE_CHECKING:

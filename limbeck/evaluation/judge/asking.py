@@ -11,7 +11,7 @@ from limbeck.client.openai import Refusal, Server
 from limbeck.client.replies import short_json
 from limbeck.evaluation.judge.log import Judgement
 from limbeck.evaluation.judge.verdicts import Opinion, no_completion, read_opinion
-from limbeck.runtime.rundir import fingerprint
+from limbeck.runtime.records import fingerprint
 from limbeck.types import Json, LimbeckError
 
 # Everything in one turn of the user: some chat templates have no system turn.

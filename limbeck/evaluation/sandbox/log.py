@@ -9,7 +9,7 @@ from typing import cast, get_args
 
 from limbeck.evaluation.sandbox.host import Job, Limits, OutcomeKind, ProgramOutcome, files_possible, run_programs
 from limbeck.runtime.jsonl import append_to_log, damaged, read_log
-from limbeck.runtime.rundir import fingerprint
+from limbeck.runtime.records import fingerprint
 
 
 def judge_all(jobs: Sequence[Job], limits: Limits, *, log: Path, scratch: Path) -> Iterator[tuple[int, ProgramOutcome]]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from limbeck.evaluation.scores.bootstrap import CONFIDENCE, RESAMPLES, paired_change, summarise
 from limbeck.evaluation.scores.metrics import describe_metric, known_metrics
+from limbeck.runtime.files import write_text
 from limbeck.runtime.json_lines import json_lines
-from limbeck.runtime.rundir import write_text
 from limbeck.types import LimbeckError, Score, ScoredRow, Scores
 
 # Of more than this sums of squares would overflow; nothing that is measured comes near.

@@ -15,7 +15,8 @@ from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.sharing import initial_student, once
 from limbeck.recipe.keys import fingerprinted
 from limbeck.report.model_card import write_card
-from limbeck.runtime.rundir import read_fields, write_json, write_text
+from limbeck.runtime.files import write_json, write_text
+from limbeck.runtime.records import read_fields
 from limbeck.types import Json, Response, ScoredRow
 
 ScoreTables = dict[str, Sequence[ScoredRow]]

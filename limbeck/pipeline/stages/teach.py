@@ -12,7 +12,7 @@ from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.engine import RunContext, Stage
 from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
 from limbeck.rollouts.collate import collate
-from limbeck.runtime.rundir import link
+from limbeck.runtime.files import link
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.stored import StoredTeacher, dense_rows, sparse_rows, write_head, write_signal
 from limbeck.types import DenseSignal, Json, Response, SignalSource

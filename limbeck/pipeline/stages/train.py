@@ -35,9 +35,10 @@ from limbeck.rollouts.collate import collate
 from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of_prompts, set_aside
 from limbeck.rollouts.options import SOURCE_KEY
 from limbeck.rollouts.sources import offline
+from limbeck.runtime.files import write_json
 from limbeck.runtime.folders import remove
 from limbeck.runtime.json_lines import json_lines
-from limbeck.runtime.rundir import flatten, read_fields, write_json
+from limbeck.runtime.records import flatten, read_fields
 from limbeck.student.build import Student, StudentSpec, build_student
 from limbeck.student.saving import save_student
 from limbeck.teachers.local import NullTeacher
