@@ -108,6 +108,10 @@ ROOMS: dict[str, tuple[Exhibit, ...]] = {
         Exhibit(title="EOPD, switched at 0.8 nat", name="eopd", options={"mode": "switch"}),
         Exhibit(title="LSKD on forward KL", name="lskd"),
     ),
+    "acceptance": (
+        Exhibit(title="LK, -log of the acceptance", name="lk"),
+        Exhibit(title="LK, a KL that gives way to total variation", name="lk", options={"form": "lambda"}),
+    ),
     "scores": (
         _csd("student-student", "student", "student"),
         _csd("teacher-student", "teacher", "student"),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from limbeck.objectives.acceptance import LK
 from limbeck.objectives.adaptive import AdaptiveKL, EntropyGate, TailAwareKL, TokenwiseKL
 from limbeck.objectives.base import HiddenObjective, Objective
 from limbeck.objectives.divergences import AlphaBeta, ForwardKL, Jeffreys, ReverseKL, SymmetricKL, TotalVariation
@@ -79,6 +80,7 @@ OBJECTIVES: Registry[Any] = Registry(
         "skl": SkewKL,
         "srkl": SkewReverseKL,
         "tv": TotalVariation,
+        "lk": LK,
         "ab": AlphaBeta,
         "akl": AdaptiveKL,
         "todi": TokenwiseKL,

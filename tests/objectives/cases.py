@@ -37,6 +37,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
             (-0.4, 1.4),
         ]
     ],
+    "lk": [{"form": "lambda"}, {"form": "lambda", "eta": 0.0}],
     "akl": [{"mu": 0.9}],
     "taid": [{"progress": 1.0}],
     "amid": [
@@ -115,7 +116,7 @@ def has_kink(objective: Objective) -> bool:
     """Whether its gradient at equality is the sign of a rounding error, as total variation's is."""
     parts = [part for _, part in row_leaves(objective)]
     inner = [getattr(part, field) for part in parts for field in ("base", "gated", "inner") if field in vars(part)]
-    return any(part.name == "tv" for part in parts + inner)
+    return any(part.name in ("tv", "lk") for part in parts + inner)
 
 
 def make_logits(n: int = 8, v: int = 257, seed: int = 0, size: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from limbeck.objectives import build_objective
 from limbeck.objectives.adaptive import temperature_of_head
 from limbeck.objectives.base import Objective
 from limbeck.objectives.temperature import scaled
+from limbeck.types import LimbeckError
 from tests.objectives.cases import WEIGHTINGS, make_logits, make_rows
 
 STUDENT, TEACHER, _ = make_logits()
@@ -110,6 +111,11 @@ def test_total_variation_is_of_first_order():
     assert (evaluate("tv", 1e4, "tau2")[0] > 1e3 * expected).all()
 
 
+def test_the_log_of_the_acceptance_is_of_first_order_too():
+    expected = (D - D.mean(-1, keepdim=True)).abs().mean(-1) / 2
+    torch.testing.assert_close(evaluate("lk", 1e4)[0], expected, rtol=1e-3, atol=0)
+
+
 def test_the_gap_of_the_kls_is_the_skewness_of_the_error():
     third = ((D - D.mean(-1, keepdim=True)) ** 3).mean(-1)
     gap = 1024 * (evaluate("rkl", 1024.0)[0] - evaluate("fkl", 1024.0)[0])
@@ -130,6 +136,51 @@ def test_standardised_logits_ignore_scale_and_shift():
     torch.testing.assert_close(other_N, value_N, rtol=1e-10, atol=1e-13)
 
 
+# --- the acceptance of drafts ---
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+def test_lk_is_the_naive_line(tau):
+    p, q = (TEACHER / tau).softmax(-1), (STUDENT / tau).softmax(-1)
+    accepted = torch.minimum(p, q).sum(-1)
+    value, grad = evaluate("lk", tau, "none")
+    torch.testing.assert_close(value, -accepted.log(), rtol=1e-12, atol=0)
+    # The gradient of total variation, over the acceptance: what is rarely accepted moves no less.
+    torch.testing.assert_close(grad, evaluate("tv", tau, "none")[1] / accepted[:, None], rtol=1e-9, atol=1e-14)
+    share = (-2 * accepted).exp()
+    mixed = share * tau**2 * (p * (p / q).log()).sum(-1) + (1 - share) * tau * (1 - accepted)
+    torch.testing.assert_close(evaluate("lk", tau, form="lambda", eta=2.0)[0], mixed, rtol=1e-12, atol=0)
+
+
+def test_lk_of_a_teacher_without_doubt_is_cross_entropy():
+    sure = torch.full_like(TEACHER, -torch.inf)
+    sure[:, 3] = 0.0
+    student = STUDENT.clone()
+    student[:, 3] -= 6.0
+    value, grad = evaluate("lk", student=student, teacher=sure)
+    torch.testing.assert_close(value, -student.log_softmax(-1)[:, 3])
+    torch.testing.assert_close(grad, student.softmax(-1) - torch.nn.functional.one_hot(torch.tensor(3), 257))
+
+
+def test_lk_moves_a_student_that_shares_nothing_with_its_teacher():
+    """Total variation is flat there, and the acceptance is no number of float32."""
+    far = torch.zeros(1, 5)
+    student, teacher = far.clone(), far.clone()
+    student[:, 0], teacher[:, 1] = 300.0, 300.0
+    value, grad = evaluate("lk", student=student, teacher=teacher)
+    torch.testing.assert_close(value, torch.full((1,), 300.0) - torch.tensor(5.0).log(), rtol=1e-6, atol=0)
+    assert (evaluate("tv", student=student, teacher=teacher)[1]).abs().max() < 1e-30
+    torch.testing.assert_close(grad, torch.tensor([[0.5, -0.2, -0.1, -0.1, -0.1]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"form": "beta"}, "expected one of alpha, lambda"), ({"eta": -1.0}, "3 is the paper's")]
+)
+def test_lk_refuses_what_it_does_not_know(options, said):
+    with pytest.raises(LimbeckError, match=said):
+        build_objective("lk", **options)
+
+
 # --- limits in the options (T9 and docstrings) ---
 
 
@@ -137,6 +188,7 @@ def test_standardised_logits_ignore_scale_and_shift():
     ("left", "right"),
     [
         (("js", {"beta": 0.0, "form": "endpoint"}), ("fkl", {})),
+        (("lk", {"form": "lambda", "eta": 0.0}), ("fkl", {})),
         (("js", {"beta": 1.0, "form": "endpoint"}), ("rkl", {})),
         (("js", {"beta": 0.5, "form": "endpoint"}), ("js", {"beta": 0.5})),
         (("ab", {"alpha": 1, "beta": 0}), ("fkl", {})),
