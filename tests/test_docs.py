@@ -188,7 +188,8 @@ def test_objectives_named_in_tables_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("objectives.md", "methods.md")])
 def test_lines_are_short(page: str) -> None:
-    assert [line for line in text_of(page).splitlines() if len(line) > 125] == []
+    """But for tables, whose rows cannot be wrapped."""
+    assert [line for line in text_of(page).splitlines() if len(line) > 125 and not line.startswith("| ")] == []
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("api/*.md")))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from limbeck.evaluation.scores.metrics import Metric
+from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.prompts.templates import LossOn, TemplateName
 from limbeck.runtime.console import Console, Meter
 from limbeck.types import Json, Prompt, Response, Sampling, ScoredRow, SignalSource, TokenPrompt
@@ -72,6 +73,16 @@ def table_name(group: str, condition: str) -> str:
 def response_text(response: Response, tokenizer: Any) -> str:
     """A response as text, without special tokens."""
     return str(tokenizer.decode(list(response.response_ids), skip_special_tokens=True)).strip()
+
+
+def text_behind(response: Response, tokenizer: Any) -> str:
+    """A response with its first white space, which some tokenizers drop from a text that begins with it."""
+    before, ids = list(response.prompt_ids), list(response.response_ids)
+    head, whole, alone = (
+        str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for part in (before, before + ids, ids)
+    )
+    return whole[len(head) :] if whole.startswith(head) else alone
 
 
 class EvaluationSettings(Protocol):
@@ -187,6 +198,11 @@ class EvaluationContext(Protocol):
         ...
 
     @property
+    def task(self) -> TaskName | None:
+        """The task that the prompts are problems of, where they are some."""
+        ...
+
+    @property
     def key_names(self) -> tuple[str, ...]:
         """Environment variables with keys that no file may repeat."""
         ...
@@ -222,6 +238,10 @@ class EvaluationContext(Protocol):
 
     def encode_references(self, who: Who, prompts: Sequence[Prompt]) -> list[Response]:
         """The data's own answers to prompts, as one of the two would have written them."""
+        ...
+
+    def problems(self) -> Sequence[Problem]:
+        """The held-out prompts as problems; none where they are no problems."""
         ...
 
     def heldout_responses(self) -> Mapping[int, Response]:

@@ -24,6 +24,7 @@ from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.served_responses import check_server
 from limbeck.pipeline.student_endings import check_endings
 from limbeck.pipeline.text_only import check_text_only
+from limbeck.pipeline.verified_responses import check_verification
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe.sections import StudentSection, TeacherSection
 from limbeck.student.adapters import LoraSpec, check_adapters
@@ -73,6 +74,7 @@ def check_responses(context: RunContext) -> None:
     check_template(context, context.teacher.tokenizer)
     check_provisions(context)
     check_server(context)
+    check_verification(context)
     check_draft(context)
 
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from limbeck.evaluation.context import ChatModel, ModelSource, Part, Who, response_text
+from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.models.loading import load_model, load_tokenizer
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sharing import once
 from limbeck.pipeline.stages.respond import load_responses, sampler_for, sampling_meter
@@ -107,6 +109,10 @@ class RunEvaluation:
     @property
     def responses_author(self) -> Literal["teacher", "data"]:
         return self.context.recipe.base_author
+
+    @property
+    def task(self) -> TaskName | None:
+        return self.context.recipe.prompts.task
 
     @property
     def key_names(self) -> tuple[str, ...]:
@@ -207,6 +213,13 @@ class RunEvaluation:
             chat_options=text_options(self.context, tokenizer),
             loss_on=section.loss_on,
         )
+
+    def problems(self) -> list[Problem]:
+        """The held-out prompts as problems."""
+        if self.task is None:
+            return []
+        found = read_prompt_problems(self.context.run.problems)
+        return [found[prompt.id] for prompt in self.prompts]
 
     def heldout_responses(self) -> dict[int, Response]:
         """The held-out responses of the run by their row in its signal."""

@@ -127,7 +127,7 @@ STANDALONE_STAGES: tuple[Stage, ...] = (
         name="prompts",
         inputs=lambda context: prompt_inputs(context) | {"heldout": "all"},
         play=_play_prompts,
-        outputs=lambda run: (run.prompts,),
+        outputs=lambda run: (run.prompts, run.problems),
     ),
     Stage(
         name="evaluate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,7 @@ def load_prompts(
     dataset_split: str = "train",
     dataset_config: str | None = None,
     ignore_columns: Sequence[str] = (),
+    rewrite: Callable[[PlacedRow], Mapping[str, Any]] | None = None,
 ) -> PromptSet:
     """Read a source and split it into training and held-out prompts.
 
@@ -84,6 +85,7 @@ def load_prompts(
         dataset_split: the split of a `datasets` source, in its own words.
         dataset_config: its configuration, likewise.
         ignore_columns: columns to leave out as if they were not there.
+        rewrite: makes a row of one of the known formats of each row of the source.
 
     Raises:
         LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
@@ -98,7 +100,10 @@ def load_prompts(
     if fields is not None and "prompt" not in fields:
         raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
     columns = ColumnTally(ignore=ignore_columns)
-    rows, examples = _read(rows_of(source, dataset_split, dataset_config), fields, columns)
+    placed = rows_of(source, dataset_split, dataset_config)
+    if rewrite is not None:
+        placed = (PlacedRow(rewrite(one), one.where) for one in placed)
+    rows, examples = _read(placed, fields, columns)
     if source == BUILTIN:
         examples = [(instruction_example(one.text or "", category=one.category), where) for one, where in examples]
     unique = _unique(examples, heldout_fraction, split_seed)

@@ -27,6 +27,7 @@ def check(recipe: Recipe) -> None:
     _check_server(recipe)
     _check_key_names(recipe)
     _check_draft(recipe)
+    _check_verify(recipe)
     _check_evaluation_while_training(recipe)
     if recipe.train.lm is not None and recipe.train.lm.weight == 0:
         raise LimbeckError(
@@ -47,6 +48,49 @@ def check(recipe: Recipe) -> None:
         raise LimbeckError(f"student.layers and student.keep belong to init depth_prune, not to init {student.init}")
     if student.init != "scratch" and student.config:
         raise LimbeckError(f"student.config belongs to init scratch, not to init {student.init}")
+
+
+def _check_verify(recipe: Recipe) -> None:
+    """Answers that are checked are the teacher's, to problems, and are learnt from."""
+    prompts, responses, source = recipe.prompts, recipe.responses, recipe.responses.source
+    if prompts.task is not None and prompts.fields is not None:
+        raise LimbeckError(
+            f"prompts.task={prompts.task} reads the fields of its data set, but prompts.fields names others; "
+            "remove prompts.fields"
+        )
+    verify = responses.verify
+    if verify is None:
+        return
+    if prompts.task is None:
+        raise LimbeckError(
+            "responses.verify checks answers to problems, but the prompts are none; set prompts.task to the task they "
+            "are of, such as gsm8k, or remove responses.verify"
+        )
+    if recipe.base_author != "teacher":
+        raise LimbeckError(
+            "responses.verify checks the teacher's answers, but those that are there before training are the data's; "
+            "set responses.source=teacher (or responses.initial_author), or remove responses.verify"
+        )
+    if not source.trains_on_initial and not recipe.sft_on_responses:
+        raise LimbeckError(
+            f"responses.verify checks answers of the teacher, but responses.source={source_name(source)} trains on "
+            "none of them; remove responses.verify, or choose a source such as teacher or mixed"
+        )
+    if source.paired and source.samples_teacher:
+        raise LimbeckError(
+            "responses.verify checks the answers that are there before training, but the teacher writes them anew in "
+            "every round; set responses.source.resample_teacher=false"
+        )
+    if verify.samples > 1 and responses.server is not None:
+        raise LimbeckError(
+            f"responses.verify.samples is {verify.samples}, but a server is asked once for each prompt; "
+            "set responses.verify.samples=1, or let the teacher answer in this process"
+        )
+    if verify.samples > 1 and responses.temperature == 0:
+        raise LimbeckError(
+            f"responses.verify.samples={verify.samples} at temperature 0 would write the same answer "
+            f"{verify.samples} times; set responses.temperature above 0, or samples=1"
+        )
 
 
 def _check_evaluation_while_training(recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.groups import EVALUATION_GROUPS
+from limbeck.evaluation.tasks.problems import TaskName
 from limbeck.fields import (
     NEUTRAL,
     SAME_ARM,
@@ -92,6 +93,9 @@ class PromptsSection:
     """For data in none of the known formats: its own names of the fields."""
     ignore_columns: Strings = ()
     """Columns of the data to leave out as if they were not there; `messages.weight` is a field of the turns."""
+    task: TaskName | None = None
+    """The source holds problems of this task, in the fields of its original data set: they are asked as the group
+    `tasks` asks them, and responses.verify can check answers to them."""
     dataset_split: str = "train"
     """Part of a `datasets` source to read."""
     dataset_config: str | None = None
@@ -140,6 +144,20 @@ class DraftSection:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class VerifySection:
+    """Which of the teacher's answers to a training prompt is learnt from: one that is right (needs prompts.task)."""
+
+    samples: Count = 1
+    """Answers to a prompt at most: the next one is only written where none before was right (best of n)."""
+    unverified: Literal["drop", "keep"] = "drop"
+    """What happens to a prompt without a right answer: it is left out and counted, or its first answer is kept."""
+    timeout_s: Positive = 10.0
+    """For a program in the sandbox."""
+    memory_mb: Count = 512
+    """For a program with its files."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class ResponsesSection:
     source: SourceSetting = field(default_factory=TeacherResponses)
     """Who writes what the student learns from: a name of `limbeck sources`, or a mapping with name and options."""
@@ -154,6 +172,8 @@ class ResponsesSection:
     stop: Strings = ()
     batch_size: Annotated[Count, SAME_ARM] = 48
     seed: Seed = 0
+    verify: VerifySection | None = None
+    """Check the teacher's answers to training prompts, and learn from right ones."""
     server: ServerSection | None = None
     """Where the teacher answers instead of in this process; its signal still comes from the teacher here."""
     draft: DraftSection | None = None
@@ -339,6 +359,7 @@ NESTED: dict[tuple[Any, str], Any] = {
     (StudentSection, "quantize"): QuantizeSection,
     (Recipe, "prompts"): PromptsSection,
     (Recipe, "responses"): ResponsesSection,
+    (ResponsesSection, "verify"): VerifySection,
     (ResponsesSection, "server"): ServerSection,
     (ResponsesSection, "draft"): DraftSection,
     (Recipe, "objective"): ObjectiveSection,

@@ -102,7 +102,19 @@ def _story(run: Run) -> list[tuple[str, str]]:
         found = next((value for key in keys if (value := value_at(run.recipe, key)) is not None), None)
         if found is not None and not isinstance(found, Mapping | list):
             facts.append((label, format.setting(found) if isinstance(found, float) else str(found)))
-    return facts
+    return facts + _verified(run)
+
+
+def _verified(run: Run) -> list[tuple[str, str]]:
+    """How many training prompts got a right answer, where answers were checked."""
+    record = next((stage.get("verified") for stage in run.stages if stage["stage"] == "respond"), None)
+    if not isinstance(record, Mapping):
+        return []
+    right, prompts, left_out = (number(record, name) for name in ("right", "prompts", "left_out"))
+    if right is None or prompts is None:
+        return []
+    rest = f", {left_out:.0f} left out" if left_out else ""
+    return [("right answers", f"for {right:.0f} of {prompts:.0f} training prompts{rest}")]
 
 
 def _tiles(run: Run) -> list[dict[str, str]]:

@@ -52,6 +52,11 @@ class RunDirectory:
         return self.root / "prompts.jsonl"
 
     @property
+    def problems(self) -> Path:
+        """How the answer to each prompt is checked, where the prompts are problems (prompts.task)."""
+        return self.root / "problems.jsonl"
+
+    @property
     def responses(self) -> Path:
         return self.root / "responses"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from limbeck.evaluation.groups.tasks import _text_behind
+from limbeck.evaluation.context import text_behind
 from limbeck.evaluation.sandbox import jail
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.stages.evaluate import examine
@@ -137,7 +137,7 @@ def test_the_white_space_at_the_beginning_of_a_continuation_is_kept(tiny: Tiny):
         response_ids=(*real("    return 1")["input_ids"], real.eos_token_id),
         stop="eos",
     )
-    assert _text_behind(response, real) == "    return 1"
+    assert text_behind(response, real) == "    return 1"
 
 
 @pytest.mark.parametrize(

@@ -8,23 +8,21 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Who
+from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who, text_behind
 from limbeck.evaluation.sandbox.host import NO_FILES, Limits, files_possible, require_sandbox
-from limbeck.evaluation.sandbox.log import judge_all
-from limbeck.evaluation.tasks.code_answers import job_of, program_of
 from limbeck.evaluation.tasks.lm_eval import require_lm_eval, run_lm_eval
-from limbeck.evaluation.tasks.math_answers import MathChecker, extract
+from limbeck.evaluation.tasks.marking import mark_answers
 from limbeck.evaluation.tasks.passk import pass_at_k
-from limbeck.evaluation.tasks.problems import CODE, STOPS, Problem, read_problems
+from limbeck.evaluation.tasks.problems import CODE, STOPS, Problem, TaskName, read_problems
 from limbeck.fields import STRICT, Count, NonNegative, Positive, Seed, Strings
 from limbeck.prompts.readers import source_digest
-from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, ScoredRow
+from limbeck.types import Json, LimbeckError, Prompt, Sampling, ScoredRow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,20 @@ class Graded:
     right: Mapping[str, Sequence[bool]]
     failures: Counter[str]
     extraction: Counter[str]
+
+    def record(self, problems: int) -> Json:
+        """What the details of the group say.
+
+        Args:
+            problems: how many there were, some of them too long.
+        """
+        return {
+            "too_long": problems - len(self.right),
+            "answers": sum(len(marks) for marks in self.right.values()),
+            "right": sum(sum(marks) for marks in self.right.values()),
+            "failures": dict(self.failures),
+            "extraction": dict(self.extraction),
+        }
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -56,15 +68,26 @@ class TasksGroup(EvaluationGroup):
     memory_mb: Count = 512
     """For a program with its files, which lie in memory: they get 64 MiB of it, a quarter at most."""
     seed: Seed = 0
+    heldout: bool = False
+    """The held-out prompts too, where they are problems (prompts.task): the condition `heldout`."""
+    teacher: bool = False
+    """Mark the teacher's answers too; they are written once."""
     lm_eval: Strings = ()
     """Tasks of lm-evaluation-harness, where it is installed."""
 
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"teacher", "teacher_weights"} if self.teacher else ())
+
     def check(self, evaluation: EvaluationContext) -> None:
-        del evaluation
-        if not self.files and not self.lm_eval:
+        if not self.files and not self.lm_eval and not self.heldout:
             raise LimbeckError(
                 "evaluate asks for the group tasks, but names no task; give evaluate.groups.tasks.files, such as "
                 "{gsm8k: test.jsonl}, or evaluate.groups.tasks.lm_eval"
+            )
+        if self.heldout and evaluation.task is None:
+            raise LimbeckError(
+                "evaluate.groups.tasks.heldout asks for problems, but the prompts are none; set prompts.task to the "
+                "task they are of, such as gsm8k, or give evaluate.groups.tasks.files"
             )
         most = max(self.pass_at, default=1)
         if most > self.samples:
@@ -83,55 +106,66 @@ class TasksGroup(EvaluationGroup):
                 raise LimbeckError(
                     f"evaluate.groups.tasks.pass_at is empty, but {task} is measured by pass@k; set it to [1]"
                 )
-        if any(task in CODE for task in self.files):
+        if any(task in CODE for task in self._tasks(evaluation)):
             with tempfile.TemporaryDirectory() as scratch:
                 require_sandbox(Path(scratch), self._limits())
         if self.lm_eval:
             require_lm_eval()
 
     def inputs(self, evaluation: EvaluationContext) -> Json:
-        del evaluation
-        return {"content": {task: source_digest(path) for task, path in self.files.items()}}
+        content: Json = {task: source_digest(path) for task, path in self.files.items()}
+        return {"content": content} | ({"heldout": evaluation.task} if self.heldout else {})
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         tables: dict[str, Sequence[ScoredRow]] = {}
         detail: Json = {}
         scratch = evaluation.root / ".sandbox.partial"
-        if any(task in CODE for task in self.files):
+        if any(task in CODE for task in self._tasks(evaluation)):
             detail["sandbox"] = require_sandbox(scratch, self._limits())
             if not files_possible():
                 evaluation.console.warn(
                     f"tasks: programs have {NO_FILES}; an answer that writes a file counts as wrong"
                 )
-        for task, path in self.files.items():
-            problems = read_problems(task, Path(path), self.limit)
-            answers = self._answers(evaluation, problems)
-            answered = [problem for problem in problems if problem.id in answers]
-            if not answered:
-                raise LimbeckError(
-                    f"none of the {len(problems)} problems of {task} fits the student's window beside "
-                    f"{self.max_new_tokens} new tokens; lower evaluate.groups.tasks.max_new_tokens or leave {task} out"
-                )
-            graded = (self._graded_code if task in CODE else _graded_maths)(evaluation, answered, answers)
-            tables |= _tables(task, graded, self.pass_at)
-            detail[task] = {
-                "problems": len(problems),
-                "too_long": len(problems) - len(answered),
-                "answers": sum(len(marks) for marks in graded.right.values()),
-                "right": sum(sum(marks) for marks in graded.right.values()),
-                "failures": dict(graded.failures),
-                "extraction": dict(graded.extraction),
-            }
+        for name, problems in self._problems(evaluation):
+            writers: tuple[Who, ...] = ("student", "teacher") if self.teacher else ("student",)
+            graded = self._graded_of_all(evaluation, name, problems, writers)
+            tables |= _tables(name, problems[0].task, graded, self.pass_at)
+            detail[name] = {"problems": len(problems)} | graded["student"].record(len(problems))
+            if self.teacher:
+                detail[name]["teacher"] = graded["teacher"].record(len(problems))
         if self.lm_eval:
             self._measure_lm_eval(evaluation, tables, detail)
         if scratch.exists():
             scratch.rmdir()
         return GroupResult(tables=tables, detail=detail)
 
-    def _answers(self, evaluation: EvaluationContext, problems: Sequence[Problem]) -> dict[str, list[str]]:
-        """The texts of the student, by problem; every sample has a seed of its own."""
+    def _tasks(self, evaluation: EvaluationContext) -> list[TaskName]:
+        return [*self.files, *([evaluation.task] if self.heldout and evaluation.task else [])]
+
+    def _problems(self, evaluation: EvaluationContext) -> Iterator[tuple[str, Sequence[Problem]]]:
+        """Names of what is measured, with the problems."""
+        for task, path in self.files.items():
+            yield task, read_problems(task, Path(path), self.limit)
+        if self.heldout:
+            yield "heldout", evaluation.problems()[: self.limit]
+
+    def _graded_of_all(
+        self, evaluation: EvaluationContext, name: str, problems: Sequence[Problem], writers: Sequence[Who]
+    ) -> dict[Who, Graded]:
+        """Marks of each writer, on the problems that fit the windows of all."""
+        answers = {who: self._answers(evaluation, who, problems) for who in writers}
+        answered = [problem for problem in problems if all(problem.id in found for found in answers.values())]
+        if not answered:
+            raise LimbeckError(
+                f"none of the {len(problems)} problems of {name} fits the student's window beside "
+                f"{self.max_new_tokens} new tokens; lower evaluate.groups.tasks.max_new_tokens or leave {name} out"
+            )
+        return {who: self._graded(evaluation, who, answered, answers[who]) for who in writers}
+
+    def _answers(self, evaluation: EvaluationContext, who: Who, problems: Sequence[Problem]) -> dict[str, list[str]]:
+        """The texts of the student or the teacher, by problem; every sample has a seed of its own."""
         task = problems[0].task
-        continues = _continues(evaluation)
+        continues = _continues(evaluation, who)
         prompts = [Prompt(id=p.id, text=p.plain if continues else p.request, split="heldout") for p in problems]
         texts: dict[str, list[str]] = {}
         for number in range(self.samples):
@@ -141,37 +175,34 @@ class TasksGroup(EvaluationGroup):
                 stop=STOPS[task] if continues else (),
                 seed=self.seed + number,
             )
-            for response in evaluation.answers("student", sampling, prompts):
-                texts.setdefault(response.prompt_id, []).append(_text_behind(response, evaluation.tokenizer("student")))
+            for response in evaluation.answers(who, sampling, prompts):
+                texts.setdefault(response.prompt_id, []).append(text_behind(response, evaluation.tokenizer(who)))
         return texts
 
-    def _graded_code(
-        self, evaluation: EvaluationContext, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]
+    def _graded(
+        self, evaluation: EvaluationContext, who: Who, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]
     ) -> Graded:
-        continues = _continues(evaluation)
-        owners, jobs = [], []
-        extraction: Counter[str] = Counter()
-        for problem in problems:
-            for text in answers[problem.id]:
-                program, how = program_of(problem, text, continues=continues)
-                extraction[how] += 1
-                owners.append(problem.id)
-                jobs.append(job_of(problem, program))
-        marks = [False] * len(jobs)
-        failures: Counter[str] = Counter()
-        root = evaluation.root
-        # The log lies beside the scores, which are set aside when another group is added.
-        judged = judge_all(jobs, self._limits(), log=root / "program_verdicts.jsonl", scratch=root / ".sandbox.partial")
-        with evaluation.meter(f"run {problems[0].task}", len(jobs), "programs") as meter:
-            for number, verdict in judged:
-                marks[number] = verdict.passed
-                if not verdict.passed:
-                    failures[verdict.kind] += 1
-                meter.advance(1)
+        pairs = [(problem, text) for problem in problems for text in answers[problem.id]]
+        root, code = evaluation.root, problems[0].task in CODE
+        label = f"run {problems[0].task}" if code else f"check {problems[0].task}"
+        with evaluation.meter(label, len(pairs), "programs" if code else "answers") as meter:
+            marks = mark_answers(
+                pairs,
+                self._limits(),
+                # The log lies beside the scores, which are set aside when another group is added.
+                log=root / "program_verdicts.jsonl",
+                scratch=root / ".sandbox.partial",
+                continues=_continues(evaluation, who),
+                advance=meter.advance,
+            )
         right: dict[str, list[bool]] = {}
-        for owner, mark in zip(owners, marks, strict=True):
-            right.setdefault(owner, []).append(mark)
-        return Graded(right=right, failures=failures, extraction=extraction)
+        for (problem, _), mark in zip(pairs, marks, strict=True):
+            right.setdefault(problem.id, []).append(mark.right)
+        return Graded(
+            right=right,
+            failures=Counter(mark.failure for mark in marks if mark.failure is not None),
+            extraction=Counter(mark.extraction for mark in marks),
+        )
 
     def _measure_lm_eval(
         self, evaluation: EvaluationContext, tables: dict[str, Sequence[ScoredRow]], detail: Json
@@ -199,54 +230,32 @@ class TasksGroup(EvaluationGroup):
         return Limits(timeout_s=self.timeout_s, memory_mb=self.memory_mb)
 
 
-def _continues(evaluation: EvaluationContext) -> bool:
-    """Whether the student gets a text to continue, rather than a request."""
-    return evaluation.student.template == "plain"
+def _continues(evaluation: EvaluationContext, who: Who) -> bool:
+    """Whether a model gets a text to continue, rather than a request."""
+    return evaluation.speaker(who).template == "plain"
 
 
-def _text_behind(response: Response, tokenizer: Any) -> str:
-    """A response with its first white space, which some tokenizers drop from a text that begins with it."""
-    before, ids = list(response.prompt_ids), list(response.response_ids)
-    head, whole, alone = (
-        str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for part in (before, before + ids, ids)
-    )
-    return whole[len(head) :] if whole.startswith(head) else alone
-
-
-def _graded_maths(
-    evaluation: EvaluationContext, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]
-) -> Graded:
-    right: dict[str, list[bool]] = {}
-    failures: Counter[str] = Counter()
-    extraction: Counter[str] = Counter()
-    total = sum(len(answers[p.id]) for p in problems)
-    with MathChecker() as checker, evaluation.meter(f"check {problems[0].task}", total, "answers") as meter:
-        for problem in problems:
-            for text in answers[problem.id]:
-                found = extract(text)
-                verdict = checker.check(problem.answer, found.answer)
-                right.setdefault(problem.id, []).append(verdict == "equal")
-                extraction[found.where] += 1
-                if verdict != "equal":
-                    kind = {"none": "no answer"}.get(found.where, "wrong")
-                    failures[verdict if verdict == "timeout" else kind] += 1
-                meter.advance(1)
-    return Graded(right=right, failures=failures, extraction=extraction)
-
-
-def _tables(task: str, graded: Graded, pass_at: Sequence[int]) -> dict[str, list[ScoredRow]]:
+def _tables(
+    name: str, task: TaskName, graded: Mapping[Who, Graded], pass_at: Sequence[int]
+) -> dict[str, list[ScoredRow]]:
     """The accuracy of maths is the mean over the answers, which is pass@1; k above 1 is estimated for all tasks."""
+    prefix: dict[Who, str] = {"student": "", "teacher": "teacher_"}
+    ids = list(graded["student"].right)
+
+    def rows(metric: str, value: Callable[[Sequence[bool]], float]) -> list[ScoredRow]:
+        return [
+            ScoredRow(
+                id=id,
+                weight=1.0,
+                values={f"{prefix[who]}{metric}": value(one.right[id]) for who, one in graded.items()},
+            )
+            for id in ids
+        ]
+
     tables: dict[str, list[ScoredRow]] = {}
     if task not in CODE:
-        tables[task] = [
-            ScoredRow(id=id, weight=1.0, values={"accuracy": sum(marks) / len(marks)})
-            for id, marks in graded.right.items()
-        ]
+        tables[name] = rows("accuracy", lambda marks: sum(marks) / len(marks))
     for k in pass_at:
         if task in CODE or k > 1:
-            tables[f"{task},k={k}"] = [
-                ScoredRow(id=id, weight=1.0, values={"pass_at_k": pass_at_k(len(marks), sum(marks), k)})
-                for id, marks in graded.right.items()
-            ]
+            tables[f"{name},k={k}"] = rows("pass_at_k", lambda marks, k=k: pass_at_k(len(marks), sum(marks), k))
     return tables

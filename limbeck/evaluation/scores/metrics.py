@@ -206,14 +206,14 @@ METRICS: dict[str, Metric] = {
         label="Writing speed", unit="tokens/s", better="higher",
         meaning="tokens written a second, one by one; the examples are repeats on this machine, never the same twice",
     )),
-    "accuracy": Metric(
+    **_of_both("accuracy", Metric(
         label="Accuracy", unit="", better="higher",
         meaning="share of the answers to the problems of a task that are right",
-    ),
-    "pass_at_k": Metric(
+    )),
+    **_of_both("pass_at_k", Metric(
         label="pass@k", unit="", better="higher",
         meaning="chance that one of k answers is right, estimated without bias from all answers (Chen et al. 2021)",
-    ),
+    )),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ class Problem:
         request: the instruction, for models that follow instructions.
         plain: what a model of text continues.
         answer: of a mathematical problem.
+        solution: the data's own answer as a text to learn from; empty where it has none.
         opening: of HumanEval: imports, helpers and the head of the function, a program of its own.
         setup: runs before the tests; `names` are those they use of the program, the first one that of its function.
     """
@@ -58,6 +59,7 @@ class Problem:
     request: str
     plain: str
     answer: str = ""
+    solution: str = ""
     opening: str = ""
     setup: str = ""
     names: tuple[str, ...] = ()
@@ -80,7 +82,7 @@ def read_problems(task: TaskName, path: Path, limit: int | None = None) -> list[
         if limit is not None and len(problems) == limit:
             break
         where = f"{path}:{number}"
-        problem = _READERS[task](_row(line, where), where, number)
+        problem = problem_of(task, _row(line, where), where, number)
         if problem.id in seen:
             raise LimbeckError(
                 f"{where}: got {_shown(problem.id)[1:-1]} a second time; expected one line a problem: remove one"
@@ -92,6 +94,19 @@ def read_problems(task: TaskName, path: Path, limit: int | None = None) -> list[
             f"{path} holds no problem; expected one JSON object a line: see evaluate.groups.tasks.files.{task}"
         )
     return problems
+
+
+def problem_of(task: TaskName, row: Mapping[str, Any], where: str, number: int) -> Problem:
+    """The problem of one row.
+
+    Args:
+        where: its place, for messages.
+        number: names it where the data does not.
+
+    Raises:
+        LimbeckError: the row is none, or has no answer that can be checked.
+    """
+    return _READERS[task](dict(row), where, number)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -173,7 +188,7 @@ def _gsm8k(row: _Row, where: str, number: int) -> Problem:
     answer = extract(solution.rstrip().rpartition("\n")[2]).answer
     if not answer:
         raise LimbeckError(f"{where}: nothing stands behind '####'; expected the form of GSM8K: repair the line")
-    return _maths("gsm8k", f"gsm8k/{_id(row, where, 'id', number)}", question, answer)
+    return _maths("gsm8k", f"gsm8k/{_id(row, where, 'id', number)}", question, answer, solution)
 
 
 def _math(row: _Row, where: str, number: int) -> Problem:
@@ -181,16 +196,18 @@ def _math(row: _Row, where: str, number: int) -> Problem:
     answer = given if isinstance(row.get("answer"), str) and row["answer"].strip() else last_boxed(given)
     if answer is None:
         raise LimbeckError(f"{where}: the solution holds no \\boxed answer; expected one, or a field answer: add it")
-    return _maths("math", f"math/{_id(row, where, 'unique_id', number)}", _text(row, where, "problem"), answer)
+    name, solution = f"math/{_id(row, where, 'unique_id', number)}", row.get("solution")
+    return _maths("math", name, _text(row, where, "problem"), answer, solution if isinstance(solution, str) else given)
 
 
-def _maths(task: TaskName, id: str, question: str, answer: str) -> Problem:
+def _maths(task: TaskName, id: str, question: str, answer: str, solution: str) -> Problem:
     return Problem(
         id=id,
         task=task,
         request=f"{question}\n\n{MATHS_REQUEST}",
         plain=f"Question: {question}\nAnswer:",
         answer=answer,
+        solution=solution,
     )
 
 
@@ -207,6 +224,7 @@ def _humaneval(row: _Row, where: str, number: int) -> Problem:
         task="humaneval",
         request=f"Write the whole Python function that begins so. {CODE_REQUEST}\n\n```python\n{opening.rstrip()}\n```",
         plain=opening,
+        solution=_block(opening + row["canonical_solution"]) if isinstance(row.get("canonical_solution"), str) else "",
         opening=opening,
         setup=opening,
         names=(entry,),
@@ -235,10 +253,15 @@ def _mbpp(row: _Row, where: str, number: int) -> Problem:
         request=f"{asked}\n\nYour code should pass these tests:\n\n{shown}\n\n{CODE_REQUEST}",
         plain=f"You are an expert Python programmer, and here is your task: {asked} Your code should pass these tests:"
         f"\n\n{shown}\n[BEGIN]\n",
+        solution=_block(row["code"]),
         setup="\n".join([*_texts(row, where, "test_imports"), *imports]) + "\n",
         names=names,
         tests=tests,
     )
+
+
+def _block(code: str) -> str:
+    return f"```python\n{code.rstrip()}\n```"
 
 
 def _defined(tree: ast.Module) -> set[str]:

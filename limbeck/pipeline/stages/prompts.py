@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.problems import ProblemReader
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.io import write_prompts
 from limbeck.prompts.readers import source_digest
@@ -19,14 +20,16 @@ def prompt_inputs(context: RunContext) -> Json:
     section = asdict(context.recipe.prompts)
     for later in ("template", "chat_options", "too_long", "control_tokens", "loss_on"):
         del section[later]
-    if not section["ignore_columns"]:
-        del section["ignore_columns"]
+    for rare in ("ignore_columns", "task"):
+        if not section[rare]:
+            del section[rare]
     return section | {"content": source_digest(context.recipe.prompts.source)}
 
 
 def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSet:
     """The prompts that a recipe names, written down once the answers that groups need are seen to be there."""
     section = context.recipe.prompts
+    problems = ProblemReader(section.task) if section.task else None
     loaded = load_prompts(
         section.source,
         heldout_fraction=heldout_fraction,
@@ -36,12 +39,15 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         dataset_split=section.dataset_split,
         dataset_config=section.dataset_config,
         ignore_columns=section.ignore_columns,
+        rewrite=problems.as_prompt if problems else None,
     )
     if loaded.unread:
         context.console.say(unread_line(loaded.unread, loaded.rows))
     if loaded.duplicates:
         context.console.say(f"prompts: {loaded.duplicates} rows ask what an earlier row asks, and are left out")
     _require_known_answers(context, loaded.prompts)
+    if problems:
+        problems.write(context.run.problems, loaded.prompts)
     write_prompts(context.run.prompts, loaded.prompts)
     return loaded
 
@@ -70,5 +76,5 @@ STAGE = Stage(
     name="prompts",
     inputs=prompt_inputs,
     play=_play_prompts,
-    outputs=lambda run: (run.prompts,),
+    outputs=lambda run: (run.prompts, run.problems),
 )

@@ -22,6 +22,7 @@ from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.served_responses import ask_server
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
+from limbeck.pipeline.verified_responses import later_sampling, verified
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.references import require_answers_for_sft
@@ -49,7 +50,7 @@ CALIBRATION_RESPONSES = 24
 def _response_inputs(context: RunContext) -> Json:
     prompts = context.recipe.prompts
     section = fingerprinted(context.recipe.responses)
-    del section["server"], section["draft"]
+    del section["server"], section["draft"], section["verify"]
     # How the student writes later is no matter of this stage; whose responses are there before, and of whom, is.
     del section["source"], section["initial_author"]
     section["author"] = context.recipe.base_author
@@ -57,6 +58,8 @@ def _response_inputs(context: RunContext) -> Json:
         section["answered"] = _answers_train(context.recipe)
     server = context.recipe.responses.server
     section |= {"server": fingerprinted(server)} if server else {}
+    verify = context.recipe.responses.verify
+    section |= {"verify": fingerprinted(verify)} if verify else {}
     draft = context.recipe.responses.draft
     section |= {"draft": draft_inputs(draft)} if draft else {}
     chosen: Json = {
@@ -79,7 +82,9 @@ def captures(context: RunContext) -> bool:
     """Whether the hidden states that sampling computes anyway are the signal that is wanted."""
     recipe = context.recipe
     here = recipe.base_author == "teacher" and recipe.responses.server is None
-    return here and recipe.teacher.cache and recipe.teacher.support == "full"
+    # Several answers to a prompt have one address: only the one that is kept gets a signal.
+    once = recipe.responses.verify is None or recipe.responses.verify.samples == 1
+    return here and once and recipe.teacher.cache and recipe.teacher.support == "full"
 
 
 def teacher_inputs(context: RunContext) -> Json:
@@ -129,6 +134,14 @@ def _play_responses(context: RunContext) -> Json:
     else:
         responses, served = ask_server(context, tokenizer, prompts, asked, template, sampling_of(section))
         more |= served
+    if section.verify is not None:
+
+        def again(some: Sequence[TokenPrompt], attempt: int) -> list[Response]:
+            assert teacher is not None, "the recipe's checks ask for one"
+            return _sample(context, teacher, some, template, attempt)[0]
+
+        responses, marked = verified(context, responses, asked, tokenizer, again)
+        more |= marked
     if own is not None and author == "teacher":
         responses, told = in_the_students_tokens(context, prompts, responses, tokenizer, read)
         more |= told
@@ -223,14 +236,17 @@ def _token_prompts(
 
 
 def _sample(
-    context: RunContext, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName
+    context: RunContext, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int = 0
 ) -> tuple[list[Response], Json]:
     """The teacher's answers and what the manifest says of them, batch by batch; none on disk is sampled again.
 
     While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.
+
+    Args:
+        attempt: answers that were wrong are written once more, with another seed and in a folder of their own.
     """
-    section, folder = context.recipe.responses, context.run.responses / "batches"
-    sampling = sampling_of(section)
+    section, folder = context.recipe.responses, context.run.responses / (f"attempt-{attempt}" if attempt else "batches")
+    sampling = later_sampling(sampling_of(section), attempt)
     dtype = getattr(torch, context.recipe.teacher.cache_dtype)
     if captures(context):
         # A head that is not understood is refused here, and not after the answers are there.
@@ -312,7 +328,7 @@ STAGE = Stage(
     inputs=_response_inputs,
     play=_play_responses,
     outputs=lambda run: (run.responses,),
-    working=("responses/batches/*",),
+    working=("responses/batches/*", "responses/attempt-*/*"),
     handed_on=("responses/batches/*.safetensors",),
     hands_on_teacher=True,
 )

@@ -1,0 +1,67 @@
+"""Problems as prompts: their answers can be checked, in training as in evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.evaluation.tasks.problems import Problem, TaskName, problem_of
+from limbeck.prompts.readers import PlacedRow
+from limbeck.runtime.json_lines import json_lines
+from limbeck.runtime.rundir import whole_file
+from limbeck.types import LimbeckError, Prompt
+
+
+@dataclass
+class ProblemReader:
+    """Reads the rows of a source as problems of a task, and remembers them by what they ask."""
+
+    task: TaskName
+    _by_request: dict[str, Problem] = field(default_factory=dict)
+
+    def as_prompt(self, placed: PlacedRow) -> Mapping[str, Any]:
+        """A row of prompt and completion for a problem; of two that ask the same, the first one counts.
+
+        Raises:
+            LimbeckError: the row is no problem of the task, or has no answer; names its place.
+        """
+        problem = problem_of(self.task, placed.row, placed.where, len(self._by_request) + 1)
+        self._by_request.setdefault(problem.request, problem)
+        return {"prompt": problem.request, "category": self.task} | (
+            {"completion": problem.solution} if problem.solution else {}
+        )
+
+    def write(self, path: Path, prompts: Sequence[Prompt]) -> None:
+        """One JSON object a line: the id of a prompt and its problem."""
+        with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+            for prompt in prompts:
+                row = {"prompt_id": prompt.id, **asdict(self._by_request[prompt.text or ""])}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_prompt_problems(path: Path) -> dict[str, Problem]:
+    """The problems that `ProblemReader.write` wrote, by the ids of their prompts.
+
+    Raises:
+        LimbeckError: the file is absent or damaged, naming the line.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise LimbeckError(f"{path} does not exist; run the same command again") from None
+    except UnicodeDecodeError:
+        raise LimbeckError(f"{path} is damaged (not UTF-8); delete it and run the same command again") from None
+    found: dict[str, Problem] = {}
+    for number, line in json_lines(text):
+        try:
+            row = json.loads(line)
+            prompt_id = row.pop("prompt_id")
+            found[prompt_id] = Problem(**row | {"names": tuple(row["names"])})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise LimbeckError(
+                f"{path}, line {number} is damaged ({error}); delete the file and run the same command again"
+            ) from None
+    return found
