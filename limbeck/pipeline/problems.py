@@ -10,8 +10,8 @@ from typing import Any
 
 from limbeck.evaluation.tasks.problems import Problem, TaskName, problem_of
 from limbeck.prompts.readers import PlacedRow
+from limbeck.runtime.files import whole_file
 from limbeck.runtime.json_lines import json_lines
-from limbeck.runtime.rundir import whole_file
 from limbeck.types import LimbeckError, Prompt
 
 

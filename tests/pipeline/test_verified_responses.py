@@ -17,7 +17,8 @@ from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.rollouts.io import read_responses
-from limbeck.runtime.rundir import RunDirectory, read_json
+from limbeck.runtime.files import read_json
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.types import LimbeckError
 from tests.evaluation.few_problems import write
 from tests.limbeck_command import CommandServer, KillAt
