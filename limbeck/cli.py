@@ -350,7 +350,11 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist yet.")],
     format: Annotated[str, typer.Option("--format", help="safetensors or gguf (llama.cpp).")] = "safetensors",
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16, bfloat16, or q8_0 in GGUF; as stored by default.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="float32, float16, bfloat16, in GGUF also q4_0, q5_0, q8_0, q4_k, q6_k. Default: as it is stored.",
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,11 +97,30 @@ def _logits(model: nn.Module, ids: Sequence[int], vocab_size: int) -> Tensor:
     return seen.logits[0, :, :vocab_size].float()
 
 
-def compare_logits(probe: LogitProbe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str) -> float:
-    """The largest difference of a logit, as a share of the source's largest logit.
+def digests(model: nn.Module) -> dict[str, str]:
+    """sha256 of each weight by name."""
+    named = model.named_parameters()
+    return {name: hashlib.sha256(weight.detach().contiguous().numpy().data).hexdigest() for name, weight in named}
 
-    Args:
-        dtype: a key of `BOUNDS`.
+
+def require_equal(expected: Mapping[str, str], read_back: Mapping[str, str]) -> None:
+    """See that weights that were read back are those that were written, bit for bit.
+
+    Raises:
+        LimbeckError: naming the first that is not.
+    """
+    for name, digest in expected.items():
+        if read_back.get(name) != digest:
+            raise LimbeckError(
+                f"{name} as it was read back is not the weight that was written, expected every bit the same; export "
+                "with --dtype float32, and report this model"
+            )
+
+
+def compare_logits(
+    probe: LogitProbe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str, bound: float
+) -> float:
+    """The largest difference of a logit, as a share of the source's largest logit.
 
     Raises:
         LimbeckError: a text becomes other ids, or logits differ by more than the precision explains.
@@ -118,9 +138,9 @@ def compare_logits(probe: LogitProbe, model: nn.Module, tokenizer: PreTrainedTok
     )
     share = gap / max(largest, 1e-30)
     # NaN is no small number.
-    if not share <= BOUNDS[dtype]:
+    if not share <= bound:
         raise LimbeckError(
-            f"the exported model's logits differ by {share:.2g} of the largest one, expected at most {BOUNDS[dtype]:g} "
+            f"the exported model's logits differ by {share:.2g} of the largest one, expected at most {bound:g} "
             f"in {dtype}; export with --dtype float32, or the model is one this format does not hold"
         )
     return share

@@ -1,31 +1,32 @@
 """A model as a GGUF file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-Norms and biases stay float32, as llama.cpp's own converter has it; so do matrices whose rows q8_0 cannot cut into
-blocks of 32.
+Norms and biases stay float32, as llama.cpp's own converter has it; so do matrices whose rows no format's blocks divide.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from limbeck.export.encoding import Encoding
 from limbeck.export.gguf_tokens import Vocabulary
+from limbeck.models.quantization import FORMATS
 from limbeck.student.endings import stop_ids
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, TensorNameMap
     from numpy import ndarray
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers' model types and llama.cpp's architectures.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_BLOCK = 32
 _LICENCE = "general.license"
 
 
@@ -35,13 +36,12 @@ def write_gguf(
     tokenizer: PreTrainedTokenizerBase,
     *,
     name: str,
-    dtype: str,
+    encoding: Encoding,
     license: str | None,
 ) -> None:
     """Write one file.
 
     Args:
-        dtype: "float32", "float16", "bfloat16" or "q8_0", of the matrices.
         license: a hub licence id.
 
     Raises:
@@ -58,12 +58,11 @@ def write_gguf(
     if license is not None:
         writer.add_license(license)
     _shape(writer, config)
-    writer.add_file_type(_file_type(dtype))
+    writer.add_file_type(_file_type(encoding.dtype))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocabulary.write(writer)
-    for tensor_name, weight in _tensors(model):
-        data, kind = _encoded(weight, dtype)
-        writer.add_tensor(tensor_name, data, raw_dtype=kind)
+    for tensor_name, weight, kind in _tensors(model, encoding):
+        writer.add_tensor(tensor_name, weight, raw_dtype=kind)
     writer.write_header_to_file()
     try:
         writer.write_kv_data_to_file()
@@ -125,39 +124,69 @@ def _shape(writer: GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under llama.cpp's name."""
-    import gguf
-
+def _tensors(model: PreTrainedModel, encoding: Encoding) -> Iterator[tuple[str, ndarray, Any]]:
+    """Every weight under llama.cpp's name, as it is written, with its type."""
     config: Any = model.config
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[ARCHITECTURES[config.model_type]], config.num_hidden_layers)
-    rotated = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    rotated = rotated_heads(config)
     for own, weight in model.state_dict().items():
         if own == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        name = names.get_name(own, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise LimbeckError(
-                f"llama.cpp's {config.model_type} has no place for {own}, expected weights of that architecture alone; "
-                "export safetensors"
-            )
-        heads = rotated.get(name.split(".")[-2]) if config.model_type == "llama" else None
-        yield name, weight if heads is None else _in_pairs(weight, heads)
+        name = llama_cpp_name(config, own)
+        heads = rotated.get(name.split(".")[-2])
+        format, stored = encoding.blocks.get(own, (None, weight))
+        ordered = stored if heads is None else in_pairs(stored, heads)
+        yield name, *_encoded(ordered, format or encoding.floats, packed=format is not None)
 
 
-def _in_pairs(weight: Tensor, heads: int) -> Tensor:
+def llama_cpp_name(config: Any, own: str) -> str:
+    """llama.cpp's name of a weight.
+
+    Raises:
+        LimbeckError: its architecture has no place for it.
+    """
+    names = _tensor_names(ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    name = names.get_name(own, try_suffixes=(".weight", ".bias"))
+    if name is None:
+        raise LimbeckError(
+            f"llama.cpp's {config.model_type} has no place for {own}, expected weights of that architecture alone; "
+            "export safetensors"
+        )
+    return name
+
+
+@cache
+def _tensor_names(architecture: str, blocks: int) -> TensorNameMap:
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(kinds[architecture], blocks)
+
+
+def rotated_heads(config: Any) -> dict[str, int]:
+    """Heads of the weights whose rows llama.cpp has in another order, by the last part of their names."""
+    if config.model_type != "llama":
+        return {}
+    return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+
+
+def in_pairs(weight: Tensor, heads: int) -> Tensor:
     """Rows in the order of llama.cpp's rope for Llama: it turns neighbours (2i, 2i + 1), transformers (i, i + half)."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _encoded(weight: Tensor, dtype: str) -> tuple[ndarray, Any]:
+def _encoded(weight: Tensor, dtype: str, *, packed: bool) -> tuple[ndarray, Any]:
+    """A weight as it is written, and its type.
+
+    Args:
+        dtype: of the floats, or the name of the format of what is packed already.
+    """
     from gguf import GGMLQuantizationType as Kind
     from gguf import quants
 
-    kinds = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16, "q8_0": Kind.Q8_0}
-    fits = weight.ndim > 1 and (dtype != "q8_0" or weight.shape[-1] % _BLOCK == 0)
-    kind = kinds[dtype] if fits else Kind.F32
+    if packed:
+        return weight.contiguous().numpy(), Kind[FORMATS[dtype].gguf or ""]
+    kinds = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
+    kind = kinds[dtype] if weight.ndim > 1 else Kind.F32
     return quants.quantize(weight.to(torch.float32).contiguous().numpy(), kind), kind
 
 
@@ -168,6 +197,10 @@ def _file_type(dtype: str) -> int:
         "float32": File.ALL_F32,
         "float16": File.MOSTLY_F16,
         "bfloat16": File.MOSTLY_BF16,
+        "q4_0": File.MOSTLY_Q4_0,
+        "q5_0": File.MOSTLY_Q5_0,
         "q8_0": File.MOSTLY_Q8_0,
+        "q4_k": File.MOSTLY_Q4_K_S,
+        "q6_k": File.MOSTLY_Q6_K,
     }
     return int(types[dtype])

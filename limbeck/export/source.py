@@ -13,6 +13,7 @@ import torch
 from limbeck.models.folders import holds_whole_weights, read_json_object, require_regular_files
 from limbeck.models.headers import safetensors_header
 from limbeck.models.loading import DTYPES, load_model, source_config, source_tokenizer
+from limbeck.models.quantization.files import QuantizedWeights, read_blocks
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import Source, resolve
 from limbeck.recipe.yaml_text import parse
@@ -40,6 +41,8 @@ class Exportable:
         dtype: the precision it was stored in.
         card: text of its README.md; empty where it has none.
         licences: files to hand on.
+        quantized: the blocks that the weights, or those below the adapters, were trained as; None where there are none.
+        folder: where the weights lie; None where they lie in no folder of their own.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Exportable:
     dtype: torch.dtype
     card: str
     licences: tuple[Path, ...]
+    quantized: QuantizedWeights | None = None
+    folder: Path | None = None
 
 
 def find(source: str, *, trust_remote_code: bool = False) -> Exportable:
@@ -179,6 +184,7 @@ def _plain(adapted: nn.Module, base: str, trust_remote_code: bool) -> PreTrained
 
 def _exportable(source: str | Path, name: str, folders: tuple[Path, ...], trust_remote_code: bool) -> Exportable:
     loaded = load_model(source, trust_remote_code=trust_remote_code)
+    is_folder = loaded.provenance.kind != "gguf"
     return Exportable(
         name=name,
         model=loaded.model,
@@ -187,6 +193,8 @@ def _exportable(source: str | Path, name: str, folders: tuple[Path, ...], trust_
         dtype=_stored(source, trust_remote_code),
         card=_card(folders[0]),
         licences=_licences(folders),
+        quantized=read_blocks(folders[0]) if is_folder else None,
+        folder=folders[0],
     )
 
 

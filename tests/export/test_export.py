@@ -178,7 +178,7 @@ class TestRefusals:
         for options, said in (
             ({"format": "onnx"}, "expected safetensors or gguf"),
             ({"dtype": "q8_0"}, "float32, bfloat16, float16 for safetensors"),
-            ({"format": "gguf", "dtype": "q4_0"}, "q8_0 for gguf"),
+            ({"format": "gguf", "dtype": "q2_k"}, "q8_0 for gguf"),
         ):
             assert said in self.refused(models["llama"], tmp_path / "out", **options)
 
@@ -231,7 +231,7 @@ class TestRefusals:
         self, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
     ) -> None:
         """Without the order of rows that llama.cpp's rope wants, the file would load and talk nonsense."""
-        monkeypatch.setattr(gguf_model, "_in_pairs", lambda weight, heads: weight)
+        monkeypatch.setattr(gguf_model, "in_pairs", lambda weight, heads: weight)
         said = self.refused(models["llama"], tmp_path / "out", format="gguf", dtype=dtype)
         assert "the exported model's logits differ by" in said
 
@@ -267,6 +267,10 @@ params = xllamacpp.CommonParams()
 params.model.path, params.hostnames, params.port, params.n_ctx = sys.argv[1], ["127.0.0.1"], 0, 256
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+if sys.argv[2:]:
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = sys.argv[2], 1.0
+    params.lora_adapters = [adapter]
 server = xllamacpp.Server(params)
 print("listening at", server.listening_address, flush=True)
 sys.stdin.read()
@@ -274,9 +278,9 @@ sys.stdin.read()
 
 
 @contextmanager
-def llama_cpp(file: Path) -> Iterator[Any]:
-    """Ask llama.cpp's own server, which reads the file by itself."""
-    command = [sys.executable, "-c", SERVE, str(file)]
+def llama_cpp(file: Path, adapter: Path | None = None) -> Iterator[Any]:
+    """Ask llama.cpp's own server, which reads the file by itself, with a LoRA adapter where there is one."""
+    command = [sys.executable, "-c", SERVE, str(file), *([] if adapter is None else [str(adapter)])]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None and process.stdin is not None
