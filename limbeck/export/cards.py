@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from limbeck.recipe.yaml_text import dump, parse
+from limbeck.types import LimbeckError
+
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """The metadata at the head of a card; empty where there is none, or none that YAML reads as a mapping."""
-    import yaml
+    """The metadata at the head of a card; empty where there is none, or none that can be read and written again.
 
+    Cards come with models of strangers: aliases, whose size can grow without bound, are not read.
+    """
     found = _FRONT.match(card)
     try:
-        read = yaml.safe_load(found[1]) if found else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        read = parse(found[1], "the metadata of a card") if found else None
+        # Writing takes more of the stack for each level than reading.
+        dump({"written": read})
+    except (LimbeckError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
 
@@ -28,8 +34,6 @@ def exported_card(card: str, *, name: str, file: str | None, said: str) -> str:
         file: the GGUF file; None for safetensors.
         said: a sentence on how the export was checked.
     """
-    import yaml
-
     front = front_matter(card) or {"pipeline_tag": "text-generation", "tags": ["limbeck"]}
     front = {"library_name": "transformers"} | front
     body = _FRONT.sub("", card).strip("\n") or f"# {' '.join(name.split())}"
@@ -37,7 +41,7 @@ def exported_card(card: str, *, name: str, file: str | None, said: str) -> str:
         front["library_name"] = "gguf"
         body = _section(body, "Use", f"```sh\nllama-server -m {file}\n```")
     body = _section(body, "This export", said)
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
+    return f"---\n{dump(front)}---\n\n{body}\n"
 
 
 def _section(body: str, title: str, text: str) -> str:

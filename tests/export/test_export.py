@@ -261,6 +261,16 @@ def test_cards() -> None:
     assert front_matter(bare)["library_name"] == "transformers" and "\n# x # y\n" in bare
 
 
+BOMB = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join(9 * [f'*a{i - 1}'])}]}}\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize("front", [BOMB, "a: &a [*a]", *(f"a: {'[' * n}{']' * n}" for n in (340, 490, 3000))])
+def test_metadata_of_a_hostile_card_is_left_out(front: str) -> None:
+    """Merged aliases that grow to 9 ** 11 keys, and lists that can be read but not written."""
+    card = exported_card(f"---\n{front}\n---\n\n# Name\n", name="x", file=None, said="Said.")
+    assert front_matter(card)["library_name"] == "transformers" and "\n# Name\n" in card and len(card) < 300
+
+
 SERVE = """
 import sys, xllamacpp
 params = xllamacpp.CommonParams()
