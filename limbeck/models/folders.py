@@ -18,15 +18,16 @@ from limbeck.types import LimbeckError
 
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 _LARGEST_JSON = 64 * 2**20
+# Names of the number of experts in a layer, which may be zero.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # The largest that a field may be, and its other names. Real models stay far below.
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim"), 100_000),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "n_inner"), 10_000_000),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 2**31 - 1),
-    **dict.fromkeys(("vocab_size", "num_experts", "num_local_experts", "n_routed_experts"), 100_000_000),
+    **dict.fromkeys(("vocab_size", *EXPERT_COUNTS), 100_000_000),
 }
-_MAY_BE_ZERO = ("num_experts", "num_local_experts", "n_routed_experts")
 _TEXTS = ("model_type", "_attn_implementation", "hidden_act", "hidden_activation", "activation_function")
 _BLOCK = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
 
@@ -112,7 +113,7 @@ def require_sizes(path: Path) -> None:
 def _require_fields(path: Path, fields: Mapping[str, Any]) -> None:
     for key, value in fields.items():
         if key in _SIZES and value is not None:
-            least = 0 if key in _MAY_BE_ZERO else 1
+            least = 0 if key in EXPERT_COUNTS else 1
             for size in value if isinstance(value, list) else [value]:
                 # What is no number at all transformers itself refuses.
                 if isinstance(size, int) and not least <= size <= _SIZES[key]:

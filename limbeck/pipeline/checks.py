@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from limbeck.models.folders import EXPERT_COUNTS
 from limbeck.models.loading import source_config
 from limbeck.models.quantization.layout import replaced
 from limbeck.models.sources import resolve
@@ -143,6 +144,8 @@ def _check_anatomy(context: RunContext) -> None:
     assert section.model is not None
     source = resolve(section.model, revision=section.revision, weights=False, trust_remote_code=spec.trust_remote_code)
     there = source_config(source, trust_remote_code=spec.trust_remote_code)
+    if spec.lora is None:
+        _say_unbalanced(context, there.get_text_config())
     if spec.init == "depth_prune":
         kept = _kept_blocks(spec, section.model, there.get_text_config().num_hidden_layers)
         there = pruned_config(there, kept)
@@ -161,6 +164,17 @@ def _say_replaced(context: RunContext, quantize: QuantizeSpec, formats: Mapping[
         context.console.warn(
             f"student.quantize: {len(names)} of {len(formats)} matrices are kept in {chosen}, since their rows are no "
             f"multiple of the block of {quantize.format} ({names[0]}, ...)"
+        )
+
+
+def _say_unbalanced(context: RunContext, config: Any) -> None:
+    """What the training of a mixture of experts leaves out."""
+    experts = max(getattr(config, name, None) or 0 for name in EXPERT_COUNTS)
+    if experts > 1:
+        context.console.warn(
+            f"the student is a mixture of {experts} experts, and the loss that spreads tokens evenly over them is not "
+            "part of the training; compare how often each is chosen before and after, or train "
+            "student.lora={target_modules: [q_proj, v_proj]} alone"
         )
 
 
