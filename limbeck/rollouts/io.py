@@ -76,7 +76,7 @@ def _asked_of(fields: dict[str, Any]) -> TokenPrompt:
     _require_ids(fields["ids"])
     if not isinstance(fields["id"], str):
         raise TypeError("the id is no text")
-    return TokenPrompt(id=fields["id"], ids=tuple(fields["ids"]))
+    return TokenPrompt(id=fields["id"], ids=shared_ids(fields["ids"]))
 
 
 def _require_ids(ids: object) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from limbeck.rollouts.io import read_asked, read_batch, read_responses
-from limbeck.types import LimbeckError
+from limbeck.rollouts.io import read_asked, read_batch, read_responses, write_asked, write_responses
+from limbeck.types import LimbeckError, Response, TokenPrompt
 
 JUNK = (b"[]", b"null", b"3", b'"text"', b"{}", b"{", b"\xff\xfe", b"[" * 9999, b'{"id": 3, "ids": [1]}')
 IDS = (
@@ -39,3 +40,24 @@ def test_a_batch_of_another_size(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(LimbeckError, match="it holds 0 responses of 4"):
         read_batch(path, 4)
+
+
+@pytest.mark.parametrize("read", [read_responses, read_asked])
+def test_ids_take_eight_bytes_each_in_memory(tmp_path: Path, read: object) -> None:
+    """One object for each distinct id: an object for each token takes 36 bytes, and a run holds millions of tokens."""
+    path, ids = tmp_path / "a.jsonl", tuple(range(1000, 1500))
+    if read is read_asked:
+        write_asked(path, [TokenPrompt(id=str(i), ids=ids) for i in range(100)])
+    else:
+        write_responses(
+            path,
+            [
+                Response(prompt_id=str(i), author="teacher", prompt_ids=ids, response_ids=ids, stop="length")
+                for i in range(50)
+            ],
+        )
+    tracemalloc.start()
+    held = read(path)  # type: ignore[operator]
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held and used < 12 * 100 * len(ids)
