@@ -141,8 +141,10 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         Raises:
             LimbeckError: there is none; names the nearest.
         """
-        if name not in self:
-            raise LimbeckError(f"{self.kind} {name!r} is unknown{nearest(name, self)}: choose from {', '.join(self)}")
+        # A recipe may give anything in a name's place, such as a list.
+        if not isinstance(name, str) or name not in self:  # pyright: ignore[reportUnnecessaryIsInstance]
+            near = nearest(str(name), self)
+            raise LimbeckError(f"{self.kind} {name!r} is unknown{near}: choose from {', '.join(self)}")
         return self[name]
 
 
@@ -155,7 +157,10 @@ def checked(name: str, field: dataclasses.Field[Any], value: object) -> object:
     kind = type(field.default)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise LimbeckError(f"{name} {field.name}={value!r}: expected a {kind.__name__}, such as {field.default!r}")
-    return float(value) if kind is float and isinstance(value, int) else value
+    try:
+        return float(value) if kind is float and isinstance(value, int) else value
+    except OverflowError:
+        raise LimbeckError(f"{name} {field.name}={value!r}: expected a number of less than 309 digits") from None
 
 
 def _validated(what: str, member: type[Any], options: Mapping[str, object]) -> Any:

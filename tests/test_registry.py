@@ -60,13 +60,16 @@ def test_options_are_the_fields(registry: Registry[Any]) -> None:
     ("name", "options", "said"),
     [
         ("plian", {}, "thing 'plian' is unknown (nearest: 'plain'): choose from plain, strict"),
+        ("plain", {"share": 10**400}, f"plain share={10**400}: expected a number of less than 309 digits"),
+        ([1], {}, "thing [1] is unknown: choose from plain, strict"),
+        (1.5, {}, "thing 1.5 is unknown: choose from plain, strict"),
         ("plain", {"sise": 1}, "thing 'plain' has no option 'sise' (nearest: 'size'): it has size, share, name, on"),
         ("plain", {"size": True}, "plain size=True: expected a int, such as 3"),
         ("plain", {"size": 1.5}, "plain size=1.5: expected a int, such as 3"),
         ("strict", {"least": "x"}, "thing 'strict' least='x': input should be a valid integer"),
     ],
 )
-def test_mistakes_are_one_line(registry: Registry[Any], name: str, options: dict[str, Any], said: str) -> None:
+def test_mistakes_are_one_line(registry: Registry[Any], name: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(LimbeckError) as caught:
         registry.build(name, **options)
     assert str(caught.value) == said

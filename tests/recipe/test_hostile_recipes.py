@@ -46,6 +46,42 @@ def test_every_key_with_odd_values(key: str) -> None:
         read(tree)
 
 
+PAIRS, OWN = {"responses": {"source": "pairs"}}, {"responses": {"source": "student"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "beside"),
+    [
+        ("contrast.rule.name", PAIRS),
+        ("contrast.rule.gamma", OWN | {"contrast": {"rule": {"name": "minillm"}}}),
+        ("contrast.student.name", PAIRS),
+        ("contrast.student.alpha", PAIRS | {"contrast": {"student": {"name": "srkl"}}}),
+        ("sft.objective.name", {}),
+        ("objective.parts", {"objective": {"name": "sum"}}),
+        ("objective.parts.0.name", {"objective": {"name": "sum", "parts": [{"weight": 1.0}]}}),
+        ("objective.alpha", {"objective": {"name": "skl"}}),
+        ("objective.schedule.progress", {"objective": {"name": "taid"}}),
+        ("responses.source.name", {}),
+        ("responses.source.share", {"responses": {"source": {"name": "replay"}}}),
+        ("evaluate.groups.0", {"evaluate": {"groups": [""]}}),
+        ("evaluate.groups.fidelity.top_k", {}),
+        ("student.quantize.format", {}),
+        ("student.lora.target_modules", {}),
+    ],
+)
+def test_options_of_members_with_odd_values(path: str, beside: dict[str, Any]) -> None:
+    """What stands below the keys of the schema: names of members and their options."""
+    for odd in ODD:
+        tree: Any = json.loads(json.dumps(PLAIN | beside))
+        keys: list[Any] = [int(part) if part.isdigit() else part for part in path.split(".")]
+        *parents, leaf = keys
+        node = tree
+        for parent in parents:
+            node = node[parent] if isinstance(node, list) else node.setdefault(parent, {})
+        node[leaf] = odd
+        read(tree)
+
+
 def mutant(seed: int) -> bytes:
     """A shipped recipe or sweep with one thing wrong."""
     rng = random.Random(seed)
