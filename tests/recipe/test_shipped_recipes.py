@@ -49,3 +49,23 @@ def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPai
     before, after = (json.loads((run / "scores.json").read_text("utf-8"))[side] for side in ("before", "after"))
     assert before.keys() == after.keys()
     assert "forward_kl" not in before or before["forward_kl"] != after["forward_kl"]
+
+
+ONCE = "the student's responses were written once"
+
+
+@pytest.mark.parametrize(
+    ("name", "never"),
+    [("distillm2", []), ("dpkd", [ONCE]), ("skd", []), ("minillm", []), ("imitkd", []), ("gkd", [])],
+)
+def test_every_mechanism_of_an_on_policy_recipe_acts(
+    limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, name: str, never: list[str]
+) -> None:
+    """In as many epochs as it says; distillm, whose buffer wants more prompts, has a test of its own."""
+    places = (f"output_dir={tmp_path}/run", f"teacher.model={tiny.teacher}", f"prompts.source={tiny.prompts}")
+    small = [key for key in SMALL if not key.startswith("train.max_steps")]
+    plain = ("sft=null", "train.learning_rate=1e-3", "train.eval_steps=null")
+    finished = limbeck.run("train", name, *places, *small, *plain)
+    assert finished.code == 0, finished.stderr
+    said = json.loads((tmp_path / "run/stages/train.json").read_text("utf-8"))["never_acted"]
+    assert [sentence.split(",")[0] for sentence in said] == never
