@@ -168,6 +168,13 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, update: Update = 
 
 
 @app.command()
+def prefer(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
+    """Up to the student after preference tuning, where the recipe has a section preference."""
+    del debug
+    _play(recipe, overrides, "prefer", update)
+
+
+@app.command()
 def evaluate(
     recipe: Annotated[
         str,

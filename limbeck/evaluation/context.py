@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from limbeck.sampling.local import LocalSampler
 
-Part = Literal["before", "after"]
+Part = Literal["before", "distilled", "after"]
 Who = Literal["student", "teacher"]
 Need = Literal["teacher", "teacher_weights", "tokens", "references"]
 
@@ -126,7 +126,8 @@ class EvaluationContext(Protocol):
 
     @property
     def part(self) -> Part:
-        """Which student: the one before training or after it; on its own it is "after"."""
+        """Which student: the one before training or after all of it, preference tuning included; on its own it is
+        "after". "distilled" is the one before preference tuning."""
         ...
 
     @property
@@ -226,6 +227,21 @@ class EvaluationContext(Protocol):
 
     def before(self) -> EvaluationContext:
         """The same with the student as it was before training."""
+        ...
+
+    def distilled(self) -> EvaluationContext:
+        """The same with the student as distillation left it, before preference tuning."""
+        ...
+
+    def require_preferred(self, key: str) -> None:
+        """See that preference tuning follows distillation here.
+
+        Args:
+            key: the key of the recipe that asks for the student before it.
+
+        Raises:
+            LimbeckError: it does not.
+        """
         ...
 
     def release_teacher(self) -> None:

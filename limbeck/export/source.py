@@ -76,11 +76,13 @@ def find(source: str, *, trust_remote_code: bool = False) -> Exportable:
 
 
 def _of_run(run: Path, trust_remote_code: bool) -> Exportable:
-    student = run / "student"
+    directory = RunDirectory(run)
+    student = directory.finished_student
     if not (student / "config.json").is_file():
         raise LimbeckError(f"{run} has no finished student, expected {student}; end it with `limbeck run {run}`")
-    written = (RunDirectory(run).manifest("train") or {}).get("outputs", {})
-    fault = next(iter(faults(run, matching(written, ["student/*"]), content=True).items()), None)
+    stage = "train" if student == directory.student else "prefer"
+    written = (directory.manifest(stage) or {}).get("outputs", {})
+    fault = next(iter(faults(run, matching(written, [f"{student.name}/*"]), content=True).items()), None)
     if fault is not None:
         raise LimbeckError(
             f"{run / fault[0]} {fault[1]} since it was written; make it again with `limbeck run {run}`, or export "

@@ -43,6 +43,7 @@ class Stage:
         handed_on: patterns of those working files that the next stage reads.
         cheap: done again without `update` where the files that it reads were made again and differ.
         hands_on_teacher: keeps the teacher's weights in memory for the next stage.
+        included: whether a recipe has the stage at all.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     intermediate: bool = False
     cheap: bool = False
     hands_on_teacher: bool = False
+    included: Callable[[Recipe], bool] = lambda recipe: True
 
 
 @dataclass
@@ -160,10 +162,10 @@ class RunContext:
         wait_until(ready, sign=self.run.lock, rank=self.rank)
 
     def fingerprints(self, stages: Sequence[Stage]) -> dict[str, str]:
-        """The fingerprint of every stage: its own inputs and, through the chain, those of all stages before it."""
+        """The fingerprint of every stage of the recipe: its own inputs and, through the chain, those of all before."""
         prints: dict[str, str] = {}
         before = ""
-        for stage in stages:
+        for stage in (stage for stage in stages if stage.included(self.recipe)):
             before = prints[stage.name] = fingerprint(
                 {"stage": stage.name, "inputs": stage.inputs(self), "after": before}
             )

@@ -1,4 +1,4 @@
-"""The six stages of a run, done in order in one run directory, each addressed by a fingerprint of its inputs.
+"""The stages of a run, done in order in one run directory, each addressed by a fingerprint of its inputs.
 
 A stage that is done for these inputs is not done again. A directory made from other inputs is refused, or brought up
 to date on request; what is superseded is moved aside, never deleted.
@@ -59,7 +59,7 @@ def run_pipeline(
         KeyboardInterrupt: stopped by a signal; everything finished is on disk.
     """
     console = console or default_console()
-    wanted = stages[: 1 + [stage.name for stage in stages].index(until or stages[-1].name)]
+    wanted = _wanted(recipe, stages, until or stages[-1].name)
     with in_one_line(), short_spins_when_busy():
         names = frozenset(stage.name for stage in wanted)
         context = RunContext(recipe, console, artifacts=artifacts, pause_at=pause_at, wanted=names)
@@ -83,6 +83,21 @@ def run_pipeline(
                     publish(context)
         _warn_of_harm(run, console)
     return run
+
+
+def _wanted(recipe: Recipe, stages: Sequence[Stage], until: str) -> Sequence[Stage]:
+    """The stages of a recipe up to one of them.
+
+    Raises:
+        LimbeckError: the recipe has no such stage.
+    """
+    last = [stage.name for stage in stages].index(until)
+    if not stages[last].included(recipe):
+        raise LimbeckError(
+            f"the recipe has no stage {until}, which comes of a section preference; add one, such as "
+            "preference.pairs=teacher, or play it with another command"
+        )
+    return tuple(stage for stage in stages[: last + 1] if stage.included(recipe))
 
 
 def _run_all(context: RunContext, stages: Sequence[Stage], wanted: Sequence[Stage], update: bool) -> None:
@@ -221,8 +236,8 @@ class FinishedRun:
 
     @property
     def student(self) -> Path:
-        """Folder of the student, for `AutoModelForCausalLM.from_pretrained`."""
-        return self.directory / "student"
+        """Folder of the student, for `AutoModelForCausalLM.from_pretrained`; after preference tuning, where it was."""
+        return RunDirectory(self.directory).finished_student
 
     @property
     def report(self) -> Path:

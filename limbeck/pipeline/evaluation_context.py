@@ -42,7 +42,7 @@ from limbeck.runtime.console import Console
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.records import fingerprint
 from limbeck.sampling.local import LocalSampler
-from limbeck.types import AFTER_TRAINING, Prompt, Response, Sampling, SignalSource, TokenPrompt
+from limbeck.types import AFTER_TRAINING, LimbeckError, Prompt, Response, Sampling, SignalSource, TokenPrompt
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +127,17 @@ class RunEvaluation:
     def before(self) -> RunEvaluation:
         """The same with the student as it was before training."""
         return replace(self, part="before")
+
+    def distilled(self) -> RunEvaluation:
+        """The same with the student as distillation left it, before preference tuning."""
+        return replace(self, part="distilled")
+
+    def require_preferred(self, key: str) -> None:
+        if self.context.recipe.preference is None:
+            raise LimbeckError(
+                f"{key} is distilled, the student before preference tuning, but the recipe has no section preference; "
+                f"add it, or set {key}=teacher"
+            )
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -287,8 +298,10 @@ class RunEvaluation:
     def source(self, who: Who) -> ModelSource:
         """Where a model and its tokenizer are: what was trained, or what the recipe names."""
         recipe = self.context.recipe
-        if who == "student" and self.part == "after" and self.trained:
-            return ModelSource(self.context.run.student, None, self.context.student_trusted)
+        if who == "student" and self.part != "before" and self.trained:
+            run = self.context.run
+            folder = run.student if self.part == "distilled" else run.finished_student
+            return ModelSource(folder, None, self.context.student_trusted)
         section = recipe.teacher if who == "teacher" or recipe.student.model is None else recipe.student
         assert section.model is not None
         return ModelSource(section.model, section.revision, section.trust_remote_code)

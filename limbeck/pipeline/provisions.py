@@ -57,6 +57,8 @@ def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
         yield f"objective {recipe.objective.name}", "hidden", "set objective={name: ce} with responses.source=data"
     if recipe.sft is not None and sft_loss_plan(recipe, recipe.sft).needs_teacher:
         yield "sft.objective", "hidden", "set sft.objective={name: ce}"
+    if recipe.preference is not None and recipe.preference.pairs.needs_teacher:
+        yield "preference.pairs=teacher", "hidden", "let a judge or the data prefer (preference.pairs)"
 
 
 def _by_groups(context: RunContext) -> Iterator[tuple[str, Provision, str]]:

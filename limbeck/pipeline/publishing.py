@@ -53,7 +53,7 @@ def publish(context: RunContext) -> None:
     if not train.push_to_hub or train.hub_model_id is None:
         return
     record = run.root / "pushed.json"
-    files = {path.name: sha256_of(path) for path in sorted(run.student.iterdir()) if path.is_file()}
+    files = {path.name: sha256_of(path) for path in sorted(run.finished_student.iterdir()) if path.is_file()}
     state: Json = {"repository": train.hub_model_id, "files": files}
     if record.exists() and {key: value for key, value in read_json(record).items() if key != "commit"} == state:
         context.console.say(f"hub: {train.hub_model_id} has this student already")
@@ -71,7 +71,9 @@ def _upload(context: RunContext, repository: str) -> str:
     try:
         hub.create_repo(repository, private=train.hub_private_repo, exist_ok=True)
         found = hub.upload_folder(
-            repo_id=repository, folder_path=run.student, commit_message=f"Student of the run {context.recipe.name}"
+            repo_id=repository,
+            folder_path=run.finished_student,
+            commit_message=f"Student of the run {context.recipe.name}",
         )
     except errors.HfHubHTTPError as error:
         raise LimbeckError(f"the hub refuses {repository}: {one_line(error)[:300]}; {again}") from error

@@ -44,8 +44,9 @@ def require_same_inputs(context: RunContext, stages: Sequence[Stage], prints: di
 
 
 def is_stale(run: RunDirectory, stage: Stage, prints: dict[str, str]) -> bool:
+    """Whether a stage was made from other inputs, or is none of the recipe."""
     record = run.manifest(stage.name)
-    return record is not None and record["fingerprint"] != prints[stage.name]
+    return record is not None and record["fingerprint"] != prints.get(stage.name)
 
 
 def _refusal(context: RunContext, stage: Stage) -> str:

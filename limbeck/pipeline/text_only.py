@@ -58,6 +58,8 @@ def _keys_to_change(context: RunContext) -> list[str]:
         keys.append("objective={name: ce}")
     if recipe.sft is not None and sft_loss_plan(recipe, recipe.sft).needs_teacher:
         keys.append("sft.objective={name: ce}")
+    if recipe.preference is not None and recipe.preference.pairs.needs_teacher:
+        keys.append("preference.pairs={name: judge, base_url: ...}")
     if recipe.teacher.support != "full":
         keys.append("teacher.support=full")
     if recipe.teacher.cache:

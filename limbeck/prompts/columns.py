@@ -15,8 +15,8 @@ from limbeck.types import LimbeckError
 UNPLAYED: dict[str, str] = {
     "privileged_context": "is context for the teacher alone, and teacher and student read the same prompt here",
     "teacher_id": "names a teacher for each row, and one teacher answers all rows here",
-    "chosen": "is one answer of a preference pair, and no objective here learns from preferences in the data",
-    "rejected": "is one answer of a preference pair, and no objective here learns from preferences in the data",
+    "chosen": "is one answer of a preference pair, which preference.pairs=data alone reads",
+    "rejected": "is one answer of a preference pair, which preference.pairs=data alone reads",
     "reward": "rates an answer, and no objective here weighs the data's answers by a rating",
     "label": "says whether an answer is wanted (KTO), and no objective here learns to avoid an answer of the data",
     **dict.fromkeys(

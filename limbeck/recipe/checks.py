@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from limbeck.recipe.preference import SMOOTHED
 from limbeck.recipe.response_source import source_name
 from limbeck.recipe.sections import AXES, Recipe
 from limbeck.rollouts.options import OnPolicyOptions, SourceOptions
+from limbeck.rollouts.preference.options import JudgePairs
 from limbeck.rollouts.registry import SOURCES
 from limbeck.types import LimbeckError
 
@@ -29,6 +31,7 @@ def check(recipe: Recipe) -> None:
     _check_draft(recipe)
     _check_verify(recipe)
     _check_evaluation_while_training(recipe)
+    _check_preference(recipe)
     if recipe.train.lm is not None and recipe.train.lm.weight == 0:
         raise LimbeckError(
             "train.lm.weight is 0, so that its text changes nothing; give a weight above 0, or set train.lm=null"
@@ -114,6 +117,29 @@ def _check_evaluation_while_training(recipe: Recipe) -> None:
         )
 
 
+def _check_preference(recipe: Recipe) -> None:
+    preference = recipe.preference
+    if preference is None:
+        return
+    if recipe.student.quantize is not None:
+        raise LimbeckError(
+            "preference tunes all weights, which would leave the grid of student.quantize; remove one of the two"
+        )
+    smoothing = preference.label_smoothing
+    if smoothing and preference.loss_type not in SMOOTHED:
+        raise LimbeckError(
+            f"preference.label_smoothing is {smoothing}, which preference.loss_type={preference.loss_type} does not "
+            f"read; remove it, or set preference.loss_type={' or '.join(SMOOTHED)}"
+        )
+    if preference.loss_type == "exo_pair" and not smoothing:
+        raise LimbeckError("preference.loss_type=exo_pair needs preference.label_smoothing above 0, such as 0.001")
+    if isinstance(preference.pairs, JudgePairs) and preference.pairs.base_url is None:
+        raise LimbeckError(
+            "preference.pairs is judge, but preference.pairs.base_url is missing; give the address of an "
+            "OpenAI-compatible server, such as http://localhost:8000/v1, or set preference.pairs=teacher"
+        )
+
+
 def _check_server(recipe: Recipe) -> None:
     server = recipe.responses.server
     if server is None:
@@ -128,6 +154,7 @@ def _check_server(recipe: Recipe) -> None:
 def _check_key_names(recipe: Recipe) -> None:
     named = {"responses.server": recipe.responses.server}
     named |= {f"evaluate.groups.{name}": group for name, group in recipe.evaluate.groups.items()}
+    named |= {"preference.pairs": recipe.preference.pairs} if recipe.preference else {}
     for section, holder in named.items():
         name = getattr(holder, "api_key_env", None)
         if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from limbeck.recipe import checks, messages, yaml_text
 from limbeck.recipe.evaluation import EVALUATION_GROUPS, choose_groups, open_groups
 from limbeck.recipe.files import read_yaml, shipped_recipes
+from limbeck.recipe.preference import PAIRS_SETTING
 from limbeck.recipe.response_source import SOURCE
 from limbeck.recipe.retired import refuse_retired
 from limbeck.recipe.sections import AXES, MEMBER_KEYS, ObjectiveSection, Recipe, TrainSection, sections_under
@@ -178,7 +179,8 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
     tree["objective"] |= tree["objective"].pop("options")
     for key, one in MEMBER_KEYS.items():
         section, _, name = key.partition(".")
-        tree[section][name] = yaml_text.plain_tree(one.tree(getattr(getattr(recipe, section), name)))
+        if (holder := getattr(recipe, section)) is not None:
+            tree[section][name] = yaml_text.plain_tree(one.tree(getattr(holder, name)))
     return tree
 
 
@@ -202,6 +204,7 @@ def json_schema() -> dict[str, Any]:
     groups["anyOf"] = [{"$ref": "#/$defs/EvaluationGroups"}, listed]
     schema["$defs"]["TeacherSection"]["properties"]["where"]["anyOf"] = WHERE.schema()
     schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = SOURCE.schema()
+    schema["$defs"]["PreferenceSection"]["properties"]["pairs"]["anyOf"] = PAIRS_SETTING.schema()
     section = schema["$defs"]["ObjectiveSection"]
     del section["properties"]["options"]
     section["properties"]["name"]["enum"] = sorted(OBJECTIVES)

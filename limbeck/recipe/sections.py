@@ -26,6 +26,7 @@ from limbeck.fields import (
 )
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.member import MemberKey
+from limbeck.recipe.preference import PAIRS_SETTING, PreferenceSection
 from limbeck.recipe.response_source import SOURCE, SourceSetting
 from limbeck.recipe.teacher import WHERE, Dtype, TeacherSection
 from limbeck.registry import Registry
@@ -324,6 +325,7 @@ class Recipe:
     contrast: ContrastSection = field(default_factory=ContrastSection)
     sft: SftSection | None = None
     train: TrainSection = field(default_factory=TrainSection)
+    preference: PreferenceSection | None = None
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
     @property
@@ -367,12 +369,13 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "sft"): SftSection,
     (Recipe, "train"): TrainSection,
     (TrainSection, "lm"): LmSection,
+    (Recipe, "preference"): PreferenceSection,
     (Recipe, "evaluate"): EvaluateSection,
     (EvaluateSection, "groups"): EVALUATION_GROUPS,
 }
 
 # Keys that hold a member of a registry; objectives and evaluation groups are read in ways of their own.
-MEMBER_KEYS: dict[str, MemberKey[Any]] = {one.key: one for one in (WHERE, SOURCE)}
+MEMBER_KEYS: dict[str, MemberKey[Any]] = {one.key: one for one in (WHERE, SOURCE, PAIRS_SETTING)}
 
 
 def sections_under(section: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -52,7 +52,7 @@ class Chart:
     group: str
 
 
-OWN, MIX = "The student's own responses", "Mixture and objective"
+OWN, MIX, PREFERENCE = "The student's own responses", "Mixture and objective", "Preference tuning"
 CURVES = (
     ("loss", "Loss", "", False, True),
     ("forward_kl", "Forward KL", "at temperature 1", True, True),
@@ -76,8 +76,16 @@ CURVES = (
     ("alpha/student", "Alpha", "student's responses", True, True),
     ("beta", "Beta", "weight of its responses", True, False),
 )
+# Of the preference tuning, which has steps of its own.
+PREFERENCE_CURVES = (
+    ("rewards/margins", "Reward margin", "chosen less rejected", True, True),
+    ("rewards/accuracies", "Reward accuracy", "share of pairs", True, True),
+    ("rewards/chosen", "Reward", "of chosen answers", False, True),
+    ("rewards/rejected", "Reward", "of rejected answers", False, True),
+)
 MIXED = ("share", "heldout_loss", "alpha/teacher", "alpha/student", "beta")
 CHART_GROUPS = {"log_q/student": OWN, "kl_p99": OWN} | dict.fromkeys(MIXED, MIX)
+CHART_GROUPS |= {key: PREFERENCE for key, *_ in PREFERENCE_CURVES}
 
 
 def charts(run: Run) -> list[Chart]:
@@ -88,6 +96,10 @@ def charts(run: Run) -> list[Chart]:
         again = key != "loss" and all(math.isclose(row[key], number(row, "loss") or 0.0, rel_tol=1e-3) for row in rows)
         if len(rows) > 1 and not again:
             made.append(_chart(key, title, _loss_unit(run) if key == "loss" else unit, rows, zero, wavering))
+    for key, title, unit, zero, wavering in PREFERENCE_CURVES:
+        rows = [row for row in run.rewards if number(row, key) is not None]
+        if len(rows) > 1:
+            made.append(_chart(key, title, unit, rows, zero, wavering))
     return made
 
 

@@ -25,8 +25,10 @@ from limbeck.report.format import (
     share,
     share_of_teacher,
 )
+from limbeck.report.preference import preference_account
 from limbeck.report.read_run import Run, number, read_run, score, value_at
 from limbeck.runtime.files import write_text
+from limbeck.runtime.rundir import RunDirectory
 
 # Only these have a meaning of their own on the hub; a path or a file name would be taken for somebody's repository.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -36,7 +38,7 @@ OBJECTIVE_NAMES = {"fkl": "forward KL", "rkl": "reverse KL", "csd": "concrete sc
 def write_card(
     run_dir: Path, *, base_model: str | None = None, license: str | None = None, datasets: Sequence[str] = ()
 ) -> Path:
-    """Write `student/README.md` from the files of a run directory.
+    """Write `README.md` of the student that a run hands on from the files of a run directory.
 
     Args:
         base_model: hub id of the model the student's weights began as; without it, the recipe's name for that model
@@ -48,7 +50,7 @@ def write_card(
         LimbeckError: `run_dir` is not a run directory.
     """
     run = read_run(run_dir)
-    path = run_dir / "student" / "README.md"
+    path = RunDirectory(run_dir).finished_student / "README.md"
     write_text(path, card(run, base_model=base_model, license=license, datasets=datasets))
     return path
 
@@ -215,6 +217,7 @@ def _method(run: Run) -> list[str]:
             f"Objective: {shown} (`{code(objective)}`) at temperature "
             f"{setting(number(run.recipe, 'objective.temperature') or 1.0)}, per response token."
         )
+    said += [f"{sentence[0].upper()}{markdown(sentence[1:])}." for sentence in preference_account(run)[:2]]
     return said
 
 

@@ -33,6 +33,11 @@ def harm(run: Run) -> str | None:
 
 
 def _remedy(run: Run) -> str:
+    if value_at(run.recipe, "preference") is not None:
+        return (
+            "set evaluate.groups.likelihood.against=distilled to see which half did it; lower "
+            "preference.learning_rate, or raise preference.beta, and add --update"
+        )
     rate = value_at(run.recipe, "train.learning_rate")
     if isinstance(rate, int | float):
         return f"set train.learning_rate=auto (it is {setting(float(rate))}) and add --update"

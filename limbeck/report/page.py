@@ -15,6 +15,7 @@ from limbeck.report.before_after import evidence
 from limbeck.report.charts import HEIGHT, WIDTH, charts
 from limbeck.report.on_policy import account, exchanges, warned
 from limbeck.report.outcome import harm
+from limbeck.report.preference import preference_account
 from limbeck.report.rate_search import search_charts
 from limbeck.report.read_run import Run, number, read_run, response_id, score, value_at
 from limbeck.runtime.files import write_text
@@ -71,6 +72,7 @@ def render(run: Run) -> str:
         warned=warned(run),
         account=account(run),
         exchanges=exchanges(run),
+        preference=preference_account(run),
         drawing=(WIDTH, HEIGHT),
         points={chart.name: chart.points for chart in curves},
         evidence=evidence(run),
@@ -95,6 +97,7 @@ def _story(run: Run) -> list[tuple[str, str]]:
         ("objective", ("objective.name",)),
         ("temperature", ("objective.temperature",)),
         ("epochs", ("train.num_train_epochs",)),
+        ("preferred by", ("preference.pairs.name",)),
         ("seed", ("train.seed", "seed")),
     ):
         if run.alone and label not in OF_AN_EVALUATION:

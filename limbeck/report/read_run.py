@@ -23,8 +23,10 @@ FILES = {
 OF_TRAINING = ("student/student.json", "metrics.jsonl", "samples.jsonl")
 # Absent where the student wrote none of what it was trained on, and not missed then.
 WRITTEN = "rounds/examples.jsonl"
+# Absent where nobody preferred.
+REWARDS = "preferences/rewards.jsonl"
 RECIPE = "recipe.resolved.yaml"
-STORY = ("prompts", "respond", "teach", "train", "evaluate", "report")
+STORY = ("prompts", "respond", "teach", "train", "prefer", "evaluate", "report")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class Run:
         alone: an evaluation of a student that was not trained here, so that nothing of a training is missed.
         stages: the manifests, in the order in which the stages were started.
         steps: one mapping a logging step of the training.
+        rewards: one mapping a step of the preference tuning.
         searches: what was tried to find the learning rate, by the training it was for.
         written: some of the responses that were trained on, of both authors, as token ids.
         missing: file to what its absence means.
@@ -50,6 +53,7 @@ class Run:
     student: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Mapping[str, Any], ...] = ()
     steps: tuple[Mapping[str, Any], ...] = ()
+    rewards: tuple[Mapping[str, Any], ...] = ()
     searches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     written: tuple[Mapping[str, Any], ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()
@@ -84,6 +88,7 @@ def read_run(run_dir: Path) -> Run:
         student=_object(run_dir, "student/student.json", broken),
         stages=stages,
         steps=tuple(row for row in lines_of(run_dir, "metrics.jsonl", broken) if number(row, "step") is not None),
+        rewards=tuple(row for row in lines_of(run_dir, REWARDS, broken) if number(row, "step") is not None),
         searches={
             path.stem: found
             for path in sorted((run_dir / "learning_rate").glob("*.json"))

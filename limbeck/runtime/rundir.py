@@ -1,7 +1,7 @@
 """The run directory: its files, the lock, and one manifest per finished stage.
 
     recipe.resolved.yaml  provenance.json  prompts.jsonl  responses/  signal/  checkpoints/  rounds/  metrics.jsonl
-    student/  scores/  scores.json  samples.jsonl  report.html  report.svg  stages/NAME.json
+    student/  preferences/  preferred/  scores/  scores.json  samples.jsonl  report.html  report.svg  stages/NAME.json
 
 A stage is done when its manifest says so; the manifest holds the fingerprint of everything the stage read and the hash
 of every file it wrote (`outputs`). A file appears under its final name only when it is whole, so a kill at any time
@@ -97,6 +97,21 @@ class RunDirectory:
     @property
     def student(self) -> Path:
         return self.root / "student"
+
+    @property
+    def preferences(self) -> Path:
+        """Preference pairs, and what they and the tuning on them were made from."""
+        return self.root / "preferences"
+
+    @property
+    def preferred(self) -> Path:
+        """The student after preference tuning."""
+        return self.root / "preferred"
+
+    @property
+    def finished_student(self) -> Path:
+        """The student that the run hands on: the one after preference tuning, where there was one."""
+        return self.preferred if self.done("prefer") else self.student
 
     @property
     def scores(self) -> Path:

@@ -142,8 +142,7 @@ def build_student(
     if teacher_parameters is None and teacher is not None:
         teacher_parameters = _count(teacher.model)
     if spec.freeze_embeddings:
-        for embedding in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            embedding.requires_grad_(False)
+        freeze_embeddings(model)
     quantization = None if spec.quantize is None else quantized(model, spec.quantize)
     trained = with_adapters(model, spec.lora, spec.seed) if spec.lora is not None else model
     if spec.gradient_checkpointing:
@@ -158,6 +157,12 @@ def build_student(
         teacher_parameters=teacher_parameters,
         quantization=quantization,
     )
+
+
+def freeze_embeddings(model: Any) -> None:
+    """Leave input and output embeddings out of training."""
+    for embedding in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        embedding.requires_grad_(False)
 
 
 def _check(spec: StudentSpec, teacher: LoadedModel | None) -> None:

@@ -18,7 +18,8 @@ from limbeck.fields import NEUTRAL
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.keys import neutral_keys, same_arm_keys
-from limbeck.recipe.load import Recipe, known_keys, load_recipe, to_yaml
+from limbeck.recipe.load import Recipe, known_keys, load_recipe, member_keys, to_yaml
+from limbeck.recipe.preference import PreferenceSection
 from limbeck.recipe.sections import MEMBER_KEYS, ResponsesSection
 from limbeck.recipe.teacher import TeacherSection
 from limbeck.teachers.in_process import InProcess
@@ -35,8 +36,13 @@ FOUND_ELSEWHERE = {f"{section}.{key}" for section in ("teacher", "student", "res
 MEMBERS: dict[str, tuple[Any, ...]] = {
     "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}),
     "teacher.where": ("none",),
+    "preference.pairs": ({"name": "teacher", "samples": 3}, {"name": "teacher", "margin": 0.5}),
 }
-MEMBER_SECTIONS: dict[str, type] = {"responses.source": ResponsesSection, "teacher.where": TeacherSection}
+MEMBER_SECTIONS: dict[str, type] = {
+    "responses.source": ResponsesSection,
+    "teacher.where": TeacherSection,
+    "preference.pairs": PreferenceSection,
+}
 PLAIN = (True, False, 1, 2, 3, 7, 0.25, 0.5, 0.75, "x", None)
 
 
@@ -70,6 +76,7 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     )
     data = tiny.tree(folder / "data", **common, responses={"source": "data"}, train={"lm": {"source": str(text)}})
     data["prompts"]["source"] = str(answered)
+    data["preference"] = {}
     checked = tiny.tree(folder / "checked", **common, responses={"verify": {"samples": 2}})
     checked["prompts"] |= {"task": "gsm8k", "source": str(folder / "problems.jsonl")}
     problems = (f'{{"question": "What is {i} + 1?", "answer": "#### {i + 1}"}}\n' for i in range(20))
@@ -190,9 +197,11 @@ def test_the_marked_keys() -> None:
         *("train.push_to_hub", "train.hub_model_id", "train.hub_private_repo"),
         *(f"responses.server.{key}" for key in connection),
         *(f"evaluate.groups.judge.{key}" for key in connection | {"price_per_million"}),
+        *(f"preference.pairs.{key}" for key in connection),
+        *("preference.save_steps", "preference.save_total_limit"),
     }
     assert same_arm_keys() - neutral_keys() == {"train.seed", "responses.batch_size", "evaluate.batch_size"}
-    assert same_arm_keys() <= set(LEAVES)
+    assert same_arm_keys() <= {*LEAVES, *member_keys()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from limbeck.evaluation.groups.cost import CostGroup
 from limbeck.evaluation.groups.diversity import DiversityGroup
 from limbeck.evaluation.groups.fidelity import FidelityGroup
 from limbeck.evaluation.groups.judge import JudgeGroup
+from limbeck.evaluation.groups.likelihood import LikelihoodGroup
 from limbeck.evaluation.groups.nll import NllGroup
 from limbeck.evaluation.groups.rouge import RougeGroup
 from limbeck.evaluation.groups.speculation import SpeculationGroup
@@ -23,6 +24,7 @@ EVALUATION_GROUPS: Registry[EvaluationGroup] = Registry(
         "rouge": RougeGroup,
         "diversity": DiversityGroup,
         "judge": JudgeGroup,
+        "likelihood": LikelihoodGroup,
         "tasks": TasksGroup,
         "speculation": SpeculationGroup,
         "cost": CostGroup,

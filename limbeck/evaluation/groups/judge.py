@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from limbeck.client.keys import without_key
 from limbeck.client.openai import Server
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, greedy
-from limbeck.evaluation.judge.asking import AnswerPair, Judge, JudgeQuestion, estimate, questions_of
+from limbeck.evaluation.judge.asking import AnswerPair, Judge, JudgeQuestion, estimate, questions_of, request_text
 from limbeck.evaluation.judge.log import Judgement, JudgementLog, used
 from limbeck.evaluation.judge.verdicts import (
     JudgedPair,
@@ -27,7 +27,12 @@ from limbeck.runtime.files import write_text
 from limbeck.types import LimbeckError, Prompt
 
 # The win rate's name by whose answers the student's are set beside.
-_METRIC = {"teacher": "win_rate", "references": "win_rate_references", "before": "win_rate_before"}
+_METRIC = {
+    "teacher": "win_rate",
+    "references": "win_rate_references",
+    "before": "win_rate_before",
+    "distilled": "win_rate_distilled",
+}
 # What FastChat's pairwise files call a verdict, in the order where model_1, the student, is A; and where it is B.
 _WINNERS = ({"A": "model_1", "B": "model_2", "C": "tie"}, {"A": "model_2", "B": "model_1", "C": "tie"})
 
@@ -40,8 +45,8 @@ class JudgeGroup(EvaluationGroup):
     """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
     model: str | None = None
     """The judge's name there; null takes the only model it offers."""
-    against: Literal["teacher", "references", "before"] = "teacher"
-    """Whose answers the student's are set beside."""
+    against: Literal["teacher", "references", "before", "distilled"] = "teacher"
+    """Whose answers the student's are set beside: distilled is the student before preference tuning."""
     concurrency: Annotated[Count, NEUTRAL] = 8
     timeout_s: Annotated[Positive, NEUTRAL] = 120.0
     retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
@@ -59,6 +64,8 @@ class JudgeGroup(EvaluationGroup):
         return frozenset({"teacher", "teacher_weights"} if self.against == "teacher" else ())
 
     def check(self, evaluation: EvaluationContext) -> None:
+        if self.against == "distilled":
+            evaluation.require_preferred("evaluate.groups.judge.against")
         if self.base_url is None:
             raise LimbeckError(
                 "evaluate.groups names judge, but evaluate.groups.judge.base_url is missing; give the address of an "
@@ -191,10 +198,13 @@ def _pairs(evaluation: EvaluationContext, against: str) -> list[AnswerPair]:
         student = evaluation.texts("student", sampling, prompts)
     else:
         student = evaluation.texts("student", sampling)
-        told = evaluation.texts("teacher", sampling) if against == "teacher" else None
-        others = evaluation.before().texts("student", sampling) if told is None else told
+        if against == "teacher":
+            others = evaluation.texts("teacher", sampling)
+        else:
+            earlier = evaluation.before() if against == "before" else evaluation.distilled()
+            others = earlier.texts("student", sampling)
     pairs = [
-        AnswerPair(id=prompt.id, request=_request(prompt), student=student[prompt.id], other=others[prompt.id])
+        AnswerPair(id=prompt.id, request=request_text(prompt), student=student[prompt.id], other=others[prompt.id])
         for prompt in prompts
         if prompt.id in student and prompt.id in others
     ]
@@ -218,16 +228,6 @@ def _references(evaluation: EvaluationContext, prompts: Sequence[Prompt]) -> dic
     if lacking:
         evaluation.console.warn(f"judge: {lacking} of {len(prompts)} held-out prompts have no reference; left out")
     return found
-
-
-def _request(prompt: Prompt) -> str:
-    """A prompt as the judge reads it: a conversation with its speakers, unless the user alone has spoken, once."""
-    if prompt.text is not None:
-        return prompt.text
-    turns = prompt.messages or ()
-    if len(turns) == 1:
-        return turns[0].content
-    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
 
 
 def _judged(

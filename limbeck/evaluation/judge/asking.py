@@ -12,7 +12,7 @@ from limbeck.client.replies import short_json
 from limbeck.evaluation.judge.log import Judgement
 from limbeck.evaluation.judge.verdicts import Opinion, no_completion, read_opinion
 from limbeck.runtime.records import fingerprint
-from limbeck.types import Json, LimbeckError
+from limbeck.types import Json, LimbeckError, Prompt
 
 # Everything in one turn of the user: some chat templates have no system turn.
 _TASK = """\
@@ -76,6 +76,16 @@ class CostEstimate:
     requests: int
     input_tokens: int
     output_tokens: int
+
+
+def request_text(prompt: Prompt) -> str:
+    """A prompt as the judge reads it: a conversation with its speakers, unless the user alone has spoken, once."""
+    if prompt.text is not None:
+        return prompt.text
+    turns = prompt.messages or ()
+    if len(turns) == 1:
+        return turns[0].content
+    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
 
 
 def questions_of(pairs: Sequence[AnswerPair], model: str) -> list[tuple[JudgeQuestion, JudgeQuestion]]:

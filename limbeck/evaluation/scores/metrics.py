@@ -161,6 +161,11 @@ METRICS: dict[str, Metric] = {
         label="Win rate over the start", unit="", better="higher",
         meaning="how often the judge prefers the student's greedy answer to its own before training; 0.5 is no change",
     ),
+    "win_rate_distilled": Metric(
+        label="Win rate over the distilled student", unit="", better="higher",
+        meaning="how often the judge prefers the student's greedy answer to its own before preference tuning; "
+        "0.5 is no change",
+    ),
     "judge_ties": Metric(
         label="Ties", unit="", better="context",
         meaning="share of pairs that count half: the judge says so, or says another thing when the order is changed",

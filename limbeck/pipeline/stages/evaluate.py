@@ -1,10 +1,11 @@
-"""Stage 5: measure the student before and after training on held-out prompts."""
+"""Stage 6: measure the student before and after training on held-out prompts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from limbeck.evaluation.context import EvaluationGroup, Part, Who, greedy, table_name
 from limbeck.evaluation.scores.files import read_rows, write_rows, write_scores
@@ -17,6 +18,7 @@ from limbeck.recipe.keys import fingerprinted
 from limbeck.report.model_card import write_card
 from limbeck.runtime.files import write_json, write_text
 from limbeck.runtime.records import read_fields
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.types import Json, Response, ScoredRow
 
 ScoreTables = dict[str, Sequence[ScoredRow]]
@@ -135,11 +137,16 @@ def _greedy_answers(evaluation: RunEvaluation, who: Who) -> dict[str, tuple[Resp
     return {r.prompt_id: (r, texts[r.prompt_id]) for r in evaluation.answers(who, sampling)}
 
 
+def _cards(run: RunDirectory) -> tuple[Path, ...]:
+    """Where model cards may be: beside the student that the run hands on."""
+    return run.student / "README.md", run.preferred / "README.md"
+
+
 STAGE = Stage(
     name="evaluate",
     check=check_groups,
     inputs=evaluation_inputs,
     play=_play_evaluation,
-    outputs=lambda run: (run.scores, run.samples, run.root / "scores.json", run.student / "README.md"),
+    outputs=lambda run: (run.scores, run.samples, run.root / "scores.json", *_cards(run)),
     working=("scores/answers/*",),
 )

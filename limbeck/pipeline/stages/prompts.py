@@ -9,9 +9,11 @@ from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.problems import ProblemReader
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.io import write_prompts
+from limbeck.prompts.preferences import ANSWERS
 from limbeck.prompts.readers import source_digest
 from limbeck.prompts.references import require_answers_for_sft, require_references
 from limbeck.prompts.sources import PromptSet, load_prompts
+from limbeck.rollouts.preference.options import DataPairs
 from limbeck.types import Json, Prompt
 
 
@@ -38,7 +40,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         fields=section.fields,
         dataset_split=section.dataset_split,
         dataset_config=section.dataset_config,
-        ignore_columns=section.ignore_columns,
+        ignore_columns=(*section.ignore_columns, *_read_by_preference(context)),
         rewrite=problems.as_prompt if problems else None,
     )
     if loaded.unread:
@@ -50,6 +52,14 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         problems.write(context.run.problems, loaded.prompts)
     write_prompts(context.run.prompts, loaded.prompts)
     return loaded
+
+
+def _read_by_preference(context: RunContext) -> tuple[str, ...]:
+    """The columns that preference tuning reads of this source, and nobody else."""
+    recipe = context.recipe
+    pairs = recipe.preference.pairs if recipe.preference else None
+    same = isinstance(pairs, DataPairs) and pairs.source in (None, recipe.prompts.source)
+    return tuple(name for name in ANSWERS if name not in recipe.prompts.ignore_columns) if same else ()
 
 
 def _require_known_answers(context: RunContext, prompts: Sequence[Prompt]) -> None:

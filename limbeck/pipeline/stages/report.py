@@ -1,4 +1,4 @@
-"""Stage 6: the page that shows what was kept, and a picture of it for a README."""
+"""Stage 7: the page that shows what was kept, and a picture of it for a README."""
 
 from __future__ import annotations
 

@@ -1,0 +1,277 @@
+"""What preference pairs of a run are made from: answers of its distilled student, its teacher, a judge, or data.
+
+All that is expensive is kept below `preferences/` as it comes: answers batch by batch, the teacher's scores by shards,
+judgements one by one in `judgements.jsonl`, which outlives the run's stages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+from limbeck.client.openai import Server
+from limbeck.evaluation.context import response_text
+from limbeck.evaluation.judge.asking import AnswerPair, Judge, estimate, questions_of, request_text
+from limbeck.evaluation.judge.log import JudgementLog
+from limbeck.evaluation.judge.verdicts import JudgedPair
+from limbeck.evaluation.likelihood import mean_logp
+from limbeck.models.loading import LoadedModel, load_model
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.resumable import write_in_batches
+from limbeck.pipeline.stages.respond import sampler_for, sampling_meter
+from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE, SHARD_ROWS
+from limbeck.pipeline.text_only import text_options
+from limbeck.prompts.io import read_prompts
+from limbeck.prompts.labels import prompt_label
+from limbeck.prompts.lengths import check_lengths
+from limbeck.prompts.preferences import Preferences, read_preferences
+from limbeck.prompts.templates import encode_prompts, encode_responses
+from limbeck.rollouts.preference.options import PAIRS_KEY, Answers, DataPairs, JudgePairs, SampledPairs
+from limbeck.rollouts.preference.pairs import PairSet, PreferencePair
+from limbeck.runtime.files import write_json
+from limbeck.runtime.records import read_fields, read_object
+from limbeck.types import LimbeckError, Prompt, Response, Sampling, TokenPrompt
+
+
+def load_distilled(context: RunContext) -> LoadedModel:
+    """The student as distillation left it."""
+    section = context.recipe.student
+    loaded = load_model(
+        context.run.student,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=context.student_trusted,
+    )
+    loaded.model.to(context.device)  # type: ignore[arg-type]
+    return loaded
+
+
+def preferences_of(context: RunContext, data: DataPairs) -> Preferences:
+    """The rows of preference data that a recipe names.
+
+    Raises:
+        LimbeckError: a row that is none, naming its place.
+    """
+    prompts = context.recipe.prompts
+    return read_preferences(
+        data.source or prompts.source,
+        heldout_fraction=prompts.eval_fraction,
+        split_seed=prompts.split_seed,
+        dataset_split=data.dataset_split if data.source else prompts.dataset_split,
+        dataset_config=data.dataset_config if data.source else prompts.dataset_config,
+        identical=data.identical,
+    )
+
+
+def server_of(judge: JudgePairs) -> Server:
+    """Where the judge is."""
+    assert judge.base_url is not None
+    return Server(
+        base_url=judge.base_url,
+        timeout_s=judge.timeout_s,
+        retries=judge.retries,
+        api_key_env=judge.api_key_env,
+        section=PAIRS_KEY,
+    )
+
+
+@dataclass
+class RunMaterials:
+    """A run's materials (`limbeck.rollouts.preference.options.PairMaterials`)."""
+
+    context: RunContext
+
+    @cached_property
+    def prompts(self) -> dict[str, Prompt]:
+        """The training prompts by id, in the order of their hashes."""
+        return {p.id: p for p in read_prompts(self.context.run.prompts) if p.split == "train"}
+
+    @cached_property
+    def template(self) -> Any:
+        """How the student's prompts become text."""
+        return read_fields(self.context.run.manifest_path("respond"), {"template": str})["template"]
+
+    def name_of(self, prompt_id: str) -> str:
+        return prompt_label(self.prompts[prompt_id])
+
+    def sampled(self, how: SampledPairs) -> Answers:
+        context = self.context
+        student = load_distilled(context)
+        most = how.max_new_tokens or context.recipe.responses.max_new_tokens
+        chosen = list(self.prompts.values())[: how.prompts]
+        asked = self._fitting(chosen, student.tokenizer, most)
+        sampler = sampler_for(
+            context,
+            student.model,
+            student.tokenizer,
+            self.template,
+            "student",
+            context.recipe.responses.batch_size,
+        )
+        answers: dict[str, list[Response]] = {prompt.id: [] for prompt in asked}
+        for number in range(1, how.samples + 1):
+            sampling = Sampling(
+                max_new_tokens=most,
+                temperature=how.temperature,
+                top_p=how.top_p,
+                top_k=how.top_k,
+                stop=context.recipe.responses.stop,
+                seed=how.seed + number - 1,
+            )
+            found, _ = write_in_batches(
+                sampler,
+                asked,
+                sampling,
+                context.run.preferences / "answers" / f"{number:02d}",
+                stop=context.stop,
+                watching=lambda done, number=number: sampling_meter(
+                    context, f"prefer: answers {number} of {how.samples}", len(asked), done
+                ),
+            )
+            for response in found:
+                # What tells several answers to one prompt apart in their ids.
+                answers[response.prompt_id].append(replace(response, round=number))
+        return answers
+
+    def teacher_logp(self, answers: Answers) -> Mapping[str, float]:
+        context, every = self.context, [response for given in answers.values() for response in given]
+        folder, scores = context.run.preferences / "scores", dict[str, float]()
+        with context.console.meter("prefer: teacher", sum(r.tokens for r in every), "tokens") as meter:
+            for start in range(0, len(every), SHARD_ROWS):
+                shard = every[start : start + SHARD_ROWS]
+                path = folder / f"{start // SHARD_ROWS:05d}.json"
+                if not path.exists():
+                    found = mean_logp(context.teacher, shard, batch_size=SCORING_BATCH_SIZE, device=context.device)
+                    with context.stop.deferred():
+                        write_json(path, {shard[place].id: logp for place, logp in found})
+                    context.stop.raise_if_requested()
+                read = read_object(path)
+                if read.keys() != {response.id for response in shard}:
+                    raise LimbeckError(
+                        f"{path} is damaged (it holds scores of other answers); delete it and run the same "
+                        "command again"
+                    )
+                scores |= read
+                meter.advance(sum(response.tokens for response in shard))
+        context.teacher.release()
+        return scores
+
+    def judged(self, judge: JudgePairs, answers: Answers) -> Mapping[str, float | None]:
+        context, server = self.context, server_of(judge)
+        tokenizer: Any = load_distilled(context).tokenizer
+        compared = [both for given in answers.values() for both in combinations(given, 2)]
+        model = judge.model or server.model(None)
+        pairs = [self._compared(first, second, tokenizer) for first, second in compared]
+        asked = questions_of(pairs, model)
+        log = JudgementLog.open(context.run.root / "judgements.jsonl")
+        every = list({question.key: question for orders in asked for question in orders}.values())
+        left = [question for question in every if not log.holds(question.key, judge.judgement_tokens)]
+        if left:
+            asking = Judge(
+                server=server,
+                model=server.model(judge.model),
+                max_new_tokens=judge.judgement_tokens,
+                concurrency=judge.concurrency,
+            )
+            guess = estimate(left, judge.judgement_tokens)
+            context.console.say(
+                f"prefer: {guess.requests} requests to the judge {asking.model} ({len(every) - len(left)} judged "
+                f"earlier), about {guess.input_tokens:,} tokens to read and at most {guess.output_tokens:,} to write"
+            )
+            with context.console.meter("prefer: judge", len(every), "judgements", len(every) - len(left)) as meter:
+                for judgement in asking.ask(left, answered_before=log.has_verdict_of(asking.model)):
+                    with context.stop.deferred():
+                        log.add(judgement)
+                    meter.advance(1)
+                    context.stop.raise_if_requested()
+        return _shares_won(
+            {response.id for given in answers.values() for response in given},
+            [
+                (first.id, second.id, _value(pair, log.known[one.key].opinion, log.known[other.key].opinion))
+                for (first, second), pair, (one, other) in zip(compared, pairs, asked, strict=True)
+            ],
+        )
+
+    def of_data(self, data: DataPairs) -> PairSet:
+        context, found = self.context, preferences_of(self.context, data)
+        tokenizer = load_distilled(context).tokenizer
+        most = data.max_new_tokens or context.recipe.responses.max_new_tokens
+        fitting = {p.id for p in self._fitting([chosen for chosen, _ in found.rows], tokenizer, most)}
+        rows = [row for row in found.rows if row[0].id in fitting]
+        left_out = Counter(
+            rows_heldout=found.heldout, rows_identical=found.identical, rows_too_long=len(found.rows) - len(rows)
+        )
+        chosen, rejected = (
+            encode_responses(
+                [row[place] for row in rows],
+                tokenizer,
+                self.template,
+                max_new_tokens=most,
+                control_tokens=context.recipe.prompts.control_tokens,
+                chat_options=text_options(context, tokenizer),
+                loss_on="last",
+            )
+            for place in (0, 1)
+        )
+        pairs: list[PreferencePair] = []
+        told: Counter[str] = Counter()
+        for better, worse in zip(chosen, rejected, strict=True):
+            if better.response_ids == worse.response_ids:
+                # Their difference was beyond the limit.
+                left_out["rows_identical"] += 1
+                continue
+            number = told[better.prompt_id]
+            told[better.prompt_id] += 2
+            pairs.append(
+                PreferencePair(chosen=replace(better, round=number), rejected=replace(worse, round=number + 1))
+            )
+        if not pairs:
+            raise LimbeckError(
+                f"{PAIRS_KEY}: the two answers of all {len(rows)} rows are the same in their first {most} tokens; "
+                f"raise {PAIRS_KEY}.max_new_tokens"
+            )
+        every = len(found.rows) + found.heldout + found.identical
+        return PairSet(pairs=tuple(pairs), left_out=dict(left_out), prompts=every, answers=2 * every)
+
+    def _fitting(self, prompts: Sequence[Prompt], tokenizer: Any, most: int) -> Sequence[TokenPrompt]:
+        """Prompts as the student reads them, those that leave room for an answer."""
+        section = self.context.recipe.prompts
+        encoded = encode_prompts(
+            prompts,
+            tokenizer,
+            self.template,
+            control_tokens=section.control_tokens,
+            chat_options=text_options(self.context, tokenizer),
+        )
+        window = self.context.window or 2**31
+        return check_lengths(encoded, window=window, max_new_tokens=most, too_long=section.too_long).kept
+
+    def _compared(self, first: Response, second: Response, tokenizer: Any) -> AnswerPair:
+        return AnswerPair(
+            id=f"{first.id}-{second.id}",
+            request=request_text(self.prompts[first.prompt_id]),
+            student=response_text(first, tokenizer),
+            other=response_text(second, tokenizer),
+        )
+
+
+def _value(pair: AnswerPair, first: Any, second: Any) -> float | None:
+    """What a comparison counts for the first of its answers."""
+    lengths = (len(pair.student), len(pair.other))
+    return JudgedPair(id=pair.id, first=first, second=second, lengths=lengths).value
+
+
+def _shares_won(ids: set[str], compared: Sequence[tuple[str, str, float | None]]) -> dict[str, float | None]:
+    """Mean value of the comparisons of each answer; None where one of them was unread."""
+    won: dict[str, list[float | None]] = {name: [] for name in ids}
+    for first, second, value in compared:
+        won[first].append(value)
+        won[second].append(None if value is None else 1.0 - value)
+    return {
+        name: None if None in values else sum(v for v in values if v is not None) / len(values)
+        for name, values in won.items()
+    }
