@@ -1,9 +1,15 @@
-"""Recipes and overrides as nobody should write them: each is read, or refused in one line."""
+"""Recipes and overrides as nobody should write them: each is read, or refused in one line.
+
+python -m tests.recipe.test_hostile_recipes 5000 300      # by hand: so many mutants from that number on
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +110,34 @@ def mutant(seed: int) -> bytes:
     return json.dumps(tree).encode()
 
 
+def play(number: int, path: Path) -> None:
+    """A mutant as a recipe, then as a sweep."""
+    path.write_bytes(mutant(number))
+    read(path)
+    try:
+        arms_of(load_sweep(path))
+    except LimbeckError as error:
+        assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("first", range(0, MUTANTS, BATCH))
 def test_mutants(tmp_path: Path, first: int) -> None:
-    path = tmp_path / "mine.yaml"
-    for seed in range(first, first + BATCH):
-        path.write_bytes(mutant(seed))
-        read(path)
-        try:
-            arms_of(load_sweep(path))
-        except LimbeckError as error:
-            assert "\n" not in str(error)
+    for number in range(first, first + BATCH):
+        play(number, tmp_path / "mine.yaml")
+
+
+def main() -> None:
+    count, first = int(sys.argv[1]), int(sys.argv[2])
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(first, first + count):
+            try:
+                play(number, Path(folder) / "mine.yaml")
+            except Exception:
+                wrong += 1
+                print(number, traceback.format_exc()[-1500:], flush=True)
+    print(f"{count} mutants, {wrong} wrong")
+
+
+if __name__ == "__main__":
+    main()
