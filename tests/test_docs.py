@@ -17,6 +17,7 @@ import yaml
 from benchmarks import gallery, objectives_page
 from limbeck.evaluation.groups import EVALUATION_GROUPS
 from limbeck.evaluation.scores.metrics import METRICS
+from limbeck.evaluation.tasks.generators import GENERATORS
 from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_values
 from limbeck.objectives.sequence.rules import RULES
 from limbeck.pipeline.stage_order import STAGES
@@ -183,7 +184,7 @@ def test_links_and_keys_exist(page: str) -> None:
 def test_objectives_named_in_tables_exist(page: str) -> None:
     """`name: x` in recipes' notation, wherever it stands in the text."""
     for name in re.findall(r"\{name: (\w+)", text_of(page)):
-        assert name in {**OBJECTIVES, **RULES, **SOURCES}
+        assert name in {**OBJECTIVES, **RULES, **SOURCES, **GENERATORS}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("objectives.md", "methods.md")])

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.models.quiet import one_line
-from limbeck.models.untrained import BLANK_4K, Blank, write_blank
+from limbeck.models.untrained import BLANK_4K, BLANK_BYTES, Blank, write_blank
 from limbeck.types import LimbeckError
 
 DownloadProgress = Callable[[str], None]
@@ -66,6 +66,7 @@ ASSETS: dict[str, Asset | Blank] = {
             license="apache-2.0",
         ),
         BLANK_4K,
+        BLANK_BYTES,
     )
 }
 

@@ -8,7 +8,7 @@ a token.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,17 @@ BLANK_4K = Blank(
     num_key_value_heads=2,
     context_length=512,
     license="apache-2.0",
+)
+# The bytes and hardly more, so that a digit is a token: for tasks whose text a program makes.
+BLANK_BYTES = replace(
+    BLANK_4K,
+    name="blank-bytes",
+    vocab_size=288,
+    hidden_size=128,
+    intermediate_size=384,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    megabytes=6,
 )
 
 

@@ -112,7 +112,7 @@ class RunEvaluation:
 
     @property
     def task(self) -> TaskName | None:
-        return self.context.recipe.prompts.task
+        return self.context.recipe.prompts.problems_of
 
     @property
     def key_names(self) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from limbeck.evaluation.tasks.generators import ProblemGenerator
 from limbeck.evaluation.tasks.problems import Problem, TaskName, problem_of
 from limbeck.prompts.readers import PlacedRow
 from limbeck.runtime.files import whole_file
@@ -30,7 +31,7 @@ class ProblemReader:
         """
         problem = problem_of(self.task, placed.row, placed.where, len(self._by_request) + 1)
         self._by_request.setdefault(problem.request, problem)
-        return {"prompt": problem.request, "category": self.task} | (
+        return {"prompt": problem.request, "category": problem.category or self.task} | (
             {"completion": problem.solution} if problem.solution else {}
         )
 
@@ -40,6 +41,12 @@ class ProblemReader:
             for prompt in prompts:
                 row = {"prompt_id": prompt.id, **asdict(self._by_request[prompt.text or ""])}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def generated_rows(generator: ProblemGenerator) -> Iterator[PlacedRow]:
+    """The rows that a generator makes, each with its number."""
+    for number, row in enumerate(generator.rows(), start=1):
+        yield PlacedRow(row, f"generated problem {number}")
 
 
 def read_prompt_problems(path: Path) -> dict[str, Problem]:

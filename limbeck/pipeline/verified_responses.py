@@ -28,7 +28,7 @@ def check_verification(context: RunContext) -> None:
         LimbeckError: this machine has no sandbox.
     """
     section = context.recipe.responses.verify
-    if section is None or context.recipe.prompts.task not in CODE or context.run.done("respond"):
+    if section is None or context.recipe.prompts.problems_of not in CODE or context.run.done("respond"):
         return
     with tempfile.TemporaryDirectory() as scratch:
         require_sandbox(Path(scratch), _limits(section))

@@ -68,6 +68,7 @@ def load_prompts(
     dataset_split: str = "train",
     dataset_config: str | None = None,
     ignore_columns: Sequence[str] = (),
+    rows: Iterable[PlacedRow] | None = None,
     rewrite: Callable[[PlacedRow], Mapping[str, Any]] | None = None,
 ) -> PromptSet:
     """Read a source and split it into training and held-out prompts.
@@ -85,6 +86,7 @@ def load_prompts(
         dataset_split: the split of a `datasets` source, in its own words.
         dataset_config: its configuration, likewise.
         ignore_columns: columns to leave out as if they were not there.
+        rows: read these instead of those of the source, which then is their name.
         rewrite: makes a row of one of the known formats of each row of the source.
 
     Raises:
@@ -100,10 +102,10 @@ def load_prompts(
     if fields is not None and "prompt" not in fields:
         raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
     columns = ColumnTally(ignore=ignore_columns)
-    placed = rows_of(source, dataset_split, dataset_config)
+    placed = rows_of(source, dataset_split, dataset_config) if rows is None else rows
     if rewrite is not None:
         placed = (PlacedRow(rewrite(one), one.where) for one in placed)
-    rows, examples = _read(placed, fields, columns)
+    count, examples = _read(placed, fields, columns)
     if source == BUILTIN:
         examples = [(instruction_example(one.text or "", category=one.category), where) for one, where in examples]
     unique = _unique(examples, heldout_fraction, split_seed)
@@ -111,7 +113,7 @@ def load_prompts(
     loaded = PromptSet(
         source=source,
         prompts=prompts,
-        rows=rows,
+        rows=count,
         duplicates=len(examples) - len(unique),
         limited=len(unique) - len(prompts),
         unread=dict(columns.unread),

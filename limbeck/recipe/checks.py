@@ -56,6 +56,13 @@ def check(recipe: Recipe) -> None:
 def _check_verify(recipe: Recipe) -> None:
     """Answers that are checked are the teacher's, to problems, and are learnt from."""
     prompts, responses, source = recipe.prompts, recipe.responses, recipe.responses.source
+    if prompts.generate is not None:
+        prompts.generate.check()
+        for key, plain in (("source", "builtin"), ("task", None), ("fields", None)):
+            if getattr(prompts, key) != plain:
+                raise LimbeckError(
+                    f"prompts.generate makes the prompts, but prompts.{key} is {getattr(prompts, key)!r}; remove one"
+                )
     if prompts.task is not None and prompts.fields is not None:
         raise LimbeckError(
             f"prompts.task={prompts.task} reads the fields of its data set, but prompts.fields names others; "
@@ -64,7 +71,7 @@ def _check_verify(recipe: Recipe) -> None:
     verify = responses.verify
     if verify is None:
         return
-    if prompts.task is None:
+    if prompts.problems_of is None:
         raise LimbeckError(
             "responses.verify checks answers to problems, but the prompts are none; set prompts.task to the task they "
             "are of, such as gsm8k, or remove responses.verify"

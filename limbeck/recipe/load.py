@@ -21,7 +21,7 @@ from limbeck.recipe.files import read_yaml, shipped_recipes
 from limbeck.recipe.preference import PAIRS_SETTING
 from limbeck.recipe.response_source import SOURCE
 from limbeck.recipe.retired import refuse_retired
-from limbeck.recipe.sections import AXES, MEMBER_KEYS, ObjectiveSection, Recipe, TrainSection, sections_under
+from limbeck.recipe.sections import AXES, GENERATE, MEMBER_KEYS, ObjectiveSection, Recipe, TrainSection, sections_under
 from limbeck.recipe.teacher import WHERE
 from limbeck.types import LimbeckError
 
@@ -179,8 +179,8 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
     tree["objective"] |= tree["objective"].pop("options")
     for key, one in MEMBER_KEYS.items():
         section, _, name = key.partition(".")
-        if (holder := getattr(recipe, section)) is not None:
-            tree[section][name] = yaml_text.plain_tree(one.tree(getattr(holder, name)))
+        if (member := getattr(getattr(recipe, section), name, None)) is not None:
+            tree[section][name] = yaml_text.plain_tree(one.tree(member))
     return tree
 
 
@@ -203,6 +203,7 @@ def json_schema() -> dict[str, Any]:
     schema["$defs"]["EvaluationGroups"] = _group_options(schema["$defs"])
     groups["anyOf"] = [{"$ref": "#/$defs/EvaluationGroups"}, listed]
     schema["$defs"]["TeacherSection"]["properties"]["where"]["anyOf"] = WHERE.schema()
+    schema["$defs"]["PromptsSection"]["properties"]["generate"]["anyOf"] = [*GENERATE.schema(), {"type": "null"}]
     schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = SOURCE.schema()
     schema["$defs"]["PreferenceSection"]["properties"]["pairs"]["anyOf"] = PAIRS_SETTING.schema()
     section = schema["$defs"]["ObjectiveSection"]

@@ -7,10 +7,11 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.groups import EVALUATION_GROUPS
+from limbeck.evaluation.tasks.generators import GENERATORS, ProblemGenerator
 from limbeck.evaluation.tasks.problems import TaskName
 from limbeck.fields import (
     NEUTRAL,
@@ -32,6 +33,11 @@ from limbeck.recipe.teacher import WHERE, Dtype, TeacherSection
 from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
+
+GENERATE: MemberKey[ProblemGenerator] = MemberKey(
+    key="prompts.generate", registry=GENERATORS, default="chain", example="chain"
+)
+GenerateSetting = Annotated[ProblemGenerator, PlainValidator(GENERATE.read, json_schema_input_type=Any)]
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -94,6 +100,9 @@ class PromptsSection:
     """For data in none of the known formats: its own names of the fields."""
     ignore_columns: Strings = ()
     """Columns of the data to leave out as if they were not there; `messages.weight` is a field of the turns."""
+    generate: GenerateSetting | None = None
+    """Make the prompts with a program instead of reading `source`: a name, or a mapping with name and options, such as
+    {name: chain, longest: 8}."""
     task: TaskName | None = None
     """The source holds problems of this task, in the fields of its original data set: they are asked as the group
     `tasks` asks them, and responses.verify can check answers to them."""
@@ -114,6 +123,11 @@ class PromptsSection:
     model answers the last one."""
     too_long: Literal["error", "drop"] = "error"
     """What happens to a prompt that does not fit the window; dropped ones are counted and reported."""
+
+    @property
+    def problems_of(self) -> TaskName | None:
+        """The task that the prompts are problems of; None where they are none."""
+        return self.task if self.generate is None else self.generate.task
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -375,7 +389,7 @@ NESTED: dict[tuple[Any, str], Any] = {
 }
 
 # Keys that hold a member of a registry; objectives and evaluation groups are read in ways of their own.
-MEMBER_KEYS: dict[str, MemberKey[Any]] = {one.key: one for one in (WHERE, SOURCE, PAIRS_SETTING)}
+MEMBER_KEYS: dict[str, MemberKey[Any]] = {one.key: one for one in (WHERE, GENERATE, SOURCE, PAIRS_SETTING)}
 
 
 def sections_under(section: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.keys import neutral_keys, same_arm_keys
 from limbeck.recipe.load import Recipe, known_keys, load_recipe, member_keys, to_yaml
 from limbeck.recipe.preference import PreferenceSection
-from limbeck.recipe.sections import MEMBER_KEYS, ResponsesSection
+from limbeck.recipe.sections import MEMBER_KEYS, PromptsSection, ResponsesSection
 from limbeck.recipe.teacher import TeacherSection
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.registry import TEACHERS
@@ -37,11 +37,13 @@ MEMBERS: dict[str, tuple[Any, ...]] = {
     "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}),
     "teacher.where": ("none",),
     "preference.pairs": ({"name": "teacher", "samples": 3}, {"name": "teacher", "margin": 0.5}),
+    "prompts.generate": ("chain", {"name": "chain", "longest": 5}),
 }
 MEMBER_SECTIONS: dict[str, type] = {
     "responses.source": ResponsesSection,
     "teacher.where": TeacherSection,
     "preference.pairs": PreferenceSection,
+    "prompts.generate": PromptsSection,
 }
 PLAIN = (True, False, 1, 2, 3, 7, 0.25, 0.5, 0.75, "x", None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +32,10 @@ class Graded:
     right: Mapping[str, Sequence[bool]]
     failures: Counter[str]
     extraction: Counter[str]
+
+    def of(self, ids: Set[str]) -> Graded:
+        """The same of some problems."""
+        return dataclasses.replace(self, right={id: marks for id, marks in self.right.items() if id in ids})
 
     def record(self, problems: int) -> Json:
         """What the details of the group say.
@@ -72,6 +76,8 @@ class TasksGroup(EvaluationGroup):
     """The held-out prompts too, where they are problems (prompts.task): the condition `heldout`."""
     teacher: bool = False
     """Mark the teacher's answers too; they are written once."""
+    by_category: bool = False
+    """One more condition for each category of the problems, such as `heldout,5 steps`."""
     lm_eval: Strings = ()
     """Tasks of lm-evaluation-harness, where it is installed."""
 
@@ -130,6 +136,8 @@ class TasksGroup(EvaluationGroup):
             writers: tuple[Who, ...] = ("student", "teacher") if self.teacher else ("student",)
             graded = self._graded_of_all(evaluation, name, problems, writers)
             tables |= _tables(name, problems[0].task, graded, self.pass_at)
+            for category, some in self._by_category(problems, graded).items():
+                tables |= _tables(f"{name},{category}", problems[0].task, some, self.pass_at)
             detail[name] = {"problems": len(problems)} | graded["student"].record(len(problems))
             if self.teacher:
                 detail[name]["teacher"] = graded["teacher"].record(len(problems))
@@ -148,6 +156,18 @@ class TasksGroup(EvaluationGroup):
             yield task, read_problems(task, Path(path), self.limit)
         if self.heldout:
             yield "heldout", evaluation.problems()[: self.limit]
+
+    def _by_category(self, problems: Sequence[Problem], graded: Mapping[Who, Graded]) -> dict[str, dict[Who, Graded]]:
+        """The marks of the problems of each category."""
+        if not self.by_category:
+            return {}
+        ids: dict[str, set[str]] = {}
+        for problem in problems:
+            if problem.category and problem.id in graded["student"].right:
+                ids.setdefault(problem.category, set()).add(problem.id)
+        return {
+            category: {who: one.of(ids[category]) for who, one in graded.items()} for category in sorted(ids, key=_size)
+        }
 
     def _graded_of_all(
         self, evaluation: EvaluationContext, name: str, problems: Sequence[Problem], writers: Sequence[Who]
@@ -228,6 +248,12 @@ class TasksGroup(EvaluationGroup):
 
     def _limits(self) -> Limits:
         return Limits(timeout_s=self.timeout_s, memory_mb=self.memory_mb)
+
+
+def _size(category: str) -> tuple[int, str]:
+    """Order of categories: by the number they begin with, where they begin with one."""
+    first = category.partition(" ")[0]
+    return (int(first) if first.isdigit() else 0, category)
 
 
 def _continues(evaluation: EvaluationContext, who: Who) -> bool:

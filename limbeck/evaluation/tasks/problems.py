@@ -4,6 +4,7 @@
     math       problem, answer (or solution with \\boxed{...})                           Hendrycks et al. 2021
     humaneval  task_id, prompt, entry_point, test                                        Chen et al. 2021
     mbpp       task_id, text (or prompt), code, test_list, test_setup_code, test_imports Austin et al. 2021
+    chain      question, answer (its last line "#### 4"); see limbeck.evaluation.tasks.generators
 
 All are asked without examples. A model with a chat template (or the Alpaca wording) is instructed; one without
 gets a text to continue: HumanEval's prompt itself, "Question: ... Answer:" for maths, the wording of
@@ -16,14 +17,14 @@ import ast
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.evaluation.tasks.math_answers import extract, last_boxed
 from limbeck.types import LimbeckError, is_unicode
 
-TaskName = Literal["gsm8k", "math", "humaneval", "mbpp"]
+TaskName = Literal["gsm8k", "math", "humaneval", "mbpp", "chain"]
 CODE: tuple[TaskName, ...] = ("humaneval", "mbpp")
 
 MATHS_REQUEST = "Reason step by step, and put the final answer within \\boxed{}."
@@ -35,6 +36,7 @@ STOPS: dict[TaskName, tuple[str, ...]] = {
     "math": ("\nQuestion:",),
     "humaneval": ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint("),
     "mbpp": ("[DONE]",),
+    "chain": (),
 }
 
 _Row = dict[str, Any]
@@ -51,6 +53,7 @@ class Problem:
         answer: of a mathematical problem.
         solution: the data's own answer as a text to learn from; empty where it has none.
         opening: of HumanEval: imports, helpers and the head of the function, a program of its own.
+        category: of problems of several kinds or sizes.
         setup: runs before the tests; `names` are those they use of the program, the first one that of its function.
     """
 
@@ -60,6 +63,7 @@ class Problem:
     plain: str
     answer: str = ""
     solution: str = ""
+    category: str = ""
     opening: str = ""
     setup: str = ""
     names: tuple[str, ...] = ()
@@ -191,6 +195,20 @@ def _gsm8k(row: _Row, where: str, number: int) -> Problem:
     return _maths("gsm8k", f"gsm8k/{_id(row, where, 'id', number)}", question, answer, solution)
 
 
+def _chain(row: _Row, where: str, number: int) -> Problem:
+    """The question alone, without instruction: models that are made for the task know no other."""
+    found = _gsm8k(row, where, number)
+    steps = found.solution.count("\n") + 1
+    return replace(
+        found,
+        id=f"chain/{number}",
+        task="chain",
+        request=row["question"],
+        plain=row["question"],
+        category=f"{steps} step{'s' if steps > 1 else ''}",
+    )
+
+
 def _math(row: _Row, where: str, number: int) -> Problem:
     given = _text(row, where, "answer", "solution")
     answer = given if isinstance(row.get("answer"), str) and row["answer"].strip() else last_boxed(given)
@@ -280,4 +298,5 @@ _READERS: dict[TaskName, Callable[[_Row, str, int], Problem]] = {
     "math": _math,
     "humaneval": _humaneval,
     "mbpp": _mbpp,
+    "chain": _chain,
 }

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from limbeck.pipeline.context import RunContext, Stage
-from limbeck.pipeline.problems import ProblemReader
+from limbeck.pipeline.problems import ProblemReader, generated_rows
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.io import write_prompts
 from limbeck.prompts.preferences import ANSWERS
 from limbeck.prompts.readers import source_digest
 from limbeck.prompts.references import require_answers_for_sft, require_references
 from limbeck.prompts.sources import PromptSet, load_prompts
+from limbeck.recipe.keys import fingerprinted_member
+from limbeck.recipe.sections import GENERATE
 from limbeck.rollouts.preference.options import DataPairs
 from limbeck.types import Json, Prompt
 
@@ -22,18 +24,20 @@ def prompt_inputs(context: RunContext) -> Json:
     section = asdict(context.recipe.prompts)
     for later in ("template", "chat_options", "too_long", "control_tokens", "loss_on"):
         del section[later]
-    for rare in ("ignore_columns", "task"):
+    for rare in ("ignore_columns", "task", "generate"):
         if not section[rare]:
             del section[rare]
+    if (generate := context.recipe.prompts.generate) is not None:
+        return section | {"generate": fingerprinted_member(GENERATE.key, generate)}
     return section | {"content": source_digest(context.recipe.prompts.source)}
 
 
 def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSet:
     """The prompts that a recipe names, written down once the answers that groups need are seen to be there."""
     section = context.recipe.prompts
-    problems = ProblemReader(section.task) if section.task else None
+    problems = ProblemReader(section.problems_of) if section.problems_of else None
     loaded = load_prompts(
-        section.source,
+        section.source if section.generate is None else GENERATE.name_of(section.generate),
         heldout_fraction=heldout_fraction,
         limit=section.limit,
         split_seed=section.split_seed,
@@ -41,6 +45,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         dataset_split=section.dataset_split,
         dataset_config=section.dataset_config,
         ignore_columns=(*section.ignore_columns, *_read_by_preference(context)),
+        rows=None if section.generate is None else generated_rows(section.generate),
         rewrite=problems.as_prompt if problems else None,
     )
     if loaded.unread:
