@@ -155,20 +155,20 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], l
     asked = encode_prompts(prompts, teacher.tokenizer, "chat")
     if refresh > 1:
         asked = asked[:ROUND_PROMPTS]
-    judge = CachedTeacher(LocalTeacher(teacher.model, head_of(teacher.model, vocab_size)), torch.float32)
+    teacher_signals = CachedTeacher(LocalTeacher(teacher.model, head_of(teacher.model, vocab_size)), torch.float32)
     reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         rollout = RolloutConfig(
             sampler=sampler,
             sampling=Sampling(max_new_tokens=NEW_TOKENS),
-            rounds=Rounds(folder=Path(folder) / "rounds", signal_cache=judge),
+            rounds=Rounds(folder=Path(folder) / "rounds", signal_cache=teacher_signals),
             refresh=refresh,
         )
         metrics = Path(folder) / "metrics.jsonl"
         train(
             student,
             lambda source_context: StudentSource(asked, rollout, source_context),
-            judge,
+            teacher_signals,
             LossPlan(objective=build_objective("rkl"), authored=True),
             temperature=Temperature(),
             settings=TrainSection(

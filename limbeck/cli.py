@@ -225,9 +225,9 @@ def sweep(
 ) -> None:
     """Play many runs around one recipe: arms, seeds, tuned values. What they have in common is made once."""
     del debug
-    from limbeck.sweep.runner import play_sweep
+    from limbeck.sweep.runner import run_sweep
 
-    end = play_sweep(sweep, *(overrides or []), update=update)
+    end = run_sweep(sweep, *(overrides or []), update=update)
     print(end.page)
     if end.failed == end.runs or end.lost:
         raise typer.Exit(1)

@@ -62,12 +62,12 @@ def difference(
         return f"it was measured on other examples: {shared} of {len(theirs)} are the same"
     other = [key for key in dict.fromkeys([*usual, *settings]) if settings.get(key) != usual.get(key)]
     if other:
-        told = [
+        differing = [
             f"{key} is {short_value(settings.get(key, 'not set'))} there, "
             f"{short_value(usual.get(key, 'not set'))} elsewhere"
             for key in other
         ]
-        return "; ".join(told[:3]) + (f"; {len(told) - 3} more settings differ" if len(told) > 3 else "")
+        return "; ".join(differing[:3]) + (f"; {len(differing) - 3} more settings differ" if len(differing) > 3 else "")
     if not table.endswith("@student") and all(_IDENTITY_METRIC in rows[0].values for rows in (ours, theirs)):
         one, two = _witness(ours), _witness(theirs)
         if abs(one - two) > 0.01 * max(abs(one), abs(two)):

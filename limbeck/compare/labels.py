@@ -58,9 +58,9 @@ def titled(name: str) -> str:
 
 def extra(name: str, keys: Mapping[str, Any], varied: Sequence[str]) -> str:
     """Keys that differ between arms and are not in the arm's name."""
-    told = {key: plain_value(keys[key]) for key in varied if key in keys}
-    said = re.split(r"[, =]+", name)
-    return ", ".join(f"{key}={value}" for key, value in told.items() if value not in said)
+    values = {key: plain_value(keys[key]) for key in varied if key in keys}
+    named = re.split(r"[, =]+", name)
+    return ", ".join(f"{key}={value}" for key, value in values.items() if value not in named)
 
 
 def short_value(text: str, most: int = 30) -> str:

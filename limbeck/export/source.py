@@ -150,17 +150,17 @@ def _base_of(folder: Path) -> str:
     """
     path = folder / "adapter_config.json"
     require_regular_files(folder)
-    told = read_json_object(path)
-    base = told.get("base_model_name_or_path")
+    config = read_json_object(path)
+    base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise LimbeckError(f"{path} names no base model, expected base_model_name_or_path; add it")
     # Megatron's option is the name of a module that PEFT would import.
-    if told.get("peft_type") != "LORA" or told.get("megatron_config") is not None:
+    if config.get("peft_type") != "LORA" or config.get("megatron_config") is not None:
         raise LimbeckError(
-            f"{path}: peft_type is {str(told.get('peft_type'))[:40]!r}, expected LORA without megatron_config; "
+            f"{path}: peft_type is {str(config.get('peft_type'))[:40]!r}, expected LORA without megatron_config; "
             "merge other adapters with PEFT itself"
         )
-    rank = told.get("r")
+    rank = config.get("r")
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         raise LimbeckError(f"{path}: r is {str(rank)[:40]!r}, expected a whole number from 1 to {_LARGEST_RANK}")
     if holds_whole_weights(folder):

@@ -97,10 +97,10 @@ def sparse_form(recipe: load.Recipe) -> SparseForm | None:
 
 
 def check_objectives(context: RunContext) -> None:
-    """Let each objective judge three tokens: whatever it cannot be combined with, it says now.
+    """Compute each objective on three tokens, so that options that do not go together are refused before training.
 
     Raises:
-        LimbeckError: it cannot.
+        LimbeckError: an objective cannot be computed with this recipe.
     """
     recipe, loss_plan = context.recipe, loss_plan_of(context.recipe)
     form = sparse_form(recipe)
@@ -122,7 +122,7 @@ def check_objectives(context: RunContext) -> None:
 
 
 def _check_rule(loss_plan: LossPlan) -> None:
-    """Somebody must listen to what a rule says."""
+    """Check that an objective has the token option that the rule sets."""
     rule = loss_plan.rule
     if rule is None or rule.option is None:
         return
@@ -131,7 +131,7 @@ def _check_rule(loss_plan: LossPlan) -> None:
     fields = {name: getattr(objective, "token_fields", ()) for name, objective in OBJECTIVES.items()}
     listen = [name for name, known in fields.items() if isinstance(known, frozenset) and rule.option in known]
     raise LimbeckError(
-        f"contrast.rule={rule.name} tells each token its {rule.option}, but objective {loss_plan.objective.name!r} has "
+        f"contrast.rule={rule.name} sets {rule.option} for each token, but objective {loss_plan.objective.name!r} has "
         f"none; set objective.name to one of {', '.join(listen)}"
     )
 
@@ -143,7 +143,7 @@ def _try(
     temperature: Temperature,
     options: Mapping[str, float],
 ) -> None:
-    """Let one objective of a judgement judge three tokens of a vocabulary of seven."""
+    """Compute one objective on three tokens of a vocabulary of seven."""
     generator = torch.Generator().manual_seed(0)
     tokens, width, vocabulary = 3, 4, 7
     student_ND, teacher_ND = torch.randn(2, tokens, width, generator=generator)
@@ -151,8 +151,9 @@ def _try(
     signal: Signal = DenseSignal(hidden_ND=teacher_ND, head=head)
     if form is not None:
         signal = replace(form, k=min(form.k, vocabulary)).of(signal, seed=0)
+    option = None if loss_plan.rule is None else loss_plan.rule.option
     # A value that every option may have.
-    told = {loss_plan.rule.option: 0.5} if loss_plan.rule is not None and loss_plan.rule.option is not None else {}
+    token_options = {} if option is None else {option: 0.5}
     fused_distillation_loss(
         student_ND,
         head,
@@ -163,7 +164,7 @@ def _try(
         label_N=torch.arange(tokens),
         sequence_N=torch.zeros(tokens, dtype=torch.int64),
         token_options=loss_plan.options_for(
-            objective, {name: torch.full((tokens,), value) for name, value in {**options, **told}.items()}
+            objective, {name: torch.full((tokens,), value) for name, value in {**options, **token_options}.items()}
         ),
         compile="off",
     )

@@ -34,7 +34,7 @@ class Stage:
         check: refuses what can be known to fail before the first stage begins; it loads no models and writes nothing.
         inputs: what the stage reads of the recipe and of other files, JSON-able; with the stages before it makes the
             fingerprint.
-        play: does the work and returns what its manifest records beside time and memory.
+        run: does the work and returns what its manifest records beside time and memory.
         outputs: the files it writes. They move aside when the stage is superseded, and are shared with runs that have
             the same inputs.
         shared: whether another run with the same inputs would write the same.
@@ -48,7 +48,7 @@ class Stage:
 
     name: str
     inputs: Callable[[RunContext], Json]
-    play: Callable[[RunContext], Json]
+    run: Callable[[RunContext], Json]
     outputs: Callable[[RunDirectory], tuple[Path, ...]]
     check: Callable[[RunContext], None] = lambda context: None
     shared: bool = True

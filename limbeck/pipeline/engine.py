@@ -187,7 +187,7 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
     run.write_manifest(stage.name, record)
     reset_peak_memory()
     try:
-        record |= stage.play(context)
+        record |= stage.run(context)
         record["outputs"] = written_below(run.root, stage.outputs(run))
         record["done"] = True
     finally:
@@ -214,7 +214,7 @@ def _follow(context: RunContext, stages: Sequence[Stage]) -> RunDirectory:
             # read there.
             context.wait_until(partial(run.begun, stage.name, prints[stage.name]))
             with context.stop.installed():
-                stage.play(context)
+                stage.run(context)
         context.wait_until(partial(run.finished, stage.name, prints[stage.name]))
     return run
 

@@ -81,7 +81,7 @@ def _require_teacher(recipe: Recipe) -> None:
             raise LimbeckError(f"group {name} needs a teacher and none is given; name one with --teacher{other}")
 
 
-def _play_prompts(context: RunContext) -> Json:
+def _run_prompts(context: RunContext) -> Json:
     loaded = read_prompt_source(context, heldout_fraction=1.0)
     context.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
     return {**loaded.counts(), "unread_columns": dict(loaded.unread)}
@@ -116,7 +116,7 @@ def _exam_inputs(context: RunContext) -> Json:
     return {"student": student, "teacher": teacher_inputs(context), "prompts": template, "evaluate": evaluate}
 
 
-def _play_exam(context: RunContext) -> Json:
+def _run_evaluation(context: RunContext) -> Json:
     parts = examine(context, ("after",))
     write_answers(context, parts)
     return {"heldout_prompts": len(RunEvaluation(context=context, part="after").prompts), "alone": True}
@@ -126,14 +126,14 @@ STANDALONE_STAGES: tuple[Stage, ...] = (
     Stage(
         name="prompts",
         inputs=lambda context: prompt_inputs(context) | {"heldout": "all"},
-        play=_play_prompts,
+        run=_run_prompts,
         outputs=lambda run: (run.prompts, run.problems),
     ),
     Stage(
         name="evaluate",
         check=_check_exam,
         inputs=_exam_inputs,
-        play=_play_exam,
+        run=_run_evaluation,
         outputs=evaluate.STAGE.outputs,
         working=evaluate.STAGE.working,
     ),

@@ -113,7 +113,7 @@ def in_the_students_tokens(
     tokenizer, section = load_student_tokenizer(context), context.recipe.responses
     template = student_template(context, tokenizer, prompts)
     by_id, fitting = {prompt.id: prompt for prompt in prompts}, {prompt.id for prompt in asked}
-    told: list[tuple[Prompt, Response]] = []
+    answered: list[tuple[Prompt, Response]] = []
     control = [token for token in special_tokens(tokenizer).values() if token.strip()]
     spelled = 0
     for answer in answers:
@@ -124,14 +124,14 @@ def in_the_students_tokens(
             spelled += 1
             continue
         prompt = replace(by_id[answer.prompt_id], completion=text, references=(), answer=None)
-        told.append((prompt, answer))
+        answered.append((prompt, answer))
     if spelled:
         context.console.warn(
             f"{spelled} answers of the teacher spell a control token of the student's tokenizer and were left out; "
             "prompts.control_tokens=parse takes them as they are"
         )
     responses = encode_responses(
-        [prompt for prompt, _ in told],
+        [prompt for prompt, _ in answered],
         tokenizer,
         template,
         author="teacher",
@@ -141,9 +141,9 @@ def in_the_students_tokens(
     ends = frozenset(special_tokens(tokenizer))
     found = [
         _cut(replace(new, sampling=old.sampling), old, ends, section.max_new_tokens)
-        for new, (_, old) in zip(responses, told, strict=True)
+        for new, (_, old) in zip(responses, answered, strict=True)
     ]
-    longer = sum(new.stop == "length" and old.stop != "length" for new, (_, old) in zip(found, told, strict=True))
+    longer = sum(new.stop == "length" and old.stop != "length" for new, (_, old) in zip(found, answered, strict=True))
     if longer:
         context.console.warn(
             f"{longer} answers have more than responses.max_new_tokens={section.max_new_tokens} of the student's "

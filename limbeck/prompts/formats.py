@@ -135,7 +135,7 @@ def _answers(turn: Message) -> bool:
     return bool(turn.content.strip()) or "tool_calls" in turn.fields
 
 
-def _told(example: Example, turn: Message | None) -> Example:
+def _with_answer(example: Example, turn: Message | None) -> Example:
     """An example with its last turn as the reference answer."""
     if turn is None:
         return example
@@ -152,10 +152,10 @@ def _read_prompt(row: Row, where: str) -> list[Example]:
         example = Example(messages=messages, category=category_of(row, where))
     else:
         example = Example(text=prompt_in(row, "prompt", where), category=category_of(row, where))
-    told = row.get("completion")
-    if told is None or isinstance(told, str) or are_texts(told):
+    completion = row.get("completion")
+    if completion is None or isinstance(completion, str) or are_texts(completion):
         return [_answered(example, answers_in(row, "completion", where=where))]
-    return [_told(example, _completion(told, where))]
+    return [_with_answer(example, _completion(completion, where))]
 
 
 def _answered(example: Example, answers: Sequence[str]) -> Example:
@@ -176,7 +176,7 @@ def _completion(value: Any, where: str) -> Message | None:
 
 def _read_messages(row: Row, where: str) -> list[Example]:
     messages, last = _conversation(turns_in(row["messages"], "messages", where), "messages", where)
-    return [_told(Example(messages=messages, category=category_of(row, where)), last)]
+    return [_with_answer(Example(messages=messages, category=category_of(row, where)), last)]
 
 
 def _read_conversations(row: Row, where: str) -> list[Example]:
@@ -194,7 +194,7 @@ def _read_conversations(row: Row, where: str) -> list[Example]:
             )
         turns.append(replace(turn, role=role))
     messages, last = _conversation(turns, "conversations", where)
-    return [_told(Example(messages=messages, category=category_of(row, where)), last)]
+    return [_with_answer(Example(messages=messages, category=category_of(row, where)), last)]
 
 
 def instruction_example(instruction: str, given: str = "", category: str | None = None) -> Example:

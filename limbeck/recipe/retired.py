@@ -42,9 +42,9 @@ def refuse_retired(tree: Mapping[str, Any]) -> None:
     """
     found = list(_retired(tree, ""))
     if found:
-        told = [f"{old} is now {new}" for old, new in found[:SHOWN_KEYS]]
+        renamed = [f"{old} is now {new}" for old, new in found[:SHOWN_KEYS]]
         more = f", and {len(found) - SHOWN_KEYS} more" if len(found) > SHOWN_KEYS else ""
-        raise RetiredKeyError(f"keys of a recipe have new names: {', '.join(told)}{more}; write those instead")
+        raise RetiredKeyError(f"keys of a recipe have new names: {', '.join(renamed)}{more}; write those instead")
 
 
 def _retired(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 One model drafted K tokens in a row, each from its distribution q; the other read them and gives its distribution p at
 every place. Tokens stand up to the first one that is refused; in the place of that one comes another.
 
-Shape suffixes: B rows, K drafted tokens, J places where the judging model was read (K, or K + 1 with the place after
+Shape suffixes: B rows, K drafted tokens, J places where the verifier was read (K, or K + 1 with the place after
 the last draft), V vocabulary.
 """
 
@@ -59,7 +59,7 @@ def accept_or_resample(
 
 
 def veto(
-    judge_BKV: Tensor, ids_BK: Tensor, next_BK: Tensor, sampling: Sampling, *, top_k: int, redraw: Redraw = "top_k"
+    verifier_BKV: Tensor, ids_BK: Tensor, next_BK: Tensor, sampling: Sampling, *, top_k: int, redraw: Redraw = "top_k"
 ) -> tuple[Tensor, Tensor]:
     """Speculative knowledge distillation: an id outside the teacher's `top_k` most likely is replaced by the teacher's.
 
@@ -68,20 +68,20 @@ def veto(
     2025, arXiv:2410.11325). Of equally likely tokens the lower ids are the more likely ones.
 
     Args:
-        judge_BKV: the teacher's logits, finite.
+        verifier_BKV: the teacher's logits, finite.
         next_BK: uniform numbers in [0, 1) for the replacement, float64.
 
     Returns:
         As `accept_or_resample`, with -1 where all ids stand.
     """
-    drafted, vocabulary = ids_BK.shape[1], judge_BKV.shape[-1]
-    own_BK1 = judge_BKV.gather(-1, ids_BK[..., None])
+    drafted, vocabulary = ids_BK.shape[1], verifier_BKV.shape[-1]
+    own_BK1 = verifier_BKV.gather(-1, ids_BK[..., None])
     earlier_BKV = torch.arange(vocabulary, device=ids_BK.device) < ids_BK[..., None]
-    before_BK = ((judge_BKV > own_BK1) | ((judge_BKV == own_BK1) & earlier_BKV)).sum(-1)
+    before_BK = ((verifier_BKV > own_BK1) | ((verifier_BKV == own_BK1) & earlier_BKV)).sum(-1)
     kept_B = (before_BK < top_k).long().cumprod(-1).sum(-1)
     row_B, place_B = torch.arange(len(ids_BK), device=ids_BK.device), kept_B.clamp(max=drafted - 1)
     wanted = sampling if redraw == "nucleus" else replace(sampling, top_p=1.0, top_k=min(top_k, vocabulary))
-    next_B = pick(probabilities(judge_BKV[row_B, place_B], wanted), next_BK[row_B, place_B])
+    next_B = pick(probabilities(verifier_BKV[row_B, place_B], wanted), next_BK[row_B, place_B])
     return kept_B, next_B.masked_fill(kept_B == drafted, -1)
 
 
@@ -92,13 +92,13 @@ class DraftedTokens:
     Attributes:
         ids_BK: the drafted tokens.
         q_BKV: the distributions they were drawn from.
-        judge_BJV: logits of the model that did not draft.
+        verifier_BJV: logits of the model that did not draft.
         accept_BK, next_BJ: the row's own uniform numbers for these places.
     """
 
     ids_BK: Tensor
     q_BKV: Tensor
-    judge_BJV: Tensor
+    verifier_BJV: Tensor
     accept_BK: Tensor
     next_BJ: Tensor
     sampling: Sampling
@@ -123,7 +123,7 @@ class AcceptanceStats:
     """Counts of accepted and rejected drafts. Only drafts up to the end of a response count.
 
     Attributes:
-        rounds: passes of the judging model, one for each row in them.
+        rounds: passes of the verifier, one for each row in them.
         drafted: tokens proposed.
         accepted: those that stand in a response.
         rejected: those that were refused and replaced; what was drafted behind one was never looked at.
@@ -163,7 +163,7 @@ class AcceptanceRule(Protocol):
     """Decides which tokens stand.
 
     Attributes:
-        looks_ahead: whether the judging model is read at the place after the last draft too (J is K + 1).
+        looks_ahead: whether the verifier is read at the place after the last draft too (J is K + 1).
     """
 
     @property
@@ -173,12 +173,12 @@ class AcceptanceRule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeSampling:
-    """The tokens are a sample of the judging model."""
+    """The tokens are a sample of the verifier."""
 
     looks_ahead: bool = True
 
     def __call__(self, seen: DraftedTokens) -> AcceptedTokens:
-        p_BJV = _distributions(seen.judge_BJV, seen.sampling)
+        p_BJV = _distributions(seen.verifier_BJV, seen.sampling)
         kept_B, next_B = accept_or_resample(seen.q_BKV, p_BJV, seen.ids_BK, seen.accept_BK, seen.next_BJ)
         return AcceptedTokens(kept_B=kept_B, next_B=next_B)
 
@@ -191,7 +191,7 @@ class MixtureSampling:
     looks_ahead: bool = False
 
     def __call__(self, seen: DraftedTokens) -> AcceptedTokens:
-        p_BKV = _distributions(seen.judge_BJV, seen.sampling)
+        p_BKV = _distributions(seen.verifier_BJV, seen.sampling)
         mixture_BKV = self.alpha * p_BKV + (1 - self.alpha) * seen.q_BKV
         kept_B, next_B = accept_or_resample(seen.q_BKV, mixture_BKV, seen.ids_BK, seen.accept_BK, seen.next_BJ)
         return AcceptedTokens(kept_B=kept_B, next_B=next_B, drawn_from_BKV=mixture_BKV)
@@ -199,7 +199,7 @@ class MixtureSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class TopKVeto:
-    """The tokens are the drafting model's where the judging model finds them likely enough, else the judge's."""
+    """The tokens are the drafting model's where the verifier finds them likely enough, else the verifier's."""
 
     top_k: int
     redraw: Redraw = "top_k"
@@ -207,7 +207,7 @@ class TopKVeto:
 
     def __call__(self, seen: DraftedTokens) -> AcceptedTokens:
         kept_B, next_B = veto(
-            seen.judge_BJV, seen.ids_BK, seen.next_BJ, seen.sampling, top_k=self.top_k, redraw=self.redraw
+            seen.verifier_BJV, seen.ids_BK, seen.next_BJ, seen.sampling, top_k=self.top_k, redraw=self.redraw
         )
         return AcceptedTokens(kept_B=kept_B, next_B=next_B)
 

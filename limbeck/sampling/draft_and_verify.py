@@ -1,4 +1,4 @@
-"""The sampler that the samplers of `speculative` share: two models, one that drafts and one that judges.
+"""The sampler that the samplers of `speculative` share: two models, one that drafts and one that verifies.
 
 They have the surface of `LocalSampler`; what they differ in is who drafts and which rule decides.
 """
@@ -86,7 +86,7 @@ class SpeculativeSamplerBase(ABC):
 
     @property
     @abstractmethod
-    def _judge(self) -> tuple[str, nn.Module]: ...
+    def _verifier(self) -> tuple[str, nn.Module]: ...
 
     @property
     @abstractmethod
@@ -96,11 +96,11 @@ class SpeculativeSamplerBase(ABC):
         check_sizes(self.batch_size, self.pad_token_id, self.vocab_size)
         if self.draft_tokens < 1:
             raise LimbeckError(f"draft_tokens is {self.draft_tokens}, expected at least 1: 4 is usual")
-        devices = {role: next(model.parameters()).device for role, model in (self._drafter, self._judge)}
+        devices = {role: next(model.parameters()).device for role, model in (self._drafter, self._verifier)}
         if len(set(devices.values())) > 1:
             where = " and ".join(f"the {role} on {device}" for role, device in devices.items())
             raise LimbeckError(f"{where}, expected both models on one device: move one of them")
-        for role, model in (self._drafter, self._judge):
+        for role, model in (self._drafter, self._verifier):
             with evaluating(model):
                 require_ragged(model, self._writer(model, Sampling()), role)
 
@@ -121,7 +121,7 @@ class SpeculativeSamplerBase(ABC):
         capture_hidden: bool = False,
     ) -> Iterator[SampledBatch]:
         """Answer the prompts batch by batch, longest prompts first; arguments and errors as `LocalSampler` has them."""
-        models = (self._drafter[1], self._judge[1])
+        models = (self._drafter[1], self._verifier[1])
         check_prompts(prompts, sampling, models=models, vocab_size=self.vocab_size, tokenizer=self.tokenizer)
         batches = [batch for batch in self.plan(prompts, sampling) if not set(batch) <= set(done)]
         linears = nullcontext()
@@ -132,7 +132,7 @@ class SpeculativeSamplerBase(ABC):
 
     def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]:
         """The batches, as indices into the list of prompts: a function of the prompts' lengths and the settings."""
-        bytes_per_token = cache_bytes_per_token(self._drafter[1]) + cache_bytes_per_token(self._judge[1])
+        bytes_per_token = cache_bytes_per_token(self._drafter[1]) + cache_bytes_per_token(self._verifier[1])
         return plan_batches(prompts, sampling, self.batch_size, int(self.cache_gib * 2**30 / bytes_per_token))
 
     def _answer(
@@ -143,7 +143,7 @@ class SpeculativeSamplerBase(ABC):
         on_step: Callable[[int, int], None],
         linears: AbstractContextManager[object],
     ) -> SampledBatch:
-        (_, drafter), (_, judge) = self._drafter, self._judge
+        (_, drafter), (_, verifier) = self._drafter, self._verifier
         # Of the teacher's own responses nothing is replaced, whoever drafted them.
         replaced = 0 if drafter is self.model else None
         drafts = [
@@ -157,14 +157,14 @@ class SpeculativeSamplerBase(ABC):
         ]
         pair = DraftVerifyPair(
             drafter=self._writer(drafter, sampling),
-            judge=self._writer(judge, sampling),
+            verifier=self._writer(verifier, sampling),
             rule=self._rule,
             draft_tokens=self.draft_tokens,
             keep_logp=self.keep_logp,
             keep_hidden=capture_hidden,
             logp_of_drafter=drafter is self.model,
         )
-        with evaluating(drafter), evaluating(judge), linears:
+        with evaluating(drafter), evaluating(verifier), linears:
             decode_speculative(pair, drafts, sampling, self.tally, on_step)
         # Stacked outside inference mode: the student's autograd graph may hold on to them.
         hidden = tuple(torch.stack(draft.hidden) for draft in drafts) if capture_hidden else None

@@ -1,14 +1,14 @@
-"""Two models write one batch: one drafts a few tokens per round, the other reads them in one pass, a rule decides.
+"""Two models decode one batch: one drafts some tokens per round, the other reads them in one pass, a rule decides.
 
     drafter   d1 ► d2 ► d3 ► d4       four passes over one token
-    judge     [last d1 d2 d3 d4]      one pass over five
+    verifier  [last d1 d2 d3 d4]      one pass over five
     rule      d1 d2 stand, x follows  the next round begins at x
 
 Rows keep different numbers of tokens, so both caches are ragged: the tokens refused are written over. The random
 numbers of a token belong to its place in the row. What stands up to a place never depended on the numbers behind it, so
 a place that is drafted again after a refusal may use its own again.
 
-Shape suffixes: B rows still being written, K tokens drafted, J places where the judge is read, W tokens that the
+Shape suffixes: B rows still being written, K tokens drafted, J places where the verifier is read, W tokens that the
 drafter has not read, V vocabulary, D hidden size.
 """
 
@@ -57,13 +57,13 @@ class DraftVerifyPair:
     """The two models of speculative decoding, and their rule.
 
     Attributes:
-        drafter, judge: both end responses at the same tokens.
-        draft_tokens: a round at most.
-        logp_of_drafter: whose log-probabilities are kept.
+        drafter, verifier: both end responses at the same tokens.
+        draft_tokens: the most per round.
+        logp_of_drafter: whether the drafter's log-probabilities are kept, not the verifier's.
     """
 
     drafter: DecodingModel
-    judge: DecodingModel
+    verifier: DecodingModel
     rule: AcceptanceRule
     draft_tokens: int
     keep_logp: bool
@@ -86,24 +86,26 @@ def decode_speculative(
     """
     with torch.inference_mode():
         capacity = max(len(draft.prompt.ids) for draft in drafts) + sampling.max_new_tokens
-        drafter, judge = (CacheReader.of(w, rows=len(drafts), capacity=capacity) for w in (pair.drafter, pair.judge))
+        drafter, verifier = (
+            CacheReader.of(w, rows=len(drafts), capacity=capacity) for w in (pair.drafter, pair.verifier)
+        )
         drafter.prefill(drafts)
-        judge.prefill(drafts)
+        verifier.prefill(drafts)
         rows = [_Row(draft=draft) for draft in drafts]
         while rows:
-            finished, written = _round(pair, drafter, judge, rows, sampling, tally)
+            finished, written = _round(pair, drafter, verifier, rows, sampling, tally)
             on_step(written, sum(finished))
             if any(finished):
                 order = order_without(finished)
                 drafter.cache.keep(order)
-                judge.cache.keep(order)
+                verifier.cache.keep(order)
                 rows = [rows[row] for row in order]
 
 
 def _round(
     pair: DraftVerifyPair,
     drafter: CacheReader,
-    judge: CacheReader,
+    verifier: CacheReader,
     rows: list[_Row],
     sampling: Sampling,
     tally: AcceptanceStats,
@@ -113,22 +115,22 @@ def _round(
     drafted = min(pair.draft_tokens, max(sampling.max_new_tokens - len(row.draft.ids) for row in rows))
     uniform_BJA = _uniforms(rows, drafted + 1, sampling, drafter.writer.device)
     ids_BK, draft_BKV, q_BKV = _draft(drafter, rows, uniform_BJA[:, :drafted, _PROPOSE], sampling)
-    hidden_BJD, judge_BJV = _verify(judge, rows, ids_BK, sampling, looks_ahead=pair.rule.looks_ahead)
+    hidden_BJD, verifier_BJV = _verify(verifier, rows, ids_BK, sampling, looks_ahead=pair.rule.looks_ahead)
     next_BJ = uniform_BJA[..., _NEXT]
-    # Nothing is drafted at the last place: what follows there is drawn as the judge alone would draw it.
+    # Nothing is drafted at the last place: the token after it is drawn as the verifier alone would draw it.
     next_BJ[:, -1] = uniform_BJA[:, -1, _PROPOSE]
     seen = DraftedTokens(
         ids_BK=ids_BK,
         q_BKV=q_BKV,
-        judge_BJV=judge_BJV,
+        verifier_BJV=verifier_BJV,
         accept_BK=uniform_BJA[:, :drafted, _ACCEPT],
-        next_BJ=next_BJ[:, : judge_BJV.shape[1]],
+        next_BJ=next_BJ[:, : verifier_BJV.shape[1]],
         sampling=sampling,
     )
     verdict = pair.rule(seen)
-    runs = _runs(pair.judge, rows, seen, verdict, tally)
+    runs = _runs(pair.verifier, rows, seen, verdict, tally)
     if pair.keep_logp:
-        logits_BJV = draft_BKV if pair.logp_of_drafter else judge_BJV
+        logits_BJV = draft_BKV if pair.logp_of_drafter else verifier_BJV
         for row, logp in zip(rows, _of_runs(logits_BJV.log_softmax(-1), runs), strict=True):
             row.draft.logp += logp
     if verdict.drawn_from_BKV is not None:
@@ -193,14 +195,14 @@ def _draft(
 
 
 def _verify(
-    judge: CacheReader, rows: list[_Row], ids_BK: Tensor, sampling: Sampling, *, looks_ahead: bool
+    verifier: CacheReader, rows: list[_Row], ids_BK: Tensor, sampling: Sampling, *, looks_ahead: bool
 ) -> tuple[Tensor, Tensor]:
-    """The judge's hidden states (B, J, D) and logits (B, J, V) where the drafts stand, and where the next one would."""
+    """The verifier's hidden states (B, J, D) and logits (B, J, V) at the drafted tokens and at the one after them."""
     last_B1 = torch.tensor([[row.token(row.length - 1)] for row in rows], device=ids_BK.device)
     ids_BJ = torch.cat([last_B1, ids_BK if looks_ahead else ids_BK[:, :-1]], dim=1)
     positions_BJ, reach = _positions(rows, 0, ids_BJ.shape[1], sampling)
-    hidden_BJD = judge.read(ids_BJ, positions_BJ.to(ids_BJ.device), reach)
-    return hidden_BJD, _logits(judge, hidden_BJD, rows)
+    hidden_BJD = verifier.read(ids_BJ, positions_BJ.to(ids_BJ.device), reach)
+    return hidden_BJD, _logits(verifier, hidden_BJD, rows)
 
 
 def _runs(

@@ -43,7 +43,7 @@ class SpeculativeSampler(SpeculativeSamplerBase):
         return "draft model", self.draft
 
     @property
-    def _judge(self) -> tuple[str, nn.Module]:
+    def _verifier(self) -> tuple[str, nn.Module]:
         return "teacher", self.model
 
     @property
@@ -71,7 +71,7 @@ class StudentWithTeacher(SpeculativeSamplerBase):
         return "student", self.model
 
     @property
-    def _judge(self) -> tuple[str, nn.Module]:
+    def _verifier(self) -> tuple[str, nn.Module]:
         return "teacher", self.teacher
 
 

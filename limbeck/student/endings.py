@@ -88,15 +88,15 @@ def end_answers_with(model: nn.Module, format: AnswerFormat, also: Iterable[int]
     stops = list(dict.fromkeys([*format.end_ids, *also]))
     if not stops:
         return
-    told: dict[str, Any] = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    ids: dict[str, Any] = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
     for role in ("bos_token_id", "pad_token_id"):
         if (index := getattr(tokenizer, role)) is not None:
-            told[role] = index
+            ids[role] = index
     for config in {id(one): one for one in (inner.config, inner.config.get_text_config())}.values():
-        _set(config, told)
+        _set(config, ids)
     if inner.generation_config is not None:
         # Rows of different lengths need one, and a model's own may be none of the tokenizer's.
-        _set(inner.generation_config, {"pad_token_id": stops[0]} | told)
+        _set(inner.generation_config, {"pad_token_id": stops[0]} | ids)
 
 
 def _set(config: Any, values: Mapping[str, Any]) -> None:

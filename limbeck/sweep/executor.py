@@ -1,4 +1,4 @@
-"""The player of a sweep's runs: hands them to a crew, keeps the books, tells how far it is."""
+"""The executor of a sweep's runs: hands them to a crew, keeps the books, tells how far it is."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Executor:
 
     sweep: Sweep
     console: Console
-    inspector: RunChecker
-    ledger: RunTable
+    checker: RunChecker
+    table: RunTable
     artifacts: ArtifactCache
     pool: WorkerPool
 
-    def play(self, runs: Sequence[ArmRun], pause_at: float | None = None) -> dict[Path, Outcome]:
+    def run(self, runs: Sequence[ArmRun], pause_at: float | None = None) -> dict[Path, Outcome]:
         """Play runs to their end, or to a pause; those that are at their end already are not touched.
 
         Returns:
@@ -43,15 +43,15 @@ class Executor:
         """
         if pause_at is None:
             for run in runs:
-                if self.inspector.finished(run):
-                    self.ledger.set(run, "done")
-        todo = teacher_first([run for run in runs if self.ledger.state(run) != "done"], self.inspector)
+                if self.checker.finished(run):
+                    self.table.set(run, "done")
+        todo = teacher_first([run for run in runs if self.table.state(run) != "done"], self.checker)
         metric = self.sweep.halving.metric if self.sweep.halving and pause_at is not None else None
         tasks = [
             Task(
                 recipe=as_tree(run.recipe),
                 artifacts=str(self.artifacts.root),
-                update=self.inspector.update,
+                update=self.checker.update,
                 pause_at=pause_at,
                 metric=metric,
             )
@@ -61,31 +61,31 @@ class Executor:
 
         def ended(number: int, outcome: Outcome) -> None:
             outcomes[todo[number].directory] = outcome
-            self.ledger.set(todo[number], _STATE[outcome.state], outcome.error, lost=outcome.lost)
+            self.table.set(todo[number], _STATE[outcome.state], outcome.error, lost=outcome.lost)
             self._report(todo[number], outcome)
 
         try:
-            self.pool.play(tasks, lambda number: self.ledger.set(todo[number], "running"), ended)
+            self.pool.run(tasks, lambda number: self.table.set(todo[number], "running"), ended)
         finally:
             for run in todo:
-                if self.ledger.state(run) == "running":
-                    self.ledger.set(run, "waiting")
+                if self.table.state(run) == "running":
+                    self.table.set(run, "waiting")
         return outcomes
 
     def fail(self, runs: Sequence[ArmRun], reason: str) -> None:
         for run in runs:
-            self.ledger.set(run, "failed", reason)
+            self.table.set(run, "failed", reason)
 
     def drop(self, runs: Sequence[ArmRun], reason: str) -> None:
         """Leave runs as they are, for good."""
         for run in runs:
-            if self.ledger.state(run) != "failed":
-                self.ledger.set(run, "dropped", reason)
+            if self.table.state(run) != "failed":
+                self.table.set(run, "dropped", reason)
 
     def _report(self, run: ArmRun, outcome: Outcome) -> None:
-        lines = self.ledger.lines.values()
+        lines = self.table.lines.values()
         over = sum(line.state in ("done", "failed", "dropped") for line in lines)
-        left = Forecast(self.ledger, self.inspector, self.sweep.parallel).seconds_left()
+        left = Forecast(self.table, self.checker, self.sweep.parallel).seconds_left()
         about = f", about {format_seconds(left)} left" if left else ""
         how = f"{outcome.state}: {outcome.error}" if outcome.error else outcome.state
         self.console.say(f"{run.label}: {how} ({over} of {len(lines)} runs{about})")

@@ -18,8 +18,8 @@ _OF_THE_TEACHER = ("prompts", "respond", "teach")
 class Forecast:
     """Reads the manifests of a sweep's runs: what earlier commands have done counts, too."""
 
-    ledger: RunTable
-    inspector: RunChecker
+    table: RunTable
+    checker: RunChecker
     parallel: int
 
     def seconds_left(self) -> float | None:
@@ -27,7 +27,7 @@ class Forecast:
 
         What a run took over from another cost it nothing. None before any run is finished.
         """
-        lines = self.ledger.lines.values()
+        lines = self.table.lines.values()
         done = [line.run for line in lines if line.state == "done"]
         if not done:
             return None
@@ -40,7 +40,7 @@ class Forecast:
         return whole / max(1.0, min(self.parallel, runs))
 
     def _kinds(self, runs: Iterable[ArmRun]) -> set[str]:
-        return {self.inspector.signal_fingerprint(run) for run in runs if run.directory in self.inspector.prints}
+        return {self.checker.signal_fingerprint(run) for run in runs if run.directory in self.checker.prints}
 
     @staticmethod
     def _seconds(run: ArmRun, *, teacher: bool) -> float:
@@ -50,11 +50,11 @@ class Forecast:
         return sum(record.get("seconds", 0.0) for record in records if "shared_from" not in record)
 
 
-def teacher_first(runs: Sequence[ArmRun], inspector: RunChecker) -> list[ArmRun]:
+def teacher_first(runs: Sequence[ArmRun], checker: RunChecker) -> list[ArmRun]:
     """Runs in their order: first one of each kind of teacher's work, so that different work is done side by side and no
     worker waits for another's while there is other work."""
     first: dict[str, ArmRun] = {}
     for run in runs:
-        first.setdefault(inspector.signal_fingerprint(run), run)
+        first.setdefault(checker.signal_fingerprint(run), run)
     leading = [run.directory for run in first.values()]
     return [*first.values(), *(run for run in runs if run.directory not in leading)]

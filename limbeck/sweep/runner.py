@@ -48,7 +48,7 @@ class SweepEnd:
         return self.directory / "compare.html"
 
 
-def play_sweep(
+def run_sweep(
     source: str | Path | Mapping[str, Any],
     *overrides: str,
     update: bool = False,
@@ -72,20 +72,20 @@ def play_sweep(
     with in_one_line(), GracefulStop().installed():
         root = sweep.directory
         refuse_other_files(root)
-        conductor = SweepRunner(sweep, console, RunChecker(update), ArtifactCache(root / "shared"))
-        conductor.check()
+        runner = SweepRunner(sweep, console, RunChecker(update), ArtifactCache(root / "shared"))
+        runner.check()
         with RunDirectory(root).locked(console.warn):
             # Workers of a sweep that was killed end a moment after it.
-            with conductor.artifacts.lock(ALIVE):
+            with runner.artifacts.lock(ALIVE):
                 write_text(root / RESOLVED, settings_to_yaml(sweep))
-            return conductor.play()
+            return runner.run()
 
 
 @dataclass(frozen=True)
 class SweepRunner:
     sweep: Sweep
     console: Console
-    inspector: RunChecker
+    checker: RunChecker
     artifacts: ArtifactCache
 
     @property
@@ -98,7 +98,7 @@ class SweepRunner:
         recipes = first_recipes(self.sweep)
         for key, recipe in recipes.items():
             with at(f"first.{key}"):
-                check_recipe(recipe, update=self.inspector.update)
+                check_recipe(recipe, update=self.checker.update)
         if all(RunDirectory(recipe.directory).done("train") for recipe in recipes.values()):
             self._inspect(self.models)
             return
@@ -108,15 +108,15 @@ class SweepRunner:
         for arm in arms_of(self.sweep):
             models = {**self.models, **{key: model for key, model in begins.items() if model is not None}}
             runs = tuning_runs(self.sweep, arm, models)
-            self.inspector.check(runs + final_runs(self.sweep, arm, first_values(self.sweep), models), models=whole)
+            self.checker.check(runs + final_runs(self.sweep, arm, first_values(self.sweep), models), models=whole)
 
     def _inspect(self, models: Models) -> None:
         for arm in arms_of(self.sweep):
-            self.inspector.inspect(tuning_runs(self.sweep, arm, models))
+            self.checker.inspect(tuning_runs(self.sweep, arm, models))
             if not self.sweep.tune:
-                self.inspector.inspect(final_runs(self.sweep, arm, {}, models))
+                self.checker.inspect(final_runs(self.sweep, arm, {}, models))
 
-    def _play_first(self) -> None:
+    def _run_first(self) -> None:
         """The runs whose students all arms take. One that lies near, of the same inputs, is taken over."""
         from limbeck.pipeline.stage_order import STAGES
 
@@ -130,39 +130,39 @@ class SweepRunner:
                     if run.finished(stage, fingerprint_):
                         self.artifacts.publish(stage, fingerprint_, run)
             run_pipeline(
-                recipe, stages=STAGES, console=self.console, update=self.inspector.update, artifacts=self.artifacts
+                recipe, stages=STAGES, console=self.console, update=self.checker.update, artifacts=self.artifacts
             )
         if recipes:
             self._inspect(self.models)
 
-    def play(self) -> SweepEnd:
+    def run(self) -> SweepEnd:
         import torch
 
-        self._play_first()
-        sweep, ledger, threads = self.sweep, self._ledger(), torch.get_num_threads()
-        self._announce(ledger, threads)
+        self._run_first()
+        sweep, table, threads = self.sweep, self._table(), torch.get_num_threads()
+        self._announce(table, threads)
         with worker_pool(sweep.parallel, threads, self.artifacts.root, sweep.directory / "workers.log") as pool:
-            player = Executor(
+            executor = Executor(
                 sweep=sweep,
                 console=self.console,
-                inspector=self.inspector,
-                ledger=ledger,
+                checker=self.checker,
+                table=table,
                 artifacts=self.artifacts,
                 pool=pool,
             )
-            finals = halve(player, tune(player, self.models))
-            player.play([run for runs in finals.values() for run in runs])
-        return self._end(ledger)
+            finals = halve(executor, tune(executor, self.models))
+            executor.run([run for runs in finals.values() for run in runs])
+        return self._end(table)
 
-    def _ledger(self) -> RunTable:
+    def _table(self) -> RunTable:
         """All runs, waiting; what is tuned is not known yet."""
-        ledger, arms = RunTable(self.sweep.directory), arms_of(self.sweep)
-        ledger.add([run for arm in arms for run in tuning_runs(self.sweep, arm, self.models)])
-        ledger.add([run for arm in arms for run in final_runs(self.sweep, arm, {}, self.models)])
-        return ledger
+        table, arms = RunTable(self.sweep.directory), arms_of(self.sweep)
+        table.add([run for arm in arms for run in tuning_runs(self.sweep, arm, self.models)])
+        table.add([run for arm in arms for run in final_runs(self.sweep, arm, {}, self.models)])
+        return table
 
-    def _announce(self, ledger: RunTable, threads: int) -> None:
-        sweep, runs = self.sweep, [line.run for line in ledger.lines.values()]
+    def _announce(self, table: RunTable, threads: int) -> None:
+        sweep, runs = self.sweep, [line.run for line in table.lines.values()]
         tuning = sum(run.tuning for run in runs)
         train, limit = runs[0].recipe.train, runs[0].recipe.prompts.limit
         self.console.say(
@@ -173,14 +173,14 @@ class SweepRunner:
             + f"; {sweep.parallel} at a time with {max(1, threads // sweep.parallel)} of {threads} threads each"
         )
 
-    def _end(self, ledger: RunTable) -> SweepEnd:
+    def _end(self, table: RunTable) -> SweepEnd:
         from limbeck.compare import write_comparison
 
-        lines = [line for line in ledger.lines.values() if not line.run.tuning]
+        lines = [line for line in table.lines.values() if not line.run.tuning]
         states = {state: sum(line.state == state for line in lines) for state in ("done", "dropped", "failed")}
         said = ", ".join(f"{count} {state}" for state, count in states.items() if count)
         self.console.say(f"sweep {self.sweep.name}: {len(lines)} runs, {said}")
-        lost = sum(line.lost for line in ledger.lines.values())
+        lost = sum(line.lost for line in table.lines.values())
         if lost:
             self.console.warn(f"{lost} of the failed runs had their process killed, twice; start the sweep again")
         end = SweepEnd(directory=self.sweep.directory, runs=len(lines), failed=states["failed"], lost=lost)
@@ -189,7 +189,7 @@ class SweepRunner:
             [self.sweep.directory],
             end.page,
             title=self.sweep.name,
-            arms=ledger.records(),
+            arms=table.records(),
             metric=chosen_by if states["done"] else None,
             replacing=True,
         )

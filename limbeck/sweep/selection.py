@@ -16,26 +16,26 @@ from limbeck.types import LimbeckError
 Finals = dict[str, list[ArmRun]]
 
 
-def tune(player: Executor, models: Models) -> Finals:
+def tune(executor: Executor, models: Models) -> Finals:
     """The runs of every arm with the values that are best for it; an arm without such values has failed."""
-    sweep, finals = player.sweep, Finals()
+    sweep, finals = executor.sweep, Finals()
     tuning = {arm.name: tuning_runs(sweep, arm, models) for arm in arms_of(sweep)}
-    player.play([run for runs in tuning.values() for run in runs])
+    executor.run([run for runs in tuning.values() for run in runs])
     for arm in arms_of(sweep):
-        finished = [run for run in tuning[arm.name] if player.ledger.state(run) == "done"]
+        finished = [run for run in tuning[arm.name] if executor.table.state(run) == "done"]
         try:
-            chosen = _best_values(player, arm, finished) if sweep.tune else {}
+            chosen = _best_values(executor, arm, finished) if sweep.tune else {}
         except LimbeckError as error:
-            player.fail(final_runs(sweep, arm, {}, models), f"tune: {error}")
+            executor.fail(final_runs(sweep, arm, {}, models), f"tune: {error}")
             continue
         finals[arm.name] = final_runs(sweep, arm, chosen, models)
-        player.inspector.inspect(finals[arm.name])
-        player.ledger.add(finals[arm.name])
+        executor.checker.inspect(finals[arm.name])
+        executor.table.add(finals[arm.name])
     return finals
 
 
-def _best_values(player: Executor, arm: Arm, finished: list[ArmRun]) -> Tree:
-    sweep = player.sweep
+def _best_values(executor: Executor, arm: Arm, finished: list[ArmRun]) -> Tree:
+    sweep = executor.sweep
     if not finished:
         raise LimbeckError("none of the runs that tune it finished; arms.jsonl says why of each")
     winner = finished[best([badness(sweep.tune_metric, means_after(run)) for run in finished])]
@@ -46,30 +46,30 @@ def _best_values(player: Executor, arm: Arm, finished: list[ArmRun]) -> Tree:
         numbers = all(isinstance(v, int | float) for v in values)
         if len(values) > 1 and numbers and value in (min(values), max(values)):
             said.append(f"an end of {list(values)}: better ones may lie beyond")
-    player.console.say(", ".join(said))
+    executor.console.say(", ".join(said))
     return chosen
 
 
-def halve(player: Executor, finals: Finals) -> Finals:
+def halve(executor: Executor, finals: Finals) -> Finals:
     """Successive halving: the arms that are left after the last comparison, paused where it was made."""
-    halving = player.sweep.halving
+    halving = executor.sweep.halving
     if halving is None:
         return finals
     for share in halving.at:
-        outcomes = player.play([run for runs in finals.values() for run in runs], pause_at=share)
+        outcomes = executor.run([run for runs in finals.values() for run in runs], pause_at=share)
         standing: dict[str, float] = {}
         for name, runs in finals.items():
             means = [m for run in runs if (m := outcomes[run.directory].means) is not None]
             if len(means) == len(runs):
                 standing[name] = fmean(badness(halving.metric, m) for m in means)
             else:
-                player.drop(runs, f"after {share:g} of the steps: not all seeds of the arm came that far")
+                executor.drop(runs, f"after {share:g} of the steps: not all seeds of the arm came that far")
         going_on = survivors(standing, halving.keep)
         for name in (name for name in standing if name not in going_on):
             shown = _shown(halving.metric, standing[name])
             reason = f"after {share:g} of the steps: {shown}, not among the best {len(going_on)} of {len(standing)}"
-            player.drop(finals[name], reason)
-        player.console.say(f"after {share:g} of the steps {len(going_on)} of {len(finals)} arms go on")
+            executor.drop(finals[name], reason)
+        executor.console.say(f"after {share:g} of the steps {len(going_on)} of {len(finals)} arms go on")
         finals = {name: finals[name] for name in going_on}
     return finals
 

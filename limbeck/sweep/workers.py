@@ -25,7 +25,7 @@ LOOK_S = 0.2
 
 
 class WorkerPool(Protocol):
-    def play(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
+    def run(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
         """Play the tasks, in their order as far as they fit side by side; tells when each begins and ends.
 
         Raises:
@@ -37,7 +37,7 @@ class WorkerPool(Protocol):
 class InProcessPool:
     """One run after another, in this process."""
 
-    def play(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
+    def run(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
         for number, task in enumerate(tasks):
             begun(number)
             outcome = perform(task)
@@ -97,7 +97,7 @@ class Workers:
     log: Path
     _all: list[_Worker] = field(default_factory=list)
 
-    def play(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
+    def run(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
         waiting, stop, told, again = list(range(len(tasks))), GracefulStop(), 0, set[int]()
         with stop.installed(), stop.deferred() as requested:
             while (waiting and not requested()) or any(worker.task is not None for worker in self._all):

@@ -170,12 +170,12 @@ class StudentLoss(nn.Module):
         return self.loss_plan.stats
 
     def forward(
-        self, batch: TokenBatch, signal: Signal | None, weight_N: Tensor, moment: StepSettings
+        self, batch: TokenBatch, signal: Signal | None, weight_N: Tensor, step_settings: StepSettings
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted sum of the per-token values; sums and counts of `stats` (S, 2) and a divergence (N,), detached.
 
         The divergence is the forward KL at temperature 1 where it is measured, else the value itself. With
-        `moment.rule_only` there is no loss, and what the rule is to whiten takes the place of the divergence.
+        `step_settings.rule_only` there is no loss, and what the rule is to whiten takes the place of the divergence.
 
         Args:
             signal: None leaves objective and teacher out: the cross-entropy of the labels, which tells whether the
@@ -192,32 +192,34 @@ class StudentLoss(nn.Module):
             return alone.loss, sums.of_S2, alone.value_N
         sequence_N = batch.sequence_N
         by_student_N = batch.by_student_B[sequence_N]
-        told = self._tell(hidden_ND, head, batch, signal, moment, sums)
-        if moment.rule_only:
-            assert told.plain_N is not None, "asked of a rule that whitens"
-            return hidden_ND.new_zeros(()), sums.of_S2, told.plain_N
-        if told.weight_N is not None:
-            weight_N = weight_N * told.weight_N.to(weight_N)
+        token_options = self._options_of_rule(hidden_ND, head, batch, signal, step_settings, sums)
+        if step_settings.rule_only:
+            assert token_options.plain_N is not None, "asked of a rule that whitens"
+            return hidden_ND.new_zeros(()), sums.of_S2, token_options.plain_N
+        if token_options.weight_N is not None:
+            weight_N = weight_N * token_options.weight_N.to(weight_N)
         loss, value_N = hidden_ND.new_zeros(()), weight_N.new_zeros(weight_N.shape)
         for objective, keep_N in self.loss_plan.terms(by_student_N):
-            out = self._leg(objective, keep_N, (hidden_ND, head, batch, signal, weight_N, moment), told)
+            out = self._objective_loss(
+                objective, keep_N, (hidden_ND, head, batch, signal, weight_N, step_settings), token_options
+            )
             loss = loss + out.loss
             kept_N = slice(None) if keep_N is None else keep_N
             value_N[kept_N] = out.measures.get("forward_kl", out.value_N).to(value_N)
             self._count(out, objective, by_student_N[kept_N], sums)
         return loss, sums.of_S2, value_N
 
-    def _leg(
+    def _objective_loss(
         self,
         objective: AnyObjective,
         keep_N: Tensor | None,
         inputs: tuple[Tensor, Head, TokenBatch, Signal, Tensor, StepSettings],
-        told: TokenOptions,
+        token_options: TokenOptions,
     ) -> FusedLoss:
-        hidden_ND, head, batch, signal, weight_N, moment = inputs
+        hidden_ND, head, batch, signal, weight_N, step_settings = inputs
         sequence_N, label_N = batch.sequence_N, batch.labels_N
-        options = {name: torch.full_like(weight_N, value) for name, value in moment.options.items()} | dict(
-            told.options
+        options = {name: torch.full_like(weight_N, value) for name, value in step_settings.options.items()} | dict(
+            token_options.options
         )
         if keep_N is not None:
             assert isinstance(signal, DenseSignal), "two legs are for whole rows"
@@ -234,7 +236,7 @@ class StudentLoss(nn.Module):
             head,
             signal,
             objective,
-            temperature=moment.temperature,
+            temperature=step_settings.temperature,
             support=self.loss_plan.support if isinstance(signal, TopKSignal) else None,
             weight_N=weight_N,
             label_N=label_N,
@@ -246,14 +248,14 @@ class StudentLoss(nn.Module):
             compile=self.compile_body,
         )
 
-    def _tell(
-        self, hidden_ND: Tensor, head: Head, batch: TokenBatch, signal: Signal, moment: StepSettings, sums: Sums
+    def _options_of_rule(
+        self, hidden_ND: Tensor, head: Head, batch: TokenBatch, signal: Signal, step_settings: StepSettings, sums: Sums
     ) -> TokenOptions:
         """What the rule says of the responses of a batch, before any of them is judged."""
         if self.loss_plan.rule is None:
             return TokenOptions()
         log_q_N, log_p_N = label_logp(hidden_ND, head, signal, batch.labels_N)
-        told = self.loss_plan.rule.apply(
+        token_options = self.loss_plan.rule.apply(
             SequenceStats(
                 log_q_N=log_q_N,
                 log_p_N=log_p_N,
@@ -261,14 +263,14 @@ class StudentLoss(nn.Module):
                 sequence_N=batch.sequence_N,
                 by_student_B=batch.by_student_B,
                 partners=batch.partners,
-                reference=moment.reference,
-                whitening=moment.whitening,
+                reference=step_settings.reference,
+                whitening=step_settings.whitening,
             )
         )
-        for measure, value_B in told.measured_B.items():
+        for measure, value_B in token_options.measured_B.items():
             sums.add(f"{measure}/teacher", value_B, ~batch.by_student_B)
             sums.add(f"{measure}/student", value_B, batch.by_student_B)
-        return told
+        return token_options
 
     def _count(self, out: FusedLoss, objective: AnyObjective, by_student_N: Tensor, sums: Sums) -> None:
         sums.add("loss", out.value_N)

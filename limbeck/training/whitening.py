@@ -23,13 +23,13 @@ SMALLEST_VARIANCE = 1e-8
 
 @torch.no_grad()
 def whitened(
-    moment: StepSettings,
+    step_settings: StepSettings,
     batches: Iterable[tuple[TokenBatch, Signal, bool]],
     *,
     accelerator: Accelerator,
     model: nn.Module,
 ) -> StepSettings:
-    """The moment with the mean and the standard deviation over the tokens of all micro-batches and ranks.
+    """The settings with the mean and the standard deviation over the tokens of all micro-batches and ranks.
 
     A pass of the student without gradients and without dropout: the update is the same whatever the micro-batches and
     the ranks of a step are.
@@ -39,7 +39,7 @@ def whitened(
         model: as accelerate prepared it.
     """
     found = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    training, looking = model.training, replace(moment, rule_only=True)
+    training, looking = model.training, replace(step_settings, rule_only=True)
     model.eval()
     for batch, signal, counts in batches:
         weight_N = torch.zeros(batch.labels_N.shape, device=batch.labels_N.device)
@@ -53,4 +53,4 @@ def whitened(
     count, total, square = summed.tolist()
     mean = total / count
     variance = max(square / count - mean**2, 0.0)
-    return replace(moment, whitening=(mean, (variance + SMALLEST_VARIANCE) ** 0.5))
+    return replace(step_settings, whitening=(mean, (variance + SMALLEST_VARIANCE) ** 0.5))

@@ -33,16 +33,16 @@ ODD_RECIPES = (
 
 
 class Trace:
-    """Stages that write one file each and count how often they were played."""
+    """Stages that write one file each and count how often they were done_stages."""
 
     def __init__(self) -> None:
-        self.played: list[str] = []
+        self.done_stages: list[str] = []
         self.fail: dict[str, BaseException] = {}
         self.values = {"one": 1, "two": 1, "three": 1}
 
     def stage(self, name: str) -> Stage:
         def work(context: RunContext) -> Json:
-            self.played.append(name)
+            self.done_stages.append(name)
             if name in self.fail:
                 raise self.fail.pop(name)
             write_text(context.run.root / f"{name}.txt", str(self.values[name]))
@@ -51,22 +51,22 @@ class Trace:
         return Stage(
             name=name,
             inputs=lambda context: {"value": self.values[name]},
-            play=work,
+            run=work,
             outputs=lambda run: (run.root / f"{name}.txt",),
         )
 
-    def play(self, tiny: TinyPair, root: Path, until: str | None = None, update: bool = False) -> RunDirectory:
+    def run(self, tiny: TinyPair, root: Path, until: str | None = None, update: bool = False) -> RunDirectory:
         recipe = load_recipe(tiny.tree(root))
         return run_pipeline(recipe, stages=[self.stage(name) for name in self.values], until=until, update=update)
 
 
-class TestPlaying:
+class TestRunning:
     def test_once_each(self, tiny: TinyPair, tmp_path: Path) -> None:
         trace = Trace()
-        trace.play(tiny, tmp_path / "run", until="two")
-        assert trace.played == ["one", "two"]
-        run = trace.play(tiny, tmp_path / "run")
-        assert trace.played == ["one", "two", "three"]
+        trace.run(tiny, tmp_path / "run", until="two")
+        assert trace.done_stages == ["one", "two"]
+        run = trace.run(tiny, tmp_path / "run")
+        assert trace.done_stages == ["one", "two", "three"]
         record = run.manifest("three")
         assert record is not None and record["done"] and record["tokens_per_s"] > 0 and record["peak_memory_mib"] > 0
 
@@ -77,17 +77,17 @@ class TestPlaying:
         monkeypatch.setattr("limbeck.pipeline.engine.time.monotonic", lambda: float(next(clock)))
         trace.fail["two"] = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
-            trace.play(tiny, tmp_path / "run")
+            trace.run(tiny, tmp_path / "run")
         first = read_json(tmp_path / "run" / "stages" / "two.json")
         assert not first["done"] and first["seconds"] == 10
-        trace.play(tiny, tmp_path / "run")
+        trace.run(tiny, tmp_path / "run")
         second = read_json(tmp_path / "run" / "stages" / "two.json")
         assert second["done"] and second["seconds"] == 20 and second["started"] == first["started"]
 
     def test_a_clock_that_is_set_back(self, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         trace, clock = Trace(), iter(range(10**9, 0, -7200))
         monkeypatch.setattr("limbeck.pipeline.engine.time.time", lambda: float(next(clock)))
-        run = trace.play(tiny, tmp_path / "run")
+        run = trace.run(tiny, tmp_path / "run")
         for name in trace.values:
             record = run.manifest(name)
             assert record is not None and 0 <= record["seconds"] < 60 and record["tokens_per_s"] < 1e12
@@ -95,33 +95,33 @@ class TestPlaying:
     @pytest.mark.parametrize("text", ODD_RECIPES)
     def test_a_directory_whose_recipe_cannot_be_read(self, tiny: TinyPair, tmp_path: Path, text: bytes) -> None:
         trace = Trace()
-        trace.play(tiny, tmp_path / "run").recipe.write_bytes(text)
+        trace.run(tiny, tmp_path / "run").recipe.write_bytes(text)
         trace.values["two"] = 2
         with pytest.raises(LimbeckError, match=r"was made by a recipe that cannot be read.*--update"):
-            trace.play(tiny, tmp_path / "run")
+            trace.run(tiny, tmp_path / "run")
 
     def test_update_redoes_what_depends_on_it(self, tiny: TinyPair, tmp_path: Path) -> None:
         trace, root = Trace(), tmp_path / "run"
-        trace.play(tiny, root)
+        trace.run(tiny, root)
         trace.values["two"] = 2
         with pytest.raises(LimbeckError, match="the inputs of its stage two have changed"):
-            trace.play(tiny, root)
+            trace.run(tiny, root)
         # Also by a verb that would only read what comes before: its recipe would be recorded as that of all.
         with pytest.raises(LimbeckError, match="--update"):
-            trace.play(tiny, root, until="one")
-        trace.played.clear()
-        trace.play(tiny, root, until="two", update=True)
-        assert trace.played == ["two"]
+            trace.run(tiny, root, until="one")
+        trace.done_stages.clear()
+        trace.run(tiny, root, until="two", update=True)
+        assert trace.done_stages == ["two"]
         assert (root / "two.txt").read_text() == "2" and not (root / "three.txt").exists()
         kept = {path.name: path.read_text() for path in (root / "superseded").rglob("*.txt")}
         assert kept == {"two.txt": "1", "three.txt": "1"}
 
     def test_files_of_unknown_origin_are_not_built_upon(self, tiny: TinyPair, tmp_path: Path) -> None:
         trace, root = Trace(), tmp_path / "run"
-        trace.play(tiny, root)
+        trace.run(tiny, root)
         (root / "stages" / "three.json").unlink()
         (root / "three.txt").write_text("somebody's")
-        trace.play(tiny, root)
+        trace.run(tiny, root)
         assert (root / "three.txt").read_text() == "1"
         assert [path.read_text() for path in (root / "superseded").rglob("three.txt")] == ["somebody's"]
 
@@ -142,10 +142,10 @@ class TestPlaying:
         trace = Trace()
         trace.fail["two"] = error
         with pytest.raises(LimbeckError, match=words) as caught:
-            trace.play(tiny, tmp_path / "run")
+            trace.run(tiny, tmp_path / "run")
         assert caught.value.__cause__ is error and "\n" not in str(caught.value)
-        trace.play(tiny, tmp_path / "run")
-        assert trace.played == ["one", "two", "two", "three"]
+        trace.run(tiny, tmp_path / "run")
+        assert trace.done_stages == ["one", "two", "two", "three"]
 
 
 def test_python_api(tiny: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

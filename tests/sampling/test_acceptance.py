@@ -174,7 +174,7 @@ def test_the_mixture_is_drawn_exactly_and_keeps_most_drafts(alpha: float) -> Non
     seen = DraftedTokens(
         ids_BK=ids_BK,
         q_BKV=q_KV.expand(ROWS, -1, -1),
-        judge_BJV=teacher_KV.expand(ROWS, -1, -1),
+        verifier_BJV=teacher_KV.expand(ROWS, -1, -1),
         accept_BK=numbers(DRAFTS, 4),
         next_BJ=numbers(DRAFTS, 5),
         sampling=Sampling(),

@@ -14,7 +14,7 @@ import pytest
 import limbeck
 from limbeck.runtime.console import QuietConsole
 from limbeck.runtime.files import read_json
-from limbeck.sweep.runner import SweepEnd, play_sweep
+from limbeck.sweep.runner import SweepEnd, run_sweep
 from tests.tiny_pair import TinyPair
 
 Tree = dict[str, Any]
@@ -102,10 +102,10 @@ def _quick_collections() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def played(tiny: TinyPair) -> Play:
-    def play(root: Path, *overrides: str, update: bool = False, recipe: Tree | None = None, **keys: Any) -> Played:
+    def run(root: Path, *overrides: str, update: bool = False, recipe: Tree | None = None, **keys: Any) -> Played:
         tree = {"name": "small", "recipe": recipe or recipe_tree(tiny), "output_dir": str(root)} | keys
         console = Heard([])
-        end = play_sweep(tree, *overrides, update=update, console=console)
+        end = run_sweep(tree, *overrides, update=update, console=console)
         return Played(root, end, console.lines)
 
-    return play
+    return run

@@ -116,7 +116,7 @@ def test_a_run_whose_worker_is_killed_once_goes_on(tiny: TinyPair, tmp_path: Pat
             os.kill(workers_of(tmp_path)[0], signal.SIGKILL)
 
     try:
-        workers.play([task], kill_the_first, lambda _, outcome: outcomes.append(outcome))
+        workers.run([task], kill_the_first, lambda _, outcome: outcomes.append(outcome))
     finally:
         workers.close()
     assert outcomes == [Outcome(state="done")] and begun == [0, 0]
@@ -136,7 +136,7 @@ def test_a_worker_that_is_killed(tiny: TinyPair, tmp_path: Path) -> None:
             os.kill(workers_of(tmp_path)[0], signal.SIGKILL)
 
     try:
-        workers.play(tasks, begun, outcomes.__setitem__)
+        workers.run(tasks, begun, outcomes.__setitem__)
     finally:
         workers.close()
     assert outcomes[0].state == "failed" and "was killed, as systems do when memory runs out" in (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.sweep.runner import play_sweep
+from limbeck.sweep.runner import run_sweep
 from tests.sweep.conftest import Play, Played, alone, made_here, recipe_tree, require_same_bits
 from tests.tiny_pair import TinyPair
 
@@ -49,7 +49,7 @@ class TestSharing:
         assert {path: path.stat().st_mtime_ns for path in (grid.root / "arms").rglob("*") if path.is_file()} == before
 
     def test_its_directory_is_enough(self, grid: Played, tmp_path: Path) -> None:
-        assert play_sweep(grid.root).runs == 4
+        assert run_sweep(grid.root).runs == 4
 
     def test_other_teachers_work_is_done_apart(self, played: Play, tmp_path: Path) -> None:
         done = played(tmp_path / "s", grid={"responses.seed": [0, 1], "objective.name": ["fkl", "rkl"]})

@@ -183,16 +183,16 @@ def run_program(job: Job, limits: Limits, scratch: Path) -> ProgramOutcome:
 
 
 def _run_in(folder: Path, job: Job, limits: Limits) -> ProgramOutcome:
-    asking, asked, telling, told = (end for pair in (os.pipe(), os.pipe()) for end in reversed(pair))
+    asking, asked, answering, answered = (end for pair in (os.pipe(), os.pipe()) for end in reversed(pair))
     reading, writing = os.pipe()
     fixed = (str(limits.process_mb), str(limits.cpu_s))
     own = (str(folder), str(limits.disk_mb), str(limits.folder_entries)) if files_possible() else ()
     with tempfile.TemporaryFile() as given:
         given.write(json.dumps(asdict(job)).encode())
         given.seek(0)
-        candidate = _start("candidate", folder, (asked, telling), (*fixed, str(limits.file_mb), *own))
-        tester = _start("tester", folder, (told, asking), fixed, stdin=given.fileno(), stdout=writing)
-    for end in (asking, asked, telling, told, writing):
+        candidate = _start("candidate", folder, (asked, answering), (*fixed, str(limits.file_mb), *own))
+        tester = _start("tester", folder, (answered, asking), fixed, stdin=given.fileno(), stdout=writing)
+    for end in (asking, asked, answering, answered, writing):
         os.close(end)
     try:
         said, over = _listen(reading, limits)

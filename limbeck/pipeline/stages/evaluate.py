@@ -42,7 +42,7 @@ def check_groups(context: RunContext) -> None:
         group.check(RunEvaluation(context=context, part="after"))
 
 
-def _play_evaluation(context: RunContext) -> Json:
+def _run_evaluation(context: RunContext) -> Json:
     """Measure the student before and after training; each group of each part that is on disk is kept."""
     parts = examine(context, ("before", "after"))
     write_answers(context, parts)
@@ -146,7 +146,7 @@ STAGE = Stage(
     name="evaluate",
     check=check_groups,
     inputs=evaluation_inputs,
-    play=_play_evaluation,
+    run=_run_evaluation,
     outputs=lambda run: (run.scores, run.samples, run.root / "scores.json", *_cards(run)),
     working=("scores/answers/*",),
 )

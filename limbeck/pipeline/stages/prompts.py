@@ -78,7 +78,7 @@ def _require_known_answers(context: RunContext, prompts: Sequence[Prompt]) -> No
             require_references([p for p in prompts if p.split == "heldout"], group.references_remedy)
 
 
-def _play_prompts(context: RunContext) -> Json:
+def _run_prompts(context: RunContext) -> Json:
     loaded = read_prompt_source(context, context.recipe.prompts.eval_fraction)
     if context.recipe.sft_on_data:
         require_answers_for_sft(loaded.of("train"))
@@ -90,6 +90,6 @@ def _play_prompts(context: RunContext) -> Json:
 STAGE = Stage(
     name="prompts",
     inputs=prompt_inputs,
-    play=_play_prompts,
+    run=_run_prompts,
     outputs=lambda run: (run.prompts, run.problems),
 )

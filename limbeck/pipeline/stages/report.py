@@ -7,7 +7,7 @@ from limbeck.report import write_picture, write_report
 from limbeck.types import Json
 
 
-def _play_report(context: RunContext) -> Json:
+def _run_report(context: RunContext) -> Json:
     write_picture(context.run.root, context.run.picture)
     context.console.say(f"report: {write_report(context.run.root)}")
     return {}
@@ -16,7 +16,7 @@ def _play_report(context: RunContext) -> Json:
 STAGE = Stage(
     name="report",
     inputs=lambda context: {},
-    play=_play_report,
+    run=_run_report,
     outputs=lambda run: (run.report, run.picture),
     # The page shows the run's own name.
     shared=False,

@@ -97,7 +97,7 @@ def teacher_inputs(context: RunContext) -> Json:
     }
 
 
-def _play_responses(context: RunContext) -> Json:
+def _run_responses(context: RunContext) -> Json:
     run, section, author = context.run, context.recipe.responses, context.recipe.base_author
     prompts = read_prompts(run.prompts)
     # A server and the data answer without the weights being here; they come with the signal.
@@ -143,8 +143,8 @@ def _play_responses(context: RunContext) -> Json:
         responses, marked = verified(context, responses, asked, tokenizer, again)
         more |= marked
     if own is not None and author == "teacher":
-        responses, told = in_the_students_tokens(context, prompts, responses, tokenizer, read)
-        more |= told
+        responses, retokenised = in_the_students_tokens(context, prompts, responses, tokenizer, read)
+        more |= retokenised
     for split in ("train", "heldout"):
         written = [r for r in responses if r.split == split]
         if written and all(_is_empty(r) for r in written):
@@ -326,7 +326,7 @@ STAGE = Stage(
     name="respond",
     check=check_responses,
     inputs=_response_inputs,
-    play=_play_responses,
+    run=_run_responses,
     outputs=lambda run: (run.responses,),
     working=("responses/batches/*", "responses/attempt-*/*"),
     handed_on=("responses/batches/*.safetensors",),

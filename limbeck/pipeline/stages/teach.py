@@ -34,7 +34,7 @@ def _signal_inputs(context: RunContext) -> Json:
     return inputs if form is None else inputs | {"sparse": asdict(form)}
 
 
-def _play_signal(context: RunContext) -> Json:
+def _run_signal(context: RunContext) -> Json:
     if not context.recipe.teacher.cache:
         return {"cached": False}
 
@@ -108,7 +108,7 @@ def open_teacher(context: RunContext) -> SignalSource:
 STAGE = Stage(
     name="teach",
     inputs=_signal_inputs,
-    play=_play_signal,
+    run=_run_signal,
     outputs=lambda run: (run.signal,),
     intermediate=True,
     hands_on_teacher=True,

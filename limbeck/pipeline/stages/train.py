@@ -109,7 +109,7 @@ def _measured(blocks: Path) -> Json:
     return read_fields(blocks, kinds)
 
 
-def _play_student(context: RunContext) -> Json:
+def _run_student(context: RunContext) -> Json:
     recipe, run = context.recipe, context.run
     student = build_initial_student(context)
     say_endings(context, student)
@@ -124,12 +124,12 @@ def _play_student(context: RunContext) -> Json:
                 if checkpoints.usable(run.checkpoints) is None:
                     if recipe.train.learning_rate == "auto":
                         _search_learning_rate(context, student, should_stop)
-                    _play_sft(context, student, recipe.sft, should_stop)
+                    _run_sft(context, student, recipe.sft, should_stop)
                 if not context.rank:
                     # Not asked for again, whether it ended now or in a run that was killed before it came here.
                     for old in checkpoints.all_in(run.checkpoints / "sft"):
                         remove(old)
-            trained = _play_training(context, student, should_stop)
+            trained = _run_training(context, student, should_stop)
         except Interrupted as stopped:
             context.console.say(f"train: {stopped}")
             if context.stop.requested:
@@ -164,7 +164,7 @@ def _asks_teacher(context: RunContext) -> bool:
     return recipe.on_policy or uncached or (recipe.sft_on_data and plans[-1].needs_teacher)
 
 
-def _play_sft(context: RunContext, student: Student, section: SftSection, should_stop: Callable[[], bool]) -> None:
+def _run_sft(context: RunContext, student: Student, section: SftSection, should_stop: Callable[[], bool]) -> None:
     """The first stage, on what was written before training; its last checkpoint is where the training begins."""
     recipe, run = context.recipe, context.run
     settings = replace(
@@ -228,7 +228,7 @@ def _search_learning_rate(context: RunContext, student: Student, should_stop: Ca
     )
 
 
-def _play_training(context: RunContext, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:
+def _run_training(context: RunContext, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:
     """The training proper."""
     recipe, run = context.recipe, context.run
     by_row, aside = _trained_and_aside(context)
@@ -351,7 +351,7 @@ STAGE = Stage(
     name="train",
     check=check_student,
     inputs=_student_inputs,
-    play=_play_student,
+    run=_run_student,
     outputs=lambda run: (
         run.student,
         run.checkpoints,
