@@ -1,4 +1,4 @@
-"""The command line: a whole run, its stages one by one, and what is around them."""
+"""The command line: a whole run, its stages one by one, sweeps, comparison, export and lists."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def main() -> None:
-    """Entry point: errors a person can mend are one line and exit code 2; stopped by a signal 128 + number."""
+    """Entry point. Errors that a user can correct give one line and exit code 2; a signal gives 128 + its number."""
     try:
         # Not `app()`: typer would turn an interruption into a silent exit and a wrong option into a page of help.
         with typer.main.get_command(app).make_context("limbeck", sys.argv[1:]) as context:
@@ -53,7 +53,7 @@ def main() -> None:
         print("\nstopped; what is finished is on disk, and the same command continues", file=sys.stderr)
         sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
     except BrokenPipeError:
-        # Whoever read the output has gone (`limbeck objectives | head`). Python must not try to flush it again.
+        # The reader of the output has ended (`limbeck objectives | head`). Python must not try to flush it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -223,7 +223,7 @@ def sweep(
     update: Update = False,
     debug: Debug = False,
 ) -> None:
-    """Play many runs around one recipe: arms, seeds, tuned values. What they have in common is made once."""
+    """Run many variants of one recipe: arms, seeds, tuned values. Results that they share are made once."""
     del debug
     from limbeck.sweep.runner import run_sweep
 
@@ -245,7 +245,7 @@ def report(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = F
     found = RunDirectory(load(recipe, *(overrides or [])).directory)
     if not found.recipe.exists():
         raise LimbeckError(f"{found.root} is no run directory yet; start it with `limbeck run {recipe}`")
-    # A run that is being played writes the same page, and sweeps away what looks half written.
+    # A run in progress writes the same page, and removes files that look half written.
     with found.locked(default_console().warn):
         print(write_report(found.root))
 
@@ -325,7 +325,7 @@ def doctor(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Say whether and how a pair can be distilled: tokenizers, vocabularies, heads, windows, templates."""
+    """Report whether a pair can be distilled: tokenizers, vocabularies, heads, windows, templates."""
     del debug
     from rich.console import Console
 

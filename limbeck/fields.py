@@ -1,4 +1,4 @@
-"""Kinds of values that keys of a recipe and options of registered members share, and the marks that such keys bear."""
+"""Types of values that recipe keys and options of registered members share, and the marks of keys without effect."""
 
 from __future__ import annotations
 

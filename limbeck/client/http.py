@@ -1,4 +1,4 @@
-"""One request and its answer, or what became of it.
+"""One HTTP request and its reply, or the error instead of it.
 
 Standard library alone: no HTTP package among the dependencies of others bounds a whole answer in time, and they come
 and go with those others. A timer that shuts the socket does, whatever is being waited for.
@@ -101,7 +101,7 @@ def _read(connection: HTTPConnection) -> HttpReply | ConnectionFailed:
 
 
 class _Shut(threading.Event):
-    """Set when the time is over."""
+    """The event that is set when the time limit has passed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""API keys: where they come from, whom they may be sent to, and how they stay out of what is kept and shown."""
+"""API keys: where they are read from, which servers may receive them, and how they are kept out of files and output."""
 
 from __future__ import annotations
 

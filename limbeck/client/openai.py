@@ -1,4 +1,4 @@
-"""A server as limbeck sees it: patient with what passes (a start, a full queue, a hang-up), plain about the rest."""
+"""Requests to an OpenAI-compatible server; temporary failures (a full queue, a lost connection) are retried."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class _RetryableError:
-    """Something that may pass. `wish_s` is how long the server asks to wait."""
+    """A failure that may pass. `retry_after_s` is how long the server asks to wait."""
 
     what: str
     remedy: str

@@ -1,4 +1,4 @@
-"""What a server said, as far as it can be read, and without the key should it repeat it."""
+"""Reading a server's replies: text, error messages and waiting times, with the key removed where it is repeated."""
 
 from __future__ import annotations
 

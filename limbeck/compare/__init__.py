@@ -1,4 +1,4 @@
-"""Runs beside each other on one page: which arm is best by what, how surely, and what it cost.
+"""Comparison of runs on one page: which arm is best by which metric, how certain that is, and what it cost.
 
     folders ──► arms ──► tables ──► uncertainty ──► ranking, frontier, curves ──► page.html, .md, .csv
 

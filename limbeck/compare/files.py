@@ -1,4 +1,4 @@
-"""The files of a comparison: four that lie side by side, and never in place of what somebody else wrote."""
+"""The four files of a comparison, side by side; files that no comparison wrote are never replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def require_free(page: Path) -> None:
     """The page and its neighbours are not there, or were written by a comparison.
 
     Raises:
-        LimbeckError: one of them is somebody else's.
+        LimbeckError: one of them was written by something else.
     """
     for suffix, marks in KNOWN_BY.items():
         path = page.with_suffix(suffix)

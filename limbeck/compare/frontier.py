@@ -1,4 +1,4 @@
-"""Fidelity beside diversity: one point an arm and decoding temperature, and which points nothing beats in both."""
+"""Fidelity beside diversity: one point per arm and decoding temperature, and which points nothing beats in both."""
 
 from __future__ import annotations
 

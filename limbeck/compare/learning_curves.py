@@ -1,4 +1,4 @@
-"""Learning curves of the arms: what every step logged, as a mean over seeds with their range."""
+"""Learning curves of the arms: the logged metrics of every step, as a mean over seeds with their range."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def write_comparison(
 
     Raises:
         LimbeckError: fewer than two runs, a folder that is no run directory, an empty sweep, a metric that was not
-            measured, or a file of somebody else's where one is to be written.
+            measured, or a file that no comparison wrote where one is to be written.
     """
     page = page_of(out)
     if not replacing:

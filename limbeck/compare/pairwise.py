@@ -1,7 +1,7 @@
 """Separation of arms: differences tested together, and the letters of groups that are not separated.
 
 A pair is separated where the interval of its difference excludes 0. Among k arms there are k (k - 1) / 2 differences;
-each is judged at a level of its own such that the chance of any wrong separation stays at 5 % (Holm 1979, "A simple
+each is tested at a level of its own such that the chance of any wrong separation stays at 5 % (Holm 1979, "A simple
 sequentially rejective multiple test procedure"). That holds however the differences depend on each other. Resampled
 maxima (max-T) do not hold with few seeds: all differences then move with the same two or three numbers, and their
 maximum comes out too small.
@@ -19,7 +19,7 @@ from limbeck.evaluation.scores.bootstrap import CONFIDENCE
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A difference before it is judged.
+    """A difference of two arms, before it is tested.
 
     Attributes:
         variance: of the difference over resamples, both sources together.
@@ -69,7 +69,7 @@ class ComparedPair:
 
 
 def holm(found: Mapping[tuple[int, int], Difference]) -> dict[tuple[int, int], ComparedPair]:
-    """Pairs judged from the surest on, each at the level that is left, until one is not separated."""
+    """Test the pairs from the surest on, each at the level that is left, until one is not separated."""
 
     def chance(gap: Difference) -> float:
         error = math.sqrt(gap.variance)

@@ -1,4 +1,4 @@
-"""Arms in the order of a metric, with what can be said of it and what cannot."""
+"""Ranking of arms by a metric, with sentences on what the numbers do and do not show."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class ComparedArm:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All that is compared.
+    """The runs of a comparison.
 
     Attributes:
         tuning: runs that served to choose a setting.
@@ -142,7 +142,7 @@ def _read(path: Path) -> str:
 
 
 def _from_line(line: Mapping[str, Any], folders: Sequence[Path], home: Path) -> ComparedRun:
-    """A run as its sweep tells of it."""
+    """A run from its line in the sweep's arms.jsonl."""
     keys = line.get("keys")
     directory = _directory(str(line.get("directory") or ""), folders, home)
     run, reason = None, str(line.get("error") or "")
@@ -228,7 +228,7 @@ def _free(name: str, names: Mapping[str, str]) -> str:
 
 
 def _by_recipe(members: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """Arms named as their recipes are, where these names tell them apart; a label of many keys nobody reads."""
+    """Arms named by their recipes, where these names differ; a label of many keys would be hard to read."""
     pairs = {(member.arm, name_of(member.run)) for member in members if member.run and member.run.recipe}
     arms, names = {arm for arm, _ in pairs}, {name for _, name in pairs}
     if not len(pairs) == len(arms) == len(names):

@@ -31,8 +31,8 @@ class Column:
         arms: the arms by number in the sheet.
         places: of each run of the sheet, its directory.
         resampled: estimates and differences of the metric itself.
-        judged: the same of what arms are ranked by: the distance from the teacher's value where the metric is best near
-            it, else the metric.
+        judged: the same of the value that arms are ranked by: the distance from the teacher's where the metric is best
+            near it, else the metric.
         n: examples.
     """
 
@@ -47,7 +47,7 @@ class Column:
 
     @property
     def sign(self) -> int:
-        """1 where less of what is judged is better."""
+        """1 where less of the ranked value is better."""
         return -1 if self.about.better == "higher" else 1
 
 
@@ -192,7 +192,7 @@ def _target(
 
 
 def _known(row: ScoredRow, described: Mapping[str, Metric]) -> ScoredRow:
-    """A row without what another version of limbeck, or a package that is not here, measured."""
+    """A row without the metrics of another version of limbeck or of a package that is not installed."""
     return replace(
         row,
         values={name: value for name, value in row.values.items() if name in described},

@@ -154,7 +154,7 @@ class Resampled:
 
     @cached_property
     def pairs(self) -> dict[tuple[int, int], ComparedPair]:
-        """Every pair of arms, first number below second, judged together."""
+        """Every pair of arms, first number below second, tested together."""
         arms = self.sheet.arms
         if self.alone or arms < 2:
             return {}

@@ -1,7 +1,7 @@
-"""What an evaluation group is, and what it may ask of the evaluation it is part of.
+"""The protocol of evaluation groups, and of the evaluation that gives them models and answers.
 
-A group knows neither recipe nor run directory: models, answers and settings come through `EvaluationContext`, which
-the pipeline implements. Models load when they are first asked for.
+A group uses neither recipe nor run directory: models, answers and settings come through `EvaluationContext`, which
+the pipeline implements. Models load when first used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Need = Literal["teacher", "teacher_weights", "tokens", "references"]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatModel:
-    """A model that answers, with its own tokenizer: the two of a pair need not share one for what compares texts."""
+    """A model with its own tokenizer and template; groups that compare texts work with two different tokenizers."""
 
     who: Who
     model: torch.nn.Module
@@ -40,7 +40,7 @@ class ChatModel:
 
 
 class ModelSource(NamedTuple):
-    """What it takes to load a model or its tokenizer."""
+    """Arguments for loading a model or its tokenizer."""
 
     model: str | Path
     revision: str | None
@@ -49,12 +49,12 @@ class ModelSource(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupResult:
-    """What a group found.
+    """The result of a group.
 
     Attributes:
-        tables: condition to rows, one an example, all of a table with the same metrics. The condition "" is the plain
+        tables: condition to rows, one per example, all of a table with the same metrics. The condition "" is the plain
             one; with another, such as "student" or "T=0.7", the metric `distinct_2` is called `distinct_2@T=0.7`.
-        detail: what is no number an example (a reliability curve, the judge's record), kept as JSON beside the rows.
+        detail: results that are not one number per example (a reliability curve, the judge's record), kept as JSON.
     """
 
     tables: Mapping[str, Sequence[ScoredRow]]
@@ -86,7 +86,7 @@ def text_behind(response: Response, tokenizer: Any) -> str:
 
 
 class EvaluationSettings(Protocol):
-    """What all groups share.
+    """Settings that all groups share.
 
     Attributes:
         max_new_tokens: length of the answers that are measured.
@@ -105,24 +105,24 @@ class EvaluationSettings(Protocol):
 
 
 def greedy(settings: EvaluationSettings) -> Sampling:
-    """How the answers are drawn that the report shows side by side."""
+    """Greedy decoding, for the answers that the report shows side by side."""
     return Sampling(max_new_tokens=settings.max_new_tokens, temperature=0.0)
 
 
 class StopRequest(Protocol):
-    """A signal's wish that the run end."""
+    """A request to stop, made by a signal."""
 
     def deferred(self) -> AbstractContextManager[Any]:
-        """A block that the signal waits for, so that what it does is done whole."""
+        """A block at whose end a stop signal takes effect, so that its work is whole."""
         ...
 
     def raise_if_requested(self) -> None:
-        """Stop here if that was wished meanwhile."""
+        """End the process by an exception where a stop was requested."""
         ...
 
 
 class EvaluationContext(Protocol):
-    """One student beside one teacher on held-out prompts, and what a group may ask of the two."""
+    """One student and one teacher on held-out prompts: models, answers and settings for evaluation groups."""
 
     @property
     def part(self) -> Part:
@@ -135,7 +135,7 @@ class EvaluationContext(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where rows and details are kept, and what a group keeps beside them."""
+        """Folder of rows and details, and of a group's own files."""
         ...
 
     @property
@@ -154,7 +154,7 @@ class EvaluationContext(Protocol):
 
     @property
     def prompts(self) -> Sequence[Prompt]:
-        """The held-out prompts that fit the pair."""
+        """The held-out prompts that fit both models."""
         ...
 
     @property
@@ -165,7 +165,7 @@ class EvaluationContext(Protocol):
 
     @property
     def trained(self) -> bool:
-        """Whether the student came out of a training here."""
+        """Whether the student was trained by this run."""
         ...
 
     @property
@@ -175,7 +175,7 @@ class EvaluationContext(Protocol):
 
     @property
     def evaluated(self) -> bool:
-        """Whether everything was measured already, so that nothing is asked of anybody."""
+        """Whether everything was measured before, so that no model or server is needed."""
         ...
 
     @property
@@ -185,12 +185,12 @@ class EvaluationContext(Protocol):
 
     @property
     def window(self) -> int | None:
-        """Tokens that fit both models; None where neither states a limit."""
+        """The most tokens that both models can read; None where neither has a limit."""
         ...
 
     @property
     def loss_on(self) -> LossOn:
-        """The turns of a conversation whose tokens count."""
+        """Which turns of a conversation enter the loss."""
         ...
 
     @property
@@ -205,7 +205,7 @@ class EvaluationContext(Protocol):
 
     @property
     def key_names(self) -> tuple[str, ...]:
-        """Environment variables with keys that no file may repeat."""
+        """Environment variables of API keys that must not appear in any file."""
         ...
 
     @property
@@ -214,11 +214,11 @@ class EvaluationContext(Protocol):
         ...
 
     def speaker(self, who: Who) -> ChatModel:
-        """One of the two."""
+        """The student or the teacher, loaded."""
         ...
 
     def tokenizer(self, who: Who) -> Any:
-        """The tokenizer of one of the two; no weights are loaded for it."""
+        """Tokenizer of the student or the teacher; no weights are loaded for it."""
         ...
 
     def source(self, who: Who) -> ModelSource:
@@ -245,15 +245,15 @@ class EvaluationContext(Protocol):
         ...
 
     def release_teacher(self) -> None:
-        """Let go of the teacher's weights; the next use loads them again."""
+        """Free the teacher's weights; the next use loads them again."""
         ...
 
     def encode(self, who: Who, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[TokenPrompt]:
-        """Prompts as one of the two reads them, those that fit its window."""
+        """Token ids of prompts for the student or the teacher, without those that exceed its window."""
         ...
 
     def encode_references(self, who: Who, prompts: Sequence[Prompt]) -> list[Response]:
-        """The data's own answers to prompts, as one of the two would have written them."""
+        """Reference answers of the data, as responses in the tokens of the student or the teacher."""
         ...
 
     def problems(self) -> Sequence[Problem]:
@@ -265,17 +265,17 @@ class EvaluationContext(Protocol):
         ...
 
     def scoring_teacher(self, *, stored: bool) -> SignalSource:
-        """What tells the teacher's distributions: of responses of the run, which may be stored, or of any."""
+        """The source of teacher signals: for responses of the run, which may be stored, or for any responses."""
         ...
 
     def sampler(self, who: Who, batch_size: int) -> LocalSampler:
-        """A sampler of one of the two; answers end where its template ends them."""
+        """Sampler of the student or the teacher; answers end where its template ends them."""
         ...
 
     def answers(
         self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None, *, keep_logp: bool = False
     ) -> list[Response]:
-        """Answers to prompts (all held-out ones), written once: they are kept under what they were made from.
+        """Answers to prompts (all held-out ones by default); each set is sampled once and kept on disk.
 
         Args:
             keep_logp: with the log-probability of each id at temperature 1.
@@ -283,11 +283,11 @@ class EvaluationContext(Protocol):
         ...
 
     def texts(self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None) -> dict[str, str]:
-        """The same as text without special tokens, by prompt id."""
+        """Texts of `answers` without special tokens, by prompt id."""
         ...
 
     def meter(self, label: str, total: int, unit: str) -> AbstractContextManager[Meter]:
-        """A bar on the console."""
+        """Progress bar on the console."""
         ...
 
 
@@ -305,7 +305,7 @@ class EvaluationGroup(ABC):
     references_remedy: ClassVar[str] = "leave the group out of evaluate.groups"
 
     def needs(self) -> frozenset[Need]:
-        """What must be there.
+        """What the group needs: a teacher, the same tokens, reference answers.
 
         "teacher": what it says of tokens; "teacher_weights": the model itself, which answers or is timed; "tokens": the
         same ones in both models; "references": in the data.
@@ -313,14 +313,14 @@ class EvaluationGroup(ABC):
         return frozenset()
 
     def check(self, evaluation: EvaluationContext) -> None:  # noqa: B027 (most groups have nothing to refuse)
-        """Refuse what can be known to fail before any stage has worked.
+        """Refuse what can be known to fail before any stage begins.
 
         Raises:
             LimbeckError: it would fail.
         """
 
     def inputs(self, evaluation: EvaluationContext) -> Json:
-        """What its scores depend on beside its options and the models."""
+        """Inputs of its scores beside its options and the models, for the fingerprint."""
         del evaluation
         return {}
 

@@ -27,11 +27,11 @@ BY_POSITION: tuple[str, ...] = ("forward_kl", "reverse_kl", "top1_agreement")
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """What was measured on some answers.
+    """Fidelity of the student on some answers.
 
     Attributes:
-        rows: one an example, in the order of first appearance: means over its tokens, weighted by their number, and its
-            part of the calibration errors. An example without response tokens has none.
+        rows: one per example, in the order of first appearance: means over its tokens, weighted by their number, and
+            its part of the calibration errors. An example without response tokens has none.
         detail: `tokens`, the reliability curves of `CALIBRATION`, and `BY_POSITION` in bins of the position.
     """
 
@@ -91,7 +91,7 @@ def measure(chunks: Iterable[FidelityChunk], *, top_k: int, compile: Compile = "
 
 @dataclass(kw_only=True)
 class _Tally:
-    """Sums of what was seen so far: by example, and by power of two of the position.
+    """Sums of the metrics so far: by example, and by power of two of the position.
 
     Attributes:
         sums: metrics of `FIDELITY`, by example.

@@ -13,7 +13,7 @@ from limbeck.types import LimbeckError, ScoredRow
 
 
 def rouge_l(ids: Sequence[str], candidates: Sequence[str], references: Sequence[str]) -> list[ScoredRow]:
-    """ROUGE-L F1 of each candidate against its reference, one row an answer, each of weight 1.
+    """ROUGE-L F1 of each candidate against its reference, one row per answer, each of weight 1.
 
     Args:
         ids: prompt ids, all different.
@@ -67,5 +67,5 @@ def best_rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def scorable(references: Iterable[str]) -> bool:
-    """Whether ROUGE-L sees anything in one of the references: a letter a-z or a digit."""
+    """Whether one of the references has a word that ROUGE-L counts: a letter a-z or a digit."""
     return any(re.search("[a-z0-9]", text.lower()) for text in references)

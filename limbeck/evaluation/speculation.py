@@ -1,4 +1,4 @@
-"""Speculative decoding with the student as the teacher's draft: what was measured, and what theory expects.
+"""Speculative decoding with the student as the teacher's draft: measured metrics, and the theory's expectation.
 
 With a the chance that a drafted token stands, g drafted tokens for each pass of the teacher, and c what a step of the
 student costs in steps of the teacher (Leviathan et al. 2023, arXiv:2211.17192):

@@ -1,4 +1,4 @@
-"""Is what was written the model that was exported? Logits on a few sequences, token ids of a few texts."""
+"""Checks of an export against its source: logits on a few sequences, token ids of a few texts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitProbe:
-    """Sequences and what the source makes of them.
+    """Sequences with the source's logits and token ids.
 
     Attributes:
         texts: texts and their ids.

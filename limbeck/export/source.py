@@ -57,7 +57,7 @@ class Exportable:
 
 
 def find(source: str, *, trust_remote_code: bool = False) -> Exportable:
-    """Load what is to be exported.
+    """Load the model to be exported.
 
     Args:
         source: a run directory, a PEFT directory, or anything `limbeck.models.loading.load_model` takes.
@@ -97,7 +97,7 @@ def _origins(run: Path) -> list[Path]:
     try:
         recipe = parse(path.read_text("utf-8"), str(path))
     except UnicodeDecodeError:
-        raise LimbeckError(f"{path} is not UTF-8 text; play the run again, or export {run / 'student'}") from None
+        raise LimbeckError(f"{path} is not UTF-8 text; run it again, or export {run / 'student'}") from None
     sections = [recipe.get(name) for name in ("student", "teacher")] if isinstance(recipe, dict) else []
     names = [section.get("model") for section in sections if isinstance(section, dict)]
     sources = [resolve(name, weights=False) for name in names if isinstance(name, str) and _is_here(name)]

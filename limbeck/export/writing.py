@@ -1,4 +1,4 @@
-"""Write, read back, compare, and only then let it appear."""
+"""Export of a model: written, read back and compared before its folder appears."""
 
 from __future__ import annotations
 
@@ -212,11 +212,11 @@ def _alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not lock.exists() or os.fstat(descriptor).st_ino != lock.stat().st_ino:
-                raise BlockingIOError  # whoever had it has just removed it, and somebody else may hold another
+                raise BlockingIOError  # its holder has just removed it, and another process may hold a new one
         except BlockingIOError:
             raise LimbeckError(f"{out} is being written by another export; wait for it, or name another") from None
         try:
-            # Whoever held the lock may have finished between our look at the folder and here.
+            # The holder of the lock may have finished after our look at the folder.
             if out.exists():
                 raise LimbeckError(f"{out} exists, expected a new folder; name another, or delete it first")
             yield

@@ -125,7 +125,7 @@ def _silent(line: str) -> None:
 
 
 def _whole(directory: Path) -> bool:
-    """Whether every file the note lists is there with its size; catches a cache somebody trimmed by hand."""
+    """Whether every file in the note is there with its size; finds a cache that was trimmed by hand."""
     note = directory / _PROVENANCE
     if not note.is_file():
         return False
@@ -203,7 +203,7 @@ def _convert(asset: Asset, gguf: Path, finished: Path) -> None:
 
 
 def _note(asset: Asset | Blank, finished: Path, origin: dict[str, str]) -> None:
-    """Say beside a model where it comes from, and which files of which size it has."""
+    """Write a note beside a model: its source, and the names and sizes of its files."""
     import transformers
 
     note = {"name": asset.name, "license": asset.license} | origin | {"transformers": transformers.__version__}

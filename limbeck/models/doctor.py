@@ -1,4 +1,4 @@
-"""`limbeck doctor TEACHER STUDENT`: can this pair be distilled, and what should one know about it first?"""
+"""`limbeck doctor TEACHER STUDENT`: whether a pair can be distilled, and what to know about it first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Content hashes of models and tokenizers, so that a run can say exactly what it used."""
+"""Content hashes of models and tokenizers, so that a run records exactly what it used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weight_files(source: Source) -> list[Path]:
 
 
 def model_files(source: Source) -> list[Path]:
-    """Everything that decides what the model says: `weight_files`, tokenizer, chat template, settings, adapters."""
+    """Every file that decides the model's output: `weight_files`, tokenizer, chat template, settings, adapters."""
     if source.gguf is not None:
         return weight_files(source)
     beside = {path for pattern in _BESIDE for path in source.directory.glob(pattern)}
@@ -53,7 +53,7 @@ def model_fingerprint(source: Source) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over what the tokenizer does: vocabulary, merges, normalisation, special tokens, chat template."""
+    """sha256 over the rules of the tokenizer: vocabulary, merges, normalisation, special tokens, chat template."""
     record: dict[str, object] = {
         "special": {role: str(token) for role, token in sorted(tokenizer.special_tokens_map.items())},
         "chat_template": tokenizer.chat_template,

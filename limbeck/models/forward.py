@@ -1,4 +1,4 @@
-"""Hidden states where they enter a loss: the one forward pass that teacher, student and evaluation share."""
+"""Hidden states at the positions of the loss: the forward pass that teacher, student and evaluation share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: names, types and shapes of the weights without the weights."""
+"""Headers of safetensors files: names, types and shapes of the weights."""
 
 from __future__ import annotations
 

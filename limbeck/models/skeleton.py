@@ -1,4 +1,4 @@
-"""A model without its weights: what can be counted and asked of it costs no memory."""
+"""A model without its weights, for questions about its modules and sizes, without their memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def skeleton_of(source: Source, *, trust_remote_code: bool = False) -> PreTraine
 def stored_head(source: Source, skeleton: PreTrainedModel, vocab_size: int, dtype: torch.dtype) -> Head | None:
     """The output head alone, read from the safetensors files as loading the model would have it.
 
-    It is not verified on tokens, as `head_of` does it: whoever took hidden states of the model has done that.
+    It is not verified on tokens, as in `head_of`: the code that took the hidden states has done that.
 
     Returns:
         None where the files have no tensor of its name, as in a GGUF file.

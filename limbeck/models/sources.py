@@ -1,4 +1,4 @@
-"""From a model's name to files on disk: shipped assets, local directories, GGUF files, hub ids.
+"""Files of a model by its name: shipped assets, local directories, GGUF files, hub ids.
 
     smollm2-135m-instruct      a shipped asset (`limbeck.models.assets`)
     ./my-model                 a directory in the ecosystem's form: config.json, safetensors, tokenizer
@@ -229,7 +229,7 @@ def _download(
 
     if progress is not None and weights:
         progress(f"fetching {repo} at {(info.sha or 'main')[:8]} from the hub, once")
-    # A long download deserves the hub's own bar, where somebody can see it.
+    # A long download gets the hub's own progress bar in a terminal.
     with contextlib.nullcontext() if sys.stderr.isatty() else quiet_transformers():
         folder = snapshot_download(repo, revision=info.sha, allow_patterns=patterns, ignore_patterns=list(_ELSEWHERE))
     card = info.card_data.to_dict() if info.card_data is not None else {}

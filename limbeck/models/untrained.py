@@ -41,7 +41,7 @@ class Blank:
 
     @property
     def sha256(self) -> str:
-        """Of what it is made from, so that another one gets another place in the cache."""
+        """Hash of the recipe of the model, so that each one has its own place in the cache."""
         return fingerprint(asdict(self))
 
 

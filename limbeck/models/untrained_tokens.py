@@ -14,7 +14,7 @@ from limbeck.models.sources import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A row that is so much shorter than the usual one, or as near to that of another token nobody uses, says nothing.
+# A row that is so much shorter than the usual one, or as near to that of another unused token, was not trained.
 # Llama 3 keeps its reserved tokens near 0; in SmolLM2 they differ from one another by 0.3 % of their length and from
 # <|im_end|>, which is used, by 12 %.
 _SHORT, _NEAR = 0.1, 0.01
@@ -25,7 +25,7 @@ def untrained_tokens(source: Source, tokens: Mapping[int, str], control: Iterabl
     """Those of `tokens` (id to spelling) whose row of a head or an input embedding was never trained.
 
     Args:
-        control: ids of the model's control tokens, most of which nobody uses.
+        control: ids of the model's control tokens, most of which are unused.
         known: ids of the model's own tokenizer; rows from there on were padding.
     """
     found = {token for index, token in tokens.items() if index >= known}

@@ -1,4 +1,4 @@
-"""Objectives: what compares the student with the teacher, token by token.
+"""Objectives: functions that compare the student with the teacher, token by token.
 
 An objective is a frozen dataclass whose fields are its options. To add one: write the dataclass, add one line to
 `OBJECTIVES`; the tests, the benchmark, the command line and the documentation's table run over the registry.

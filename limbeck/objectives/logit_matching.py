@@ -70,7 +70,7 @@ class CSD(RowObjective):
     def _through_weights(
         self, rows: Rows, possible_NK: Tensor, from_first_NK: Tensor, from_second_NK: Tensor
     ) -> Tensor:
-        """The gradient that reaches the student through its part of the weights: each pays the other's residual."""
+        """The gradient that reaches the student through its part of the weights."""
         moving = {"student": 1.0, "mixture": 1 - self.share}
         first, second = moving.get(self.first, 0.0), moving.get(self.second, 0.0)
         q_NK = pair_weight(rows, "student", possible_NK, self.share)

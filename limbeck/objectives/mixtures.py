@@ -195,7 +195,7 @@ def assistant(log_p_NK: Tensor, log_q_NK: Tensor, share: Tensor | float, alpha: 
 
 @dataclass(frozen=True, kw_only=True)
 class TAID(Divergence):
-    """KL(r || q) with r ~ p^t q^(1 - t), r held constant: a target that walks from the student to the teacher.
+    """KL(r || q) with r ~ p^t q^(1 - t), r held constant: a target that moves from the student to the teacher.
 
     TAID, arXiv 2501.16937: the assistant interpolates the logits. Gradient (q - r) / tau. t moves in a line from about
     0.4 to 1: in a recipe ``schedule: {progress: [0.4, 1.0]}``, in Python a token option. The paper's t is the larger of

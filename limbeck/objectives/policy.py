@@ -1,4 +1,4 @@
-"""Objectives that push the sampled token alone: by how the two models differ on it, or by an advantage it is given."""
+"""Objectives that push the sampled token alone: by how the two models differ on it, or by an advantage."""
 
 from __future__ import annotations
 

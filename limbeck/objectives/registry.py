@@ -1,4 +1,4 @@
-"""The registry of objectives, and the door that builds one from a name and options."""
+"""The registry of objectives, and the function that builds one from a name and options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse signals: what is kept of a teacher whose whole distribution is not, from logits or from hidden states."""
+"""Sparse signals: the part of the teacher's distribution that is kept, from logits or from hidden states."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _joined(blocks: list[TopKSignal | SampledSignal]) -> TopKSignal | SampledSig
 
 
 def sparse_columns(kind: type[TopKSignal | SampledSignal]) -> tuple[str, ...]:
-    """Names of the tensors of a sparse signal, each with one row a token."""
+    """Names of the tensors of a sparse signal, each with one row per token."""
     common = ("ids_NK", "logp_NK", "log_z_NG")
     return common if kind is TopKSignal else (*common, "count_NK", "log_proposal_NK")
 
@@ -84,7 +84,7 @@ def topk_signal(logits_NV: Tensor, k: int, temperatures: tuple[float, ...] = (1.
 def sampled_signal(
     logits_NV: Tensor, draws: int, temperatures: tuple[float, ...] = (1.0,), generator: torch.Generator | None = None
 ) -> SampledSignal:
-    """A sample of the teacher: `draws` tokens a position, drawn from its own distribution, equal ones counted.
+    """A sample of the teacher: `draws` tokens per position, drawn from its own distribution, equal ones counted.
 
     Raises:
         LimbeckError: for no draws, or a temperature that makes no sense.

@@ -1,4 +1,4 @@
-"""Objectives beside and above the others: cross-entropy on labels, and weighted sums."""
+"""Cross-entropy on labels, and weighted sums of objectives."""
 
 from __future__ import annotations
 
@@ -109,14 +109,14 @@ def leaves(objective: AnyObjective, weight: float = 1.0) -> Iterator[tuple[float
 
 
 def row_leaves(objective: AnyObjective) -> Iterator[tuple[float, Objective]]:
-    """The leaves that see rows of logits."""
+    """The leaves that compare rows of logits."""
     for weight, part in leaves(objective):
         if isinstance(part, Objective):
             yield weight, part
 
 
 def hidden_leaves(objective: AnyObjective) -> Iterator[tuple[float, HiddenObjective]]:
-    """The leaves that see hidden states."""
+    """The leaves that compare hidden states."""
     for weight, part in leaves(objective):
         if isinstance(part, HiddenObjective):
             yield weight, part

@@ -121,7 +121,7 @@ def log_z_of(signal: TopKSignal | SampledSignal, teacher_tau_N1: Tensor) -> Tens
 
 
 def restrict(support: Support, rows: Rows, columns: Columns) -> tuple[Rows, Spread]:
-    """The rows an objective sees on a support, and how its gradient goes back to the whole vocabulary."""
+    """The rows of an objective on a support, and the way of its gradient back to the whole vocabulary."""
     if support == "full":
         return rows, lambda grad_NV: grad_NV
     if support == "sampled":

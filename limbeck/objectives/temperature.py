@@ -38,7 +38,7 @@ class AdaptiveTemperature:
             raise LimbeckError(f"adaptive temperature strength={self.strength}: expected zero or more, such as 0.5")
 
     def tau(self, base: float, difficulty_N: Tensor) -> Tensor:
-        """One temperature a token (N,) from its difficulty; the median is over the tokens given."""
+        """One temperature per token (N,) from its difficulty; the median is over the tokens given."""
         if not difficulty_N.numel():
             return difficulty_N
         difficulty_N = difficulty_N.clamp_min(torch.finfo(difficulty_N.dtype).tiny)
@@ -112,7 +112,7 @@ class Temperature:
         return self.loss if self.teacher is None else self.teacher
 
     def at(self, progress: float) -> Temperature:
-        """Itself at any share of the training; `TemperatureSchedule` moves."""
+        """This temperature, at any share of the training; `TemperatureSchedule` changes it."""
         del progress
         return self
 
@@ -140,7 +140,7 @@ class Temperature:
         return {"student": student, "teacher": teacher, "scale": self.scale, "factor": factor, "adapt": strength}
 
     def check(self, objective: Objective) -> None:
-        """Warn about the combinations that are known to mislead."""
+        """Warnings of combinations of temperatures that are known to mislead."""
         largest = self.largest
         if largest > FLAT_ABOVE:
             warnings.warn(

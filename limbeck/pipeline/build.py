@@ -61,13 +61,14 @@ def loss_plan_of(recipe: load.Recipe) -> LossPlan:
 
 
 def sft_loss_plan(recipe: load.Recipe, section: SftSection) -> LossPlan:
-    """The objective of the first stage. What the teacher says of the data's answers is not kept, and so it is whole."""
+    """The objective of the first stage. Teacher signals of the data's answers are not stored, so their support is
+    full."""
     support = "full" if recipe.sft_on_data else recipe.teacher.support
     return LossPlan(objective=load.named_objective("sft.objective", section.objective), support=support)
 
 
 def trial_loss_plan(recipe: load.Recipe) -> LossPlan:
-    """What the learning rate is searched with before a first stage: the objective on what was written before training.
+    """The objective that the learning rate is searched with before a first stage, on responses written before training.
 
     Objectives that push sampled tokens say nothing on the text of others; reverse KL, which they estimate, stands for
     them there. What a rule says of whole responses is left out.

@@ -1,4 +1,4 @@
-"""The teacher of a training in which responses are written: what it said of kept ones is read, not said again."""
+"""The teacher of an on-policy training: signals of responses on disk are read, those of new ones computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from limbeck.types import DenseSignal, Head, Response, SignalSource, TokenBatch
 
 
 class _Scorer(SignalSource, Protocol):
-    """A teacher, as far as its hidden states are asked for."""
+    """A teacher that computes hidden states."""
 
     @property
     def head(self) -> Head: ...
@@ -26,7 +26,7 @@ class _Scorer(SignalSource, Protocol):
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """Scores what is new, and reads what was said of responses that are on disk (`rollouts.rounds.SignalCache`).
+    """Scores new responses, and reads the signals of responses on disk (`rollouts.rounds.SignalCache`).
 
     Attributes:
         dtype: of the states on disk.
@@ -41,7 +41,7 @@ class CachedTeacher:
     def signal(self, batch: TokenBatch) -> DenseSignal:
         """The teacher's distribution at every loss position of the batch.
 
-        A batch with a single new response is judged whole: that depends on what is on disk when its step begins, which
+        A batch with a single new response is scored whole: that depends on what is on disk when its step begins, which
         is the same in a run that was interrupted.
         """
         places = [self.places.get(name) for name in batch.ids]
@@ -54,13 +54,13 @@ class CachedTeacher:
         return DenseSignal(hidden_ND=hidden_ND.to(head.weight_VD.device, head.weight_VD.dtype), head=head)
 
     def _scored(self, batch: TokenBatch) -> DenseSignal:
-        """What the teacher itself says."""
+        """The signal, computed by the teacher."""
         signal = self.teacher.signal(batch)
         assert isinstance(signal, DenseSignal), "all that a teacher can provide: see limbeck.pipeline.provisions"
         return signal
 
     def start_round(self, folder: Path) -> None:
-        """Delete what was said of the rounds before the one in `folder`, which no step reads again."""
+        """Delete the signals of the rounds before the one in `folder`, which no step reads again."""
 
         def earlier(shard: Path) -> bool:
             inside = shard.is_relative_to(folder.parent)
@@ -73,7 +73,7 @@ class CachedTeacher:
             shard.unlink(missing_ok=True)
 
     def store(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
-        """Write the states of some responses beside them; judge those that the teacher has not seen."""
+        """Write the hidden states of some responses beside them; compute those that sampling has not."""
         if hidden is None:
             parts: list[Tensor] = []
             for start in range(0, len(responses), SCORING_BATCH_SIZE):
@@ -85,7 +85,7 @@ class CachedTeacher:
         write_shard(path.with_suffix(".safetensors"), states, dtype=self.dtype)
 
     def register(self, path: Path, responses: Sequence[Response]) -> None:
-        """These responses have their states beside them, unless a run that went further has deleted them."""
+        """Note that the states of these responses are beside them, unless a run that went further has deleted them."""
         shard = path.with_suffix(".safetensors")
         if not shard.exists():
             return
@@ -93,7 +93,7 @@ class CachedTeacher:
 
 
 def round_teacher(context: RunContext, base: Iterable[Response]) -> CachedTeacher:
-    """The teacher itself, and what it said before training.
+    """The teacher, with the signals that were stored before training.
 
     Args:
         base: training responses that were there before.

@@ -1,4 +1,4 @@
-"""Checks before any stage works, of mistakes that can be seen without loading a model.
+"""Checks before the first stage, of mistakes that can be found without loading a model.
 
 A wrong pair, objective or tracker would otherwise come to light after the teacher has sampled for hours.
 """
@@ -59,7 +59,7 @@ def student_spec(context: RunContext) -> StudentSpec:
 
 
 def check_responses(context: RunContext) -> None:
-    """The teacher is a model, and the template is one that its tokenizer has.
+    """Check that the teacher is a model, and that its tokenizer has the template.
 
     Raises:
         LimbeckError: no such teacher, or no such template.
@@ -80,7 +80,7 @@ def check_responses(context: RunContext) -> None:
 
 
 def check_student(context: RunContext) -> None:
-    """The student can be made and speaks the teacher's tokens; objective and trackers exist.
+    """Check that the student can be built and has the teacher's tokens, and that objective and trackers exist.
 
     Raises:
         LimbeckError: anything else.
@@ -99,7 +99,7 @@ def check_student(context: RunContext) -> None:
 
 
 def check_rounds(context: RunContext, prompts: int) -> None:
-    """What the response source asks of the number of training prompts, such as rounds that end with an epoch.
+    """Check the number of training prompts against the response source, such as rounds that end with an epoch.
 
     Raises:
         LimbeckError: it asks for another.
@@ -110,7 +110,7 @@ def check_rounds(context: RunContext, prompts: int) -> None:
 
 
 def check_template(context: RunContext, tokenizer: Any) -> None:
-    """A tokenizer has the chat template that is asked for.
+    """Check that a tokenizer has the chat template of the recipe.
 
     Raises:
         LimbeckError: it has none.
@@ -120,7 +120,7 @@ def check_template(context: RunContext, tokenizer: Any) -> None:
 
 
 def resolvable(section: TeacherSection | StudentSection) -> None:
-    """A model is there.
+    """Check that a model can be found.
 
     Raises:
         LimbeckError: it is not.
@@ -136,7 +136,7 @@ def resolvable(section: TeacherSection | StudentSection) -> None:
 
 
 def _check_anatomy(context: RunContext) -> None:
-    """Depth, configuration, adapters and formats of the student against what the model it begins as has."""
+    """Check depth, configuration, adapters and formats of the student against the model that it starts from."""
     spec = student_spec(context)
     if spec.quantize is not None:
         check_quantizing(spec.quantize, dtype=spec.dtype, init=spec.init, lora=spec.lora is not None)
@@ -159,7 +159,7 @@ def _check_anatomy(context: RunContext) -> None:
 
 
 def _say_replaced(context: RunContext, quantize: QuantizeSpec, formats: Mapping[str, str]) -> None:
-    """Which weights another format stands in for."""
+    """Say which weights get another format than the recipe's."""
     for chosen, names in replaced(formats, quantize.format, quantize.embeddings).items():
         context.console.warn(
             f"student.quantize: {len(names)} of {len(formats)} matrices are kept in {chosen}, since their rows are no "

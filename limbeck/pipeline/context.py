@@ -1,4 +1,4 @@
-"""What stages are given: the recipe of the run, its directory, and models that load when first needed."""
+"""The context of a run's stages: its recipe, its directory, and models that load when first needed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class RunContext:
 
     @cached_property
     def launch(self) -> Launch:
-        """How this process was started.
+        """Description of how this process was started.
 
         Raises:
             LimbeckError: in a way that limbeck cannot train with.

@@ -1,4 +1,4 @@
-"""The teacher's answers with a small model drafting them."""
+"""Responses of the teacher by speculative decoding with a small draft model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from limbeck.types import Json, LimbeckError
 
 
 def draft_inputs(section: DraftSection) -> Json:
-    """What of the section changes what is written. The distribution is the teacher's, the sample is another."""
+    """The settings that change the sample; its distribution is the teacher's with any of them."""
     source = resolve(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
     return {"weights": model_fingerprint(source), "tokens": section.tokens}
 
 
 def check_draft(context: RunContext) -> None:
-    """The draft model is there and speaks the teacher's tokens.
+    """Check that the draft model can be found and has the teacher's tokens.
 
     Raises:
         LimbeckError: it is not, or does not.
@@ -69,13 +69,13 @@ def with_draft(context: RunContext, section: DraftSection, alone: LocalSampler) 
 
 
 def keep_counts(sampler: LocalSampler | SpeculativeSampler, batch: Path) -> None:
-    """Write the draft's counts beside a batch that has just ended, and count anew. Before the batch itself is there."""
+    """Write the draft's counts beside a batch that has just ended, before the batch itself, and reset them."""
     if isinstance(sampler, SpeculativeSampler):
         write_json(_counts_of(batch), asdict(sampler.tally.taken()))
 
 
 def draft_record(section: DraftSection | None, batches: Iterable[Path]) -> Json:
-    """What the manifest says of the draft model: its counts over all batches."""
+    """The draft model's counts over all batches, for the manifest."""
     if section is None:
         return {}
     total = AcceptanceStats()

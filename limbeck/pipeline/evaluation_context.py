@@ -1,4 +1,4 @@
-"""The evaluation of a run: one student beside one teacher on held-out prompts, as `EvaluationContext` wants it.
+"""The evaluation of a run, as an `EvaluationContext`: one student and one teacher on held-out prompts.
 
 The same for all evaluation groups: models are loaded when they are first needed, answers are written batch by batch so
 that none is written twice, rows and details are kept on disk.
@@ -61,7 +61,7 @@ class RunEvaluation:
 
     @property
     def folder(self) -> Path:
-        """Where whatever a group keeps lies: caches in files of its own, rows and details by the frame."""
+        """Folder of a group's caches, and of the rows and details of all groups."""
         return self.context.run.scores
 
     @property
@@ -82,7 +82,7 @@ class RunEvaluation:
 
     @property
     def trained(self) -> bool:
-        """Whether the student came out of a training; on its own it did not."""
+        """Whether the student was trained by this run."""
         return self.context.run.manifest("train") is not None
 
     @property
@@ -116,7 +116,7 @@ class RunEvaluation:
 
     @property
     def key_names(self) -> tuple[str, ...]:
-        """Environment variables with keys that no file may repeat."""
+        """Environment variables of API keys that must not appear in any file."""
         server = self.context.recipe.responses.server
         return (server.api_key_env,) if server and server.api_key_env else ()
 
@@ -125,7 +125,7 @@ class RunEvaluation:
         return SCORING_BATCH_SIZE
 
     def before(self) -> RunEvaluation:
-        """The same with the student as it was before training."""
+        """The same evaluation of the student before training."""
         return replace(self, part="before")
 
     def distilled(self) -> RunEvaluation:
@@ -150,7 +150,7 @@ class RunEvaluation:
 
     @cached_property
     def student(self) -> ChatModel:
-        """The student as it is before or after training."""
+        """The student before or after training, loaded."""
         if self.part == "before":
             built = build_initial_student(self.context)
             return self._speaker("student", built.model.eval(), built.tokenizer)
@@ -174,7 +174,7 @@ class RunEvaluation:
         return self.student if who == "student" else self.teacher
 
     def tokenizer(self, who: Who) -> Any:
-        """The tokenizer of one of the two; no weights are loaded for it."""
+        """Tokenizer of the student or the teacher; no weights are loaded for it."""
         if who in self.__dict__:
             return self.speaker(who).tokenizer
         # Before training it is built with the teacher's, where the two have the same tokens.
@@ -185,16 +185,16 @@ class RunEvaluation:
         return load_tokenizer(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
     def release_student(self) -> None:
-        """Let go of the student; the next use loads it again. The teacher stays for the other part of the stage."""
+        """Free the student; the next use loads it again. The teacher stays for the other part of the stage."""
         self.__dict__.pop("student", None)
 
     def release_teacher(self) -> None:
-        """Let go of the teacher's weights; the next use loads them again."""
+        """Free the teacher's weights; the next use loads them again."""
         self.__dict__.pop("teacher", None)
         self.context.teacher.release()
 
     def encode(self, who: Who, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[TokenPrompt]:
-        """Prompts as one of the two reads them.
+        """Token ids of prompts for the student or the teacher.
 
         Raises:
             LimbeckError: one does not fit its window.
@@ -213,7 +213,7 @@ class RunEvaluation:
         return [replace(p, split="heldout") for p in fitting.kept]
 
     def encode_references(self, who: Who, prompts: Sequence[Prompt]) -> list[Response]:
-        """The data's own answers to prompts, as one of the two would have written them."""
+        """Reference answers of the data, as responses in the tokens of the student or the teacher."""
         tokenizer, section = self.tokenizer(who), self.context.recipe.prompts
         return encode_responses(
             prompts,
@@ -233,22 +233,22 @@ class RunEvaluation:
         return [found[prompt.id] for prompt in self.prompts]
 
     def heldout_responses(self) -> dict[int, Response]:
-        """The held-out responses of the run by their row in its signal."""
+        """The held-out responses of the run, by row of the signal."""
         return load_responses(self.context, "heldout")
 
     def scoring_teacher(self, *, stored: bool) -> SignalSource:
-        """What tells the teacher's distributions: of responses of the run, which may be stored, or of any."""
+        """The source of teacher signals: for responses of the run, which may be stored, or for any responses."""
         return open_teacher(self.context) if stored else self.context.teacher
 
     def sampler(self, who: Who, batch_size: int) -> LocalSampler:
-        """A sampler of one of the two; answers end where its template ends them."""
+        """Sampler of the student or the teacher; answers end where its template ends them."""
         speaker = self.speaker(who)
         return sampler_for(self.context, speaker.model, speaker.tokenizer, speaker.template, who, batch_size)
 
     def answers(
         self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None, *, keep_logp: bool = False
     ) -> list[Response]:
-        """Answers to prompts (all held-out ones), written once: they are kept under what they were made from.
+        """Answers to prompts (all held-out ones by default); each set is sampled once and kept on disk.
 
         Args:
             keep_logp: with the log-probability of each id at temperature 1.
@@ -269,7 +269,7 @@ class RunEvaluation:
         return read_responses(path)
 
     def _answer(self, path: Path, who: Who, sampling: Sampling, prompts: Sequence[Prompt], keep_logp: bool) -> None:
-        """Write the answers of one of the two into a file."""
+        """Write the answers of the student or the teacher into a file."""
         asked = self.encode(who, prompts, max_new_tokens=sampling.max_new_tokens)
         batches = path.with_suffix("")
         writer, rows = path.stem.partition("-")[0], self.settings.batch_size
@@ -287,16 +287,16 @@ class RunEvaluation:
         shutil.rmtree(batches)
 
     def texts(self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None) -> dict[str, str]:
-        """The same as text without special tokens, by prompt id."""
+        """Texts of `answers` without special tokens, by prompt id."""
         answers, tokenizer = self.answers(who, sampling, prompts), self.tokenizer(who)
         return {r.prompt_id: response_text(r, tokenizer) for r in answers}
 
     def meter(self, label: str, total: int, unit: str) -> Any:
-        """A bar on the console (a context manager with `advance`)."""
+        """Progress bar on the console (a context manager with `advance`)."""
         return self.context.console.meter(f"{label} {self.part}", total, unit)
 
     def source(self, who: Who) -> ModelSource:
-        """Where a model and its tokenizer are: what was trained, or what the recipe names."""
+        """Location of a model and its tokenizer: the trained student's folder, or the recipe's model."""
         recipe = self.context.recipe
         if who == "student" and self.part != "before" and self.trained:
             run = self.context.run
@@ -310,7 +310,7 @@ class RunEvaluation:
         return ChatModel(who=who, model=model, tokenizer=tokenizer, template=self._template(who, tokenizer))
 
     def _template(self, who: Who, tokenizer: Any) -> TemplateName:
-        """How a prompt becomes text for one of the two."""
+        """Template of the prompts for the student or the teacher."""
         record = self.context.run.manifest("respond") or {}
         # Where the two have different tokens, the responses are the student's way of writing.
         apart = who == "teacher" and record.get("tokens_of") == "student"
@@ -318,7 +318,7 @@ class RunEvaluation:
         return template or resolve_template(self.context.recipe.prompts.template, tokenizer, self.prompts)
 
     def _window(self, who: Who) -> int:
-        """Tokens that one of the two reads at most; the teacher's are known without its weights."""
+        """The most tokens that the student or the teacher can read; known without weights."""
         if who == "teacher":
             return self.context.teacher.window or 2**31
         config: Any = self.student.model.config

@@ -1,4 +1,4 @@
-"""Fidelity of the student while it trains, on the responses that are set aside for it."""
+"""Fidelity of the student during training, on set-aside responses."""
 
 from __future__ import annotations
 

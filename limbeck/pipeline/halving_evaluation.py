@@ -1,4 +1,4 @@
-"""The student of a training that has paused, measured as the evaluation would measure it.
+"""Evaluation of a student whose training is paused, for successive halving.
 
 Successive halving compares arms by it. Only the groups up to the one with the metric are asked.
 """
@@ -25,7 +25,7 @@ RungMeans = dict[str, float]
 
 @dataclass(kw_only=True)
 class _PausedEvaluation(RunEvaluation):
-    """The evaluation of what the newest checkpoint holds, or of the student where training had no steps left."""
+    """Evaluation of the newest checkpoint, or of the student where training has ended."""
 
     place: Path
 

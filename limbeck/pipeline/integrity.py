@@ -1,8 +1,7 @@
-"""What happens where files of a finished stage are missing, or are not what the stage wrote.
+"""Repair of finished stages whose files are missing or were changed.
 
-A stage is played again from what is whole of it, so that nothing is lost but time: what is damaged moves to
-superseded/. What comes out is what was there before; should it differ, the stages that were made from the old files are
-refused like those of any other inputs.
+Such a stage is run again from its undamaged files, so that nothing is lost but time; damaged ones move to superseded/.
+The result is the same as before. Should it differ, later stages are refused like those of any other inputs.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class Look:
     """How closely the files of a finished stage are looked at.
 
     Attributes:
-        results: by content, where a stage that is still to be played reads them; else by size and time of last change;
-            not at all where nobody will read them any more.
-        handed_on: whether the next stage is to be played, so that what it alone reads is looked at too, by content.
+        results: by content, where a stage that will run reads them; else by size and time of last change; not at all
+            where no stage will read them.
+        handed_on: whether the next stage will run, so that files for it alone are compared too, by content.
     """
 
     results: Literal["content", "time"] | None
@@ -66,7 +65,7 @@ def _written(run: RunDirectory, stage: Stage) -> Written:
 
 
 def reopen_damaged(run: RunDirectory, stage: Stage, look: Look, console: Console) -> None:
-    """Let a finished stage with damaged files be played again, from what is whole of it.
+    """Mark a finished stage with damaged files as not done, so that it runs again from its undamaged ones.
 
     Safe to kill: the stage counts as done, with files missing, until the last damaged one is out of the way.
 
@@ -81,7 +80,7 @@ def reopen_damaged(run: RunDirectory, stage: Stage, look: Look, console: Console
     for name, fault in more.items():
         if is_log(name) and fault != "is missing":
             raise LimbeckError(
-                f"{run.root / name} is not what {stage.name} wrote, which has to be played again because "
+                f"{run.root / name} is not what {stage.name} wrote, which has to run again because "
                 f"{next(iter(found))} {next(iter(found.values()))}; bring it back from a copy, or delete it and run "
                 "the same command again to do without what it holds"
             )

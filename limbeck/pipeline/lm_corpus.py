@@ -33,13 +33,13 @@ _DOCUMENTS = 1000
 
 
 def corpus_inputs(context: RunContext) -> Json:
-    """What decides the text beside the section itself: its content, where it is on this machine."""
+    """Inputs of the corpus beside the section: the content of its files, where they are local."""
     section = context.recipe.train.lm
     return {} if section is None else {"lm": source_digest(section.source)}
 
 
 def check_corpus(context: RunContext) -> None:
-    """The text is there and its blocks fit the pair, as far as that can be seen without a network.
+    """Check that the text can be found and that its blocks fit the pair, as far as possible without a network.
 
     Raises:
         LimbeckError: it is not, or they do not.
@@ -106,7 +106,7 @@ def _in_lots(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _texts(section: LmSection) -> Iterator[str]:
-    """The documents of the source that say anything.
+    """The documents of the source that are not blank.
 
     Raises:
         LimbeckError: a row without the field, no text at all, or what `rows_of` raises.

@@ -1,4 +1,4 @@
-"""What made a run: versions, code revision, machine, launch, fingerprints and seeds."""
+"""Provenance of a run: versions, code revision, machine, launch, fingerprints and seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from limbeck.types import Json
 
 
 def provenance(context: RunContext, prints: dict[str, str]) -> Json:
-    """What made this run: versions, code revision, machine, fingerprints, seeds. No names of people or hosts."""
+    """Versions, code revision, machine, fingerprints and seeds of this run. No names of people or hosts."""
     import torch
 
     recipe = context.recipe

@@ -1,4 +1,4 @@
-"""What a recipe asks of its teacher, against what the teacher provides, before any stage works."""
+"""Checks, before the first stage, that the teacher provides all that the recipe needs of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GROUP_NEEDS: tuple[tuple[str, Provision], ...] = (("teacher", "hidden"), ("teach
 
 
 def check_provisions(context: RunContext) -> None:
-    """Everything that a run asks of its teacher is something that the teacher gives.
+    """Check that the teacher provides all that a run needs of it.
 
     Raises:
         LimbeckError: it gives less; names what asks for it and what to change.
@@ -23,7 +23,7 @@ def check_provisions(context: RunContext) -> None:
 
 
 def check_group_provisions(context: RunContext) -> None:
-    """The same for an evaluation on its own."""
+    """The same check for an evaluation without a run."""
     _check(context, tuple(_by_groups(context)))
 
 
@@ -43,7 +43,7 @@ _SAID: dict[Provision, str] = {"hidden": "distributions", "weights": "weights"}
 
 
 def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
-    """What asks, for what, and what to do instead."""
+    """Who needs it, what is needed, and the remedy."""
     recipe = context.recipe
     if recipe.base_author == "teacher" and recipe.responses.server is None:
         yield "responses.source=teacher", "weights", "give data with answers and set responses.source=data"

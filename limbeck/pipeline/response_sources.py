@@ -40,7 +40,7 @@ def response_source_of(
     source = context.recipe.responses.source
     prompts = []
     if source.on_policy:
-        assert isinstance(teacher, CachedTeacher), "nobody else can judge what is not written yet"
+        assert isinstance(teacher, CachedTeacher), "no other teacher can score responses that are not written yet"
         prompts = [p for p in read_asked(context.run.responses / "asked.jsonl") if p.id not in aside]
     samplers = _Samplers(context, student)
 
@@ -68,7 +68,7 @@ def response_source_of(
 
 @dataclass(frozen=True, kw_only=True)
 class Materials:
-    """What the recipe's response source is built from (`limbeck.rollouts.options.SourceMaterials`)."""
+    """Materials that the recipe's response source is built from (`limbeck.rollouts.options.SourceMaterials`)."""
 
     offline: Sequence[Response]
     prompts: Sequence[TokenPrompt]
@@ -104,7 +104,7 @@ class _Samplers:
         batch_size, rule = self.context.recipe.responses.batch_size, self.context.recipe.contrast.rule or {}
         template = (self.context.run.manifest("respond") or {})["template"]
         sampler = sampler_for(self.context, model, self.tokens, template, author, batch_size)
-        # What was drawn with other weights, or is used once more, has an importance that only this number tells.
+        # The importance of responses that other weights drew, or that are used again, needs this number.
         return replace(sampler, keep_logp=author == "student" and rule.get("name") in ("minillm", "importance"))
 
     def _of_both(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Answers written batch by batch, each kept as soon as it is there: none on disk is sampled again."""
+"""Sampling in batches that are kept on disk: after a stop, finished batches are not sampled again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teacher's answers from a server instead of from a model in this process."""
+"""Responses of the teacher from a server instead of a model in this process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_server(context: RunContext) -> None:
-    """The server is up and has the model.
+    """Check that the server is up and has the model.
 
     Raises:
         LimbeckError: it is not, or has it not.
@@ -52,7 +52,7 @@ def ask_server(
     template: TemplateName,
     sampling: Sampling,
 ) -> tuple[list[Response], Json]:
-    """The answers to `asked`, in order, and what the manifest says of the server; answers on disk are not asked for.
+    """The answers to `asked`, in order, and the server's record for the manifest; answers on disk are not asked for.
 
     Args:
         prompts: what `asked` was made of, for a server that writes its own chat template.

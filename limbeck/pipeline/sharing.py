@@ -1,4 +1,4 @@
-"""What two runs of a sweep have in common below a whole stage: measured blocks, the student before training, answers.
+"""Results that runs of a sweep share below a whole stage: block scores, the student before training, answers.
 
 What each is made from is in its key; see `limbeck.runtime.artifact_cache` for what happens with it.
 """
@@ -19,7 +19,7 @@ from limbeck.types import Json
 
 @contextmanager
 def once(context: RunContext, made_from: Json, folder: Path, patterns: Sequence[str]) -> Iterator[None]:
-    """A block that writes files into a folder unless they are there; another run of the sweep may have put them there.
+    """A block that writes files into a folder unless they are there, by this run or another one of the sweep.
 
     Args:
         made_from: everything the files depend on, beside what stages before the student's have written.
@@ -52,7 +52,7 @@ def student_inputs(context: RunContext) -> Json:
 
 
 def initial_student(context: RunContext) -> Json:
-    """What decides the weights of the student before training, beside the responses that blocks are measured on."""
+    """Inputs of the student before training, beside the responses that blocks are measured on."""
     section = context.recipe.student
     # Only fresh weights are drawn; all other students begin the same whatever the seed.
     drawn = section.init == "scratch" or section.lora is not None

@@ -1,6 +1,6 @@
 """Evaluation on its own: any student beside any teacher on any prompts, without a training run.
 
-It is a story of three stages, so it is resumable, locked and addressed by fingerprints like a run: the prompts, all of
+It has three stages, and is resumable, locked and addressed by fingerprints like a run: the prompts, all of
 them held out; the exam; the report.
 """
 
@@ -61,7 +61,7 @@ def recipe_of(student: str, teacher: str | None, prompts: str, overrides: Sequen
 
 
 def _check_names(overrides: Sequence[str]) -> None:
-    """A metric is no group, but somebody may well ask for one by its name."""
+    """Refuse names of metrics in the place of groups, with the group that has them."""
     groups = tuple(EVALUATION_GROUPS)
     for override in overrides:
         key, _, value = override.partition("=")

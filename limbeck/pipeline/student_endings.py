@@ -1,4 +1,4 @@
-"""How the answers of a run's student end: seen to before any stage works, when it is built, and in its record."""
+"""End tokens of a run's student: checked before the first stage, set when it is built, and recorded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def same_tokens(context: RunContext) -> bool:
 
 
 def check_endings(context: RunContext) -> None:
-    """The student can learn to end an answer.
+    """Check that the student can learn to end an answer.
 
     Raises:
         LimbeckError: it cannot, since the row of its head that says so is neither trained nor will be.
@@ -37,7 +37,7 @@ def check_endings(context: RunContext) -> None:
 
 
 def end_warnings(context: RunContext, format: AnswerFormat, card: VocabularyCard) -> list[str]:
-    """What stands against a student of its own learning to end an answer, a sentence each.
+    """Reasons why a student with its own weights may not learn to end an answer, one sentence each.
 
     Raises:
         LimbeckError: it cannot learn it.
@@ -61,7 +61,7 @@ def end_warnings(context: RunContext, format: AnswerFormat, card: VocabularyCard
 
 
 def _untrained_ends(context: RunContext, format: AnswerFormat, card: VocabularyCard) -> tuple[str, ...]:
-    """The end of a taught answer, where the student knows nothing of it."""
+    """The end token of training answers, where the student was never trained on it."""
     section = context.recipe.student
     assert section.model is not None
     source = resolve(
@@ -72,7 +72,7 @@ def _untrained_ends(context: RunContext, format: AnswerFormat, card: VocabularyC
 
 
 def doctor_says(teacher: VocabularyCard, student: VocabularyCard, tree: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a run of this pair changes in the student, and what stands against its learning to end, a sentence each.
+    """Changes that a run makes to the student, and reasons why it may not learn to end, one sentence each.
 
     Args:
         tree: sections `teacher` and `student` of a recipe.
@@ -118,19 +118,19 @@ def with_endings(context: RunContext, student: Student) -> Student:
 
 
 def _window(context: RunContext) -> int | None:
-    """Tokens that the student reads at most."""
+    """The most tokens that the student can read."""
     card = context.student_card or context.teacher_card
     return context.recipe.student.config.get("max_position_embeddings", card.context_length)
 
 
 def say_endings(context: RunContext, student: Student) -> None:
-    """What is changed in a student that came with a tokenizer of its own."""
+    """Say what changes in a student that has its own tokenizer."""
     if student.answers is not None and student.answers.changed:
         context.console.say(f"student: as the teacher has it, {'; '.join(student.answers.changed)}")
 
 
 def endings_record(context: RunContext, student: Student) -> Json:
-    """What student.json says of it, for the model card."""
+    """The record for student.json and the model card."""
     if student.answers is None:
         return {}
     found = student.answers

@@ -24,7 +24,7 @@ from limbeck.types import Json, LimbeckError, Prompt, Response, TokenPrompt
 
 
 def check_text_only(context: RunContext) -> None:
-    """A pair with different tokens asks for nothing but text.
+    """Check that a pair with different tokens is trained on text alone.
 
     Raises:
         LimbeckError: it does; names every key to change.
@@ -48,7 +48,7 @@ def check_text_only(context: RunContext) -> None:
 
 
 def _keys_to_change(context: RunContext) -> list[str]:
-    """What a recipe asks of the teacher beside text, as the overrides that would mend it."""
+    """Settings that need more than text of the teacher, as the overrides that remove them."""
     recipe, keys = context.recipe, []
     if recipe.on_policy:
         keys.append("responses.source=teacher")
@@ -88,7 +88,7 @@ def text_options(context: RunContext, tokenizer: Any) -> Mapping[str, Any]:
 
 
 def load_student_tokenizer(context: RunContext) -> Any:
-    """The tokenizer that the student came with."""
+    """The student's own tokenizer."""
     section = context.recipe.student
     assert section.model is not None
     return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
@@ -101,7 +101,7 @@ def in_the_students_tokens(
     written_with: Any,
     asked: Sequence[TokenPrompt],
 ) -> tuple[list[Response], Json]:
-    """The teacher's answers as the student reads and would write them, and what the manifest says of that.
+    """The teacher's answers in the student's tokens, and their record for the manifest.
 
     An answer that was cut off has no end in the student's tokens either. One that spells a control token of the
     student's tokenizer is left out with a warning, unless prompts.control_tokens is parse.

@@ -1,7 +1,7 @@
 """The group `diversity`: several sampled answers to a prompt, at each of some decoding temperatures.
 
-A prompt gets `samples` answers a temperature (seeds seed, seed + 1, ...; whole vocabulary, length
-evaluate.max_new_tokens). How much they differ is told by distinct-1, distinct-2, Self-BLEU and their mean length, see
+A prompt gets `samples` answers per temperature (seeds seed, seed + 1, ...; whole vocabulary, length
+evaluate.max_new_tokens). Their difference is measured by distinct-1, distinct-2, Self-BLEU and their mean length, see
 `evaluation.diversity`; how likely they are by their mean negative log-probability at temperature 1, which at decoding
 temperature 1 estimates the entropy. How good they are is the mean ROUGE-L of the same samples: beside the reference
 answers where each prompt has one, else beside the teacher's greedy answers. The two together are a point of the
@@ -9,7 +9,7 @@ fidelity-diversity curve, and the temperatures draw it (CSD, figure 3). The teac
 way, since a student is as diverse as it should be where it equals its teacher.
 
 All are means over prompts, under conditions such as "T=0.7". Distinct-n over all answers to all prompts, which also
-tells whether different prompts get the same answer, is in the detail.
+shows whether different prompts get the same answer, is in the detail.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Samples:
 
 
 def condition(temperature: float) -> str:
-    """What a decoding temperature is called in the names of metrics: T=1, T=0.7."""
+    """Name of a decoding temperature in the names of metrics: T=1, T=0.7."""
     return f"T={temperature:g}"
 
 
@@ -126,7 +126,7 @@ def _corpus(every: Sequence[_Samples]) -> Json:
 
 
 def _references(evaluation: EvaluationContext, prompts: Sequence[Prompt]) -> tuple[str | None, References]:
-    """Whose answers the samples are set beside, and these by prompt id; nothing where ROUGE-L cannot read them."""
+    """The answers that ROUGE-L compares the samples with, by prompt id, and their author."""
     beside, found = "references", {prompt.id: prompt.known_answers for prompt in prompts}
     if not all(found.values()):
         greedy_texts = evaluation.texts("teacher", greedy(evaluation.settings), prompts)

@@ -32,7 +32,7 @@ Whose = Literal["responses", "teacher", "student", "references"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Answers:
-    """What both models read.
+    """The responses that both models read.
 
     Attributes:
         stored: the run may have kept what its teacher said of them; else the teacher itself has to look.
@@ -101,7 +101,7 @@ class FidelityGroup(EvaluationGroup):
 
 
 def _source(evaluation: EvaluationContext, whose: Whose) -> Whose:
-    """Whose answers are meant: an evaluation on its own has no responses."""
+    """Source of the answers: an evaluation without a run has no responses."""
     if whose != "responses" or not evaluation.standalone:
         return whose
     answered = all(prompt.completion is not None for prompt in evaluation.prompts[: evaluation.settings.prompts])
@@ -109,7 +109,7 @@ def _source(evaluation: EvaluationContext, whose: Whose) -> Whose:
 
 
 def _fitting(evaluation: EvaluationContext) -> list[Prompt]:
-    """The prompts that leave room for an answer in the windows of both models: each reads what the other wrote."""
+    """The prompts that leave room for an answer in the windows of both models: each model reads the other's answers."""
     held, most = evaluation.prompts[: evaluation.settings.prompts], evaluation.settings.max_new_tokens
     both: tuple[Who, Who] = ("teacher", "student")
     room = [{asked.id for asked in evaluation.encode(who, held, max_new_tokens=most)} for who in both]

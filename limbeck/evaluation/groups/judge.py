@@ -1,4 +1,4 @@
-"""The group `judge`: how often another model prefers the student's greedy answers to somebody else's."""
+"""The group `judge`: how often another model prefers the student's greedy answers to others."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _WINNERS = ({"A": "model_1", "B": "model_2", "C": "tie"}, {"A": "model_2", "B": 
 
 @dataclass(config=STRICT, kw_only=True)
 class JudgeGroup(EvaluationGroup):
-    """How often another model prefers the student's greedy answers to somebody else's."""
+    """How often another model prefers the student's greedy answers to others."""
 
     base_url: Annotated[str | None, NEUTRAL] = None
     """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
@@ -125,7 +125,7 @@ class JudgeGroup(EvaluationGroup):
         *,
         known: int,
     ) -> None:
-        """Judge what is left; each judgement is on disk before the next is counted."""
+        """Ask the questions that are left; each judgement is on disk before the next one is counted."""
         guess = estimate(left, judge.max_new_tokens)
         price = self._price(guess.input_tokens, guess.output_tokens)
         evaluation.console.say(
@@ -184,7 +184,7 @@ class JudgeGroup(EvaluationGroup):
 
 
 def _pairs(evaluation: EvaluationContext, against: str) -> list[AnswerPair]:
-    """What is set side by side: prompts that both answered."""
+    """Pairs of answers to the prompts that both answered."""
     settings, sampling = evaluation.settings, greedy(evaluation.settings)
     prompts = evaluation.prompts[: settings.prompts]
     if against == "before" and not evaluation.trained:

@@ -1,4 +1,4 @@
-"""The group `nll`: how surprised the student is at answers, in its own tokens. It needs nothing of a teacher.
+"""The group `nll`: negative log-likelihood of answers under the student, in its own tokens. No teacher is needed.
 
 Whose answers (`evaluate.groups.nll.whose`): the held-out responses of the run, or the data's references; an evaluation
 on its own has only the latter. Of a conversation the tokens count that `prompts.loss_on` names. Nats per token are of
@@ -21,7 +21,7 @@ from limbeck.types import Response, ScoredRow
 
 @dataclass(config=STRICT, kw_only=True)
 class NllGroup(EvaluationGroup):
-    """Surprise of the student alone at the held-out answers, in its own tokens."""
+    """Negative log-likelihood of the held-out answers under the student, in its own tokens."""
 
     whose: Literal["responses", "references"] = "responses"
     """Whose answers the student's likelihood is measured on: the held-out responses of the run, or the data's."""

@@ -38,7 +38,7 @@ RougeValues = dict[str, dict[str, float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BySeed:
-    """ROUGE-L F1 by prompt id, one mapping a decoding seed."""
+    """ROUGE-L F1 by prompt id, one mapping per decoding seed."""
 
     scores: Sequence[Mapping[str, float]]
 
@@ -58,7 +58,7 @@ class RougeGroup(EvaluationGroup):
     """teacher: greedy answers beside the teacher's greedy ones. references: the papers' protocol, sampled answers
     beside the reference answers of the data, the best of several counts."""
     seeds: tuple[Seed, ...] = (10, 20, 30, 40, 50)
-    """references: one answer a prompt for each; the mean over them is reported."""
+    """references: one answer per prompt for each; the mean over them is reported."""
     temperature: NonNegative = 1.0
     """references: of the sampled answers."""
 

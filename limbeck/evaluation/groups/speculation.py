@@ -96,7 +96,7 @@ def _expected(acceptance: float, draft_tokens: int, ratio: float) -> Json:
 
 
 def _cost_ratio(evaluation: EvaluationContext, asked: Sequence[TokenPrompt]) -> float:
-    """What a step of the student costs in steps of the teacher."""
+    """Seconds of a step of the student over those of a step of the teacher."""
     from limbeck.evaluation.cost import timed_in_turns
 
     ids = asked[0].ids

@@ -98,7 +98,7 @@ class TasksGroup(EvaluationGroup):
         most = max(self.pass_at, default=1)
         if most > self.samples:
             raise LimbeckError(
-                f"evaluate.groups.tasks.pass_at asks for pass@{most} of {self.samples} answers a problem; raise "
+                f"evaluate.groups.tasks.pass_at asks for pass@{most} of {self.samples} answers per problem; raise "
                 "evaluate.groups.tasks.samples, or lower pass_at"
             )
         if self.samples > 1 and self.temperature == 0:

@@ -1,4 +1,4 @@
-"""A judge that prefers one of two answers: what it is asked, and the asking."""
+"""The judge's questions, each about two answers to a prompt, and the requests that ask them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def estimate(questions: Sequence[JudgeQuestion], max_new_tokens: int) -> CostEst
 
 @dataclass(frozen=True, kw_only=True)
 class _Wording:
-    """How settings are said. OpenAI's newer models take neither `max_tokens` nor a temperature."""
+    """Names of the request's settings. OpenAI's newer models take neither `max_tokens` nor a temperature."""
 
     limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     greedy: bool = True
@@ -119,7 +119,7 @@ class _Wording:
         return {self.limit: max_new_tokens} | ({"temperature": 0.0} if self.greedy else {})
 
     def instead(self, refusal: Refusal) -> _Wording | None:
-        """What to try where the server names a setting as the reason; None where it does not."""
+        """Settings to try instead where the server refuses one by name; else None."""
         if self.limit == "max_tokens" and "max_tokens" in refusal.message:
             return replace(self, limit="max_completion_tokens")
         if self.greedy and "temperature" in refusal.message:
@@ -129,7 +129,7 @@ class _Wording:
 
 @dataclass(kw_only=True)
 class Judge:
-    """Asks a server, greedily where it lets us."""
+    """A judge on a server, asked with greedy decoding where the server allows it."""
 
     server: Server
     model: str
@@ -166,7 +166,7 @@ class Judge:
         yield from (*odd, *doubtful)
 
     def _useless(self, last: Judgement) -> LimbeckError:
-        """The error for a judge that says nothing of use, by the last that it said."""
+        """The error for a judge without any readable reply; it quotes the last one."""
         if last.opinion.unread == "odd":
             return no_completion(last.opinion.text)
         return LimbeckError(
@@ -212,7 +212,7 @@ class Judge:
 
 
 def _counted(reply: Json, name: str) -> int | None:
-    """Tokens as the server counts them; None where it does not."""
+    """Tokens by the server's count; None where it gives none."""
     usage = reply.get("usage")
     count = usage.get(name) if isinstance(usage, dict) else None
     # What a counter can reach; thousands of digits would end in an error where they are added up and printed.

@@ -1,4 +1,4 @@
-"""The record of judgements, one JSON line each: what was asked once is never asked again."""
+"""The record of judgements, one JSON line each: a question is never asked twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from limbeck.types import Json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """What a judge said to one question.
+    """A judge's reply to one question.
 
     Attributes:
         key: of the question (`limbeck.evaluation.judge.asking.Question`).
@@ -69,7 +69,7 @@ class JudgementLog:
         return log
 
     def add(self, judgement: Judgement) -> None:
-        """Write a judgement down for good."""
+        """Append a judgement; it is on disk when this returns."""
         append_to_log(self.path, asdict(judgement))
         self.known[judgement.key] = judgement
 

@@ -1,4 +1,4 @@
-"""What a judge says of two answers, and what the verdicts of a pair in both orders add up to.
+"""Verdicts of a judge on two answers, read from its replies, and the score of a pair in both orders.
 
 Each pair is shown twice, with the student's answer first and second, since judges lean towards a place. The rule is the
 conservative one of Zheng et al. (2023, section 3.4): a win counts where both orders agree on it; two ties, and orders
@@ -41,7 +41,7 @@ _SHOWN = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opinion:
-    """A reply, read. Exactly one of `verdict` and `unread` is set."""
+    """A parsed reply. Exactly one of `verdict` and `unread` is set."""
 
     text: str
     verdict: Verdict | None = None
@@ -54,7 +54,7 @@ class Opinion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedPair:
-    """Two answers to a prompt and what was said of them.
+    """Two answers to a prompt and the opinions on them.
 
     Attributes:
         first: with the student's answer as A.
@@ -76,13 +76,13 @@ class JudgedPair:
 
     @property
     def value(self) -> float | None:
-        """What the pair counts: 1 or 0 where both orders say so, else 1/2; None where one of them is unread."""
+        """Value of the pair: 1 or 0 where both orders say so, else 1/2; None where one of them is unread."""
         orders = self.for_student
         return None if orders is None else orders[0] if orders[0] == orders[1] else 0.5
 
 
 def read_opinion(reply: Json) -> Opinion:
-    """What a chat completion says. What stands before a closing </think> is no part of it.
+    """The text of a chat completion, without anything before a closing </think>.
 
     Raises:
         LimbeckError: the reply is no chat completion.
@@ -162,7 +162,7 @@ def score_pairs(pairs: Sequence[JudgedPair], metric: str) -> list[ScoredRow]:
 
 
 def unread_warning(pairs: Sequence[JudgedPair], share: float = 0.2) -> str | None:
-    """What to say where more than a share of the pairs is left out."""
+    """The warning where more than a share of the pairs is left out."""
     out = sum(pair.value is None for pair in pairs)
     if out <= share * len(pairs):
         return None

@@ -1,10 +1,10 @@
-"""The door of the sandbox: programs and their tests go in, verdicts come out.
+"""Entry of the sandbox: runs programs against their tests and returns verdicts.
 
 Each program runs in a fresh interpreter that the kernel confines before the program is handed to it (`jail`,
 `syscalls`): it reads the Python installation, writes to one directory of its own that ends with it, and reaches no
 network, no other process, no signal, no thread and no further program. That directory is in memory, bounded by the
 kernel and part of the program's memory (`tmpfs`); where a machine lets no process mount one, a program writes no file
-at all, and whoever asked is told. Its tests run in a second such interpreter (`tester`) that gets nothing but values
+at all, and the caller gets an error. Its tests run in a second such interpreter (`tester`) that gets nothing but values
 from the first, so that the program can neither read what is expected nor say that it passed. Input is empty, and what
 it prints goes nowhere.
 
@@ -48,10 +48,10 @@ NO_FILES = "nothing to write: this machine lets no process mount a file system o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A program and what it is tested with.
+    """A program and its tests.
 
     Attributes:
-        program: what is judged.
+        program: the program to be tested.
         setup: runs before the tests, in their process: imports, the helpers of a problem.
         names: of the program, for the tests to use. All else that the tests see is Python's or their own.
         tests: pass where they run through without an exception.
@@ -65,7 +65,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a program may use: seconds of processor (and twice as many by the clock), MiB, entries of its directory.
+    """Limits of a program: seconds of processor (and twice as many by the clock), MiB, entries of its directory.
 
     Its files lie in memory, so `memory_mb` holds them too: they get `folder_mb` of it, a quarter at most.
     """
@@ -91,7 +91,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramOutcome:
-    """How a program did.
+    """Outcome of a program: a verdict and its reason.
 
     Attributes:
         kind: "passed" or why not: "wrong" is an assertion of the tests, "exit" the end of the process, "garbled" an
@@ -231,7 +231,7 @@ def _start(
 
 
 def _listen(reading: int, limits: Limits) -> tuple[bytes, ProgramOutcome | None]:
-    """What the tester says, or why it is not waited for any longer."""
+    """The tester's output, or the verdict where it took too long or too much."""
     said, until = b"", time.monotonic() + 2 * limits.timeout_s
     while select.select([reading], [], [], max(0.0, until - time.monotonic()))[0]:
         part = os.read(reading, 1 << 16)

@@ -1,4 +1,4 @@
-"""Verdicts on disk, a line each as it comes: a program that was judged once is not run again."""
+"""Verdicts on disk, one line each: a program that was tested once is not run again."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A directory in memory that the kernel bounds, seen by the process that mounts it alone: its files end with it.
 
-Every page and every inode counts until nobody holds it, whether or not it still has a name. So no unlinked file, no
+Every page and every inode counts until no process holds it, whether or not it still has a name. So no unlinked file, no
 mapping, no hole and no renaming takes a program beyond the limit, at any moment. Standard library alone.
 """
 

@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
-# Bytes of one message; more is refused by whoever reads it.
+# Bytes of one message; the reader refuses more.
 LONGEST = 32 << 20
 
 _ROWS: dict[type, str] = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque"}
@@ -93,7 +93,7 @@ def decode(data: Any, kept: Callable[[int], Any]) -> Any:
 
 
 class Link:
-    """Messages, one JSON object a line, over two pipes."""
+    """Messages over two pipes, one JSON object per line."""
 
     def __init__(self, reading: int, writing: int) -> None:
         self._reading, self._writing, self._rest = reading, writing, b""

@@ -1,4 +1,4 @@
-"""From rows to scores, and the files that keep both.
+"""Scores from rows, and the files of both.
 
 Every group of metrics (fidelity, rouge, ...) measures one `ScoredRow` an example; everything after that is the same for
 all of them and lives here. A run directory gets `scores.json` (the summary) and `scores/PART.GROUP.jsonl` (the rows).
@@ -48,7 +48,7 @@ def _named(metric: str, group: str) -> str:
 
 
 def write_rows(path: Path, rows: Sequence[ScoredRow]) -> None:
-    """One JSON object a row: id, weight, the metrics side by side, and `sums`. Written whole or not at all."""
+    """Write one JSON object per row: id, weight, the metrics side by side, and `sums`. Written whole or not at all."""
     lines = (
         json.dumps({"id": r.id, "weight": r.weight, **r.values} | ({"sums": r.sums} if r.sums else {}), allow_nan=False)
         for r in rows

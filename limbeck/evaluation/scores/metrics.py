@@ -179,7 +179,7 @@ METRICS: dict[str, Metric] = {
         meaning="share of the student's drafts that the teacher kept in speculative decoding, of those it looked at",
     ),
     "tokens_per_pass": Metric(
-        label="Tokens a pass", unit="tokens/pass", better="higher",
+        label="Tokens per pass", unit="tokens/pass", better="higher",
         meaning="tokens written for each pass of the teacher with the student drafting; 1 without a draft",
     ),
     "speculative_speedup": Metric(

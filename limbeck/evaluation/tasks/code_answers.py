@@ -1,4 +1,4 @@
-"""From what a model wrote to the program that is tested.
+"""The program in a model's answer, and the job that tests it.
 
     block         the last fenced block (```python or without a language) that defines the function, else the last one
     whole         no block, but a definition of the function: from the first line of Python at the margin

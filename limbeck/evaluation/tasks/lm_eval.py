@@ -18,10 +18,10 @@ _RIGHT = ("exact_match", "acc", "prompt_level_strict_acc")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessResult:
-    """What the harness found.
+    """Result of the harness.
 
     Attributes:
-        tables: task to rows with `accuracy`, one an example, for tasks that say of each example whether it was right.
+        tables: task to rows with `accuracy`, one per example, for tasks that grade each example.
         results: the harness's own figures: task to metric ("acc", "acc_stderr", with ",FILTER" behind) to value.
         version: of the package.
     """
@@ -93,7 +93,7 @@ def run_lm_eval(
 
 
 def _rows(task: str, samples: Sequence[Mapping[str, Any]]) -> list[ScoredRow]:
-    """One row an example; of several filters of the answers (GSM8K has two) the first one."""
+    """One row per example; of several filters of the answers (GSM8K has two) the first one."""
     rows: dict[str, ScoredRow] = {}
     for sample in samples:
         metric = next((name for name in _RIGHT if isinstance(sample.get(name), bool | int | float)), None)

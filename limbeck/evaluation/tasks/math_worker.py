@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 
-# Seconds for reading one answer, and for comparing two; whoever asks waits longer than both together.
+# Seconds for reading one answer, and for comparing two; the caller waits longer than both together.
 _STEP_S = 3
 # sympy needs a small part of it; the rest is for what a formula unfolds to.
 _MEMORY = 4 << 30

@@ -89,13 +89,13 @@ def read_problems(task: TaskName, path: Path, limit: int | None = None) -> list[
         problem = problem_of(task, _row(line, where), where, number)
         if problem.id in seen:
             raise LimbeckError(
-                f"{where}: got {_shown(problem.id)[1:-1]} a second time; expected one line a problem: remove one"
+                f"{where}: got {_shown(problem.id)[1:-1]} a second time; expected one line per problem: remove one"
             )
         seen.add(problem.id)
         problems.append(problem)
     if not problems:
         raise LimbeckError(
-            f"{path} holds no problem; expected one JSON object a line: see evaluate.groups.tasks.files.{task}"
+            f"{path} holds no problem; expected one JSON object per line: see evaluate.groups.tasks.files.{task}"
         )
     return problems
 
@@ -130,7 +130,7 @@ def _row(line: bytes, where: str) -> _Row:
     except UnicodeDecodeError as error:
         raise LimbeckError(f"{where}: got byte {error.start} that is no UTF-8; expected UTF-8: convert it") from None
     except (ValueError, RecursionError) as error:
-        raise LimbeckError(f"{where}: got a line that is no JSON ({error}); expected one object a line") from None
+        raise LimbeckError(f"{where}: got a line that is no JSON ({error}); expected one object per line") from None
     if not isinstance(row, dict):
         raise LimbeckError(f"{where}: got a {type(row).__name__}; expected a JSON object: one problem a line")
     return row

@@ -1,4 +1,4 @@
-"""Distances of both models at every token, tile by tile from their hidden states: what fidelity is made of."""
+"""Distances of both models at every token, tile by tile from their hidden states: the values behind fidelity."""
 
 from __future__ import annotations
 

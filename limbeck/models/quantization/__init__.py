@@ -2,7 +2,7 @@
 
 A format cuts each row of a matrix into blocks. The grid of a block is the values its weights may have; it follows from
 the block's scales. `quantise` chooses grids and levels and packs both into bytes; `dequantise` gives the weights that
-whoever loads the bytes computes with, bit for bit.
+a reader of the bytes computes with, bit for bit.
 """
 
 from limbeck.models.quantization.base import BlockFormat, Grid

@@ -1,4 +1,4 @@
-"""What a block format is."""
+"""The base class of block formats, and number helpers that they share."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class BlockFormat(ABC):
 
     @abstractmethod
     def decode(self, level_NB: Tensor, grid: Grid) -> Tensor:
-        """The weights at some levels, rounded as whoever reads the file rounds them."""
+        """The weights at some levels, rounded as readers of the file round them."""
 
     @abstractmethod
     def pack(self, level_NB: Tensor, grid: Grid) -> Tensor:

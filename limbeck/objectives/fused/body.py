@@ -33,7 +33,7 @@ GPU_BLOCK_ROWS = 1024
 
 
 class Work(Protocol):
-    """Function of `run_body`: values of each token (values, N), and whatever it leaves in the block. Hashable."""
+    """Function of `run_body`: returns values of each token (values, N) and may write into the block. Hashable."""
 
     def __call__(self, block: Block, kept: list[Tensor] | None = None) -> Tensor: ...
 
@@ -67,7 +67,7 @@ class Body:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Names of what is measured beside the values."""
+        """Names of the measures beside the values."""
         return measured_on(self.support, labels=self.labels) if self.measure else ()
 
     def __call__(self, block: Block, kept: list[Tensor] | None = None) -> Tensor:
@@ -107,7 +107,7 @@ class Body:
 
     def _rows(self, logits_NV: Tensor, block: Block) -> Rows:
         dense = block.get("teacher")
-        # Where nobody reads a teacher, or it is sparse, the whole rows hold a uniform one that takes no memory.
+        # Where no teacher is read, or it is sparse, the whole rows hold a uniform one that takes no memory.
         teacher_NV = (
             logits_NV.new_zeros(1, 1).expand_as(logits_NV)
             if dense is None
@@ -125,7 +125,7 @@ class Body:
 
 
 def _softened(logits_NV: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Softmax and its logarithm from one exponential an entry."""
+    """Softmax and its logarithm from one exponential per entry."""
     lowered_NV = logits_NV - logits_NV.amax(-1, keepdim=True)
     exponential_NV = lowered_NV.exp()
     total_N1 = exponential_NV.sum(-1, keepdim=True)
@@ -214,7 +214,7 @@ def run_body(body: Work, block: Block, compiled: bool) -> Tensor:
 
 @cache
 def compiled_body(body: Work, layout: tuple[tuple, ...]) -> Callable[[list[Tensor]], Tensor]:
-    """Trace a body on example tensors of this layout and build it with Inductor: a few seconds, once a process."""
+    """Trace a body on example tensors of this layout and build it with Inductor: a few seconds, once per process."""
     names = [name for name, *_ in layout]
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:

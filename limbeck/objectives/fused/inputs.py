@@ -1,4 +1,4 @@
-"""Checks of everything that comes per token: weights, temperatures, labels, options, the rows of a sparse signal."""
+"""Checks of all inputs per token: weights, temperatures, labels, options, the rows of a sparse signal."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def label_columns(label_N: Tensor | None, weight_N: Tensor, vocab_size: int) -> 
 
 
 def option_columns(objective: WeightedSum, options: Mapping[str, Tensor], weight_N: Tensor) -> Columns:
-    """Options given a token, under the names the objective knows."""
+    """Token options under the names that the objective has."""
     known: dict[str, list[Any]] = {}
     for part in nested(objective):
         for field in fields(cast(Any, part)):
@@ -85,4 +85,4 @@ def option_columns(objective: WeightedSum, options: Mapping[str, Tensor], weight
 
 def _one_a_token(name: str, column: Tensor, tokens: int) -> None:
     if column.shape != (tokens,):
-        raise LimbeckError(f"{name} has shape {tuple(column.shape)}: expected ({tokens},), one a token")
+        raise LimbeckError(f"{name} has shape {tuple(column.shape)}: expected ({tokens},), one per token")

@@ -229,13 +229,13 @@ def _adapted(hidden_ND: Tensor, head: Head, signal: Signal | None, settings: _Se
 def _sequence_options(
     rows: Sequence[tuple[float, Objective]], signal: Signal | None, sequence_N: Tensor | None
 ) -> dict[str, Tensor]:
-    """Options that a part wants measured over the sequences of its tokens."""
+    """Token options of parts that measure them over whole sequences."""
     options: dict[str, Tensor] = {}
     names = [part.name for _, part in rows]
     for part in (part for _, part in rows if isinstance(part, SequenceMeasuring) and part.per_sequence):
         said = f"{part.name} per_sequence=True"
         if names.count(part.name) > 1:
-            raise LimbeckError(f"{said} beside another {part.name}: one weight a token cannot serve both; keep one")
+            raise LimbeckError(f"{said} beside another {part.name}: one weight per token cannot serve both; keep one")
         if not isinstance(signal, DenseSignal):
             continue
         if sequence_N is None:
@@ -254,14 +254,14 @@ def _last_hidden(student_ND: Tensor, signal: Signal | None) -> tuple[HiddenPair]
 
 
 def _wanted(hidden_ND: Tensor, head: Head) -> Wanted:
-    """Which of hidden states, head weight and head bias want a gradient."""
+    """Which of hidden states, head weight and head bias need a gradient."""
     on = torch.is_grad_enabled()
     bias = head.bias_V is not None and head.bias_V.requires_grad
     return on and hidden_ND.requires_grad, on and head.weight_VD.requires_grad, on and bias
 
 
 class _PrecomputedGrad(torch.autograd.Function):
-    """Hands gradients that already exist over to autograd."""
+    """Autograd function that returns gradients computed in the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, loss: Tensor, grads: Grads) -> Tensor:

@@ -126,7 +126,7 @@ def prepare_projection(hidden_ND: Tensor, head: Head, side: str) -> Projection:
         )
     if head.bias_V is not None and head.bias_V.shape != weight_VD.shape[:1]:
         raise LimbeckError(
-            f"{side} bias has shape {tuple(head.bias_V.shape)}: expected ({weight_VD.shape[0]},), one a row of the head"
+            f"{side} bias has shape {tuple(head.bias_V.shape)}: expected ({weight_VD.shape[0]},), one per row"
         )
     compute = _compute_dtype(hidden_ND, weight_VD, side)
     work = torch.float64 if compute == torch.float64 else torch.float32

@@ -75,7 +75,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Everything a pass needs but the tokens. `teacher` is None for a sparse signal, or none."""
+    """Inputs of a pass beside the tokens. `teacher` is None for a sparse signal, or without a teacher."""
 
     student: Projection
     teacher: Projection | None
@@ -131,7 +131,7 @@ class Pass:
 
 @cache
 def keep_small_buffers() -> None:
-    """Once a process: teach glibc to keep buffers of a block's size instead of faulting them in for every block.
+    """Make glibc keep buffers of a block's size instead of faulting them in for every block. Once per process.
 
     Freeing an allocation above its threshold makes it serve smaller ones from a heap that it trims only beyond twice
     that size (mallopt(3), M_MMAP_THRESHOLD); 31 MiB is just under the largest size it learns from. No page is touched,

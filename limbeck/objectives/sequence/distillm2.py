@@ -110,7 +110,7 @@ class AdaptiveAlpha:
         formula does for a positive reference. A gap within 1e-5 of zero counts as 1e-5, an easy response: `low`.
 
         Args:
-            reference: m, one number or one a response (teacher's and student's responses have one each). Where it is
+            reference: m, one number or one per response (teacher's and student's responses have one each). Where it is
                 not positive there is nothing to be easier than: `high`.
         """
         gap_B = gap_B.detach()

@@ -1,6 +1,6 @@
-"""Rules over whole responses: what each token's objective is told from how likely both models find the response.
+"""Rules over whole responses: token options and weights from the log-probabilities of both models.
 
-An objective sees one token of one response. A rule sees the log-probabilities of all tokens of some responses first,
+An objective reads one token of one response. A rule first reads the log-probabilities of all tokens of some responses,
 and gives token options (`alpha`, `advantage`) and weights. Adding one: a frozen dataclass with its formula and source,
 and a line in `RULES`.
 """
@@ -23,16 +23,16 @@ from limbeck.types import LimbeckError
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceStats:
-    """What both models say of some responses.
+    """Log-probabilities of both models for some responses.
 
     Attributes:
         log_q_N, log_p_N: log-probabilities of the response tokens at temperature 1.
-        drawn_logp_N: what they were drawn with; NaN where the student drew them itself.
+        drawn_logp_N: log-probabilities that they were drawn with; NaN where the student drew them itself.
         sequence_N: the row of each token.
-        by_student_B: who wrote each row.
+        by_student_B: whether the student wrote each row.
         partners: of each row the one with the other author's response to the same prompt; -1 for none.
         reference: the mean gap of responses by the teacher and by the student, once it is known.
-        whitening: mean and standard deviation of what a rule whitens, over the whole step, once they are known.
+        whitening: mean and standard deviation of `TokenOptions.plain_N` over the whole step, once they are known.
     """
 
     log_q_N: Tensor
@@ -46,8 +46,8 @@ class SequenceStats:
 
     @property
     def log_drawn_N(self) -> Tensor:
-        """What each token was drawn with. Where nothing was kept the student of now drew it, or somebody else did: its
-        own log-probability, a weight of 1."""
+        """Log-probability that each token was drawn with; where none was kept, the current student's own, a weight of
+        1."""
         return torch.where(self.drawn_logp_N.isnan(), self.log_q_N, self.drawn_logp_N.to(self.log_q_N))
 
     def mean_B(self, value_N: Tensor) -> Tensor:
@@ -57,13 +57,13 @@ class SequenceStats:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenOptions:
-    """What a rule says.
+    """Output of a rule.
 
     Attributes:
         options: token options of the objective, each (N,).
         weight_N: factor on the weight of each token; None is 1.
-        measured_B: what is logged, one number a row.
-        plain_N: what is to be whitened, of a rule that whitens.
+        measured_B: metrics to log, one number per row.
+        plain_N: values before whitening, of a rule that whitens.
     """
 
     options: Mapping[str, Tensor] = field(default_factory=dict)
@@ -77,10 +77,10 @@ class SequenceRule(Protocol):
 
     Attributes:
         name: the key in `RULES`.
-        measures: names of what is logged by row.
+        measures: names of the metrics that are logged by row.
         option: the token option it gives; the objective must have it. None where it only gives weights.
         pairs: whether it needs two responses of one prompt side by side.
-        whiten: whether it needs the mean and deviation of `Told.plain_N` over the step before it can say anything else.
+        whiten: whether it needs the mean and deviation of `TokenOptions.plain_N` over the step first.
         warmup_epochs: epochs in which its reference is measured and not given to it; 0 for a rule that has none.
     """
 

@@ -1,1 +1,1 @@
-"""The stages of a run, one module each, named as the command is that ends with it."""
+"""The stages of a run, one module each, with the name of the command that ends with it."""

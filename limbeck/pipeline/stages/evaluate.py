@@ -25,7 +25,7 @@ ScoreTables = dict[str, Sequence[ScoredRow]]
 
 
 def evaluation_inputs(context: RunContext) -> Json:
-    """What the evaluation reads of the recipe, and what its groups depend on beside."""
+    """Inputs of the evaluation: its section, and those of its groups."""
     section, evaluation = fingerprinted(context.recipe.evaluate), RunEvaluation(context=context, part="after")
     for name, group in context.recipe.evaluate.groups.items():
         section["groups"][name] |= group.inputs(evaluation)
@@ -33,7 +33,7 @@ def evaluation_inputs(context: RunContext) -> Json:
 
 
 def check_groups(context: RunContext) -> None:
-    """Each group looks at what it will need.
+    """Let each group check that it can be measured.
 
     Raises:
         LimbeckError: something is missing.
@@ -66,7 +66,7 @@ def examine(context: RunContext, parts: Sequence[Part]) -> dict[Part, ScoreTable
 
 
 def _once_a_sweep(evaluation: RunEvaluation) -> AbstractContextManager[None]:
-    """Runs that begin with the same student have the same scores before training; those after it are their own."""
+    """Share the scores before training among runs of a sweep that start from the same student."""
     if evaluation.part == "after":
         return nullcontext()
     made_from = {"before": initial_student(evaluation.context), "evaluate": evaluation_inputs(evaluation.context)}
@@ -90,7 +90,7 @@ def _rows_of(evaluation: RunEvaluation, name: str, group: EvaluationGroup) -> Sc
 
 
 def _origin(context: RunContext) -> tuple[str | None, str | None]:
-    """Hub id and licence of the model whose weights the student began as, where they are known."""
+    """Hub id and licence of the model that the student started from, where they are known."""
     section = context.recipe.student if context.recipe.student.model else context.recipe.teacher
     assert section.model is not None
     source = resolve(section.model, revision=section.revision, weights=False)

@@ -20,7 +20,7 @@ from limbeck.types import Json, Prompt
 
 
 def prompt_inputs(context: RunContext) -> Json:
-    """What decides which prompts there are."""
+    """Inputs of the prompts: their section, and the content of their files."""
     section = asdict(context.recipe.prompts)
     for later in ("template", "chat_options", "too_long", "control_tokens", "loss_on"):
         del section[later]
@@ -33,7 +33,7 @@ def prompt_inputs(context: RunContext) -> Json:
 
 
 def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSet:
-    """The prompts that a recipe names, written down once the answers that groups need are seen to be there."""
+    """Read the prompts of a recipe and write them, with a check for the reference answers that groups need."""
     section = context.recipe.prompts
     problems = ProblemReader(section.problems_of) if section.problems_of else None
     loaded = load_prompts(
@@ -68,7 +68,7 @@ def _read_by_preference(context: RunContext) -> tuple[str, ...]:
 
 
 def _require_known_answers(context: RunContext, prompts: Sequence[Prompt]) -> None:
-    """See that data has the reference answers that groups will need, before anything has worked.
+    """Check that the data has the reference answers that groups will need.
 
     Raises:
         LimbeckError: a held-out prompt has none; names it and its place in the data.

@@ -79,7 +79,7 @@ def _response_inputs(context: RunContext) -> Json:
 
 
 def captures(context: RunContext) -> bool:
-    """Whether the hidden states that sampling computes anyway are the signal that is wanted."""
+    """Whether the teacher signal is stored while the teacher samples, which computes it anyway."""
     recipe = context.recipe
     here = recipe.base_author == "teacher" and recipe.responses.server is None
     # Several answers to a prompt have one address: only the one that is kept gets a signal.
@@ -172,7 +172,7 @@ def _from_data(
     *,
     loss_on: LossOn,
 ) -> list[Response]:
-    """The data's own answers to some prompts."""
+    """Reference answers of the data, as responses."""
     kept = {prompt.id for prompt in asked}
     return encode_responses(
         [p for p in prompts if p.id in kept],
@@ -194,21 +194,21 @@ def _say_what_is_answered(context: RunContext, prompts: Sequence[Prompt]) -> Non
 
 
 def _answers_train(recipe: Recipe) -> Literal["all", "some", "none"]:
-    """How many of the training prompts are answered before training: the student may write what it trains on itself."""
+    """Number of training prompts that are answered before training; the student may answer the others itself."""
     if recipe.sft_on_responses or recipe.responses.source.trains_on_initial:
         return "all"
     return "some" if recipe.student.init == "depth_prune" and not recipe.student.keep else "none"
 
 
 def _answered(context: RunContext, asked: Sequence[TokenPrompt]) -> tuple[TokenPrompt, ...]:
-    """The prompts that are answered before training: the held-out ones, and of the others what somebody reads."""
+    """The prompts that are answered before training: held-out ones, and training prompts whose responses are used."""
     most = {"all": len(asked), "some": CALIBRATION_RESPONSES, "none": 0}[_answers_train(context.recipe)]
     train = [p for p in asked if p.split == "train"][:most]
     return (*train, *(p for p in asked if p.split == "heldout"))
 
 
 def _is_empty(response: Response) -> bool:
-    """Nothing, or nothing but the end."""
+    """Whether a response has no tokens beside its end."""
     return response.tokens <= (response.stop == "eos")
 
 
@@ -238,7 +238,7 @@ def _token_prompts(
 def _sample(
     context: RunContext, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int = 0
 ) -> tuple[list[Response], Json]:
-    """The teacher's answers and what the manifest says of them, batch by batch; none on disk is sampled again.
+    """Responses of the teacher and their record for the manifest; batches on disk are not sampled again.
 
     While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.
 
@@ -289,7 +289,7 @@ def sampler_for(
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """Any real token pads as well as another, since nothing ever attends to it or is scored on it."""
+    """Id of the padding token; any real token will do, since nothing attends to it or is scored on it."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
@@ -297,7 +297,7 @@ def pad_token_id(tokenizer: Any) -> int:
 def sampling_meter(
     context: RunContext, label: str, responses: int, done: int = 0
 ) -> Iterator[Callable[[SamplingProgress], None]]:
-    """A bar over answers that also says how many tokens are written a second."""
+    """Progress bar over answers that also shows tokens per second."""
     started = time.monotonic()
     with context.console.meter(label, responses, "answers", done) as meter:
         ended = 0
@@ -318,7 +318,7 @@ def load_responses(context: RunContext, split: Split) -> dict[int, Response]:
 
 
 def load_sft_answers(context: RunContext) -> list[Response]:
-    """The data's answers that a first stage is taught from, without empty ones."""
+    """The data's answers that a first stage trains on, without empty ones."""
     return [r for r in read_responses(context.run.responses / "sft.jsonl") if r.response_ids]
 
 

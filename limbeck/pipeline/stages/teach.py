@@ -1,4 +1,4 @@
-"""Stage 3: what the teacher says of every response token, written once."""
+"""Stage 3: the teacher signal of every response token, stored once."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def _hidden_states(teacher: Teacher, responses: Mapping[int, Response], rows: Se
 
 
 def _scores_train(context: RunContext) -> bool:
-    """Whether anybody asks what the teacher says of the training responses that are there before training."""
+    """Whether the teacher scores the training responses that were written before training."""
     return not context.recipe.on_policy or context.recipe.sft_on_responses
 
 
 def open_teacher(context: RunContext) -> SignalSource:
-    """What training and evaluation ask: what is on disk, or the teacher itself where the recipe keeps nothing."""
+    """Source of teacher signals for training and evaluation: files, or the teacher where nothing is stored."""
     if context.recipe.teacher.cache:
         form = sparse_form(context.recipe)
         temperatures = () if form is None else form.temperatures

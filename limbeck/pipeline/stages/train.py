@@ -58,7 +58,7 @@ def _student_inputs(context: RunContext) -> Json:
 
 
 def build_initial_student(context: RunContext) -> Student:
-    """The student before training. Which blocks are kept is measured once and remembered in the run directory."""
+    """The student before training. The choice of blocks is measured once and kept in the run directory."""
     section, blocks = context.recipe.student, context.run.root / "blocks.json"
     if section.init == "depth_prune" and not section.keep and not blocks.exists():
         with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
@@ -104,7 +104,7 @@ def _of_teacher(context: RunContext, spec: StudentSpec) -> tuple[StudentSpec, Lo
 
 
 def _measured(blocks: Path) -> Json:
-    """What was measured of the teacher's blocks."""
+    """The block scores of the teacher."""
     kinds = {"keep": list, "removed": list, "influence": list, "path": list, "criterion": str}
     return read_fields(blocks, kinds)
 
@@ -157,7 +157,7 @@ def _run_student(context: RunContext) -> Json:
 
 
 def _asks_teacher(context: RunContext) -> bool:
-    """Whether the teacher itself works while the student trains."""
+    """Whether the teacher runs during training."""
     recipe = context.recipe
     plans = [loss_plan_of(recipe)] + ([] if recipe.sft is None else [sft_loss_plan(recipe, recipe.sft)])
     uncached = not recipe.teacher.cache and any(plan.needs_teacher for plan in plans)
@@ -165,7 +165,7 @@ def _asks_teacher(context: RunContext) -> bool:
 
 
 def _run_sft(context: RunContext, student: Student, section: SftSection, should_stop: Callable[[], bool]) -> None:
-    """The first stage, on what was written before training; its last checkpoint is where the training begins."""
+    """Run the first stage, on responses written before training; training starts from its last checkpoint."""
     recipe, run = context.recipe, context.run
     settings = replace(
         recipe.train,
@@ -198,7 +198,8 @@ def _run_sft(context: RunContext, student: Student, section: SftSection, should_
 
 
 def _sft_responses(context: RunContext, section: SftSection, *, vocab_size: int) -> tuple[list[Response], SignalSource]:
-    """What the first stage is taught from, and who says what of it. Nothing is kept of the data's answers on disk."""
+    """Responses of the first stage, and the source of their teacher signals, which are not stored for the data's
+    answers."""
     if not context.recipe.sft_on_data:
         by_row = load_responses(context, "train")
         if not context.recipe.teacher.cache and not sft_loss_plan(context.recipe, section).needs_teacher:
@@ -209,7 +210,7 @@ def _sft_responses(context: RunContext, section: SftSection, *, vocab_size: int)
 
 
 def _search_learning_rate(context: RunContext, student: Student, should_stop: Callable[[], bool]) -> None:
-    """The learning rate of the training proper, searched before the first stage on what was written before both."""
+    """Search the learning rate of the main training before the first stage, on responses written before training."""
     recipe, run = context.recipe, context.run
     by_row, _ = _trained_and_aside(context)
     loss_plan, vocab_size = trial_loss_plan(recipe), real_vocab_size(student.tokenizer)
@@ -229,7 +230,7 @@ def _search_learning_rate(context: RunContext, student: Student, should_stop: Ca
 
 
 def _run_training(context: RunContext, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:
-    """The training proper."""
+    """Run the main training."""
     recipe, run = context.recipe, context.run
     by_row, aside = _trained_and_aside(context)
     if recipe.train.eval_steps and not aside:
@@ -334,7 +335,7 @@ def _bits(context: RunContext, student: Student) -> Json:
 
 
 def _anatomy(blocks: Path) -> Json:
-    """Which blocks of the teacher were kept and how much each had mattered, where blocks were cut."""
+    """Which blocks of the teacher were kept, and the score of each, where blocks were removed."""
     if not blocks.exists():
         return {}
     measured = _measured(blocks)
