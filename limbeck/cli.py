@@ -392,7 +392,7 @@ def init(
     load_recipe(template)
     text = (resources.files("limbeck.recipe") / "shipped" / f"{template}.yaml").read_text("utf-8")
     path.write_text(text, "utf-8")
-    print(f"wrote {path}; play it with: limbeck run {path}")
+    print(f"wrote {path}; run it with: limbeck run {path}")
 
 
 @app.command()

@@ -111,7 +111,7 @@ class TestRuns:
         finished = limbeck.run("run", tiny.recipe(run))
         assert finished.code == 0 and finished.stdout == f"{run / 'report.html'}\n"
         first, *lines = finished.stderr.splitlines()
-        step = "4 responses a step (4 per device x 1 accumulated x 1 process)"
+        step = "4 responses per step (4 per device x 1 accumulated x 1 process)"
         assert first == f"launch: 1 process, wrapper none; {step}"
         for line in lines:
             assert re.match(rf"({'|'.join(STAGES)}): |depth pruning \d", line), line

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,10 +75,27 @@ IDENTIFIERS = {
     "_Trouble": "_RetryableError",
     "_propose": "_draft",
     "_refuse_teacher": "_require_teacher",
+    "_judge_again": "_score_again",
+    "_play_all": "_run_all",
+    "_play_stage": "_run_stage",
+    "_story": "_facts, _context",
     "author_of": "response_source_of",
+    "conductor": "runner",
+    "crew": "pool",
     "crew_of": "worker_pool",
+    "inspector": "checker",
+    "judge_BJV": "verifier_BJV",
+    "judge_BKV": "verifier_BKV",
+    "judge_all": "test_all",
+    "ledger": "table",
     "load_teacher": "RunContext.teacher, whose weights() load when first needed",
     "local_teacher": "RunContext.teacher",
+    "moment": "step_settings",
+    "play": "run",
+    "play_sweep": "run_sweep",
+    "player": "executor",
+    "story": "run, facts",
+    "told": "what was set, such as token_options",
     "wish_s": "retry_after_s",
     "write_together": "decode_speculative",
     "writer_of": "decoding_model",
@@ -104,11 +123,13 @@ MODULES = {
     "utils": "the name of what it does",
 }
 
-# What the documentation says otherwise.
+# What documentation, docstrings, comments and messages say otherwise.
 PHRASES = {
     r"story": "run",
     r"play(s|ed|ing)?": "run",
     r"told": "set, given",
+    # The judge is asked about "whoever asked".
+    r"(some|no)body|whoever(?! asked)": "the process, file, user or model that is meant",
     r"the pen": "rollout settings",
     r"(student|code|kernel) of (now|then)": "current, earlier",
     r"speaks?": "generates",
@@ -145,6 +166,12 @@ def phrases(text: str) -> list[str]:
     return [f"{' '.join(said.split())!r}: {word}" for said, word in found]
 
 
+def prose(source: str) -> str:
+    """Docstrings, comments and messages of a module; what stands in backticks is code there, too."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return "\n".join(token.string for token in tokens if token.type in (tokenize.STRING, tokenize.COMMENT))
+
+
 def test_the_glossary_is_short() -> None:
     page = (ROOT / "docs" / "glossary.md").read_text("utf-8")
     words = re.findall(r"^- \*\*([^*]+)\*\*: [A-Z]", page, re.MULTILINE)
@@ -173,6 +200,14 @@ def test_retired_words_stay_away_from_the_documentation(page: Path) -> None:
     assert phrases(page.read_text("utf-8")) == []
 
 
+@pytest.mark.parametrize("room", sorted(path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"))
+def test_retired_words_stay_away_from_the_code(room: str) -> None:
+    path = PACKAGE / room
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        if file.suffix == ".py":
+            assert phrases(prose(file.read_text("utf-8"))) == [], file
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -186,6 +221,11 @@ def test_retired_words_stay_away_from_the_documentation(page: Path) -> None:
 )
 def test_a_retired_identifier_is_found(source: str) -> None:
     assert len(retired(source)) == 1
+
+
+@pytest.mark.parametrize("source", ['"""The story."""', "x = 1  # told so", 'raise ValueError(f"nobody reads {x}")'])
+def test_a_retired_word_in_code_is_found(source: str) -> None:
+    assert len(phrases(prose(source))) == 1
 
 
 @pytest.mark.parametrize("text", ["One value a\ntoken.", "The story ends.", "3 nats a token", "the teacher judges it"])

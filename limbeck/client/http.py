@@ -118,7 +118,7 @@ def _shut_after(connection: HTTPConnection, seconds: float) -> Iterator[_Shut]:
         # The connection forgets its socket once it has handed it to an answer; hence the list.
         for sock in {*shut.watched, connection.sock} - {None}:
             try:
-                # Not SSLSocket's own, which takes its layer away from under whoever reads.
+                # Not SSLSocket's own, which closes its layer while another thread reads.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
             except OSError:
                 continue

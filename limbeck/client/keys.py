@@ -50,7 +50,7 @@ def read_key(name: str | None, *, root: str, section: str) -> Key:
     """The key in the environment variable `name`, if it may be sent to the server at `root`.
 
     Raises:
-        LimbeckError: the variable is not set, what it holds can be no key, or nobody at this machine has allowed that a
+        LimbeckError: the variable is not set, its value cannot be a key, or no user of this machine has allowed that a
             key leaves it for that host.
     """
     if name is None:

@@ -123,7 +123,7 @@ class Server:
         """The name to ask with: `wanted`, or the only model there is.
 
         An absolute path is a folder on the server's machine that need not be listed (transformers serve): it is taken
-        as it is, like any name where the server keeps no list, and the first request tells.
+        as it is, like any name where the server keeps no list, and the first request shows whether it is right.
 
         Raises:
             LimbeckError: not offered, or none wanted and not exactly one offered.
@@ -172,7 +172,7 @@ class Server:
         if isinstance(answer, ConnectionFailed):
             return self._connection_error(answer, key)
         # From here on nothing holds the key, whatever the server has repeated.
-        return self._judge(ReplyText.of(answer, key), asked_for_a_list=data is None)
+        return self._outcome(ReplyText.of(answer, key), asked_for_a_list=data is None)
 
     def _connection_error(self, broken: ConnectionFailed, key: Key) -> _RetryableError:
         if broken.kind == "untrusted":
@@ -194,7 +194,7 @@ class Server:
         what = "cut the connection off in the middle of an answer"
         return _RetryableError(what=what, remedy="look at the server's log; the same command then continues")
 
-    def _judge(self, said: ReplyText, *, asked_for_a_list: bool) -> Json | Refusal | _RetryableError:
+    def _outcome(self, said: ReplyText, *, asked_for_a_list: bool) -> Json | Refusal | _RetryableError:
         status = said.status
         if 200 <= status < 300:
             if isinstance(said.reply, dict):

@@ -100,9 +100,9 @@ def main_columns(columns: Mapping[str, Column], metric: str | None) -> list[Colu
 
 def rank(column: Column) -> Ranking:
     """Arms by a metric: less first where less is better, or where the distance from the teacher's value counts."""
-    judged = column.judged
-    order = sorted(range(len(column.arms)), key=lambda n: column.sign * judged.mean(n))
-    pairs = judged.pairs
+    ranked = column.ranked
+    order = sorted(range(len(column.arms)), key=lambda n: column.sign * ranked.mean(n))
+    pairs = ranked.pairs
     marks = letters(order, pairs) if len(order) <= MOST_LETTERED else {}
     estimates = [column.resampled.estimate(n) for n in range(len(column.arms))]
     low, high = _span(estimates, column.teacher if column.about.better == "match" else None)
@@ -132,7 +132,7 @@ def rank(column: Column) -> Ranking:
                 ),
             )
         )
-    winner = len(lines) > 1 and not any(line.best for line in lines[1:]) and not judged.alone
+    winner = len(lines) > 1 and not any(line.best for line in lines[1:]) and not ranked.alone
     teacher = column.teacher
     return Ranking(
         name=column.name,
@@ -187,7 +187,7 @@ def _verdict(column: Column, lines: list[RankedArm], winner: bool) -> str:
     label = column.about.label
     if len(lines) < 2:
         return f"Only {lines[0].arm.name} was measured by {label}"
-    if column.judged.alone:
+    if column.ranked.alone:
         return f"{lines[0].arm.name} leads by {label}, on one example: nothing can be said about its spread"
     unit = f" {column.about.unit}" if column.about.unit else ""
     if winner:

@@ -162,7 +162,7 @@ def _from_line(line: Mapping[str, Any], folders: Sequence[Path], home: Path) -> 
         tuning=line.get("tuning") is True,
         keys=keys if isinstance(keys, dict) else {},
     )
-    return member if state != "done" else _judged(member)
+    return member if state != "done" else _with_state(member)
 
 
 def _directory(named: str, folders: Sequence[Path], home: Path) -> Path | None:
@@ -184,10 +184,10 @@ def _from_folder(folder: Path) -> ComparedRun:
     run = read_run(folder)
     seed = number(run.recipe, "train.seed")
     member = ComparedRun(arm="", seed=int(seed or 0), place=folder.as_posix(), run=run, state="done")
-    return _judged(member)
+    return _with_state(member)
 
 
-def _judged(member: ComparedRun) -> ComparedRun:
+def _with_state(member: ComparedRun) -> ComparedRun:
     """Done where the student was evaluated after training; else as far as it has come."""
     run = member.run
     if run is not None and value_at(run.scores, "after"):

@@ -66,7 +66,7 @@ def _plate(column: Column, key: str) -> Figure | None:
         value = _number(arm, key)
         if value is not None:
             lines.setdefault(_without(arm.name, key) or "all", []).append((value, n))
-    pairs = column.judged.pairs
+    pairs = column.ranked.pairs
     tones = {name: turn if turn < COLOR_COUNT else GREY for turn, name in enumerate(lines)}
     curves = [_curve(name, sorted(own), column, pairs, tones[name]) for name, own in lines.items()]
     values = [v for curve in curves for p in curve.points for v in (p.low, p.y, p.high) if v is not None]
@@ -99,7 +99,7 @@ def _curve(
     pairs: Mapping[tuple[int, int], ComparedPair],
     tone: int,
 ) -> Curve:
-    leader = min((n for _, n in own), key=lambda n: column.sign * column.judged.mean(n))
+    leader = min((n for _, n in own), key=lambda n: column.sign * column.ranked.mean(n))
     sheet, points, band = column.resampled.sheet, [], []
     for value, n in own:
         found = column.resampled.estimate(n)

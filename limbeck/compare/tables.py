@@ -31,7 +31,7 @@ class Column:
         arms: the arms by number in the sheet.
         places: of each run of the sheet, its directory.
         resampled: estimates and differences of the metric itself.
-        judged: the same of the value that arms are ranked by: the distance from the teacher's where the metric is best
+        ranked: the same of the value that arms are ranked by: the distance from the teacher's where the metric is best
             near it, else the metric.
         n: examples.
     """
@@ -41,7 +41,7 @@ class Column:
     arms: tuple[ComparedArm, ...]
     places: tuple[str, ...]
     resampled: Resampled
-    judged: Resampled
+    ranked: Resampled
     teacher: float | None
     n: int
 
@@ -165,12 +165,12 @@ class MetricTables:
             pivotal=name.partition("@")[0] in POOLED,
             share=about.unit in ("", "F1") and bool(value_R.min() >= 0 and value_R.max() <= 1),
         )
-        judged, teacher = sheet, None if isinstance(target, Mapping) else target
+        ranked, teacher = sheet, None if isinstance(target, Mapping) else target
         if isinstance(target, Mapping):
             teacher = float(np.mean([target[place][0] for place in places if place in target]))
         if about.better == "match" and target is not None:
             theirs = [target[place] if isinstance(target, Mapping) else (target, target) for place in places]
-            judged = replace(
+            ranked = replace(
                 sheet,
                 value_R=abs(value_R - np.array([value for value, _ in theirs])),
                 drawn_BR=abs(drawn_BR - np.stack([np.broadcast_to(d, len(drawn_BR)) for _, d in theirs], axis=1)),
@@ -178,7 +178,7 @@ class MetricTables:
         resampled = Resampled(sheet=sheet)
         return Column(
             name=name, about=about, arms=arms, places=places, resampled=resampled,
-            judged=resampled if judged is sheet else Resampled(sheet=judged), teacher=teacher, n=examples,
+            ranked=resampled if ranked is sheet else Resampled(sheet=ranked), teacher=teacher, n=examples,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template: rendering, and where its answer begins."""
+"""The tokenizer's own chat template: rendering, and the place where the answer begins."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Rendering:
 
 
 def require_asked(name: str, rendering: Rendering, prompt: Prompt, text: str) -> None:
-    """Check that a rendered prompt holds what was said to the assistant, and the tools that it is offered.
+    """Check that a rendered prompt holds the text of its turns, and the tools that it offers.
 
     Raises:
         LimbeckError: it does not; templates of vision models leave plain text out.
@@ -173,7 +173,7 @@ def text_after_answer(name: str, rendering: Rendering, prompt: str, conversation
 
     Raises:
         LimbeckError: it is not. Reasoning templates open the answer with a thought when they ask and leave it out, or
-            write an empty one, when they tell: training on that would teach another format than the one sampled from.
+            write an empty one: training on that would teach another format than the one sampled from.
     """
     where = f"prompt {name}: {rendering.where}"
     if not conversation.startswith(prompt):
@@ -203,5 +203,5 @@ def text_after_answer(name: str, rendering: Rendering, prompt: str, conversation
         return answer.rpartition(completion)[2]
     before, behind = rendering.usual_edges
     if not thought and before.strip() and answer.startswith(before.lstrip()):
-        raise LimbeckError(f"{where} changes the answer (it begins with {before!r}, which nobody said); {_NO_THINKING}")
+        raise LimbeckError(f"{where} changes the answer (it begins with {before!r}, not in the data); {_NO_THINKING}")
     return behind if answer.endswith(behind) else last_run(answer, rendering.control)

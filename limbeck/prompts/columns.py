@@ -53,7 +53,7 @@ class ColumnTally:
 
     Attributes:
         ignore: columns to leave out as if they were not there; `messages.weight` is a field of the turns of `messages`.
-        unread: rows in which a column holds something that nobody reads, by its name.
+        unread: number of rows in which a column that is not read holds a value, by its name.
     """
 
     ignore: Sequence[str] = ()
@@ -61,7 +61,7 @@ class ColumnTally:
     _met: set[str] = field(default_factory=set)
 
     def kept(self, placed: PlacedRow) -> ReadRow:
-        """The row without what is ignored.
+        """The row without ignored columns.
 
         Raises:
             LimbeckError: a column of a method that is not implemented.
@@ -85,7 +85,7 @@ class ColumnTally:
         return ReadRow(row)
 
     def count(self, row: ReadRow) -> None:
-        """Note what a row holds that was not asked for."""
+        """Count the columns of a row that were not read."""
         names = [name for name, value in row.items() if name not in row.read and _says(value)]
         names += {f"{c}.{key}" for c, key in _turn_fields(row) if c in row.read and key not in _READ_IN_TURNS}
         instances: Any = dict.get(row, "instances") if "instances" in row.read else None
@@ -93,7 +93,7 @@ class ColumnTally:
         self.unread.update(names)
 
     def finish(self) -> None:
-        """Check that everything that is ignored was there: a name that is misspelt would change nothing, silently.
+        """Check that every ignored column exists: a misspelt name would change nothing, silently.
 
         Raises:
             LimbeckError: it was not.
@@ -106,13 +106,13 @@ class ColumnTally:
 
 
 def unread_line(unread: Mapping[str, int], rows: int) -> str:
-    """The columns that nobody reads, for the console."""
+    """Line for the console about columns that are not read."""
     shown = [
         quoted(name) + ("" if count == rows else f" (in {count} of {rows} rows)")
         for name, count in list(unread.items())[:_SHOWN]
     ]
     more = f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
-    return f"prompts: columns that nobody reads: {', '.join(shown)}{more}"
+    return f"prompts: columns that are not read: {', '.join(shown)}{more}"
 
 
 def _unplayed(row: Row) -> Iterator[tuple[str, str]]:
@@ -126,7 +126,7 @@ def _unplayed(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _turn_fields(row: Row) -> Iterator[tuple[str, str]]:
-    """The columns that hold conversations, each with every field that says something in one of its turns."""
+    """The columns that hold conversations, each with the fields that hold a value in one of its turns."""
     for column, value in row.items():
         turns = [turn for turn in value if isinstance(turn, Mapping)] if _is_list(value) else []
         if any("role" in turn or "from" in turn for turn in turns):
@@ -134,7 +134,7 @@ def _turn_fields(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _unread_in_instance(one: Mapping[str, Any]) -> list[str]:
-    """What a pair of self-instruct holds that is not read: of two answers that is the second."""
+    """Fields of a self-instruct pair that are not read: the second of two answers."""
     twice = _says(one.get("output")) and _says(one.get("response"))
     read = {"input", "context", "output"} | (set() if twice else {"response"})
     return [key for key, value in one.items() if key not in read and _says(value)]
@@ -149,5 +149,5 @@ def _is_list(value: Any) -> bool:
 
 
 def _says(value: Any) -> bool:
-    """Whether a value is there: null and empty ones are not."""
+    """Whether a value is neither null nor empty."""
     return value is not None and value != "" and not (isinstance(value, Sequence | Mapping) and not value)

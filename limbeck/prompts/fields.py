@@ -29,7 +29,7 @@ def text_in(row: Row, field: str, where: str) -> str:
 
 
 def prompt_in(row: Row, field: str, where: str) -> str:
-    """The same of a field that must say something.
+    """The text of a field that must not be blank.
 
     Raises:
         LimbeckError: a blank one.

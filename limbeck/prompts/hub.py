@@ -59,7 +59,7 @@ def _why_unreachable(name: str) -> str:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """The libraries as HF_HUB_OFFLINE=1 makes them, for a block: no second try of a network that is not there."""
+    """Set the libraries offline inside the block, as HF_HUB_OFFLINE=1 does, so that no second request is tried."""
     # Where each keeps what it read of the environment when it was imported.
     settings = [import_module(name) for name in ("datasets.config", "huggingface_hub.constants")]
     before = [getattr(module, _OFFLINE) for module in settings]
@@ -74,7 +74,7 @@ def _offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines of the libraries; their bars only where somebody can see them: a download may be long."""
+    """No log lines of the libraries; their progress bars only in a terminal, since a download may be long."""
     bars = [import_module(name) for name in ("datasets.utils.tqdm", "huggingface_hub.utils.tqdm")]
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]

@@ -14,7 +14,7 @@ from limbeck.types import LimbeckError, Message, Prompt
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """One JSON object a line, absent fields left out. The file appears only when it is whole and on disk."""
+    """Write one JSON object per line, without absent fields. The file appears only when it is whole and on disk."""
     with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
 

@@ -1,4 +1,4 @@
-"""Names of prompts in messages: an id is a hash, which nobody finds in their file."""
+"""Names of prompts in messages, with place and text: an id is a hash, which cannot be found in a file."""
 
 from __future__ import annotations
 

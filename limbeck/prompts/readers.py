@@ -1,4 +1,4 @@
-"""Rows of a source, one by one, each with the place an error message names."""
+"""Rows of a source, one by one, each with its place for error messages."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _is_pattern(source: str) -> bool:
 
 
 def _local(source: str) -> list[Path]:
-    """The file, the folder or the files of a pattern that a source names; nothing for what is not here."""
+    """The file, the folder or the files of a pattern that a source names; empty where the source is not local."""
     path = Path(source).expanduser()
     if path.exists():
         return [path]
@@ -124,7 +124,7 @@ def _read_file(path: Path) -> Iterator[PlacedRow]:
         yield from _read_parquet(path)
         return
     if path.suffix not in _SUFFIXES:
-        raise LimbeckError(f"{path} is not one of {', '.join(_SUFFIXES)}; convert it to one JSON object a line")
+        raise LimbeckError(f"{path} is not one of {', '.join(_SUFFIXES)}; convert it to one JSON object per line")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -153,14 +153,15 @@ def _parse(data: bytes, where: str, lines: int | None) -> Any:
     except json.JSONDecodeError as error:
         place = f"{where}, column {error.colno}" if lines else f"{where}, line {error.lineno}, column {error.colno}"
         raise LimbeckError(
-            f"{place}: malformed JSON ({error.msg}), expected one object a line, or an array of objects in a .json file"
+            f"{place}: malformed JSON ({error.msg}), expected one object per line, or an array of objects in "
+            "a .json file"
         ) from None
     except (ValueError, RecursionError) as error:
         raise LimbeckError(f"{where}: unreadable JSON ({error}), expected an object with text fields") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Of a field that stands there twice, which JSON allows, nobody knows which one is meant."""
+    """A JSON object. A field that is there twice, which JSON allows, is refused, since either could be meant."""
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = next(name for name in row if sum(name == key for key, _ in pairs) > 1)

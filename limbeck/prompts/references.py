@@ -1,4 +1,4 @@
-"""Reference answers, for whatever cannot do without them."""
+"""Checks for reference answers where they are needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def require_references(prompts: Sequence[Prompt], remedy: str) -> dict[str, tupl
 
 
 def require_answers_for_sft(prompts: Sequence[Prompt]) -> None:
-    """See that a first stage that is taught from the data's answers has them, before the teacher has answered anything.
+    """Check that every prompt of a first stage on the data's answers has one, before the teacher samples anything.
 
     Raises:
         LimbeckError: a training prompt has none; names it and its place in the data.

@@ -1,4 +1,4 @@
-"""The chat template that a student is saved with: whoever applies it gets the text that the student was trained on."""
+"""The chat template that a student is saved with: applying it gives the text that the student was trained on."""
 
 from __future__ import annotations
 

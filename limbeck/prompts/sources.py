@@ -26,7 +26,7 @@ class PromptSet:
         rows: rows of the source.
         duplicates: examples dropped because their prompt had been read before.
         limited: prompts left out by `limit`.
-        unread: rows in which a column holds something that nobody reads, by its name.
+        unread: number of rows in which a column that is not read holds a value, by its name.
     """
 
     source: str
@@ -46,7 +46,7 @@ class PromptSet:
         return sum(prompt.completion is not None for prompt in self.prompts)
 
     def counts(self) -> dict[str, int]:
-        """For the run's record and the console."""
+        """Counts for the run's record and the console."""
         split = Counter(prompt.split for prompt in self.prompts)
         return {
             "rows": self.rows,

@@ -1,4 +1,4 @@
-"""From prompts to token ids, exactly as the tokenizer's own chat template gives them.
+"""Token ids of prompts, exactly as the tokenizer's own chat template gives them.
 
     chat     apply_chat_template(..., add_generation_prompt=True); a text becomes a user turn
     alpaca   the Alpaca wording of (instruction, input)

@@ -63,7 +63,7 @@ _FORMS = tuple(CallForm(as_text, content) for as_text in (False, True) for conte
 
 
 def call_form(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> CallForm:
-    """The form that the tokenizer's template reads, found by rendering one call; the first where nobody calls a tool.
+    """The form that the tokenizer's template reads, found by rendering one call; the first where no tool is called.
 
     Raises:
         LimbeckError: the template writes a call in none.

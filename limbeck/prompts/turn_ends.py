@@ -1,4 +1,4 @@
-"""The token that ends an answer, and what templates write behind it."""
+"""The token that ends an answer, and the text that templates write after it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _pattern(control: Mapping[int, str]) -> re.Pattern[str] | None:
 
 
 def end_of_text(where: str, ending: str, control: Mapping[int, str]) -> int:
-    """Characters of what stands behind an answer, up to and including the token that ends the turn.
+    """Number of characters after an answer up to and including the token that ends the turn.
 
     That is the first unbroken run of control tokens: Cohere ends a response and then its turn, Phi-3 the turn alone.
     What a template writes behind it (a line break, Phi-3's end of the whole text) no model is asked to write.
@@ -49,7 +49,7 @@ def last_run(text: str, control: Mapping[int, str]) -> str:
 
 
 def end_token(ending: str, control: Mapping[int, str]) -> int | None:
-    """The id of the token that ends the turn, given what stands behind an answer; None where there is none."""
+    """Id of the token that ends the turn, found in the text after an answer; None where there is none."""
     pattern = _pattern(control)
     found = pattern.search(ending) if pattern else None
     if found is None:

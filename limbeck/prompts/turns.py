@@ -1,6 +1,6 @@
-"""Turns that the model itself would write of a conversation: the text of each assistant turn, with its end.
+"""The turns of a conversation that the model writes: the text of each assistant turn, with its end.
 
-A turn is asked with the rendered conversation before it, as in use, and told with the conversation up to it. Where the
+A turn is found by rendering the conversation before it, as in use, and the conversation up to it. Where the
 whole conversation holds every turn just so, it is one response whose other tokens are context. Templates that write an
 earlier turn otherwise than the last one (Qwen3 drops its thought, Mistral moves the tools) have no such text: there
 each turn becomes a response of its own, asked exactly as the model would be.
@@ -44,7 +44,7 @@ def answer_of(prompt: Prompt) -> dict[str, Any]:
 
 
 def conversation_of(prompt: Prompt) -> Turns:
-    """Prompt and reference answer as one conversation, without white space around what the assistant says."""
+    """Prompt and reference answer as one conversation, without white space around the assistant's text."""
     turns = [*turns_of(prompt), answer_of(prompt)]
     return [{**t, "content": t["content"].strip()} if t["role"] == "assistant" else t for t in turns]
 

@@ -1,4 +1,4 @@
-"""Checks across keys of a recipe: mistakes that no single key shows."""
+"""Checks of keys of a recipe that do not go together."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def _check_draft(recipe: Recipe) -> None:
 
 
 def _check_axes(recipe: Recipe) -> None:
-    """Temperature and support: what excludes what."""
+    """Check temperature and support against each other."""
     objective, teacher = recipe.objective, recipe.teacher
     apart = next((s for s in ("teacher_temperature", "student_temperature") if getattr(objective, s) is not None), None)
     for moving in ("temperature_end", "temperature_adapt"):
@@ -217,7 +217,7 @@ def _check_axes(recipe: Recipe) -> None:
 
 
 def _check_source(recipe: Recipe) -> None:
-    """What a response source cannot be together with."""
+    """Check the response source against the other keys."""
     recipe.responses.source.check(
         max_new_tokens=recipe.responses.max_new_tokens,
         per_device_train_batch_size=recipe.train.per_device_train_batch_size,
@@ -225,7 +225,7 @@ def _check_source(recipe: Recipe) -> None:
 
 
 def _check_policy(recipe: Recipe) -> None:
-    """A policy gradient is one of the student as it samples."""
+    """Check that policy gradients are taken of responses that the student samples."""
     objective, contrast, source = recipe.objective, recipe.contrast, recipe.responses.source
     rule = (contrast.rule or {}).get("name")
     if recipe.sft is not None and _names(recipe.sft.objective, "opd"):
@@ -243,7 +243,7 @@ def _check_policy(recipe: Recipe) -> None:
         return
     if not isinstance(source, OnPolicyOptions) or not _may_push(source, what):
         raise LimbeckError(
-            f"{what} is a gradient over responses that the student of now wrote, but responses.source="
+            f"{what} is a gradient over responses that the current student wrote, but responses.source="
             f"{source_name(source)}; set responses.source=student"
         )
     if source.bias is not None and rule not in ("minillm", "importance"):
@@ -265,7 +265,7 @@ def _check_policy(recipe: Recipe) -> None:
 
 
 def _may_push(source: SourceOptions | type[SourceOptions], what: str) -> bool:
-    """Whether a policy gradient may be one of the responses of this source."""
+    """Whether policy gradients may be taken of this source's responses."""
     if what.startswith("contrast.student"):
         # With an objective of their own the student's may stand beside others, else these would be pushed too.
         return source.pure and not source.replays
@@ -273,19 +273,19 @@ def _may_push(source: SourceOptions | type[SourceOptions], what: str) -> bool:
 
 
 def _stale(source: OnPolicyOptions, what: str) -> LimbeckError:
-    """Responses of an earlier student are another's: their tokens need weights."""
+    """Check that responses of an earlier student have importance weights."""
     lived = f".refresh={source.refresh}" if source.refresh else f"={source_name(source)}"
     fresh = [name for name, member in SOURCES.items() if _may_push(member, what) and not member.whole_epochs]
     remedy = f"={' or '.join(fresh)}" if source.whole_epochs else ".refresh=step"
     return LimbeckError(
-        f"{what} is a gradient over responses that the student of now wrote, but with responses.source{lived} they are "
-        f"used for many steps; set responses.source{remedy}, or weigh the tokens with "
+        f"{what} is a gradient over responses that the current student wrote, but with responses.source{lived} they "
+        f"are used for many steps; set responses.source{remedy}, or weigh the tokens with "
         "contrast.rule={name: importance}"
     )
 
 
 def _check_untempered(recipe: Recipe) -> None:
-    """MiniLLM's two parts are one gradient at temperature 1 alone: the policy gradient knows no other."""
+    """Check that MiniLLM's objective has temperature 1, at which its two parts are one gradient."""
     for key, plain in (
         ("temperature", (1.0,)),
         ("teacher_temperature", (None, 1.0)),
@@ -319,7 +319,7 @@ def _writing_students() -> str:
 
 
 def _check_contrast(recipe: Recipe) -> None:
-    """What tells the student's responses from others needs a student that writes."""
+    """Check that keys about the student's responses come with a source in which the student writes."""
     contrast = recipe.contrast
     if not recipe.on_policy:
         for key, there in (("student", contrast.student is not None), ("beta", contrast.beta != "none")):

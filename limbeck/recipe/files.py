@@ -1,4 +1,4 @@
-"""Where recipes and sweeps come from: the YAML files of the package, and those of users."""
+"""The YAML files of recipes and sweeps: those of the package, and those of users."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ def read_yaml(source: str | Path, kind: DocumentKind) -> dict[str, Any]:
 
 def _other_kind(source: str, kind: DocumentKind) -> LimbeckError:
     if kind == "recipe":
-        return LimbeckError(f"{source} is a sweep, not a recipe; play it with: limbeck sweep {source}")
-    return LimbeckError(f"{source} is a recipe, not a sweep; play it with: limbeck run {source}")
+        return LimbeckError(f"{source} is a sweep, not a recipe; run it with: limbeck sweep {source}")
+    return LimbeckError(f"{source} is a recipe, not a sweep; run it with: limbeck run {source}")

@@ -1,4 +1,4 @@
-"""Keys of a recipe that change nothing, as their annotations say; fingerprints and comparisons both ask here."""
+"""Keys of a recipe without effect on results, by their annotations; read by fingerprints and comparisons."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Recipes: what a run is asked to do. Typed sections, YAML in and out, dotted overrides, unknown keys refused.
+"""Recipes: the settings of a run. Typed sections, YAML in and out, dotted overrides, unknown keys refused.
 
-A recipe is one YAML file; its sections are the stages of the story in their order. `load_recipe` merges file and
+A recipe is one YAML file; its sections are the stages of a run, in order. `load_recipe` merges file and
 overrides and validates them; every mistake is one `LimbeckError` line that names the key and the remedy.
 """
 
@@ -40,7 +40,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def recipe_tree(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What `load_recipe` validates: the recipe as written, with the overrides on top.
+    """The recipe as written, with the overrides on top, before `load_recipe` validates it.
 
     Raises:
         LimbeckError: unknown recipe, broken YAML, or an override without a value.
@@ -114,7 +114,7 @@ def signal_temperatures(recipe: Recipe) -> tuple[float, ...]:
 
 
 def objective_of(recipe: Recipe) -> Any:
-    """The recipe's objective from the registry; its unknown options are refused with the suggestion known one."""
+    """The recipe's objective from the registry; unknown options are refused with the nearest known one."""
     from limbeck.objectives import OBJECTIVES
     from limbeck.objectives import build_objective as build
 
@@ -141,7 +141,7 @@ def named_objective(where: str, options: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def at(key: str) -> Iterator[None]:
-    """Let what is refused inside the block say where in the recipe it stands."""
+    """Add the place in the recipe to errors that are raised inside the block."""
     try:
         yield
     except LimbeckError as error:

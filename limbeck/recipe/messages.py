@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in words: the key, what it got, what was expected, the nearest known key."""
+"""Messages about mistakes in a recipe: the key, what it got, what was expected, the nearest known key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _explain(mistake: Any, path: str, known: Sequence[str]) -> str:
 
 
 def _as_list(path: str, value: object) -> str:
-    """How a value that stands alone is written where a list of such values is expected."""
+    """A single value, written as a list, where a list of such values is expected."""
     if not isinstance(value, str | int | float) or len(str(value)) > 40:
         return ""
     inner = json.dumps(value, ensure_ascii=False)

@@ -21,18 +21,18 @@ def source_name(source: SourceOptions) -> str:
 
 
 def initial_author_of(source: object, otherwise: object) -> object:
-    """Who wrote the responses that were there before training, of what stands in the recipe of a run."""
+    """Author of the responses that were written before training, by the recipe of a run."""
     return (_member(source) or SourceOptions).initial_author or otherwise
 
 
 def sampled_before(source: object) -> bool:
-    """Whether the responses are the teacher's alone, so that `responses.temperature` and the like say how."""
+    """Whether all responses are sampled from the teacher, so that `responses.temperature` and the like apply."""
     member = _member(source) or SourceOptions
     return not member.on_policy and member.initial_author == "teacher"
 
 
 def credit_of(source: object) -> str:
-    """Who wrote the responses, as a model card says it."""
+    """Authors of the responses, in the words of the model card."""
     return (_member(source) or SourceOptions).credit or f"from the source {source}"
 
 

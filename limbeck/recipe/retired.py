@@ -1,4 +1,4 @@
-"""Keys that recipes had under other names: refused with the names of today."""
+"""Keys that recipes had under other names: refused with the current names."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class RetiredKeyError(LimbeckError):
 
 
 def refuse_retired(tree: Mapping[str, Any]) -> None:
-    """Refuse a recipe with a key of another name.
+    """Refuse a recipe with a retired key.
 
     Raises:
-        RetiredKeyError: names the keys of today.
+        RetiredKeyError: with the current names.
     """
     found = list(_retired(tree, ""))
     if found:

@@ -1,4 +1,4 @@
-"""The sections of a recipe: typed, strict, in the order of the story. Their docstrings are in its JSON schema."""
+"""The sections of a recipe: typed, strict, in the order of the stages. Their docstrings are in its JSON schema."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class StudentSection:
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     freeze_embeddings: bool = False
-    """Leave input and output embeddings as they are: a pruned student speaks its teacher's language already."""
+    """Leave input and output embeddings as they are: a pruned student has those of its teacher."""
     lora: LoraSection | None = None
     """Train low-rank adapters instead of all weights; merged when the student is saved."""
     quantize: QuantizeSection | None = None
@@ -213,8 +213,8 @@ class ObjectiveSection:
     temperature_shape: Literal["linear", "cosine"] = "cosine"
     """The way there."""
     temperature_adapt: NonNegative | None = None
-    """One temperature a token around the loss temperature, by how far apart the two models are there (AdaKD's strength,
-    0.5 in the paper); null gives all tokens the same."""
+    """One temperature per token around the loss temperature, by how far apart the two models are there (AdaKD's
+    strength, 0.5 in the paper); null gives all tokens the same."""
     schedule: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Options of the objective that move in a line over training, such as {progress: [0.4, 1.0]} for taid."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -222,7 +222,7 @@ class ObjectiveSection:
 
 @dataclass(config=STRICT, kw_only=True)
 class ContrastSection:
-    """Which objective, with which weight, for whose response; `objective` is for the teacher's (and the data's)."""
+    """Objectives and weights by author of the response; `objective` is for the teacher's (and the data's)."""
 
     student: dict[str, Any] | None = None
     """The objective for the student's own responses, such as {name: srkl, alpha: 0.1}; null takes the same one."""
@@ -239,7 +239,7 @@ class ContrastSection:
 
 @dataclass(config=STRICT, kw_only=True)
 class SftSection:
-    """A first stage on responses that are there before training, or on the data's; then the training proper begins."""
+    """A first stage on responses written before training, or on the data's; the main training follows."""
 
     source: Literal["responses", "data"] = "responses"
     """What it is taught from: the responses that are there before training (responses.initial_author), or the data's
@@ -349,17 +349,17 @@ class Recipe:
 
     @property
     def base_author(self) -> InitialAuthor:
-        """Who wrote the responses that are there before training."""
+        """Author of the responses that are written before training."""
         return self.responses.source.initial_author or self.responses.initial_author
 
     @property
     def sft_on_data(self) -> bool:
-        """Whether a first stage is taught from answers of the data that nothing else is taught from."""
+        """Whether a first stage trains on answers of the data that the main training does not use."""
         return self.sft is not None and self.sft.source == "data" and self.base_author != "data"
 
     @property
     def sft_on_responses(self) -> bool:
-        """Whether a first stage is taught from the responses that are there before training."""
+        """Whether a first stage trains on the responses that are written before training."""
         return self.sft is not None and not self.sft_on_data
 
     @property

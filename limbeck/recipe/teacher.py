@@ -1,4 +1,4 @@
-"""The section `teacher` of a recipe: who teaches, where it is and how much it says."""
+"""The section `teacher` of a recipe: the model, its location, and the support of its signal."""
 
 from __future__ import annotations
 

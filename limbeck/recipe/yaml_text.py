@@ -1,4 +1,4 @@
-"""Recipes as text: YAML as people write it, read and written so that what is written is read back the same.
+"""Recipes as text: a strict YAML reader, and a writer whose output is read back the same.
 
 1e-4 is a number; on, off, yes and no, 0123, 0x1f and 2026-01-31 are words; a key twice is an error. Tags, anchors and
 aliases are refused: a recipe is read from top to bottom.

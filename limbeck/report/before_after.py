@@ -1,4 +1,5 @@
-"""The before/after table: each metric's values with intervals, which way it moved, and whether that is sure."""
+"""The before/after table: each metric's values with intervals, the direction of its change, and whether that is
+significant."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ CURVES = (
     ("responses/truncated", "Cut off", "share of responses", True, True),
     ("responses/repeated", "Looping", "share of responses", True, True),
     ("responses/empty", "Empty", "share of responses", True, True),
-    ("responses/length", "Length", "tokens a response", True, True),
+    ("responses/length", "Length", "tokens per response", True, True),
     ("log_q/student", "Log q", "nats/token of its own", False, True),
     ("kl_p99", "99th percentile", "of the divergence", True, True),
     ("share", "Share", "by the student", True, False),

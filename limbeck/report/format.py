@@ -1,4 +1,4 @@
-"""Numbers as people write them, and the sentence that opens the report."""
+"""Formatting of numbers, and the opening sentence of the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def figure(value: float | None, digits: int = 3) -> str:
 
 
 def setting(value: float | None) -> str:
-    """A number that somebody chose: 2.0 as 2, 0.0003 as 0.0003."""
+    """A number from a recipe: 2.0 as 2, 0.0003 as 0.0003."""
     return "n/a" if value is None else f"{value:g}"
 
 
@@ -109,7 +109,7 @@ def name_of(run: Run) -> str:
 
 
 def headline(run: Run) -> str:
-    """What was kept, in one sentence, from what was measured; says so where nothing was."""
+    """The result of the run in one sentence, from its scores; says so where nothing was measured."""
     parts = []
     own, teacher = number(run.student, "parameters"), number(run.student, "teacher_parameters")
     ratio = share_of_teacher(run.student)

@@ -30,7 +30,7 @@ from limbeck.report.read_run import Run, number, read_run, score, value_at
 from limbeck.runtime.files import write_text
 from limbeck.runtime.rundir import RunDirectory
 
-# Only these have a meaning of their own on the hub; a path or a file name would be taken for somebody's repository.
+# Only these have a meaning of their own on the hub; a path or a file name would be taken for a repository.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 OBJECTIVE_NAMES = {"fkl": "forward KL", "rkl": "reverse KL", "csd": "concrete score distillation"}
 
@@ -107,7 +107,7 @@ def metadata(run: Run, *, base_model: str | None, license: str | None, datasets:
 
 
 def _results(run: Run) -> list[dict[str, Any]]:
-    """Every metric of the student after training: an entry for each data set, which is how the hub tells them apart."""
+    """Every metric of the student after training: one entry per data set, as the hub expects."""
     by_dataset: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in evidence(run):
         found = _after(run).get(line.name, {})
@@ -146,7 +146,8 @@ def _source(run: Run) -> str:
 
 
 def _without_folder(name: Any) -> str | None:
-    """A hub id or another name as it is; of a path only the last part, since its folder is nobody else's."""
+    """A hub id or another name as it is; of a path only the last part, since its folder exists on this machine
+    alone."""
     return _hub_id(name) or (Path(name).name if isinstance(name, str) else None)
 
 
@@ -167,7 +168,7 @@ def _meanings(run: Run) -> dict[str, str]:
 
 
 def _origin(run: Run) -> Any:
-    """The model the student's weights began as, None for fresh weights."""
+    """The model that the student's weights started from; None for fresh weights."""
     if value_at(run.recipe, "student.init") == "scratch":
         return None
     return value_at(run.recipe, "student.model") or value_at(run.recipe, "teacher.model")
@@ -187,7 +188,7 @@ def _after(run: Run) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _method(run: Run) -> list[str]:
-    """How the student was made, a sentence each."""
+    """Sentences on how the student was made."""
     said = []
     kept, layers = run.student.get("kept_blocks"), number(run.student, "teacher_layers")
     if isinstance(kept, list) and layers:

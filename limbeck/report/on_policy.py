@@ -1,4 +1,5 @@
-"""Training on the student's own responses: the alarms that went off, and what both authors wrote as it went on."""
+"""Training on the student's own responses: the alarms that went off, and responses of both authors over the
+training."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from limbeck.rollouts.health import loops
 
 Decode = Callable[[list[int]], str]
 
-# A handful of prompts and a few moments of each tell the story; more would bury it.
+# A few prompts, each at a few steps, are enough to see a trend.
 PROMPTS, MOMENTS = 5, 5
 # A longer text shows its beginning and, where loops live, its end.
 BEGINNING, END = 500, 200
@@ -46,7 +47,7 @@ class ShownResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """A prompt, and for each moment of the training (its name, the responses by author)."""
+    """A prompt, and for some points of the training (name of the point, the responses by author)."""
 
     prompt: str
     moments: tuple[tuple[str, Mapping[str, ShownResponse]], ...]
@@ -87,7 +88,7 @@ def _warned(name: str, rows: Sequence[Mapping[str, Any]]) -> RaisedAlarm:
 
 
 def account(run: Run) -> tuple[str, list[str]]:
-    """Account of who wrote what was trained on, a sentence that may be empty, and of what never acted."""
+    """A sentence on how much each author wrote (may be empty), and one for each mechanism that never acted."""
     last = run.steps[-1] if run.steps else {}
     try:
         return summary(last), never_acted(last)
@@ -149,13 +150,13 @@ def _column(row: Mapping[str, Any]) -> str:
     return "student" if row["author"] == "student" else "teacher"
 
 
-def _epoch(moment: Mapping[str, Mapping[str, Any]]) -> int:
+def _epoch(point: Mapping[str, Mapping[str, Any]]) -> int:
     # A step carries how far it brought the training: 1.0 is the end of the first epoch.
-    return math.ceil((number(next(iter(moment.values())), "epoch") or 0.0) - 1e-9)
+    return math.ceil((number(next(iter(point.values())), "epoch") or 0.0) - 1e-9)
 
 
-def _when(moment: Mapping[str, Mapping[str, Any]]) -> str:
-    row = moment.get("student") or next(iter(moment.values()))
+def _when(point: Mapping[str, Mapping[str, Any]]) -> str:
+    row = point.get("student") or next(iter(point.values()))
     epoch = number(row, "epoch")
     where = f"step {row['step']:,.0f}"
     return where if epoch is None else f"epoch {setting(round(epoch, 2))}, {where}"
@@ -165,9 +166,9 @@ def _texts(
     moments: Sequence[Mapping[str, Mapping[str, Any]]], decode: Decode
 ) -> Iterator[tuple[str, Mapping[str, ShownResponse]]]:
     before: dict[str, list[int]] = {}
-    for moment in moments:
-        yield _when(moment), {c: _said(row, decode, before.get(c)) for c, row in moment.items()}
-        before |= {column: row["response_ids"] for column, row in moment.items()}
+    for point in moments:
+        yield _when(point), {c: _said(row, decode, before.get(c)) for c, row in point.items()}
+        before |= {column: row["response_ids"] for column, row in point.items()}
 
 
 def _said(row: Mapping[str, Any], decode: Decode, before: list[int] | None) -> ShownResponse:

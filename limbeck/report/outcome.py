@@ -1,4 +1,4 @@
-"""Warning where the student ends worse than it began, one sentence with the remedy."""
+"""The warning about a student that became worse in training, one sentence with the remedy."""
 
 from __future__ import annotations
 

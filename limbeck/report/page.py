@@ -22,7 +22,7 @@ from limbeck.runtime.files import write_text
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run directory from the files in it, whatever of them is there.
+    """Write `report.html` into the run directory from those of its files that exist.
 
     Raises:
         LimbeckError: `run_dir` is not a run directory.
@@ -66,7 +66,7 @@ def render(run: Run) -> str:
         name=format.name_of(run),
         headline=format.headline(run),
         harm=harm(run),
-        story=_story(run),
+        facts=_facts(run),
         tiles=_tiles(run),
         charts=[(group, list(some)) for group, some in groupby(curves, key=lambda chart: chart.group)],
         warned=warned(run),
@@ -86,7 +86,7 @@ def render(run: Run) -> str:
     )
 
 
-def _story(run: Run) -> list[tuple[str, str]]:
+def _facts(run: Run) -> list[tuple[str, str]]:
     """Short facts from the recipe."""
     facts = []
     for label, keys in (
@@ -121,7 +121,7 @@ def _verified(run: Run) -> list[tuple[str, str]]:
 
 
 def _tiles(run: Run) -> list[dict[str, str]]:
-    """The figures one looks for first: value, label, and a remark."""
+    """The main figures: value, label, and a remark."""
     tiles = []
     ratio = format.share_of_teacher(run.student)
     if ratio is not None:
@@ -177,7 +177,7 @@ def _sample(row: Mapping[str, Any], alone: bool) -> dict[str, Any]:
 
 
 def _anatomy(run: Run) -> list[dict[str, Any]]:
-    """One cell a block of the teacher: kept or not, and how much it was found to matter."""
+    """One cell per block of the teacher: whether it was kept, and its score."""
     kept, total = run.student.get("kept_blocks"), number(run.student, "teacher_layers")
     if not isinstance(kept, list) or total is None or total > MOST_BLOCKS:
         return []
@@ -250,7 +250,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
 
 
 def _seconds(stage: Mapping[str, Any]) -> float | None:
-    """Seconds a stage took; None where they are not known, as when the clock was set back during it."""
+    """Seconds that a stage took; None where they are not known, as when the clock was set back during it."""
     seconds = number(stage, "seconds")
     return None if seconds is None or seconds < 0 else seconds
 

@@ -1,4 +1,4 @@
-"""Reading a run directory, whole or half finished: what is there, and what is missing or broken."""
+"""Reading a run directory, whole or half finished: its files, and a list of missing or broken ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from limbeck.report.values import LARGEST, cleaned, of_mappings, parsed, shown
 from limbeck.runtime.json_lines import json_lines
 from limbeck.types import LimbeckError
 
-# In the order of the story. Each with what its absence means to the reader.
+# In the order of the stages, each with what its absence means to the reader.
 FILES = {
     "recipe.resolved.yaml": "the recipe was not written down",
     "provenance.json": "versions, seeds and fingerprints are not recorded",
@@ -63,7 +63,7 @@ class Run:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read what is there.
+    """Read the files of a run that exist.
 
     Raises:
         LimbeckError: `run_dir` is no directory, or holds no file of a run.
@@ -230,6 +230,6 @@ def _stages(run_dir: Path, broken: list[str]) -> tuple[Mapping[str, Any], ...]:
 
     def order(row: Mapping[str, Any]) -> tuple[int, str]:
         stage = str(row["stage"])
-        return (STORY.index(stage) if stage in STORY else len(STORY), str(row.get("started", "")))
+        return (STAGES.index(stage) if stage in STAGES else len(STAGES), str(row.get("started", "")))
 
     return tuple(sorted(rows, key=order))

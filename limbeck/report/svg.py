@@ -127,7 +127,7 @@ def _bar(found: Mapping[str, Any], colour: str, longest: float, y: float, height
 
 
 def _longest(run: Run, metrics: list[str], described: Mapping[str, Any]) -> dict[str, float]:
-    """What the full length of a bar stands for, by unit: bars of one unit can be compared."""
+    """Value of the full length of a bar, by unit: bars of one unit can be compared."""
     longest: dict[str, float] = {}
     for name in metrics:
         unit = described.get(name, {}).get("unit", "")
@@ -167,7 +167,7 @@ def svg_text(
     weight: int = 400,
     most: float | None = None,
 ) -> str:
-    """A text element. `most` squeezes text that would be wider, judged by the usual width of a letter."""
+    """A text element. `most` squeezes text that would be wider, by the usual width of a letter."""
     squeeze = ""
     if most is not None and len(text) * size * 0.53 > most:
         squeeze = f' textLength="{most:g}" lengthAdjust="spacingAndGlyphs"'

@@ -1,4 +1,4 @@
-"""Values of a run's files, made fit to be shown: whatever stands there, a page can be made of it."""
+"""Cleaning of values from a run's files, so that any content can be shown on a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An account of an on-policy training: who wrote how much of it, and which of its mechanisms never acted.
+"""A summary of an on-policy training: tokens by author, and mechanisms that never acted.
 
 Everything said here is a function of the last line of metrics.jsonl, whose `so_far/...` numbers are counted since the
 first step and are in the checkpoint: a resumed run says the same.
@@ -39,7 +39,7 @@ def count_phrase(
 
 
 def summary(line: Mapping[str, Any]) -> str:
-    """One sentence on who wrote what, from the last line of the metrics; empty where nobody counted."""
+    """One sentence on how much each author wrote, from the last line of the metrics; empty without counts."""
     so_far = _so_far(line)
     if not so_far.get("responses"):
         return ""

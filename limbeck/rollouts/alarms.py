@@ -1,4 +1,4 @@
-"""The alarms of on-policy training: which metrics each reads, what it means, what helps, and when it goes off.
+"""The alarms of on-policy training: the metrics that each reads, its meaning, the remedy, and when it goes off.
 
 The student writes its own next lesson, so a fault feeds on itself: what it is taught on a loop is one more loop. The
 loss may fall all the while, for on such text student and teacher agree. `limbeck.rollouts.monitor.Watch` raises these
@@ -115,5 +115,5 @@ OFF_POLICY_ALARMS: Mapping[str, AlarmKind] = {
         "best student on the way is handed on",
     ),
 }
-# For whoever explains them: the report.
+# For the report, which explains them.
 EVERY_ALARM: Mapping[str, AlarmKind] = {**ALARMS, **OFF_POLICY_ALARMS}

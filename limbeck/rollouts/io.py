@@ -1,4 +1,4 @@
-"""Responses in the run directory: one JSON object a line, ids exactly as sampled."""
+"""Responses in the run directory: one JSON object per line, ids exactly as sampled."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _T = TypeVar("_T")
 
 
 def write_responses(path: Path, responses: Iterable[Response]) -> None:
-    """Write all or nothing."""
+    """Write the responses; the file appears only when it is whole."""
     with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(fields_of(r), ensure_ascii=False) + "\n" for r in responses)
 
 
 def fields_of(response: Response) -> dict[str, Any]:
-    """A response as plain values; what only conversations or rollouts have is left out of others."""
+    """A response as plain values, without empty fields that only conversations or rollouts use."""
     row = {f.name: getattr(response, f.name) for f in fields(response)}
     if response.sampling is not None:
         row["sampling"] = asdict(response.sampling)

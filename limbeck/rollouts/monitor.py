@@ -1,4 +1,4 @@
-"""The watch over on-policy training: smooths the metrics of the steps and raises the alarms.
+"""Monitoring of on-policy training: smooths the metrics of the steps and raises alarms.
 
 Pure Python over numbers: what it says depends on what it has seen alone, so a resumed run repeats it.
 """
@@ -16,7 +16,7 @@ from limbeck.rollouts.alarms import ALARMS, COUNT, EMPTY, LENGTH, LOG_Q, REPEATE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
-    """Something went wrong. The message says what was seen, against which baseline, and the remedy, in one line."""
+    """An alarm. Its message is one line: the value, the baseline, and the remedy."""
 
     name: str
     message: str
@@ -59,14 +59,14 @@ class _Verdict:
 _Levels = Mapping[str, _Level]
 
 
-def _judged(levels: _Levels, key: str) -> _Level | None:
-    """A metric that was seen often enough."""
+def _measured(levels: _Levels, key: str) -> _Level | None:
+    """The verdict on a metric that has enough values."""
     level = levels.get(key)
     return level if level and level.seen >= alarms.QUIET else None
 
 
 def _repetition(levels: _Levels) -> _Verdict | None:
-    if not (level := _judged(levels, REPEATED)):
+    if not (level := _measured(levels, REPEATED)):
         return None
     rise, late = level.mean - level.low, level.seen >= alarms.PATIENCE
     return _Verdict(
@@ -77,7 +77,7 @@ def _repetition(levels: _Levels) -> _Verdict | None:
 
 
 def _truncation(levels: _Levels) -> _Verdict | None:
-    if not (level := _judged(levels, TRUNCATED)):
+    if not (level := _measured(levels, TRUNCATED)):
         return None
     return _Verdict(
         bad=level.mean > alarms.TRUNCATED_MOST,
@@ -87,7 +87,7 @@ def _truncation(levels: _Levels) -> _Verdict | None:
 
 
 def _length_drift(levels: _Levels) -> _Verdict | None:
-    if not (level := _judged(levels, LENGTH)):
+    if not (level := _measured(levels, LENGTH)):
         return None
     factor = max(level.mean, level.start) / max(min(level.mean, level.start), 1e-9)
     return _Verdict(
@@ -98,7 +98,7 @@ def _length_drift(levels: _Levels) -> _Verdict | None:
 
 
 def _entropy_collapse(levels: _Levels) -> _Verdict | None:
-    student, teacher = _judged(levels, "student_entropy"), levels.get("teacher_entropy")
+    student, teacher = _measured(levels, "student_entropy"), levels.get("teacher_entropy")
     if not student or not teacher:
         return None
     return _Verdict(
@@ -110,7 +110,7 @@ def _entropy_collapse(levels: _Levels) -> _Verdict | None:
 
 
 def _kl_tail(levels: _Levels) -> _Verdict | None:
-    tail, mean = _judged(levels, "kl_p99"), _divergence(levels)
+    tail, mean = _measured(levels, "kl_p99"), _divergence(levels)
     if not tail or not mean:
         return None
     return _Verdict(
@@ -126,7 +126,7 @@ def _divergence(levels: _Levels) -> _Level | None:
 
 
 def _log_q_collapse(levels: _Levels) -> _Verdict | None:
-    if not (level := _judged(levels, LOG_Q)):
+    if not (level := _measured(levels, LOG_Q)):
         return None
     fall = level.high - level.mean
     return _Verdict(
@@ -137,7 +137,7 @@ def _log_q_collapse(levels: _Levels) -> _Verdict | None:
 
 
 def _empty(levels: _Levels) -> _Verdict | None:
-    if not (level := _judged(levels, EMPTY)):
+    if not (level := _measured(levels, EMPTY)):
         return None
     return _Verdict(
         bad=level.mean > alarms.EMPTY_MOST,
@@ -207,10 +207,10 @@ class Watch:
         self._levels[key] = level
 
     def state(self) -> dict[str, Any]:
-        """All that it remembers, for JSON."""
+        """The state, for JSON."""
         return {"levels": {key: asdict(level) for key, level in self._levels.items()}, "on": list(self._on)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state` gave, and nothing else."""
+        """Restore what `state` returned."""
         self._levels = {key: _Level(**fields) for key, fields in state["levels"].items()}
         self._on = list(state["on"])

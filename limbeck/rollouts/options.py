@@ -1,8 +1,7 @@
 """Response sources as a recipe sets them: frozen dataclasses whose fields are the options of one source.
 
-A source says of itself, in class attributes and methods, all that the rest of a run must know of it, and builds the
-`ResponseSource` that gives training its responses from the materials that the run hands over. Importing this module
-loads no model library; `build` may.
+A source describes itself by class attributes and methods, and builds the `ResponseSource` of a training from the
+materials that the run provides. Importing this module loads no model library; `build` may.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Samplers(Protocol):
 
 
 class SourceMaterials(Protocol):
-    """What a run hands over to build a response source of.
+    """Materials of a run that response sources are built from.
 
     Attributes:
         offline: training responses that were there before training, without empty ones.
@@ -73,7 +72,7 @@ class SourceMaterials(Protocol):
 
 @dataclass(config=STRICT, kw_only=True)
 class SourceOptions(ABC):
-    """A response source: who writes what the student is trained on.
+    """A response source: where the responses of training steps come from.
 
     Class attributes:
         on_policy: the student writes during training.
@@ -98,7 +97,7 @@ class SourceOptions(ABC):
 
     @abstractmethod
     def build(self, materials: SourceMaterials) -> ResponseSource:
-        """What gives each step of the training its responses."""
+        """Build the source that gives each training step its responses."""
 
     @property
     def samples_teacher(self) -> bool:
@@ -116,7 +115,7 @@ class SourceOptions(ABC):
         return None
 
     def check(self, *, max_new_tokens: int, per_device_train_batch_size: int) -> None:
-        """Refuse what cannot be together in a recipe.
+        """Refuse options that do not go with other keys of the recipe.
 
         Raises:
             LimbeckError: an option contradicts another one or these keys of the recipe.
@@ -128,11 +127,11 @@ class SourceOptions(ABC):
             )
 
     def check_memory(self, *, max_new_tokens: int) -> None:
-        """Refuse, before any stage has worked, what this machine cannot hold."""
+        """Refuse, before the first stage, options that need more memory than this machine has."""
         return
 
     def check_steps(self, *, prompts: int, step_rows: int) -> None:
-        """Refuse what only shows once the training prompts are counted.
+        """Refuse options that do not fit the number of training prompts.
 
         Args:
             step_rows: responses of an optimizer step over all processes.
@@ -171,7 +170,7 @@ class OnPolicyOptions(SourceOptions):
 
     @property
     def by_teacher(self) -> bool:
-        """Whether the teacher writes tokens of the student's responses, so that what it computes for that is kept."""
+        """Whether the teacher writes tokens of the student's responses, so that its signal can be stored meanwhile."""
         return False
 
     @property
@@ -179,18 +178,18 @@ class OnPolicyOptions(SourceOptions):
         return self.by_teacher
 
     def sampling(self, sampling: Sampling) -> Sampling:
-        """How the student's responses are drawn, given how the teacher's are."""
+        """Sampling settings of the student's responses, from those of the teacher's."""
         from dataclasses import replace
 
         own = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return replace(sampling, **{key: value for key, value in own.items() if value is not None})
 
     def sampler(self, samplers: Samplers) -> BatchSampler:
-        """What the student's responses are drawn with."""
+        """Sampler of the student's responses."""
         return samplers.student()
 
     def rollout(self, materials: SourceMaterials) -> RolloutConfig:
-        """How the student writes, as `StudentSource` and `PairedSource` take it."""
+        """Settings for `StudentSource` and `PairedSource`."""
         from limbeck.rollouts.student import RolloutConfig
 
         return RolloutConfig(

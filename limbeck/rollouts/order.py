@@ -1,4 +1,4 @@
-"""In which order responses meet in optimizer steps: a pure function of lengths, seed and epoch."""
+"""The order of responses over optimizer steps: a pure function of lengths, seed and epoch."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class ReplaySource:
     """Each step trains on fresh responses of the student (which enter the buffer), on buffered ones, or on fixed ones.
 
     The held-out loss is measured before training and every so many steps. While the buffer is not full, every step that
-    would draw from it writes instead. All ranks throw the same die and hold the same buffer.
+    would draw from it writes instead. All ranks draw the same random numbers and hold the same buffer.
     """
 
     wants_validation = True
@@ -96,7 +96,7 @@ class ReplaySource:
         return False
 
     def validated(self, loss: float) -> None:
-        """The held-out loss as it is now: where it is above an earlier one by more than the tolerance, phi grows."""
+        """Take in the held-out loss; phi grows where it is above an earlier one by more than the tolerance."""
         if self.loss is None or self.latest is None:
             self.loss = self.latest = loss
             return

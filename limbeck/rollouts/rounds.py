@@ -1,4 +1,4 @@
-"""Rounds: the responses of a whole prompt set, written anew during training, kept so that none is written twice.
+"""Rollout rounds: responses to the prompts, sampled anew during training and kept on disk.
 
     rounds/003/student/00000.jsonl ...         one file per batch of the sampler; whole or not there
     rounds/003/student/00000.safetensors ...   what the teacher says of it, until the next round begins
@@ -29,7 +29,7 @@ _WHOLE = "round.json"
 
 
 class ProcessGroup(Protocol):
-    """The processes of a run, as far as writing needs them."""
+    """The processes of a launch that share the sampling."""
 
     @property
     def rank(self) -> int: ...
@@ -40,7 +40,7 @@ class ProcessGroup(Protocol):
         ...
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have come here."""
         ...
 
 
@@ -59,7 +59,7 @@ class SingleProcess:
 
 
 class BatchSampler(Protocol):
-    """A sampler that hands its batches over as they end (`LocalSampler`, and those in which two models write)."""
+    """A sampler that yields its batches as they end (`LocalSampler`, and those with two models)."""
 
     def respond(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]: ...
     def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]: ...
@@ -74,14 +74,14 @@ class BatchSampler(Protocol):
 
 
 class SignalCache(Protocol):
-    """Keeps what the teacher says of a batch of responses beside them, so that a response used twice is judged once."""
+    """A cache of teacher signals beside the responses, so that a response used twice is scored once."""
 
     def start_round(self, folder: Path) -> None:
-        """A round is about to be written in `folder`; the responses of earlier ones are not used again."""
+        """Called before a round is written in `folder`; the responses of earlier rounds are not used again."""
         ...
 
     def store(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
-        """Before the responses are written to `path`.
+        """Store the signals of responses, before these are written to `path`.
 
         Args:
             hidden: the teacher's states that predicted them, where it wrote too.
@@ -89,18 +89,18 @@ class SignalCache(Protocol):
         ...
 
     def register(self, path: Path, responses: Sequence[Response]) -> None:
-        """The responses of a whole file are about to be used."""
+        """Called before the responses of a file are used."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """Where rounds are kept.
+    """The folder of rounds.
 
     Attributes:
         keeper: keeps what the teacher says; None where the teacher is asked at every use.
         should_stop: asked after each batch.
-        report: told (author, answers written, answers in all) after each batch.
+        report: called with (author, answers written, answers in all) after each batch.
     """
 
     folder: Path
@@ -149,7 +149,7 @@ class Rounds:
             self.report(author, written, len(prompts))
             if self.world.ranks == 1 and self.should_stop():
                 raise Interrupted(f"stopped while {author} responses of round {number} were written")
-        self._judge_again((paths[rows] for rows in mine), number)
+        self._score_again((paths[rows] for rows in mine), number)
         self.world.wait()
         answers: dict[int, Response] = {}
         for rows, path in paths.items():
@@ -162,15 +162,15 @@ class Rounds:
             write_json(folder / _WHOLE, sealed({"files": files}))
         return [answers[i] for i in range(len(prompts))]
 
-    def _judge_again(self, paths: Iterable[Path], number: int) -> None:
-        """What the teacher says of responses that are used once more: it goes when the next round begins, and a
+    def _score_again(self, paths: Iterable[Path], number: int) -> None:
+        """Store the teacher signals of responses that are used once more: it goes when the next round begins, and a
         training that had come there may have had to go back for want of a whole checkpoint."""
         for path in paths:
             if self.signal_cache is not None and not path.with_suffix(".safetensors").exists():
                 self.signal_cache.store(path, in_round(read_responses(path), number), None)
 
     def _require_unchanged(self, folder: Path) -> None:
-        """A round that was whole still is, but for what the teacher said: nobody could write it again.
+        """Check that a finished round is unchanged, but for its teacher signals: it could not be written again.
 
         Raises:
             LimbeckError: it is not.
@@ -196,5 +196,5 @@ def in_round(responses: Iterable[Response], number: int) -> list[Response]:
 
 
 def for_round(sampling: Sampling, number: int) -> Sampling:
-    """The same settings with random numbers of the round's own: a prompt that comes again is answered anew."""
+    """The sampling settings with the seed of a round, so that a prompt gets a new answer in each."""
     return replace(sampling, seed=sampling.seed * 1_000_003 + number + 1)

@@ -1,11 +1,11 @@
-"""What runs of a sweep have in common: made by the first that needs it, linked into the directories of the others.
+"""Results that runs of a sweep share: made by the first that needs them, linked into the directories of the others.
 
-    shared/KEY.json  which run has the stage with this fingerprint        shared/KEY.lock  held by whoever makes it
+    shared/KEY.json  which run has the stage with this fingerprint        shared/KEY.lock  held by the run that makes it
     shared/KEY/      files smaller than a stage            shared/KEY.files.json  their hashes
 
-A key is the fingerprint of everything that the shared thing was made from, so nobody ever gets what it would not have
+A key is the fingerprint of all inputs of the shared result, so no run ever gets what it would not have
 made itself, bit for bit on the same machine with the same number of threads. What is damaged is not taken: a file has
-one content under all its names, so that whoever needs it makes it anew.
+one content under all its names, so that the next run makes it anew.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ArtifactCache:
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """One process at a time is inside the block for a key: who comes second finds what the first has made.
+        """A block for a key that one process at a time may enter; the second finds the result of the first.
 
         Where the file system has no locks, both make it, and the same. The lock dies with its process.
         """
@@ -49,7 +49,7 @@ class ArtifactCache:
             yield
 
     def publish(self, stage: str, fingerprint_: str, run: RunDirectory) -> None:
-        """Say that a run has finished a stage."""
+        """Record that a run has finished a stage."""
         if self._donor(stage, fingerprint_) is None:
             write_json(self.root / f"{fingerprint_}.json", {"directory": os.path.relpath(run.root, self.root)})
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TextIO
 
 PLAIN_INTERVAL_S = 15.0
-# Longer lines hold somebody's data; what they say stands at their beginning, and the remedy at their end.
+# Longer lines quote data; what matters stands at their beginning, and the remedy at their end.
 _LONGEST_LINE, _TAIL = 2000, 500
 
 
@@ -57,7 +57,7 @@ class _Pace:
     fresh: float = 0.0
 
     def advance(self, amount: float, now: float) -> float | None:
-        """Work a second so far; None while nothing can be said of it."""
+        """Work per second so far; None before the first piece has ended."""
         if self.since is None:
             self.since = now
             return None
@@ -168,7 +168,7 @@ class RichConsole:
 
 
 def _rate(rate: float, unit: str) -> str:
-    """Few things a second with their decimals: a step may take ten seconds."""
+    """A rate per second, with decimals where it is small: a step may take ten seconds."""
     return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 

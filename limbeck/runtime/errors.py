@@ -29,7 +29,7 @@ def in_one_line() -> Iterator[None]:
 
 
 def explain(error: Exception) -> str | None:
-    """The line for an error that a person can mend; None for one that is limbeck's own fault."""
+    """The line for an error that a user can correct; None for one that is limbeck's own fault."""
     if isinstance(error, LimbeckError):
         return str(error)
     if isinstance(error, OSError):
@@ -96,7 +96,7 @@ def _explain_safetensors_error(error: Exception) -> str | None:
 
 
 def _file_of(error: Exception) -> str | None:
-    """The file that was read or written: safetensors names none, but whoever called it knew."""
+    """The file that was read or written: safetensors names none, but its caller has the path in a variable."""
     found, trace = None, error.__traceback__
     while trace is not None:
         for value in trace.tb_frame.f_locals.values():

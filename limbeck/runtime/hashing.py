@@ -1,4 +1,4 @@
-"""Content hashes of files, each file read once a process."""
+"""Content hashes of files, each file read once per process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-# By what tells one state of one file from another: a second name of it (a hard link) costs nothing.
+# By device, inode, size and time: a second name of a file (a hard link) costs nothing.
 _known: dict[tuple[int, int, int, int], str] = {}
 
 

@@ -1,4 +1,4 @@
-"""A sign of life between the ranks of a launch, for the waits in which they exchange nothing but files.
+"""A heartbeat of the first rank, for ranks that wait for files which it writes.
 
 The first rank touches a file of the run directory every few seconds, whatever it works on; the others wait as long as
 that goes on, and give up soon after it ends or where it is never seen.
@@ -18,7 +18,7 @@ from limbeck.types import LimbeckError
 INTERVAL_S = 2.0
 # Without a sign. Network file systems show a change after some seconds.
 LIMIT_S = 60.0
-# A first rank that has died is told from one that works in another folder by how old its last sign is.
+# The age of the last sign tells whether the first rank has died or works in another folder.
 RECENT_S = 60.0
 _POLL_S = 0.2
 
@@ -31,12 +31,12 @@ def beating(path: Path) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.is_set():
-            # A full disk is said by whoever writes something that matters.
+            # A full disk is reported by the next write that matters.
             with suppress(OSError):
                 path.touch()
             ended.wait(INTERVAL_S)
 
-    # A daemon: a process that is told to end at once does.
+    # A daemon, so that the process can end at once.
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
@@ -47,7 +47,7 @@ def beating(path: Path) -> Iterator[None]:
 
 
 def wait_until(ready: Callable[[], bool], *, sign: Path, rank: int) -> None:
-    """Wait for what the first rank does, as long as it shows that it lives.
+    """Wait until the first rank has done its work, as long as its heartbeat goes on.
 
     Args:
         sign: the file that it touches.

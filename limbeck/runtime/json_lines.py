@@ -1,4 +1,4 @@
-"""JSON lines: one JSON value a line, and a line ends at a line feed alone."""
+"""JSON lines: one JSON value per line; a line ends at a line feed alone."""
 
 from __future__ import annotations
 

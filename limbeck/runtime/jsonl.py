@@ -1,4 +1,4 @@
-"""What came one by one and was dear, such as a server's answers: a JSON line each, on disk before the next comes."""
+"""Append-only logs of expensive results, such as a server's answers: one JSON line each, on disk at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_log(path: Path) -> Iterator[tuple[int, Json]]:
 
 
 def append_to_log(path: Path, entry: Json) -> None:
-    """Write an entry down for good."""
+    """Append an entry; it is on disk when this returns."""
     with naming(path), path.open("ab") as file:
         file.write(json.dumps(entry).encode() + b"\n")
         file.flush()

@@ -44,7 +44,7 @@ class Launch:
     Attributes:
         rank: this one's number.
         ranks: how many there are.
-        launcher: what has started them; None where nothing tells.
+        launcher: the program that started them; None where it is not known.
     """
 
     rank: int = 0
@@ -57,13 +57,13 @@ class Launch:
         return "DDP" if self.ranks > 1 else "none"
 
     def line(self, per_device: int | None = None, accumulation: int = 1) -> str:
-        """Ranks, wrapper, launcher and, where there is a training, the effective batch, as a run says them first."""
+        """The first line of a run: ranks, wrapper, launcher and, where it trains, the effective batch."""
         ranks = f"{self.ranks} ranks" if self.ranks > 1 else "1 process"
         line = f"launch: {ranks}, wrapper {self.wrapper}{f', started by {self.launcher}' if self.launcher else ''}"
         if per_device is None:
             return line
         batch = per_device * accumulation * self.ranks
-        return f"{line}; {batch} responses a step ({per_device} per device x {accumulation} accumulated x {ranks})"
+        return f"{line}; {batch} responses per step ({per_device} per device x {accumulation} accumulated x {ranks})"
 
     def record(self, per_device: int | None = None, accumulation: int = 1) -> dict[str, object]:
         """The same, for provenance.json."""

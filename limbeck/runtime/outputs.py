@@ -1,7 +1,7 @@
-"""What a finished stage wrote: name, size, time and hash of every file in its manifest, compared where it is read.
+"""Files of a finished stage: name, size, time and hash are in its manifest, and compared where a file is read.
 
-Hashing reads each file once: when its stage ends, and again in a later command that plays a stage which reads it. A
-command that has nothing to play compares sizes and times of last change alone, and reads what differs in time.
+Hashing reads each file once: when its stage ends, and again in a later command that runs a stage which reads it. A
+command that has nothing to run compares sizes and times of last change alone, and reads what differs in time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def matching(written: Written, patterns: Iterable[str], *, wanted: bool = True) 
 
 
 def faults(root: Path, written: Written, *, content: bool) -> dict[str, str]:
-    """What is wrong with files that were written: name to "is missing" or "has changed".
+    """Faults of files that were written: name to "is missing" or "has changed".
 
     Args:
         content: compare what they hold, even where size and time of last change are the same.
@@ -80,7 +80,7 @@ def _stem(name: str) -> tuple[str, str]:
 
 
 def is_log(name: str) -> bool:
-    """Whether a file grew by lines, which nobody can write again as they were."""
+    """Whether a file grew by lines, which cannot be written again as they were."""
     return name.rpartition("/")[2] in APPENDED
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LOOK_INTERVAL_S = 0.5
-# Seconds that the threads together wait for a core in a second: from here on somebody else wants it, and as long as
+# Seconds that the threads together wait for a core in a second: from here on another process wants it, and as long as
 # there was more than the second number within the last seconds.
 BUSY, QUIET = 0.1, 0.03
 QUIET_S = 5.0
@@ -37,7 +37,7 @@ def short_spins_when_busy() -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    # A daemon: a process that is told to end at once does.
+    # A daemon, so that the process can end at once.
     thread = threading.Thread(target=_watch, args=(ended,), daemon=True)
     thread.start()
     try:
@@ -67,7 +67,7 @@ def _watch(ended: threading.Event) -> None:
 
 @dataclass
 class SpinWatch:
-    """Tells a busy machine from a quiet one by how long threads waited for a core."""
+    """Detects a busy machine by how long threads waited for a core."""
 
     _until: float = field(default=0.0, init=False)
 
@@ -138,5 +138,5 @@ def waited_s() -> float:
 
 
 def _readable() -> bool:
-    """Whether the kernel tells how long threads wait: Linux does, unless it was built without."""
+    """Whether the kernel reports how long threads wait: Linux does, unless it was built without."""
     return sys.platform == "linux" and Path("/proc/self/schedstat").exists()

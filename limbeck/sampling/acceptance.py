@@ -1,4 +1,4 @@
-"""Acceptance rules: which of the drafted tokens are kept, and which token follows them.
+"""Acceptance rules of speculative decoding: which drafted tokens are kept, and which token follows them.
 
 One model drafted K tokens in a row, each from its distribution q; the other read them and gives its distribution p at
 every place. Tokens stand up to the first one that is refused; in the place of that one comes another.
@@ -87,7 +87,7 @@ def veto(
 
 @dataclass(frozen=True, kw_only=True)
 class DraftedTokens:
-    """Drafted tokens with both models' distributions: what an acceptance rule decides on.
+    """Drafted tokens with both models' distributions: the input of an acceptance rule.
 
     Attributes:
         ids_BK: the drafted tokens.
@@ -136,7 +136,7 @@ class AcceptanceStats:
 
     @property
     def replaced(self) -> int:
-        """Tokens of the drafting model that another took the place of."""
+        """Number of the drafter's tokens that were replaced."""
         return self.rejected
 
     @property
@@ -146,21 +146,21 @@ class AcceptanceStats:
         return self.accepted / looked_at if looked_at else float("nan")
 
     def add(self, other: AcceptanceStats) -> None:
-        """Count what another counted too."""
+        """Add the counts of another."""
         self.rounds += other.rounds
         self.drafted += other.drafted
         self.accepted += other.accepted
         self.rejected += other.rejected
 
     def taken(self) -> AcceptanceStats:
-        """The counts so far; this one begins anew."""
+        """Return the counts so far and reset them."""
         counts = replace(self)
         self.rounds = self.drafted = self.accepted = self.rejected = 0
         return counts
 
 
 class AcceptanceRule(Protocol):
-    """Decides which tokens stand.
+    """Decides which drafted tokens are kept.
 
     Attributes:
         looks_ahead: whether the verifier is read at the place after the last draft too (J is K + 1).
@@ -199,7 +199,7 @@ class MixtureSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class TopKVeto:
-    """The tokens are the drafting model's where the verifier finds them likely enough, else the verifier's."""
+    """The tokens are the drafter's where they are among the verifier's likeliest, else the verifier's."""
 
     top_k: int
     redraw: Redraw = "top_k"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_sizes(batch_size: int, pad_token_id: int, vocab_size: int) -> None:
-    """A sampler's own numbers.
+    """Check a sampler's sizes.
 
     Raises:
         LimbeckError: no rows, or a pad token outside the vocabulary.
@@ -29,7 +29,7 @@ def check_sizes(batch_size: int, pad_token_id: int, vocab_size: int) -> None:
 
 
 def check_settings(sampling: Sampling) -> None:
-    """The settings make sense.
+    """Check the sampling settings.
 
     Raises:
         LimbeckError: one does not.
@@ -56,7 +56,7 @@ def check_prompts(
     vocab_size: int,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Every prompt can be answered within these settings by all the models that write.
+    """Check that every prompt can be answered with these settings by all models of the sampler.
 
     Raises:
         LimbeckError: impossible settings, stop strings without a tokenizer, an empty prompt, ids outside the

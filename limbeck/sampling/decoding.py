@@ -30,7 +30,7 @@ PREFILL_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingModel:
-    """A model as the decode loop needs it, and what ends a response.
+    """A model for the decode loop, with the tokens and strings that end a response.
 
     Attributes:
         decoder: the model without its head; its `last_hidden_state` is what `head` projects.
@@ -60,7 +60,7 @@ class DecodingModel:
 
 @dataclass(kw_only=True, eq=False)
 class SequenceState:
-    """A response while it is written."""
+    """A response that is being sampled."""
 
     index: int
     prompt: TokenPrompt

@@ -1,4 +1,4 @@
-"""The sampler that the samplers of `speculative` share: two models, one that drafts and one that verifies.
+"""Base class of the samplers in `speculative`: two models, one that drafts and one that verifies.
 
 They have the surface of `LocalSampler`; what they differ in is who drafts and which rule decides.
 """
@@ -144,7 +144,7 @@ class SpeculativeSamplerBase(ABC):
         linears: AbstractContextManager[object],
     ) -> SampledBatch:
         (_, drafter), (_, verifier) = self._drafter, self._verifier
-        # Of the teacher's own responses nothing is replaced, whoever drafted them.
+        # In the teacher's own responses nothing is replaced, whichever model drafted.
         replaced = 0 if drafter is self.model else None
         drafts = [
             SequenceState(

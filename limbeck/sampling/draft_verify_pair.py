@@ -5,7 +5,7 @@
     rule      d1 d2 stand, x follows  the next round begins at x
 
 Rows keep different numbers of tokens, so both caches are ragged: the tokens refused are written over. The random
-numbers of a token belong to its place in the row. What stands up to a place never depended on the numbers behind it, so
+numbers of a token belong to its place in the row. Tokens up to a place never depended on the numbers behind it, so
 a place that is drafted again after a refusal may use its own again.
 
 Shape suffixes: B rows still being written, K tokens drafted, J places where the verifier is read, W tokens that the
@@ -34,7 +34,7 @@ _PROPOSE, _ACCEPT, _NEXT = 0, 1, 2
 
 @dataclass(kw_only=True, eq=False)
 class _Row:
-    """A response being written.
+    """A response that is being sampled.
 
     Attributes:
         behind: tokens that the drafter has not read: the last, or the last two where all drafts stood and one followed.

@@ -1,4 +1,4 @@
-"""Samplers: who writes the responses. Here the one that runs a model in this process.
+"""The sampler that runs a model in this process.
 
 `LocalSampler` defines what it is fast at by the naive line it replaces: ``model.generate(do_sample=True, ...)``. It
 draws from the same distribution, with three differences: each row has its own random numbers, so that a response does
@@ -54,7 +54,7 @@ class SampledBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSampler:
-    """Samples from a transformers model in this process (flow.Sampler).
+    """Samples from a transformers model in this process (`limbeck.types.Sampler`).
 
     A response depends on the model, the prompt's ids and id, the author and the `Sampling`. In exact arithmetic it
     depends on nothing else; in float32 the shape of a batch moves logits in their last bits, so batches are a
@@ -173,7 +173,7 @@ class LocalSampler:
 def decoding_model(
     model: nn.Module, vocab_size: int, eos_token_ids: Collection[int], pad_token_id: int, stops: StopStrings | None
 ) -> DecodingModel:
-    """A model as the decode loops need it."""
+    """A model prepared for the decode loops."""
     return DecodingModel(
         decoder=decoder_of(model),
         head=head_of(model, vocab_size, verify=False),
@@ -193,7 +193,7 @@ def stops_of(tokenizer: PreTrainedTokenizerBase | None, sampling: Sampling) -> S
 
 
 def finished_response(draft: SequenceState, sampling: Sampling, author: Author) -> Response:
-    """A finished draft."""
+    """The response of a finished draft."""
     assert draft.stop is not None
     return Response(
         prompt_id=draft.prompt.id,

@@ -1,7 +1,7 @@
 """A key-value cache whose rows have lengths of their own and can be taken back.
 
 Where two models write together, each row keeps another number of the drafted tokens. Here a token's slot is its
-position in its own row: a forward pass says where its tokens go, writes over what stood there, and attention is told
+position in its own row: a forward pass says where its tokens go, overwrites the slots, and attention gets
 by a mask of its own which slots a token sees (those up to its position, within the layer's window). Taking tokens back
 is forgetting that they are there. Nothing is shifted, and a row ends where it ends.
 

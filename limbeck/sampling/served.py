@@ -1,4 +1,4 @@
-"""The sampler that asks a server: any OpenAI-compatible one, token-exact where the server lets it be."""
+"""The sampler that asks an OpenAI-compatible server, with exact token ids where the server gives them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedSampler:
-    """Samples from a server (flow.Sampler).
+    """Samples from a server (`limbeck.types.Sampler`).
 
     A response depends on the server's model and settings, the prompt and the `Sampling`; its seed is a function of
     `Sampling.seed`, author and prompt id, so that it does not depend on what is asked beside it, as far as the server

@@ -15,7 +15,7 @@ from limbeck.types import LimbeckError, Response
 
 @dataclass
 class ServedLog:
-    """Answers that are there already, by the row of their prompt. A line that a kill cut off is dropped and redone."""
+    """Answers on disk, by the row of their prompt. A line that a kill cut off is dropped and redone."""
 
     path: Path
     model: str
@@ -47,7 +47,7 @@ class ServedLog:
         return log
 
     def add(self, served: Served) -> None:
-        """Write an answer down for good."""
+        """Append an answer; it is on disk when this returns."""
         entry = {
             "row": served.index,
             "model": self.model,
@@ -64,7 +64,7 @@ class ServedLog:
         self.tally.update({entry["api"]: 1, "reencoded": entry["reencoded"], "prompt_differs": entry["prompt_differs"]})
 
     def record(self) -> dict[str, Any]:
-        """What the manifest says of the server: its model, which door, and how exact the tokens are."""
+        """The server's record for the manifest: model, endpoint, and how exact the tokens are."""
         return {
             "model": self.model,
             "api": sorted({"completions", "chat"} & self.tally.keys()),

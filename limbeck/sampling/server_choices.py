@@ -1,4 +1,4 @@
-"""Where servers keep what they drew.
+"""Fields of a server's reply in which the sampled tokens are.
 
 Ids are taken from where the server has them, in this order; only the last has to be believed:
 
@@ -65,7 +65,7 @@ def drawn(choice: Json, reply: Json) -> tuple[tuple[int, ...] | None, tuple[floa
 
 
 def matched_by(choice: Json, reply: Json) -> object:
-    """What stopped it: a stop string, a token, or None where that is not said; -1 is an end token that is not named."""
+    """The stop string or token that ended it; None where the server does not say; -1 for an unnamed end token."""
     verbose = _verbose(reply)
     if verbose.get("stop_type") == "word":
         return verbose.get("stopping_word")
@@ -80,7 +80,7 @@ def _verbose(reply: Json) -> Json:
 
 
 def choice_text(choice: Json, prompt: TokenPrompt) -> str:
-    """Its text.
+    """Text of a choice.
 
     Raises:
         LimbeckError: there is none, or the server took a part out of it.
@@ -128,5 +128,5 @@ def count_of(reply: Json, name: str) -> int | None:
 
 
 def prompt_name(prompt: TokenPrompt) -> str:
-    """How messages name a prompt."""
+    """Name of a prompt in messages."""
     return f"prompt {prompt.label or prompt.id}"

@@ -1,4 +1,4 @@
-"""How to ask a server: what the OpenAI-compatible ones have in common, and what each kind wants besides.
+"""Request formats of OpenAI-compatible servers: the common fields, and those of each kind of server.
 
     engine        vLLM, SGLang, llama.cpp: ids in, ids out, every setting of the sampling said
     transformers  `transformers serve`: text in, text out, settings by a generation configuration
@@ -23,7 +23,7 @@ Wire = Literal["ids", "text", "messages"]
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """One way to ask.
+    """One request format.
 
     Attributes:
         wire: what stands for the prompt.
@@ -45,7 +45,7 @@ class Dialect:
         return "text" if self.name == "transformers" else "ids"
 
     def speaks(self, sampling: Sampling, chat_options: Mapping[str, Any]) -> bool:
-        """Whether it has words for what is wanted."""
+        """Whether it can express a request."""
         return self.name != "openai" or (sampling.top_k == 0 and not (chat_options and self.api == "chat"))
 
     def request(self, question: CompletionRequest) -> Json:
@@ -75,7 +75,7 @@ class Dialect:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """One prompt and how it is to be answered.
+    """One prompt with its sampling settings.
 
     Attributes:
         content: the prompt as the dialect sends it: ids, text, or messages.

@@ -1,4 +1,4 @@
-"""What a server's answer says: the ids that were drawn, their log-probabilities, and why it ended."""
+"""Reading a server's answer: the sampled ids, their log-probabilities, and the reason it ended."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HALF = "\ufffd"
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One answer, read.
+    """One parsed answer.
 
     Attributes:
         logp: None where the server gave none for these ids.
@@ -106,7 +106,7 @@ class ReplyReader:
         if reading.stop != "eos":
             return reading
         end = matched if isinstance(matched, int) and matched in self.eos_token_ids else self.end_id
-        # Nobody said how likely the end was.
+        # The log-probability of the end token is not known.
         return replace(reading, ids=(*ids, end), logp=None)
 
     def _why(

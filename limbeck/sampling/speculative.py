@@ -1,4 +1,4 @@
-"""Samplers in which two models write together; see `drafting` for how.
+"""Samplers with two models; see `draft_verify_pair` for the method.
 
     SpeculativeSampler   the teacher's responses, drafted by a small model: a sample of the teacher alone, only faster
     SkdSampler           the student's, with tokens that the teacher finds unlikely replaced (speculative KD)
@@ -53,7 +53,7 @@ class SpeculativeSampler(SpeculativeSamplerBase):
 
 @dataclass(frozen=True, kw_only=True)
 class StudentWithTeacher(SpeculativeSamplerBase):
-    """The student drafts its own responses, and the teacher has a say in each token.
+    """Base class of samplers in which the student drafts its own responses and the teacher verifies each token.
 
     Attributes:
         model: the student.
@@ -112,7 +112,7 @@ class MixtureSampler(StudentWithTeacher):
     `Response.sampled_logp` holds the log-probability under this mixture, `Response.logp` (kept unless `keep_logp` is
     False) that under the student at temperature 1: MiniLLM's importance weight of a token is
     exp(logp - sampled_logp). The student drafts and the mixture is drawn exactly, as in `SpeculativeSampler`: at least
-    1 - alpha of the drafts stand, so the teacher is run less than once a token.
+    1 - alpha of the drafts stand, so the teacher is run less than once per token.
 
     Attributes:
         alpha: the teacher's share; 0.2 in the paper.

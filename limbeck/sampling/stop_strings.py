@@ -1,4 +1,4 @@
-"""Stop strings: has the text of a response just come to one?"""
+"""Search for stop strings in the text of a response while it is sampled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From logits to token ids: temperature, top-k, top-p and a few uniform numbers per row.
+"""Sampling of token ids from logits: temperature, top-k, top-p and a few uniform numbers per row.
 
 The nucleus (Holtzman et al. 2020, arXiv:1904.09751) is usually found by sorting the vocabulary: 49152 entries for 48
 rows cost as much as the model's own step. No order is needed to draw from it. A token is drawn from the whole
@@ -180,7 +180,7 @@ def _cut(probability_RK: Tensor, top_p: float) -> Tensor:
 
 
 def pick(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One id a row (B,) with probability proportional to its weight: the inverse of the cumulative distribution.
+    """One id per row (B,) with probability proportional to its weight: the inverse of the cumulative distribution.
 
     Ids come in their own order. Sums over chunks, then within the one chunk that holds the answer: the cost is one
     pass, not a running sum.

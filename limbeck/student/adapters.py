@@ -1,4 +1,4 @@
-"""Low-rank adapters: which layers can carry them, and a model that does."""
+"""Low-rank adapters: the layers that can have them, and the model with them."""
 
 from __future__ import annotations
 

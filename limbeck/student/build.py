@@ -1,4 +1,4 @@
-"""The student: as loaded, depth-pruned or with fresh weights; in full or through LoRA adapters; saved for everybody."""
+"""The student: as loaded, depth-pruned or with fresh weights; trained in full or through LoRA adapters."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def build_student(
     calibration: Sequence[TokenBatch] = (),
     progress: DownloadProgress | None = None,
 ) -> Student:
-    """Make the student a spec describes. The teacher is left untouched.
+    """Build the student of a spec. The teacher is not changed.
 
     Args:
         teacher: needed where `spec.model` is None.

@@ -1,4 +1,4 @@
-"""Depth pruning: which blocks of a model matter least, and the smaller model without them.
+"""Depth pruning: the choice of the least important blocks, and the smaller model without them.
 
 Blocks go one at a time, always the one that moves the next-token distribution least, measured on a few calibration rows
 as forward KL to the whole model at the response tokens. Blocks interact (two harmless ones can be harmful together),
@@ -39,7 +39,7 @@ _TILE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockChoice:
-    """The blocks that stay, and what was measured.
+    """The blocks that are kept, and the scores of all.
 
     Attributes:
         keep: block numbers of the whole model, ascending.

@@ -1,4 +1,4 @@
-"""Saving a student so that anybody's transformers loads it."""
+"""Saving a student as a plain transformers model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a sweep to the runs it is made of: every arm with every seed, and the runs that tune an arm."""
+"""The runs of a sweep: every arm with every seed, and the runs that tune an arm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_NAME = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way of doing it.
+    """One variant of the recipe.
 
     Attributes:
         keys: dotted keys of the recipe that the arm sets.
@@ -83,7 +83,7 @@ def arms_of(sweep: Sweep) -> list[Arm]:
 
 
 def tuning_runs(sweep: Sweep, arm: Arm, models: Models) -> list[ArmRun]:
-    """The runs that choose the tuned values of an arm: one a value, with the first seed.
+    """The runs that choose the tuned values of an arm: one per value, with the first seed.
 
     Args:
         models: what the keys of `first` take.
@@ -99,7 +99,7 @@ def tuning_runs(sweep: Sweep, arm: Arm, models: Models) -> list[ArmRun]:
 
 
 def final_runs(sweep: Sweep, arm: Arm, tuned: Mapping[str, Any], models: Models) -> list[ArmRun]:
-    """The runs of an arm that are compared: one a seed.
+    """The runs of an arm that are compared: one per seed.
 
     Raises:
         LimbeckError: a recipe that is refused, with the arm's name.
@@ -109,7 +109,7 @@ def final_runs(sweep: Sweep, arm: Arm, tuned: Mapping[str, Any], models: Models)
 
 
 def first_values(sweep: Sweep) -> Tree:
-    """The first of the values to be tuned: what stands in for the best ones before they are known."""
+    """The first of the values to be tuned: they stand for the best ones until those are known."""
     return {key: values[0] for key, values in sweep.tune.items()}
 
 

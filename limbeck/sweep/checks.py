@@ -1,4 +1,4 @@
-"""Checks of every arm before any run of a sweep has worked; errors name the arm."""
+"""Checks of every arm before the first run of a sweep; errors name the arm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Prints = dict[str, str]
 
 @dataclass
 class RunChecker:
-    """Checks runs, and works out the fingerprints of their stages. What runs have in common is looked at once.
+    """Checks runs and computes the fingerprints of their stages; files that runs share are read once.
 
     Attributes:
         update: whether a directory made from other inputs is to be brought up to date instead of being refused.
@@ -33,7 +33,7 @@ class RunChecker:
     _seen: set[str] = field(default_factory=set)
 
     def inspect(self, runs: Sequence[ArmRun]) -> None:
-        """Look at runs whose teacher is there.
+        """Check runs whose teacher can be loaded.
 
         Raises:
             LimbeckError: one would fail, or its directory holds another run.
@@ -43,13 +43,13 @@ class RunChecker:
         self.check(runs)
         for run in runs:
             with at(f"arm {run.arm}"):
-                context = self._story(run.recipe)
+                context = self._context(run.recipe)
                 self.prints[run.directory] = context.fingerprints(STAGES)
                 if not self.update:
                     require_same_inputs(context, STAGES, self.prints[run.directory])
 
     def check(self, runs: Sequence[ArmRun], *, models: bool = True) -> None:
-        """Look at what can be known before models are trained.
+        """Check what can be known before models are trained.
 
         Args:
             models: whether the models are there, or others in their place that are like them; else only objectives
@@ -69,7 +69,7 @@ class RunChecker:
                 with at(f"arm {run.arm}"):
                     loss_plan_of(run.recipe)
                     for stage in STAGES if models else ():
-                        stage.check(self._story(run.recipe))
+                        stage.check(self._context(run.recipe))
 
     def finished(self, run: ArmRun) -> bool:
         """Whether all stages of a run are done for exactly these inputs."""
@@ -78,10 +78,10 @@ class RunChecker:
         return all(directory.finished(stage, fingerprint_) for stage, fingerprint_ in prints.items())
 
     def signal_fingerprint(self, run: ArmRun) -> str:
-        """The same for runs that share prompts, responses and signal."""
+        """Fingerprint of the teacher signal, the same for runs that share prompts, responses and signal."""
         return self.prints[run.directory]["teach"]
 
-    def _story(self, recipe: Recipe) -> RunContext:
+    def _context(self, recipe: Recipe) -> RunContext:
         """A run context that knows the models' vocabularies where an earlier one has read them."""
         context, tree = RunContext(recipe), as_tree(recipe)
         pair = json.dumps([tree["teacher"], tree["student"]], sort_keys=True)
@@ -115,11 +115,11 @@ def refuse_launcher() -> None:
     """A sweep starts its own processes.
 
     Raises:
-        LimbeckError: under a launcher, which would start the sweep once a rank, or that asks for what no run can do.
+        LimbeckError: under a launcher, which would start the sweep once per rank, or that asks for what no run can do.
     """
     if "RANK" in os.environ:
         raise LimbeckError(
-            "a sweep was started by a launcher of several processes; start `limbeck sweep` alone, it plays its runs "
+            "a sweep was started by a launcher of several processes; start `limbeck sweep` alone, it runs its arms "
             "side by side itself (parallel), each in one process"
         )
     launched()

@@ -1,4 +1,4 @@
-"""The executor of a sweep's runs: hands them to a crew, keeps the books, tells how far it is."""
+"""The executor of a sweep's runs: gives them to workers, records their states, and reports progress."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _STATE: dict[str, RunStatus] = {"done": "done", "failed": "failed", "paused": "w
 
 @dataclass(frozen=True, kw_only=True)
 class Executor:
-    """Plays runs of a sweep.
+    """Executes runs of a sweep.
 
     Attributes:
-        shelf: what the runs share.
+        artifacts: results that the runs share.
     """
 
     sweep: Sweep
@@ -36,7 +36,7 @@ class Executor:
     pool: WorkerPool
 
     def run(self, runs: Sequence[ArmRun], pause_at: float | None = None) -> dict[Path, Outcome]:
-        """Play runs to their end, or to a pause; those that are at their end already are not touched.
+        """Execute runs to their end, or to a pause; finished runs are skipped.
 
         Returns:
             how the others ended, by directory.
@@ -77,7 +77,7 @@ class Executor:
             self.table.set(run, "failed", reason)
 
     def drop(self, runs: Sequence[ArmRun], reason: str) -> None:
-        """Leave runs as they are, for good."""
+        """Mark runs as dropped; they are not continued."""
         for run in runs:
             if self.table.state(run) != "failed":
                 self.table.set(run, "dropped", reason)

@@ -1,4 +1,4 @@
-"""Playing a sweep: its teacher, what it tunes, its halving rounds, every run that is left, and the comparison.
+"""Execution of a sweep: its teacher, tuning runs, halving rounds, the runs that are left, and the comparison.
 
 runs/sweeps/NAME/  sweep.resolved.yaml  arms.jsonl  teacher/  arms/ARM/seed=S/  arms/ARM/tune/KEY=VALUE/  shared/
 """
@@ -54,7 +54,7 @@ def run_sweep(
     update: bool = False,
     console: Console | None = None,
 ) -> SweepEnd:
-    """Play a sweep; what is done in its directory is not done again.
+    """Run a sweep; what is done in its directory is not done again.
 
     Args:
         source: what `load_sweep` takes, with its overrides.
@@ -62,8 +62,8 @@ def run_sweep(
         console: where progress goes; standard error unless given.
 
     Raises:
-        LimbeckError: anything a person can mend before a run has worked, in one line. A run that fails later is shown
-            in arms.jsonl, and the others go on.
+        LimbeckError: an error that the caller can correct, in one line, before the first run. A run that fails later is
+            shown in arms.jsonl, and the others go on.
         KeyboardInterrupt: stopped by a signal; everything finished is on disk.
     """
     refuse_launcher()
@@ -90,11 +90,11 @@ class SweepRunner:
 
     @property
     def models(self) -> Models:
-        """Models that the arms take of the runs that come first."""
+        """Models for the arms that the first runs make."""
         return {key: str(recipe.directory / "student") for key, recipe in first_recipes(self.sweep).items()}
 
     def check(self) -> None:
-        """Everything that can be refused before a run has worked."""
+        """Check all arms before the first run."""
         recipes = first_recipes(self.sweep)
         for key, recipe in recipes.items():
             with at(f"first.{key}"):
@@ -117,7 +117,7 @@ class SweepRunner:
                 self.checker.inspect(final_runs(self.sweep, arm, {}, models))
 
     def _run_first(self) -> None:
-        """The runs whose students all arms take. One that lies near, of the same inputs, is taken over."""
+        """Do the runs whose students all arms need; a finished one with the same inputs is reused."""
         from limbeck.pipeline.stage_order import STAGES
 
         recipes = first_recipes(self.sweep)
@@ -155,7 +155,7 @@ class SweepRunner:
         return self._end(table)
 
     def _table(self) -> RunTable:
-        """All runs, waiting; what is tuned is not known yet."""
+        """The table of all runs, before tuned values are known."""
         table, arms = RunTable(self.sweep.directory), arms_of(self.sweep)
         table.add([run for arm in arms for run in tuning_runs(self.sweep, arm, self.models)])
         table.add([run for arm in arms for run in final_runs(self.sweep, arm, {}, self.models)])

@@ -1,4 +1,4 @@
-"""A sweep as people write it: one YAML file around a recipe. Strict like a recipe; see docs/sweeping.md."""
+"""The settings of a sweep: one YAML file around a recipe, as strict as a recipe; see docs/sweeping.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from limbeck.types import LimbeckError
 Tree = dict[str, Any]
 AxisValues = Annotated[tuple[Any, ...], Field(min_length=1)]
 RESOLVED = "sweep.resolved.yaml"
-# Each is looked at before the first plays, and nobody waits for more.
+# Each is checked before the first one runs; checking more would take too long.
 MOST_RUNS = 5_000
 
 
@@ -47,7 +47,7 @@ class Sweep:
     recipe: str | Tree
     """A shipped name, a file or the sections themselves."""
     first: dict[str, str | Tree] = field(default_factory=dict)
-    """Recipes that are played first, by the key that takes their student, such as {teacher.model: lab/teacher}."""
+    """Recipes that run first, by the key that takes their student, such as {teacher.model: lab/teacher}."""
     teacher_run: str | Tree | None = None
     """Short for first: {teacher.model: ...}."""
     set: Tree = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Sweep:
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """train.seed of the runs of every arm; the responses are the same for all."""
     parallel: Count = 1
-    """Arms played side by side, each with its share of the processors."""
+    """Number of arms that run side by side, each with its share of the processors."""
     halving: HalvingSection | None = None
 
     @property
@@ -94,7 +94,7 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     """A validated sweep from a shipped name, a YAML file, a sweep's directory or a mapping.
 
     Args:
-        overrides: `section.key=value` changes the recipe of every arm (`prompts.*` those that are played first, too);
+        overrides: `section.key=value` changes the recipe of every arm (`prompts.*` those that run first, too);
             `sweep.key=value` and `output_dir=` change the sweep itself.
 
     Raises:

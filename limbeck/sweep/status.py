@@ -1,4 +1,4 @@
-"""arms.jsonl: what has become of every run of a sweep, one line a run; whole and current at any time."""
+"""arms.jsonl: the state of every run of a sweep, one line per run; whole and current at any time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RunStatus = Literal["waiting", "running", "done", "failed", "dropped"]
 
 @dataclass(kw_only=True)
 class RunLine:
-    """A run and how it stands.
+    """A run and its state.
 
     Attributes:
         error: why it failed or was dropped.
@@ -39,7 +39,7 @@ class RunTable:
     lines: dict[Path, RunLine] = field(default_factory=dict)
 
     def add(self, runs: Sequence[ArmRun]) -> None:
-        """Further runs; one that is there already is known better now (its tuned values)."""
+        """Add runs; a run that is already there is replaced (its tuned values are known now)."""
         for run in runs:
             self.lines.setdefault(run.directory, RunLine(run=run)).run = run
         self._write()

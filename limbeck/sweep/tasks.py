@@ -59,7 +59,7 @@ class Outcome:
 
 
 def perform(task: Task) -> Outcome:
-    """Play a run, with its console in a log beside its directory. Whatever fails is an outcome, never an exception."""
+    """Do a run, with its console in a log beside its directory. Any failure is an outcome, never an exception."""
     try:
         recipe = load_recipe(task.recipe)
         # Beside the run: its own directory holds nothing that a run on its own would not write.

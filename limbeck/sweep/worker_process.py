@@ -1,9 +1,9 @@
 """A process that does one run of a sweep after another, so that imports and torch's start are paid once.
 
-    python -m limbeck.sweep.worker_process SHELF THREADS
+    python -m limbeck.sweep.worker_process ARTIFACTS THREADS
 
-Tasks come in and outcomes go out as JSON lines. Whoever started it is watched: when the input ends, so does the worker,
-in the middle of whatever it does. Nothing finished is lost by that, as by kill -9.
+Tasks come in and outcomes go out as JSON lines. When its input ends, as with the process that
+started it, the worker ends in the middle of its work. Nothing finished is lost by that, as by kill -9.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main() -> None:
     os.dup2(2, 1)
     tasks: SimpleQueue[Task] = SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
-    # Both end it in order from here on, also between two runs; earlier ones were kept waiting by whoever started this.
+    # Both end it in order from here on, also between two runs; earlier ones were blocked by the process that started
+    # this.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

@@ -20,13 +20,13 @@ from limbeck.sweep.worker_process import STOPPING
 
 Begun = Callable[[int], None]
 Ended = Callable[[int, Outcome], None]
-# How often somebody who waits for workers looks whether to stop.
+# Seconds between two looks at stop requests while workers are busy.
 LOOK_S = 0.2
 
 
 class WorkerPool(Protocol):
     def run(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
-        """Play the tasks, in their order as far as they fit side by side; tells when each begins and ends.
+        """Do the tasks, in order as far as they fit side by side, and call `begun` and `ended` for each.
 
         Raises:
             KeyboardInterrupt: stopped by a signal; the current runs have stopped in order.
@@ -67,13 +67,13 @@ class _Worker:
             self.process.stdin.flush()
 
     def close_stdin(self) -> None:
-        """Tell it that there is no more to come, on which it ends at once."""
+        """Close its input, on which it ends at once."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
 
     def wait(self) -> int:
-        """Its exit code, with patience of some seconds."""
+        """Wait some seconds for its end and return its exit code."""
         try:
             return self.process.wait(5)
         except subprocess.TimeoutExpired:
@@ -98,20 +98,20 @@ class Workers:
     _all: list[_Worker] = field(default_factory=list)
 
     def run(self, tasks: Sequence[Task], begun: Begun, ended: Ended) -> None:
-        waiting, stop, told, again = list(range(len(tasks))), GracefulStop(), 0, set[int]()
+        waiting, stop, sent, again = list(range(len(tasks))), GracefulStop(), 0, set[int]()
         with stop.installed(), stop.deferred() as requested:
             while (waiting and not requested()) or any(worker.task is not None for worker in self._all):
-                if requested() and not told:
-                    told = stop.number
+                if requested() and not sent:
+                    sent = stop.number
                     for worker in self._all:
                         # Between two runs a worker hears no others.
-                        worker.process.send_signal(told if told in STOPPING else signal.SIGTERM)
+                        worker.process.send_signal(sent if sent in STOPPING else signal.SIGTERM)
                 while waiting and not requested() and (worker := self._idle()) is not None:
                     begun(waiting[0])
                     worker.give(waiting[0], tasks[waiting.pop(0)])
                 for worker in self._ready_workers():
                     number, worker.task = worker.task, None
-                    outcome = self._outcome(worker, stopping=bool(told))
+                    outcome = self._outcome(worker, stopping=bool(sent))
                     if number is not None and outcome.lost and number not in again:
                         # What ends a process says nothing of the run: it goes on once from where it was.
                         again.add(number)
@@ -148,7 +148,7 @@ class Workers:
                 text=True,
                 encoding="utf-8",
                 env=os.environ | {"OMP_NUM_THREADS": str(self.threads)},
-                # Ctrl-C in a terminal is for this process, which tells the workers once.
+                # Ctrl-C in a terminal is for this process, which signals the workers once.
                 start_new_session=True,
             )
         return _Worker(process)
@@ -179,7 +179,7 @@ class Workers:
 
 @contextmanager
 def _signals_later() -> Iterator[None]:
-    """A process that is started inside the block gets signals once it asks for them: when it can end in order."""
+    """Processes started inside the block get signals later, once they unblock them and can end in order."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield

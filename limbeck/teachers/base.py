@@ -1,4 +1,4 @@
-"""The teacher of a run: what stages may ask of it, wherever its weights are."""
+"""The teacher of a run: its interface to the stages, wherever its weights are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Provision = Literal["hidden", "weights"]
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherModel:
-    """Which model teaches; see `limbeck.models.loading.load_model`."""
+    """Name and loading options of the teacher's model; see `limbeck.models.loading.load_model`."""
 
     model: str
     revision: str | None = None
@@ -33,7 +33,7 @@ class TeacherModel:
 
 @dataclass(kw_only=True)
 class Teacher(ABC):
-    """A teacher as the stages of a run see it: one for all of them.
+    """Base class of teachers. A run has one for all of its stages.
 
     What can be said from the small files of its model is here and reads no weights; subclasses say what they provide
     and give it.
@@ -50,11 +50,11 @@ class Teacher(ABC):
 
     @abstractmethod
     def signal(self, batch: TokenBatch) -> Signal:
-        """What it says at every loss position of the batch."""
+        """The teacher signal at every loss position of the batch."""
 
     @cached_property
     def vocabulary(self) -> VocabularyCard:
-        """Its tokens."""
+        """Its vocabulary, read without weights."""
         from limbeck.models.vocabulary import describe_vocabulary
 
         model = self.model
@@ -62,12 +62,12 @@ class Teacher(ABC):
 
     @property
     def window(self) -> int | None:
-        """Tokens of prompt and answer together; None where it states no limit."""
+        """The most tokens of prompt and response together; None where it has no limit."""
         return self.vocabulary.context_length
 
     @property
     def fingerprint(self) -> str:
-        """Changes with whatever changes what it says."""
+        """A hash of everything that its signal depends on."""
         return self._fingerprint_of_files
 
     @cached_property
@@ -108,7 +108,7 @@ class Teacher(ABC):
 
     @property
     def head(self) -> Head:
-        """What projects the hidden states of its signal.
+        """The head for the hidden states of its signal.
 
         Raises:
             LimbeckError: it gives none.
@@ -116,7 +116,7 @@ class Teacher(ABC):
         raise self.lacks("hidden")
 
     def weights(self) -> LoadedModel:
-        """The model in memory, loaded if it is not there; for samplers, and for students that are made of it.
+        """The model in memory, loaded on first use; for samplers, and for students that are made of it.
 
         Raises:
             LimbeckError: it does not provide them.
@@ -124,7 +124,7 @@ class Teacher(ABC):
         raise self.lacks("weights")
 
     def release(self) -> None:
-        """Let go of the weights, where they are in memory; the next use loads them again."""
+        """Free the weights, where they are in memory; the next use loads them again."""
         return
 
     def _source(self, *, weights: bool = False) -> Source:
@@ -140,7 +140,7 @@ class Teacher(ABC):
         )
 
     def lacks(self, what: Provision) -> LimbeckError:
-        """The error of a teacher that is asked for what it does not provide."""
+        """The error for a request that the teacher cannot serve."""
         return LimbeckError(
             f"teacher {self.model.model} provides {', '.join(sorted(self.provides)) or 'nothing'}, expected {what}; "
             "set teacher.where=in_process"
@@ -148,8 +148,8 @@ class Teacher(ABC):
 
 
 class TeacherLocation(Protocol):
-    """A member of the registry: where a teacher is. Its fields are options."""
+    """A member of the registry: a kind of location of the teacher. Its fields are options."""
 
     def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> Teacher:
-        """The teacher, without loading anything yet."""
+        """Open the teacher, without loading anything yet."""
         ...

@@ -1,4 +1,4 @@
-"""A teacher whose weights are in this process: loaded when first needed, let go of on request."""
+"""A teacher whose weights are in this process: loaded when first needed, freed on request."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class InProcess:
     """The model runs in this process."""
 
     def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> InProcessTeacher:
-        """The teacher; nothing is loaded yet."""
+        """Open the teacher; nothing is loaded yet."""
         return InProcessTeacher(model=model, device=device, progress=progress)
 
 
 @dataclass(kw_only=True)
 class InProcessTeacher(Teacher):
-    """A model in this process, which gives all there is."""
+    """A teacher model in this process, which provides everything."""
 
     _loaded: LoadedModel | None = None
     _local: LocalTeacher | None = None
@@ -60,7 +60,7 @@ class InProcessTeacher(Teacher):
 
     @property
     def head(self) -> Head:
-        """The head of the model in memory; where it is not there, the head alone from its file."""
+        """The head of the model in memory; else the head alone, read from its file."""
         if not self.loaded and (head := self._stored_head) is not None:
             return head
         return self._scorer().head

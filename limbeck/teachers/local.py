@@ -1,4 +1,4 @@
-"""A teacher in this process: one forward pass a batch, hidden states and head instead of logits."""
+"""A teacher in this process: one forward pass per batch, hidden states and head instead of logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LocalTeacher:
-    """A model and its head, ready to judge batches.
+    """A model and its head, ready to score batches.
 
     Attributes:
         head: from `limbeck.models.heads.head_of`, cut to the real vocabulary.
@@ -36,7 +36,7 @@ class LocalTeacher:
 
 @dataclass(frozen=True)
 class NullTeacher:
-    """Stands in where every objective reads labels alone: what nobody reads need not be computed.
+    """Replaces the teacher where every objective reads labels alone, so that no signal need be computed.
 
     Attributes:
         head: the teacher's, of width 0, with the real vocabulary.

@@ -1,4 +1,4 @@
-"""No teacher: what a student is evaluated, or trained on the data's own answers, without."""
+"""No teacher: for evaluating a student alone, and for training on the data's answers with cross-entropy."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Nowhere:
-    """No teacher at all: `teacher.model` lends its tokenizer and its window alone."""
+    """No teacher at all: `teacher.model` gives its tokenizer and its window alone."""
 
     def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> NoTeacher:
-        """A teacher that gives nothing."""
+        """Open a teacher without a signal."""
         return NoTeacher(model=model, device=device, progress=progress)
 
 
 @dataclass(kw_only=True)
 class NoTeacher(Teacher):
-    """A model whose tokenizer and window are known and that says nothing."""
+    """A teacher without a signal, whose tokenizer and window are known."""
 
     @property
     def provides(self) -> frozenset[Provision]:

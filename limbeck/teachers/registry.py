@@ -1,4 +1,4 @@
-"""The registry of teachers: where one can be."""
+"""The registry of teachers, by location."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def dense_rows(hidden: Mapping[str, Tensor], *, dtype: torch.dtype) -> dict[str,
 
 
 def sparse_rows(signals: Mapping[str, TopKSignal | SampledSignal]) -> dict[str, Tensor]:
-    """The tensors of sparse signals as they are stored: 32 bits a number.
+    """The tensors of sparse signals as they are stored: 32 bits per number.
 
     Raises:
         LimbeckError: a log-probability that is not a number.
@@ -151,7 +151,7 @@ class OpenShards:
         return {short: shard.get_tensor(f"{name}.{short}") for short in shorts}
 
     def close(self, path: Path) -> None:
-        """Let go of a shard, where it was read."""
+        """Close a shard, where it was read."""
         if path in self._open:
             self._open.pop(path).__exit__(None, None, None)
 
@@ -212,7 +212,7 @@ class StoredTeacher:
 
 
 def require_lengths(where: Path, entries: Sequence[Mapping[str, Tensor]], batch: TokenBatch) -> None:
-    """Refuse what is stored under the ids of a batch but was said of other tokens.
+    """Refuse signals that are stored under the ids of a batch but belong to other tokens.
 
     Raises:
         LimbeckError: an entry has another number of tokens than its response.

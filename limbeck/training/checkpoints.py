@@ -1,4 +1,4 @@
-"""Checkpoints: everything a step depends on, in safetensors, atomically, the newest few.
+"""Checkpoints: everything that a step depends on, in safetensors, written atomically; the newest few are kept.
 
     checkpoints/step-000050/  model.safetensors  optimizer.safetensors  state.json
     checkpoints/best-000050.safetensors    the weights of the lowest loss on the set-aside responses

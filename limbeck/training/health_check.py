@@ -1,4 +1,4 @@
-"""Looks at the student between steps: does it still compute, and how well does it fit what is held out?"""
+"""Checks of the student between steps: whether its numbers are finite, and its loss on held-out responses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HealthCheck:
-    """The student alone, on every rank for itself: all have the same weights and look at the same rows.
+    """Checks of the student, on every rank for itself: all have the same weights and read the same rows.
 
     Attributes:
         model: as accelerate prepared it.
@@ -52,7 +52,7 @@ class HealthCheck:
 
     @torch.no_grad()
     def heldout_loss(self, responses: Sequence[Response]) -> float:
-        """Cross-entropy a token, nats, of held-out responses."""
+        """Cross-entropy per token, nats, of held-out responses."""
         ordered = sorted(responses, key=lambda r: -r.length)
         self.model.eval()
         starts = range(0, len(ordered), self.rows)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a launch (responses.rounds.World)."""
+    """The processes of a launch, as a `limbeck.rollouts.rounds.ProcessGroup`."""
 
     accelerator: Accelerator
 
@@ -77,7 +77,7 @@ def accelerator(
     # accelerate keeps the first precision of a process for good; a second run in it may ask for another.
     AcceleratorState._reset_state()
     made = Accelerator(
-        # Without being told, accelerate takes the ranks of a machine without accelerators for runs of their own.
+        # By default accelerate takes the ranks of a machine without accelerators for runs of their own.
         cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
         mixed_precision="bf16" if settings.bf16 else "no",
         log_with=list(settings.report_to) or None,

@@ -1,4 +1,4 @@
-"""The learning rate that suits a pair: short trainings at several rates, each taken back, and the best of them.
+"""Search for the learning rate: short trainings at several rates, each undone, and the best of them.
 
 A trial trains some steps at one rate, measures the loss on training responses that its steps did not use, and puts the
 weights back. Rates half a decade apart are tried upwards or downwards from a guess until the loss is worse on both
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Optimizer steps of a trial: warm-up, then level, then a fall to zero, which shows what the rate is worth once it is
-# annealed. Fewer steps see only noise; more cost more than they tell.
+# annealed. Fewer steps see only noise; more cost more than they are worth.
 TRIAL_STEPS, WARMUP_STEPS, FALLING_STEPS = 12, 3, 4
 # Half a decade between rates: the loss after a training is flat within that around its best.
 RATIO = math.sqrt(10)
@@ -41,7 +41,7 @@ class RateSearch:
     """Result of a search.
 
     Attributes:
-        metric: what the losses are: `loss` of the objective, per token, or `forward_kl` beside it.
+        metric: name of the losses: `loss` of the objective, per token, or `forward_kl` beside it.
         before: the loss of the student as it begins.
         chosen: the learning rate to train with; None while trials are missing.
     """

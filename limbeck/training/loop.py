@@ -52,11 +52,12 @@ def train(
     """Train the student in place and return it; continues from the newest checkpoint where there is one.
 
     Args:
-        author: who writes the responses of each step; the rows of `teacher` signals are their numbers.
+        author: makes the response source of the training; the rows of `teacher` signals are the numbers of its
+            responses.
         loss_plan: the objective of each author's responses.
-        schedule: options of the objective that move in a line from one value to another over the training.
+        schedule: options of the objective that change linearly from one value to another over the training.
         weighting: weights of the teacher's and the student's responses against each other; None treats all alike.
-        heldout: responses whose loss is measured where the author asks for it.
+        heldout: responses whose loss is measured where the response source needs it.
         development: responses, by the teacher's number, whose loss is measured every `settings.eval_steps`; the student
             of the lowest is returned where the settings say so.
         fidelity: gives further metrics of the student on those, by name; logged beside their loss.
@@ -65,8 +66,8 @@ def train(
 
     Raises:
         NonFiniteError: NaN or inf in a loss or gradient, naming the step.
-        Interrupted: `context` said so; a checkpoint of the finished step is on disk.
-        LimbeckError: nothing is held out for an author that asks for its loss, or pairs would be cut apart.
+        Interrupted: `context.should_stop` was true; a checkpoint of the finished step is on disk.
+        LimbeckError: nothing is held out for a source that needs its loss, or pairs would be cut apart.
     """
     run = _prepared(
         student,

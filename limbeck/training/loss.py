@@ -1,4 +1,4 @@
-"""The loss of the loop: student, objectives and what is learned beside the student, in one module.
+"""The loss of a micro-batch as a module: student, objectives and a learned projection.
 
 Wrappers (DDP, FSDP) see one forward from token ids to loss.
 """
@@ -27,12 +27,12 @@ WRITERS = ("teacher", "student")
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """Values at a step of what moves over training: temperature, options of the objective, state of the rule.
+    """Settings that change over training, at one step: temperature, options of the objective, state of the rule.
 
     Attributes:
         reference: the mean gaps of an adaptive rule.
-        whitening: mean and standard deviation of what a rule whitens, over the step.
-        rule_only: ask for what is to be whitened alone.
+        whitening: mean and standard deviation, over the step, of the values that a rule whitens.
+        rule_only: compute the values that a rule whitens, and no loss.
     """
 
     temperature: Temperature = field(default_factory=Temperature)
@@ -44,13 +44,14 @@ class StepSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LossPlan:
-    """Objective of each author's responses.
+    """Objectives and rule, by author of the responses.
 
     Attributes:
-        objective: for the teacher's responses (and the data's), and for the student's where `own` is None.
+        objective: for the teacher's responses (and the data's), and for the student's where `student_objective` is
+            None.
         student_objective: for the student's own responses.
-        rule: tells tokens what whole responses say.
-        authored: whether the student writes too: then it is measured by author.
+        rule: gives token options and weights from whole responses.
+        authored: whether the student writes responses too, so that metrics are logged by author.
     """
 
     objective: AnyObjective
@@ -64,7 +65,7 @@ class LossPlan:
         return (self.objective,) if self.student_objective is None else (self.objective, self.student_objective)
 
     def terms(self, by_student_N: Tensor) -> Iterator[tuple[AnyObjective, Tensor | None]]:
-        """Each objective with the tokens (bool) that it judges; None for all. Legs without tokens are left out."""
+        """Each objective with its tokens (bool); None for all. Objectives without tokens are left out."""
         if self.student_objective is None:
             yield self.objective, None
             return
@@ -73,7 +74,7 @@ class LossPlan:
                 yield objective, keep_N
 
     def options_for(self, objective: AnyObjective, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The token options for one of the objectives: of two, each is told what it knows."""
+        """The token options for one of the objectives: of two, each gets those that it has."""
         known = frozenset[str]().union(*(part.token_fields for _, part in row_leaves(objective)))
         return {
             name: o for name, o in options.items() if self.student_objective is None or name.split(".")[-1] in known
@@ -87,16 +88,16 @@ class LossPlan:
 
     @property
     def gauge(self) -> str:
-        """Of `stats`, the mean that tells how well the student fits: the lower the better.
+        """Name, in `stats`, of the mean that measures the student's fit: lower is better.
 
-        The loss, but for objectives that push sampled tokens alone: their value says nothing of the fit, the forward KL
-        that is measured beside them does.
+        The loss, but for objectives that push sampled tokens alone: for these it is the forward KL that is measured
+        beside them, since their value does not measure the fit.
         """
         return "forward_kl" if self.pushes_samples and "forward_kl" in self.stats else "loss"
 
     @property
     def pushes_samples(self) -> bool:
-        """Whether an objective moves sampled tokens by how good they are found, not whole distributions."""
+        """Whether an objective is a policy gradient on sampled tokens, not a divergence of whole distributions."""
         pushing = {"opd", "policy_gradient"}
         return any(part.name in pushing for one in self.objectives for _, part in leaves(one))
 
@@ -128,7 +129,7 @@ class LossPlan:
 
 
 class Sums:
-    """Sums and counts of what is logged, by name; they add up over micro-batches and ranks."""
+    """Sums and counts of logged values, by name; they add up over micro-batches and ranks."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device):
         self.place = {name: i for i, name in enumerate(names)}
@@ -175,11 +176,12 @@ class StudentLoss(nn.Module):
         """The weighted sum of the per-token values; sums and counts of `stats` (S, 2) and a divergence (N,), detached.
 
         The divergence is the forward KL at temperature 1 where it is measured, else the value itself. With
-        `step_settings.rule_only` there is no loss, and what the rule is to whiten takes the place of the divergence.
+        `step_settings.rule_only` there is no loss, and the values that the rule whitens take the place of the
+        divergence.
 
         Args:
-            signal: None leaves objective and teacher out: the cross-entropy of the labels, which tells whether the
-                student still computes.
+            signal: None leaves objective and teacher out: the cross-entropy of the labels, to check that the student's
+                numbers are finite.
         """
         hidden_ND = hidden_states(self.student, batch)
         head = head_of(self.student, self.vocab_size, verify=False)
@@ -251,7 +253,7 @@ class StudentLoss(nn.Module):
     def _options_of_rule(
         self, hidden_ND: Tensor, head: Head, batch: TokenBatch, signal: Signal, step_settings: StepSettings, sums: Sums
     ) -> TokenOptions:
-        """What the rule says of the responses of a batch, before any of them is judged."""
+        """Token options and weights that the rule gives for the responses of a batch."""
         if self.loss_plan.rule is None:
             return TokenOptions()
         log_q_N, log_p_N = label_logp(hidden_ND, head, signal, batch.labels_N)

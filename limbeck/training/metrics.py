@@ -1,4 +1,4 @@
-"""Records of a training while it runs: metrics, alarms, a few responses, and what goes to trackers."""
+"""Logging of a training: metrics, alarms, some responses, and trackers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class LoopContext:
 
     Attributes:
         checkpoints: folder for checkpoints.
-        metrics: JSON lines, one a logging step.
+        metrics: JSON lines, one per logging step.
         learning_rate: JSON file of the search, where the recipe leaves the learning rate to it.
         examples: JSON lines of some responses over the training, where the student writes too.
         console: where progress is shown.
         should_stop: asked after each step; True writes a checkpoint and raises `Interrupted`.
         pause_at: share of the steps after which the loop stops in the same way; at the end it does not.
-        label: what the progress bar is called.
+        label: name of the progress bar.
     """
 
     checkpoints: Path
@@ -83,11 +83,11 @@ class Journal:
             self.accelerator.log(numbers, step=metrics["step"])
 
     def state(self) -> dict[str, Any]:
-        """What the alarms remember, for a checkpoint."""
+        """State of the alarms, for a checkpoint."""
         return {"watch": self.watch.state(), "loss_alarm": self.loss_alarm.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state` gave."""
+        """Restore what `state` returned."""
         self.watch.restore(state["watch"])
         self.loss_alarm.restore(state["loss_alarm"])
 

@@ -1,4 +1,4 @@
-"""The tail of a step: the percentile that few tokens exceed, from values that come in parts and on several ranks."""
+"""A high percentile of the values of a step's tokens, which come in parts and on several ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class StreamingPercentile:
     It is the smallest value that `share` of the tokens do not exceed (nearest rank): with 1000 tokens and 99 %, the
     11th largest. ::
 
-        tail = Tail(tokens, device=device)          # tokens of the step, over all ranks
+        tail = StreamingPercentile(tokens, device=device)  # tokens of the step, over all ranks
         for micro in micros: tail.add(value_N)      # any number of times, also never
         p99 = tail.value(accelerator.gather)        # or tail.value() with one process
 

@@ -1,4 +1,4 @@
-"""Progress of a training: what a checkpoint holds beside weights and optimizer."""
+"""Progress of a training: the content of a checkpoint beside weights and optimizer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Best:
 
 @dataclass
 class Progress:
-    """All of it but the last two fields is in the checkpoint.
+    """Counters and measurements of a training; all but the last two fields are in the checkpoint.
 
     Attributes:
         gaps: sums and counts of the gaps by writer over the epochs that a rule measures its reference in.
-        validations: how often the held-out loss was measured for the author.
-        heldout_loss: what it was the last time.
-        so_far: what is counted since the first step; see `limbeck.rollouts.account`.
+        validations: how often the held-out loss was measured for the response source.
+        heldout_loss: its last value.
+        so_far: counts since the first step; see `limbeck.rollouts.account`.
         learning_rate: the peak that a search found; None where the recipe gives it.
         first_loss: the loss on the set-aside responses before training.
         best: the lowest loss on the set-aside responses.
@@ -79,7 +79,7 @@ class Progress:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
-        """As a checkpoint's state.json has it."""
+        """The progress in a checkpoint's state.json."""
         return cls(
             step=state["step"],
             tokens=state["tokens"],

@@ -1,4 +1,4 @@
-"""Short trainings of a student at one learning rate, each taken back: what the search for the rate tries."""
+"""Trials of the search for the learning rate: short trainings at one rate, each undone."""
 
 from __future__ import annotations
 

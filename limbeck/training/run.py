@@ -1,4 +1,4 @@
-"""A training as it runs: its steps in order, checkpoints and metrics on the way, and how it goes on after a stop."""
+"""A training: its steps in order, with checkpoints and metrics, and its continuation after a stop."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ class TrainingRun:
             if state["step_rows"] != self.step_rows:
                 per_rank = self.step_rows // self.accelerator.num_processes
                 raise LimbeckError(
-                    f"{newest} was made with {state['step_rows']} responses a step and this launch has "
+                    f"{newest} was made with {state['step_rows']} responses per step and this launch has "
                     f"{self.step_rows}; launch {state['step_rows'] // per_rank} processes again, or delete "
                     f"{newest.parent} to train from the start"
                 )

@@ -1,4 +1,4 @@
-"""Weights of the tokens of a step: the one place where per-token values become a mean."""
+"""Weights of the tokens of a step: the only place where per-token values become a mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mean and deviation of what a rule says, over a whole step, before its gradients are taken."""
+"""Mean and standard deviation of a rule's values over a whole step, before its gradients are computed."""
 
 from __future__ import annotations
 

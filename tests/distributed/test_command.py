@@ -40,9 +40,8 @@ def test_two_ranks_train_the_student_of_one(tmp_path: Path) -> None:
     play(*limbeck, *steps, f"output_dir={one}", "train.per_device_train_batch_size=4")
     batch = "train.per_device_train_batch_size=2"
     said = play(*LAUNCHER, "limbeck", "run", str(recipe), *steps, f"output_dir={two}", batch)
-    first = (
-        "launch: 2 ranks, wrapper DDP, started by torchrun; 4 responses a step (2 per device x 1 accumulated x 2 ranks)"
-    )
+    step = "4 responses per step (2 per device x 1 accumulated x 2 ranks)"
+    first = f"launch: 2 ranks, wrapper DDP, started by torchrun; {step}"
     assert next(line for line in said if line.startswith(("launch:", "prompts:"))) == first
     assert json.loads((two / "provenance.json").read_text())["launch"]["effective_batch"] == 4
     alone, beside = (load_file(folder / "student" / "model.safetensors") for folder in (one, two))

@@ -73,7 +73,7 @@ def test_fewer_ranks_than_a_checkpoint_was_made_with(tiny: TinyPair, tmp_path: P
     shutil.copytree(run, copy)
     alone = (sys.executable, "-m", "limbeck", "train", recipe, f"output_dir={copy}")
     [line] = own_lines(ended(*alone).stderr)
-    assert "was made with 4 responses a step and this launch has 2; launch 2 processes again, or delete" in line
+    assert "was made with 4 responses per step and this launch has 2; launch 2 processes again, or delete" in line
     [other] = own_lines(ended(*alone, "train.per_device_train_batch_size=4").stderr)
     assert "was made by another recipe: train.per_device_train_batch_size is 2 there and 4 here" in other
     assert f"or delete {copy / 'checkpoints'} to train from the start" in line

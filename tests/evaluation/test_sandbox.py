@@ -16,7 +16,7 @@ import pytest
 
 from limbeck.evaluation.sandbox import jail, syscalls
 from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run_program
-from limbeck.evaluation.sandbox.log import judge_all
+from limbeck.evaluation.sandbox.log import test_all
 from limbeck.evaluation.sandbox.tester import Program, judge
 from limbeck.evaluation.sandbox.wire import Link
 from limbeck.types import LimbeckError
@@ -215,19 +215,19 @@ def test_verdicts_are_kept_and_a_cut_line_is_judged_again(tmp_path, monkeypatch)
     log = tmp_path / "log.jsonl"
     jobs = [job(GOOD), job("def add(a, b): return 0"), job(GOOD)]
 
-    def judged() -> list[bool]:
-        found = dict(judge_all(jobs, PATIENT, log=log, scratch=tmp_path / "scratch"))
+    def tested() -> list[bool]:
+        found = dict(test_all(jobs, PATIENT, log=log, scratch=tmp_path / "scratch"))
         return [found[number].passed for number in range(len(jobs))]
 
-    assert judged() == [True, False, True]
+    assert tested() == [True, False, True]
     whole = log.read_text()
     assert whole.count("\n") == 2, "equal programs are run once"
     log.write_text(whole[:-10])
-    assert judged() == [True, False, True] and log.read_text() == whole
+    assert tested() == [True, False, True] and log.read_text() == whole
     monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_programs", None)
-    assert judged() == [True, False, True]
+    assert tested() == [True, False, True]
     odd = ('{"job": [1], "kind": "passed", "text": ""}', '{"job": "x", "kind": ["passed"], "text": ""}')
     for line in ("{}", *odd, '{"job": "x", "kind": "perfect", "text": ""}', "[" * 10**5 + "]" * 10**5):
         log.write_text(f"{line}\n" + whole)
         with pytest.raises(LimbeckError, match=r"log\.jsonl:1 is damaged"):
-            judged()
+            tested()

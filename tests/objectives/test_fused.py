@@ -247,7 +247,7 @@ def test_bad_input_is_refused():
         ("same order", {"signal": DenseSignal(hidden_ND=signal.hidden_ND[1:], head=head)}),
         ("do not fit", {"signal": DenseSignal(hidden_ND=signal.hidden_ND[:, 1:], head=head)}),
         ("reads a teacher", {"signal": None}),
-        ("one a token", {"weight_N": pair.weight_N[1:]}),
+        ("one per token", {"weight_N": pair.weight_N[1:]}),
         ("tile_bytes", {"tile_bytes": 0}),
         ("auto, on or off", {"compile": "yes"}),
         ("unknown to this objective", {"token_options": {"alpha": pair.weight_N}}),

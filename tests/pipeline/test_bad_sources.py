@@ -94,7 +94,7 @@ PUSHED = "contrast.student={name: srkl}"
             (*STUDENT, "objective.name=policy_gradient", "contrast.rule={name: minillm}", "responses.temperature=0.8"),
             ("contrast.rule=minillm", "temperature is 0.8"),
         ),
-        # ... and of the student of now, unless its tokens are weighed.
+        # ... and of the current student, unless its tokens are weighed.
         (
             (*STUDENT, "objective.name=opd", "responses.source.refresh=epoch"),
             ("opd", "responses.source.refresh=epoch", "refresh=step", "contrast.rule={name: importance}"),

@@ -141,7 +141,7 @@ class TestStale:
         weights = [line["weight/student"] for line in metrics(run)]
         rounds = sorted((run / "rounds").glob("0*/student/*.jsonl"))
         assert rounds and all(json.loads(line)["logp"] for p in rounds for line in p.read_text("utf-8").splitlines())
-        assert weights[0] == pytest.approx(1, abs=1e-3), "the student of now wrote them"
+        assert weights[0] == pytest.approx(1, abs=1e-3), "the current student wrote them"
         assert max(abs(weight - 1) for weight in weights) > 0.01
 
 

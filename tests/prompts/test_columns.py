@@ -1,4 +1,4 @@
-"""Columns that nobody reads are named, those of methods that are not played are refused, and both can be ignored."""
+"""Columns that are not read are named, those of methods not implemented are refused, and both can be ignored."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_columns_beside_mapped_ones_are_counted(tmp_path: Path) -> None:
 
 
 def test_the_line_names_each_once_and_where_it_is_rare() -> None:
-    assert unread_line({"score": 3, "note": 1}, 3) == "prompts: columns that nobody reads: score, note (in 1 of 3 rows)"
+    assert unread_line({"score": 3, "note": 1}, 3) == "prompts: columns that are not read: score, note (in 1 of 3 rows)"
     assert unread_line({"a\ud800": 1}, 1).isascii()
     assert unread_line({str(n): 1 for n in range(20)}, 1).endswith("11 and 8 more")
 

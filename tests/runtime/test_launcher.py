@@ -33,7 +33,7 @@ def test_who_started_how_many() -> None:
 
 def test_a_launch_in_one_line_and_in_provenance() -> None:
     two = Launch(rank=0, ranks=2, launcher="torchrun")
-    step = "24 responses a step (4 per device x 3 accumulated x 2 ranks)"
+    step = "24 responses per step (4 per device x 3 accumulated x 2 ranks)"
     assert two.line(4, 3) == f"launch: 2 ranks, wrapper DDP, started by torchrun; {step}"
     assert two.record(4, 3) == {
         **{"ranks": 2, "wrapper": "DDP", "launcher": "torchrun"},

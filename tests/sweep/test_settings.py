@@ -186,13 +186,13 @@ class TestFiles:
         assert load_sweep(tmp_path) == loaded
 
     def test_a_recipe_is_no_sweep(self) -> None:
-        with pytest.raises(LimbeckError, match="quickstart is a recipe, not a sweep; play it with: limbeck run"):
+        with pytest.raises(LimbeckError, match="quickstart is a recipe, not a sweep; run it with: limbeck run"):
             load_sweep("quickstart")
 
     def test_a_sweep_is_no_recipe(self, tmp_path: Path) -> None:
         path = tmp_path / "s.yaml"
         path.write_text("recipe: quickstart\n")
-        with pytest.raises(LimbeckError, match="is a sweep, not a recipe; play it with: limbeck sweep"):
+        with pytest.raises(LimbeckError, match="is a sweep, not a recipe; run it with: limbeck sweep"):
             load_recipe(path)
 
     def test_unknown_name(self) -> None:

@@ -178,7 +178,7 @@ def gap(one: Gradients, other: Gradients) -> float:
 
 
 def stale(response: Response, seed: int, *, mixture: bool = False) -> Response:
-    """The same response with log-probabilities that it was drawn with, which are none of the student of now."""
+    """The same response with log-probabilities that it was drawn with, which are none of the current student."""
     draw = random.Random(seed)
     logp = tuple(-4.0 - 2 * draw.random() for _ in response.response_ids)
     return (

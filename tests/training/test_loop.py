@@ -267,7 +267,7 @@ def test_another_number_of_ranks_does_not_continue_in_another_place(tmp_path):
     chosen = settings(per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=2)
     with pytest.raises(Interrupted):
         play(tiny_model(1), tmp_path, chosen, should_stop=stop_after(2))
-    with pytest.raises(LimbeckError, match=r"8 responses a step and this launch has 4; launch 2 processes again"):
+    with pytest.raises(LimbeckError, match=r"8 responses per step and this launch has 4; launch 2 processes again"):
         play(tiny_model(1), tmp_path, settings(per_device_train_batch_size=4, save_steps=2))
 
 

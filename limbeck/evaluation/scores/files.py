@@ -1,7 +1,7 @@
 """Scores from rows, and the files of both.
 
-Every group of metrics (fidelity, rouge, ...) measures one `ScoredRow` an example; everything after that is the same for
-all of them and lives here. A run directory gets `scores.json` (the summary) and `scores/PART.GROUP.jsonl` (the rows).
+Every group of metrics (fidelity, rouge, ...) measures one `ScoredRow` per example; the rest is the same for all groups
+and is in this module. A run directory gets `scores.json` (the summary) and `scores/PART.GROUP.jsonl` (the rows).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Metric:
 
 NATS = "nats/token"
 
-# How conditions read; others, such as T=0.7, speak for themselves.
+# Texts of conditions; others, such as T=0.7, need none.
 CONDITIONS = {
     "teacher": "on the teacher's answers",
     "student": "on the student's answers",
@@ -200,16 +200,16 @@ METRICS: dict[str, Metric] = {
         meaning="parameters and buffers in the precision they were evaluated in",
     )),
     **_of_both("cache_size", Metric(
-        label="Cache a token", unit="kB/token", better="lower",
+        label="Cache per token", unit="kB/token", better="lower",
         meaning="keys and values that each token of context keeps in memory",
     )),
     **_of_both("prefill_speed", Metric(
         label="Reading speed", unit="tokens/s", better="higher",
-        meaning="prompt tokens read a second; the examples are repeats on this machine, never the same twice",
+        meaning="prompt tokens read per second; the examples are repeats on this machine, never the same twice",
     )),
     **_of_both("decode_speed", Metric(
         label="Writing speed", unit="tokens/s", better="higher",
-        meaning="tokens written a second, one by one; the examples are repeats on this machine, never the same twice",
+        meaning="tokens written per second, one by one; the examples are repeats on this machine, never the same twice",
     )),
     **_of_both("accuracy", Metric(
         label="Accuracy", unit="", better="higher",

@@ -16,7 +16,7 @@ from limbeck.models.quantization.formats import FORMATS
 from limbeck.types import LimbeckError
 
 Trained = Literal["straight_through", "frozen"]
-# Below the model's own folder, where nobody who looks for its weights meets it.
+# Below the model's own folder, where loaders of its weights do not look.
 PLACE = "quantized/blocks.safetensors"
 
 

@@ -164,8 +164,8 @@ class ImportanceWeights:
     """Weights for responses that an earlier student drew, or the teacher beside it: see `importance_weight`.
 
     With `opd` and the ratio of the token itself ("step") the expected gradient is that of `rkl` after the same tokens,
-    whoever wrote them; with that of the response so far ("prefix") or of the whole one ("sequence") it is the gradient
-    on responses of the student of now, of a variance that grows with length. Tokens of other writers weigh 1.
+    of any author; with that of the response so far ("prefix") or of the whole one ("sequence") it is the gradient
+    on responses of the current student, of a variance that grows with length. Tokens of other writers weigh 1.
 
     Attributes:
         importance: whose ratio.
