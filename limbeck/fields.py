@@ -20,7 +20,7 @@ Strings = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Effect:
-    """Says in a key's annotation that it changes less than what a run writes; see `recipe.keys`."""
+    """The mark, in a key's annotation, of a key with little or no effect on results; see `recipe.keys`."""
 
     name: str
 

@@ -176,7 +176,7 @@ def _validated(what: str, member: type[Any], options: Mapping[str, object]) -> A
 
 
 def _kind(member: type[Any], field: dataclasses.Field[Any]) -> str:
-    """What an option takes, without the bounds that are marked on it."""
+    """Type of an option, without the bounds that are marked on it."""
     try:
         hint = get_type_hints(member)[field.name]
     except NameError:

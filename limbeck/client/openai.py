@@ -81,7 +81,7 @@ class Server:
 
     @property
     def root(self) -> str:
-        """What paths are appended to, without a slash at its end."""
+        """Base address for paths, without a slash at its end."""
         url = self.base_url.rstrip("/")
         return url if urlsplit(url).path else f"{url}/v1"
 
@@ -102,7 +102,7 @@ class Server:
         return self._ask(path, body)
 
     def models(self) -> tuple[str, ...]:
-        """The models the server says it has; none where it keeps no list.
+        """Names of the server's models; empty where it has no list.
 
         Raises:
             LimbeckError: as for `get`, or a list of another shape.
@@ -140,7 +140,7 @@ class Server:
         return wanted
 
     def check_key(self) -> None:
-        """See that the key is there, where one is named, without asking the server.
+        """Check that the key is set, where one is named; no request is made.
 
         Raises:
             LimbeckError: the variable is not set, or what it holds can be no key.

@@ -46,7 +46,7 @@ class ReplyText:
 
     @property
     def message(self) -> str:
-        """What the server says is wrong, in one line."""
+        """The server's error message, in one line."""
         said = self.reply
         for name in ("error", "detail", "message"):
             if isinstance(said, dict) and said.get(name):

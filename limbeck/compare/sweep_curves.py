@@ -87,7 +87,7 @@ def _plate(column: Column, key: str) -> Figure | None:
 
 
 def _without(name: str, key: str) -> str:
-    """An arm's name without what it says of one setting: those that share it are one line over that setting."""
+    """An arm's name without one setting; arms that share it are one line over that setting."""
     said = (f"{key}=", f"{key.rpartition('.')[2]}=")
     return ", ".join(part for part in name.split(", ") if not part.startswith(said))
 

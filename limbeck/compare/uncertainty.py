@@ -55,7 +55,7 @@ class ResampledMetric:
 
     @cached_property
     def runs(self) -> list[dict[int, int]]:
-        """Of each arm: seed to run."""
+        """Runs by seed, for each arm."""
         found: list[dict[int, int]] = [{} for _ in range(self.arms)]
         for run, (seed, arm) in enumerate(zip(self.seed_R, self.arm_R, strict=True)):
             found[arm][seed] = run
@@ -207,7 +207,7 @@ class Resampled:
 
     @cached_property
     def _covariance(self) -> ndarray:
-        """Of the resampled means of all arms, (A, A)."""
+        """Covariance of the resampled means of all arms, (A, A)."""
         import numpy as np
 
         return np.cov(np.stack([self.drawn(arm) for arm in range(self.sheet.arms)]), ddof=0)
@@ -220,5 +220,5 @@ class Resampled:
 
 
 def _of_mean(values_S: ndarray) -> float:
-    """Variance of the mean of some seeds; 0 where one says nothing of it."""
+    """Variance of the mean of some seeds; 0 for a single seed."""
     return float(values_S.var(ddof=1)) / len(values_S) if len(values_S) > 1 else 0.0

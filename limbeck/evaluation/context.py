@@ -195,7 +195,7 @@ class EvaluationContext(Protocol):
 
     @property
     def responses_author(self) -> Literal["teacher", "data"]:
-        """Who wrote the held-out responses of the run."""
+        """Author of the held-out responses of the run."""
         ...
 
     @property
@@ -222,7 +222,7 @@ class EvaluationContext(Protocol):
         ...
 
     def source(self, who: Who) -> ModelSource:
-        """Where a model and its tokenizer are."""
+        """Location of a model and its tokenizer."""
         ...
 
     def before(self) -> EvaluationContext:

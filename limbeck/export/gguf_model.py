@@ -78,7 +78,7 @@ def write_gguf(
 
 
 def require_known(config: Any) -> None:
-    """See that a GGUF file can say all that this configuration says.
+    """Check that a GGUF file can express all of the configuration.
 
     Raises:
         LimbeckError: it cannot.

@@ -132,7 +132,7 @@ def _refuse(path: Path, key: str, value: Any, expected: str) -> None:
 
 
 def require_fitting(folder: Path, config: Any) -> None:
-    """See that the weights in a folder have the vocabulary and the depth that its configuration says.
+    """Check that the weights in a folder have the vocabulary and the depth of its configuration.
 
     Raises:
         LimbeckError: names the field, and both numbers.

@@ -17,7 +17,7 @@ SPARSE_BLOCK_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class SparseForm:
-    """How a dense signal becomes a sparse one.
+    """The form of a sparse signal, and its computation from a dense one.
 
     Attributes:
         support: "topk_tail" and "topk_renorm" keep the same tokens; "sampled" draws them from the teacher.

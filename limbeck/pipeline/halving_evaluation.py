@@ -79,7 +79,7 @@ def measure_paused(context: RunContext, metric: str) -> RungMeans:
 
 
 def paused_path(context: RunContext) -> Path:
-    """Where the numbers of a pause are kept: by what is trained, so that those of a superseded student are not read."""
+    """File of the metrics of a pause, by fingerprint of the training, so that a superseded student's are not read."""
     from limbeck.pipeline.stage_order import STAGES
 
     fingerprint_ = context.fingerprints(STAGES)["train"]

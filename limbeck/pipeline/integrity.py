@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Look:
-    """How closely the files of a finished stage are looked at.
+    """How closely the files of a finished stage are compared.
 
     Attributes:
         results: by content, where a stage that will run reads them; else by size and time of last change; not at all
@@ -34,7 +34,7 @@ class Look:
 
 
 def closeness(run: RunDirectory, wanted: Sequence[Stage], prints: Mapping[str, str]) -> dict[str, Look]:
-    """How closely the files of each stage are looked at, if it is finished."""
+    """How closely the files of each stage are compared, if it is finished."""
     looks: dict[str, Look] = {}
     read = following = False
     for stage in reversed(wanted):
@@ -96,7 +96,7 @@ def reopen_damaged(run: RunDirectory, stage: Stage, look: Look, console: Console
 
 
 def sources_of(run: RunDirectory, stages: Sequence[Stage], stage: Stage) -> Json:
-    """What a stage reads of the stages before it, as fingerprints of their files."""
+    """Fingerprints of the files of earlier stages that a stage reads."""
     earlier = stages[: [each.name for each in stages].index(stage.name)]
     return {
         each.name: content_of(matching(_written(run, each), each.working, wanted=False))

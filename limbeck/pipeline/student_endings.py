@@ -92,7 +92,7 @@ def doctor_says(teacher: VocabularyCard, student: VocabularyCard, tree: Mapping[
 
 
 def foreseen_format(context: RunContext) -> AnswerFormat:
-    """What the student will be trained and saved with, as far as the recipe says it without the prompts.
+    """Format that the student will be trained and saved with, as far as the recipe decides it without the prompts.
 
     Raises:
         LimbeckError: a chat template that refuses or drops an assistant's text.

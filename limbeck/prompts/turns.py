@@ -108,7 +108,7 @@ def one_turn(name: str, turns: Turns, prompt: Prompt, rendering: Rendering) -> M
 
 
 def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template says itself what the assistant writes."""
+    """Whether the chat template marks the assistant's text itself."""
     template: Any = tokenizer.chat_template
     texts = template.values() if isinstance(template, Mapping) else [template]
     return any(_MARKER.search(str(text)) for text in texts)

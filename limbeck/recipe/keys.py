@@ -22,7 +22,7 @@ def same_arm_keys() -> frozenset[str]:
 
 
 def fingerprinted_member(key: str, member: Any) -> dict[str, Any]:
-    """What stands at a key that holds a member of a registry: its name and its options, without the neutral ones."""
+    """Value of a key that holds a member of a registry: its name and options, without neutral ones."""
     return {"name": MEMBER_KEYS[key].name_of(member), **fingerprinted(member)}
 
 

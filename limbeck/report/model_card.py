@@ -230,7 +230,7 @@ _TEMPLATES = {
 
 
 def _answers(run: Run) -> str:
-    """With what prompts it was trained and what ends its answers; "" where no record says so."""
+    """Prompt format that it was trained with and the end of its answers; "" where no record says so."""
     template, ends = run.student.get("template"), run.student.get("ends")
     if template not in _TEMPLATES or not isinstance(ends, list):
         return ""

@@ -160,7 +160,7 @@ _OF_RESPONSES = (TRUNCATED, REPEATED, LENGTH, EMPTY, LOG_Q)
 
 
 class Watch:
-    """Looks at the metrics of each step and raises the alarms of `ALARMS`.
+    """Monitor that reads the metrics of each step and raises the alarms of `ALARMS`.
 
     An alarm goes off once, and again only after the metric recovered in between. Metrics that a step lacks, or that
     are not finite, are passed over. A watch that is given the `state` of another one goes on as that one would have.

@@ -111,7 +111,7 @@ class SourceOptions(ABC):
 
     @property
     def bias(self) -> str | None:
-        """Which option lets another model draw some of the student's tokens; None where none does."""
+        """The option by which another model draws some of the student's tokens; None where there is none."""
         return None
 
     def check(self, *, max_new_tokens: int, per_device_train_batch_size: int) -> None:

@@ -111,7 +111,7 @@ class PlainConsole:
 
 @dataclass(frozen=True)
 class QuietConsole:
-    """Says nothing but warnings: for the Python API and for ranks other than the first."""
+    """Console that shows warnings alone: for the Python API and for ranks other than the first."""
 
     def say(self, line: str) -> None:
         del line

@@ -79,7 +79,7 @@ class Sweep:
 
     @property
     def size(self) -> int:
-        """How many runs it has, those that tune included; counted without making them."""
+        """Number of runs, those that tune included; counted without making them."""
         arms = max(1, len(self.arms)) * math.prod(map(len, self.grid.values()))
         tuning = math.prod(map(len, self.tune.values())) if self.tune else 0
         return arms * (len(self.seeds) + tuning)

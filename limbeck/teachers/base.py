@@ -46,7 +46,8 @@ class Teacher(ABC):
     @property
     @abstractmethod
     def provides(self) -> frozenset[Provision]:
-        """What it gives: "hidden" (states, by `signal`), "weights" (the model itself, in memory: it can answer)."""
+        """What it can provide: "hidden" (states, by `signal`), "weights" (the model in memory, which can also
+        sample)."""
 
     @abstractmethod
     def signal(self, batch: TokenBatch) -> Signal:

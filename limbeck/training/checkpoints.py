@@ -114,7 +114,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def has_weights(path: Path) -> bool:
-    """Whether what `save_weights` wrote is there, as it was written."""
+    """Whether the file of `save_weights` exists and is unchanged."""
     try:
         return read_sealed(path.with_suffix(".json")) == {"name": path.name, "sha256": sha256_of(path)}
     except (LimbeckError, OSError):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepSums:
-    """What was measured beside the gradients of a step, over all ranks.
+    """Metrics measured with the gradients of a step, over all ranks.
 
     Attributes:
         sums: name of a measure to its sum over the step and the number of its values; measures without values are

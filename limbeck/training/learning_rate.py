@@ -146,7 +146,7 @@ def search(
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> RateSearch:
-    """The search kept at `path`: what is there is read, what is missing is tried.
+    """The search kept at `path`: finished trials are read, missing ones are run.
 
     Args:
         trials: makes what tries rates; not called where the search is over already.

@@ -22,7 +22,7 @@ WELL = 1.2
 
 @dataclass(slots=True)
 class LossAlarm:
-    """Looks at the loss of each step; goes off once, and again only after the loss came down in between.
+    """Alarm on a rising loss; goes off once, and again only after the loss came down in between.
 
     Plain numbers: what it says depends on what it has seen alone, so a resumed run repeats it. It reads the forward KL
     at temperature 1 where that is measured beside the loss, since a temperature that moves changes the loss too.

@@ -71,7 +71,7 @@ class JudgeQuestion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostEstimate:
-    """What questions will cost. `output_tokens` is the most it can be."""
+    """Cost of some questions. `output_tokens` is an upper bound."""
 
     requests: int
     input_tokens: int

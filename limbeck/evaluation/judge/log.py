@@ -74,7 +74,7 @@ class JudgementLog:
         self.known[judgement.key] = judgement
 
     def holds(self, key: str, max_new_tokens: int) -> bool:
-        """Whether a question need not be asked: a reply is there, is one, and was not cut off at a lower limit."""
+        """Whether a question has a usable reply that was not cut off at a lower limit."""
         known = self.known.get(key)
         if known is None or known.opinion.unread == "odd":
             return False

@@ -193,7 +193,7 @@ def summarise_pairs(pairs: Sequence[JudgedPair]) -> Json:
 
 
 def _lengths(read: Sequence[JudgedPair]) -> Json:
-    """How often the longer answer won, among the pairs with a winner and answers of different lengths."""
+    """Share of wins of the longer answer, among the pairs with a winner and answers of different lengths."""
     uneven = [pair for pair in read if pair.value != 0.5 and pair.lengths[0] != pair.lengths[1]]
     longer = sum((pair.value == 1.0) == (pair.lengths[0] > pair.lengths[1]) for pair in uneven)
     return {

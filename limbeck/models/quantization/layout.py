@@ -1,4 +1,4 @@
-"""Which weights of a model are kept in which format."""
+"""Formats by weight of a model."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _matrices(model: PreTrainedModel) -> dict[str, tuple[str, Tensor]]:
 
 
 def replaced(formats: Mapping[str, str], format: str, embeddings: str | None) -> dict[str, list[str]]:
-    """Names of weights by the format that stands in for the one asked for, for the lines that say so."""
+    """Weights that get another format than the requested one, by that format, for messages."""
     found: dict[str, list[str]] = {}
     for name, chosen in formats.items():
         if chosen not in (format, embeddings):
