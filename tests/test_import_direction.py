@@ -81,7 +81,7 @@ def imported_parts(path: Path, source: str) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_follow_the_story(path):
+def test_imports_follow_the_rules(path):
     part = part_of(path)
     assert part in ALLOWED, f"{part} is new: say in ALLOWED what it may import and who may import it"
     wrong = [
@@ -102,7 +102,7 @@ def test_the_rules_themselves_go_one_way():
 
 
 def test_the_house_stays_small():
-    """One screen of parts, and no more ways between them than somebody can keep in mind."""
+    """One screen of parts, and no more ways between them than one can keep in mind."""
     arrows = {
         (part_of(path), other)
         for path in modules()
@@ -128,7 +128,7 @@ def test_a_forbidden_import_would_be_seen():
 
 
 def test_types_and_objectives_need_torch_at_most():
-    """What a training loop of somebody else imports, no more."""
+    """What a training loop outside limbeck imports, no more."""
     for path in [PACKAGE / "types.py", *sorted((PACKAGE / "objectives").glob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

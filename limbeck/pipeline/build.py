@@ -17,7 +17,7 @@ from limbeck.objectives import (
 )
 from limbeck.objectives.sequence.distillm2 import Beta
 from limbeck.objectives.sums import AnyObjective, row_leaves
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.recipe import load
 from limbeck.recipe.sections import SftSection
 from limbeck.training.loss import LossPlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.recipe.teacher import WHERE
 from limbeck.teachers.base import Provision
 from limbeck.types import LimbeckError

@@ -15,7 +15,7 @@ from typing import Any
 from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import compare_vocabularies
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
-from limbeck.pipeline.engine import RunContext
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.prompts.chat import reads_option
 from limbeck.prompts.special_tokens import special_tokens

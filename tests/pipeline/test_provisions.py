@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from limbeck.pipeline.engine import RunContext, run_pipeline
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import as_tree, json_schema, load_recipe

@@ -15,8 +15,8 @@ from limbeck.models.fingerprints import tokenizer_fingerprint
 from limbeck.models.loading import LoadedModel
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.checks import check_responses, check_rounds
+from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_counts, with_draft
-from limbeck.pipeline.engine import RunContext, Stage
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.served_responses import ask_server

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from limbeck.pipeline.build import sparse_form
-from limbeck.pipeline.engine import RunContext, Stage
+from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
 from limbeck.rollouts.collate import collate
 from limbeck.runtime.files import link

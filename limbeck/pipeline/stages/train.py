@@ -19,7 +19,7 @@ from limbeck.objectives.sums import nested
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan, temperature_of, token_weighting_of, trial_loss_plan
 from limbeck.pipeline.cached_teacher import round_teacher
 from limbeck.pipeline.checks import check_student, student_spec
-from limbeck.pipeline.engine import RunContext, Stage
+from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.fidelity_in_training import fidelity_on
 from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
 from limbeck.pipeline.response_sources import response_source_of
