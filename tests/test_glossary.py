@@ -86,7 +86,7 @@ IDENTIFIERS = {
     "inspector": "checker",
     "judge_BJV": "verifier_BJV",
     "judge_BKV": "verifier_BKV",
-    "judge_all": "test_all",
+    "judge_all": "verdicts_of",
     "ledger": "table",
     "load_teacher": "RunContext.teacher, whose weights() load when first needed",
     "local_teacher": "RunContext.teacher",

@@ -16,8 +16,8 @@ import pytest
 
 from limbeck.evaluation.sandbox import jail, syscalls
 from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run_program
-from limbeck.evaluation.sandbox.log import test_all
-from limbeck.evaluation.sandbox.tester import Program, judge
+from limbeck.evaluation.sandbox.log import verdicts_of
+from limbeck.evaluation.sandbox.tester import Program, tested
 from limbeck.evaluation.sandbox.wire import Link
 from limbeck.types import LimbeckError
 from tests.evaluation.sandbox_attacks import ATTACKS, GOOD
@@ -197,7 +197,7 @@ def test_a_program_whose_process_does_not_say_that_it_is_confined_is_not_run(tmp
             pytest.fail(f"{message} was sent to a process that is not confined")
 
     for said in (None, {"unconfined": "no Landlock"}):
-        verdict = judge(Program(cast(Link, Elsewhere(said))), asdict(job(GOOD)))
+        verdict = tested(Program(cast(Link, Elsewhere(said))), asdict(job(GOOD)))
         assert verdict["kind"] == "unconfined"
     with pytest.raises(LimbeckError, match=r"failed its trial.*evaluate\.groups\.tasks\.memory_mb"):
         require_sandbox(tmp_path, Limits(memory_mb=1))
@@ -215,19 +215,19 @@ def test_verdicts_are_kept_and_a_cut_line_is_judged_again(tmp_path, monkeypatch)
     log = tmp_path / "log.jsonl"
     jobs = [job(GOOD), job("def add(a, b): return 0"), job(GOOD)]
 
-    def tested() -> list[bool]:
-        found = dict(test_all(jobs, PATIENT, log=log, scratch=tmp_path / "scratch"))
+    def passed() -> list[bool]:
+        found = dict(verdicts_of(jobs, PATIENT, log=log, scratch=tmp_path / "scratch"))
         return [found[number].passed for number in range(len(jobs))]
 
-    assert tested() == [True, False, True]
+    assert passed() == [True, False, True]
     whole = log.read_text()
     assert whole.count("\n") == 2, "equal programs are run once"
     log.write_text(whole[:-10])
-    assert tested() == [True, False, True] and log.read_text() == whole
+    assert passed() == [True, False, True] and log.read_text() == whole
     monkeypatch.setattr("limbeck.evaluation.sandbox.log.run_programs", None)
-    assert tested() == [True, False, True]
+    assert passed() == [True, False, True]
     odd = ('{"job": [1], "kind": "passed", "text": ""}', '{"job": "x", "kind": ["passed"], "text": ""}')
     for line in ("{}", *odd, '{"job": "x", "kind": "perfect", "text": ""}', "[" * 10**5 + "]" * 10**5):
         log.write_text(f"{line}\n" + whole)
         with pytest.raises(LimbeckError, match=r"log\.jsonl:1 is damaged"):
-            tested()
+            passed()

@@ -15,7 +15,7 @@ import pytest
 
 from limbeck.evaluation.sandbox import host, jail
 from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run_program
-from limbeck.evaluation.sandbox.log import test_all
+from limbeck.evaluation.sandbox.log import verdicts_of
 from limbeck.types import LimbeckError
 from tests.evaluation.disk_watch import LIMITS
 from tests.evaluation.sandbox_attacks import ENDLESS, GOOD
@@ -82,7 +82,7 @@ def test_where_nothing_bounds_a_directory_no_program_writes(tmp_path: Path, monk
     log, jobs = tmp_path / "log.jsonl", [job(WRITES), job(GOOD)]
 
     def passed() -> list[bool]:
-        found = dict(test_all(jobs, PATIENT, log=log, scratch=tmp_path / "scratch"))
+        found = dict(verdicts_of(jobs, PATIENT, log=log, scratch=tmp_path / "scratch"))
         return [found[number].passed for number in range(len(jobs))]
 
     assert passed() == [files_possible(), True]

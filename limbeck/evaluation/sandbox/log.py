@@ -12,7 +12,9 @@ from limbeck.runtime.jsonl import append_to_log, damaged, read_log
 from limbeck.runtime.records import fingerprint
 
 
-def test_all(jobs: Sequence[Job], limits: Limits, *, log: Path, scratch: Path) -> Iterator[tuple[int, ProgramOutcome]]:
+def verdicts_of(
+    jobs: Sequence[Job], limits: Limits, *, log: Path, scratch: Path
+) -> Iterator[tuple[int, ProgramOutcome]]:
     """Verdicts with the numbers of their jobs, every job once, those known from `log` first.
 
     Equal jobs are run once. A line that a kill cut off is not counted, and its program run again.

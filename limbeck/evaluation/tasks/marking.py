@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.evaluation.sandbox.host import Limits
-from limbeck.evaluation.sandbox.log import test_all
+from limbeck.evaluation.sandbox.log import verdicts_of
 from limbeck.evaluation.tasks.code_answers import job_of, program_of
 from limbeck.evaluation.tasks.math_answers import MathChecker, extract
 from limbeck.evaluation.tasks.problems import CODE, Problem
@@ -63,7 +63,7 @@ def _mark_programs(
     programs = [program_of(problem, text, continues=continues) for problem, text in answers]
     jobs = [job_of(problem, program) for (problem, _), (program, _) in zip(answers, programs, strict=True)]
     failures: dict[int, str | None] = {}
-    for number, verdict in test_all(jobs, limits, log=log, scratch=scratch):
+    for number, verdict in verdicts_of(jobs, limits, log=log, scratch=scratch):
         failures[number] = None if verdict.passed else verdict.kind
         advance(1)
     return [Mark(failure=failures[number], extraction=how) for number, (_, how) in enumerate(programs)]
