@@ -95,7 +95,7 @@ def _wanted(recipe: Recipe, stages: Sequence[Stage], until: str) -> Sequence[Sta
     if not stages[last].included(recipe):
         raise LimbeckError(
             f"the recipe has no stage {until}, which comes of a section preference; add one, such as "
-            "preference.pairs=teacher, or play it with another command"
+            "preference.pairs=teacher, or run it with another command"
         )
     return tuple(stage for stage in stages[: last + 1] if stage.included(recipe))
 

@@ -218,14 +218,14 @@ class RunMaterials:
             for place in (0, 1)
         )
         pairs: list[PreferencePair] = []
-        told: Counter[str] = Counter()
+        answers_of: Counter[str] = Counter()
         for better, worse in zip(chosen, rejected, strict=True):
             if better.response_ids == worse.response_ids:
                 # Their difference was beyond the limit.
                 left_out["rows_identical"] += 1
                 continue
-            number = told[better.prompt_id]
-            told[better.prompt_id] += 2
+            number = answers_of[better.prompt_id]
+            answers_of[better.prompt_id] += 2
             pairs.append(
                 PreferencePair(chosen=replace(better, round=number), rejected=replace(worse, round=number + 1))
             )

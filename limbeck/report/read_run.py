@@ -23,10 +23,10 @@ FILES = {
 OF_TRAINING = ("student/student.json", "metrics.jsonl", "samples.jsonl")
 # Absent where the student wrote none of what it was trained on, and not missed then.
 WRITTEN = "rounds/examples.jsonl"
-# Absent where nobody preferred.
+# Absent without preference tuning.
 REWARDS = "preferences/rewards.jsonl"
 RECIPE = "recipe.resolved.yaml"
-STORY = ("prompts", "respond", "teach", "train", "prefer", "evaluate", "report")
+STAGES = ("prompts", "respond", "teach", "train", "prefer", "evaluate", "report")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,8 @@ class Run:
         recipe_text: the resolved recipe as written; `recipe` is the same, parsed.
         alone: an evaluation of a student that was not trained here, so that nothing of a training is missed.
         stages: the manifests, in the order in which the stages were started.
-        steps: one mapping a logging step of the training.
-        rewards: one mapping a step of the preference tuning.
+        steps: one mapping per logging step of the training.
+        rewards: one mapping per step of the preference tuning.
         searches: what was tried to find the learning rate, by the training it was for.
         written: some of the responses that were trained on, of both authors, as token ids.
         missing: file to what its absence means.

@@ -2,7 +2,7 @@
 
 TRL and the transformers Trainer do the work; what is replaced here is what they would do with files and the network:
 answers are not tokenised again, reference log-probabilities stay in memory, checkpoints hold no pickles and say when
-they are whole, nobody is told that a training began, and no model card of theirs is written.
+they are whole, no tracker reports that a training began, and TRL writes no model card.
 
 Nothing in the training draws random numbers but the order of the pairs, which is a function of seed and epoch, so that
 checkpoints keep no state of generators.

@@ -26,7 +26,7 @@ _OTHERS = {
 
 
 def metric_of(against: Against) -> str:
-    """Name of the win rate over somebody's answers."""
+    """Name of the win rate over the answers of one author."""
     return "likelihood_win_rate" if against == "teacher" else f"likelihood_win_rate_{against}"
 
 
@@ -43,7 +43,7 @@ def _win_rate(against: Against) -> Metric:
 
 @dataclass(config=STRICT, kw_only=True)
 class LikelihoodGroup(EvaluationGroup):
-    """How likely the teacher finds the student's answers, and how often likelier than somebody else's."""
+    """How likely the teacher finds the student's answers, and how often likelier than others."""
 
     against: Against = "teacher"
     """Whose answers the student's are set beside: distilled is the student before preference tuning."""

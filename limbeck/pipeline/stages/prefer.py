@@ -50,7 +50,7 @@ def check_preference(context: RunContext) -> None:
     if context.launch.ranks > 1:
         raise LimbeckError(
             f"the section preference tunes in one process, and {context.launch.ranks} were launched; "
-            "play `limbeck train` with them, then the whole run without the launcher"
+            "run `limbeck train` with them, then the whole run without the launcher"
         )
     if isinstance(section.pairs, DataPairs):
         preferences_of(context, section.pairs)
@@ -68,7 +68,7 @@ def _preference_inputs(context: RunContext) -> Json:
     return inputs
 
 
-def _play_preference(context: RunContext) -> Json:
+def _run_preference(context: RunContext) -> Json:
     pairs, record = _pairs(context)
     rewards = _tune(context, pairs)
     last = rewards[-1]
@@ -138,7 +138,7 @@ STAGE = Stage(
     name="prefer",
     check=check_preference,
     inputs=_preference_inputs,
-    play=_play_preference,
+    run=_run_preference,
     outputs=lambda run: (run.preferences, run.preferred),
     # The model card is the evaluation's.
     working=("preferences/answers/*", "preferences/scores/*", "preferences/checkpoints/*", "preferred/README.md"),

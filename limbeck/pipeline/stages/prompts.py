@@ -60,7 +60,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
 
 
 def _read_by_preference(context: RunContext) -> tuple[str, ...]:
-    """The columns that preference tuning reads of this source, and nobody else."""
+    """The columns of this source that preference tuning alone reads."""
     recipe = context.recipe
     pairs = recipe.preference.pairs if recipe.preference else None
     same = isinstance(pairs, DataPairs) and pairs.source in (None, recipe.prompts.source)

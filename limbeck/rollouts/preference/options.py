@@ -85,7 +85,7 @@ class SampledPairs(PairOptions):
 
     @abstractmethod
     def scores(self, materials: PairMaterials, answers: Answers) -> Mapping[str, float | None]:
-        """How good each answer is, by response id; None where nobody can say."""
+        """How good each answer is, by response id; None where they cannot be ranked."""
 
     def build(self, materials: PairMaterials) -> PairSet:
         answers = materials.sampled(self)

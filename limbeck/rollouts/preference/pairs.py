@@ -32,7 +32,7 @@ class PreferencePair:
     """Two answers to a prompt.
 
     Attributes:
-        scores: of the two, by whoever ranked them; None where the data did.
+        scores: of the two, by the model that ranked them; None where the data did.
     """
 
     chosen: Response
