@@ -22,6 +22,7 @@ from limbeck.types import Json, Prompt, Response, Sampling, ScoredRow, SignalSou
 if TYPE_CHECKING:
     import torch
 
+    from limbeck.models.quantization.files import QuantizedWeights
     from limbeck.sampling.local import LocalSampler
 
 Part = Literal["before", "distilled", "after"]
@@ -262,6 +263,14 @@ class EvaluationContext(Protocol):
 
     def heldout_responses(self) -> Mapping[int, Response]:
         """The held-out responses of the run."""
+        ...
+
+    def training_responses(self) -> Sequence[Response]:
+        """The responses that were there before training, but for the held-out ones."""
+        ...
+
+    def quantized_weights(self) -> QuantizedWeights | None:
+        """The blocks that the student was trained as; None where it is not quantised."""
         ...
 
     def scoring_teacher(self, *, stored: bool) -> SignalSource:

@@ -15,6 +15,7 @@ import torch
 
 from limbeck.models.folders import EXPERT_COUNTS
 from limbeck.models.loading import source_config
+from limbeck.models.quantization import FORMATS
 from limbeck.models.quantization.layout import replaced
 from limbeck.models.sources import resolve
 from limbeck.pipeline.build import check_objectives
@@ -153,9 +154,26 @@ def _check_anatomy(context: RunContext) -> None:
         with torch.device("meta"):
             model = fresh_model(there, spec)
         if spec.quantize is not None:
-            _say_replaced(context, spec.quantize, formats_of(model, spec.quantize))
+            formats = formats_of(model, spec.quantize)
+            _check_baselines(context, formats)
+            _say_replaced(context, spec.quantize, formats)
         if spec.lora is not None:
             check_adapters(model, spec.lora)
+
+
+def _check_baselines(context: RunContext, formats: Mapping[str, str]) -> None:
+    """llama.cpp quantises to the formats of its own files alone.
+
+    Raises:
+        LimbeckError: it is asked for others.
+    """
+    group = context.recipe.evaluate.groups.get("recovery")
+    strange = [name for name in dict.fromkeys(formats.values()) if FORMATS[name].gguf is None]
+    if strange and getattr(group, "baselines", ()):
+        raise LimbeckError(
+            f"evaluate.groups.recovery.baselines asks llama.cpp for {strange[0]}, which GGUF files do not hold; set "
+            "evaluate.groups.recovery.baselines=[], or choose a student.quantize.format that they do"
+        )
 
 
 def _say_replaced(context: RunContext, quantize: QuantizeSpec, formats: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from limbeck.evaluation.context import ChatModel, ModelSource, Part, Who, response_text
 from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.models.loading import load_model, load_tokenizer
+from limbeck.models.quantization.files import QuantizedWeights, read_blocks
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.pipeline.resumable import write_in_batches
@@ -235,6 +236,14 @@ class RunEvaluation:
     def heldout_responses(self) -> dict[int, Response]:
         """The held-out responses of the run, by row of the signal."""
         return load_responses(self.context, "heldout")
+
+    def training_responses(self) -> list[Response]:
+        """The responses that were there before training, but for the held-out ones."""
+        return list(load_responses(self.context, "train").values())
+
+    def quantized_weights(self) -> QuantizedWeights | None:
+        """The blocks that the student was trained as; None where it is not quantised."""
+        return read_blocks(self.context.run.student)
 
     def scoring_teacher(self, *, stored: bool) -> SignalSource:
         """The source of teacher signals: for responses of the run, which may be stored, or for any responses."""

@@ -39,6 +39,11 @@ def check(recipe: Recipe) -> None:
     student = recipe.student
     if student.init == "pretrained" and student.model is None:
         raise LimbeckError("student.model is missing; name a model, or set student.init=depth_prune to cut the teacher")
+    if "recovery" in recipe.evaluate.groups and (student.quantize is None or student.init != "teacher"):
+        raise LimbeckError(
+            "evaluate.groups.recovery measures what quantising the teacher cost and training brought back; set "
+            "student={init: teacher, quantize: {format: q4_0}}, or leave recovery out of evaluate.groups"
+        )
     if student.init == "teacher" and (student.model is not None or student.revision is not None):
         named = "model" if student.model is not None else "revision"
         raise LimbeckError(

@@ -57,10 +57,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
 def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Recipe]:
     """Recipes that between them have every section and every group."""
     folder = tmp_path_factory.mktemp("runs")
+    # Of quantised students alone.
+    groups: dict[str, Any] = {name: {} for name in EVALUATION_GROUPS if name != "recovery"}
+    groups["judge"] = {"base_url": "http://localhost:1/v1"}
     common: dict[str, Any] = {
-        "evaluate": {
-            "groups": {name: {} for name in EVALUATION_GROUPS} | {"judge": {"base_url": "http://localhost:1/v1"}}
-        },
+        "evaluate": {"groups": groups},
         "sft": {"num_train_epochs": 2.0},
     }
     served = tiny.tree(folder / "served", **common, responses={"server": {"base_url": "http://localhost:1/v1"}})
@@ -68,7 +69,8 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     drafted = tiny.tree(
         folder / "drafted", **common, responses={"source": "mixed", "draft": {"model": str(tiny.teacher)}}
     )
-    drafted["student"] |= {"quantize": {"format": "q8_0"}}
+    drafted["student"] = {"init": "teacher", "quantize": {"format": "q8_0"}}
+    drafted["evaluate"] = {"groups": groups | {"recovery": {}}}
     sparse = tiny.tree(folder / "sparse", **common, teacher={"support": "topk_tail", "support_k": 5})
     text = folder / "text.jsonl"
     text.write_text('{"text": "Some text to learn from."}\n' * 20, "utf-8")

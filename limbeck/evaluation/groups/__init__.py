@@ -12,6 +12,7 @@ from limbeck.evaluation.groups.fidelity import FidelityGroup
 from limbeck.evaluation.groups.judge import JudgeGroup
 from limbeck.evaluation.groups.likelihood import LikelihoodGroup
 from limbeck.evaluation.groups.nll import NllGroup
+from limbeck.evaluation.groups.recovery import RecoveryGroup
 from limbeck.evaluation.groups.rouge import RougeGroup
 from limbeck.evaluation.groups.speculation import SpeculationGroup
 from limbeck.evaluation.groups.tasks import TasksGroup
@@ -29,6 +30,7 @@ EVALUATION_GROUPS: Registry[EvaluationGroup] = Registry(
         "speculation": SpeculationGroup,
         "cost": CostGroup,
         "nll": NllGroup,
+        "recovery": RecoveryGroup,
     },
     entry_points="limbeck.evaluation_groups",
 )

@@ -38,6 +38,8 @@ CONDITIONS = {
     "teacher": "on the teacher's answers",
     "student": "on the student's answers",
     "references": "on the references",
+    "llama_cpp": "quantised by llama.cpp",
+    "imatrix": "quantised by llama.cpp with an importance matrix",
 }
 
 

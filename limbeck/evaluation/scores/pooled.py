@@ -42,5 +42,6 @@ POOLED: dict[str, Callable[[ndarray], ndarray]] = {
     "ece_to_teacher": calibration_error,
     "draft_acceptance": ratio,
     "tokens_per_pass": ratio,
+    "recovered": ratio,
     "speculative_speedup": speedup,
 }

@@ -35,6 +35,16 @@ class QuantizedWeights:
     formats: Mapping[str, str]
     blocks: Mapping[str, Tensor]
 
+    @property
+    def weights(self) -> int:
+        """Number of weights that are in blocks."""
+        return sum(FORMATS[self.formats[name]].weights_in(blocks) for name, blocks in self.blocks.items())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(blocks.numel() for blocks in self.blocks.values())
+
 
 def save_blocks(folder: Path, quantized: QuantizedWeights) -> None:
     """Write the blocks into the folder of a model."""

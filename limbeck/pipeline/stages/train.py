@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from limbeck.models.loading import LoadedModel
-from limbeck.models.quantization import FORMATS
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
 from limbeck.objectives.base import Objective
@@ -323,13 +322,11 @@ def _bits(context: RunContext, student: Student) -> Json:
     if section is None or found is None:
         return {}
     packed = found.packed()
-    shipped = sum(blocks.numel() for blocks in packed.blocks.values())
-    whole = sum(FORMATS[packed.formats[n]].weights_in(b) for n, b in packed.blocks.items())
     return {
         "quantized": asdict(section)
         | {
             "formats": dict(Counter(found.formats.values())),
-            "size_mb": (shipped + 4 * (student.parameters - whole)) / 1e6,
+            "size_mb": (packed.bytes + 4 * (student.parameters - packed.weights)) / 1e6,
         }
     }
 

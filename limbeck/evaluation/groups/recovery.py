@@ -1,0 +1,134 @@
+"""The group `recovery`: how much of what quantisation lost did training bring back?
+
+The student before training is its teacher with every weight rounded to the nearest level (plain names). Beside it stand
+what llama.cpp's own quantiser makes of the same weights in the same formats, without and with an importance matrix from
+the training responses (conditions `llama_cpp` and `imatrix`). All are measured against the teacher on the held-out
+responses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic.dataclasses import dataclass
+
+from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
+from limbeck.evaluation.scores.metrics import Metric
+from limbeck.fields import STRICT, Count
+from limbeck.types import ScoredRow
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from limbeck.models.quantization.files import QuantizedWeights
+
+Baseline = Literal["llama_cpp", "imatrix"]
+_MEASURED = ("forward_kl", "reverse_kl", "top1_agreement")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class RecoveryGroup(EvaluationGroup):
+    """How much of the divergence that quantisation caused training brought back, and the size of the file."""
+
+    baselines: tuple[Baseline, ...] = ()
+    """Quantised without training by llama.cpp (package xllamacpp): llama_cpp alike in all columns, imatrix weighed by
+    an importance matrix."""
+    calibration: Count = 64
+    """Training responses of the importance matrix."""
+
+    parts = ("after",)
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "recovered": Metric(
+            label="Share recovered",
+            unit="",
+            better="higher",
+            meaning="of the forward KL that quantisation caused, the share that training brought back; 1 is all of it",
+            teacher_value=1.0,
+        ),
+        "shipped_size": Metric(
+            label="Size as shipped",
+            unit="MB",
+            better="lower",
+            meaning="blocks of the quantised weights, and float32 for what is not quantised",
+            teacher="teacher_shipped_size",
+        ),
+        "teacher_shipped_size": Metric(
+            label="Teacher: size as shipped", unit="MB", better="context", meaning="the same of the teacher in float32"
+        ),
+    }
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"teacher", "tokens", *(("teacher_weights",) if self.baselines else ())})
+
+    def check(self, evaluation: EvaluationContext) -> None:
+        if self.baselines:
+            from limbeck.evaluation.quantised import quantiser
+
+            quantiser()
+
+    def measure(self, evaluation: EvaluationContext) -> GroupResult:
+        quantized = evaluation.quantized_weights()
+        assert quantized is not None, "a recipe without student.quantize is refused"
+        healed = _rows(evaluation, evaluation.student.model)
+        before = evaluation.before()
+        tables: dict[str, Sequence[ScoredRow]] = {"": _recovered(_rows(before, before.student.model), healed)}
+        for condition, model in self._quantised(evaluation, quantized.formats):
+            rows = _rows(evaluation, model)
+            tables[condition] = [
+                replace(row, values={name: row.values[name] for name in _MEASURED}, sums=shared.sums)
+                for row, shared in zip(rows, _recovered(rows, healed), strict=True)
+            ]
+        sizes = _sizes(evaluation.student.model, quantized)
+        tables["file"] = [ScoredRow(id="model", weight=1.0, values=sizes)]
+        return GroupResult(tables=tables, detail={"formats": dict(Counter(quantized.formats.values())), **sizes})
+
+    def _quantised(
+        self, evaluation: EvaluationContext, formats: Mapping[str, str]
+    ) -> Iterator[tuple[Baseline, nn.Module]]:
+        """The teacher's weights as llama.cpp quantises them, one after the other."""
+        from limbeck.evaluation.quantised import importance_of, rounded_by_llama_cpp
+
+        for baseline in self.baselines:
+            model, importance = evaluation.teacher.model, None
+            if baseline == "imatrix":
+                responses = evaluation.training_responses()[: self.calibration]
+                importance = importance_of(model, responses, device=evaluation.device)
+            yield baseline, rounded_by_llama_cpp(model, formats, importance)
+
+
+def _rows(evaluation: EvaluationContext, model: nn.Module) -> list[ScoredRow]:
+    """Fidelity of a model on the held-out responses, a row per prompt."""
+    from limbeck.evaluation.fidelity import chunks_of, measure
+    from limbeck.models.heads import head_of
+    from limbeck.models.vocabulary import real_vocab_size
+
+    responses = evaluation.heldout_responses()
+    chunks = chunks_of(
+        model,
+        head_of(model, real_vocab_size(evaluation.tokenizer("teacher"))),
+        dict(enumerate(responses.values())),
+        evaluation.scoring_teacher(stored=True),
+        batch_size=evaluation.scoring_batch_size,
+        device=evaluation.device,
+    )
+    return measure(chunks, top_k=2).rows
+
+
+def _recovered(quantised: Sequence[ScoredRow], healed: Sequence[ScoredRow]) -> list[ScoredRow]:
+    """What came back of each prompt's divergence, and that divergence, over its tokens: their ratio is the share."""
+    rows = []
+    for lost, left in zip(quantised, healed, strict=True):
+        assert lost.id == left.id, "both read the same responses"
+        gap, rest = (row.weight * row.values["forward_kl"] for row in (lost, left))
+        rows.append(ScoredRow(id=lost.id, weight=lost.weight, values={}, sums={"recovered": (gap - rest, gap)}))
+    return rows
+
+
+def _sizes(model: nn.Module, quantized: QuantizedWeights) -> dict[str, float]:
+    """Millions of bytes of the student's file, and of the teacher's, which has as many parameters, in float32."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    shipped = quantized.bytes + 4 * (parameters - quantized.weights)
+    return {"shipped_size": shipped / 1e6, "teacher_shipped_size": 4 * parameters / 1e6}
