@@ -52,20 +52,40 @@ def is_unicode(text: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRef:
+    """An image inside a turn, by name: the pixels are on disk.
+
+    Attributes:
+        id: a hash of the bytes of its file.
+    """
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn of a conversation, in the ecosystem's form.
 
     Attributes:
+        content: its text; of a turn with images, the texts between them.
         fields: further fields for the chat template: tool_calls, tool_call_id, name, reasoning_content.
+        parts: of a turn with images, its texts and images in order; else empty.
     """
 
     role: str
     content: str
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    parts: tuple[str | ImageRef, ...] = ()
 
     def as_turn(self) -> dict[str, Any]:
         """The turn as chat templates read it."""
-        return {"role": self.role, "content": self.content, **self.fields}
+        content: str | list[dict[str, str]] = self.content
+        if self.parts:
+            content = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.id}
+                for part in self.parts
+            ]
+        return {"role": self.role, "content": content, **self.fields}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +121,11 @@ class Prompt:
         """The reference answers, however many the data has."""
         return self.references or (() if self.completion is None else (self.completion,))
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The ids of its images in order."""
+        return tuple(p.id for turn in self.messages or () for p in turn.parts if isinstance(p, ImageRef))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -127,12 +152,15 @@ class TokenPrompt:
 
     Attributes:
         label: its name in messages.
+        images: ids of its images. Each stands in `ids` as one placeholder; how many tokens it becomes each model
+            decides for itself (`limbeck.models.vision`).
     """
 
     id: str
     ids: tuple[int, ...]
     split: Split = "train"
     label: str = field(default="", compare=False)
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +178,7 @@ class Response:
         replaced: number of tokens in which the teacher replaced the student's, where both models sample; not compared.
         round: rollout round in which it was written, from 1; 0 is before training, `AFTER_TRAINING` in the evaluation
             after it.
+        images: ids of the images of its conversation, one for each placeholder outside of the loss.
     """
 
     prompt_id: str
@@ -164,6 +193,7 @@ class Response:
     replaced: int | None = field(default=None, compare=False)
     spans: tuple[tuple[int, int], ...] = ()
     round: int = 0
+    images: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -203,6 +233,7 @@ class TokenBatch:
         by_student_B: whether the student wrote the response of each row, bool.
         partners: for each row, the row with the other author's response to the same prompt; -1 for none.
         drawn_logp_N: log-probability the response tokens were drawn with; NaN where it was not kept, float32.
+        images: ids of the images of each row; empty where no row has any.
     """
 
     input_ids_BT: Tensor
@@ -214,6 +245,7 @@ class TokenBatch:
     by_student_B: Tensor
     partners: tuple[int, ...]
     drawn_logp_N: Tensor
+    images: tuple[tuple[str, ...], ...] = ()
 
     @property
     def sequence_N(self) -> Tensor:

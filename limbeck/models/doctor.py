@@ -67,6 +67,7 @@ def doctor_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
         *((role.removesuffix("_token"), functools.partial(_token, role=role)) for role in report.teacher.roles),
         ("chat template", _template),
         ("context", lambda card: f"{card.context_length:,}" if card.context_length else "not stated"),
+        ("images", lambda card: f"read, written as {card.image_token}" if card.image_token else "not read"),
         ("stored as", lambda card: card.dtype),
     ]
     return [(label, show(report.teacher), show(report.student)) for label, show in shown]

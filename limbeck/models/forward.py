@@ -19,6 +19,11 @@ def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     Rows are padded on the right and attention is causal, so real tokens never see padding: no attention mask is
     needed, and without one the backend's own causal kernel is used.
     """
+    if batch.images:
+        from limbeck.models.vision import image_hidden_states
+
+        with onednn.linears():
+            return image_hidden_states(model, batch)
     with onednn.linears():
         output = decoder_of(model)(input_ids=batch.input_ids_BT, use_cache=False)
     return output.last_hidden_state[batch.loss_mask_BT]

@@ -23,6 +23,11 @@ _PROBE_TOKENS = 8
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest difference that rounding explains, relative to the largest value."""
+    return _TOLERANCE.get(dtype, 1e-4)
+
+
 def causal_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, freed from a PEFT wrapper (whose adapters stay inside its layers)."""
     from transformers import PreTrainedModel
@@ -143,7 +148,7 @@ def _verify(model: PreTrainedModel, head: Head) -> None:
         model.train(was_training)
     got = project(head, hidden_BTD)
     largest = expected.abs().max().item()
-    allowed = _TOLERANCE.get(head.weight_VD.dtype, 1e-4) * max(largest, 1e-6)
+    allowed = tolerance(head.weight_VD.dtype) * max(largest, 1e-6)
     gap = (got.float() - expected.float()).abs().max().item()
     name = type(model).__name__
     if not torch.isfinite(expected).all():

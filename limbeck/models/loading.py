@@ -16,6 +16,13 @@ from limbeck.models.assets import DownloadProgress
 from limbeck.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from limbeck.models.folders import refuse_adapter, require_fitting
 from limbeck.models.gguf import gguf_config, gguf_model, gguf_tokenizer
+from limbeck.models.processors import (
+    auto_class,
+    give_placeholder,
+    placeholder_of,
+    reads_images,
+    source_processor,
+)
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import Source, resolve
 from limbeck.types import LimbeckError, is_unicode
@@ -89,6 +96,8 @@ def load_model(
     else:
         model = _from_safetensors(source, without_dropout(config), kind, attn_implementation, trust_remote_code)
     silence_dropout(model)
+    if reads_images(config):
+        let_read_images(model, source, config, tokenizer)
     provenance = Provenance(
         name=source.name,
         kind=source.kind,
@@ -101,6 +110,23 @@ def load_model(
         license=source.license,
     )
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, provenance=provenance)
+
+
+def let_read_images(
+    model: PreTrainedModel, source: Source, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Give an image-text model the processor that lies beside it, and freeze its vision tower.
+
+    Raises:
+        LimbeckError: the processor is not there, or belongs to another model.
+    """
+    from limbeck.models.image_features import ImageReader, vision_tower
+    from limbeck.models.vision import attach_reader
+
+    vision_tower(model).requires_grad_(False)
+    processor, placeholder = source_processor(source, config, tokenizer), placeholder_of(tokenizer)
+    assert placeholder is not None, "what has a processor has a placeholder"
+    attach_reader(model, ImageReader(processor=processor, placeholder=placeholder, files=source.directory))
 
 
 def load_tokenizer(
@@ -159,6 +185,8 @@ def _require_causal(source: Source, config: PretrainedConfig) -> None:
 
     named = list(config.architectures or [])
     known = {cls for cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(cls, str)}
+    if reads_images(config) and not config.is_encoder_decoder:
+        return
     custom = "auto_map" in config.__dict__ and "AutoModelForCausalLM" in config.__dict__["auto_map"]
     # BERT-like encoders have a causal class too, of use only where the configuration says decoder.
     encoder = config.model_type in ("bert", "roberta", "xlm-roberta", "electra", "camembert", "data2vec-text", "ernie")
@@ -192,6 +220,7 @@ def source_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreT
     with _in_one_line(source, "its tokenizer cannot be read"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
         _require_usable(source, tokenizer)
+    give_placeholder(tokenizer, source)
     return tokenizer
 
 
@@ -221,14 +250,12 @@ def _require_usable(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
 def _from_safetensors(
     source: Source, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     try:
         require_fitting(source.directory, config.get_text_config())
     except LimbeckError as error:
         raise LimbeckError(f"{source.name}: it cannot be loaded: {error}") from error
     with _in_one_line(source, "it cannot be loaded"), quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             source.directory,
             config=config,
             dtype=dtype,

@@ -11,6 +11,7 @@ import torch
 from limbeck.models.fingerprints import weight_files
 from limbeck.models.heads import head_of
 from limbeck.models.loading import source_config, without_dropout
+from limbeck.models.processors import auto_class
 from limbeck.models.quiet import quiet_transformers
 from limbeck.models.sources import Source
 from limbeck.types import Head
@@ -26,11 +27,11 @@ def skeleton_of(source: Source, *, trust_remote_code: bool = False) -> PreTraine
     Raises:
         LimbeckError: as `limbeck.models.loading.load_model`, of the configuration.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     config = without_dropout(source_config(source, trust_remote_code=trust_remote_code))
     with quiet_transformers(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
         if source.gguf is None:
             # As from_pretrained: a model without the file has what its configuration says.

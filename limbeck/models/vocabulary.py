@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.models.fingerprints import backend_rules
 from limbeck.models.headers import EMBEDDINGS, safetensors_header
+from limbeck.models.processors import placeholder_of, source_processor
 from limbeck.models.sources import Source, resolve
 from limbeck.types import LimbeckError
 
@@ -38,6 +39,7 @@ class VocabularyCard:
         roles: bos, eos, pad and unk token as text and id; None where there is none.
         head_rows: rows of the output embedding, padding included.
         context_length: the model's window in tokens; None when it states none.
+        image_token: what stands for an image in a text; None for a model that reads text alone.
     """
 
     name: str
@@ -51,6 +53,7 @@ class VocabularyCard:
     head_rows: int
     context_length: int | None
     dtype: str
+    image_token: str | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -92,6 +95,9 @@ def describe_vocabulary(
     source = resolve(name, revision=revision, weights=False, trust_remote_code=trust_remote_code)
     config = source_config(source, trust_remote_code=trust_remote_code)
     tokenizer = source_tokenizer(source, trust_remote_code=trust_remote_code)
+    if placeholder_of(tokenizer) is not None:
+        # Whatever is wrong with its processor is said before anything works.
+        source_processor(source, config, tokenizer)
     rows, dtype = (None, "quantised GGUF") if source.gguf is not None else _stored_head(source)
     return _card(source.name, config, tokenizer, rows, dtype)
 
@@ -118,6 +124,7 @@ def _card(
         head_rows=rows or int(fields["vocab_size"]),
         context_length=window if isinstance(window, int) and window < _UNLIMITED else None,
         dtype=dtype or str(fields.get("dtype") or "unknown").removeprefix("torch."),
+        image_token=None if (placeholder := placeholder_of(tokenizer)) is None else placeholder.token,
     )
 
 
@@ -228,6 +235,9 @@ def _notes(teacher: VocabularyCard, student: VocabularyCard) -> list[str]:
         notes.append(f"chat templates differ ({_has(teacher)} / {_has(student)}); the prompts follow the teacher's")
     if teacher.context_length != student.context_length:
         notes.append(f"context lengths differ: {teacher.context_length} and {student.context_length} tokens")
+    if (teacher.image_token is None) != (student.image_token is None):
+        seeing, blind = (teacher, student) if student.image_token is None else (student, teacher)
+        notes.append(f"{seeing.name} reads images and {blind.name} does not: prompts with images are refused")
     if teacher.dtype != student.dtype:
         notes.append(f"weights are stored as {teacher.dtype} and {student.dtype}")
     return notes

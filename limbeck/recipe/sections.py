@@ -82,6 +82,8 @@ class StudentSection:
     trust_remote_code: bool = False
     freeze_embeddings: bool = False
     """Leave input and output embeddings as they are: a pruned student has those of its teacher."""
+    freeze_vision: bool = True
+    """Leave the vision tower of an image-text model as it is: its features are computed once for each image."""
     lora: LoraSection | None = None
     """Train low-rank adapters instead of all weights; merged when the student is saved."""
     quantize: QuantizeSection | None = None

@@ -66,6 +66,7 @@ def collate(responses: Sequence[Response] | Mapping[int, Response], rows: Sequen
         by_student_B=torch.tensor([r.author == "student" for r in chosen]),
         partners=_partners(chosen),
         drawn_logp_N=torch.tensor(drawn, dtype=torch.float32),
+        images=tuple(r.images for r in chosen) if any(r.images for r in chosen) else (),
     )
 
 

@@ -29,12 +29,15 @@ def fields_of(response: Response) -> dict[str, Any]:
         del row["spans"]
     if not response.round:
         del row["round"]
+    if not response.images:
+        del row["images"]
     return row
 
 
 def write_asked(path: Path, prompts: Iterable[TokenPrompt]) -> None:
     """Write the prompts that the student is asked during training, as ids; all or nothing."""
-    write_text(path, "".join(json.dumps({"id": p.id, "ids": p.ids}) + "\n" for p in prompts))
+    rows = ({"id": p.id, "ids": p.ids} | ({"images": p.images} if p.images else {}) for p in prompts)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_asked(path: Path) -> list[TokenPrompt]:
@@ -76,7 +79,10 @@ def _asked_of(fields: dict[str, Any]) -> TokenPrompt:
     _require_ids(fields["ids"])
     if not isinstance(fields["id"], str):
         raise TypeError("the id is no text")
-    return TokenPrompt(id=fields["id"], ids=shared_ids(fields["ids"]))
+    images = fields.get("images", [])
+    if not all(isinstance(image, str) for image in images):
+        raise TypeError("the ids of images are no texts")
+    return TokenPrompt(id=fields["id"], ids=shared_ids(fields["ids"]), images=tuple(images))
 
 
 def _require_ids(ids: object) -> None:

@@ -11,17 +11,21 @@ import torch
 from torch import nn
 
 from limbeck.models.assets import DownloadProgress
+from limbeck.models.image_features import vision_tower
 from limbeck.models.loading import (
     LoadedModel,
     Provenance,
     as_dtype,
+    let_read_images,
     load_model,
     source_config,
     source_tokenizer,
     without_dropout,
 )
+from limbeck.models.processors import auto_class, reads_images
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.sources import resolve
+from limbeck.models.vision import attach_reader, reader_of
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.ops import onednn
 from limbeck.student.adapters import LoraSpec, with_adapters
@@ -50,6 +54,7 @@ class StudentSpec:
         keep: the blocks to keep by number; empty lets `choose_blocks` measure them.
         config: changes to the model configuration with "scratch" (num_hidden_layers, hidden_size, ...).
         freeze_embeddings: leave input and output embeddings as they are.
+        freeze_vision: leave the vision tower of an image-text model as it is.
         seed: of fresh weights and adapters.
     """
 
@@ -65,6 +70,7 @@ class StudentSpec:
     lora: LoraSpec | None = None
     quantize: QuantizeSpec | None = None
     freeze_embeddings: bool = False
+    freeze_vision: bool = True
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -143,6 +149,8 @@ def build_student(
         teacher_parameters = _count(teacher.model)
     if spec.freeze_embeddings:
         freeze_embeddings(model)
+    if reader_of(model) is not None:
+        vision_tower(model).requires_grad_(not spec.freeze_vision)
     quantization = None if spec.quantize is None else quantized(model, spec.quantize)
     trained = with_adapters(model, spec.lora, spec.seed) if spec.lora is not None else model
     if spec.gradient_checkpointing:
@@ -207,12 +215,18 @@ def _teacher(teacher: LoadedModel | None) -> LoadedModel:
 
 def _from_scratch(spec: StudentSpec, teacher: LoadedModel | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if spec.model is None:
-        config, tokenizer = _teacher(teacher).model.config, _teacher(teacher).tokenizer
-    else:
-        source = resolve(spec.model, revision=spec.revision, weights=False, trust_remote_code=spec.trust_remote_code)
-        config = source_config(source, trust_remote_code=spec.trust_remote_code)
-        tokenizer = source_tokenizer(source, trust_remote_code=spec.trust_remote_code)
-    return fresh_model(config, spec), tokenizer
+        given = _teacher(teacher)
+        model = fresh_model(given.model.config, spec)
+        if (reader := reader_of(given.model)) is not None:
+            attach_reader(model, reader.for_another())
+        return model, given.tokenizer
+    source = resolve(spec.model, revision=spec.revision, weights=False, trust_remote_code=spec.trust_remote_code)
+    config = source_config(source, trust_remote_code=spec.trust_remote_code)
+    tokenizer = source_tokenizer(source, trust_remote_code=spec.trust_remote_code)
+    model = fresh_model(config, spec)
+    if reads_images(config):
+        let_read_images(model, source, config, tokenizer)
+    return model, tokenizer
 
 
 def fresh_model(config: PretrainedConfig, spec: StudentSpec) -> PreTrainedModel:
@@ -221,13 +235,11 @@ def fresh_model(config: PretrainedConfig, spec: StudentSpec) -> PreTrainedModel:
     Raises:
         LimbeckError: no such model can be built.
     """
-    from transformers import AutoModelForCausalLM
-
     config = without_dropout(changed_config(config, spec.config))
     try:
         with quiet_transformers(), torch.random.fork_rng():
             torch.manual_seed(spec.seed)
-            return AutoModelForCausalLM.from_config(
+            return auto_class(config).from_config(
                 config,
                 dtype=as_dtype(spec.dtype),
                 attn_implementation=spec.attn_implementation,
@@ -256,7 +268,7 @@ def changed_config(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pret
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise LimbeckError(f"student.config.{key}: {type(config).__name__} has no such field{hint}")
-    own = {config.attribute_map.get(key, key): value for key, value in changes.items()}
+    own = {config.attribute_map.get(key, key): _merged(fields.get(key), value) for key, value in changes.items()}
     if own.get(config.attribute_map.get("num_hidden_layers", "num_hidden_layers")) is not None:
         # The class writes these lists anew for the new depth.
         fields = {key: value for key, value in fields.items() if key not in per_layer_fields(config)}
@@ -269,6 +281,11 @@ def changed_config(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pret
         return type(config).from_dict({**fields, **own})
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise LimbeckError(f"student.config={dict(changes)} is refused: {one_line(error)}") from error
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """A nested configuration with some of its fields changed."""
+    return {**old, **new} if isinstance(old, dict) and isinstance(new, Mapping) else new
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from limbeck.models.heads import causal_model
+from limbeck.models.processors import PROCESSOR_FILES
 from limbeck.models.quantization.files import save_blocks
 from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.models.vision import reader_of
 from limbeck.runtime.files import whole_folder
 from limbeck.types import LimbeckError
 
@@ -43,6 +46,7 @@ def save_student(
         with whole_folder(directory) as work, quiet_transformers():
             causal_model(model).save_pretrained(work, state_dict=merged_state(model))
             _plain(tokenizer).save_pretrained(work)
+            _copy_processor(model, work)
             if quantization is not None:
                 save_blocks(work, quantization.packed())
                 if quantization.weights == "frozen":
@@ -58,6 +62,14 @@ def save_student(
             "which no file can hold; download the model again"
         ) from error
     return directory
+
+
+def _copy_processor(model: nn.Module, folder: Path) -> None:
+    """The files of an image-text model's processor, as they came, beside it."""
+    if (reader := reader_of(model)) is not None:
+        for name in PROCESSOR_FILES:
+            if (reader.files / name).is_file():
+                shutil.copyfile(reader.files / name, folder / name)
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from limbeck.types import Head, LimbeckError, Signal, TokenBatch
@@ -37,11 +38,15 @@ class Teacher(ABC):
 
     What can be said from the small files of its model is here and reads no weights; subclasses say what they provide
     and give it.
+
+    Attributes:
+        images: folder with the images of the run, for models that read any.
     """
 
     model: TeacherModel
     device: torch.device
     progress: DownloadProgress | None = None
+    images: Path | None = None
 
     @property
     @abstractmethod
@@ -98,7 +103,7 @@ class Teacher(ABC):
     @property
     def blocks(self) -> int | None:
         """Blocks of the model; None where its configuration does not say."""
-        return getattr(self.skeleton.config, "num_hidden_layers", None)
+        return getattr(self.skeleton.config.get_text_config(), "num_hidden_layers", None)
 
     @property
     def bytes_on_disk(self) -> int:

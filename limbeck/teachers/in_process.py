@@ -44,6 +44,7 @@ class InProcessTeacher(Teacher):
 
     def weights(self) -> LoadedModel:
         from limbeck.models.loading import load_model
+        from limbeck.models.vision import bind_images
 
         if self._loaded is None:
             model = self.model
@@ -56,6 +57,8 @@ class InProcessTeacher(Teacher):
                 progress=self.progress,
             )
             self._loaded.model.to(self.device)  # type: ignore[arg-type]
+            if self.images is not None:
+                bind_images(self._loaded.model, self.images)
         return self._loaded
 
     @property
