@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from limbeck.models.processors import placeholder_of
 from limbeck.prompts.special_tokens import special_tokens
 from limbeck.prompts.tools import CallForm, Turns, require_tools
 from limbeck.prompts.turn_ends import last_run
@@ -77,6 +78,18 @@ class Rendering:
         """Name of the template in messages."""
         return f"the chat template of {self.tokenizer.name_or_path}"
 
+    def shaped(self, turns: Turns) -> Turns:
+        """A conversation as the template reads it: those of image-text models read every content as blocks."""
+        turns = self.form.shaped(turns)
+        if placeholder_of(self.tokenizer) is None:
+            return turns
+        return [
+            {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+            if isinstance(turn["content"], str)
+            else turn
+            for turn in turns
+        ]
+
     def text(self, name: str, turns: Turns, tools: Sequence[Mapping[str, Any]], *, ask: bool) -> str:
         """The text of a conversation. Its ids without added special tokens are what apply_chat_template returns.
 
@@ -89,7 +102,7 @@ class Rendering:
         """
         try:
             text = self.tokenizer.apply_chat_template(
-                self.form.shaped(turns),
+                self.shaped(turns),
                 tools=[dict(tool) for tool in tools] or None,  # type: ignore[arg-type]
                 add_generation_prompt=ask,
                 tokenize=False,
@@ -111,7 +124,7 @@ class Rendering:
         offered: Any = [dict(tool) for tool in tools] or None
         try:
             found: Any = render_jinja_template(
-                conversations=[self.form.shaped(turns)],
+                conversations=[self.shaped(turns)],
                 tools=offered,
                 chat_template=self.tokenizer.get_chat_template(tools=offered),
                 return_assistant_tokens_mask=True,
@@ -153,8 +166,16 @@ def require_asked(name: str, rendering: Rendering, prompt: Prompt, text: str) ->
     Raises:
         LimbeckError: it does not; templates of vision models leave plain text out.
     """
-    for turn in turns_of(prompt):
-        said = turn["content"].strip()
+    said_by = [
+        (turn, said.strip())
+        for turn in turns_of(prompt)
+        for said in (
+            [turn["content"]]
+            if isinstance(turn["content"], str)
+            else [part["text"] for part in turn["content"] if part["type"] == "text"]
+        )
+    ]
+    for turn, said in said_by:
         if turn["role"] == "system":
             # Switches that Qwen3 and SmolLM3 read and take out.
             said = said.replace("/no_think", "").replace("/think", "").strip()

@@ -23,6 +23,8 @@ UNPLAYED: dict[str, str] = {
         ("image", "images", "video", "videos", "audio", "audios"), "belongs to the prompt, and only text is read here"
     ),
 }
+# Read where both models read images.
+IMAGE_COLUMNS = ("images", "image")
 # The same inside a turn of a conversation.
 UNPLAYED_IN_TURNS: dict[str, str] = dict.fromkeys(
     ("weight", "train"), "says which turns to train on, which prompts.loss_on decides here"
@@ -54,9 +56,11 @@ class ColumnTally:
     Attributes:
         ignore: columns to leave out as if they were not there; `messages.weight` is a field of the turns of `messages`.
         unread: number of rows in which a column that is not read holds a value, by its name.
+        images: whether the columns of images are read.
     """
 
     ignore: Sequence[str] = ()
+    images: bool = False
     unread: Counter[str] = field(default_factory=Counter)
     _met: set[str] = field(default_factory=set)
 
@@ -78,6 +82,8 @@ class ColumnTally:
                     self._met.add(name)
                 row[column] = [_without(turn, inner) for turn in turns]
         for name, reason in _unplayed(row):
+            if self.images and name in IMAGE_COLUMNS:
+                continue
             raise LimbeckError(
                 f"{placed.where}: the column {name!r} {reason}; remove it, or say that it is left out on purpose: "
                 f"prompts.ignore_columns=[{name}]"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from limbeck.prompts.image_blocks import blocks_in
 from limbeck.types import LimbeckError, Message, is_unicode
 
 Row = Mapping[str, Any]
@@ -111,6 +112,9 @@ def _turn(turn: Any, field: str, where: str, role_key: str, text_key: str) -> Me
     if "tool_calls" in more:
         more["tool_calls"] = _tool_calls(more["tool_calls"], field, where)
         content = "" if content is None else content
+    parts = blocks_in(content, field, where)
+    if parts is not None:
+        content = "\n".join(part for part in parts if isinstance(part, str))
     if not isinstance(role, str) or not isinstance(content, str):
         raise LimbeckError(
             f"{where}: expected turns with {role_key!r} and {text_key!r} as text in {field!r}, "
@@ -124,7 +128,8 @@ def _turn(turn: Any, field: str, where: str, role_key: str, text_key: str) -> Me
             )
     for text in (role, content, *texts_in(more)):
         _require_unicode(text, field, where)
-    return Message(role=role, content=content, fields=more)
+    with_image = parts is not None and not all(isinstance(part, str) for part in parts)
+    return Message(role=role, content=content, fields=more, parts=parts if parts and with_image else ())
 
 
 def _tool_calls(value: Any, field: str, where: str) -> list[dict[str, Any]]:

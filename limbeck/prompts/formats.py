@@ -2,6 +2,7 @@
 
     prompt [completion]                              text, or lists of messages (TRL)
     messages                                         a conversation; a last assistant turn is the completion
+    images | image                                   beside any of them, for models that read images (prompts.images)
     conversations                                    the same in ShareGPT's words (from, value)
     instruction [input | context] [output | response] [instances]     Alpaca, Dolly, GPTeacher, self-instruct
     question [answer]     problem [solution]         GSM8K, MATH
@@ -91,13 +92,23 @@ def family_of(row: Row, where: str) -> str:
     )
 
 
-def read_row(row: Row, family: str, where: str) -> list[Example]:
+def read_row(row: Row, family: str, where: str, *, images: bool = False) -> list[Example]:
     """The examples of one row: one, except for self-instruct's `instances`.
+
+    Args:
+        images: let turns hold images.
 
     Raises:
         LimbeckError: a blank prompt, or a field of the wrong type, naming the place.
     """
     examples, tools = _READERS[family](row, where), tools_in(row, where)
+    if not images and any(
+        turn.parts for example in examples for turn in (*(example.messages or ()), example.answer) if turn
+    ):
+        raise LimbeckError(
+            f"{where}: a turn holds an image, and only text conversations are read; take a teacher and a student that "
+            "read images, or drop the row"
+        )
     return [replace(example, tools=tools) for example in examples] if tools else examples
 
 
@@ -123,7 +134,7 @@ def _conversation(turns: list[Message], field: str, where: str) -> tuple[tuple[M
         raise LimbeckError(
             f"{where}: expected a conversation in {field!r} with a user turn to answer, got {got}; repair it"
         )
-    if not turns[-1].content.strip():
+    if not turns[-1].content.strip() and not turns[-1].parts:
         raise LimbeckError(
             f"{where}: got a blank last {turns[-1].role} turn in {field!r}; fill it in or remove the row"
         )
@@ -131,8 +142,8 @@ def _conversation(turns: list[Message], field: str, where: str) -> tuple[tuple[M
 
 
 def _answers(turn: Message) -> bool:
-    """Whether an assistant's turn says or calls anything."""
-    return bool(turn.content.strip()) or "tool_calls" in turn.fields
+    """Whether an assistant's turn says, shows or calls anything."""
+    return bool(turn.content.strip() or turn.parts) or "tool_calls" in turn.fields
 
 
 def _with_answer(example: Example, turn: Message | None) -> Example:
@@ -140,7 +151,7 @@ def _with_answer(example: Example, turn: Message | None) -> Example:
     if turn is None:
         return example
     text = turn.content if turn.content.strip() else None
-    return replace(example, completion=text, answer=turn if turn.fields else None)
+    return replace(example, completion=text, answer=turn if turn.fields or turn.parts else None)
 
 
 def _read_prompt(row: Row, where: str) -> list[Example]:

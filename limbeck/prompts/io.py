@@ -10,7 +10,7 @@ from typing import Any
 
 from limbeck.runtime.files import whole_file
 from limbeck.runtime.json_lines import json_lines
-from limbeck.types import LimbeckError, Message, Prompt
+from limbeck.types import ImageRef, LimbeckError, Message, Prompt
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -61,4 +61,8 @@ def _parse(line: str, where: str) -> Prompt:
 
 def _turn(turn: Mapping[str, Any]) -> Message:
     more = {name: value for name, value in turn.items() if name not in ("role", "content")}
-    return Message(role=turn["role"], content=turn["content"], fields=more)
+    content, parts = turn["content"], ()
+    if not isinstance(content, str):
+        parts = tuple(part["text"] if part["type"] == "text" else ImageRef(id=part["image"]) for part in content)
+        content = "\n".join(part for part in parts if isinstance(part, str))
+    return Message(role=turn["role"], content=content, fields=more, parts=parts)

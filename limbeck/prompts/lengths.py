@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from limbeck.types import LimbeckError, TokenPrompt
@@ -28,11 +29,13 @@ def check_lengths(
     window: int,
     max_new_tokens: int,
     too_long: Literal["error", "drop"] = "error",
+    lengths: Mapping[str, int] = MappingProxyType({}),
 ) -> Fitting:
     """Refuse or drop the prompts that leave no room for their answer.
 
     Args:
         window: the model's context in tokens; a prompt may have at most window - max_new_tokens of them.
+        lengths: tokens of prompts by id where they are more than the ids, as with images.
         too_long: "error" stops at the first; "drop" leaves them out and says which.
 
     Raises:
@@ -46,15 +49,16 @@ def check_lengths(
         raise LimbeckError(
             f"responses.max_new_tokens is {max_new_tokens} and the window {window} tokens, so no prompt fits; lower it"
         )
-    long = [prompt for prompt in prompts if len(prompt.ids) > limit]
+    tokens = {prompt.id: lengths.get(prompt.id, len(prompt.ids)) for prompt in prompts}
+    long = [prompt for prompt in prompts if tokens[prompt.id] > limit]
     if long and too_long == "error":
         more = f", and {len(long) - 1} more are too long" if len(long) > 1 else ""
         raise LimbeckError(
-            f"prompt {long[0].label or long[0].id} has {len(long[0].ids)} tokens, expected at most {limit} "
+            f"prompt {long[0].label or long[0].id} has {tokens[long[0].id]} tokens, expected at most {limit} "
             f"(window {window} - responses.max_new_tokens {max_new_tokens}){more}; "
             "lower responses.max_new_tokens, shorten the prompts, or set prompts.too_long to drop"
         )
-    kept = tuple(prompt for prompt in prompts if len(prompt.ids) <= limit)
+    kept = tuple(prompt for prompt in prompts if tokens[prompt.id] <= limit)
     for split in sorted({prompt.split for prompt in prompts} - {prompt.split for prompt in kept}):
         raise LimbeckError(
             f"every {split} prompt has more than {limit} tokens, so dropping the long ones leaves none; "

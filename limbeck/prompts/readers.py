@@ -23,10 +23,15 @@ _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class PlacedRow:
-    """A row and where it stands, such as "data.jsonl, line 7"."""
+    """A row and where it stands, such as "data.jsonl, line 7".
+
+    Attributes:
+        folder: of its file, which paths in the row are relative to; None for a hub data set.
+    """
 
     row: Mapping[str, Any]
     where: str
+    folder: Path | None = None
 
 
 def rows_of(
@@ -130,19 +135,19 @@ def _read_file(path: Path) -> Iterator[PlacedRow]:
     except OSError as error:
         raise LimbeckError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
     is_array = path.suffix == ".json" and data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    yield from (_read_json_array if is_array else _read_json_lines)(data, str(path))
+    yield from (_read_json_array if is_array else _read_json_lines)(data, str(path), path.parent)
 
 
-def _read_json_lines(data: bytes, name: str) -> Iterator[PlacedRow]:
+def _read_json_lines(data: bytes, name: str, folder: Path | None = None) -> Iterator[PlacedRow]:
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             where = f"{name}, line {number}"
-            yield _placed(_parse(line, where, 1), where)
+            yield _placed(_parse(line, where, 1), where, folder)
 
 
-def _read_json_array(data: bytes, name: str) -> Iterator[PlacedRow]:
+def _read_json_array(data: bytes, name: str, folder: Path | None = None) -> Iterator[PlacedRow]:
     for number, row in enumerate(_parse(data.removeprefix(b"\xef\xbb\xbf"), name, None), start=1):
-        yield _placed(row, f"{name}, row {number}")
+        yield _placed(row, f"{name}, row {number}", folder)
 
 
 def _parse(data: bytes, where: str, lines: int | None) -> Any:
@@ -169,10 +174,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _placed(row: Any, where: str) -> PlacedRow:
+def _placed(row: Any, where: str, folder: Path | None = None) -> PlacedRow:
     if not isinstance(row, Mapping):
         raise LimbeckError(f"{where}: expected a JSON object with named fields, got {type(row).__name__}")
-    return PlacedRow(row, where)
+    return PlacedRow(row, where, folder)
 
 
 def _read_parquet(path: Path) -> Iterator[PlacedRow]:
@@ -185,7 +190,7 @@ def _read_parquet(path: Path) -> Iterator[PlacedRow]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield PlacedRow(_without_nulls(row), f"{path}, row {number}")
+                    yield PlacedRow(_without_nulls(row), f"{path}, row {number}", path.parent)
     except (ArrowException, OSError) as error:
         raise LimbeckError(f"{path} is no readable parquet file ({_one_line(error)}); write it again") from None
 
@@ -203,12 +208,24 @@ def _read_saved(path: Path, split: str, keys: str) -> Iterator[PlacedRow]:
                 f"{path} has the splits {', '.join(map(str, saved))}, not {split!r}; set {keys}.dataset_split"
             )
         saved = saved[split]
-    yield from _read_dataset(saved, str(path))
+    yield from _read_dataset(saved, str(path), path)
 
 
-def _read_dataset(dataset: Dataset, name: str) -> Iterator[PlacedRow]:
-    for number, row in enumerate(dataset, start=1):
-        yield _placed(_without_nulls(row), f"{name}, row {number}")
+def _read_dataset(dataset: Dataset, name: str, folder: Path | None = None) -> Iterator[PlacedRow]:
+    for number, row in enumerate(_undecoded(dataset), start=1):
+        yield _placed(_without_nulls(row), f"{name}, row {number}", folder)
+
+
+def _undecoded(dataset: Dataset) -> Dataset:
+    """The data set with images as the bytes they are: they are decoded with care, and where their row is known."""
+    from datasets import Image, List
+
+    for column, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
+    return dataset
 
 
 def _without_nulls(value: Any) -> Any:

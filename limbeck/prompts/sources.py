@@ -11,6 +11,7 @@ from typing import Any
 
 from limbeck.prompts.columns import ColumnTally
 from limbeck.prompts.formats import Example, Mapped, family_of, instruction_example, read_row, rename_fields
+from limbeck.prompts.images import RowImages
 from limbeck.prompts.readers import PlacedRow, rows_of
 from limbeck.types import LimbeckError, Message, Prompt, Split
 
@@ -70,6 +71,7 @@ def load_prompts(
     ignore_columns: Sequence[str] = (),
     rows: Iterable[PlacedRow] | None = None,
     rewrite: Callable[[PlacedRow], Mapping[str, Any]] | None = None,
+    images: RowImages | None = None,
 ) -> PromptSet:
     """Read a source and split it into training and held-out prompts.
 
@@ -88,6 +90,7 @@ def load_prompts(
         ignore_columns: columns to leave out as if they were not there.
         rows: read these instead of those of the source, which then is their name.
         rewrite: makes a row of one of the known formats of each row of the source.
+        images: reads the images of rows; None refuses rows with any.
 
     Raises:
         LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
@@ -101,11 +104,11 @@ def load_prompts(
         raise LimbeckError(f"prompts.limit is {limit}, expected at least 2 prompts: one to train on, one held out")
     if fields is not None and "prompt" not in fields:
         raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
-    columns = ColumnTally(ignore=ignore_columns)
+    columns = ColumnTally(ignore=ignore_columns, images=images is not None)
     placed = rows_of(source, dataset_split, dataset_config) if rows is None else rows
     if rewrite is not None:
-        placed = (PlacedRow(rewrite(one), one.where) for one in placed)
-    count, examples = _read(placed, fields, columns)
+        placed = (PlacedRow(rewrite(one), one.where, one.folder) for one in placed)
+    count, examples = _read(placed, fields, columns, images)
     if source == BUILTIN:
         examples = [(instruction_example(one.text or "", category=one.category), where) for one, where in examples]
     unique = _unique(examples, heldout_fraction, split_seed)
@@ -124,7 +127,10 @@ def load_prompts(
 
 
 def _read(
-    rows: Iterable[PlacedRow], fields: Mapping[Mapped, str] | None, columns: ColumnTally
+    rows: Iterable[PlacedRow],
+    fields: Mapping[Mapped, str] | None,
+    columns: ColumnTally,
+    images: RowImages | None = None,
 ) -> tuple[int, list[PlacedExample]]:
     examples: list[PlacedExample] = []
     first: PlacedRow | None = None
@@ -141,7 +147,10 @@ def _read(
                 f"{placed.where}: got the format {family!r} after {expected!r} in {first.where}; "
                 "put rows of different formats into different sources"
             )
-        examples.extend((example, placed.where) for example in read_row(row, family, placed.where))
+        found = read_row(row, family, placed.where, images=images is not None)
+        if images is not None:
+            found = images.placed(found, given, placed)
+        examples.extend((example, placed.where) for example in found)
         columns.count(given)
         count += 1
     columns.finish()
@@ -172,10 +181,15 @@ def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_se
 def canonical_content(prompt: Example | Prompt) -> str:
     """Content of a prompt, whatever its format: its turns, runs of white space made one. A text is one user turn."""
     turns = prompt.messages or (Message(role="user", content=prompt.text or ""),)
-    said: list[Any] = [
-        [turn.role, " ".join(turn.content.split()), *([turn.fields] if turn.fields else [])] for turn in turns
-    ]
+    said: list[Any] = [[turn.role, _said_in(turn), *([turn.fields] if turn.fields else [])] for turn in turns]
     return json.dumps(said + ([{"tools": prompt.tools}] if prompt.tools else []), ensure_ascii=False)
+
+
+def _said_in(turn: Message) -> str | list[Any]:
+    """The text of a turn; with images its parts in order, each image by its id."""
+    if not turn.parts:
+        return " ".join(turn.content.split())
+    return [" ".join(part.split()) if isinstance(part, str) else {"image": part.id} for part in turn.parts]
 
 
 def content_id(content: str) -> str:

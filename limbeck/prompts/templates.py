@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from limbeck.models.processors import placeholder_of
 from limbeck.prompts.chat import Options, Rendering, require_asked, require_options, turns_of
 from limbeck.prompts.ids import tokenize
 from limbeck.prompts.labels import prompt_label
@@ -89,7 +90,13 @@ def encode_prompts(
     refuse_control_tokens(prompts, tokenizer, control_tokens, answers=False)
     texts = _prompt_texts(prompts, tokenizer, name, chat_options)
     return [
-        TokenPrompt(id=prompt.id, ids=ids, split=prompt.split, label=prompt_label(prompt))
+        TokenPrompt(
+            id=prompt.id,
+            ids=ids,
+            split=prompt.split,
+            label=prompt_label(prompt),
+            images=images_among(prompt, ids, tokenizer, whole=True),
+        )
         for prompt, ids in zip(prompts, _tokenize_prompts(texts, tokenizer, name), strict=True)
     ]
 
@@ -177,10 +184,43 @@ def _chat_responses(prompts: Sequence[Prompt], rendering: Rendering, author: Aut
         several = loss_on == "all" and has_earlier_answers(prompt)
         every += [(prompt, one) for one in marked_texts(prompt, rendering, every_turn=several)]
     ids = marked_tokens([(prompt_label(prompt), one) for prompt, one in every], rendering)
-    return [_response(prompt, *found, author) for (prompt, _), found in zip(every, ids, strict=True)]
+    return [
+        _response(prompt, *found, author, images_among(prompt, found[0], rendering.tokenizer))
+        for (prompt, _), found in zip(every, ids, strict=True)
+    ]
 
 
-def _response(prompt: Prompt, ids: tuple[int, ...], spans: Sequence[tuple[int, int]], author: Author) -> Response:
+def images_among(
+    prompt: Prompt, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, whole: bool = False
+) -> tuple[str, ...]:
+    """The images of a prompt whose placeholders stand in some ids of its conversation, in order.
+
+    Args:
+        whole: all of them must.
+
+    Raises:
+        LimbeckError: the template leaves one out or adds one.
+    """
+    images = prompt.images
+    if not images:
+        return ()
+    placeholder = placeholder_of(tokenizer)
+    count = 0 if placeholder is None else ids.count(placeholder.id)
+    if placeholder is None or count > len(images) or (whole and count < len(images)):
+        raise LimbeckError(
+            f"prompt {prompt_label(prompt)} has {len(images)} images, and the chat template of "
+            f"{tokenizer.name_or_path} writes {count} placeholders; use a tokenizer whose template writes images"
+        )
+    return images[:count]
+
+
+def _response(
+    prompt: Prompt,
+    ids: tuple[int, ...],
+    spans: Sequence[tuple[int, int]],
+    author: Author,
+    images: tuple[str, ...] = (),
+) -> Response:
     """A response from the first of the answered parts of some ids on."""
     begin = spans[0][0]
     return Response(
@@ -191,6 +231,7 @@ def _response(prompt: Prompt, ids: tuple[int, ...], spans: Sequence[tuple[int, i
         stop="eos",
         split=prompt.split,
         spans=tuple((start - begin, end - begin) for start, end in spans) if len(spans) > 1 else (),
+        images=images,
     )
 
 
@@ -220,6 +261,11 @@ def _prompt_texts(
             "leave them out, or set prompts.template=chat"
         )
     for prompt in prompts:
+        if prompt.images:
+            raise LimbeckError(
+                f"prompt {prompt_label(prompt)} has images, which template {name!r} has no words for; set "
+                "prompts.template=chat"
+            )
         if prompt.tools or prompt.answer:
             raise LimbeckError(
                 f"prompt {prompt_label(prompt)} has tools or an answer that calls them, which template {name!r} has no "
