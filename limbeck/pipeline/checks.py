@@ -15,6 +15,7 @@ import torch
 
 from limbeck.models.folders import EXPERT_COUNTS
 from limbeck.models.loading import source_config
+from limbeck.models.processors import reads_images
 from limbeck.models.quantization import FORMATS
 from limbeck.models.quantization.layout import replaced
 from limbeck.models.sources import resolve
@@ -52,6 +53,7 @@ def student_spec(context: RunContext) -> StudentSpec:
         attn_implementation=section.attn_implementation,
         trust_remote_code=context.student_trusted,
         freeze_embeddings=section.freeze_embeddings,
+        freeze_vision=section.freeze_vision,
         lora=LoraSpec(**asdict(lora)) if lora else None,
         quantize=QuantizeSpec(**asdict(quantize)) if quantize else None,
         gradient_checkpointing=context.recipe.train.gradient_checkpointing,
@@ -147,6 +149,11 @@ def _check_anatomy(context: RunContext) -> None:
     there = source_config(source, trust_remote_code=spec.trust_remote_code)
     if spec.lora is None:
         _say_unbalanced(context, there.get_text_config())
+    if spec.init == "scratch" and spec.freeze_vision and reads_images(there):
+        raise LimbeckError(
+            "student.freeze_vision=true would leave a vision tower of fresh weights as it was drawn; "
+            "set student.freeze_vision=false, or begin with a student that sees (student.init=pretrained)"
+        )
     if spec.init == "depth_prune":
         kept = _kept_blocks(spec, section.model, there.get_text_config().num_hidden_layers)
         there = pruned_config(there, kept)

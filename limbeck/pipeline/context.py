@@ -116,7 +116,9 @@ class RunContext:
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
         )
-        return section.where.open(model, device=self.device, progress=self.console.say)
+        teacher = section.where.open(model, device=self.device, progress=self.console.say)
+        teacher.images = self.run.images
+        return teacher
 
     @cached_property
     def teacher_card(self) -> VocabularyCard:
@@ -134,6 +136,12 @@ class RunContext:
         return describe_vocabulary(
             section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether both models read images."""
+        cards = [self.teacher_card, *([self.student_card] if self.student_card else [])]
+        return all(card.image_token is not None for card in cards)
 
     @property
     def student_trusted(self) -> bool:

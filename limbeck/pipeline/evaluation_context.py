@@ -19,7 +19,9 @@ from limbeck.evaluation.context import ChatModel, ModelSource, Part, Who, respon
 from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.models.loading import load_model, load_tokenizer
 from limbeck.models.quantization.files import QuantizedWeights, read_blocks
+from limbeck.models.vision import bind_images
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sharing import once
@@ -164,6 +166,7 @@ class RunEvaluation:
             trust_remote_code=source.trust_remote_code,
         )
         loaded.model.to(self.context.device)  # type: ignore[arg-type]
+        bind_images(loaded.model, self.context.run.images)
         return self._speaker("student", loaded.model, loaded.tokenizer)
 
     @cached_property
@@ -209,7 +212,11 @@ class RunEvaluation:
             chat_options=text_options(self.context, tokenizer),
         )
         fitting = check_lengths(
-            encoded, window=self._window(who), max_new_tokens=max_new_tokens, too_long=section.too_long
+            encoded,
+            window=self._window(who),
+            max_new_tokens=max_new_tokens,
+            too_long=section.too_long,
+            lengths=expanded_lengths(self.context, encoded),
         )
         return [replace(p, split="heldout") for p in fitting.kept]
 

@@ -1,7 +1,8 @@
 """The run directory: its files, the lock, and one manifest per finished stage.
 
-    recipe.resolved.yaml  provenance.json  prompts.jsonl  responses/  signal/  checkpoints/  rounds/  metrics.jsonl
-    student/  preferences/  preferred/  scores/  scores.json  samples.jsonl  report.html  report.svg  stages/NAME.json
+    recipe.resolved.yaml  provenance.json  prompts.jsonl  images/  responses/  signal/  checkpoints/  rounds/
+    metrics.jsonl  student/  preferences/  preferred/  scores/  scores.json  samples.jsonl  report.html  report.svg
+    stages/NAME.json
 
 A stage is done when its manifest says so; the manifest holds the fingerprint of everything the stage read and the hash
 of every file it wrote (`outputs`). A file appears under its final name only when it is whole, so a kill at any time
@@ -55,6 +56,11 @@ class RunDirectory:
     def problems(self) -> Path:
         """How the answer to each prompt is checked, where the prompts are problems (prompts.task)."""
         return self.root / "problems.jsonl"
+
+    @property
+    def images(self) -> Path:
+        """The images of prompts, a file each under the hash of its bytes."""
+        return self.root / "images"
 
     @property
     def responses(self) -> Path:

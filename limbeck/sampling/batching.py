@@ -48,6 +48,19 @@ def check_settings(sampling: Sampling) -> None:
             )
 
 
+def require_text(prompts: Sequence[TokenPrompt]) -> None:
+    """No prompt holds images, for samplers that read text alone.
+
+    Raises:
+        LimbeckError: one does.
+    """
+    if with_image := next((prompt for prompt in prompts if prompt.images), None):
+        raise LimbeckError(
+            f"prompt {with_image.id!r} has images, which a sampler of two models does not read; "
+            "sample from one model alone"
+        )
+
+
 def check_prompts(
     prompts: Sequence[TokenPrompt],
     sampling: Sampling,

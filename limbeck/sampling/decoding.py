@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from limbeck.models.heads import project
+from limbeck.sampling.image_prompts import image_inputs, shift_of
 from limbeck.sampling.kv_cache import DecodeCache, order_without
 from limbeck.sampling.stop_strings import StopStrings
 from limbeck.sampling.top_p import ATTEMPTS, draw
@@ -36,6 +37,7 @@ class DecodingModel:
         decoder: the model without its head; its `last_hidden_state` is what `head` projects.
         eos_token_ids: any of them ends a response and stays in it.
         pad_token_id: fills the slots left of short prompts; never seen by attention.
+        model: the whole of it, where prompts hold images.
     """
 
     decoder: nn.Module
@@ -44,16 +46,30 @@ class DecodingModel:
     eos_token_ids: frozenset[int]
     pad_token_id: int
     stops: StopStrings | None
+    model: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
         return self.head.weight_VD.device
 
-    def forward(self, ids_RT: Tensor, positions_RT: Tensor, mask_RT: Tensor | None, cache: DecodeCache) -> Tensor:
-        """Hidden states at the last slot of every row: (R, D)."""
-        output = self.decoder(
-            input_ids=ids_RT, position_ids=positions_RT, attention_mask=mask_RT, past_key_values=cache, use_cache=True
-        )
+    def forward(
+        self,
+        ids_RT: Tensor,
+        positions_RT: Tensor,
+        mask_RT: Tensor | None,
+        cache: DecodeCache,
+        prompts: Sequence[TokenPrompt] = (),
+    ) -> Tensor:
+        """Hidden states at the last slot of every row: (R, D).
+
+        Args:
+            prompts: of the rows, where some hold images.
+        """
+        inputs: dict[str, Any] = {"input_ids": ids_RT, "position_ids": positions_RT}
+        if prompts:
+            assert self.model is not None, "prompts were expanded for a model"
+            inputs = image_inputs(self.model, prompts, ids_RT, positions_RT)
+        output = self.decoder(**inputs, attention_mask=mask_RT, past_key_values=cache, use_cache=True)
         cache.advance(ids_RT.shape[1])
         return output.last_hidden_state[:, -1]
 
@@ -122,7 +138,8 @@ def decode(
                 mask_BT = None if mask_BT is None else mask_BT[order]
             ids_B1 = torch.tensor([[draft.ids[-1]] for draft in live], device=writer.device)
             positions_B1 = torch.tensor(
-                [[len(draft.prompt.ids) + len(draft.ids) - 1] for draft in live], device=writer.device
+                [[len(draft.prompt.ids) + len(draft.ids) - 1 + shift_of(draft.prompt)] for draft in live],
+                device=writer.device,
             )
             slots = cache.window.length + 1
             mask_BS = None if mask_BT is None else mask_BT[:, :slots]
@@ -196,7 +213,8 @@ def _prefill(writer: DecodingModel, drafts: Sequence[SequenceState], cache: Deco
         lengths_R1 = torch.tensor([[len(draft.prompt.ids)] for draft in group])
         positions_RT = (torch.arange(width) + lengths_R1 - width).clamp_(min=0)
         mask_RT = _slots(group, width, cache_slots=width, device=writer.device)
-        hidden.append(writer.forward(ids_RT.to(writer.device), positions_RT.to(writer.device), mask_RT, cache))
+        prompts = [draft.prompt for draft in group] if any(draft.prompt.images for draft in group) else ()
+        hidden.append(writer.forward(ids_RT.to(writer.device), positions_RT.to(writer.device), mask_RT, cache, prompts))
     cache.look_at(0, len(drafts), start=0, length=longest)
     return torch.cat(hidden)
 

@@ -17,7 +17,7 @@ from torch import nn
 from limbeck.ops import onednn
 from limbeck.ops.packed_linear import PackedLinears
 from limbeck.sampling.acceptance import AcceptanceRule, AcceptanceStats
-from limbeck.sampling.batching import cache_bytes_per_token, check_prompts, check_sizes, plan_batches
+from limbeck.sampling.batching import cache_bytes_per_token, check_prompts, check_sizes, plan_batches, require_text
 from limbeck.sampling.decoding import DecodingModel, SequenceState, row_uniforms
 from limbeck.sampling.draft_verify_pair import DraftVerifyPair, decode_speculative
 from limbeck.sampling.local import (
@@ -122,6 +122,7 @@ class SpeculativeSamplerBase(ABC):
     ) -> Iterator[SampledBatch]:
         """Answer the prompts batch by batch, longest prompts first; arguments and errors as `LocalSampler` has them."""
         models = (self._drafter[1], self._verifier[1])
+        require_text(prompts)
         check_prompts(prompts, sampling, models=models, vocab_size=self.vocab_size, tokenizer=self.tokenizer)
         batches = [batch for batch in self.plan(prompts, sampling) if not set(batch) <= set(done)]
         linears = nullcontext()

@@ -19,6 +19,7 @@ from limbeck.ops import onednn
 from limbeck.ops.packed_linear import PackedLinears
 from limbeck.sampling.batching import cache_bytes_per_token, check_prompts, check_sizes, plan_batches
 from limbeck.sampling.decoding import DecodingModel, SequenceState, decode, row_uniforms
+from limbeck.sampling.image_prompts import as_asked, expanded_prompts
 from limbeck.sampling.stop_strings import StopStrings
 from limbeck.types import Author, Response, Sampling, TokenPrompt
 
@@ -117,6 +118,7 @@ class LocalSampler:
                 `max_new_tokens` in the model's window, stop strings without a tokenizer, impossible sampling settings,
                 or (while sampling) logits that are NaN or infinite.
         """
+        prompts = expanded_prompts(self.model, prompts)
         check_prompts(prompts, sampling, models=(self.model,), vocab_size=self.vocab_size, tokenizer=self.tokenizer)
         batches = [batch for batch in self.plan(prompts, sampling) if not set(batch) <= set(done)]
         linears = (
@@ -128,6 +130,7 @@ class LocalSampler:
     def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]:
         """The batches, as indices into the list of prompts: a function of the prompts' lengths and the settings."""
         bytes_per_token = cache_bytes_per_token(self.model)
+        prompts = expanded_prompts(self.model, prompts)
         return plan_batches(prompts, sampling, self.batch_size, int(self.cache_gib * 2**30 / bytes_per_token))
 
     def _answer(
@@ -181,6 +184,7 @@ def decoding_model(
         eos_token_ids=frozenset(eos_token_ids),
         pad_token_id=pad_token_id,
         stops=stops,
+        model=model,
     )
 
 
@@ -195,17 +199,19 @@ def stops_of(tokenizer: PreTrainedTokenizerBase | None, sampling: Sampling) -> S
 def finished_response(draft: SequenceState, sampling: Sampling, author: Author) -> Response:
     """The response of a finished draft."""
     assert draft.stop is not None
+    asked = as_asked(draft.prompt)
     return Response(
-        prompt_id=draft.prompt.id,
+        prompt_id=asked.id,
         author=author,
-        prompt_ids=draft.prompt.ids,
+        prompt_ids=asked.ids,
         response_ids=tuple(draft.ids),
         stop=draft.stop,
         sampling=sampling,
-        split=draft.prompt.split,
+        split=asked.split,
         logp=tuple(draft.logp) or None,
         sampled_logp=tuple(draft.sampled_logp) or None,
         replaced=draft.replaced,
+        images=asked.images,
     )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from limbeck.models.images import ImageFolder
 from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.image_prompts import check_image_methods, digest_of_images
 from limbeck.pipeline.problems import ProblemReader, generated_rows
 from limbeck.prompts.columns import unread_line
+from limbeck.prompts.images import RowImages
 from limbeck.prompts.io import write_prompts
 from limbeck.prompts.preferences import ANSWERS
 from limbeck.prompts.readers import source_digest
@@ -29,7 +32,11 @@ def prompt_inputs(context: RunContext) -> Json:
             del section[rare]
     if (generate := context.recipe.prompts.generate) is not None:
         return section | {"generate": fingerprinted_member(GENERATE.key, generate)}
-    return section | {"content": source_digest(context.recipe.prompts.source)}
+    content: Json = {"content": source_digest(context.recipe.prompts.source)}
+    if context.reads_images and content["content"] is not None:
+        ignored = (*context.recipe.prompts.ignore_columns, *_read_by_preference(context))
+        content["images"] = digest_of_images(context.recipe.prompts, ignored)
+    return section | content
 
 
 def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSet:
@@ -47,7 +54,9 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         ignore_columns=(*section.ignore_columns, *_read_by_preference(context)),
         rows=None if section.generate is None else generated_rows(section.generate),
         rewrite=problems.as_prompt if problems else None,
+        images=RowImages(ImageFolder(context.run.images)) if context.reads_images else None,
     )
+    check_image_methods(context, loaded.prompts)
     if loaded.unread:
         context.console.say(unread_line(loaded.unread, loaded.rows))
     if loaded.duplicates:
@@ -91,5 +100,5 @@ STAGE = Stage(
     name="prompts",
     inputs=prompt_inputs,
     run=_run_prompts,
-    outputs=lambda run: (run.prompts, run.problems),
+    outputs=lambda run: (run.prompts, run.images, run.problems),
 )

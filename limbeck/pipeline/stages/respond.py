@@ -17,6 +17,7 @@ from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.checks import check_responses, check_rounds
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_counts, with_draft
+from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.served_responses import ask_server
@@ -229,6 +230,7 @@ def _token_prompts(
         window=context.window or sys.maxsize,
         max_new_tokens=context.recipe.responses.max_new_tokens,
         too_long=section.too_long,
+        lengths=expanded_lengths(context, encoded),
     )
     if fitting.dropped:
         context.console.warn(f"{len(fitting.dropped)} prompts are longer than {fitting.limit} tokens and were dropped")

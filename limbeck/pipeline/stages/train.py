@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from limbeck.models.loading import LoadedModel
+from limbeck.models.vision import bind_images
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
 from limbeck.objectives.base import Objective
@@ -87,6 +88,7 @@ def _build(context: RunContext) -> Student:
         write_json(run.root / "blocks.json", asdict(student.blocks))
     student = with_endings(context, student)
     student.model.to(context.device)  # type: ignore[arg-type]
+    bind_images(student.model, run.images)
     return student
 
 
