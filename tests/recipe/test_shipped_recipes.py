@@ -10,6 +10,7 @@ import pytest
 from limbeck.recipe.load import shipped_recipes
 from tests.limbeck_command import CommandServer
 from tests.tiny_pair import TinyPair, write_model
+from tests.tiny_vision import write_questions, write_vision_model
 
 SMALL = (
     "student.init=depth_prune",
@@ -41,6 +42,13 @@ def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPai
     init = "{init: depth_prune, layers: 2}" if name == "lab/kd" else "{init: scratch}"
     lab = (f"student={init}", "evaluate.prompts=4") if name.startswith("lab/") else ()
     whole = ("student={init: teacher, quantize: {format: q4_0}}",) if name == "recover" else ()
+    if name == "vision":
+        pytest.importorskip("PIL", reason="images need Pillow: pip install 'limbeck[vision]'")
+        teacher = write_vision_model(tmp_path / "teacher", "qwen2_vl", seed=1)
+        student = write_vision_model(tmp_path / "student", "qwen2_vl", seed=2, patch=16)
+        questions = write_questions(tmp_path, 16)
+        places = (f"output_dir={run}", f"teacher.model={teacher}", f"prompts.source={questions}")
+        lab = (f"student.model={student}", "student.init=pretrained", "student.layers=null")
     finished = limbeck.run("run", name, *places, *SMALL, *lab, *whole)
     assert finished.code == 0, finished.stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
