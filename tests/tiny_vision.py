@@ -111,7 +111,8 @@ def write_tokenizer(folder: Path, family: Family = "llava", *, extra: tuple[str,
         model_max_length=160,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(token, special=True) for token in _SPECIAL]})
+    special: Any = [AddedToken(token, special=True) for token in _SPECIAL]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
     shown = "<|vision_start|><|image_pad|><|vision_end|>" if family == "qwen2_vl" else "<image>"
     tokenizer.chat_template = _TEMPLATE.replace("IMAGE", shown)
     tokenizer.save_pretrained(folder)
@@ -128,18 +129,23 @@ def write_vision_model(
     seed: int = 0,
     window: int = 160,
     spread: float = 0.2,
+    eyes: int | None = None,
 ) -> Path:
     """A model directory in the ecosystem's form, with its processor.
 
     Args:
         patch: side of a patch in pixels; another one gives another number of image tokens.
+        eyes: width of the vision tower; None takes that of the language model.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(folder, family)
-    config = _config(family, tokenizer, width=width, layers=layers, patch=patch, window=window, spread=spread)
+    eyes = eyes or width
+    config = _config(
+        family, tokenizer, width=width, eyes=eyes, layers=layers, patch=patch, window=window, spread=spread
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -188,7 +194,9 @@ def write_processor(folder: Path, family: Family, *, patch: int = 8) -> None:
     (folder / "processor_config.json").write_text(json.dumps(kind))
 
 
-def _config(family: Family, tokenizer: Any, *, width: int, layers: int, patch: int, window: int, spread: float) -> Any:
+def _config(
+    family: Family, tokenizer: Any, *, width: int, eyes: int, layers: int, patch: int, window: int, spread: float
+) -> Any:
     from transformers import AutoConfig
 
     text: dict[str, Any] = {
@@ -207,8 +215,8 @@ def _config(family: Family, tokenizer: Any, *, width: int, layers: int, patch: i
     }
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>" if family == "qwen2_vl" else "<image>")
     tower: dict[str, Any] = {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
+        "hidden_size": eyes,
+        "intermediate_size": 2 * eyes,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "image_size": SIDE,
@@ -226,9 +234,9 @@ def _config(family: Family, tokenizer: Any, *, width: int, layers: int, patch: i
             tie_word_embeddings=False,
         )
     if family == "qwen2_vl":
-        eyes = {
+        visual = {
             "depth": 2,
-            "embed_dim": width,
+            "embed_dim": eyes,
             "hidden_size": width,
             "num_heads": 4,
             "mlp_ratio": 2,
@@ -242,7 +250,7 @@ def _config(family: Family, tokenizer: Any, *, width: int, layers: int, patch: i
         return AutoConfig.for_model(
             "qwen2_vl",
             text_config=text | {"rope_parameters": rope},
-            vision_config=eyes,
+            vision_config=visual,
             image_token_id=image,
             video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
             vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),

@@ -7,9 +7,7 @@ a frozen tower is trained, it is the tower's output that is kept.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from limbeck.models.images import ImageFolder
 from limbeck.models.processors import ImageInput, Placeholder, image_input
+from limbeck.models.tower_outputs import Kept, answering, tensors_in, with_tensors
 from limbeck.types import LimbeckError
 
 TrainedPart = Literal["tower", "projector", "nothing"]
@@ -42,28 +41,6 @@ class ExpandedRow:
     from_image: tuple[bool, ...]
     images: tuple[str, ...]
     last: tuple[int, ...]
-
-
-class Kept:
-    """Tensors by name, the least recently used forgotten first where they take too much memory."""
-
-    def __init__(self, most: int):
-        self.most, self.size = most, 0
-        self._of: OrderedDict[str, tuple[Any, int]] = OrderedDict()
-
-    def get(self, name: str) -> Any:
-        if name not in self._of:
-            return None
-        self._of.move_to_end(name)
-        return self._of[name][0]
-
-    def put(self, name: str, value: Any, size: int) -> None:
-        if size > self.most:
-            return
-        self._of[name] = (value, size)
-        self.size += size
-        while self.size > self.most:
-            self.size -= self._of.popitem(last=False)[1][1]
 
 
 @dataclass(eq=False)
@@ -137,109 +114,91 @@ class ImageReader:
         Gradients reach what is trained on the way from pixels to features.
         """
         trained = _trained_part(model)
+        if trained == "tower":
+            return self._together(model, names)
         return torch.cat([self._features_of(model, name, trained) for name in names])
 
+    def _together(self, model: Any, names: Sequence[str]) -> Tensor:
+        """Features of a tower that is trained: images of the same shapes go through it at once."""
+        by_shapes: dict[Any, list[int]] = {}
+        for place, name in enumerate(names):
+            inputs = self.input(name).inputs
+            by_shapes.setdefault(tuple((key, value.shape[1:]) for key, value in inputs.items()), []).append(place)
+        found: dict[int, Tensor] = {}
+        for places in by_shapes.values():
+            self.computed += len(places)
+            features = self._projected(model, [names[place] for place in places])
+            found |= zip(places, features.split([self._tokens_of(names[place]) for place in places]), strict=True)
+        return torch.cat([found[place] for place in range(len(names))])
+
+    def _tokens_of(self, name: str) -> int:
+        return self.ids_of(name).count(self.placeholder.id)
+
     def _features_of(self, model: Any, name: str, trained: TrainedPart) -> Tensor:
-        if trained == "tower":
-            found = self._computed(model, name)
-        elif trained == "projector":
+        if trained == "projector":
             output = self._features.get(name)
             if output is None:
                 output = self._tower_output(model, name)
-                self._features.put(name, output, sum(tensor.nbytes for _, tensor in _named(output)))
-            with _answering(vision_tower(model), output):
-                found = self._projected(model, name)
-        else:
-            found = self._features.get(name)
-            if found is None:
-                with torch.inference_mode(False), torch.no_grad():
-                    found = self._computed(model, name)
-                self._features.put(name, found, found.nbytes)
-        if len(found) != sum(i == self.placeholder.id for i in self.ids_of(name)):
-            raise LimbeckError(
-                f"the processor of {type(model).__name__} makes {self.ids_of(name).count(self.placeholder.id)} tokens "
-                f"of an image and its vision tower {len(found)} features; they do not belong together"
-            )
+                self._features.put(name, output, sum(tensor.nbytes for _, tensor in tensors_in(output)))
+            with answering(vision_tower(model), output):
+                return self._projected(model, [name])
+        found = self._features.get(name)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._together(model, [name])
+            self._features.put(name, found, found.nbytes)
         return found
 
-    def _computed(self, model: Any, name: str) -> Tensor:
-        self.computed += 1
-        return self._projected(model, name)
+    def _projected(self, model: Any, names: Sequence[str]) -> Tensor:
+        """Features by the model's own method, given everything that its processor made of images of the same shapes.
 
-    def _projected(self, model: Any, name: str) -> Tensor:
-        """Features by the model's own method, given everything that its processor made."""
+        Raises:
+            LimbeckError: others than the processor has tokens for.
+        """
         weight = next(vision_tower(model).parameters())
-        inputs = {
-            key: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-            for key, value in self.input(name).inputs.items()
-        }
-        made = model.get_image_features(**inputs)
-        found = getattr(made, "pooler_output", made)
-        return torch.cat([part.flatten(0, -2) for part in ([found] if isinstance(found, Tensor) else found)])
+        every = [self.input(name).inputs for name in names]
+        inputs = {key: torch.cat([inputs[key] for inputs in every]) for key in every[0]}
+        made = model.get_image_features(
+            **{
+                key: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+                for key, value in inputs.items()
+            }
+        )
+        pooled = getattr(made, "pooler_output", made)
+        found = torch.cat([part.flatten(0, -2) for part in ([pooled] if isinstance(pooled, Tensor) else pooled)])
+        expected = sum(self._tokens_of(name) for name in names)
+        if len(found) != expected:
+            raise LimbeckError(
+                f"the processor of {type(model).__name__} makes {expected} tokens of {len(names)} images and its "
+                f"vision tower {len(found)} features; they do not belong together: download both again"
+            )
+        return found
 
     def _tower_output(self, model: Any, name: str) -> Any:
         """What the vision tower gives for an image, without the parts of it that nothing reads."""
         seen: list[Any] = []
         # A copy: models write into what their tower gives.
-        handle = vision_tower(model).register_forward_hook(lambda _, args, output: seen.append(_replaced(output, {})))
+        handle = vision_tower(model).register_forward_hook(
+            lambda _, args, output: seen.append(with_tensors(output, {}))
+        )
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self._computed(model, name)
+                self._together(model, [name])
         finally:
             handle.remove()
         (output,) = seen
         if self._read is None:
             self._read = self._places_read(model, name, output)
-        return _replaced(output, {place: None for place, _ in _named(output) if place not in self._read})
+        return with_tensors(output, {place: None for place, _ in tensors_in(output) if place not in self._read})
 
     def _places_read(self, model: Any, name: str, output: Any) -> tuple[Any, ...]:
         """The places of a tower's output that features are made of: those that a gradient reaches."""
         with torch.inference_mode(False), torch.enable_grad():
-            named = {place: tensor.detach().clone().requires_grad_() for place, tensor in _named(output)}
-            with _answering(vision_tower(model), _replaced(output, named)):
-                features = self._projected(model, name)
+            named = {place: tensor.detach().clone().requires_grad_() for place, tensor in tensors_in(output)}
+            with answering(vision_tower(model), with_tensors(output, named)):
+                features = self._projected(model, [name])
             grads = torch.autograd.grad(features.float().sum(), list(named.values()), allow_unused=True)
         return tuple(place for place, grad in zip(named, grads, strict=True) if grad is not None)
-
-
-def _named(output: Any) -> Iterator[tuple[Any, Tensor]]:
-    """The floating tensors of a tower's output by key and place."""
-    items = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
-    for key, value in items:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            yield (key, None), value
-        elif isinstance(value, tuple | list):
-            for i, inner in enumerate(value):
-                if isinstance(inner, Tensor) and inner.is_floating_point():
-                    yield (key, i), inner
-
-
-def _replaced(output: Any, named: Mapping[Any, Tensor | None]) -> Any:
-    """An output of the same kind with other tensors at some places."""
-
-    def of(key: Any, value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return tuple(named.get((key, i), inner) for i, inner in enumerate(value))
-        return named.get((key, None), value)
-
-    if hasattr(output, "items"):
-        return type(output)(**{key: of(key, value) for key, value in output.items()})
-    if isinstance(output, tuple):
-        return tuple(of(i, value) for i, value in enumerate(output))
-    return of(0, output)
-
-
-@contextmanager
-def _answering(tower: nn.Module, output: Any) -> Iterator[None]:
-    """A tower that gives what it gave before."""
-    before = tower.__dict__.get("forward")
-    tower.forward = lambda *args, **kwargs: _replaced(output, {})
-    try:
-        yield
-    finally:
-        del tower.forward
-        if before is not None:
-            tower.forward = before
 
 
 def vision_tower(model: Any) -> nn.Module:

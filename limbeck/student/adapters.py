@@ -54,8 +54,13 @@ def check_adapters(model: PreTrainedModel, lora: LoraSpec) -> None:
             )
 
 
-def with_adapters(model: PreTrainedModel, lora: LoraSpec, seed: int) -> nn.Module:
+def with_adapters(
+    model: PreTrainedModel, lora: LoraSpec, seed: int, *, left_alone: nn.Module | None = None
+) -> nn.Module:
     """The model under fresh adapters, its own weights frozen.
+
+    Args:
+        left_alone: a part of it that gets none.
 
     Raises:
         LimbeckError: as `check_adapters`.
@@ -64,6 +69,8 @@ def with_adapters(model: PreTrainedModel, lora: LoraSpec, seed: int) -> nn.Modul
     from transformers.pytorch_utils import Conv1D
 
     check_adapters(model, lora)
+    alone = set() if left_alone is None else set(left_alone.modules())
+    excluded = [name for name, module in model.named_modules() if module in alone] or None
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.r,
@@ -71,6 +78,7 @@ def with_adapters(model: PreTrainedModel, lora: LoraSpec, seed: int) -> nn.Modul
         lora_dropout=lora.lora_dropout,
         # "all-linear" leaves the output head out.
         target_modules=list(lora.target_modules) or "all-linear",
+        exclude_modules=excluded,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     try:

@@ -152,7 +152,10 @@ def build_student(
     if reader_of(model) is not None:
         vision_tower(model).requires_grad_(not spec.freeze_vision)
     quantization = None if spec.quantize is None else quantized(model, spec.quantize)
-    trained = with_adapters(model, spec.lora, spec.seed) if spec.lora is not None else model
+    trained = model
+    if spec.lora is not None:
+        frozen = vision_tower(model) if reader_of(model) is not None and spec.freeze_vision else None
+        trained = with_adapters(model, spec.lora, spec.seed, left_alone=frozen)
     if spec.gradient_checkpointing:
         _checkpoint_gradients(model)
     return Student(

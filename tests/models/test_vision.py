@@ -16,8 +16,9 @@ pytest.importorskip("PIL", reason="images need Pillow: pip install 'limbeck[visi
 from limbeck.models.doctor import doctor, doctor_rows
 from limbeck.models.forward import hidden_states
 from limbeck.models.heads import head_of, project
-from limbeck.models.image_features import Kept, vision_tower
+from limbeck.models.image_features import vision_tower
 from limbeck.models.loading import load_model
+from limbeck.models.tower_outputs import Kept
 from limbeck.models.vision import bind_images, require_reader
 from limbeck.models.vocabulary import describe_vocabulary, real_vocab_size
 from limbeck.objectives import OBJECTIVES, Temperature
@@ -64,6 +65,7 @@ def test_loss_and_gradients_are_those_of_full_logits_from_the_plain_forward(pair
     loss = StudentLoss(
         student.model, LossPlan(objective=OBJECTIVES["fkl"]()), vocab_size=vocab_size, projection_ED=None, compile="off"
     )
+    value = torch.zeros(())
     # Twice, so that what was kept of the first pass is read in the second.
     for _ in range(2):
         student.model.zero_grad()

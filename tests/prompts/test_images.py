@@ -257,7 +257,7 @@ def test_prompts_and_answers_as_the_processor_writes_them(folder: Path, family: 
     """The ids of a prompt, its placeholders expanded by nobody yet, are those of apply_chat_template; the prompt ends
     with the template's opening of the answer (which the released code misspells), and images are out of the answer."""
     write_vision_model(folder / "model", family)
-    tokenizer = load_tokenizer(folder / "model")
+    tokenizer: Any = load_tokenizer(folder / "model")
     rows = [FORMS[name][0] for name in ("blocks", "none")]
     rows[0] = {**rows[0], "messages": [*rows[0]["messages"], {"role": "assistant", "content": "red"}]}
     rows[1] = {**rows[1], "messages": [*rows[1]["messages"], {"role": "assistant", "content": "blue"}]}
@@ -278,7 +278,7 @@ def test_prompts_and_answers_as_the_processor_writes_them(folder: Path, family: 
 
 def test_a_template_that_leaves_images_out_is_refused(folder: Path) -> None:
     write_vision_model(folder / "model", "llava")
-    tokenizer = load_tokenizer(folder / "model")
+    tokenizer: Any = load_tokenizer(folder / "model")
     prompts = read(folder, FORMS["blocks"][0]).prompts
     with pytest.raises(LimbeckError, match="has images, which template 'plain' has no words for"):
         encode_prompts(prompts, tokenizer, "plain")

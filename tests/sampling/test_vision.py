@@ -46,7 +46,7 @@ def sampler_of(loaded: Any, **changes: Any) -> LocalSampler:
 
 def test_greedy_answers_are_those_of_generate(pair: VisionPair) -> None:
     """Rows with none, one and two images in one batch, prefilled in one group and decoded together."""
-    loaded = pair.load("teacher")
+    loaded: Any = pair.load("teacher")
     processor = require_reader(loaded.model).processor
     prompts = prompts_of(pair, loaded.tokenizer)
     answers = sampler_of(loaded).respond(prompts, Sampling(max_new_tokens=NEW, temperature=0.0))
