@@ -17,7 +17,7 @@ import pytest
 from limbeck.evaluation.sandbox import jail, syscalls
 from limbeck.evaluation.sandbox.host import Job, Limits, files_possible, require_sandbox, run_program
 from limbeck.evaluation.sandbox.log import verdicts_of
-from limbeck.evaluation.sandbox.tester import Program, tested
+from limbeck.evaluation.sandbox.tester import Program, verdict_on
 from limbeck.evaluation.sandbox.wire import Link
 from limbeck.types import LimbeckError
 from tests.evaluation.sandbox_attacks import ATTACKS, GOOD
@@ -197,7 +197,7 @@ def test_a_program_whose_process_does_not_say_that_it_is_confined_is_not_run(tmp
             pytest.fail(f"{message} was sent to a process that is not confined")
 
     for said in (None, {"unconfined": "no Landlock"}):
-        verdict = tested(Program(cast(Link, Elsewhere(said))), asdict(job(GOOD)))
+        verdict = verdict_on(Program(cast(Link, Elsewhere(said))), asdict(job(GOOD)))
         assert verdict["kind"] == "unconfined"
     with pytest.raises(LimbeckError, match=r"failed its trial.*evaluate\.groups\.tasks\.memory_mb"):
         require_sandbox(tmp_path, Limits(memory_mb=1))

@@ -161,7 +161,7 @@ def _change(argument: Any, now: Any) -> None:
         argument.extend(now)
 
 
-def tested(program: Program, job: dict[str, Any]) -> dict[str, str]:
+def verdict_on(program: Program, job: dict[str, Any]) -> dict[str, str]:
     """The verdict on a program: kind and text."""
     names: dict[str, Any] = {"__name__": "tests"}
     try:
@@ -188,4 +188,4 @@ def main() -> None:
     os.dup2(quiet, 1)
     confine(folder=None, memory_mb=int(memory_mb), cpu_s=int(cpu_s), file_mb=1)
     sys.path.remove(root)
-    os.write(verdict, json.dumps(tested(Program(Link(int(reading), int(writing))), job)).encode())
+    os.write(verdict, json.dumps(verdict_on(Program(Link(int(reading), int(writing))), job)).encode())
