@@ -6,6 +6,7 @@ the machine does meets both alike. No time is reproducible bit for bit.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,37 @@ def timed_in_turns(
             timing = _once(causal_model(model), ids, new_tokens, clock)
             if repeat:
                 found[name].append(timing)
+    return found
+
+
+@torch.inference_mode()
+def timed_passes(
+    model: nn.Module,
+    ids: Sequence[int],
+    *,
+    widths: Sequence[int],
+    repeats: int,
+    clock: Timer = time.perf_counter,
+) -> dict[int, list[float]]:
+    """Seconds of passes over several tokens at once behind a context, by width, in turns; a first round is not counted.
+
+    Args:
+        ids: the context; a pass reads its last tokens once more.
+    """
+    model = causal_model(model)
+    device = next(model.parameters()).device
+    read = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=True, logits_to_keep=1)
+    found: dict[int, list[float]] = {width: [] for width in widths}
+    for repeat in range(repeats + 1):
+        for width in widths:
+            cache = copy.deepcopy(read.past_key_values)
+            ids_1W = torch.tensor([(list(ids) * width)[-width:]], device=device)
+            settle(device)
+            started = clock()
+            model(input_ids=ids_1W, past_key_values=cache, use_cache=True).logits.argmax(-1)
+            settle(device)
+            if repeat:
+                found[width].append(clock() - started)
     return found
 
 

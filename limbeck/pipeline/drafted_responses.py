@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 from limbeck.models.fingerprints import model_fingerprint
@@ -71,7 +70,7 @@ def with_draft(context: RunContext, section: DraftSection, alone: LocalSampler) 
 def keep_counts(sampler: LocalSampler | SpeculativeSampler, batch: Path) -> None:
     """Write the draft's counts beside a batch that has just ended, before the batch itself, and reset them."""
     if isinstance(sampler, SpeculativeSampler):
-        write_json(_counts_of(batch), asdict(sampler.tally.taken()))
+        write_json(_counts_of(batch), sampler.tally.taken().counts())
 
 
 def draft_record(section: DraftSection | None, batches: Iterable[Path]) -> Json:
@@ -80,9 +79,9 @@ def draft_record(section: DraftSection | None, batches: Iterable[Path]) -> Json:
         return {}
     total = AcceptanceStats()
     for batch in batches:
-        total.add(AcceptanceStats(**read_fields(_counts_of(batch), dict.fromkeys(asdict(AcceptanceStats()), int))))
+        total.add(AcceptanceStats(**read_fields(_counts_of(batch), dict.fromkeys(total.counts(), int))))
     acceptance = {"acceptance": round(total.acceptance, 4)} if total.drafted else {}
-    return {"draft": {"model": section.model, "tokens": section.tokens} | asdict(total) | acceptance}
+    return {"draft": {"model": section.model, "tokens": section.tokens} | total.counts() | acceptance}
 
 
 def _counts_of(batch: Path) -> Path:

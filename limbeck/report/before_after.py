@@ -3,11 +3,12 @@ significant."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.report.format import figure, setting
+from limbeck.report.format import figure, interval_of, setting
 from limbeck.report.read_run import Run, number, score, value_at
 
 
@@ -59,9 +60,18 @@ def evidence(run: Run) -> list[MetricLine]:
     lines = []
     for name in names:
         about = described.get(name, {})
-        if about.get("better") != "context" and (score(run, "before", name) or score(run, "after", name)):
+        if (
+            about.get("better") != "context"
+            and not is_breakdown(name)
+            and (score(run, "before", name) or score(run, "after", name))
+        ):
             lines.append(_line(run, name, about, _top(run, names, described, about)))
     return lines
+
+
+def is_breakdown(name: str) -> bool:
+    """Whether a metric is of some of the drafts only, those of one position or domain: they have a section."""
+    return re.search(r"@draft=\d+,(position|category)=", name) is not None
 
 
 def _top(run: Run, names: Sequence[str], described: Mapping[str, Any], about: Mapping[str, Any]) -> float:
@@ -89,16 +99,16 @@ def _line(run: Run, name: str, about: Mapping[str, Any], top: float) -> MetricLi
         meaning=str(about.get("meaning", "")),
         teacher=_teacher_in_words(about, teacher),
         before=_mean(before),
-        before_interval=_interval(before),
+        before_interval=interval_of(before),
         after=_mean(after),
-        after_interval=_interval(after),
+        after_interval=interval_of(after),
         change=""
         if change is None
         else f"{'+' if moved >= 0 else '-'}{figure(abs(moved))}".replace("-", "\N{MINUS SIGN}"),
-        change_interval=_interval(change),
+        change_interval=interval_of(change),
         arrow="" if change is None else "▲" if moved > 0 else "▼" if moved < 0 else "=",
         verdict=_verdict(about, before, after, change, teacher),
-        dots=tuple(_dot(found, part, top) for found, part in ((before, "before"), (after, "after")) if found),
+        dots=tuple(marker(found, part, top) for found, part in ((before, "before"), (after, "after")) if found),
         teacher_at=None if teacher is None else _place(teacher, top),
         ends=("0", figure(top, 2) if top != 1.0 else "1"),
     )
@@ -139,7 +149,8 @@ def _verdict(
     return "better" if (change["mean"] > 0) == (about["better"] == "higher") else "worse"
 
 
-def _dot(found: Mapping[str, Any], part: str, top: float) -> ChangeMarker:
+def marker(found: Mapping[str, Any], part: str, top: float) -> ChangeMarker:
+    """A score's place on a track that ends at `top`."""
     low, high = number(found, "low"), number(found, "high")
     if low is None or high is None:
         low = high = None
@@ -157,10 +168,3 @@ def _place(value: float, top: float) -> float:
 
 def _mean(found: Mapping[str, Any] | None) -> str:
     return "" if found is None else figure(found["mean"])
-
-
-def _interval(found: Mapping[str, Any] | None) -> str:
-    if found is None or number(found, "low") is None or number(found, "high") is None:
-        return ""
-    low, high = (figure(found[end]).replace("-", "\N{MINUS SIGN}") for end in ("low", "high"))
-    return f"{low} to {high}"

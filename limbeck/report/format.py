@@ -22,6 +22,14 @@ def figure(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
 
 
+def interval_of(found: Mapping[str, Any] | None) -> str:
+    """The interval of a score in words; empty where it has none."""
+    if found is None or number(found, "low") is None or number(found, "high") is None:
+        return ""
+    low, high = (figure(found[end]).replace("-", "\N{MINUS SIGN}") for end in ("low", "high"))
+    return f"{low} to {high}"
+
+
 def setting(value: float | None) -> str:
     """A number from a recipe: 2.0 as 2, 0.0003 as 0.0003."""
     return "n/a" if value is None else f"{value:g}"

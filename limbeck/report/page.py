@@ -13,6 +13,7 @@ from typing import Any
 from limbeck.report import format
 from limbeck.report.before_after import evidence
 from limbeck.report.charts import HEIGHT, WIDTH, charts
+from limbeck.report.drafting import drafting
 from limbeck.report.on_policy import account, exchanges, warned
 from limbeck.report.outcome import harm
 from limbeck.report.preference import preference_account
@@ -76,6 +77,7 @@ def render(run: Run) -> str:
         drawing=(WIDTH, HEIGHT),
         points={chart.name: chart.points for chart in curves},
         evidence=evidence(run),
+        drafting=drafting(run),
         examples=_examples(run),
         confidence=number(run.scores, "confidence") or 0.95,
         samples=[_sample(row, run.alone) for row in run.samples],

@@ -41,6 +41,7 @@ class Run:
         rewards: one mapping per step of the preference tuning.
         searches: what was tried to find the learning rate, by the training it was for.
         written: some of the responses that were trained on, of both authors, as token ids.
+        drafting: what the group `speculation` found beside its scores; empty where it was not asked.
         missing: file to what its absence means.
         broken: one sentence for each file, or part of one, that could not be read.
     """
@@ -58,6 +59,7 @@ class Run:
     written: tuple[Mapping[str, Any], ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()
     scores: Mapping[str, Any] = field(default_factory=dict)
+    drafting: Mapping[str, Any] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     broken: tuple[str, ...] = ()
 
@@ -97,6 +99,7 @@ def read_run(run_dir: Path) -> Run:
         written=tuple(lines_of(run_dir, WRITTEN, broken)),
         samples=tuple(lines_of(run_dir, "samples.jsonl", broken)),
         scores=_scores(run_dir, broken),
+        drafting=_drafting(run_dir, broken),
         missing={name: what for name, what in expected.items() if not (run_dir / name).is_file()},
         broken=tuple(broken),
     )
@@ -218,6 +221,11 @@ def _scores(run_dir: Path, broken: list[str]) -> dict[str, Any]:
         for name in about.keys() - {"teacher_value"}:
             about[name] = about[name] if about[name] is None else str(about[name])
     return scores
+
+
+def _drafting(run_dir: Path, broken: list[str]) -> dict[str, Any]:
+    detail = _object(run_dir, "scores/after.speculation.json", broken).get("detail")
+    return detail if isinstance(detail, dict) else {}
 
 
 def _stages(run_dir: Path, broken: list[str]) -> tuple[Mapping[str, Any], ...]:

@@ -10,6 +10,7 @@ the last draft), V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal, Protocol
 
 import torch
@@ -127,12 +128,14 @@ class AcceptanceStats:
         drafted: tokens proposed.
         accepted: those that stand in a response.
         rejected: those that were refused and replaced; what was drafted behind one was never looked at.
+        by_position: of the first, second, ... draft of a round: how many stand, and how many were looked at.
     """
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     rejected: int = 0
+    by_position: tuple[tuple[int, int], ...] = ()
 
     @property
     def replaced(self) -> int:
@@ -145,18 +148,37 @@ class AcceptanceStats:
         looked_at = self.accepted + self.rejected
         return self.accepted / looked_at if looked_at else float("nan")
 
+    def counts(self) -> dict[str, int]:
+        """The sums over all positions."""
+        names = ("rounds", "drafted", "accepted", "rejected")
+        return {name: getattr(self, name) for name in names}
+
+    def decided(self, stand: int, refused: bool) -> None:
+        """Count the drafts of one round that were looked at: the first ones stand, the next one may be refused."""
+        self.accepted += stand
+        self.rejected += refused
+        round_ = tuple((int(place < stand), 1) for place in range(stand + refused))
+        self.by_position = _summed(self.by_position, round_)
+
     def add(self, other: AcceptanceStats) -> None:
         """Add the counts of another."""
         self.rounds += other.rounds
         self.drafted += other.drafted
         self.accepted += other.accepted
         self.rejected += other.rejected
+        self.by_position = _summed(self.by_position, other.by_position)
 
     def taken(self) -> AcceptanceStats:
         """Return the counts so far and reset them."""
         counts = replace(self)
         self.rounds = self.drafted = self.accepted = self.rejected = 0
+        self.by_position = ()
         return counts
+
+
+def _summed(one: tuple[tuple[int, int], ...], other: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    pairs = zip_longest(one, other, fillvalue=(0, 0))
+    return tuple((stand + more, seen + others) for (stand, seen), (more, others) in pairs)
 
 
 class AcceptanceRule(Protocol):

@@ -223,9 +223,8 @@ def _runs(
         row.behind = 2 if len(run) > len(drafted) else 1
         tally.rounds += 1
         tally.drafted += min(len(run) if draft.stop in ("eos", "stop") else room, len(drafted))
-        tally.accepted += min(kept, len(run))
         refused = kept < min(len(drafted), len(run))
-        tally.rejected += refused
+        tally.decided(min(kept, len(run)), refused)
         if draft.replaced is not None:
             draft.replaced += refused
         runs.append(run)

@@ -51,6 +51,7 @@ def tree_of(tiny: TinyPair, output: Path, where: str, sections: dict[str, Any]) 
         ("uniform", {"student": {"init": "depth_prune", "layers": 2}}, ("student.init=depth_prune", "student.model")),
         ("uniform", {"evaluate": {"groups": ["rouge"]}}, ("evaluate.groups.rouge", "against=[references]")),
         ("uniform", {"evaluate": {"groups": ["cost"]}}, ("evaluate.groups.cost", "leave it out")),
+        ("uniform", {"evaluate": {"groups": ["speculation"]}}, ("evaluate.groups.speculation", "leave it out")),
         ("none", {}, ("teacher.cache=true", "gives nothing", "teacher.cache=false")),
         ("none", {"teacher": {"cache": False}}, ("objective fkl", "distributions", "objective={name: ce}")),
         (

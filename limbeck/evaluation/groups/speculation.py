@@ -7,35 +7,31 @@ speed-up; everything else is reproducible.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
+from limbeck.evaluation.groups.diversity import condition as temperature_condition
 from limbeck.evaluation.scores.bootstrap import summarise
 from limbeck.evaluation.scores.files import read_rows
 from limbeck.evaluation.speculation import (
     Drafted,
+    PassCosts,
     acceptance_rows,
     break_even,
     expected_speedup,
     expected_tokens_per_pass,
+    position_rows,
 )
 from limbeck.fields import STRICT, Count, NonNegative, Seed
 from limbeck.runtime.records import read_fields
-from limbeck.types import Json, LimbeckError, Response, Sampling, ScoredRow, TokenPrompt
+from limbeck.types import Json, LimbeckError, Prompt, Sampling, ScoredRow, TokenPrompt
 
-if TYPE_CHECKING:
-    from limbeck.sampling.acceptance import AcceptanceStats
-    from limbeck.sampling.local import LocalSampler
-    from limbeck.sampling.speculative import SpeculativeSampler
-
-# Steps that the ratio of costs is measured over, and the times they are repeated.
-_STEPS, _REPEATS = 16, 3
+_ACCEPTANCE = "draft_acceptance"
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -45,7 +41,10 @@ class SpeculationGroup(EvaluationGroup):
     draft_tokens: tuple[Count, ...] = (4,)
     """Tokens that the student drafts for each of the teacher's passes."""
     prompts: Count = 16
+    """At most so many, of all categories of the prompts in turns."""
     temperature: NonNegative = 1.0
+    temperatures: tuple[NonNegative, ...] = ()
+    """Further temperatures, at which the first of draft_tokens is measured too."""
     seed: Seed = 0
 
     parts = ("after",)
@@ -53,30 +52,57 @@ class SpeculationGroup(EvaluationGroup):
     def needs(self) -> frozenset[Need]:
         return frozenset({"teacher", "teacher_weights", "tokens"})
 
+    def check(self, evaluation: EvaluationContext) -> None:
+        del evaluation
+        if not self.draft_tokens:
+            raise LimbeckError(
+                "evaluate.groups.speculation.draft_tokens is empty; expected one or more numbers of tokens, such as [4]"
+            )
+        every = [temperature_condition(temperature) for temperature in (self.temperature, *self.temperatures)]
+        if len(set(every)) < len(every):
+            raise LimbeckError(
+                f"evaluate.groups.speculation.temperatures is {list(self.temperatures)} beside temperature "
+                f"{self.temperature:g}; expected ones that differ from it and from each other in their first six digits"
+            )
+
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
+        from limbeck.evaluation.drafting import in_turns, pass_costs
+
         sampling = Sampling(
             max_new_tokens=evaluation.settings.max_new_tokens, temperature=self.temperature, seed=self.seed
         )
         asked = self._asked(evaluation, sampling)
-        ratio = _cost_ratio(evaluation, asked)
+        costs = pass_costs(evaluation, asked, max(self.draft_tokens))
+        ratio = costs.ratio
         tables: dict[str, list[ScoredRow]] = {}
-        detail: Json = {"cost_ratio": ratio, "prompts": len(asked)}
+        detail: Json = {"cost_ratio": ratio, "prompts": len(asked), "costs": _record(costs)}
+        first = self.draft_tokens[0]
         for draft_tokens in dict.fromkeys(self.draft_tokens):
             name = f"draft={draft_tokens}"
-            tables[name] = acceptance_rows(_in_turns(evaluation, asked, sampling, draft_tokens))
+            drafted = in_turns(evaluation, asked, sampling, draft_tokens)
+            tables[name] = acceptance_rows(drafted, draft_tokens=draft_tokens, costs=costs)
+            tables |= {f"{name},position={place}": rows for place, rows in position_rows(drafted).items()}
             measured = summarise(tables[name])["draft_acceptance"].mean
+            if draft_tokens == first:
+                tables |= _by_category(evaluation, drafted, name)
+                tables[""] = [_of_the_pair(costs, measured, first)]
             expected = {"measured": _expected(measured, draft_tokens, ratio)}
             if (share := _expected_acceptance(evaluation, sampling)) is not None:
                 expected["fidelity"] = _expected(share, draft_tokens, ratio)
             detail[name] = {
                 "break_even_acceptance": break_even(draft_tokens, ratio),
                 "expected_from_acceptance": expected,
+                "by_measured_passes": _by_measured_passes(costs, measured),
             }
+        for temperature in self.temperatures:
+            drafted = in_turns(evaluation, asked, replace(sampling, temperature=temperature), first)
+            name = f"draft={first},{temperature_condition(temperature)}"
+            tables[name] = acceptance_rows(drafted, draft_tokens=first, costs=costs)
         return GroupResult(tables=tables, detail=detail)
 
     def _asked(self, evaluation: EvaluationContext, sampling: Sampling) -> list[TokenPrompt]:
         """The prompts as the teacher reads them, those that fit both models."""
-        prompts, most = evaluation.prompts[: self.prompts], sampling.max_new_tokens
+        prompts, most = in_turns_of_category(evaluation.prompts, self.prompts), sampling.max_new_tokens
         fits = {p.id for p in evaluation.encode("student", prompts, max_new_tokens=most)}
         asked = [p for p in evaluation.encode("teacher", prompts, max_new_tokens=most) if p.id in fits]
         if not asked:
@@ -87,93 +113,65 @@ class SpeculationGroup(EvaluationGroup):
         return asked
 
 
+def in_turns_of_category(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    """So many prompts, one of each category and then the next of each, in the order they came in.
+
+    Without categories they are the first ones.
+    """
+    seen = Counter[str | None]()
+    turns = []
+    for place, prompt in enumerate(prompts):
+        turns.append((seen[prompt.category], place))
+        seen[prompt.category] += 1
+    return [prompts[place] for place in sorted(place for _, place in sorted(turns)[:most])]
+
+
+def _by_category(evaluation: EvaluationContext, drafted: Sequence[Drafted], name: str) -> dict[str, list[ScoredRow]]:
+    """The acceptance in each category of the prompts, where they have any."""
+    of_prompt = {prompt.id: prompt.category for prompt in evaluation.prompts if prompt.category}
+    by_category: dict[str, list[Drafted]] = {}
+    for one in drafted:
+        if one.id in of_prompt:
+            by_category.setdefault(spelled(of_prompt[one.id]), []).append(one)
+    rows = {category: acceptance_rows(some) for category, some in sorted(by_category.items())}
+    return {
+        f"{name},category={category}": [replace(r, sums={_ACCEPTANCE: r.sums[_ACCEPTANCE]}) for r in some]
+        for category, some in rows.items()
+    }
+
+
+def spelled(category: str) -> str:
+    """A category as part of a file's name: letters, digits and dashes; two that differ in nothing else are one."""
+    return re.sub(r"\W+", "-", category.lower()).strip("-")[:40] or "other"
+
+
+def _of_the_pair(costs: PassCosts, acceptance: float, draft_tokens: int) -> ScoredRow:
+    """What is one number for both models on this machine."""
+    values = {"draft_cost": costs.ratio, "best_draft_tokens": float(costs.best(acceptance))}
+    least = costs.break_even(draft_tokens)
+    return ScoredRow(id="pair", weight=1.0, values=values | ({} if least is None else {"break_even_acceptance": least}))
+
+
+def _by_measured_passes(costs: PassCosts, acceptance: float) -> Json:
+    """Expected speed-up and break-even by the number of drafts, with the best number."""
+    widths = [width - 1 for width in costs.pass_s if width > 1]
+    return {
+        "best_draft_tokens": costs.best(acceptance),
+        "speedup": {str(drafts): costs.speedup(acceptance, drafts) for drafts in widths},
+        "break_even_acceptance": {str(drafts): costs.break_even(drafts) for drafts in widths},
+    }
+
+
+def _record(costs: PassCosts) -> Json:
+    return {"draft_step_s": costs.draft_s, "teacher_pass_s": {str(w): s for w, s in costs.pass_s.items()}}
+
+
 def _expected(acceptance: float, draft_tokens: int, ratio: float) -> Json:
     return {
         "acceptance": acceptance,
         "tokens_per_pass": expected_tokens_per_pass(acceptance, draft_tokens),
         "speedup": expected_speedup(acceptance, draft_tokens, ratio),
     }
-
-
-def _cost_ratio(evaluation: EvaluationContext, asked: Sequence[TokenPrompt]) -> float:
-    """Seconds of a step of the student over those of a step of the teacher."""
-    from limbeck.evaluation.cost import timed_in_turns
-
-    ids = asked[0].ids
-    steps = min(_STEPS, evaluation.settings.max_new_tokens)
-    timings = timed_in_turns(
-        {"student": (evaluation.student.model, ids), "teacher": (evaluation.teacher.model, ids)},
-        new_tokens=steps,
-        repeats=_REPEATS,
-    )
-    student, teacher = (statistics.median(t.step_s for t in timings[who]) for who in ("student", "teacher"))
-    return student / teacher
-
-
-def _in_turns(
-    evaluation: EvaluationContext, asked: Sequence[TokenPrompt], sampling: Sampling, draft_tokens: int
-) -> list[Drafted]:
-    from limbeck.sampling.speculative import SpeculativeSampler
-
-    longest = max(asked, key=lambda prompt: len(prompt.ids))
-    # Samplers answer the longest prompt first, and of two the earlier one.
-    every = [replace(longest, id=f"{longest.id} (first)"), *asked]
-    alone = evaluation.sampler("teacher", 1)
-    drafted = SpeculativeSampler(
-        model=alone.model,
-        draft=evaluation.student.model,
-        eos_token_ids=alone.eos_token_ids,
-        pad_token_id=alone.pad_token_id,
-        vocab_size=alone.vocab_size,
-        tokenizer=alone.tokenizer,
-        draft_tokens=draft_tokens,
-        batch_size=1,
-    )
-    found = []
-    answers = zip(_timed(evaluation, alone, every, sampling), _timed(evaluation, drafted, every, sampling), strict=True)
-    with evaluation.meter(f"draft {draft_tokens} tokens", len(every), "answers") as meter:
-        for number, ((by_itself, alone_s), (response, drafted_s)) in enumerate(answers):
-            tally = drafted.tally.taken()
-            if number:
-                found.append(_drafted(by_itself, alone_s, response, drafted_s, tally))
-            meter.advance(1)
-    order = {prompt.id: place for place, prompt in enumerate(asked)}
-    return sorted(found, key=lambda answer: order[answer.id])
-
-
-def _timed(
-    evaluation: EvaluationContext,
-    sampler: LocalSampler | SpeculativeSampler,
-    asked: Sequence[TokenPrompt],
-    sampling: Sampling,
-) -> Iterator[tuple[Response, float]]:
-    """Each answer with the seconds it took; the sampler rests between two."""
-    from limbeck.evaluation.cost import settle
-
-    answers = sampler.respond_in_batches(asked, sampling)
-    for _ in asked:
-        evaluation.stop.raise_if_requested()
-        settle(evaluation.device)
-        started = time.perf_counter()
-        (response,) = next(answers).responses
-        settle(evaluation.device)
-        yield response, time.perf_counter() - started
-
-
-def _drafted(
-    by_itself: Response, alone_s: float, response: Response, drafted_s: float, tally: AcceptanceStats
-) -> Drafted:
-    assert by_itself.prompt_id == response.prompt_id
-    return Drafted(
-        id=response.prompt_id,
-        passes=tally.rounds,
-        tokens=len(response.response_ids),
-        accepted=tally.accepted,
-        rejected=tally.rejected,
-        alone_s=alone_s,
-        alone_tokens=len(by_itself.response_ids),
-        drafted_s=drafted_s,
-    )
 
 
 def _expected_acceptance(evaluation: EvaluationContext, sampling: Sampling) -> float | None:

@@ -189,6 +189,24 @@ METRICS: dict[str, Metric] = {
         meaning="seconds per token of the teacher alone over those with the student drafting, one prompt at a time; "
         "a time, so it differs from run to run",
     ),
+    "expected_speedup": Metric(
+        label="Expected speed-up", unit="times", better="higher",
+        meaning="tokens per pass that the acceptance promises, over the measured cost of the drafts and of the pass "
+        "that reads them",
+    ),
+    "break_even_acceptance": Metric(
+        label="Break-even acceptance", unit="", better="context",
+        meaning="the acceptance at which drafting costs what it saves, by the measured cost of both models' passes",
+    ),
+    "best_draft_tokens": Metric(
+        label="Best number of drafts", unit="tokens", better="context",
+        meaning="drafts per pass with the largest expected speed-up, by measured acceptance and costs; 0: drafting "
+        "does not pay",
+    ),
+    "draft_cost": Metric(
+        label="Cost of a draft", unit="teacher's steps", better="lower",
+        meaning="seconds of a step of the student over those of a step of the teacher, on this machine",
+    ),
     **_of_both("parameters", Metric(
         label="Parameters", unit="M", better="lower",
         meaning="millions of parameters, tied ones counted once",

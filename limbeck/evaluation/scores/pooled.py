@@ -36,6 +36,20 @@ def speedup(sums_S4: ndarray) -> ndarray:
     return ratio(sums_S4[..., :2]) / ratio(sums_S4[..., 2:])
 
 
+def expected_speedup(sums_S5: ndarray) -> ndarray:
+    """Tokens per pass that an acceptance promises, over what a round costs, (S,).
+
+    Args:
+        sums_S5: drafts that stand, drafts that were looked at; then, per prompt 1, the drafts of a round, and the
+            cost of a round in steps of the teacher alone.
+    """
+    import numpy as np
+
+    acceptance_S = ratio(sums_S5[..., :2])
+    drafted, cost = (sums_S5[..., place].sum() / sums_S5[..., 2].sum() for place in (3, 4))
+    return (acceptance_S[..., None] ** np.arange(round(drafted) + 1)).sum(-1) / cost
+
+
 POOLED: dict[str, Callable[[ndarray], ndarray]] = {
     "student_ece": calibration_error,
     "teacher_ece": calibration_error,
@@ -44,4 +58,5 @@ POOLED: dict[str, Callable[[ndarray], ndarray]] = {
     "tokens_per_pass": ratio,
     "recovered": ratio,
     "speculative_speedup": speedup,
+    "expected_speedup": expected_speedup,
 }
