@@ -91,7 +91,12 @@ class SweepRunner:
     @property
     def models(self) -> Models:
         """Models for the arms that the first runs make."""
-        return {key: str(recipe.directory / "student") for key, recipe in first_recipes(self.sweep).items()}
+        recipes = first_recipes(self.sweep)
+        # The folders of the students that these runs will hand on.
+        runs = {key: (RunDirectory(recipe.directory), recipe) for key, recipe in recipes.items()}
+        return {
+            key: str(run.student if recipe.preference is None else run.preferred) for key, (run, recipe) in runs.items()
+        }
 
     def check(self) -> None:
         """Check all arms before the first run."""
