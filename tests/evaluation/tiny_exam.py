@@ -53,13 +53,19 @@ class Tiny:
         )
 
     def evaluation(
-        self, folder: Path, evaluate: dict[str, Any], *, teacher: Path | None = None, answered: bool = True
+        self,
+        folder: Path,
+        evaluate: dict[str, Any],
+        *,
+        teacher: Path | None = None,
+        where: str = "in_process",
+        answered: bool = True,
     ) -> RunEvaluation:
         """An evaluation outside of a run, on all prompts; keys of `evaluate` are put over EVALUATE."""
         tree = {
             "name": "tiny",
             "output_dir": str(folder),
-            "teacher": {"model": str(teacher or self.teacher)},
+            "teacher": {"model": str(teacher or self.teacher), "where": where},
             "student": {"model": str(self.student), "init": "pretrained"},
             "prompts": {"source": str(self.prompts)},
             "evaluate": EVALUATE | evaluate,

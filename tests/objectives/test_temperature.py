@@ -124,7 +124,7 @@ def test_options_out_of_range_are_refused(field, value: dict[str, Any], match):
 
 def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(LimbeckError, match="nearest: 'rkl'"):
-        build_objective("rlk")
+        build_objective("rkll")
     with pytest.raises(LimbeckError, match="nearest: 'first'"):
         build_objective("csd", frist="teacher")
 

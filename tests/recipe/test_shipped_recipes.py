@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from limbeck.evaluation.sandbox import jail
 from limbeck.recipe.load import shipped_recipes
 from tests.limbeck_command import CommandServer
 from tests.tiny_pair import TinyPair, write_model
@@ -32,7 +34,16 @@ OF_DRAFTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+# The papers' own begin as models of other sizes: test_paper_recipes.
+PLAYED = [name for name in shipped_recipes() if not name.startswith("papers/")]
+# Problems in the fields of the data sets that these name.
+PROBLEMS: dict[str, Callable[[str, int], dict[str, object]]] = {
+    "math": lambda text, i: {"question": text, "answer": f"So.\n#### {i}"},
+    "code": lambda text, i: {"text": text, "code": f"def f():\n    return {i}", "test_list": [f"assert f() == {i}"]},
+}
+
+
+@pytest.mark.parametrize("name", PLAYED)
 def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, name: str) -> None:
     run, prompts = tmp_path / "run", tiny.prompts
     if name == "sft" or name.startswith("lab/"):
@@ -48,6 +59,17 @@ def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPai
     init = "{init: depth_prune, layers: 2}" if name == "lab/kd" else "{init: scratch}"
     lab = (f"student={init}", "evaluate.prompts=4") if name.startswith("lab/") else ()
     whole = ("student={init: teacher, quantize: {format: q4_0}}",) if name == "recover" else ()
+    if name in PROBLEMS:
+        if name == "code" and jail.missing():
+            pytest.skip(f"this machine has no {jail.missing()}")
+        texts = [json.loads(line)["prompt"] for line in tiny.prompts.read_text("utf-8").splitlines()]
+        prompts = tmp_path / "problems.jsonl"
+        prompts.write_text("".join(json.dumps(PROBLEMS[name](t, i)) + "\n" for i, t in enumerate(texts)), "utf-8")
+        teacher = write_model(tmp_path / "wide", window=512)
+        places = (f"output_dir={run}", f"teacher.model={teacher}", f"prompts.source={prompts}")
+        # A random teacher is never right.
+        lab = ("prompts.dataset_config=null", "prompts.limit=null", "responses.verify.unverified=keep")
+        lab += ("evaluate.groups.tasks.max_new_tokens=8",)
     if name == "vision":
         pytest.importorskip("PIL", reason="images need Pillow: pip install 'limbeck[vision]'")
         teacher = write_vision_model(tmp_path / "teacher", "qwen2_vl", seed=1)

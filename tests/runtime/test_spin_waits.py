@@ -146,7 +146,7 @@ def test_a_run_looks_after_its_threads(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(engine, "short_spins_when_busy", recorded)
     monkeypatch.setattr(engine, "_run_all", refuse)
-    monkeypatch.setattr(engine, "_say_harm", refuse)
+    monkeypatch.setattr(engine, "_warn_of_harm", refuse)
     recipe = load_recipe("quickstart", [f"output_dir={tmp_path / 'run'}"])
     stages = [engine.replace(stage, check=lambda context: None) for stage in STAGES]
     engine.run_pipeline(recipe, stages=stages)
