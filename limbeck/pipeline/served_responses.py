@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from limbeck.client.openai import Server
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.served_log import ServedLog
 from limbeck.prompts.chat import turns_of
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.sampling.served import ServedSampler
-from limbeck.sampling.served_log import ServedLog
 from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt
 
 if TYPE_CHECKING:
