@@ -1,0 +1,243 @@
+"""Drafts for speculative decoding by the objective they were distilled with, at equal tokens: acceptance by arm.
+
+    python -m benchmarks.drafts                 # writes docs/results/drafts.md; the same command goes on after a stop
+    python -m benchmarks.drafts --estimate      # seconds of each arm from the runs that are done
+    python -m benchmarks.drafts train.max_steps=2 teacher.model=MODEL student.layers=2 --out DIR --page FILE --seeds 0
+
+A sweep around the recipe `draft`: seven of the teacher's blocks, the teacher's samples at temperature 1, the same steps
+of the same number of responses, each arm at the better of two learning rates by total variation with the first seed.
+Measured is the share of drafts that the teacher keeps at temperature 1 with four drafts per pass. Its interval, and
+that of the change from forward KL, resamples prompts, with the drafts of all seeds of a prompt together; an arm counts
+as separated where that interval leaves out zero and every seed agrees in the sign.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.evaluation.scores.bootstrap import paired_change, summarise
+from limbeck.evaluation.scores.files import read_rows
+from limbeck.recipe.load import recipe_tree
+from limbeck.sweep.runner import run_sweep
+from limbeck.types import LimbeckError, Score, ScoredRow
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = "fkl"
+CONDITION, ACCEPTANCE = "draft=4", "draft_acceptance"
+DISTILLM2 = {
+    # A batch counts responses: half of them are the teacher's, half the student's, so a step has as many tokens.
+    "responses.source": {"name": "pairs", "refresh": "epoch"},
+    "objective": {"name": "skl", "alpha": 0.1, "temperature": 1.0},
+    "contrast": {
+        "student": {"name": "srkl", "alpha": 0.1},
+        "beta": "code",
+        "beta_start": 0.5,
+        "beta_end": 0.75,
+        "scale": 2.0,
+        "rule": {"name": "adaptive_alpha", "alpha0": 0.1, "low": 0.01, "high": 0.1, "warmup_epochs": 1},
+    },
+    "train.reduction": "sequence",
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "fkl": {"objective": {"name": "fkl", "temperature": 1.0}},
+    "tv": {"objective": {"name": "tv", "temperature": 1.0}},
+    "lk": {"objective": {"name": "lk", "temperature": 1.0}},
+    "lk_lambda": {"objective": {"name": "lk", "form": "lambda", "eta": 3.0, "temperature": 1.0}},
+    "csd": {"objective": {"name": "csd", "first": "teacher", "second": "student", "temperature": 1.0}},
+    "distillm2": DISTILLM2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmScores:
+    """The finished runs of an arm.
+
+    Attributes:
+        rows: a row per prompt, its drafts of all seeds together.
+        by_seed: acceptance of each seed.
+        seconds: of the stages of a run, the mean.
+        tokens: of the responses that entered the loss, the mean.
+    """
+
+    rows: Sequence[ScoredRow]
+    by_seed: Mapping[int, float]
+    rate: str
+    seconds: float
+    tokens: float
+    means: Mapping[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="changes to the recipe of all arms, e.g. train.max_steps=100")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweeps/drafts"))
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "drafts.md")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--estimate", action="store_true", help="only say what the runs that are done have taken")
+    arguments = parser.parse_args()
+    if arguments.estimate:
+        print(estimate(arguments.out, len(arguments.seeds) + len(arguments.rates) - 1))
+        return
+    ended = run_sweep(sweep(arguments), *arguments.overrides)
+    found = {arm: scores for arm in ARMS if (scores := scores_of(ended.directory, arm)) is not None}
+    if BASE not in found:
+        raise SystemExit(f"no run of {BASE} has finished; {ended.directory / 'arms.jsonl'} says why")
+    text = page(found, arguments)
+    arguments.page.write_text(text, "utf-8")
+    print(text)
+    print(estimate(arguments.out, len(arguments.seeds) + len(arguments.rates) - 1), file=sys.stderr)
+
+
+def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Arms set keys one by one: what the recipe's own objective has of options would stay.
+    recipe = recipe_tree("draft") | {"objective": ARMS[BASE]["objective"]}
+    return {
+        "name": "drafts",
+        "output_dir": str(arguments.out),
+        "recipe": recipe,
+        "set": {
+            "train.max_steps": 300,
+            "train.eval_steps": None,
+            "train.warmup_steps": 20,
+            "responses.max_new_tokens": 64,
+            "evaluate.groups": {"fidelity": {}, "speculation": {"draft_tokens": [4], "prompts": 48}},
+        },
+        "arms": ARMS,
+        "tune": {"train.learning_rate": arguments.rates},
+        "tune_metric": "total_variation",
+        "seeds": arguments.seeds,
+    }
+
+
+def finished(folder: Path, arm: str | None = None) -> list[dict[str, Any]]:
+    """The lines of arms.jsonl of runs that are done."""
+    path = folder / "arms.jsonl"
+    if not path.is_file():
+        raise LimbeckError(f"{path} is not there; expected a sweep: run `python -m benchmarks.drafts` first")
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [line for line in lines if line["state"] == "done" and arm in (None, line["arm"])]
+
+
+def scores_of(folder: Path, arm: str) -> ArmScores | None:
+    """The scores of an arm's final runs; None where none is done."""
+    lines = [line for line in finished(folder, arm) if not line["tuning"]]
+    if not lines:
+        return None
+    runs = {line["seed"]: folder / line["directory"] for line in lines}
+    after = {seed: json.loads((run / "scores.json").read_text("utf-8"))["after"] for seed, run in runs.items()}
+    tables = [read_rows(run / f"scores/after.speculation@{CONDITION}.jsonl") for run in runs.values()]
+    names = ("acceptance", "forward_kl", f"tokens_per_pass@{CONDITION}")
+    return ArmScores(
+        rows=together(tables),
+        by_seed={seed: scores[f"{ACCEPTANCE}@{CONDITION}"]["mean"] for seed, scores in after.items()},
+        rate=f"{lines[0]['keys']['train.learning_rate']:g}",
+        seconds=statistics.mean(map(seconds, runs.values())),
+        tokens=statistics.mean(map(tokens, runs.values())),
+        means={name: statistics.mean(scores[name]["mean"] for scores in after.values()) for name in names},
+    )
+
+
+def together(tables: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
+    """A row per prompt with the drafts of all seeds; prompts that not all have are left out."""
+    by_id = [{row.id: row.sums[ACCEPTANCE] for row in table} for table in tables]
+    shared = [row.id for row in tables[0] if all(row.id in rows for rows in by_id)]
+    return [
+        ScoredRow(
+            id=name,
+            weight=1.0,
+            values={},
+            sums={ACCEPTANCE: tuple(map(sum, zip(*(rows[name] for rows in by_id), strict=True)))},
+        )
+        for name in shared
+    ]
+
+
+def tokens(run: Path) -> float:
+    last = (run / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
+    return float(json.loads(last)["tokens"])
+
+
+def seconds(run: Path) -> float:
+    """Of the stages that this run did itself."""
+    manifests = [json.loads(path.read_text("utf-8")) for path in (run / "stages").glob("*.json")]
+    return sum(m.get("seconds") or 0.0 for m in manifests if not m.get("shared_from"))
+
+
+def page(found: Mapping[str, ArmScores], arguments: argparse.Namespace) -> str:
+    base = found[BASE]
+    lines = [
+        "| arm | rate | tokens | acceptance | each seed | change from fkl | separated | tokens per pass | 1 - TV "
+        "| forward KL |",
+        "|---|---:|---:|---:|---|---:|---|---:|---:|---:|",
+    ]
+    for arm, scores in found.items():
+        moved = None if arm == BASE else change(base, scores)
+        seeds = ", ".join(f"{value:.3f}" for value in scores.by_seed.values())
+        lines.append(
+            f"| `{arm}` | {scores.rate} | {scores.tokens:,.0f} | {interval(summarise(scores.rows)[ACCEPTANCE])} "
+            f"| {seeds} | {'' if moved is None else interval(moved, sign='+')} "
+            f"| {'' if moved is None else 'yes' if separated(base, scores, moved) else 'no'} "
+            f"| {scores.means[f'tokens_per_pass@{CONDITION}']:.2f} | {scores.means['acceptance']:.3f} "
+            f"| {scores.means['forward_kl']:.3f} |"
+        )
+    command = " ".join(["python -m benchmarks.drafts", *arguments.overrides])
+    said = (__doc__ or "").split("\n\n")[-1].strip()
+    seeds = ", ".join(map(str, arguments.seeds))
+    head = f"# Drafts by objective\n\n`{command}`, seeds {seeds}.\n\n{said}\n\n"
+    return head + "\n".join(lines) + "\n\n" + verdict(found) + "\n"
+
+
+def change(base: ArmScores, scores: ArmScores) -> Score:
+    """Acceptance less that of the base, on the prompts that both have."""
+    names = {row.id for row in base.rows} & {row.id for row in scores.rows}
+    before, after = ([row for row in one.rows if row.id in names] for one in (base, scores))
+    return paired_change(before, after)[ACCEPTANCE]
+
+
+def separated(base: ArmScores, scores: ArmScores, moved: Score) -> bool:
+    if moved.low is None or moved.high is None or moved.low <= 0 <= moved.high:
+        return False
+    gaps = [scores.by_seed[seed] - base.by_seed[seed] for seed in scores.by_seed.keys() & base.by_seed.keys()]
+    return all((gap > 0) == (moved.mean > 0) for gap in gaps)
+
+
+def interval(score: Score, sign: str = "") -> str:
+    ends = "" if score.low is None else f" ({score.low:{sign}.3f} to {score.high:{sign}.3f})"
+    return f"{score.mean:{sign}.3f}{ends}"
+
+
+def verdict(found: Mapping[str, ArmScores]) -> str:
+    """The sentence under the table."""
+    best = max(found, key=lambda arm: summarise(found[arm].rows)[ACCEPTANCE].mean)
+    if best == BASE:
+        return "No arm is accepted more than forward KL."
+    moved = change(found[BASE], found[best])
+    how = "by a separated interval" if separated(found[BASE], found[best], moved) else "not separated from it"
+    return f"`{best}` is accepted most: {interval(moved, sign='+')} over forward KL, {how}."
+
+
+def estimate(folder: Path, runs: int) -> str:
+    """What a run of each arm has taken, and what the whole would: in seconds of this machine as it was then."""
+    taken: dict[str, list[float]] = {}
+    for line in finished(folder):
+        taken.setdefault(line["arm"], []).append(seconds(folder / line["directory"]))
+    means = {arm: statistics.mean(some) for arm, some in taken.items()}
+    each = [f"{arm}: {mean:,.0f} s a run, {len(taken[arm])} done" for arm, mean in means.items()]
+    return "\n".join([*each, f"all {len(ARMS)} arms, {runs} runs each: {total(means.values(), runs):,.0f} s"])
+
+
+def total(means: Iterable[float], runs: int) -> float:
+    known = list(means)
+    return len(ARMS) * runs * statistics.mean(known) if known else float("nan")
+
+
+if __name__ == "__main__":
+    main()
