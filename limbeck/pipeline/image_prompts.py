@@ -21,6 +21,14 @@ from limbeck.recipe.teacher import TeacherSection
 from limbeck.types import LimbeckError, Prompt, TokenPrompt
 
 
+def reads_images(context: RunContext) -> bool:
+    """Whether both models read images. Prompts can be read without the models; one that is not there reads none."""
+    try:
+        return context.reads_images
+    except LimbeckError:
+        return False
+
+
 def digest_of_images(section: PromptsSection, ignored: Sequence[str]) -> str | None:
     """A hash of the images that a source names, so that an edited one makes a new run; None where there are none.
 

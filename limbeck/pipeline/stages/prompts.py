@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from limbeck.models.images import ImageFolder
 from limbeck.pipeline.context import RunContext, Stage
-from limbeck.pipeline.image_prompts import check_image_methods, digest_of_images
+from limbeck.pipeline.image_prompts import check_image_methods, digest_of_images, reads_images
 from limbeck.pipeline.problems import ProblemReader, generated_rows
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.images import RowImages
@@ -33,9 +33,10 @@ def prompt_inputs(context: RunContext) -> Json:
     if (generate := context.recipe.prompts.generate) is not None:
         return section | {"generate": fingerprinted_member(GENERATE.key, generate)}
     content: Json = {"content": source_digest(context.recipe.prompts.source)}
-    if context.reads_images and content["content"] is not None:
+    if content["content"] is not None and reads_images(context):
         ignored = (*context.recipe.prompts.ignore_columns, *_read_by_preference(context))
-        content["images"] = digest_of_images(context.recipe.prompts, ignored)
+        if (digest := digest_of_images(context.recipe.prompts, ignored)) is not None:
+            content["images"] = digest
     return section | content
 
 
@@ -54,7 +55,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         ignore_columns=(*section.ignore_columns, *_read_by_preference(context)),
         rows=None if section.generate is None else generated_rows(section.generate),
         rewrite=problems.as_prompt if problems else None,
-        images=RowImages(ImageFolder(context.run.images)) if context.reads_images else None,
+        images=RowImages(ImageFolder(context.run.images)) if reads_images(context) else None,
     )
     check_image_methods(context, loaded.prompts)
     if loaded.unread:
