@@ -120,8 +120,10 @@ def section_at(recipe: Recipe, path: list[str]) -> Any:
 
 
 def inside(section: Any, name: str) -> Any:
-    """What a section has under a name; the groups are a mapping."""
-    return section[name] if isinstance(section, dict) else getattr(section, name)
+    """What a section has under a name, if it is there; the groups are a mapping of which not all bases have all."""
+    if section is None:
+        return None
+    return section.get(name) if isinstance(section, dict) else getattr(section, name)
 
 
 def with_value(section: Any, path: list[str], value: Any) -> Any:
