@@ -101,7 +101,8 @@ def acceptance_rows(
     """A row per prompt with its part of the sums that `limbeck.evaluation.scores.pooled` makes the metrics of.
 
     Args:
-        draft_tokens, costs: for the expected speed-up, which is left out without them.
+        draft_tokens: of a round, for the expected speed-up, which is left out without it.
+        costs: of the passes of both models, likewise.
     """
     rows = []
     for p in prompts:
