@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from limbeck.compare.runs import ComparedArm, ComparedRun, Comparison
-from limbeck.report.read_run import STAGES, Run, number
+from limbeck.report.read_run import STAGE_ORDER, Run, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def _cost(arm: ComparedArm) -> Cost | None:
     if not runs:
         return None
     names = dict.fromkeys(str(stage["stage"]) for run in runs for stage in run.stages)
-    order = {name: n for n, name in enumerate(STAGES)}
+    order = {name: n for n, name in enumerate(STAGE_ORDER)}
     stages = [(name, _mean([_seconds(run, name) for run in runs]) or 0.0) for name in names if name != "report"]
     stages.sort(key=lambda stage: order.get(stage[0], len(order)))
     peaks = [peak for run in runs for stage in run.stages if (peak := number(stage, "peak_memory_mib")) is not None]

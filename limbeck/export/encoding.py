@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from limbeck.models.loading import DTYPES
-from limbeck.models.quantization import FORMATS, dequantise, fits, quantise
+from limbeck.models.quantization import FORMATS, dequantise, divides, quantise
 from limbeck.models.quantization.files import QuantizedWeights
 from limbeck.types import LimbeckError
 
@@ -69,7 +69,7 @@ class Encoding:
                 continue
             wanted = _EMBEDDINGS if id(weight) in ends else dtype
             chosen: str | None = wanted
-            while chosen is not None and not fits(FORMATS.build(chosen), weight):
+            while chosen is not None and not divides(FORMATS.build(chosen), weight):
                 chosen = FORMATS[chosen].replacement
             if chosen != wanted:
                 replaced[chosen or "float32"] = replaced.get(chosen or "float32", 0) + 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from limbeck.evaluation.context import text_behind
 from limbeck.evaluation.sandbox.host import Limits, require_sandbox
-from limbeck.evaluation.tasks.marking import Mark, mark_answers
+from limbeck.evaluation.tasks.marking import AnswerMark, mark_answers
 from limbeck.evaluation.tasks.problems import CODE
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.problems import read_prompt_problems
@@ -95,7 +95,9 @@ def verified(
     return kept, {"verified": record | {"failures": dict(failures)}}
 
 
-def _marks(context: RunContext, section: VerifySection, responses: Sequence[Response], tokenizer: Any) -> list[Mark]:
+def _marks(
+    context: RunContext, section: VerifySection, responses: Sequence[Response], tokenizer: Any
+) -> list[AnswerMark]:
     problems, root = read_prompt_problems(context.run.problems), context.run.responses
     answers = [(problems[r.prompt_id], text_behind(r, tokenizer)) for r in responses]
     with context.console.meter("verify", len(answers), "answers") as meter:

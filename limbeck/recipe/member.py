@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 from pydantic import TypeAdapter
 from pydantic_core import PydanticCustomError
 
 from limbeck.recipe.messages import short_repr, suggestion
-from limbeck.registry import Registry
+from limbeck.registry import Member, Registry
 from limbeck.types import LimbeckError
 
-Member = TypeVar("Member")
 # Type of pydantic's error for a wrong member: its message is whole as it stands.
 MISTAKE = "registry_member"
 

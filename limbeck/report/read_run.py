@@ -26,7 +26,7 @@ WRITTEN = "rounds/examples.jsonl"
 # Absent without preference tuning.
 REWARDS = "preferences/rewards.jsonl"
 RECIPE = "recipe.resolved.yaml"
-STAGES = ("prompts", "respond", "teach", "train", "prefer", "evaluate", "report")
+STAGE_ORDER = ("prompts", "respond", "teach", "train", "prefer", "evaluate", "report")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +238,6 @@ def _stages(run_dir: Path, broken: list[str]) -> tuple[Mapping[str, Any], ...]:
 
     def order(row: Mapping[str, Any]) -> tuple[int, str]:
         stage = str(row["stage"])
-        return (STAGES.index(stage) if stage in STAGES else len(STAGES), str(row.get("started", "")))
+        return (STAGE_ORDER.index(stage) if stage in STAGE_ORDER else len(STAGE_ORDER), str(row.get("started", "")))
 
     return tuple(sorted(rows, key=order))

@@ -55,7 +55,7 @@ def dpo_steps(settings: PreferenceSection, pairs: int) -> int:
     return settings.max_steps or math.ceil(settings.num_train_epochs * per_epoch)
 
 
-def tune(
+def tune_preferences(
     model: Any,
     tokenizer: Any,
     pairs: Sequence[PreferencePair],
@@ -77,8 +77,8 @@ def tune(
         LimbeckError: the loss is no number any more.
     """
     total = dpo_steps(settings, len(pairs))
-    start = dpo_checkpoints.usable(checkpoints, console.warn)
-    done = 0 if start is None else dpo_checkpoints.step_of(start)
+    start = dpo_checkpoints.last_whole(checkpoints, console.warn)
+    done = 0 if start is None else dpo_checkpoints.saved_step(start)
     config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
     # accelerate keeps the first precision of a process for good.
     AcceleratorState._reset_state()

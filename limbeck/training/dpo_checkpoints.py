@@ -24,7 +24,7 @@ from limbeck.types import LimbeckError
 _SEAL, _OPTIMIZER, _SCHEDULER = "sealed.json", "optimizer.safetensors", "scheduler.json"
 
 
-def step_of(path: Path) -> int:
+def saved_step(path: Path) -> int:
     """The optimizer step that a checkpoint was written after."""
     return int(path.name.removeprefix("checkpoint-"))
 
@@ -32,21 +32,21 @@ def step_of(path: Path) -> int:
 def seal(path: Path, *, keep: int) -> None:
     """Say that a checkpoint is whole, then remove all but the newest `keep` whole ones and what is none."""
     files = {file.name: sha256_of(file) for file in sorted(path.iterdir()) if file.is_file() and file.name != _SEAL}
-    write_json(path / _SEAL, sealed({"step": step_of(path), "files": files}))
-    every = sorted(path.parent.glob("checkpoint-*"), key=step_of)
-    whole = [one for one in every if (one / _SEAL).exists() and step_of(one) <= step_of(path)]
+    write_json(path / _SEAL, sealed({"step": saved_step(path), "files": files}))
+    every = sorted(path.parent.glob("checkpoint-*"), key=saved_step)
+    whole = [one for one in every if (one / _SEAL).exists() and saved_step(one) <= saved_step(path)]
     for old in every:
         if old not in whole[-keep:]:
             remove(old)
 
 
-def usable(folder: Path, warn: Callable[[str], None]) -> Path | None:
+def last_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The last checkpoint that is what was written.
 
     Args:
         warn: called with each sealed one that is passed over; one without a seal is what a kill left.
     """
-    for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+    for path in sorted(folder.glob("checkpoint-*"), key=saved_step, reverse=True):
         if not (path / _SEAL).exists():
             continue
         if (fault := _fault(path)) is None:

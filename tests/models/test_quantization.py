@@ -13,7 +13,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor
 
-from limbeck.models.quantization import FORMATS, BlockFormat, dequantise, fits, grid_of, packed, quantise, snap
+from limbeck.models.quantization import FORMATS, BlockFormat, dequantise, divides, grid_of, packed, quantise, snap
 
 NAMES = list(FORMATS)
 IN_GGUF = [name for name in NAMES if FORMATS[name].gguf is not None]
@@ -80,7 +80,9 @@ class TestEveryFormat:
 
     def test_rows_that_blocks_do_not_divide(self, name: str) -> None:
         format = FORMATS.build(name)
-        assert fits(format, torch.zeros(2, 2 * format.width)) and not fits(format, torch.zeros(2, format.width + 16))
+        assert divides(format, torch.zeros(2, 2 * format.width)) and not divides(
+            format, torch.zeros(2, format.width + 16)
+        )
 
 
 @pytest.mark.parametrize("name", IN_GGUF)

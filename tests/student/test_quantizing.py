@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from limbeck.models.heads import head_of
 from limbeck.models.loading import LoadedModel, load_model
 from limbeck.models.quantization import FORMATS, dequantise, quantise
-from limbeck.models.quantization.files import PLACE, read_blocks
+from limbeck.models.quantization.files import BLOCKS_FILE, read_blocks
 from limbeck.ops import onednn
 from limbeck.student.adapters import LoraSpec
 from limbeck.student.build import Student, StudentSpec, build_student
@@ -217,6 +217,6 @@ def test_damaged_blocks_are_noticed(tmp_path: Path) -> None:
     student = student_of(write(tmp_path / "teacher"), format="q8_0")
     folder = save_student(student.model, student.tokenizer, tmp_path / "student", quantization=student.quantization)
     assert merged_state(student.model).keys() == load_model(folder).model.state_dict().keys()
-    (folder / PLACE).write_bytes((folder / PLACE).read_bytes()[:-40])
+    (folder / BLOCKS_FILE).write_bytes((folder / BLOCKS_FILE).read_bytes()[:-40])
     with pytest.raises(LimbeckError, match=r"blocks.safetensors is damaged"):
         read_blocks(folder)

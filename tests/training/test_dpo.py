@@ -16,7 +16,7 @@ from limbeck.recipe.preference import PreferenceSection
 from limbeck.rollouts.preference.pairs import PreferencePair
 from limbeck.runtime.console import PlainConsole
 from limbeck.training import dpo_checkpoints
-from limbeck.training.dpo import dpo_steps, tune
+from limbeck.training.dpo import dpo_steps, tune_preferences
 from limbeck.types import Interrupted, Json, LimbeckError, Response
 from tests.tiny_pair import TinyPair
 
@@ -44,7 +44,7 @@ def play(
     tiny: TinyPair, folder: Path, settings: PreferenceSection = SETTINGS, stop: Callable[[], bool] = lambda: False
 ) -> tuple[LoadedModel, list[Json]]:
     loaded = load_model(str(tiny.teacher))
-    rewards = tune(
+    rewards = tune_preferences(
         loaded.model,
         loaded.tokenizer,
         pairs(),
@@ -123,13 +123,13 @@ def test_a_damaged_checkpoint_is_passed_over(tiny: TinyPair, tmp_path: Path) -> 
     play(tiny, tmp_path / "run")
     newest, before = tmp_path / "run" / "checkpoint-6", tmp_path / "run" / "checkpoint-5"
     said: list[str] = []
-    assert dpo_checkpoints.usable(tmp_path / "run", said.append) == newest and not said
+    assert dpo_checkpoints.last_whole(tmp_path / "run", said.append) == newest and not said
     data = (newest / "optimizer.safetensors").read_bytes()
     (newest / "optimizer.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert dpo_checkpoints.usable(tmp_path / "run", said.append) == before
+    assert dpo_checkpoints.last_whole(tmp_path / "run", said.append) == before
     assert "checkpoint-6 is damaged (optimizer.safetensors is not what was written)" in said[0]
     (before / "sealed.json").write_text(json.dumps({"step": 5}))
-    assert dpo_checkpoints.usable(tmp_path / "run", said.append) is None
+    assert dpo_checkpoints.last_whole(tmp_path / "run", said.append) is None
 
 
 def test_a_loss_that_is_no_number_ends_it_with_the_remedy(tiny: TinyPair, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def speedup(sums_S4: ndarray) -> ndarray:
     return ratio(sums_S4[..., :2]) / ratio(sums_S4[..., 2:])
 
 
-def expected_speedup(sums_S5: ndarray) -> ndarray:
+def _expected_speedup(sums_S5: ndarray) -> ndarray:
     """Tokens per pass that an acceptance promises, over what a round costs, (S,).
 
     Args:
@@ -58,5 +58,5 @@ POOLED: dict[str, Callable[[ndarray], ndarray]] = {
     "tokens_per_pass": ratio,
     "recovered": ratio,
     "speculative_speedup": speedup,
-    "expected_speedup": expected_speedup,
+    "expected_speedup": _expected_speedup,
 }

@@ -14,7 +14,7 @@ from limbeck.evaluation.tasks.problems import CODE, Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
+class AnswerMark:
     """What was found of an answer.
 
     Attributes:
@@ -38,7 +38,7 @@ def mark_answers(
     scratch: Path,
     continues: bool,
     advance: Callable[[int], None],
-) -> list[Mark]:
+) -> list[AnswerMark]:
     """Marks of answers to problems of one task, in order.
 
     Args:
@@ -59,23 +59,23 @@ def _mark_programs(
     scratch: Path,
     continues: bool,
     advance: Callable[[int], None],
-) -> list[Mark]:
+) -> list[AnswerMark]:
     programs = [program_of(problem, text, continues=continues) for problem, text in answers]
     jobs = [job_of(problem, program) for (problem, _), (program, _) in zip(answers, programs, strict=True)]
     failures: dict[int, str | None] = {}
     for number, verdict in verdicts_of(jobs, limits, log=log, scratch=scratch):
         failures[number] = None if verdict.passed else verdict.kind
         advance(1)
-    return [Mark(failure=failures[number], extraction=how) for number, (_, how) in enumerate(programs)]
+    return [AnswerMark(failure=failures[number], extraction=how) for number, (_, how) in enumerate(programs)]
 
 
-def _mark_maths(answers: Sequence[tuple[Problem, str]], advance: Callable[[int], None]) -> list[Mark]:
+def _mark_maths(answers: Sequence[tuple[Problem, str]], advance: Callable[[int], None]) -> list[AnswerMark]:
     marks = []
     with MathChecker() as checker:
         for problem, text in answers:
             found = extract(text)
             verdict = checker.check(problem.answer, found.answer)
             wrong = "timeout" if verdict == "timeout" else "no answer" if found.where == "none" else "wrong"
-            marks.append(Mark(failure=None if verdict == "equal" else wrong, extraction=found.where))
+            marks.append(AnswerMark(failure=None if verdict == "equal" else wrong, extraction=found.where))
             advance(1)
     return marks

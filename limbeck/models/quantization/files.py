@@ -17,7 +17,7 @@ from limbeck.types import LimbeckError
 
 Trained = Literal["straight_through", "frozen"]
 # Below the model's own folder, where loaders of its weights do not look.
-PLACE = "quantized/blocks.safetensors"
+BLOCKS_FILE = "quantized/blocks.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class QuantizedWeights:
 
 def save_blocks(folder: Path, quantized: QuantizedWeights) -> None:
     """Write the blocks into the folder of a model."""
-    path = folder / PLACE
+    path = folder / BLOCKS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"trained": quantized.trained, "formats": json.dumps(dict(quantized.formats))}
     save_file({name: blocks.cpu().contiguous() for name, blocks in quantized.blocks.items()}, path, metadata=metadata)
@@ -60,7 +60,7 @@ def read_blocks(folder: Path) -> QuantizedWeights | None:
     Raises:
         LimbeckError: a file that is not what `save_blocks` wrote.
     """
-    path = folder / PLACE
+    path = folder / BLOCKS_FILE
     if not path.is_file():
         return None
     try:

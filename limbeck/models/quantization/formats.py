@@ -26,7 +26,7 @@ FORMATS: Registry[BlockFormat] = Registry(
 )
 
 
-def fits(format: BlockFormat, weight_OI: Tensor) -> bool:
+def divides(format: BlockFormat, weight_OI: Tensor) -> bool:
     """Whether blocks divide the rows of a matrix."""
     return weight_OI.ndim == 2 and weight_OI.shape[1] % format.width == 0
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from limbeck.models.quantization.formats import FORMATS, fits
+from limbeck.models.quantization.formats import FORMATS, divides
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def layout(model: PreTrainedModel, format: str, *, embeddings: str | None, fallb
         wanted = embeddings if kind == "embedding" else format
         if wanted is None:
             continue
-        if not fits(FORMATS.build(wanted), weight) and kind == "linear" and fallback is not None:
+        if not divides(FORMATS.build(wanted), weight) and kind == "linear" and fallback is not None:
             wanted = fallback
-        if not fits(FORMATS.build(wanted), weight):
+        if not divides(FORMATS.build(wanted), weight):
             raise LimbeckError(_misfit(name, wanted, weight, kind))
         found[name] = wanted
     return found

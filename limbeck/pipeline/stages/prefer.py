@@ -105,14 +105,14 @@ def _pairs(context: RunContext) -> tuple[list[PreferencePair], Mapping[str, Any]
 
 def _tune(context: RunContext, pairs: list[PreferencePair]) -> list[Json]:
     """Tune the distilled student and save it as it was saved; returns what was logged of each step."""
-    from limbeck.training.dpo import tune
+    from limbeck.training.dpo import tune_preferences
 
     run, student = context.run, load_distilled(context)
     if context.recipe.student.freeze_embeddings:
         freeze_embeddings(student.model)
     with context.stop.deferred() as should_stop:
         try:
-            rewards = tune(
+            rewards = tune_preferences(
                 student.model,
                 student.tokenizer,
                 pairs,
