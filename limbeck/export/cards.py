@@ -8,6 +8,8 @@ from typing import Any
 from limbeck.recipe.yaml_text import dump, parse
 from limbeck.types import LimbeckError
 
+# Levels of a card's metadata; those of the hub have five.
+MOST_LEVELS = 30
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -19,11 +21,21 @@ def front_matter(card: str) -> dict[str, Any]:
     found = _FRONT.match(card)
     try:
         read = parse(found[1], "the metadata of a card") if found else None
-        # Writing takes more of the stack for each level than reading.
-        dump({"written": read})
     except (LimbeckError, RecursionError):
         return {}
-    return read if isinstance(read, dict) else {}
+    return read if isinstance(read, dict) and not _too_deep(read) else {}
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether values lie in each other deeper than any card's; how deep one can write hangs on the stack left."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [inner for one in level if isinstance(one, dict | list) for inner in _values(one)]
+    return bool(level)
+
+
+def _values(one: dict[Any, Any] | list[Any]) -> list[Any]:
+    return list(one.values()) if isinstance(one, dict) else one
 
 
 def exported_card(card: str, *, name: str, file: str | None, said: str) -> str:
