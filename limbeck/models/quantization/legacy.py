@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,25 +26,32 @@ def _signed_extreme(weight_NB: Tensor) -> Tensor:
     return weight_NB.gather(-1, place_N1)
 
 
-@dataclass(frozen=True)
-class Q4_0(BlockFormat):
-    """4 bits, blocks of 32: ``w = d (q - 8)``; d puts the weight farthest from 0 at level 0."""
+class _OneScale(BlockFormat):
+    """Levels around a middle one, ``w = d (q - middle)``; d puts the weight farthest from 0 at level 0."""
 
-    width = 32
-    block_bytes = 18
-    gguf = "Q4_0"
-    replacement = "q8_0"
+    middle: ClassVar[int]
 
     def grid(self, weight_NB: Tensor) -> Grid:
-        scale_N1 = _signed_extreme(weight_NB) / -8
+        scale_N1 = _signed_extreme(weight_NB) / -self.middle
         # The levels are taken with the scale as it was before it was rounded to float16.
         return inverse(scale_N1), half(scale_N1)
 
     def levels(self, weight_NB: Tensor, grid: Grid) -> Tensor:
-        return (weight_NB * grid[0]).add_(8.5).trunc_().clamp_(0, 15)
+        return (weight_NB * grid[0]).add_(self.middle + 0.5).trunc_().clamp_(0, 2 * self.middle - 1)
 
     def decode(self, level_NB: Tensor, grid: Grid) -> Tensor:
-        return (level_NB - 8).mul_(grid[1])
+        return (level_NB - self.middle).mul_(grid[1])
+
+
+@dataclass(frozen=True)
+class Q4_0(_OneScale):
+    """4 bits, blocks of 32: ``w = d (q - 8)``."""
+
+    width = 32
+    middle = 8
+    block_bytes = 18
+    gguf = "Q4_0"
+    replacement = "q8_0"
 
     def pack(self, level_NB: Tensor, grid: Grid) -> Tensor:
         return torch.cat([half_bytes(grid[1]), nibbles(level_NB)], dim=-1)
@@ -54,23 +62,14 @@ class Q4_0(BlockFormat):
 
 
 @dataclass(frozen=True)
-class Q5_0(BlockFormat):
+class Q5_0(_OneScale):
     """5 bits, blocks of 32: ``w = d (q - 16)``; what llama.cpp takes where rows are no multiple of q4_k's 256."""
 
     width = 32
+    middle = 16
     block_bytes = 22
     gguf = "Q5_0"
     replacement = "q8_0"
-
-    def grid(self, weight_NB: Tensor) -> Grid:
-        scale_N1 = _signed_extreme(weight_NB) / -16
-        return inverse(scale_N1), half(scale_N1)
-
-    def levels(self, weight_NB: Tensor, grid: Grid) -> Tensor:
-        return (weight_NB * grid[0]).add_(16.5).trunc_().clamp_(0, 31)
-
-    def decode(self, level_NB: Tensor, grid: Grid) -> Tensor:
-        return (level_NB - 16).mul_(grid[1])
 
     def pack(self, level_NB: Tensor, grid: Grid) -> Tensor:
         level = level_NB.to(torch.uint8)
