@@ -12,8 +12,8 @@ from limbeck.evaluation.tasks.generators import ProblemGenerator
 from limbeck.evaluation.tasks.problems import Problem, TaskName, problem_of
 from limbeck.prompts.readers import PlacedRow
 from limbeck.runtime.files import whole_file
-from limbeck.runtime.json_lines import json_lines
-from limbeck.types import LimbeckError, Prompt
+from limbeck.runtime.records import parsed_lines
+from limbeck.types import Prompt
 
 
 @dataclass
@@ -55,20 +55,10 @@ def read_prompt_problems(path: Path) -> dict[str, Problem]:
     Raises:
         LimbeckError: the file is absent or damaged, naming the line.
     """
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise LimbeckError(f"{path} does not exist; run the same command again") from None
-    except UnicodeDecodeError:
-        raise LimbeckError(f"{path} is damaged (not UTF-8); delete it and run the same command again") from None
-    found: dict[str, Problem] = {}
-    for number, line in json_lines(text):
-        try:
-            row = json.loads(line)
-            prompt_id = row.pop("prompt_id")
-            found[prompt_id] = Problem(**row | {"names": tuple(row["names"])})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise LimbeckError(
-                f"{path}, line {number} is damaged ({error}); delete the file and run the same command again"
-            ) from None
-    return found
+    return dict(parsed_lines(path, _parse))
+
+
+def _parse(line: str) -> tuple[str, Problem]:
+    row = json.loads(line)
+    prompt_id = row.pop("prompt_id")
+    return prompt_id, Problem(**row | {"names": tuple(row["names"])})

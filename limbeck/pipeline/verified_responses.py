@@ -12,7 +12,7 @@ from typing import Any
 from limbeck.evaluation.context import text_behind
 from limbeck.evaluation.sandbox.host import Limits, require_sandbox
 from limbeck.evaluation.tasks.marking import AnswerMark, mark_answers
-from limbeck.evaluation.tasks.problems import CODE
+from limbeck.evaluation.tasks.problems import CODE, Problem
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.recipe.sections import VerifySection
@@ -59,6 +59,7 @@ def verified(
     """
     section = context.recipe.responses.verify
     assert section is not None
+    problems = read_prompt_problems(context.run.problems)
     answers = {r.prompt_id: r for r in responses if r.split == "train"}
     waiting = [prompt for prompt in asked if prompt.id in answers]
     chosen: dict[str, Response] = {}
@@ -67,7 +68,8 @@ def verified(
     for attempt in range(section.samples):
         if attempt:
             answers = {r.prompt_id: r for r in write_again(waiting, attempt)}
-        marks = _marks(context, section, [answers[prompt.id] for prompt in waiting], tokenizer)
+        texts = [(problems[prompt.id], text_behind(answers[prompt.id], tokenizer)) for prompt in waiting]
+        marks = _marks(context, section, texts)
         right = [prompt for prompt, mark in zip(waiting, marks, strict=True) if mark.right]
         failures.update(mark.failure for mark in marks if mark.failure is not None)
         chosen |= {prompt.id: answers[prompt.id] for prompt in right}
@@ -95,11 +97,8 @@ def verified(
     return kept, {"verified": record | {"failures": dict(failures)}}
 
 
-def _marks(
-    context: RunContext, section: VerifySection, responses: Sequence[Response], tokenizer: Any
-) -> list[AnswerMark]:
-    problems, root = read_prompt_problems(context.run.problems), context.run.responses
-    answers = [(problems[r.prompt_id], text_behind(r, tokenizer)) for r in responses]
+def _marks(context: RunContext, section: VerifySection, answers: Sequence[tuple[Problem, str]]) -> list[AnswerMark]:
+    root = context.run.responses
     with context.console.meter("verify", len(answers), "answers") as meter:
         return mark_answers(
             answers,

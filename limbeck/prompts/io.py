@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.runtime.files import whole_file
-from limbeck.runtime.json_lines import json_lines
-from limbeck.types import ImageRef, LimbeckError, Message, Prompt
+from limbeck.runtime.records import parsed_lines
+from limbeck.types import ImageRef, Message, Prompt
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -34,29 +34,20 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         LimbeckError: the file is absent or damaged, naming the line.
     """
-    try:
-        data = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise LimbeckError(f"{path} does not exist; run the same command again") from None
-    except UnicodeDecodeError:
-        raise LimbeckError(f"{path} is damaged (not UTF-8); delete it and run the same command again") from None
-    return [_parse(line, f"{path}, line {number}") for number, line in json_lines(data)]
+    return parsed_lines(path, _parse)
 
 
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        row: dict[str, Any] = json.loads(line)
-        if "messages" in row:
-            row["messages"] = tuple(_turn(turn) for turn in row["messages"])
-        if "answer" in row:
-            row["answer"] = _turn(row["answer"])
-        if "instruction" in row:
-            given, more = row["instruction"]
-            row["instruction"] = (given, more)
-        row |= {name: tuple(row[name]) for name in ("references", "tools") if name in row}
-        return Prompt(**row)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise LimbeckError(f"{where} is damaged ({error}); delete the file and run the same command again") from None
+def _parse(line: str) -> Prompt:
+    row: dict[str, Any] = json.loads(line)
+    if "messages" in row:
+        row["messages"] = tuple(_turn(turn) for turn in row["messages"])
+    if "answer" in row:
+        row["answer"] = _turn(row["answer"])
+    if "instruction" in row:
+        given, more = row["instruction"]
+        row["instruction"] = (given, more)
+    row |= {name: tuple(row[name]) for name in ("references", "tools") if name in row}
+    return Prompt(**row)
 
 
 def _turn(turn: Mapping[str, Any]) -> Message:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from limbeck.runtime.files import read_json
+from limbeck.runtime.json_lines import json_lines
 from limbeck.types import Json, LimbeckError
+
+_Parsed = TypeVar("_Parsed")
 
 
 def fingerprint(value: Any) -> str:
@@ -73,3 +76,26 @@ def read_sealed(path: Path) -> Json:
     if record != sealed(record) and "check" in record:
         raise LimbeckError(f"{path} is damaged (it is not what was written); delete it and run the same command again")
     return {key: value for key, value in record.items() if key != "check"}
+
+
+def parsed_lines(path: Path, parse: Callable[[str], _Parsed]) -> list[_Parsed]:
+    """What `parse` makes of each line of a file of JSON lines that a stage wrote whole.
+
+    Raises:
+        LimbeckError: the file is absent or damaged, naming the line.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise LimbeckError(f"{path} does not exist; run the same command again") from None
+    except UnicodeDecodeError:
+        raise LimbeckError(f"{path} is damaged (not UTF-8); delete it and run the same command again") from None
+    rows = []
+    for number, line in json_lines(text):
+        try:
+            rows.append(parse(line))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise LimbeckError(
+                f"{path}, line {number} is damaged ({error}); delete the file and run the same command again"
+            ) from None
+    return rows
