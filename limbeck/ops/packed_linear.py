@@ -24,7 +24,8 @@ class PackedLinears(TorchFunctionMode):
 
     A parameter's layout is prepared at its first use and kept as long as this object, which costs its size again in
     memory; parameters beyond `packed_gib` in all, and weights that are no parameters, are used as they are. A parameter
-    changed in place is prepared again; one changed behind autograd's back (through `.data`) is not noticed.
+    changed in place is prepared again; one changed behind autograd's back (through `.data`, or by a step of a fused
+    optimizer) is not noticed: make a new object after training.
     """
 
     def __init__(self, model: nn.Module, *, rows: int, packed_gib: float):

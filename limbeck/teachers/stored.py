@@ -90,13 +90,13 @@ def write_head(folder: Path, head: Head) -> None:
 
 
 def read_head(folder: Path) -> Head:
-    from safetensors.torch import load_file
-
     """The head that `write_head` wrote.
 
     Raises:
         LimbeckError: the files hold something else.
     """
+    from safetensors.torch import load_file
+
     tensors = load_file(folder / "head.safetensors")
     kinds = {"scale": (int, float), "softcap": (int, float, type(None)), "vocab_size": int}
     scalars: dict[str, Any] = read_fields(folder / "head.json", kinds)
