@@ -44,6 +44,17 @@ ROWS = {
 SIDES = ("full precision", "llama.cpp", "llama.cpp, importance matrix", "rounded to nearest", "healed")
 
 
+def short_rows(chosen: argparse.Namespace, source: Path) -> Path:
+    """The rows of Dolly whose prompt is of `--longest` characters at most: a few of thousands take most of the time."""
+    out = chosen.out / f"{source.stem}-of-{chosen.longest}-characters.jsonl"
+    if not out.exists():
+        rows = source.read_text("utf-8").splitlines()
+        prompts = [json.loads(row) for row in rows]
+        kept = [r for r, p in zip(rows, prompts, strict=True) if len(p["instruction"] + p["context"]) <= chosen.longest]
+        write_text(out, "\n".join(kept) + "\n")
+    return out
+
+
 def taught(chosen: argparse.Namespace) -> Path:
     """The copy that counts as full precision: cross-entropy on answers of the data, in float32."""
     recipe = {
@@ -51,7 +62,7 @@ def taught(chosen: argparse.Namespace) -> Path:
         "output_dir": str(chosen.out / "taught"),
         "teacher": {"model": chosen.model, "cache": False},
         "student": {"init": "pretrained", "model": chosen.model},
-        "prompts": {"source": str(chosen.teach), "limit": 8 * chosen.teach_steps, "too_long": "drop"},
+        "prompts": {"source": str(short_rows(chosen, chosen.teach)), "limit": 8 * chosen.teach_steps, "too_long": "drop"},
         "responses": {"source": "data", "max_new_tokens": chosen.new_tokens},
         "objective": {"name": "ce"},
         "train": {
@@ -74,7 +85,7 @@ def healed(chosen: argparse.Namespace, teacher: Path, seed: int) -> Path:
         "output_dir": str(chosen.out / f"seed-{seed}"),
         "teacher": {"model": str(teacher)},
         "student": {"init": "teacher", "quantize": {"format": chosen.format, "fallback": chosen.fallback}},
-        "prompts": {"source": str(chosen.heal), "limit": chosen.prompts, "too_long": "drop"},
+        "prompts": {"source": str(short_rows(chosen, chosen.heal)), "limit": chosen.prompts, "too_long": "drop"},
         "responses": {"source": "teacher", "max_new_tokens": chosen.new_tokens, "seed": seed},
         "objective": {"name": chosen.objective},
         "train": {
@@ -203,6 +214,7 @@ def main() -> None:
     parser.add_argument("--teach-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prompts", type=int, default=1800)
+    parser.add_argument("--longest", type=int, default=400, help="characters of a prompt; rows above are left out")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--rate", type=float, default=1e-4)
