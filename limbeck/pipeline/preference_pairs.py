@@ -56,10 +56,13 @@ def preferences_of(context: RunContext, data: DataPairs) -> Preferences:
     Raises:
         LimbeckError: a row that is none, naming its place.
     """
-    prompts = context.recipe.prompts
+    prompts, known = context.recipe.prompts, context.run.prompts
+    # Checked before the prompts are read, too: then rows of held-out prompts are still among the rest.
+    asked = read_prompts(known) if prompts.heldout and known.exists() else []
     return read_preferences(
         data.source or prompts.source,
-        heldout_fraction=prompts.eval_fraction,
+        heldout_fraction=0.0 if prompts.heldout else prompts.eval_fraction,
+        heldout_ids={prompt.id for prompt in asked if prompt.split == "heldout"},
         split_seed=prompts.split_seed,
         dataset_split=data.dataset_split if data.source else prompts.dataset_split,
         dataset_config=data.dataset_config if data.source else prompts.dataset_config,

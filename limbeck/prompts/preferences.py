@@ -7,7 +7,7 @@ instruction [input | context] chosen rejected; question chosen rejected; problem
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,11 +43,16 @@ def read_preferences(
     *,
     heldout_fraction: float,
     split_seed: int = 0,
+    heldout_ids: Collection[str] = (),
     dataset_split: str = "train",
     dataset_config: str | None = None,
     identical: Literal["error", "drop"] = "error",
 ) -> Preferences:
     """Read preference data; rows whose prompt is held out, by the same hash as all prompts, are left out.
+
+    Args:
+        heldout_fraction: 0 where the held-out prompts come from a source of their own.
+        heldout_ids: of prompts that are held out whatever their hash.
 
     Raises:
         LimbeckError: a row without two answers to one prompt, or with one answer twice, naming its place; no row left.
@@ -70,7 +75,7 @@ def read_preferences(
                     "preference.pairs.identical=drop to leave such rows out"
                 )
             same += 1
-        elif split_of(content, heldout_fraction, split_seed) == "heldout":
+        elif content_id(content) in heldout_ids or split_of(content, heldout_fraction, split_seed) == "heldout":
             heldout += 1
         else:
             rows.append((_prompt(chosen, content, placed.where), _prompt(rejected, content, placed.where)))

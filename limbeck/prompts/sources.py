@@ -62,7 +62,7 @@ class PromptSet:
 def load_prompts(
     source: str,
     *,
-    heldout_fraction: float,
+    heldout_fraction: float | None,
     limit: int | None = None,
     split_seed: int = 0,
     fields: Mapping[Mapped, str] | None = None,
@@ -82,7 +82,8 @@ def load_prompts(
     Args:
         source: "builtin"; a .jsonl, .json or .parquet file, a glob of them or a folder of them; a folder written by
             `datasets.save_to_disk`; a hub id.
-        heldout_fraction: expected share of the held-out prompts, in (0, 1); 1 holds all of them out, to evaluate on.
+        heldout_fraction: expected share of the held-out prompts, in (0, 1); 1 holds all of them out, to evaluate on,
+            and None none, where they come from another source (`with_heldout`).
         limit: keep the prompts with the smallest hashes, so many; a smaller limit keeps a subset.
         fields: for data in none of the known formats, its own names of `prompt`, and of `completion` and `category`.
         dataset_split: the split of a `datasets` source, in its own words.
@@ -96,7 +97,7 @@ def load_prompts(
         LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
             formats, a blank prompt, a column of a method that is not implemented, a split without prompts.
     """
-    if not 0.0 < heldout_fraction <= 1.0:
+    if heldout_fraction is not None and not 0.0 < heldout_fraction <= 1.0:
         raise LimbeckError(
             f"prompts.eval_fraction is {heldout_fraction}, expected a share between 0 and 1, both excluded"
         )
@@ -111,7 +112,7 @@ def load_prompts(
     count, examples = _read(placed, fields, columns, images)
     if source == BUILTIN:
         examples = [(instruction_example(one.text or "", category=one.category), where) for one, where in examples]
-    unique = _unique(examples, heldout_fraction, split_seed)
+    unique = _unique(examples, heldout_fraction or 0.0, split_seed)
     prompts = tuple(sorted(unique, key=lambda prompt: prompt.id))[:limit]
     loaded = PromptSet(
         source=source,
@@ -121,9 +122,37 @@ def load_prompts(
         limited=len(unique) - len(prompts),
         unread=dict(columns.unread),
     )
-    if heldout_fraction < 1.0:
+    if heldout_fraction is not None and heldout_fraction < 1.0:
         _require_both_splits(loaded, heldout_fraction)
     return loaded
+
+
+def with_heldout(training: PromptSet, heldout: PromptSet) -> PromptSet:
+    """The prompts of two sources, one to train on and one held out.
+
+    Raises:
+        LimbeckError: a prompt stands in both (white space aside), naming both places; or one source has none.
+    """
+    for loaded in (training, heldout):
+        if not loaded.prompts:
+            raise LimbeckError(f"{loaded.source}: no prompts; give a source with some")
+    places = {prompt.id: prompt.where for prompt in training.prompts}
+    both = [prompt for prompt in heldout.prompts if prompt.id in places]
+    if both:
+        raise LimbeckError(
+            f"{both[0].where} asks what {places[both[0].id]} asks, so {len(both)} of {len(heldout.prompts)} held-out "
+            "prompts would be trained on; remove them from prompts.source or from prompts.heldout"
+        )
+    unread = Counter(training.unread)
+    unread.update(heldout.unread)
+    return PromptSet(
+        source=training.source,
+        prompts=tuple(sorted((*training.prompts, *heldout.prompts), key=lambda prompt: prompt.id)),
+        rows=training.rows + heldout.rows,
+        duplicates=training.duplicates + heldout.duplicates,
+        limited=training.limited,
+        unread=dict(unread),
+    )
 
 
 def _read(

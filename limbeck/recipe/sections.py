@@ -96,6 +96,9 @@ class PromptsSection:
     """builtin, a JSONL file, or a datasets directory or hub id."""
     eval_fraction: Fraction = 0.1
     """Share held out for evaluation, decided by a hash of each prompt."""
+    heldout: str | None = None
+    """Another source of the same forms, whose prompts are all held out, and none of `source`; a prompt that stands in
+    both is refused."""
     limit: Annotated[int, Field(ge=2)] | None = None
     """Use only this many prompts, in the order of their hashes."""
     fields: dict[Literal["prompt", "completion", "category"], str] | None = None

@@ -91,11 +91,13 @@ def tuning_runs(sweep: Sweep, arm: Arm, models: Models) -> list[ArmRun]:
     Raises:
         LimbeckError: a recipe that is refused, with the arm's name.
     """
-    runs = []
-    for point in _points(sweep.tune) if sweep.tune else ():
-        place = Path("arms") / arm.name / "tune" / _plain_name(_point_name(point))
-        runs.append(_run(sweep, arm, point, sweep.seeds[0], place, models, tuning=True))
-    return runs
+    return [tuning_run(sweep, arm, point, models) for point in _points(sweep.tune)] if sweep.tune else []
+
+
+def tuning_run(sweep: Sweep, arm: Arm, point: Mapping[str, Any], models: Models) -> ArmRun:
+    """The run of an arm with some values of the keys that are tuned."""
+    place = Path("arms") / arm.name / "tune" / _plain_name(_point_name(point))
+    return _run(sweep, arm, point, sweep.seeds[0], place, models, tuning=True)
 
 
 def final_runs(sweep: Sweep, arm: Arm, tuned: Mapping[str, Any], models: Models) -> list[ArmRun]:
@@ -136,8 +138,9 @@ def _run(
     # A file's name may hold a tilde or a slash, a run's may not.
     own["name"] = f"{sweep.name}/{arm.name}"
     own |= models
+    elsewhere = flat(sweep.tune_on) if tuning else {}
     with at(f"arm {arm.name}"):
-        recipe = load_recipe(sweep.recipe, as_overrides({**arm.keys, **tuned, **own}))
+        recipe = load_recipe(sweep.recipe, as_overrides({**elsewhere, **arm.keys, **tuned, **own}))
     return ArmRun(arm=arm.name, seed=seed, keys=arm.keys | dict(tuned), tuning=tuning, recipe=recipe)
 
 

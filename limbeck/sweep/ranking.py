@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from limbeck.evaluation.scores.metrics import describe_metric
 from limbeck.types import LimbeckError
@@ -36,6 +37,19 @@ def badness(metric: str, means: Means) -> float:
 def best(badnesses: Sequence[float]) -> int:
     """Number of the best; of equals the first, so that the choice never depends on what finished when."""
     return min(range(len(badnesses)), key=lambda i: (badnesses[i], i))
+
+
+def beyond(tried: Sequence[Any], chosen: Any) -> float | None:
+    """The next value past the end of the values tried, by the ratio of the last two; None where the choice is no end,
+    or the values are no positive numbers."""
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in tried):
+        return None
+    ordered = sorted(set(tried))
+    if len(ordered) < 2 or chosen not in (ordered[0], ordered[-1]):
+        return None
+    end, inner = (ordered[0], ordered[1]) if chosen == ordered[0] else (ordered[-1], ordered[-2])
+    # Three digits, so that a rate reads 0.0009 and not 0.0009000000000000001.
+    return float(f"{end * end / inner:.3g}")
 
 
 def survivors(badnesses: Mapping[str, float], keep: float) -> list[str]:

@@ -7,9 +7,9 @@ from statistics import fmean
 
 from limbeck.evaluation.scores.metrics import describe_metric
 from limbeck.runtime.files import read_json
-from limbeck.sweep.arms import Arm, ArmRun, Models, arms_of, final_runs, tuning_runs
+from limbeck.sweep.arms import Arm, ArmRun, Models, arms_of, final_runs, tuning_run, tuning_runs
 from limbeck.sweep.executor import Executor
-from limbeck.sweep.ranking import badness, best, survivors
+from limbeck.sweep.ranking import badness, best, beyond, survivors
 from limbeck.sweep.settings import Tree
 from limbeck.types import LimbeckError
 
@@ -21,10 +21,18 @@ def tune(executor: Executor, models: Models) -> Finals:
     sweep, finals = executor.sweep, Finals()
     tuning = {arm.name: tuning_runs(sweep, arm, models) for arm in arms_of(sweep)}
     executor.run([run for runs in tuning.values() for run in runs])
+    for _ in range(sweep.tune_extend):
+        further = {arm.name: _further(executor, arm, tuning[arm.name], models) for arm in arms_of(sweep)}
+        if not (new := [run for runs in further.values() for run in runs]):
+            break
+        executor.checker.inspect(new)
+        executor.table.add(new)
+        executor.run(new)
+        tuning = {name: runs + further[name] for name, runs in tuning.items()}
     for arm in arms_of(sweep):
         finished = [run for run in tuning[arm.name] if executor.table.state(run) == "done"]
         try:
-            chosen = _best_values(executor, arm, finished) if sweep.tune else {}
+            chosen = _best_values(executor, arm, finished, tuning[arm.name]) if sweep.tune else {}
         except LimbeckError as error:
             executor.fail(final_runs(sweep, arm, {}, models), f"tune: {error}")
             continue
@@ -34,15 +42,38 @@ def tune(executor: Executor, models: Models) -> Finals:
     return finals
 
 
-def _best_values(executor: Executor, arm: Arm, finished: list[ArmRun]) -> Tree:
+def _further(executor: Executor, arm: Arm, tried: list[ArmRun], models: Models) -> list[ArmRun]:
+    """A run for each tuned key whose best value is an end of those tried, one step beyond it.
+
+    A value beyond the best that was tried and failed is no end: there the arm diverges.
+    """
+    finished = [run for run in tried if executor.table.state(run) == "done"]
+    try:
+        chosen = _winner(executor, finished)
+    except LimbeckError:
+        return []  # The arm's own failure, which is reported when its values are chosen.
+    steps = {key: beyond([run.keys[key] for run in tried], chosen[key]) for key in executor.sweep.tune}
+    return [
+        tuning_run(executor.sweep, arm, chosen | {key: value}, models)
+        for key, value in steps.items()
+        if value is not None
+    ]
+
+
+def _winner(executor: Executor, finished: list[ArmRun]) -> Tree:
+    """The values of the best run."""
     sweep = executor.sweep
     if not finished:
         raise LimbeckError("none of the runs that tune it finished; arms.jsonl says why of each")
     winner = finished[best([badness(sweep.tune_metric, means_after(run)) for run in finished])]
-    chosen = {key: winner.keys[key] for key in sweep.tune}
+    return {key: winner.keys[key] for key in sweep.tune}
+
+
+def _best_values(executor: Executor, arm: Arm, finished: list[ArmRun], tried: list[ArmRun]) -> Tree:
+    chosen = _winner(executor, finished)
     said = [f"{arm.name}: the best {key} is {value}" for key, value in chosen.items()]
     for key, value in chosen.items():
-        values = sweep.tune[key]
+        values = list(dict.fromkeys(run.keys[key] for run in tried))
         numbers = all(isinstance(v, int | float) for v in values)
         if len(values) > 1 and numbers and value in (min(values), max(values)):
             said.append(f"an end of {list(values)}: better ones may lie beyond")

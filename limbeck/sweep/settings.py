@@ -60,6 +60,12 @@ class Sweep:
     """Dotted keys of which each arm takes the values that are best with its first seed."""
     tune_metric: str = "forward_kl"
     """What is best: a metric of the evaluation after training."""
+    tune_extend: Annotated[int, Field(ge=0)] = 0
+    """Further values that an arm may try beyond an end of a list of positive numbers, each by the ratio of the last
+    two, for as long as its best is the end."""
+    tune_on: Tree = field(default_factory=dict)
+    """Changes of the recipe for the runs that tune, such as {prompts.heldout: dev.jsonl}: values are then chosen on
+    other prompts than the arms are compared on."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """train.seed of the runs of every arm; the responses are the same for all."""
     parallel: Count = 1
@@ -187,7 +193,13 @@ def _check(sweep: Sweep) -> None:
         if key.rpartition(".")[2] != "model" or key not in known_keys():
             near = suggestion(key, [known for known in known_keys() if known.endswith(".model")])
             raise LimbeckError(f"first: got {key!r}; expected the key of a model, such as teacher.model{near}")
+    for key in ("tune_on", "tune_extend"):
+        if getattr(sweep, key) and not sweep.tune:
+            raise LimbeckError(f"{key} is about the runs that tune, but nothing is tuned; add tune, or remove {key}")
     of_arms = [key for changes in sweep.arms.values() for key in flat(changes)]
+    for key in flat(sweep.tune_on):
+        if key in ("train.seed", "output_dir", "name", *sweep.grid, *sweep.tune, *of_arms, *sweep.first):
+            raise LimbeckError(f"tune_on: {key} is what the arms differ in; expected a key that they have in common")
     for key in (*sweep.grid, *sweep.tune, *of_arms):
         if key in ("train.seed", "output_dir", "name"):
             remedy = "list the seeds in seeds" if key == "train.seed" else "the sweep names its runs itself"

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from limbeck.prompts import hub
 from limbeck.prompts.formats import Example, instruction_example
 from limbeck.prompts.readers import source_digest
-from limbeck.prompts.sources import PromptSet, canonical_content, content_id, load_prompts, split_of
+from limbeck.prompts.sources import (
+    PromptSet,
+    canonical_content,
+    content_id,
+    load_prompts,
+    split_of,
+    with_heldout,
+)
 from limbeck.types import LimbeckError, Message
 
 TWENTY = [{"prompt": f"Question number {n}?"} for n in range(20)]
@@ -208,6 +215,20 @@ def test_empty_sources_and_empty_splits_are_refused(tmp_path: Path) -> None:
         load(path, heldout_fraction=1e-9)
     with pytest.raises(LimbeckError, match="leave none for train"):
         load(path, heldout_fraction=1 - 1e-9)
+
+
+def test_held_out_prompts_of_another_source(tmp_path: Path) -> None:
+    training = load(write_rows(tmp_path / "rows.jsonl", TWENTY), heldout_fraction=None)
+    assert {prompt.split for prompt in training.prompts} == {"train"} and len(training.prompts) == 20
+    other = load(write_rows(tmp_path / "test.jsonl", [{"prompt": "and this?"}]), heldout_fraction=1.0)
+    both = with_heldout(training, other)
+    assert both.counts()["train"] == 20 and both.of("heldout") == other.prompts
+    assert list(both.prompts) == sorted(both.prompts, key=lambda prompt: prompt.id)
+    # White space aside, as everywhere.
+    again = [{"prompt": f"  {TWENTY[3]['prompt']} "}, {"prompt": "and this?"}]
+    overlapping = load(write_rows(tmp_path / "test.jsonl", again), heldout_fraction=1.0)
+    with pytest.raises(LimbeckError, match=r"test\.jsonl, line 1 asks what .*rows\.jsonl, line 4 asks, so 1 of 2"):
+        with_heldout(training, overlapping)
 
 
 def test_options_out_of_range_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.sweep.ranking import badness, best, survivors
+from limbeck.sweep.ranking import badness, best, beyond, survivors
 from limbeck.types import LimbeckError
 
 STANDING = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.floats(-5, 5), min_size=1, max_size=20)
@@ -47,3 +47,14 @@ def test_equals_in_the_order_of_the_sweep() -> None:
     assert survivors({"b": 1.0, "a": 1.0, "c": 1.0}, 0.5) == ["b", "a"]
     assert best([2.0, 1.0, 1.0]) == 1
     assert survivors({}, 0.5) == []
+
+
+def test_one_step_beyond_the_end() -> None:
+    assert beyond([1e-4, 3e-4, 9e-4], 9e-4) == 2.7e-3
+    assert beyond([4e-3, 1e-3], 1e-3) == 2.5e-4
+    assert beyond([1e-4, 3e-4, 9e-4], 3e-4) is None
+    # No ratio to go by: one value, a zero, a name.
+    assert beyond([1e-4], 1e-4) is None
+    assert beyond([0.0, 0.1], 0.1) is None
+    assert beyond(["fkl", "rkl"], "rkl") is None
+    assert beyond([True, 2], 2) is None

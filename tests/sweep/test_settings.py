@@ -185,6 +185,16 @@ class TestFiles:
         (tmp_path / "sweep.resolved.yaml").write_text(settings_to_yaml(loaded))
         assert load_sweep(tmp_path) == loaded
 
+    def test_keys_of_tuning_alone(self) -> None:
+        on = {"prompts.heldout": "dev.jsonl"}
+        assert "tune_on is about the runs that tune, but nothing is tuned" in refusal(tune_on=on)
+        assert "tune_extend is about the runs that tune" in refusal(tune_extend=2)
+        rates = {"train.learning_rate": [1e-4, 1e-3]}
+        assert "tune_on: train.learning_rate is what the arms differ in" in refusal(
+            tune=rates, tune_on={"train": {"learning_rate": 1.0}}
+        )
+        assert sweep(tune=rates, tune_on=on, tune_extend=2).tune_on == on
+
     def test_a_recipe_is_no_sweep(self) -> None:
         with pytest.raises(LimbeckError, match="quickstart is a recipe, not a sweep; run it with: limbeck run"):
             load_sweep("quickstart")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from limbeck.prompts.io import read_prompts
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.files import read_json
 from limbeck.types import LimbeckError
@@ -38,6 +40,30 @@ class TestTuning:
     def test_says_where_the_best_is_the_last(self, played: Play, tmp_path: Path) -> None:
         done = played(tmp_path / "s", tune={"train.learning_rate": [1e-9, 1e-3]})
         assert any("the best train.learning_rate is 0.001, an end of [1e-09, 0.001]" in line for line in done.said)
+
+    def test_extends_until_the_best_is_inside(self, played: Play, tmp_path: Path) -> None:
+        done = played(tmp_path / "s", tune={"train.learning_rate": [1e-9, 1e-4]}, tune_extend=4)
+        rates = [line["keys"]["train.learning_rate"] for line in done.lines if line["tuning"]]
+        # The ratio of the last two, until the arm diverges or gets worse; no value is tried twice.
+        assert rates[:3] == [1e-9, 1e-4, 10.0] and len(rates) == 3
+        assert done.state("base")["keys"]["train.learning_rate"] in rates[1:]
+        again = played(tmp_path / "s", tune={"train.learning_rate": [1e-9, 1e-4]}, tune_extend=4)
+        assert [line["keys"] for line in again.lines] == [line["keys"] for line in done.lines]
+
+    def test_on_other_prompts_than_the_arms_are_compared_on(self, played: Play, tmp_path: Path) -> None:
+        development = tmp_path / "dev.jsonl"
+        asked = [f"Name the animal number {n}." for n in range(6)]
+        development.write_text("".join(json.dumps({"prompt": p, "completion": "okapi"}) + "\n" for p in asked))
+        done = played(
+            tmp_path / "s",
+            tune={"train.learning_rate": [1e-4, 1e-3]},
+            tune_on={"prompts.heldout": str(development)},
+        )
+        for line in done.lines:
+            prompts = read_prompts(done.root / line["directory"] / "prompts.jsonl")
+            held = {p.text for p in prompts if p.split == "heldout"}
+            assert (held == set(asked)) == line["tuning"], line
+            assert line["state"] == "done"
 
     def test_an_arm_that_cannot_be_tuned(self, played: Play, tmp_path: Path) -> None:
         done = played(

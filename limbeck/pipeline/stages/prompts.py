@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 from limbeck.models.images import ImageFolder
 from limbeck.pipeline.context import RunContext, Stage
@@ -15,9 +16,9 @@ from limbeck.prompts.io import write_prompts
 from limbeck.prompts.preferences import ANSWERS
 from limbeck.prompts.readers import source_digest
 from limbeck.prompts.references import require_answers_for_sft, require_references
-from limbeck.prompts.sources import PromptSet, load_prompts
+from limbeck.prompts.sources import PromptSet, load_prompts, with_heldout
 from limbeck.recipe.keys import fingerprinted_member
-from limbeck.recipe.sections import GENERATE
+from limbeck.recipe.sections import GENERATE, PromptsSection
 from limbeck.rollouts.preference.options import DataPairs
 from limbeck.types import Json, Prompt
 
@@ -27,36 +28,48 @@ def prompt_inputs(context: RunContext) -> Json:
     section = asdict(context.recipe.prompts)
     for later in ("template", "chat_options", "too_long", "control_tokens", "loss_on"):
         del section[later]
-    for rare in ("ignore_columns", "task", "generate"):
+    for rare in ("ignore_columns", "task", "generate", "heldout"):
         if not section[rare]:
             del section[rare]
+    if (heldout := context.recipe.prompts.heldout) is not None:
+        section["heldout_content"] = _content_of(context, replace(context.recipe.prompts, source=heldout))
     if (generate := context.recipe.prompts.generate) is not None:
         return section | {"generate": fingerprinted_member(GENERATE.key, generate)}
-    content: Json = {"content": source_digest(context.recipe.prompts.source)}
+    return section | _content_of(context, context.recipe.prompts)
+
+
+def _content_of(context: RunContext, prompts: PromptsSection) -> Json:
+    """Hashes of a source's files and of the images that they name."""
+    content: Json = {"content": source_digest(prompts.source)}
     if content["content"] is not None and reads_images(context):
-        ignored = (*context.recipe.prompts.ignore_columns, *_read_by_preference(context))
-        if (digest := digest_of_images(context.recipe.prompts, ignored)) is not None:
+        ignored = (*prompts.ignore_columns, *_read_by_preference(context))
+        if (digest := digest_of_images(prompts, ignored)) is not None:
             content["images"] = digest
-    return section | content
+    return content
 
 
 def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSet:
     """Read the prompts of a recipe and write them, with a check for the reference answers that groups need."""
     section = context.recipe.prompts
     problems = ProblemReader(section.problems_of) if section.problems_of else None
+    options: dict[str, Any] = {
+        "split_seed": section.split_seed,
+        "fields": section.fields,
+        "dataset_split": section.dataset_split,
+        "dataset_config": section.dataset_config,
+        "ignore_columns": (*section.ignore_columns, *_read_by_preference(context)),
+        "rewrite": problems.as_prompt if problems else None,
+        "images": RowImages(ImageFolder(context.run.images)) if reads_images(context) else None,
+    }
     loaded = load_prompts(
         section.source if section.generate is None else GENERATE.name_of(section.generate),
-        heldout_fraction=heldout_fraction,
+        heldout_fraction=heldout_fraction if section.heldout is None else None,
         limit=section.limit,
-        split_seed=section.split_seed,
-        fields=section.fields,
-        dataset_split=section.dataset_split,
-        dataset_config=section.dataset_config,
-        ignore_columns=(*section.ignore_columns, *_read_by_preference(context)),
         rows=None if section.generate is None else generated_rows(section.generate),
-        rewrite=problems.as_prompt if problems else None,
-        images=RowImages(ImageFolder(context.run.images)) if reads_images(context) else None,
+        **options,
     )
+    if section.heldout is not None:
+        loaded = with_heldout(loaded, load_prompts(section.heldout, heldout_fraction=1.0, **options))
     check_image_methods(context, loaded.prompts)
     if loaded.unread:
         context.console.say(unread_line(loaded.unread, loaded.rows))
