@@ -62,7 +62,11 @@ def taught(chosen: argparse.Namespace) -> Path:
         "output_dir": str(chosen.out / "taught"),
         "teacher": {"model": chosen.model, "cache": False},
         "student": {"init": "pretrained", "model": chosen.model},
-        "prompts": {"source": str(short_rows(chosen, chosen.teach)), "limit": 8 * chosen.teach_steps, "too_long": "drop"},
+        "prompts": {
+            "source": str(short_rows(chosen, chosen.teach)),
+            "limit": 8 * chosen.teach_steps,
+            "too_long": "drop",
+        },
         "responses": {"source": "data", "max_new_tokens": chosen.new_tokens},
         "objective": {"name": "ce"},
         "train": {
