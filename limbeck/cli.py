@@ -303,6 +303,14 @@ def teachers() -> None:
     _list(TEACHERS)
 
 
+@app.command()
+def views() -> None:
+    """List what a teacher can see of a prompt (teacher.sees), with options."""
+    from limbeck.teachers.sees import SEES
+
+    _list(SEES)
+
+
 def _list(registry: Any) -> None:
     """Print the members of a registry, each with its options below."""
     for name in registry:

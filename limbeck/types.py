@@ -100,6 +100,7 @@ class Prompt:
         references: all of them where the data has several; else empty. See `known_answers`.
         answer: the reference answer as a turn, where it is more than text: with calls of tools, or a thought.
         tools: schemas of the tools that the prompt offers.
+        columns: further columns of its row that the teacher sees, by name.
         split: training or held-out, decided by a hash of the content so that it never depends on order or neighbours.
         where: place in the source ("data.jsonl, line 7"), for messages; not compared.
     """
@@ -112,6 +113,7 @@ class Prompt:
     references: tuple[str, ...] = ()
     answer: Message | None = None
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     split: Split = "train"
     category: str | None = None
     where: str | None = field(default=None, compare=False)
@@ -161,6 +163,24 @@ class TokenPrompt:
     split: Split = "train"
     label: str = field(default="", compare=False)
     images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenPrompt(TokenPrompt):
+    """A prompt as a model reads it in the place of another one, under which its response is kept.
+
+    Attributes:
+        asked: that other prompt.
+    """
+
+    asked: TokenPrompt
+
+
+def as_asked(prompt: TokenPrompt) -> TokenPrompt:
+    """The prompt that a response is kept under."""
+    while isinstance(asked := getattr(prompt, "asked", None), TokenPrompt):
+        prompt = asked
+    return prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +250,7 @@ class TokenBatch:
         labels_N: the response tokens those positions predict, row by row, int64.
         rows: number of each row's response, as the caller of `collate` numbered them.
         ids: `Response.id` of each row.
+        prompts: `Response.prompt_id` of each row.
         by_student_B: whether the student wrote the response of each row, bool.
         partners: for each row, the row with the other author's response to the same prompt; -1 for none.
         drawn_logp_N: log-probability the response tokens were drawn with; NaN where it was not kept, float32.
@@ -246,6 +267,7 @@ class TokenBatch:
     partners: tuple[int, ...]
     drawn_logp_N: Tensor
     images: tuple[tuple[str, ...], ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @property
     def sequence_N(self) -> Tensor:

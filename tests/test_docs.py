@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -22,7 +22,10 @@ from limbeck.objectives import OBJECTIVES, Temperature, build_objective, token_v
 from limbeck.objectives.sequence.rules import RULES
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import ObjectiveSection, known_keys, load_recipe, objective_of, shipped_recipes
+from limbeck.recipe.teacher import TeacherSection
 from limbeck.rollouts.registry import SOURCES
+from limbeck.teachers.registry import TEACHERS
+from limbeck.teachers.sees import SEES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -54,6 +57,16 @@ def test_tables_of_evaluation_groups_are_current() -> None:
     said += "\n| group | options |\n|---|---|\n"
     said += "".join(f"| `{name}` | {', '.join(EVALUATION_GROUPS.options(name))} |\n" for name in EVALUATION_GROUPS)
     assert said in text_of("evaluation.md"), f"docs/evaluation.md lists other groups or options; write\n{said}"
+
+
+def test_tables_of_the_teachers_axes_are_current() -> None:
+    said = "| `teacher.sees` | what it is |\n|---|---|\n"
+    said += "".join(f"| `{name}` | {SEES.summary(name)} |\n" for name in SEES)
+    supports = get_args(get_type_hints(TeacherSection)["support"])
+    for key, names in (("where", TEACHERS), ("sees", SEES), ("support", supports)):
+        said_of = next(line for line in text_of("teachers.md").splitlines() if f"| `teacher.{key}` |" in line)
+        assert re.findall(r"`(\w+)`", said_of) == list(names), f"docs/teachers.md lists other values of teacher.{key}"
+    assert said in text_of("teachers.md"), f"docs/teachers.md lists other views; write\n{said}"
 
 
 def test_every_option_is_explained() -> None:
@@ -184,7 +197,7 @@ def test_links_and_keys_exist(page: str) -> None:
 def test_objectives_named_in_tables_exist(page: str) -> None:
     """`name: x` in recipes' notation, wherever it stands in the text."""
     for name in re.findall(r"\{name: (\w+)", text_of(page)):
-        assert name in {**OBJECTIVES, **RULES, **SOURCES, **GENERATORS}
+        assert name in {**OBJECTIVES, **RULES, **SOURCES, **GENERATORS, **SEES}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("objectives.md", "methods.md")])

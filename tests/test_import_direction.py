@@ -25,7 +25,7 @@ LIBRARY: dict[str, set[str]] = {
     "rollouts": {"types", "fields", "registry", "runtime"},
     "models": {"types", "registry", "runtime", "ops"},
     "prompts": {"types", "runtime", "models"},
-    "teachers": {"types", "registry", "runtime", "ops", "models"},
+    "teachers": {"types", "fields", "registry", "runtime", "ops", "models"},
     "sampling": {"types", "ops", "client", "models"},
     "student": {"types", "runtime", "ops", "models", "prompts"},
     # A group asks for models and answers by a protocol; what runs know of both is in the pipeline.
@@ -51,7 +51,7 @@ ABOVE: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 ALLOWED: dict[str, set[str]] = LIBRARY | ABOVE
-ROOMS, ARROWS = 25, 115
+ROOMS, ARROWS = 25, 116
 
 
 def modules() -> list[Path]:

@@ -24,6 +24,7 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.drafted_responses import check_draft
 from limbeck.pipeline.lm_corpus import check_corpus
 from limbeck.pipeline.provisions import check_provisions
+from limbeck.pipeline.seen_prompts import check_sees
 from limbeck.pipeline.served_responses import check_server
 from limbeck.pipeline.student_endings import check_endings
 from limbeck.pipeline.text_only import check_text_only
@@ -77,6 +78,7 @@ def check_responses(context: RunContext) -> None:
         )
     check_template(context, context.teacher.tokenizer)
     check_provisions(context)
+    check_sees(context)
     check_server(context)
     check_verification(context)
     check_draft(context)

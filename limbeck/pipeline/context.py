@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from limbeck.models.vocabulary import VocabularyCard
+    from limbeck.pipeline.seen_prompts import SeenPrompts
     from limbeck.teachers.base import Teacher
 
 
@@ -118,7 +119,15 @@ class RunContext:
         )
         teacher = section.where.open(model, device=self.device, progress=self.console.say)
         teacher.images = self.run.images
-        return teacher
+        return teacher if self.seen is None else self.seen.teacher(teacher)
+
+    @cached_property
+    def seen(self) -> SeenPrompts | None:
+        """The prompts as the teacher sees them; None where it sees the student's."""
+        from limbeck.pipeline.seen_prompts import SeenPrompts
+        from limbeck.teachers.sees import StudentsPrompt
+
+        return None if isinstance(self.recipe.teacher.sees, StudentsPrompt) else SeenPrompts(self)
 
     @cached_property
     def teacher_card(self) -> VocabularyCard:

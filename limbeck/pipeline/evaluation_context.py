@@ -198,7 +198,7 @@ class RunEvaluation:
         self.context.teacher.release()
 
     def encode(self, who: Who, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[TokenPrompt]:
-        """Token ids of prompts for the student or the teacher.
+        """Token ids of prompts for the student or the teacher, which may see another prompt.
 
         Raises:
             LimbeckError: one does not fit its window.
@@ -211,6 +211,10 @@ class RunEvaluation:
             control_tokens=section.control_tokens,
             chat_options=text_options(self.context, tokenizer),
         )
+        encoded = [replace(prompt, split="heldout") for prompt in encoded]
+        if who == "teacher" and (seen := self.context.seen) is not None:
+            seen.add(prompts)
+            encoded = seen.of(encoded)
         fitting = check_lengths(
             encoded,
             window=self._window(who),
@@ -218,7 +222,7 @@ class RunEvaluation:
             too_long=section.too_long,
             lengths=expanded_lengths(self.context, encoded),
         )
-        return [replace(p, split="heldout") for p in fitting.kept]
+        return list(fitting.kept)
 
     def encode_references(self, who: Who, prompts: Sequence[Prompt]) -> list[Response]:
         """Reference answers of the data, as responses in the tokens of the student or the teacher."""

@@ -29,13 +29,13 @@ def reads_images(context: RunContext) -> bool:
         return False
 
 
-def digest_of_images(section: PromptsSection, ignored: Sequence[str]) -> str | None:
+def digest_of_images(section: PromptsSection, ignored: Sequence[str], seen: Sequence[str] = ()) -> str | None:
     """A hash of the images that a source names, so that an edited one makes a new run; None where there are none.
 
     Raises:
         LimbeckError: one cannot be read; names its row.
     """
-    columns = ColumnTally(ignore=ignored, images=True)
+    columns = ColumnTally(ignore=ignored, images=True, seen=seen)
     rows = rows_of(section.source, section.dataset_split, section.dataset_config)
     return images_digest((columns.kept(placed), placed) for placed in rows)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from limbeck.pipeline.cached_teacher import CachedTeacher
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.sampling import sampling_of
+from limbeck.pipeline.seen_prompts import SeeingSampler
 from limbeck.pipeline.stages.respond import sampler_for
 from limbeck.rollouts.io import read_asked
 from limbeck.rollouts.options import Samplers
@@ -92,7 +93,8 @@ class _Samplers:
         return self._alone(self.model, "student")
 
     def teacher(self) -> BatchSampler:
-        return self._alone(self._teacher_model, "teacher")
+        sampler = self._alone(self._teacher_model, "teacher")
+        return sampler if self.context.seen is None else SeeingSampler(sampler, self.context.seen)
 
     def speculative(self, *, top_k: int, redraw: Literal["top_k", "nucleus"]) -> BatchSampler:
         return SkdSampler(**self._of_both(), top_k=top_k, redraw=redraw)

@@ -15,7 +15,7 @@ from limbeck.prompts.chat import turns_of
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.sampling.served import ServedSampler
-from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt
+from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt, as_asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ def ask_server(
     sampler = _sampler(context, section, tokenizer, prompts, template)
     log = ServedLog.open(context.run.responses / "batches" / "served.jsonl", model=sampler.model)
     for row, response in log.rows.items():
-        assert response.prompt_ids == asked[row].ids
+        assert response.prompt_ids == as_asked(asked[row]).ids
     started, tokens = time.monotonic(), 0
     with context.console.meter("respond", len(asked), "answers", len(log.rows)) as meter:
         for served in sampler.respond_as_they_come(asked, sampling, done=log.rows.keys()):

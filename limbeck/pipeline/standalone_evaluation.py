@@ -19,6 +19,7 @@ from limbeck.pipeline.checks import check_template, resolvable
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.provisions import check_group_provisions
+from limbeck.pipeline.seen_prompts import check_sees
 from limbeck.pipeline.stages import evaluate, report
 from limbeck.pipeline.stages.evaluate import check_groups, evaluation_inputs, examine, write_answers
 from limbeck.pipeline.stages.prompts import prompt_inputs, read_prompt_source
@@ -94,6 +95,7 @@ def _check_exam(context: RunContext) -> None:
     resolvable(context.recipe.teacher)
     check_template(context, context.teacher.tokenizer)
     check_group_provisions(context)
+    check_sees(context)
     asking = [name for name, group in context.recipe.evaluate.groups.items() if "tokens" in group.needs()]
     if asking and context.student_card is not None:
         differences = compare_vocabularies(context.teacher_card, context.student_card).differences

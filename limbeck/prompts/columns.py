@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.prompts.fields import TURN_FIELDS, Row, quoted
+from limbeck.prompts.fields import TURN_FIELDS, Row, quoted, require_unicode, shown_value
 from limbeck.prompts.readers import PlacedRow
 from limbeck.types import LimbeckError
 
 # What a data set means by a column that no method here reads, and that changes what a row asks or answers.
 UNPLAYED: dict[str, str] = {
-    "privileged_context": "is context for the teacher alone, and teacher and student read the same prompt here",
+    "privileged_context": "is context for the teacher alone, which teacher.sees=column reads",
     "teacher_id": "names a teacher for each row, and one teacher answers all rows here",
     "chosen": "is one answer of a preference pair, which preference.pairs=data alone reads",
     "rejected": "is one answer of a preference pair, which preference.pairs=data alone reads",
@@ -57,9 +57,11 @@ class ColumnTally:
         ignore: columns to leave out as if they were not there; `messages.weight` is a field of the turns of `messages`.
         unread: number of rows in which a column that is not read holds a value, by its name.
         images: whether the columns of images are read.
+        seen: columns that the teacher sees beside the prompt.
     """
 
     ignore: Sequence[str] = ()
+    seen: Sequence[str] = ()
     images: bool = False
     unread: Counter[str] = field(default_factory=Counter)
     _met: set[str] = field(default_factory=set)
@@ -82,13 +84,23 @@ class ColumnTally:
                     self._met.add(name)
                 row[column] = [_without(turn, inner) for turn in turns]
         for name, reason in _unplayed(row):
-            if self.images and name in IMAGE_COLUMNS:
+            if name in self.seen or (self.images and name in IMAGE_COLUMNS):
                 continue
             raise LimbeckError(
                 f"{placed.where}: the column {name!r} {reason}; remove it, or say that it is left out on purpose: "
                 f"prompts.ignore_columns=[{name}]"
             )
-        return ReadRow(row)
+        read = ReadRow(row)
+        read.read.update(name for name in self.seen if name in row)
+        return read
+
+    def seen_in(self, placed: PlacedRow) -> dict[str, str]:
+        """The texts of the columns that the teacher sees, by their names.
+
+        Raises:
+            LimbeckError: the row has no text there.
+        """
+        return {name: _seen_text(placed, name) for name in self.seen}
 
     def count(self, row: ReadRow) -> None:
         """Count the columns of a row that were not read."""
@@ -109,6 +121,23 @@ class ColumnTally:
                 raise LimbeckError(
                     f"prompts.ignore_columns names {name!r}, which no row of the data has; correct or remove it"
                 )
+
+
+def _seen_text(placed: PlacedRow, name: str) -> str:
+    """The text of a column that the teacher sees; of turns their texts, one to a line, as TRL has it."""
+    value: Any = placed.row.get(name)
+    if type(value) in (int, float):
+        value = str(value)
+    turns: list[Any] = list(value) if _is_list(value) else []
+    if turns and all(isinstance(turn, Mapping) for turn in turns):
+        value = "\n".join(str(turn["content"]) for turn in turns if _says(turn.get("content")))
+    if isinstance(value, str) and value.strip():
+        return require_unicode(value, name, placed.where)
+    got = f"holds {shown_value(value)}" if name in placed.row else "is missing"
+    raise LimbeckError(
+        f"{placed.where}: the column {quoted(name)!r}, which teacher.sees reads, {got}; expected text: fill it in, "
+        "drop the row, or set teacher.sees=prompt"
+    )
 
 
 def unread_line(unread: Mapping[str, int], rows: int) -> str:

@@ -25,7 +25,7 @@ def text_in(row: Row, field: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise LimbeckError(f"{where}: expected text in {field!r}, got {type(value).__name__}; write it as a string")
-    _require_unicode(value, field, where)
+    require_unicode(value, field, where)
     return value
 
 
@@ -69,7 +69,7 @@ def answers_in(row: Row, *fields: str, where: str) -> tuple[str, ...]:
         else:
             texts = (text_in(row, field, where),)
         for text in texts:
-            _require_unicode(text, field, where)
+            require_unicode(text, field, where)
         answers = tuple(text for text in texts if text.strip())
         if answers:
             return answers
@@ -85,7 +85,7 @@ def category_of(row: Row, where: str) -> str | None:
     value = row.get("category")
     if value in (None, "", [], {}):
         return None
-    _require_unicode(text := str(value), "category", where)
+    require_unicode(text := str(value), "category", where)
     return text
 
 
@@ -127,7 +127,7 @@ def _turn(turn: Any, field: str, where: str, role_key: str, text_key: str) -> Me
                 f"{where}: expected text in {name!r} of a turn in {field!r}, got {shown_value(more[name])}"
             )
     for text in (role, content, *texts_in(more)):
-        _require_unicode(text, field, where)
+        require_unicode(text, field, where)
     with_image = parts is not None and not all(isinstance(part, str) for part in parts)
     return Message(role=role, content=content, fields=more, parts=parts if parts and with_image else ())
 
@@ -171,7 +171,7 @@ def tools_in(row: Row, where: str) -> tuple[Mapping[str, Any], ...]:
             "[{'type': 'function', 'function': {'name': '...', 'parameters': {...}}}]; rewrite the row"
         )
     for text in texts_in(tools):
-        _require_unicode(text, "tools", where)
+        require_unicode(text, "tools", where)
     return tuple(tools)
 
 
@@ -210,8 +210,14 @@ def shown_value(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _require_unicode(value: str, field: str, where: str) -> None:
+def require_unicode(value: str, field: str, where: str) -> str:
+    """The text itself.
+
+    Raises:
+        LimbeckError: it holds half of a surrogate pair.
+    """
     if not is_unicode(value):
         raise LimbeckError(
             f"{where}: {field!r} holds half of a surrogate pair, which is no Unicode text; repair the row"
         )
+    return value

@@ -58,6 +58,7 @@ class Example:
         references: all of them, where there are several; else empty.
         answer: the reference answer as a turn, where it is more than text.
         tools: schemas of the tools that the prompt offers.
+        columns: further columns of the row that the teacher sees.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -67,6 +68,7 @@ class Example:
     references: tuple[str, ...] = ()
     answer: Message | None = None
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     category: str | None = None
 
 

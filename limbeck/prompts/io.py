@@ -20,7 +20,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:
-    row = {f.name: value for f in fields(prompt) if (value := getattr(prompt, f.name)) not in (None, ())}
+    row = {f.name: value for f in fields(prompt) if (value := getattr(prompt, f.name)) not in (None, (), {})}
     if prompt.messages is not None:
         row["messages"] = [turn.as_turn() for turn in prompt.messages]
     if prompt.answer is not None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from limbeck.prompts.columns import ColumnTally
@@ -72,6 +72,7 @@ def load_prompts(
     rows: Iterable[PlacedRow] | None = None,
     rewrite: Callable[[PlacedRow], Mapping[str, Any]] | None = None,
     images: RowImages | None = None,
+    seen_columns: Sequence[str] = (),
 ) -> PromptSet:
     """Read a source and split it into training and held-out prompts.
 
@@ -92,6 +93,7 @@ def load_prompts(
         rows: read these instead of those of the source, which then is their name.
         rewrite: makes a row of one of the known formats of each row of the source.
         images: reads the images of rows; None refuses rows with any.
+        seen_columns: columns that the teacher sees beside the prompt; every row must have them.
 
     Raises:
         LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
@@ -105,13 +107,14 @@ def load_prompts(
         raise LimbeckError(f"prompts.limit is {limit}, expected at least 2 prompts: one to train on, one held out")
     if fields is not None and "prompt" not in fields:
         raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
-    columns = ColumnTally(ignore=ignore_columns, images=images is not None)
+    columns = ColumnTally(ignore=ignore_columns, images=images is not None, seen=seen_columns)
     placed = rows_of(source, dataset_split, dataset_config) if rows is None else rows
-    if rewrite is not None:
-        placed = (PlacedRow(rewrite(one), one.where, one.folder) for one in placed)
-    count, examples = _read(placed, fields, columns, images)
+    count, examples = _read(placed, fields, columns, images, rewrite)
     if source == BUILTIN:
-        examples = [(instruction_example(one.text or "", category=one.category), where) for one, where in examples]
+        examples = [
+            (replace(instruction_example(one.text or "", category=one.category), columns=one.columns), where)
+            for one, where in examples
+        ]
     unique = _unique(examples, heldout_fraction or 0.0, split_seed)
     prompts = tuple(sorted(unique, key=lambda prompt: prompt.id))[:limit]
     loaded = PromptSet(
@@ -160,12 +163,16 @@ def _read(
     fields: Mapping[Mapped, str] | None,
     columns: ColumnTally,
     images: RowImages | None = None,
+    rewrite: Callable[[PlacedRow], Mapping[str, Any]] | None = None,
 ) -> tuple[int, list[PlacedExample]]:
     examples: list[PlacedExample] = []
     first: PlacedRow | None = None
     expected = ""
     count = 0
     for placed in rows:
+        seen = columns.seen_in(placed)
+        if rewrite is not None:
+            placed = PlacedRow(rewrite(placed), placed.where, placed.folder)
         given = columns.kept(placed)
         row = given if fields is None else rename_fields(given, fields, placed.where)
         family = family_of(row, placed.where)
@@ -179,6 +186,8 @@ def _read(
         found = read_row(row, family, placed.where, images=images is not None)
         if images is not None:
             found = images.placed(found, given, placed)
+        if seen:
+            found = [replace(example, columns=seen) for example in found]
         examples.extend((example, placed.where) for example in found)
         columns.count(given)
         count += 1
@@ -200,6 +209,7 @@ def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_se
                 references=example.references,
                 answer=example.answer,
                 tools=example.tools,
+                columns=example.columns,
                 split=split_of(content, heldout_fraction, split_seed),
                 category=example.category,
                 where=where,

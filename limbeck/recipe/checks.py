@@ -23,6 +23,7 @@ def check(recipe: Recipe) -> None:
     if reserved:
         raise LimbeckError(f"objective.options holds {reserved[0]!r}; write it as objective.{reserved[0]}")
     _check_axes(recipe)
+    _check_sees(recipe)
     _check_source(recipe)
     _check_contrast(recipe)
     _check_policy(recipe)
@@ -218,6 +219,17 @@ def _check_axes(recipe: Recipe) -> None:
         raise LimbeckError(
             "objective.temperature_end moves the temperature off the grid that teacher.support="
             f"{teacher.support} holds; use teacher.support=full or topk_renorm"
+        )
+
+
+def _check_sees(recipe: Recipe) -> None:
+    """Check what the teacher sees against the columns that are read."""
+    sees = recipe.teacher.sees
+    sees.check()
+    left_out = next((name for name in sees.columns if name in recipe.prompts.ignore_columns), None)
+    if left_out is not None:
+        raise LimbeckError(
+            f"prompts.ignore_columns leaves out {left_out!r}, which teacher.sees reads; remove it from one of the two"
         )
 
 

@@ -22,7 +22,7 @@ from limbeck.recipe.preference import PAIRS_SETTING
 from limbeck.recipe.response_source import SOURCE
 from limbeck.recipe.retired import refuse_retired
 from limbeck.recipe.sections import AXES, GENERATE, MEMBER_KEYS, ObjectiveSection, Recipe, TrainSection, sections_under
-from limbeck.recipe.teacher import WHERE
+from limbeck.recipe.teacher import SEES_SETTING, WHERE
 from limbeck.types import LimbeckError
 
 __all__ = ["ObjectiveSection", "Recipe", "TrainSection", "shipped_recipes"]
@@ -203,6 +203,7 @@ def json_schema() -> dict[str, Any]:
     schema["$defs"]["EvaluationGroups"] = _group_options(schema["$defs"])
     groups["anyOf"] = [{"$ref": "#/$defs/EvaluationGroups"}, listed]
     schema["$defs"]["TeacherSection"]["properties"]["where"]["anyOf"] = WHERE.schema()
+    schema["$defs"]["TeacherSection"]["properties"]["sees"]["anyOf"] = SEES_SETTING.schema()
     schema["$defs"]["PromptsSection"]["properties"]["generate"]["anyOf"] = [*GENERATE.schema(), {"type": "null"}]
     schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = SOURCE.schema()
     schema["$defs"]["PreferenceSection"]["properties"]["pairs"]["anyOf"] = PAIRS_SETTING.schema()

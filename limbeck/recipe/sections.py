@@ -29,7 +29,7 @@ from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.member import MemberKey
 from limbeck.recipe.preference import PAIRS_SETTING, PreferenceSection
 from limbeck.recipe.response_source import SOURCE, SourceSetting
-from limbeck.recipe.teacher import WHERE, Dtype, TeacherSection
+from limbeck.recipe.teacher import SEES_SETTING, WHERE, Dtype, TeacherSection
 from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
@@ -394,7 +394,9 @@ NESTED: dict[tuple[Any, str], Any] = {
 }
 
 # Keys that hold a member of a registry; objectives and evaluation groups are read in ways of their own.
-MEMBER_KEYS: dict[str, MemberKey[Any]] = {one.key: one for one in (WHERE, GENERATE, SOURCE, PAIRS_SETTING)}
+MEMBER_KEYS: dict[str, MemberKey[Any]] = {
+    one.key: one for one in (WHERE, SEES_SETTING, GENERATE, SOURCE, PAIRS_SETTING)
+}
 
 
 def sections_under(section: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -12,11 +12,14 @@ from limbeck.recipe.member import MemberKey
 from limbeck.teachers.base import TeacherLocation
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.registry import TEACHERS
+from limbeck.teachers.sees import SEES, SEES_KEY, StudentsPrompt, View
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 WHERE: MemberKey[TeacherLocation] = MemberKey(
     key="teacher.where", registry=TEACHERS, default="in_process", example="in_process"
 )
+SEES_SETTING: MemberKey[View] = MemberKey(key=SEES_KEY, registry=SEES, default="column", example="column")
+SeesSetting = Annotated[View, PlainValidator(SEES_SETTING.read, json_schema_input_type=Any)]
 WhereSetting = Annotated[TeacherLocation, PlainValidator(WHERE.read, json_schema_input_type=Any)]
 
 
@@ -33,6 +36,9 @@ class TeacherSection:
     """Run code that comes with the model. Off unless asked."""
     where: WhereSetting = InProcess()
     """Where: a name of `limbeck teachers`, or a mapping with name and options."""
+    sees: SeesSetting = StudentsPrompt()
+    """What it sees of a prompt: a name of `limbeck views`, or a mapping with name and options. The student is trained
+    on its own prompt and the same answer."""
     support: Literal["full", "topk_renorm", "topk_tail", "sampled"] = "full"
     """How much it says of each token: its whole distribution (by hidden states), its k most likely tokens renormalised
     or with one class for all others, or a sample of it. Held-out responses always get the whole one."""

@@ -67,6 +67,7 @@ def collate(responses: Sequence[Response] | Mapping[int, Response], rows: Sequen
         partners=_partners(chosen),
         drawn_logp_N=torch.tensor(drawn, dtype=torch.float32),
         images=tuple(r.images for r in chosen) if any(r.images for r in chosen) else (),
+        prompts=tuple(r.prompt_id for r in chosen),
     )
 
 

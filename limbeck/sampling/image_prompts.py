@@ -64,11 +64,6 @@ def _expanded(model: nn.Module, prompt: TokenPrompt) -> TokenPrompt:
     )
 
 
-def as_asked(prompt: TokenPrompt) -> TokenPrompt:
-    """The prompt with its placeholders."""
-    return prompt.asked if isinstance(prompt, ExpandedPrompt) else prompt
-
-
 def shift_of(prompt: TokenPrompt) -> int:
     """See `ExpandedPrompt.shift`; 0 for text."""
     return prompt.shift if isinstance(prompt, ExpandedPrompt) else 0

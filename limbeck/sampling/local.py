@@ -19,9 +19,9 @@ from limbeck.ops import onednn
 from limbeck.ops.packed_linear import PackedLinears
 from limbeck.sampling.batching import cache_bytes_per_token, check_prompts, check_sizes, plan_batches
 from limbeck.sampling.decoding import DecodingModel, SequenceState, decode, row_uniforms
-from limbeck.sampling.image_prompts import as_asked, expanded_prompts
+from limbeck.sampling.image_prompts import expanded_prompts
 from limbeck.sampling.stop_strings import StopStrings
-from limbeck.types import Author, Response, Sampling, TokenPrompt
+from limbeck.types import Author, Response, Sampling, TokenPrompt, as_asked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

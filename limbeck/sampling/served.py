@@ -16,7 +16,7 @@ from limbeck.sampling.local import SamplingProgress
 from limbeck.sampling.server_choices import prompt_name
 from limbeck.sampling.server_dialects import Api, CompletionRequest, Dialect, dialects
 from limbeck.sampling.server_replies import Reading, ReplyReader
-from limbeck.types import Author, LimbeckError, Response, Sampling, TokenPrompt
+from limbeck.types import Author, LimbeckError, Response, Sampling, TokenPrompt, as_asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -203,7 +203,7 @@ class ServedSampler:
             response=Response(
                 prompt_id=prompt.id,
                 author=self.author,
-                prompt_ids=prompt.ids,
+                prompt_ids=as_asked(prompt).ids,
                 response_ids=reading.ids,
                 stop=reading.stop,
                 sampling=sampling,

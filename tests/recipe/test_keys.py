@@ -36,12 +36,14 @@ FOUND_ELSEWHERE = {f"{section}.{key}" for section in ("teacher", "student", "res
 MEMBERS: dict[str, tuple[Any, ...]] = {
     "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}),
     "teacher.where": ("none",),
+    "teacher.sees": ("column", {"name": "system", "text": "Be short."}),
     "preference.pairs": ({"name": "teacher", "samples": 3}, {"name": "teacher", "margin": 0.5}),
     "prompts.generate": ("chain", {"name": "chain", "longest": 5}),
 }
 MEMBER_SECTIONS: dict[str, type] = {
     "responses.source": ResponsesSection,
     "teacher.where": TeacherSection,
+    "teacher.sees": TeacherSection,
     "preference.pairs": PreferenceSection,
     "prompts.generate": PromptsSection,
 }

@@ -10,6 +10,7 @@ from limbeck.models.images import ImageFolder
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.image_prompts import check_image_methods, digest_of_images, reads_images
 from limbeck.pipeline.problems import ProblemReader, generated_rows
+from limbeck.pipeline.seen_prompts import require_single_answers
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.images import RowImages
 from limbeck.prompts.io import write_prompts
@@ -33,6 +34,8 @@ def prompt_inputs(context: RunContext) -> Json:
             del section[rare]
     if (heldout := context.recipe.prompts.heldout) is not None:
         section["heldout_content"] = _content_of(context, replace(context.recipe.prompts, source=heldout))
+    if columns := context.recipe.teacher.sees.columns:
+        section["seen_columns"] = list(columns)
     if (generate := context.recipe.prompts.generate) is not None:
         return section | {"generate": fingerprinted_member(GENERATE.key, generate)}
     return section | _content_of(context, context.recipe.prompts)
@@ -43,7 +46,8 @@ def _content_of(context: RunContext, prompts: PromptsSection) -> Json:
     content: Json = {"content": source_digest(prompts.source)}
     if content["content"] is not None and reads_images(context):
         ignored = (*prompts.ignore_columns, *_read_by_preference(context))
-        if (digest := digest_of_images(prompts, ignored)) is not None:
+        digest = digest_of_images(prompts, ignored, context.recipe.teacher.sees.columns)
+        if digest is not None:
             content["images"] = digest
     return content
 
@@ -60,6 +64,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         "ignore_columns": (*section.ignore_columns, *_read_by_preference(context)),
         "rewrite": problems.as_prompt if problems else None,
         "images": RowImages(ImageFolder(context.run.images)) if reads_images(context) else None,
+        "seen_columns": context.recipe.teacher.sees.columns,
     }
     loaded = load_prompts(
         section.source if section.generate is None else GENERATE.name_of(section.generate),
@@ -70,6 +75,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
     )
     if section.heldout is not None:
         loaded = with_heldout(loaded, load_prompts(section.heldout, heldout_fraction=1.0, **options))
+    require_single_answers(context, loaded.prompts)
     check_image_methods(context, loaded.prompts)
     if loaded.unread:
         context.console.say(unread_line(loaded.unread, loaded.rows))

@@ -20,6 +20,7 @@ from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_
 from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sampling import sampling_of
+from limbeck.pipeline.seen_prompts import as_seen, fitting_as_seen, view_inputs
 from limbeck.pipeline.served_responses import ask_server
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
@@ -95,6 +96,7 @@ def teacher_inputs(context: RunContext) -> Json:
         "where": fingerprinted_member("teacher.where", section.where),
         "dtype": section.dtype,
         "attention": section.attn_implementation,
+        **view_inputs(context),
     }
 
 
@@ -109,6 +111,7 @@ def _run_responses(context: RunContext) -> Json:
     tokenizer = teacher.tokenizer if teacher else own if own and author == "data" else context.teacher.tokenizer
     template = resolve_template(context.recipe.prompts.template, tokenizer, prompts)
     asked, dropped = _token_prompts(context, tokenizer, prompts, template)
+    asked, unseen = fitting_as_seen(context, asked)
     reader = (own or tokenizer, student_template(context, own, prompts) if own else template)
     read, more_dropped = _token_prompts(context, reader[0], prompts, reader[1]) if own else (asked, ())
     if context.recipe.on_policy:
@@ -133,7 +136,9 @@ def _run_responses(context: RunContext) -> Json:
         responses, served = _sample(context, teacher, asked, template)
         more |= served
     else:
-        responses, served = ask_server(context, tokenizer, prompts, asked, template, sampling_of(section))
+        read_by_teacher = prompts if context.seen is None else context.seen.prompts(prompts)
+        seen = as_seen(context, asked)
+        responses, served = ask_server(context, tokenizer, read_by_teacher, seen, template, sampling_of(section))
         more |= served
     if section.verify is not None:
 
@@ -158,7 +163,7 @@ def _run_responses(context: RunContext) -> Json:
         "template": template,
         "responses": len(responses),
         "empty": sum(_is_empty(r) for r in responses),
-        "dropped_too_long": len({*dropped, *more_dropped}),
+        "dropped_too_long": len({*dropped, *unseen, *more_dropped}),
         "ended": sum(r.stop != "length" for r in responses),
         "tokens": sum(r.tokens for r in responses),
     } | more
@@ -264,7 +269,7 @@ def _sample(
 
     answers, paths = write_in_batches(
         sampler,
-        asked,
+        as_seen(context, asked),
         sampling,
         folder,
         stop=context.stop,
