@@ -1,0 +1,1 @@
+"""Two tokenisations of one text side by side, by the bytes of their tokens."""
