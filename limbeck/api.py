@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.recipe.load import Recipe, load_recipe
-from limbeck.recipe.retired import RetiredKeyError
-from limbeck.types import LimbeckError
+from limbeck.recipe.load import Recipe, load_recipe_or_run
 
 if TYPE_CHECKING:
     from limbeck.pipeline.engine import FinishedRun
@@ -18,15 +15,7 @@ if TYPE_CHECKING:
 
 def load(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Recipe:
     """A recipe from a shipped name, a YAML file, a run directory or a mapping, with `section.key=value` changes."""
-    if not isinstance(recipe, Mapping):
-        resolved = Path(recipe) / "recipe.resolved.yaml"
-        if resolved.exists():
-            # A run that was started elsewhere, or moved: it continues where it lies now.
-            try:
-                return load_recipe(resolved, [f"output_dir={json.dumps(str(recipe))}", *overrides])
-            except RetiredKeyError as error:
-                raise LimbeckError(f"{recipe} was made by an earlier version: {error}, in a new directory") from None
-    return load_recipe(recipe, overrides)
+    return load_recipe_or_run(recipe, overrides)
 
 
 def evaluate(

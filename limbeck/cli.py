@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from limbeck.pipeline.store_verbs import store
 from limbeck.types import LimbeckError
 
 app = typer.Typer(
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(store)
 
 # typer keeps the class of every mistake on the command line private; this is its public child's parent.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]

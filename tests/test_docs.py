@@ -26,6 +26,7 @@ from limbeck.recipe.teacher import TeacherSection
 from limbeck.rollouts.registry import SOURCES
 from limbeck.teachers.registry import TEACHERS
 from limbeck.teachers.sees import SEES
+from limbeck.teachers.store.codecs import CODECS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -197,7 +198,7 @@ def test_links_and_keys_exist(page: str) -> None:
 def test_objectives_named_in_tables_exist(page: str) -> None:
     """`name: x` in recipes' notation, wherever it stands in the text."""
     for name in re.findall(r"\{name: (\w+)", text_of(page)):
-        assert name in {**OBJECTIVES, **RULES, **SOURCES, **GENERATORS, **SEES}
+        assert name in {**OBJECTIVES, **RULES, **SOURCES, **GENERATORS, **SEES, **TEACHERS, **CODECS}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("objectives.md", "methods.md")])

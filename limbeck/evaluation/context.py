@@ -321,6 +321,11 @@ class EvaluationGroup(ABC):
         """
         return frozenset()
 
+    @property
+    def scores_fresh(self) -> bool:
+        """Whether the teacher has to score texts that the run has not stored."""
+        return False
+
     def check(self, evaluation: EvaluationContext) -> None:  # noqa: B027 (most groups have nothing to refuse)
         """Refuse what can be known to fail before any stage begins.
 

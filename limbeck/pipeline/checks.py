@@ -26,6 +26,7 @@ from limbeck.pipeline.lm_corpus import check_corpus
 from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.seen_prompts import check_sees
 from limbeck.pipeline.served_responses import check_server
+from limbeck.pipeline.stored_teacher import check_stored
 from limbeck.pipeline.student_endings import check_endings
 from limbeck.pipeline.text_only import check_text_only
 from limbeck.pipeline.verified_responses import check_verification
@@ -69,7 +70,7 @@ def check_responses(context: RunContext) -> None:
         LimbeckError: no such teacher, or no such template.
     """
     section = context.recipe.teacher
-    resolvable(section)
+    resolvable(section, weights="captured" not in context.teacher.provides)
     window = context.window
     if window is not None and window <= context.recipe.responses.max_new_tokens:
         raise LimbeckError(
@@ -79,6 +80,7 @@ def check_responses(context: RunContext) -> None:
     check_template(context, context.teacher.tokenizer)
     check_provisions(context)
     check_sees(context)
+    check_stored(context)
     check_server(context)
     check_verification(context)
     check_draft(context)
@@ -124,8 +126,11 @@ def check_template(context: RunContext, tokenizer: Any) -> None:
         resolve_template("chat", tokenizer, ())
 
 
-def resolvable(section: TeacherSection | StudentSection) -> None:
+def resolvable(section: TeacherSection | StudentSection, *, weights: bool = True) -> None:
     """Check that a model can be found.
+
+    Args:
+        weights: with its weights, where it is a folder of this machine.
 
     Raises:
         LimbeckError: it is not.
@@ -135,7 +140,7 @@ def resolvable(section: TeacherSection | StudentSection) -> None:
     resolve(
         section.model,
         revision=section.revision,
-        weights=Path(section.model).expanduser().exists(),
+        weights=weights and Path(section.model).expanduser().exists(),
         trust_remote_code=section.trust_remote_code,
     )
 

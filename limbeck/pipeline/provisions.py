@@ -10,7 +10,10 @@ from limbeck.recipe.teacher import WHERE
 from limbeck.teachers.base import Provision
 from limbeck.types import LimbeckError
 
-GROUP_NEEDS: tuple[tuple[str, Provision], ...] = (("teacher", "hidden"), ("teacher_weights", "weights"))
+GROUP_NEEDS: tuple[tuple[str, Provision], ...] = (
+    ("teacher", "captured"),
+    ("teacher_weights", "weights"),
+)
 
 
 def check_provisions(context: RunContext) -> None:
@@ -30,16 +33,18 @@ def check_group_provisions(context: RunContext) -> None:
 def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -> None:
     given = context.teacher.provides
     for what, provision, remedy in asked:
-        if provision not in given:
+        # A teacher that scores any text scores those that another one would have captured.
+        if provision not in given and not (provision == "captured" and "hidden" in given):
             where = WHERE.name_of(context.recipe.teacher.where)
             raise LimbeckError(
-                f"{what} asks the teacher for its {_SAID[provision]}, but teacher.where={where} gives "
-                f"{' and '.join(_SAID[one] for one in sorted(given)) or 'nothing'}; {remedy}, or set "
+                f"{what} asks the teacher for its {_ASKED[provision]}, but teacher.where={where} gives "
+                f"{' and '.join(_GIVEN[one] for one in sorted(given)) or 'nothing'}; {remedy}, or set "
                 "teacher.where=in_process"
             )
 
 
-_SAID: dict[Provision, str] = {"hidden": "distributions", "weights": "weights"}
+_ASKED: dict[Provision, str] = {"hidden": "distributions", "weights": "weights", "captured": "distributions"}
+_GIVEN: dict[Provision, str] = {**_ASKED, "captured": "those of captured texts alone"}
 
 
 def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
@@ -52,18 +57,21 @@ def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
     if recipe.student.model is None and recipe.student.init == "depth_prune":
         yield "student.init=depth_prune", "weights", "name a student.model"
     if recipe.teacher.cache:
-        yield "teacher.cache=true", "hidden", "set teacher.cache=false"
+        yield "teacher.cache=true", "captured", "set teacher.cache=false"
     if recipe.on_policy or loss_plan_of(recipe).needs_teacher:
-        yield f"objective {recipe.objective.name}", "hidden", "set objective={name: ce} with responses.source=data"
+        scored: Provision = "hidden" if recipe.on_policy else "captured"
+        yield f"objective {recipe.objective.name}", scored, "set objective={name: ce} with responses.source=data"
     if recipe.sft is not None and sft_loss_plan(recipe, recipe.sft).needs_teacher:
-        yield "sft.objective", "hidden", "set sft.objective={name: ce}"
+        # The data's answers are scored as they are trained on.
+        yield "sft.objective", "hidden" if recipe.sft_on_data else "captured", "set sft.objective={name: ce}"
     if recipe.preference is not None and recipe.preference.pairs.needs_teacher:
         yield "preference.pairs=teacher", "hidden", "let a judge or the data prefer (preference.pairs)"
 
 
 def _by_groups(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
     for name, group in context.recipe.evaluate.groups.items():
-        for need, provision in GROUP_NEEDS:
+        for need, least in GROUP_NEEDS:
             if need in group.needs():
+                provision: Provision = "hidden" if group.scores_fresh and least == "captured" else least
                 remedy = "set evaluate.groups.rouge.against=[references]" if name == "rouge" else "leave it out"
                 yield f"evaluate.groups.{name}", provision, remedy

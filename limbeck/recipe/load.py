@@ -20,7 +20,7 @@ from limbeck.recipe.evaluation import EVALUATION_GROUPS, choose_groups, open_gro
 from limbeck.recipe.files import read_yaml, shipped_recipes
 from limbeck.recipe.preference import PAIRS_SETTING
 from limbeck.recipe.response_source import SOURCE
-from limbeck.recipe.retired import refuse_retired
+from limbeck.recipe.retired import RetiredKeyError, refuse_retired
 from limbeck.recipe.sections import AXES, GENERATE, MEMBER_KEYS, ObjectiveSection, Recipe, TrainSection, sections_under
 from limbeck.recipe.teacher import SEES_SETTING, WHERE
 from limbeck.types import LimbeckError
@@ -37,6 +37,21 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
         LimbeckError: unknown recipe, broken YAML, unknown key (with the suggestion known one), wrong type or value.
     """
     return _validate(recipe_tree(recipe, overrides))
+
+
+def load_recipe_or_run(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The same, where a run directory stands for the recipe it was made from.
+
+    Raises:
+        LimbeckError: as `load_recipe`; or the run is an earlier version's.
+    """
+    if not isinstance(recipe, Mapping) and (resolved := Path(recipe) / "recipe.resolved.yaml").exists():
+        # A run that was started elsewhere, or moved: it continues where it lies now.
+        try:
+            return load_recipe(resolved, [f"output_dir={json.dumps(str(recipe))}", *overrides])
+        except RetiredKeyError as error:
+            raise LimbeckError(f"{recipe} was made by an earlier version: {error}, in a new directory") from None
+    return load_recipe(recipe, overrides)
 
 
 def recipe_tree(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -11,35 +11,18 @@ leaves finished things finished.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from limbeck.runtime.files import a_folder, naming, write_json
+from limbeck.runtime.files import write_json
 from limbeck.runtime.folders import partial_in, remove
+from limbeck.runtime.locks import exclusive
 from limbeck.runtime.records import read_fields, read_sealed, sealed
-from limbeck.types import Json, LimbeckError
-
-
-def _open_lock(path: Path) -> IO[str]:
-    """Open the lock file; a link is refused, since another file would be overwritten through it."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno == errno.EISDIR:
-            raise a_folder(path) from None
-        if error.errno != errno.ELOOP:
-            raise
-        raise LimbeckError(
-            f"{path} is a link; expected a plain file: delete it and run the same command again"
-        ) from None
-    return os.fdopen(descriptor, "r+", encoding="utf-8")
+from limbeck.types import Json
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,26 +164,9 @@ class RunDirectory:
         Args:
             warn: called where the file system has no locks.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with _open_lock(self.root / ".lock") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise LimbeckError(
-                    f"{self.root} is in use by another run ({file.read().strip() or 'starting'}); "
-                    "wait for it, or give this one its own output_dir=..."
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-                warn(f"the file system of {self.root} has no locks; make sure that no second run uses it")
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()}")
-            file.flush()
-            with naming(self.root):
-                yield
+        remedy = "wait for it, or give this one its own output_dir=..."
+        with exclusive(self.root, remedy=remedy, warn=warn, who="run"):
+            yield
 
     def remove_partial_files(self) -> None:
         """Remove what a killed run left half written. Only under the lock: a living run's files look the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from limbeck.models.sources import Source
     from limbeck.models.vocabulary import VocabularyCard
 
-Provision = Literal["hidden", "weights"]
+Provision = Literal["hidden", "weights", "captured"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Teacher(ABC):
     @abstractmethod
     def provides(self) -> frozenset[Provision]:
         """What it can provide: "hidden" (states, by `signal`), "weights" (the model in memory, which can also
-        sample)."""
+        sample), "captured" (the signal of texts that were captured, and of no others)."""
 
     @abstractmethod
     def signal(self, batch: TokenBatch) -> Signal:
@@ -81,6 +82,14 @@ class Teacher(ABC):
         from limbeck.models.fingerprints import model_fingerprint
 
         return model_fingerprint(self._source(weights=True))
+
+    @cached_property
+    def configuration_hash(self) -> str:
+        """Hash of its config.json, which is known without the weights; empty where it has none."""
+        from limbeck.runtime.hashing import sha256_of
+
+        source = self._source()
+        return "" if source.gguf is not None else sha256_of(source.directory / "config.json")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -128,6 +137,31 @@ class Teacher(ABC):
             LimbeckError: it does not provide them.
         """
         raise self.lacks("weights")
+
+    def check(self) -> None:
+        """Check what can be known to be wrong before anything is asked of it.
+
+        Raises:
+            LimbeckError: what it was made from is not what it is to stand for.
+        """
+        return
+
+    @property
+    def scorer(self) -> Teacher:
+        """The teacher that scores what `reads` gives: itself, where it is not one in front of another."""
+        return self
+
+    def reads(self, batch: TokenBatch) -> TokenBatch:
+        """The batch as the teacher reads it: with the same responses, maybe behind other prompts."""
+        return batch
+
+    def locate(self, batches: Iterable[TokenBatch]) -> None:
+        """Check that it has the signal of some batches, where it cannot make any.
+
+        Raises:
+            LimbeckError: it lacks one.
+        """
+        return
 
     def release(self) -> None:
         """Free the weights, where they are in memory; the next use loads them again."""

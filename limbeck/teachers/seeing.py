@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,17 @@ class SeeingTeacher(Teacher):
         return cls(model=inner.model, device=inner.device, inner=inner, prompt_ids=prompt_ids, view=view)
 
     def signal(self, batch: TokenBatch) -> Signal:
-        return self.inner.signal(behind(batch, self.prompt_ids(batch.prompts)))
+        return self.inner.signal(self.reads(batch))
+
+    def reads(self, batch: TokenBatch) -> TokenBatch:
+        return behind(batch, self.prompt_ids(batch.prompts))
+
+    @property
+    def scorer(self) -> Teacher:
+        return self.inner.scorer
+
+    def locate(self, batches: Iterable[TokenBatch]) -> None:
+        self.inner.locate(self.reads(batch) for batch in batches)
 
     @property
     def fingerprint(self) -> str:

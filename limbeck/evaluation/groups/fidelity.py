@@ -61,6 +61,10 @@ class FidelityGroup(EvaluationGroup):
         more: dict[str, Need] = {"references": "references", "teacher": "teacher_weights"}
         return frozenset({"teacher", "tokens", *(need for whose, need in more.items() if whose in self.whose)})
 
+    @property
+    def scores_fresh(self) -> bool:
+        return bool({*self.whose} - {"responses"})
+
     def check(self, evaluation: EvaluationContext) -> None:
         if not self.whose or len(set(self.whose)) < len(self.whose):
             raise LimbeckError(

@@ -65,6 +65,10 @@ class LikelihoodGroup(EvaluationGroup):
         answers: tuple[Need, ...] = ("teacher_weights",) if self.against == "teacher" else ()
         return frozenset({"teacher", "tokens", *answers})
 
+    @property
+    def scores_fresh(self) -> bool:
+        return True
+
     def check(self, evaluation: EvaluationContext) -> None:
         if self.against == "distilled":
             evaluation.require_preferred("evaluate.groups.likelihood.against")

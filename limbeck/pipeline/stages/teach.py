@@ -35,6 +35,8 @@ def _signal_inputs(context: RunContext) -> Json:
 
 
 def _run_signal(context: RunContext) -> Json:
+    if "captured" in context.teacher.provides:
+        return {"cached": False, "captured": _locate(context)}
     if not context.recipe.teacher.cache:
         return {"cached": False}
 
@@ -56,9 +58,7 @@ def _score(context: RunContext) -> int:
 
     With a sparse support the held-out rows are kept whole: evaluation measures over the whole vocabulary.
     """
-    responses = load_responses(context, "heldout")
-    if _scores_train(context):
-        responses |= load_responses(context, "train")
+    responses = _scored(context)
     form, dtype = sparse_form(context.recipe), getattr(torch, context.recipe.teacher.cache_dtype)
     rows = sorted(responses, key=lambda row: (-responses[row].length, row))
     tokens = sum(r.tokens for r in responses.values())
@@ -80,6 +80,21 @@ def _score(context: RunContext) -> int:
     return tokens
 
 
+def _scored(context: RunContext) -> dict[int, Response]:
+    """The responses whose signal the run reads, by row."""
+    responses = load_responses(context, "heldout")
+    return responses | load_responses(context, "train") if _scores_train(context) else responses
+
+
+def _locate(context: RunContext) -> int:
+    """Check that captured signals are there for all responses of the run; their number."""
+    responses = _scored(context)
+    rows = list(responses)
+    batches = (rows[start : start + SCORING_BATCH_SIZE] for start in range(0, len(rows), SCORING_BATCH_SIZE))
+    context.teacher.locate(collate(responses, batch, pad_id=0) for batch in batches)
+    return len(responses)
+
+
 def _hidden_states(teacher: Teacher, responses: Mapping[int, Response], rows: Sequence[int]) -> dict[int, Tensor]:
     """The teacher's hidden states of some responses by row."""
     hidden: dict[int, Tensor] = {}
@@ -97,8 +112,11 @@ def _scores_train(context: RunContext) -> bool:
 
 
 def open_teacher(context: RunContext) -> SignalSource:
-    """Source of teacher signals for training and evaluation: files, or the teacher where nothing is stored."""
-    if context.recipe.teacher.cache:
+    """Source of teacher signals for training and evaluation: files, or the teacher where the run has none."""
+    if "captured" in context.teacher.provides:
+        # In one pass, not batch by batch.
+        _locate(context)
+    elif context.recipe.teacher.cache:
         form = sparse_form(context.recipe)
         temperatures = () if form is None else form.temperatures
         return StoredTeacher.open(context.run.signal, device=context.device, temperatures=temperatures)

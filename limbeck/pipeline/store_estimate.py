@@ -1,0 +1,73 @@
+"""The size of a recipe's store before any model runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.stages import prompts as prompts_stage
+from limbeck.pipeline.stages import respond as respond_stage
+from limbeck.pipeline.stages.respond import load_responses
+from limbeck.pipeline.store_capture import codec_of, frame_of, heldout_codec
+from limbeck.prompts.io import read_prompts
+from limbeck.recipe.load import Recipe
+from limbeck.runtime.console import Console
+from limbeck.teachers.store.addresses import address_of
+from limbeck.teachers.store.base import Codec
+from limbeck.teachers.store.estimate import Estimate, estimate
+from limbeck.types import Split
+
+_SPLITS: tuple[Split, Split] = ("train", "heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeEstimate:
+    """The size of a recipe's store.
+
+    Attributes:
+        parts: one for each codec.
+        exact: false where answers are not written yet, so that each counts as long as it may become.
+    """
+
+    parts: list[Estimate]
+    exact: bool
+
+
+def estimate_recipe(recipe: Recipe, codec: Codec | None, *, console: Console) -> RecipeEstimate:
+    """The size of the store that `capture` would write, from the texts alone.
+
+    Raises:
+        LimbeckError: the data cannot be read, or the codec makes no sense for the teacher.
+    """
+    context = RunContext(recipe, console)
+    codec = codec or codec_of(recipe)
+    lengths, exact = _lengths(context)
+    number_bytes = 4 if recipe.teacher.dtype == "float32" else 2
+    train, held = (lengths[split] for split in _SPLITS)
+    parts = estimate(codec, heldout_codec(recipe, codec), frame_of(context), train, held, number_bytes=number_bytes)
+    return RecipeEstimate(parts=parts, exact=exact)
+
+
+def _lengths(context: RunContext) -> tuple[Mapping[Split, list[int]], bool]:
+    """Tokens of each text to be scored, longest first, and whether that is known or the most it can be."""
+    if context.run.done("respond"):
+        return _written(context), True
+    with tempfile.TemporaryDirectory() as folder:
+        # Both stages without their records: no weights are read, not even to be hashed.
+        scratch = RunContext(replace(context.recipe, output_dir=folder), context.console)
+        prompts_stage.STAGE.run(scratch)
+        if context.recipe.base_author == "data":
+            respond_stage.STAGE.run(scratch)
+            return _written(scratch), True
+        asked, most = read_prompts(scratch.run.prompts), context.recipe.responses.max_new_tokens
+        return {split: [most] * sum(prompt.split == split for prompt in asked) for split in _SPLITS}, False
+
+
+def _written(context: RunContext) -> dict[Split, list[int]]:
+    found: dict[Split, list[int]] = {}
+    for split in _SPLITS:
+        texts = {address_of(response): response.tokens for response in load_responses(context, split).values()}
+        found[split] = sorted(texts.values(), reverse=True)
+    return found

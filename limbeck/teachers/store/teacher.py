@@ -1,0 +1,142 @@
+"""A teacher whose signals lie in a store: no weights of it are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from limbeck.fields import NEUTRAL
+from limbeck.teachers.base import Provision, Teacher, TeacherModel
+from limbeck.types import Head, LimbeckError, Signal, TokenBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from limbeck.models.assets import DownloadProgress
+    from limbeck.teachers.store.manifest import Manifest
+    from limbeck.teachers.store.reader import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class InStore:
+    """Signals that `limbeck store` has captured; `teacher.model` gives its tokenizer and its window alone.
+
+    Attributes:
+        path: the folder of the store. It may be moved without anything being done again.
+    """
+
+    path: Annotated[str, NEUTRAL]
+
+    def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> StoreTeacher:
+        """Open the store; nothing is read yet."""
+        return StoreTeacher(model=model, device=device, progress=progress, path=Path(self.path).expanduser())
+
+
+@dataclass(kw_only=True)
+class StoreTeacher(Teacher):
+    """A teacher that gives the signals of the texts in a store, and of no others.
+
+    Attributes:
+        path: the folder of the store.
+    """
+
+    path: Path
+
+    @property
+    def provides(self) -> frozenset[Provision]:
+        return frozenset({"captured"})
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @cached_property
+    def _store(self) -> Store:
+        from limbeck.teachers.store.reader import Store
+
+        return Store(self.path)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._store.manifest
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the teacher's files of weights, as the store says."""
+        return self.manifest.teacher.weight_bytes
+
+    def check(self) -> None:
+        """Check that the store was captured from this teacher, as far as its files here say.
+
+        Raises:
+            LimbeckError: it is another teacher's, or another tokenizer's.
+        """
+        from limbeck.models.fingerprints import tokenizer_fingerprint
+
+        known = self.manifest
+        ours = {
+            "tokenizer": (tokenizer_fingerprint(self.tokenizer), known.tokenizer),
+            "dtype": (self.model.dtype, known.teacher.dtype),
+            "attn_implementation": (self.model.attn_implementation, known.teacher.attention),
+            "model": (self._fingerprint_here, known.teacher.fingerprint),
+            "configuration": (self.configuration_hash, known.teacher.configuration),
+        }
+        for what, (here, there) in ours.items():
+            if here and there and here != there:
+                said = f"{there[:12]} of {known.teacher.name}" if len(there) == 64 else there
+                raise LimbeckError(
+                    f"{self.path} was captured from another teacher ({what} {said}), but teacher.model="
+                    f"{self.model.model} has {here[:12]}; set teacher.{what if what in ('dtype', 'model') else 'model'}"
+                    " to that of the store, or capture a store of this one"
+                )
+
+    @property
+    def _fingerprint_here(self) -> str:
+        """The fingerprint of the model, where its weights lie in a folder of this machine; else empty."""
+        source = self._source()
+        here = source.kind == "gguf" or any(source.directory.glob("*.safetensors"))
+        if source.kind == "hub" or not here:
+            return ""
+        return self._fingerprint_of_files
+
+    def locate(self, batches: Iterable[TokenBatch]) -> None:
+        """Look up the rows of some batches, all in one pass.
+
+        Raises:
+            LimbeckError: the store lacks one.
+        """
+        from limbeck.teachers.store.addresses import addresses_of
+
+        addresses = [address for batch in batches for address in addresses_of(batch)]
+        self._store.locate(addresses)
+        missing = sum(address not in self._store.places for address in addresses)
+        if missing:
+            raise self._store.lacks(missing, len(addresses))
+
+    def signal(self, batch: TokenBatch) -> Signal:
+        return self._store.signal(batch, self._heads)
+
+    @cached_property
+    def _heads(self) -> dict[str, Head]:
+        from limbeck.teachers.store.reader import codec_name
+
+        found = {codec_name(codec): self._store.head(codec, self.device) for codec in self.manifest.codecs}
+        return {name: head for name, head in found.items() if head is not None}
+
+    @property
+    def head(self) -> Head:
+        """The head of the hidden states of held-out texts.
+
+        Raises:
+            LimbeckError: the store keeps none.
+        """
+        if not self._heads:
+            raise self.lacks("hidden")
+        return next(iter(self._heads.values()))
+
+    def release(self) -> None:
+        """Let go of the heads; the next use reads them again."""
+        vars(self).pop("_heads", None)

@@ -1,0 +1,173 @@
+"""Writing a store: one process at a time, shard by shard; what a kill left half written counts for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.runtime.files import link
+from limbeck.runtime.folders import partial_in, remove
+from limbeck.runtime.locks import exclusive
+from limbeck.teachers.store.base import Codec
+from limbeck.teachers.store.codecs import codec_tree
+from limbeck.teachers.store.manifest import Manifest, read_manifest, require_same, write_manifest
+from limbeck.teachers.store.reader import Store, codec_name, sealed_shards, shared_file, shared_hash
+from limbeck.teachers.store.seals import read_record, seal_of, write_sealed_file
+from limbeck.teachers.store.shards import Columns, write_shard_file
+from limbeck.teachers.store.verifying import faults
+from limbeck.types import Head, LimbeckError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A shard ends with the first of the two: what is lost by a kill is at most one, and files stay few.
+SHARD_RESPONSES = 256
+SHARD_BYTES = 256 << 20
+
+
+@dataclass
+class StoreWriter:
+    """An open store to which signals are added.
+
+    Attributes:
+        store: what it holds already.
+        following: number of the next shard.
+    """
+
+    store: Store
+    manifest: Manifest
+    following: int
+    shard_responses: int = SHARD_RESPONSES
+    _waiting: dict[str, dict[bytes, Columns]] = field(default_factory=dict)
+    _codecs: dict[str, Codec] = field(default_factory=dict)
+
+    def shared(self, codec: Codec, make: Callable[[], tuple[Head, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+        """The tensors that all tokens of a codec share; made, where the store has none yet."""
+        path = shared_file(self.store.path, codec)
+        if not seal_of(path).exists():
+            from safetensors.torch import save_file
+
+            head, tensors = make()
+            if tensors:
+                record = {"scale": head.scale, "softcap": head.softcap}
+                write_sealed_file(path, lambda file: save_file(dict(tensors), file), record)
+                self._remove_strangers(codec)
+        return self.store.shared(codec)
+
+    def _remove_strangers(self, codec: Codec) -> None:
+        """Remove shards that were made for another head than the one that has just been written."""
+        for shard in sealed_shards(self.store.path):
+            seal = read_record(seal_of(shard))
+            if seal["codec"] == codec_tree(codec) and seal["shared"] != shared_hash(self.store.path, codec):
+                remove(seal_of(shard))
+                remove(shard)
+        self._forget()
+
+    def holds(self, address: bytes) -> bool:
+        """Whether the signal of an address was added, by this process or an earlier one; see `Store.locate`."""
+        return address in self.store.places or any(address in waiting for waiting in self._waiting.values())
+
+    def adopt(self, shard: Path) -> None:
+        """Take over a whole shard of a store with the same manifest: linked where the disk allows it."""
+        path = self._new_shard()
+        link(shard, path)
+        link(seal_of(shard), seal_of(path))
+        self._forget()
+
+    def _new_shard(self) -> Path:
+        path = self.store.path / f"{self.following:06d}.safetensors"
+        self.following += 1
+        return path
+
+    def _forget(self) -> None:
+        """Have the store look for its shards again."""
+        vars(self.store).pop("seals", None)
+
+    def add(self, codec: Codec, address: bytes, columns: Columns) -> None:
+        """Add the signal of an address; it is on disk when its shard is full, or with `flush`."""
+        name = codec_name(codec)
+        waiting = self._waiting.setdefault(name, {})
+        self._codecs[name] = codec
+        waiting[address] = columns
+        size = sum(column.nbytes for each in waiting.values() for column in each.values())
+        if len(waiting) >= self.shard_responses or size >= SHARD_BYTES:
+            self._write(name)
+
+    def flush(self) -> None:
+        """Write what waits for its shard to fill."""
+        for name in [name for name, waiting in self._waiting.items() if waiting]:
+            self._write(name)
+
+    def _write(self, name: str) -> None:
+        entries = self._waiting.pop(name)
+        path = self._new_shard()
+        tokens = sum(len(next(iter(columns.values()))) for columns in entries.values())
+        record = {
+            "store": self.manifest.fingerprint,
+            "codec": codec_tree(self._codecs[name]),
+            "shared": shared_hash(self.store.path, self._codecs[name]),
+            "responses": len(entries),
+            "tokens": tokens,
+        }
+        write_sealed_file(path, partial(write_shard_file, entries=entries), record)
+        self._forget()
+
+
+@contextmanager
+def writing(path: Path, manifest: Manifest, *, say: Callable[[str], Any]) -> Iterator[StoreWriter]:
+    """A store to add to, made where there is none; no other process can write to it meanwhile.
+
+    What is half written or damaged is removed first, so that it is captured again.
+
+    Raises:
+        LimbeckError: another process writes to it, or it was captured with something else.
+    """
+    if path.is_file():
+        raise LimbeckError(f"{path} is a file; expected a folder for the store, or a name that is free")
+    with exclusive(path, remedy="wait for it, or give this capture a store of its own", warn=say):
+        for left in partial_in(path):
+            remove(left)
+        _require_manifest(path, manifest)
+        for fault in faults(path):
+            say(f"store: {fault}; it is captured again")
+            remove(fault.path.with_suffix(".safetensors"))
+            remove(fault.path.with_suffix(".json"))
+        following = max((int(shard.stem) for shard in sealed_shards(path)), default=-1) + 1
+        writer = StoreWriter(Store(path), manifest, following=following)
+        try:
+            yield writer
+        except KeyboardInterrupt:
+            # What is scored is kept.
+            writer.flush()
+            raise
+        writer.flush()
+
+
+def _require_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest of a new store, and refuse that of another one."""
+    file = path / "store.json"
+    if not file.exists():
+        if other := next((p for p in path.iterdir() if p.name != ".lock"), None):
+            raise LimbeckError(f"{path} holds {other.name} and no store.json, so it is no store; name an empty folder")
+        write_manifest(path, manifest)
+        return
+    try:
+        found = read_manifest(path)
+    except LimbeckError:
+        # Every seal says which store it belongs to: a damaged manifest is written again where all say this one.
+        if any(_store_of(shard) != manifest.fingerprint for shard in sealed_shards(path)):
+            raise
+        write_manifest(path, manifest)
+        return
+    require_same(path, found, manifest)
+
+
+def _store_of(shard: Path) -> str | None:
+    try:
+        return read_record(seal_of(shard)).get("store")
+    except LimbeckError:
+        return None
