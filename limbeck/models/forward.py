@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from limbeck.models.heads import decoder_of
@@ -11,6 +13,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from limbeck.types import TokenBatch
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own mode again (frozen parts may differ from the rest)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:

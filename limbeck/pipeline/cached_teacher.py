@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,15 +12,9 @@ from torch import Tensor
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE
 from limbeck.rollouts.collate import collate
+from limbeck.teachers.base import Teacher
 from limbeck.teachers.stored import OpenShards, require_lengths, shards_of, write_shard
-from limbeck.types import DenseSignal, Head, Response, SignalSource, TokenBatch
-
-
-class _Scorer(SignalSource, Protocol):
-    """A teacher that computes hidden states."""
-
-    @property
-    def head(self) -> Head: ...
+from limbeck.types import DenseSignal, Response, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -33,7 +26,7 @@ class CachedTeacher:
         places: file of the states of each response, by its id.
     """
 
-    teacher: _Scorer
+    teacher: Teacher
     dtype: torch.dtype
     places: dict[str, Path] = field(default_factory=dict)
     _open: OpenShards = field(default_factory=OpenShards)
@@ -92,13 +85,14 @@ class CachedTeacher:
         self.places.update({r.id: shard for r in responses})
 
 
-def round_teacher(context: RunContext, base: Iterable[Response]) -> CachedTeacher:
+def round_teacher(context: RunContext, base: Iterable[Response], asked: Teacher) -> CachedTeacher:
     """The teacher, with the signals that were stored before training.
 
     Args:
         base: training responses that were there before.
+        asked: the teacher that the training asks.
     """
-    teacher = CachedTeacher(context.teacher, getattr(torch, context.recipe.teacher.cache_dtype))
+    teacher = CachedTeacher(asked, getattr(torch, context.recipe.teacher.cache_dtype))
     if context.recipe.teacher.cache:
         shards = shards_of(context.run.signal)
         teacher.places.update({r.id: shards[r.id] for r in base if r.id in shards})

@@ -25,6 +25,7 @@ from limbeck.pipeline.drafted_responses import check_draft
 from limbeck.pipeline.lm_corpus import check_corpus
 from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.seen_prompts import check_sees
+from limbeck.pipeline.self_teaching import check_self_teaching
 from limbeck.pipeline.served_responses import check_server
 from limbeck.pipeline.stored_teacher import check_stored
 from limbeck.pipeline.student_endings import check_endings
@@ -69,7 +70,7 @@ def check_responses(context: RunContext) -> None:
     Raises:
         LimbeckError: no such teacher, or no such template.
     """
-    section = context.recipe.teacher
+    section = context.recipe.teacher_source
     resolvable(section, weights="captured" not in context.teacher.provides)
     window = context.window
     if window is not None and window <= context.recipe.responses.max_new_tokens:
@@ -93,6 +94,7 @@ def check_student(context: RunContext) -> None:
         LimbeckError: anything else.
     """
     check_objectives(context)
+    check_self_teaching(context)
     responses = context.recipe.responses
     responses.source.check_memory(max_new_tokens=responses.max_new_tokens)
     require_trackers(context.recipe.train.report_to)

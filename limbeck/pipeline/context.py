@@ -107,9 +107,14 @@ class RunContext:
     @cached_property
     def teacher(self) -> Teacher:
         """The teacher of the run, one for all stages; its weights load when a stage first needs them."""
+        return self.run_teacher if self.seen is None else self.seen.teacher(self.run_teacher)
+
+    @cached_property
+    def run_teacher(self) -> Teacher:
+        """The same, reading the student's prompts."""
         from limbeck.teachers.base import TeacherModel
 
-        section = self.recipe.teacher
+        section = self.recipe.teacher_source
         model = TeacherModel(
             model=section.model,
             revision=section.revision,
@@ -119,7 +124,7 @@ class RunContext:
         )
         teacher = section.where.open(model, device=self.device, progress=self.console.say)
         teacher.images = self.run.images
-        return teacher if self.seen is None else self.seen.teacher(teacher)
+        return teacher
 
     @cached_property
     def seen(self) -> SeenPrompts | None:

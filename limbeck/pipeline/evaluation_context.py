@@ -322,7 +322,7 @@ class RunEvaluation:
             run = self.context.run
             folder = run.student if self.part == "distilled" else run.finished_student
             return ModelSource(folder, None, self.context.student_trusted)
-        section = recipe.teacher if who == "teacher" or recipe.student.model is None else recipe.student
+        section = recipe.teacher_source if who == "teacher" or recipe.student.model is None else recipe.student
         assert section.model is not None
         return ModelSource(section.model, section.revision, section.trust_remote_code)
 

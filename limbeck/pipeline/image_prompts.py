@@ -81,7 +81,7 @@ def expanded_lengths(context: RunContext, prompts: Sequence[TokenPrompt]) -> dic
     if not any(prompt.images for prompt in prompts):
         return {}
     recipe, readers = context.recipe, []
-    for section in (recipe.teacher, *([recipe.student] if recipe.student.model is not None else [])):
+    for section in (recipe.teacher_source, *([recipe.student] if recipe.student.model is not None else [])):
         readers.append(_reader(context, section))
     return {
         prompt.id: max(len(reader.expand(prompt.ids, prompt.images).ids) for reader in readers) for prompt in prompts

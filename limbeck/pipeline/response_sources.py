@@ -43,7 +43,7 @@ def response_source_of(
     if source.on_policy:
         assert isinstance(teacher, CachedTeacher), "no other teacher can score responses that are not written yet"
         prompts = [p for p in read_asked(context.run.responses / "asked.jsonl") if p.id not in aside]
-    samplers = _Samplers(context, student)
+    samplers = _Samplers(context, student, teacher)
 
     def begin(source_context: SourceContext) -> ResponseSource:
         rounds = Rounds(
@@ -82,12 +82,14 @@ class Materials:
 class _Samplers:
     """The samplers of a training, made when they are asked for."""
 
-    def __init__(self, context: RunContext, student: Student):
+    def __init__(self, context: RunContext, student: Student, teacher: SignalSource):
         self.context, self.tokens, self.model = context, student.tokenizer, student.model
+        self._teacher = teacher
 
     @property
     def _teacher_model(self) -> Any:
-        return self.context.teacher.weights().model
+        assert isinstance(self._teacher, CachedTeacher), "asked for where the student writes too"
+        return self._teacher.teacher.weights().model
 
     def student(self) -> BatchSampler:
         return self._alone(self.model, "student")

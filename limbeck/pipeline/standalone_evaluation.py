@@ -92,10 +92,15 @@ def _check_exam(context: RunContext) -> None:
     """Both models exist, and token metrics have the same tokens on both sides."""
     resolvable(context.recipe.student)
     check_template(context, load_student_tokenizer(context))
-    resolvable(context.recipe.teacher)
+    resolvable(context.recipe.teacher_source)
     check_template(context, context.teacher.tokenizer)
     check_group_provisions(context)
     check_sees(context)
+    if "gap" in context.recipe.evaluate.groups:
+        raise LimbeckError(
+            "group gap compares the student before and after a training, and an evaluation on its own has no student "
+            "before; leave it out of evaluate.groups"
+        )
     asking = [name for name, group in context.recipe.evaluate.groups.items() if "tokens" in group.needs()]
     if asking and context.student_card is not None:
         differences = compare_vocabularies(context.teacher_card, context.student_card).differences

@@ -9,9 +9,12 @@ from pathlib import Path
 from limbeck.recipe.preference import SMOOTHED
 from limbeck.recipe.response_source import source_name
 from limbeck.recipe.sections import AXES, Recipe
+from limbeck.recipe.teacher import ITSELF, MOVING
 from limbeck.rollouts.options import OnPolicyOptions, SourceOptions
 from limbeck.rollouts.preference.options import JudgePairs
 from limbeck.rollouts.registry import SOURCES
+from limbeck.teachers.in_process import InProcess
+from limbeck.teachers.sees import StudentsPrompt
 from limbeck.types import LimbeckError
 
 
@@ -22,6 +25,7 @@ def check(recipe: Recipe) -> None:
     reserved = sorted({*AXES, "options"} & recipe.objective.options.keys())
     if reserved:
         raise LimbeckError(f"objective.options holds {reserved[0]!r}; write it as objective.{reserved[0]}")
+    _check_itself(recipe)
     _check_axes(recipe)
     _check_sees(recipe)
     _check_source(recipe)
@@ -219,6 +223,47 @@ def _check_axes(recipe: Recipe) -> None:
         raise LimbeckError(
             "objective.temperature_end moves the temperature off the grid that teacher.support="
             f"{teacher.support} holds; use teacher.support=full or topk_renorm"
+        )
+
+
+def _check_itself(recipe: Recipe) -> None:
+    """Check a teacher that is the student itself."""
+    teacher, student = recipe.teacher, recipe.student
+    if teacher.ema_decay is not None and teacher.model != "ema":
+        raise LimbeckError(
+            f"teacher.ema_decay is of teacher.model=ema, but teacher.model={teacher.model}; remove it, or change it"
+        )
+    if teacher.model not in ITSELF:
+        return
+    if student.init != "pretrained":
+        raise LimbeckError(
+            f"teacher.model={teacher.model} is the student itself, which student.init={student.init} makes of a "
+            "teacher or of nothing; set student.init=pretrained and student.model, or name a model"
+        )
+    for key, plain in (("revision", None), ("trust_remote_code", False)):
+        if getattr(teacher, key) != plain:
+            raise LimbeckError(
+                f"teacher.{key} is {getattr(teacher, key)!r}, but teacher.model={teacher.model} is the student; "
+                f"set student.{key} instead"
+            )
+    if teacher.model not in MOVING:
+        return
+    if teacher.model == "live" and isinstance(teacher.sees, StudentsPrompt):
+        raise LimbeckError(
+            "teacher.model=live is the student as it is, and with teacher.sees=prompt the two are one in every step, "
+            "so that nothing is learnt; set teacher.sees to more than the student sees, such as column or system"
+        )
+    if not isinstance(teacher.where, InProcess):
+        raise LimbeckError(f"teacher.model={teacher.model} is the student in this process; remove teacher.where")
+    if teacher.cache or teacher.support != "full":
+        raise LimbeckError(
+            f"teacher.model={teacher.model} changes in every step, so that nothing it says can be kept; "
+            "set teacher.cache=false" + ("" if teacher.support == "full" else " and teacher.support=full")
+        )
+    if teacher.model == "ema" and student.quantize is not None:
+        raise LimbeckError(
+            "teacher.model=ema averages weights, and student.quantize keeps them on a grid; set teacher.model=base or "
+            "live, or remove student.quantize"
         )
 
 

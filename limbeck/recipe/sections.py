@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +29,7 @@ from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.member import MemberKey
 from limbeck.recipe.preference import PAIRS_SETTING, PreferenceSection
 from limbeck.recipe.response_source import SOURCE, SourceSetting
-from limbeck.recipe.teacher import SEES_SETTING, WHERE, Dtype, TeacherSection
+from limbeck.recipe.teacher import ITSELF, SEES_SETTING, WHERE, Dtype, TeacherSection
 from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
@@ -346,6 +346,15 @@ class Recipe:
     train: TrainSection = field(default_factory=TrainSection)
     preference: PreferenceSection | None = None
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+
+    @property
+    def teacher_source(self) -> TeacherSection:
+        """The section `teacher` with the model whose files it means: the student's, where that teaches itself."""
+        if self.teacher.model not in ITSELF or self.student.model is None:
+            return self.teacher
+        own = self.student
+        named = {"model": own.model, "revision": own.revision, "trust_remote_code": own.trust_remote_code}
+        return replace(self.teacher, **named)
 
     @property
     def on_policy(self) -> bool:

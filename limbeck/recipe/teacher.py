@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import PlainValidator
 from pydantic.dataclasses import dataclass
 
-from limbeck.fields import STRICT, Count, Positive
+from limbeck.fields import STRICT, Count, Positive, Share
 from limbeck.recipe.member import MemberKey
 from limbeck.teachers.base import TeacherLocation
 from limbeck.teachers.in_process import InProcess
@@ -18,6 +18,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 WHERE: MemberKey[TeacherLocation] = MemberKey(
     key="teacher.where", registry=TEACHERS, default="in_process", example="in_process"
 )
+# Values of `teacher.model` that name the student itself, and those of them that change while it trains.
+ITSELF = ("base", "live", "ema")
+MOVING = ("live", "ema")
 SEES_SETTING: MemberKey[View] = MemberKey(key=SEES_KEY, registry=SEES, default="column", example="column")
 SeesSetting = Annotated[View, PlainValidator(SEES_SETTING.read, json_schema_input_type=Any)]
 WhereSetting = Annotated[TeacherLocation, PlainValidator(WHERE.read, json_schema_input_type=Any)]
@@ -26,7 +29,10 @@ WhereSetting = Annotated[TeacherLocation, PlainValidator(WHERE.read, json_schema
 @dataclass(config=STRICT, kw_only=True)
 class TeacherSection:
     model: str
-    """Who: a named asset (smollm2-135m-instruct), a local directory, a hub id or a GGUF file."""
+    """Who: a named asset (smollm2-135m-instruct), a local directory, a hub id or a GGUF file; or the student itself:
+    base (as it begins), live (as it is) or ema (the moving average of its weights)."""
+    ema_decay: Share | None = None
+    """Of the moving average: how much of it stays in a step; null is 0.95, as TRL's SDFT has it."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = "float32"
@@ -50,3 +56,8 @@ class TeacherSection:
     """Write what it says to disk once; false runs the teacher beside the student in every epoch."""
     cache_dtype: Dtype = "float32"
     """Precision of the hidden states on disk."""
+
+    @property
+    def decay(self) -> float:
+        """The decay of the moving average."""
+        return 0.95 if self.ema_decay is None else self.ema_decay

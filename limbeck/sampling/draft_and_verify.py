@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from limbeck.models.forward import evaluating
 from limbeck.ops import onednn
 from limbeck.ops.packed_linear import PackedLinears
 from limbeck.sampling.acceptance import AcceptanceRule, AcceptanceStats
@@ -24,7 +25,6 @@ from limbeck.sampling.local import (
     SampledBatch,
     SamplingProgress,
     decoding_model,
-    evaluating,
     finished_response,
     in_order,
     stops_of,

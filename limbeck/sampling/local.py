@@ -8,12 +8,13 @@ not depend on the rows beside it; finished rows cost nothing; batches are made o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from limbeck.models.forward import evaluating
 from limbeck.models.heads import causal_model, decoder_of, head_of
 from limbeck.ops import onednn
 from limbeck.ops.packed_linear import PackedLinears
@@ -238,15 +239,3 @@ def in_order(batches: Iterable[SampledBatch], count: int) -> list[Response]:
         for index, response in zip(answered.indices, answered.responses, strict=True):
             responses[index] = response
     return [response for response in responses if response is not None]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again (frozen parts may differ from the rest)."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,6 +1,6 @@
 """Checkpoints: everything that a step depends on, in safetensors, written atomically; the newest few are kept.
 
-    checkpoints/step-000050/  model.safetensors  optimizer.safetensors  state.json
+    checkpoints/step-000050/  model.safetensors  optimizer.safetensors  state.json  [average.safetensors]
     checkpoints/best-000050.safetensors    the weights of the lowest loss on the set-aside responses
     checkpoints/best-000050.json           their hash
 
@@ -35,6 +35,8 @@ from limbeck.runtime.records import read_sealed, sealed
 from limbeck.types import LimbeckError
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
+# Of trainings whose teacher is the moving average of the student.
+_AVERAGE = "average.safetensors"
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SCATTERED = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
 
@@ -73,9 +75,10 @@ def _fault(path: Path) -> str | None:
     """Fault of a checkpoint, None where there is none."""
     try:
         state = read_sealed(path / "state.json")
-        if state.get("step") != step_of(path) or set(state.get("files", ())) != set(_FILES):
+        files = state.get("files", {})
+        if state.get("step") != step_of(path) or set(files) - {_AVERAGE} != set(_FILES):
             return "state.json is of another one"
-        return next((f"{n} is not what was written" for n in _FILES if sha256_of(path / n) != state["files"][n]), None)
+        return next((f"{n} is not what was written" for n in files if sha256_of(path / n) != files[n]), None)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (LimbeckError, OSError):
@@ -83,9 +86,20 @@ def _fault(path: Path) -> str | None:
 
 
 def save(
-    folder: Path, step: int, *, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    average: dict[str, Tensor] | None = None,
+    keep: int,
 ) -> Path:
-    """Write the checkpoint of a finished step, then remove all but the newest `keep`. All ranks call, rank 0 writes."""
+    """Write the checkpoint of a finished step, then remove all but the newest `keep`. All ranks call, rank 0 writes.
+
+    Args:
+        average: weights that follow the model's, where any do.
+    """
     weights = get_model_state_dict(model, options=_GATHERED)
     moments = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
     target = folder / f"step-{step:06d}"
@@ -94,7 +108,9 @@ def save(
     with whole_folder(target) as partial:
         save_file(_once(weights, model), partial / "model.safetensors")
         save_file(_flat(moments["state"]), partial / "optimizer.safetensors")
-        files = {name: sha256_of(partial / name) for name in _FILES}
+        if average is not None:
+            save_file({name: value.contiguous() for name, value in average.items()}, partial / _AVERAGE)
+        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         write_json(partial / "state.json", sealed({"step": step, **state, "files": files}))
     # What is further on was passed over.
     every = all_in(folder)
@@ -180,6 +196,17 @@ def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -
         raise _of_another(path, min(unknown, default="no moments at all"))
     set_optimizer_state_dict(model, optimizer, moments, options=_SCATTERED)
     return {key: value for key, value in read_sealed(path / "state.json").items() if key != "files"}
+
+
+def average_of(path: Path) -> dict[str, Tensor]:
+    """The weights that followed the model's.
+
+    Raises:
+        LimbeckError: the checkpoint has none.
+    """
+    if not (path / _AVERAGE).exists():
+        raise _of_another(path, _AVERAGE)
+    return load_file(path / _AVERAGE)
 
 
 def restore_student(path: Path, student: nn.Module) -> None:

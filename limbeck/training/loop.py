@@ -26,7 +26,7 @@ from limbeck.training.gradients import GradientPasses
 from limbeck.training.loss import LossPlan, StudentLoss, make_projection
 from limbeck.training.metrics import Journal, LoopContext
 from limbeck.training.rate_search import search_rate, settings_with_rate
-from limbeck.training.run import TrainingRun
+from limbeck.training.run import FollowingWeights, TrainingRun
 from limbeck.training.weighting import TokenWeighting
 from limbeck.types import LimbeckError, Response, SignalSource
 
@@ -44,6 +44,7 @@ def train(
     development: Mapping[int, Response] = MappingProxyType({}),
     fidelity: MeasureFidelity | None = None,
     corpus: Corpus | None = None,
+    average: FollowingWeights | None = None,
     settings: TrainSection,
     vocab_size: int,
     pad_id: int,
@@ -62,6 +63,7 @@ def train(
             of the lowest is returned where the settings say so.
         fidelity: gives further metrics of the student on those, by name; logged beside their loss.
         corpus: text whose cross-entropy is added to the loss of every step.
+        average: weights of a teacher that follow the student's after every step.
         vocab_size: real token ids of the pair.
 
     Raises:
@@ -81,6 +83,7 @@ def train(
         development=development,
         fidelity=fidelity,
         corpus=corpus,
+        average=average,
         settings=settings,
         vocab_size=vocab_size,
         pad_id=pad_id,
@@ -147,6 +150,7 @@ def _prepared(
     development: Mapping[int, Response] = MappingProxyType({}),
     fidelity: MeasureFidelity | None = None,
     corpus: Corpus | None = None,
+    average: FollowingWeights | None = None,
     settings: TrainSection,
     vocab_size: int,
     pad_id: int,
@@ -200,6 +204,7 @@ def _prepared(
         heldout=heldout,
         development=development,
         fidelity=fidelity,
+        average=average,
         settings=settings,
         step_rows=step_rows,
         pad_id=pad_id,

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -30,10 +30,26 @@ from limbeck.types import Interrupted, LimbeckError, Response
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
 
 class NonFiniteError(LimbeckError):
     """The loss or its gradient is NaN or infinite; raised before the weights are touched."""
+
+
+class FollowingWeights(Protocol):
+    """Weights that follow the student's, such as their moving average."""
+
+    def begin(self) -> None:
+        """Begin as the student is now."""
+        ...
+
+    def follow(self) -> None:
+        """Called after every step."""
+        ...
+
+    def state(self) -> dict[str, Tensor]: ...
+    def restore(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +60,7 @@ class TrainingRun:
         step_rows: responses of an optimizer step over all ranks.
         heldout: responses whose loss the response source asks for.
         development: set-aside responses, by the teacher's number, that the student is evaluated on during training.
+        average: weights that follow the student's; None where nothing does.
         total: optimizer steps.
     """
 
@@ -58,6 +75,7 @@ class TrainingRun:
     heldout: Sequence[Response]
     development: Mapping[int, Response]
     fidelity: MeasureFidelity | None
+    average: FollowingWeights | None
     settings: TrainSection
     step_rows: int
     pad_id: int
@@ -155,6 +173,8 @@ class TrainingRun:
                 progress.step + 1, f"loss {loss}, gradient norm {grad_norm}", begun=progress.step > 0
             )
         self.passes.update(rate)
+        if self.average is not None:
+            self.average.follow()
         seconds = time.perf_counter() - started
         extra = self._authored(progress, by_row, means, written)
         progress.step += 1
@@ -267,6 +287,7 @@ class TrainingRun:
             model=self.module,
             optimizer=self.optimizer.optimizer,  # type: ignore[attr-defined]
             state=state,
+            average=None if self.average is None else self.average.state(),
             keep=self.settings.save_total_limit,
         )
         progress.saved = progress.step
@@ -287,5 +308,10 @@ class TrainingRun:
             progress = Progress.of(state)
             self.response_source.restore(state["response_source"])
             self.journal.restore(state)
+        if self.average is not None:
+            if newest is None:
+                self.average.begin()
+            else:
+                self.average.restore(checkpoints.average_of(newest))
         self.journal.rewind(progress.step)
         return progress

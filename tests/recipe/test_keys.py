@@ -87,7 +87,10 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     checked["prompts"] |= {"task": "gsm8k", "source": str(folder / "problems.jsonl")}
     problems = (f'{{"question": "What is {i} + 1?", "answer": "#### {i + 1}"}}\n' for i in range(20))
     (folder / "problems.jsonl").write_text("".join(problems), "utf-8")
-    return [load_recipe(tree) for tree in (served, drafted, sparse, data, checked)]
+    itself = tiny.tree(folder / "itself", **common, responses={"source": "student"})
+    itself["teacher"] = {"model": "ema", "cache": False, "sees": {"name": "system", "text": "Be short."}}
+    itself["student"] = {"model": str(tiny.teacher)}
+    return [load_recipe(tree) for tree in (served, drafted, sparse, data, checked, itself)]
 
 
 def others(section: type, name: str, now: Any) -> Iterator[Any]:

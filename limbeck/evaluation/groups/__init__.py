@@ -9,6 +9,7 @@ from limbeck.evaluation.context import EvaluationGroup
 from limbeck.evaluation.groups.cost import CostGroup
 from limbeck.evaluation.groups.diversity import DiversityGroup
 from limbeck.evaluation.groups.fidelity import FidelityGroup
+from limbeck.evaluation.groups.gap import GapGroup
 from limbeck.evaluation.groups.judge import JudgeGroup
 from limbeck.evaluation.groups.likelihood import LikelihoodGroup
 from limbeck.evaluation.groups.nll import NllGroup
@@ -31,6 +32,7 @@ EVALUATION_GROUPS: Registry[EvaluationGroup] = Registry(
         "cost": CostGroup,
         "nll": NllGroup,
         "recovery": RecoveryGroup,
+        "gap": GapGroup,
     },
     entry_points="limbeck.evaluation_groups",
 )

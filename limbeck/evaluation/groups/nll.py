@@ -38,7 +38,7 @@ class NllGroup(EvaluationGroup):
         sums: dict[str, list[float]] = {}
         size = 0
         with evaluation.meter("likelihood", sum(r.tokens for r in responses), "tokens") as meter:
-            for response, nll in _surprise(evaluation, responses):
+            for response, nll in surprise(evaluation, responses):
                 total = sums.setdefault(response.prompt_id, [0.0, 0.0])
                 total[0] += nll
                 total[1] += response.tokens
@@ -67,7 +67,7 @@ def _responses(evaluation: EvaluationContext, whose: str) -> Sequence[Response]:
     return evaluation.encode_references("student", [prompt for prompt in held if prompt.id in fitting])
 
 
-def _surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> Iterator[tuple[Response, float]]:
+def surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> Iterator[tuple[Response, float]]:
     """Each response with the sum of -log q over its tokens."""
     import torch
 

@@ -72,11 +72,11 @@ class RecoveryGroup(EvaluationGroup):
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         quantized = evaluation.quantized_weights()
         assert quantized is not None, "a recipe without student.quantize is refused"
-        healed = _rows(evaluation, evaluation.student.model)
+        healed = fidelity_rows(evaluation, evaluation.student.model)
         before = evaluation.before()
-        tables: dict[str, Sequence[ScoredRow]] = {"": _recovered(_rows(before, before.student.model), healed)}
+        tables: dict[str, Sequence[ScoredRow]] = {"": _recovered(fidelity_rows(before, before.student.model), healed)}
         for condition, model in self._quantised(evaluation, quantized.formats):
-            rows = _rows(evaluation, model)
+            rows = fidelity_rows(evaluation, model)
             tables[condition] = [
                 replace(row, values={name: row.values[name] for name in _MEASURED}, sums=shared.sums)
                 for row, shared in zip(rows, _recovered(rows, healed), strict=True)
@@ -99,7 +99,7 @@ class RecoveryGroup(EvaluationGroup):
             yield baseline, rounded_by_llama_cpp(model, formats, importance)
 
 
-def _rows(evaluation: EvaluationContext, model: nn.Module) -> list[ScoredRow]:
+def fidelity_rows(evaluation: EvaluationContext, model: nn.Module) -> list[ScoredRow]:
     """Fidelity of a model on the held-out responses, a row per prompt."""
     from limbeck.evaluation.fidelity import chunks_of, measure
     from limbeck.models.heads import head_of

@@ -57,6 +57,7 @@ POOLED: dict[str, Callable[[ndarray], ndarray]] = {
     "draft_acceptance": ratio,
     "tokens_per_pass": ratio,
     "recovered": ratio,
+    "gap_recovered": ratio,
     "speculative_speedup": speedup,
     "expected_speedup": _expected_speedup,
 }

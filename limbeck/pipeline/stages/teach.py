@@ -111,8 +111,12 @@ def _scores_train(context: RunContext) -> bool:
     return not context.recipe.on_policy or context.recipe.sft_on_responses
 
 
-def open_teacher(context: RunContext) -> SignalSource:
-    """Source of teacher signals for training and evaluation: files, or the teacher where the run has none."""
+def open_teacher(context: RunContext, beside: Teacher | None = None) -> SignalSource:
+    """Source of teacher signals for training and evaluation: files, or the teacher where the run has none.
+
+    Args:
+        beside: the teacher that a training asks; None takes that of the run.
+    """
     if "captured" in context.teacher.provides:
         # In one pass, not batch by batch.
         _locate(context)
@@ -120,7 +124,7 @@ def open_teacher(context: RunContext) -> SignalSource:
         form = sparse_form(context.recipe)
         temperatures = () if form is None else form.temperatures
         return StoredTeacher.open(context.run.signal, device=context.device, temperatures=temperatures)
-    return context.teacher
+    return beside or context.teacher
 
 
 STAGE = Stage(

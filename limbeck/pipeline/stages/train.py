@@ -23,6 +23,7 @@ from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.fidelity_in_training import fidelity_on
 from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
 from limbeck.pipeline.response_sources import response_source_of
+from limbeck.pipeline.self_teaching import TrainingTeacher, self_teaching_inputs, training_teacher
 from limbeck.pipeline.sharing import initial_student, once, student_inputs
 from limbeck.pipeline.stages.respond import CALIBRATION_RESPONSES, load_responses, load_sft_answers, pad_token_id
 from limbeck.pipeline.stages.teach import open_teacher
@@ -41,6 +42,7 @@ from limbeck.runtime.json_lines import json_lines
 from limbeck.runtime.records import flatten, read_fields
 from limbeck.student.build import Student, StudentSpec, build_student
 from limbeck.student.saving import save_student
+from limbeck.teachers.base import Teacher
 from limbeck.teachers.local import NullTeacher
 from limbeck.training import checkpoints
 from limbeck.training.loop import find_learning_rate, train
@@ -54,6 +56,7 @@ def _student_inputs(context: RunContext) -> Json:
     inputs |= {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
     if recipe.on_policy:
         inputs |= {"source": fingerprinted_member(SOURCE_KEY, recipe.responses.source)}
+    inputs |= self_teaching_inputs(context)
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
 
 
@@ -114,8 +117,9 @@ def _run_student(context: RunContext) -> Json:
     recipe, run = context.recipe, context.run
     student = build_initial_student(context)
     say_endings(context, student)
+    asked = training_teacher(context, student)
     # Not beside a student that learns from what is on disk; where the teacher itself is asked, it loads again.
-    if not _asks_teacher(context):
+    if not _asks_teacher(context) or asked.teacher is not context.teacher:
         context.teacher.release()
     # Dropout inside adapters draws from torch's own generator.
     torch.manual_seed(recipe.train.seed)
@@ -124,13 +128,15 @@ def _run_student(context: RunContext) -> Json:
             if recipe.sft is not None:
                 if checkpoints.usable(run.checkpoints) is None:
                     if recipe.train.learning_rate == "auto":
-                        _search_learning_rate(context, student, should_stop)
+                        _search_learning_rate(context, student, asked.teacher, should_stop)
                     _run_sft(context, student, recipe.sft, should_stop)
+                    if asked.teacher is not context.teacher:
+                        context.teacher.release()
                 if not context.rank:
                     # Not asked for again, whether it ended now or in a run that was killed before it came here.
                     for old in checkpoints.all_in(run.checkpoints / "sft"):
                         remove(old)
-            trained = _run_training(context, student, should_stop)
+            trained = _run_training(context, student, asked, should_stop)
         except Interrupted as stopped:
             context.console.say(f"train: {stopped}")
             if context.stop.requested:
@@ -210,7 +216,9 @@ def _sft_responses(context: RunContext, section: SftSection, *, vocab_size: int)
     return load_sft_answers(context), context.teacher if heeded else NullTeacher.of(vocab_size)
 
 
-def _search_learning_rate(context: RunContext, student: Student, should_stop: Callable[[], bool]) -> None:
+def _search_learning_rate(
+    context: RunContext, student: Student, teacher: Teacher, should_stop: Callable[[], bool]
+) -> None:
     """Search the learning rate of the main training before the first stage, on responses written before training."""
     recipe, run = context.recipe, context.run
     by_row, _ = _trained_and_aside(context)
@@ -219,7 +227,7 @@ def _search_learning_rate(context: RunContext, student: Student, should_stop: Ca
     find_learning_rate(
         student.model,
         offline(list(by_row.values())),
-        open_teacher(context) if heeded else NullTeacher.of(vocab_size),
+        open_teacher(context, teacher) if heeded else NullTeacher.of(vocab_size),
         loss_plan,
         temperature=temperature_of(recipe),
         schedule=recipe.objective.schedule,
@@ -230,7 +238,9 @@ def _search_learning_rate(context: RunContext, student: Student, should_stop: Ca
     )
 
 
-def _run_training(context: RunContext, student: Student, should_stop: Callable[[], bool]) -> torch.nn.Module:
+def _run_training(
+    context: RunContext, student: Student, asked: TrainingTeacher, should_stop: Callable[[], bool]
+) -> torch.nn.Module:
     """Run the main training."""
     recipe, run = context.recipe, context.run
     by_row, aside = _trained_and_aside(context)
@@ -241,11 +251,11 @@ def _run_training(context: RunContext, student: Student, should_stop: Callable[[
         )
     vocab_size = real_vocab_size(student.tokenizer)
     if recipe.on_policy:
-        teacher = round_teacher(context, (by_row | aside).values())
+        teacher = round_teacher(context, (by_row | aside).values(), asked.teacher)
     elif not recipe.teacher.cache and not loss_plan_of(recipe).needs_teacher:
         teacher = NullTeacher.of(vocab_size)
     else:
-        teacher = open_teacher(context)
+        teacher = open_teacher(context, asked.teacher)
     development = dict(enumerate(aside.values(), start=len(by_row)))
     # A teacher that says little of the training responses, or nothing, has no distribution to be compared with.
     measured = aside and "fidelity" in recipe.evaluate.groups and recipe.teacher.support == "full"
@@ -262,6 +272,7 @@ def _run_training(context: RunContext, student: Student, should_stop: Callable[[
         development=development,
         fidelity=fidelity_on(development, teacher, vocab_size=vocab_size, device=context.device) if measured else None,
         corpus=open_corpus(context, student.tokenizer),
+        average=asked.average,
         settings=recipe.train,
         vocab_size=vocab_size,
         pad_id=pad_token_id(student.tokenizer),
