@@ -220,6 +220,7 @@ class RunEvaluation:
             window=self._window(who),
             max_new_tokens=max_new_tokens,
             too_long=section.too_long,
+            longest=section.max_prompt_length,
             lengths=expanded_lengths(self.context, encoded),
         )
         return list(fitting.kept)

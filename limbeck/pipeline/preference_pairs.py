@@ -251,7 +251,13 @@ class RunMaterials:
             chat_options=text_options(self.context, tokenizer),
         )
         window = self.context.window or 2**31
-        return check_lengths(encoded, window=window, max_new_tokens=most, too_long=section.too_long).kept
+        return check_lengths(
+            encoded,
+            window=window,
+            max_new_tokens=most,
+            too_long=section.too_long,
+            longest=section.max_prompt_length,
+        ).kept
 
     def _compared(self, first: Response, second: Response, tokenizer: Any) -> AnswerPair:
         return AnswerPair(

@@ -128,6 +128,9 @@ class PromptsSection:
     model answers the last one."""
     too_long: Literal["error", "drop"] = "error"
     """What happens to a prompt that does not fit the window; dropped ones are counted and reported."""
+    max_prompt_length: Count | None = None
+    """The most tokens a prompt may have, its template included; null leaves it to the window. A few long prompts can
+    take most of the time and memory."""
 
     @property
     def problems_of(self) -> TaskName | None:

@@ -198,6 +198,8 @@ class TestPrompts:
         recipe = tiny.recipe(tmp_path / "run", prompts={"source": str(path), "too_long": "drop"})
         dropped = limbeck.run("respond", recipe, "--update")
         assert dropped.code == 0 and "1 prompts are longer than 116 tokens" in dropped.stderr
+        recipe = tiny.recipe(tmp_path / "run", prompts={"source": str(path), "max_prompt_length": 60})
+        refused(limbeck.run("respond", recipe, "--update"), "at most 60 (prompts.max_prompt_length)", "too_long")
 
     def test_window_of_the_student(self, limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
         """A response that fits the teacher must fit the student too."""

@@ -27,7 +27,7 @@ from limbeck.types import Json, Prompt
 def prompt_inputs(context: RunContext) -> Json:
     """Inputs of the prompts: their section, and the content of their files."""
     section = asdict(context.recipe.prompts)
-    for later in ("template", "chat_options", "too_long", "control_tokens", "loss_on"):
+    for later in ("template", "chat_options", "too_long", "max_prompt_length", "control_tokens", "loss_on"):
         del section[later]
     for rare in ("ignore_columns", "task", "generate", "heldout"):
         if not section[rare]:

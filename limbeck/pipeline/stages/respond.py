@@ -69,6 +69,8 @@ def _response_inputs(context: RunContext) -> Json:
         "too_long": prompts.too_long,
         "control_tokens": prompts.control_tokens,
     }
+    if prompts.max_prompt_length is not None:
+        chosen["max_prompt_length"] = prompts.max_prompt_length
     if prompts.chat_options:
         chosen["chat_options"] = prompts.chat_options
     captured = {"captured": context.recipe.teacher.cache_dtype} if captures(context) else {}
@@ -235,6 +237,7 @@ def _token_prompts(
         window=context.window or sys.maxsize,
         max_new_tokens=context.recipe.responses.max_new_tokens,
         too_long=section.too_long,
+        longest=section.max_prompt_length,
         lengths=expanded_lengths(context, encoded),
     )
     if fitting.dropped:
