@@ -23,11 +23,13 @@ import torch
 from torch import nn
 
 from limbeck import run
-from limbeck.evaluation.quantised import importance_of, rounded_by_llama_cpp
+from limbeck.evaluation.quantised import rounded_by_llama_cpp
 from limbeck.export import export_model
 from limbeck.models.loading import load_model
 from limbeck.models.quantization.files import read_blocks
+from limbeck.models.quantization.importance import importance_of
 from limbeck.ops import onednn
+from limbeck.rollouts.collate import collate
 from limbeck.rollouts.io import read_responses
 from limbeck.runtime.files import read_json, write_json, write_text
 
@@ -41,7 +43,7 @@ ROWS = {
     "wikitext": "WikiText-2 perplexity",
     "size": "weights, MB",
 }
-SIDES = ("full precision", "llama.cpp", "llama.cpp, importance matrix", "rounded to nearest", "healed")
+SIDES = ("full precision", "llama.cpp", "llama.cpp, importance matrix", "before training", "healed")
 
 
 def short_rows(chosen: argparse.Namespace, source: Path) -> Path:
@@ -88,7 +90,10 @@ def healed(chosen: argparse.Namespace, teacher: Path, seed: int) -> Path:
         "name": f"recovery-{seed}",
         "output_dir": str(chosen.out / f"seed-{seed}"),
         "teacher": {"model": str(teacher)},
-        "student": {"init": "teacher", "quantize": {"format": chosen.format, "fallback": chosen.fallback}},
+        "student": {
+            "init": "teacher",
+            "quantize": {"format": chosen.format, "fallback": chosen.fallback, "grid": chosen.grid},
+        },
         "prompts": {"source": str(short_rows(chosen, chosen.heal)), "limit": chosen.prompts, "too_long": "drop"},
         "responses": {"source": "teacher", "max_new_tokens": chosen.new_tokens, "seed": seed},
         "objective": {"name": chosen.objective},
@@ -143,7 +148,8 @@ def perplexities(chosen: argparse.Namespace, teacher: Path, directory: Path) -> 
         return rounded_by_llama_cpp(whole.model, blocks.formats, importance)
 
     def by_importance() -> nn.Module:
-        return by_llama_cpp(importance_of(whole.model, responses, device=torch.device("cpu")))
+        batches = (collate({0: response}, (0,), pad_id=0) for response in responses)
+        return by_llama_cpp(importance_of(whole.model, batches, device=torch.device("cpu")))
 
     made: dict[str, Callable[[], nn.Module]] = {
         SIDES[0]: lambda: whole.model,
@@ -152,6 +158,8 @@ def perplexities(chosen: argparse.Namespace, teacher: Path, directory: Path) -> 
         SIDES[3]: lambda: load_model(rounded(chosen, teacher)).model,
         SIDES[4]: lambda: load_model(directory / "student").model,
     }
+    if chosen.grid != "nearest":
+        del made[SIDES[3]]  # The start of such a student is not on disk by itself.
     for side, make in made.items():
         if side not in found:
             found[side] = perplexity(make().eval(), ids)
@@ -213,6 +221,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--format", default="q4_0")
     parser.add_argument("--fallback", help="as student.quantize.fallback")
+    parser.add_argument("--grid", choices=("nearest", "importance"), default="importance", help="student.quantize.grid")
     parser.add_argument("--objective", default="fkl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teach-steps", type=int, default=300)

@@ -1,7 +1,7 @@
 """Quantised stand-ins for a student that was trained in few bits: what llama.cpp's own quantiser makes of its teacher.
 
 llama.cpp comes in the package xllamacpp, whose shared library has the function that llama-quantize calls for each
-matrix. Its importance matrix is the mean square of what each column of a weight is multiplied with, measured here.
+matrix.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.models.forward import hidden_states
 from limbeck.models.quantization import FORMATS, dequantise
-from limbeck.rollouts.collate import collate
-from limbeck.types import LimbeckError, Response
+from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     import numpy
@@ -92,35 +89,3 @@ def rounded_by_llama_cpp(
         bytes_OY = by_llama_cpp(format, weight, (importance or {}).get(name))
         weight.copy_(dequantise(FORMATS.build(format), bytes_OY))
     return rounded
-
-
-def importance_of(model: nn.Module, responses: Sequence[Response], *, device: torch.device) -> dict[str, Tensor]:
-    """The importance matrix: for each linear layer's weight the mean square of its inputs over some responses."""
-    with _summing(model) as sums, torch.no_grad():
-        for response in responses:
-            # One by one: padding is no text.
-            hidden_states(model, collate({0: response}, (0,), pad_id=0).to(device))
-    return {name: (total / count).float() for name, (total, count) in sums.items()}
-
-
-@contextmanager
-def _summing(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]:
-    """While active, sums of squares and numbers of the inputs of every linear layer, by the name of its weight."""
-    sums: dict[str, tuple[Tensor, int]] = {}
-
-    def watch(name: str) -> Any:
-        def seen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            del module
-            input_NI = inputs[0].detach().flatten(0, -2).double()
-            total, count = sums.get(name, (input_NI.new_zeros(input_NI.shape[1]), 0))
-            sums[name] = total + input_NI.square().sum(0), count + len(input_NI)
-
-        return seen
-
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_pre_hook(watch(f"{name}.weight")) for name, module in linears]
-    try:
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()

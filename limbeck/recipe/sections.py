@@ -62,6 +62,9 @@ class QuantizeSection:
     """Format of the token embeddings and the head; null leaves them in float32."""
     fallback: str | None = None
     """Format of linear layers whose rows are no multiple of the format's block; null refuses such a student."""
+    grid: Literal["nearest", "importance"] = "nearest"
+    """How scales are chosen: as plain rounding does, or with errors weighted by the inputs of each layer on some
+    training responses, as llama.cpp does with an importance matrix."""
 
 
 @dataclass(config=STRICT, kw_only=True)

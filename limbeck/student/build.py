@@ -119,7 +119,8 @@ def build_student(
     Args:
         teacher: needed where `spec.model` is None.
         teacher_parameters: the reference for the parameter share; None counts those of `teacher`, if there is one.
-        calibration: batches of responses with their prompts; needed by "depth_prune" unless `spec.keep` is given.
+        calibration: batches of responses with their prompts; needed by "depth_prune" unless `spec.keep` is given, and
+            by a quantisation whose grids are chosen by importance.
 
     Raises:
         LimbeckError: options that contradict each other, an unknown configuration field, a model that cannot be had.
@@ -151,7 +152,7 @@ def build_student(
         freeze_embeddings(model)
     if reader_of(model) is not None:
         vision_tower(model).requires_grad_(not spec.freeze_vision)
-    quantization = None if spec.quantize is None else quantized(model, spec.quantize)
+    quantization = None if spec.quantize is None else quantized(model, spec.quantize, calibration)
     trained = model
     if spec.lora is not None:
         frozen = vision_tower(model) if reader_of(model) is not None and spec.freeze_vision else None

@@ -7,20 +7,21 @@ and stay: so a step costs little more than without, and the k-quants' long searc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from limbeck.models.quantization import FORMATS, BlockFormat, Grid, dequantise, grid_of, packed, snap
+from limbeck.models.quantization import FORMATS, BlockFormat, Grid, dequantise, grid_of, packed, snap, weighted_grid
 from limbeck.models.quantization.files import QuantizedWeights, Trained
+from limbeck.models.quantization.importance import importance_of
 from limbeck.models.quantization.layout import layout
-from limbeck.types import LimbeckError
+from limbeck.types import LimbeckError, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,12 +36,15 @@ class QuantizeSpec:
         weights: "straight_through" trains them on their grid; "frozen" leaves them there, for adapters.
         embeddings: format of the token embeddings and the head; None leaves them in float32.
         fallback: format of linear layers whose rows the blocks of `format` do not divide; None refuses those.
+        grid: how the grid of each block is chosen: "nearest", as plain rounding does; "importance", with errors
+            weighted by what the layer's inputs are on some responses.
     """
 
     format: str
     weights: Trained = "straight_through"
     embeddings: str | None = "q8_0"
     fallback: str | None = None
+    grid: Literal["nearest", "importance"] = "nearest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,21 +162,32 @@ def formats_of(model: PreTrainedModel, spec: QuantizeSpec) -> dict[str, str]:
     return layout(model, spec.format, embeddings=spec.embeddings, fallback=spec.fallback)
 
 
-def quantized(model: PreTrainedModel, spec: QuantizeSpec) -> Quantization:
+def quantized(model: PreTrainedModel, spec: QuantizeSpec, calibration: Sequence[TokenBatch] = ()) -> Quantization:
     """Put the weights of a model on their grids, in place, and keep them there.
+
+    Args:
+        calibration: responses that importance is measured on, where `spec.grid` asks for it.
 
     Raises:
         LimbeckError: as `layout`, or weights that a format's scales cannot reach.
     """
     formats = formats_of(model, spec)
     users = _users(model)
+    importance: dict[str, Tensor] = {}
+    if spec.grid == "importance":
+        assert calibration, "the recipe's checks ask for responses"
+        importance = importance_of(model, calibration, device=model.device)
     on_grid: dict[str, tuple[nn.Module, OnGrid]] = {}
     blocks: dict[str, Tensor] = {}
     for name, chosen in formats.items():
         modules = users[name]
         weight, format = modules[0].weight, FORMATS.build(chosen)
         assert isinstance(weight, nn.Parameter)
-        grid = grid_of(format, weight)
+        if name in importance:
+            # Rounded, so that sums in another order, of other threads, choose the same grid when a run is continued.
+            grid = weighted_grid(format, weight, importance[name].to(torch.bfloat16).float())
+        else:
+            grid = grid_of(format, weight)
         if not all(part.isfinite().all() for part in (*grid, snap(format, weight, grid))):
             raise LimbeckError(
                 f"{name} holds weights up to {weight.abs().max().item():.3g}, beyond the scales of {chosen} or not "

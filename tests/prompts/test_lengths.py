@@ -27,9 +27,7 @@ def test_a_lower_limit_than_the_windows() -> None:
     asked = [of_length(3), of_length(5)]
     fitting = check_lengths(asked, window=10, max_new_tokens=4, too_long="drop", longest=4)
     assert [prompt.id for prompt in fitting.kept] == ["p3"] and fitting.limit == 4
-    with pytest.raises(
-        LimbeckError, match=r"expected at most 4 \(prompts\.max_prompt_length\); raise prompts\.max"
-    ):
+    with pytest.raises(LimbeckError, match=r"expected at most 4 \(prompts\.max_prompt_length\); raise prompts\.max"):
         check_lengths(asked, window=10, max_new_tokens=4, longest=4)
     # One above the window's changes nothing, the message included.
     with pytest.raises(LimbeckError, match=r"at most 4 \(window 8 - responses\.max_new_tokens 4\); lower responses"):

@@ -17,14 +17,16 @@ from limbeck.models.heads import head_of
 from limbeck.models.loading import LoadedModel, load_model
 from limbeck.models.quantization import FORMATS, dequantise, quantise
 from limbeck.models.quantization.files import BLOCKS_FILE, read_blocks
+from limbeck.models.quantization.importance import importance_of
 from limbeck.ops import onednn
+from limbeck.rollouts.collate import collate
 from limbeck.student.adapters import LoraSpec
 from limbeck.student.build import Student, StudentSpec, build_student
 from limbeck.student.quantizing import QuantizeSpec
 from limbeck.student.saving import merged_state, save_student
 from limbeck.types import LimbeckError
 from tests.models.tiny import save_tiny
-from tests.training.play import VOCAB, play, settings, stop_after, tiny_model, weights
+from tests.training.play import VOCAB, play, settings, stop_after, tiny_model, tiny_responses, weights
 from tests.training.play import identical as same_weights
 
 IDS_BT = torch.tensor([[5, 6, 7, 8, 9, 3], [9, 4, 4, 30, 2, 1]])
@@ -89,6 +91,31 @@ def test_it_computes_with_the_rounded_weights(tmp_path: Path, tied: bool, format
     theirs.square().mean().backward()
     found = {name.replace("parametrizations.weight.original", "weight"): g for name, g in gradients(student.model)}
     assert same_weights(found, dict(gradients(plain)))
+
+
+def test_grids_chosen_by_importance(tmp_path: Path) -> None:
+    teacher = write(tmp_path / "teacher")
+    responses = tiny_responses(6)
+    batch = collate(dict(enumerate(responses)), range(len(responses)), pad_id=0)
+    spec = QuantizeSpec(format="q4_0", grid="importance")
+    student = build_student(StudentSpec(init="teacher", quantize=spec), teacher=teacher, calibration=[batch])
+    importance = importance_of(teacher.model, [batch], device=torch.device("cpu"))
+    assert student.quantization is not None
+    packed, known = student.quantization.packed(), FORMATS.build("q4_0")
+    changed = 0
+    for name, importance_I in importance.items():
+        if packed.formats.get(name) != "q4_0":
+            continue
+        weight = teacher.model.get_parameter(name)
+        chosen = dequantise(known, packed.blocks[name])
+        plain = dequantise(known, quantise(known, weight))
+        ours, theirs = (((w - weight).square() * importance_I).sum() for w in (chosen, plain))
+        # Importance enters rounded to bfloat16, so a block may lose what that is worth.
+        assert ours <= theirs * 1.001, name
+        changed += not torch.equal(chosen, plain)
+        # What is computed with is what the blocks stand for.
+        assert torch.equal(student.model.get_submodule(name.removesuffix(".weight")).weight, chosen)
+    assert changed > 10
 
 
 def test_k_quants_of_wide_rows(tmp_path: Path) -> None:

@@ -89,13 +89,16 @@ class RecoveryGroup(EvaluationGroup):
         self, evaluation: EvaluationContext, formats: Mapping[str, str]
     ) -> Iterator[tuple[Baseline, nn.Module]]:
         """The teacher's weights as llama.cpp quantises them, one after the other."""
-        from limbeck.evaluation.quantised import importance_of, rounded_by_llama_cpp
+        from limbeck.evaluation.quantised import rounded_by_llama_cpp
+        from limbeck.models.quantization.importance import importance_of
+        from limbeck.rollouts.collate import collate
 
         for baseline in self.baselines:
             model, importance = evaluation.teacher.model, None
             if baseline == "imatrix":
                 responses = evaluation.training_responses()[: self.calibration]
-                importance = importance_of(model, responses, device=evaluation.device)
+                batches = (collate({0: response}, (0,), pad_id=0) for response in responses)
+                importance = importance_of(model, batches, device=evaluation.device)
             yield baseline, rounded_by_llama_cpp(model, formats, importance)
 
 

@@ -6,6 +6,26 @@ a reader of the bytes computes with, bit for bit.
 """
 
 from limbeck.models.quantization.base import BlockFormat, Grid
-from limbeck.models.quantization.formats import FORMATS, dequantise, divides, grid_of, packed, quantise, snap
+from limbeck.models.quantization.formats import (
+    FORMATS,
+    dequantise,
+    divides,
+    grid_of,
+    packed,
+    quantise,
+    snap,
+    weighted_grid,
+)
 
-__all__ = ["FORMATS", "BlockFormat", "Grid", "dequantise", "divides", "grid_of", "packed", "quantise", "snap"]
+__all__ = [
+    "FORMATS",
+    "BlockFormat",
+    "Grid",
+    "dequantise",
+    "divides",
+    "grid_of",
+    "packed",
+    "quantise",
+    "snap",
+    "weighted_grid",
+]

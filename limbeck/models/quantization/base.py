@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -42,6 +43,16 @@ class BlockFormat(ABC):
     @abstractmethod
     def grid(self, weight_NB: Tensor) -> Grid:
         """The grid of each block, chosen for its weights."""
+
+    def candidates(self, weight_NB: Tensor, importance_NB: Tensor) -> Iterator[Grid]:
+        """Grids to choose from for each block where errors count by their importance; the plain one unless a format
+        has others.
+
+        Args:
+            importance_NB: factor on the squared error of each weight, above 0.
+        """
+        del importance_NB
+        yield self.grid(weight_NB)
 
     @abstractmethod
     def levels(self, weight_NB: Tensor, grid: Grid) -> Tensor:

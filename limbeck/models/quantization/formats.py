@@ -38,6 +38,29 @@ def grid_of(format: BlockFormat, weight_OI: Tensor) -> Grid:
 
 
 @torch.no_grad()
+def weighted_grid(format: BlockFormat, weight_OI: Tensor, importance_I: Tensor) -> Grid:
+    """The grid of each block, of the format's candidates the one with the least error weighted by importance.
+
+    Args:
+        importance_I: factor on the squared error of each column.
+    """
+    weight_NB = _blocks(format, weight_OI)
+    # Columns that were never fed count a little: a block of them has a choice to make, too.
+    floor = importance_I.mean().clamp_min(1e-30) * 1e-6
+    importance_NB = _blocks(format, importance_I.clamp_min(floor).expand_as(weight_OI))
+    chosen: Grid | None = None
+    least_N1 = weight_NB.new_full((len(weight_NB), 1), torch.inf)
+    for grid in format.candidates(weight_NB, importance_NB):
+        error_NB = format.decode(format.levels(weight_NB, grid), grid).sub_(weight_NB)
+        error_N1 = error_NB.square_().mul_(importance_NB).sum(-1, keepdim=True)
+        better_N1 = error_N1 < least_N1
+        least_N1 = torch.where(better_N1, error_N1, least_N1)
+        chosen = grid if chosen is None else tuple(map(torch.where, [better_N1] * len(grid), grid, chosen))
+    assert chosen is not None, "a format has one candidate at least"
+    return chosen
+
+
+@torch.no_grad()
 def snap(format: BlockFormat, weight_OI: Tensor, grid: Grid) -> Tensor:
     """The matrix with each weight at the nearest value of its block's grid, as the file's readers decode it."""
     level_NB = format.levels(_blocks(format, weight_OI), grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,6 +36,21 @@ class _OneScale(BlockFormat):
         scale_N1 = _signed_extreme(weight_NB) / -self.middle
         # The levels are taken with the scale as it was before it was rounded to float16.
         return inverse(scale_N1), half(scale_N1)
+
+    def candidates(self, weight_NB: Tensor, importance_NB: Tensor) -> Iterator[Grid]:
+        """The plain grid, and scales around it: each the best one for the levels that a first guess gives.
+
+        As llama.cpp's search with an importance matrix (make_qx_quants): clipping the largest weight can pay.
+        """
+        plain = self.grid(weight_NB)
+        yield plain
+        extreme_N1 = _signed_extreme(weight_NB)
+        for step in range(-9, 10):
+            guess_N1 = extreme_N1 / -(self.middle + 0.1 * step)
+            level_NB = self.levels(weight_NB, (inverse(guess_N1), guess_N1)) - self.middle
+            along_N1 = (importance_NB * weight_NB * level_NB).sum(-1, keepdim=True)
+            scale_N1 = half(along_N1 * inverse((importance_NB * level_NB * level_NB).sum(-1, keepdim=True)))
+            yield inverse(scale_N1), scale_N1
 
     def levels(self, weight_NB: Tensor, grid: Grid) -> Tensor:
         return (weight_NB * grid[0]).add_(self.middle + 0.5).trunc_().clamp_(0, 2 * self.middle - 1)
