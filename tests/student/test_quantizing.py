@@ -114,7 +114,8 @@ def test_grids_chosen_by_importance(tmp_path: Path) -> None:
         assert ours <= theirs * 1.001, name
         changed += not torch.equal(chosen, plain)
         # What is computed with is what the blocks stand for.
-        assert torch.equal(student.model.get_submodule(name.removesuffix(".weight")).weight, chosen)
+        module: Any = student.model.get_submodule(name.removesuffix(".weight"))
+        assert torch.equal(module.weight, chosen)
     assert changed > 10
 
 
