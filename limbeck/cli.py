@@ -314,6 +314,14 @@ def views() -> None:
     _list(SEES)
 
 
+@app.command()
+def combinations() -> None:
+    """List how several teachers can be combined (combine), with options."""
+    from limbeck.teachers.combinations import COMBINATIONS
+
+    _list(COMBINATIONS)
+
+
 def _list(registry: Any) -> None:
     """Print the members of a registry, each with its options below."""
     for name in registry:

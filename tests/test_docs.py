@@ -24,6 +24,7 @@ from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import ObjectiveSection, known_keys, load_recipe, objective_of, shipped_recipes
 from limbeck.recipe.teacher import TeacherSection
 from limbeck.rollouts.registry import SOURCES
+from limbeck.teachers.combinations import COMBINATIONS
 from limbeck.teachers.registry import TEACHERS
 from limbeck.teachers.sees import SEES
 from limbeck.teachers.store.codecs import CODECS
@@ -63,6 +64,9 @@ def test_tables_of_evaluation_groups_are_current() -> None:
 def test_tables_of_the_teachers_axes_are_current() -> None:
     said = "| `teacher.sees` | what it is |\n|---|---|\n"
     said += "".join(f"| `{name}` | {SEES.summary(name)} |\n" for name in SEES)
+    combined = "| `combine` | what it is |\n|---|---|\n"
+    combined += "".join(f"| `{name}` | {COMBINATIONS.summary(name)} |\n" for name in COMBINATIONS)
+    assert combined in text_of("teachers.md"), f"docs/teachers.md lists other combinations; write\n{combined}"
     supports = get_args(get_type_hints(TeacherSection)["support"])
     for key, names in (("where", TEACHERS), ("sees", SEES), ("support", supports)):
         said_of = next(line for line in text_of("teachers.md").splitlines() if f"| `teacher.{key}` |" in line)
@@ -170,7 +174,9 @@ def test_examples_run(page: str) -> None:
     for code in blocks(page, "python"):
         exec(compile(code, page, "exec", dont_inherit=True), {"__name__": "__main__"})
     for section in blocks(page, "yaml"):
-        recipe = load_recipe({"teacher": {"model": "t"}, "student": {"model": "s"}, **yaml.safe_load(section)})
+        given = yaml.safe_load(section)
+        alone = {} if "teachers" in given else {"teacher": {"model": "t"}}
+        recipe = load_recipe({**alone, "student": {"model": "s"}, **given})
         chosen = recipe.objective
         Temperature(
             loss=chosen.temperature,
@@ -198,7 +204,7 @@ def test_links_and_keys_exist(page: str) -> None:
 def test_objectives_named_in_tables_exist(page: str) -> None:
     """`name: x` in recipes' notation, wherever it stands in the text."""
     for name in re.findall(r"\{name: (\w+)", text_of(page)):
-        assert name in {**OBJECTIVES, **RULES, **SOURCES, **GENERATORS, **SEES, **TEACHERS, **CODECS}
+        assert name in {**OBJECTIVES, **RULES, **SOURCES, **GENERATORS, **SEES, **TEACHERS, **CODECS, **COMBINATIONS}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("objectives.md", "methods.md")])

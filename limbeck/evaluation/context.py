@@ -295,6 +295,10 @@ class EvaluationContext(Protocol):
         """Texts of `answers` without special tokens, by prompt id."""
         ...
 
+    def domain_of(self, prompt_id: str) -> str | None:
+        """Name of the teacher of a prompt, where each prompt has one of several; else None."""
+        ...
+
     def meter(self, label: str, total: int, unit: str) -> AbstractContextManager[Meter]:
         """Progress bar on the console."""
         ...

@@ -27,6 +27,7 @@ from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.seen_prompts import check_sees
 from limbeck.pipeline.self_teaching import check_self_teaching
 from limbeck.pipeline.served_responses import check_server
+from limbeck.pipeline.several import check_several
 from limbeck.pipeline.stored_teacher import check_stored
 from limbeck.pipeline.student_endings import check_endings
 from limbeck.pipeline.text_only import check_text_only
@@ -70,8 +71,9 @@ def check_responses(context: RunContext) -> None:
     Raises:
         LimbeckError: no such teacher, or no such template.
     """
-    section = context.recipe.teacher_source
-    resolvable(section, weights="captured" not in context.teacher.provides)
+    for section in context.recipe.every_teacher.values():
+        resolvable(context.recipe.source_of(section), weights="captured" not in context.teacher.provides)
+    check_several(context)
     window = context.window
     if window is not None and window <= context.recipe.responses.max_new_tokens:
         raise LimbeckError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,14 @@ from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.launcher import Launch, launched
 from limbeck.runtime.records import fingerprint
 from limbeck.runtime.rundir import RunDirectory
-from limbeck.types import Json
+from limbeck.types import Json, Prompt
 
 if TYPE_CHECKING:
     import torch
 
     from limbeck.models.vocabulary import VocabularyCard
     from limbeck.pipeline.seen_prompts import SeenPrompts
+    from limbeck.recipe.teacher import TeacherSection
     from limbeck.teachers.base import Teacher
 
 
@@ -112,9 +113,35 @@ class RunContext:
     @cached_property
     def run_teacher(self) -> Teacher:
         """The same, reading the student's prompts."""
+        if self.recipe.combine is None:
+            return self._opened(self.recipe.teacher)
+        from limbeck.pipeline.several import several_teachers
+
+        return several_teachers(self, self.run_teachers)
+
+    @cached_property
+    def run_teachers(self) -> Mapping[str, Teacher]:
+        """Each of several teachers by name, reading the student's prompts."""
+        return {name: self._opened(section) for name, section in self.recipe.teachers.items()}
+
+    def member_of(self, prompt_id: str) -> str:
+        """Name of the teacher of a prompt, where there are several."""
+        combination = self.recipe.combine
+        assert combination is not None, "asked for where there are several"
+        return combination.member_of(self.known_prompts[prompt_id], tuple(self.recipe.teachers))
+
+    @cached_property
+    def known_prompts(self) -> dict[str, Prompt]:
+        """The prompts of the run by id, and those that an evaluation adds, such as problems."""
+        from limbeck.prompts.io import read_prompts
+
+        return {prompt.id: prompt for prompt in read_prompts(self.run.prompts)}
+
+    def _opened(self, section: TeacherSection) -> Teacher:
+        """A teacher of a section; its weights load when they are first needed."""
         from limbeck.teachers.base import TeacherModel
 
-        section = self.recipe.teacher_source
+        section = self.recipe.source_of(section)
         model = TeacherModel(
             model=section.model,
             revision=section.revision,
@@ -132,7 +159,8 @@ class RunContext:
         from limbeck.pipeline.seen_prompts import SeenPrompts
         from limbeck.teachers.sees import StudentsPrompt
 
-        return None if isinstance(self.recipe.teacher.sees, StudentsPrompt) else SeenPrompts(self)
+        views = [section.sees for section in self.recipe.every_teacher.values()]
+        return None if all(isinstance(view, StudentsPrompt) for view in views) else SeenPrompts(self)
 
     @cached_property
     def teacher_card(self) -> VocabularyCard:

@@ -7,7 +7,7 @@ that none is written twice, rows and details are kept on disk.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,8 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.pipeline.resumable import write_in_batches
+from limbeck.pipeline.seen_prompts import as_seen
+from limbeck.pipeline.several import writers
 from limbeck.pipeline.sharing import once
 from limbeck.pipeline.stages.respond import load_responses, sampler_for, sampling_meter
 from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE, open_teacher
@@ -212,9 +214,10 @@ class RunEvaluation:
             chat_options=text_options(self.context, tokenizer),
         )
         encoded = [replace(prompt, split="heldout") for prompt in encoded]
-        if who == "teacher" and (seen := self.context.seen) is not None:
-            seen.add(prompts)
-            encoded = seen.of(encoded)
+        if who == "teacher":
+            for prompt in prompts:
+                self.context.known_prompts.setdefault(prompt.id, prompt)
+            encoded = list(as_seen(self.context, encoded))
         fitting = check_lengths(
             encoded,
             window=self._window(who),
@@ -292,20 +295,42 @@ class RunEvaluation:
     def _answer(self, path: Path, who: Who, sampling: Sampling, prompts: Sequence[Prompt], keep_logp: bool) -> None:
         """Write the answers of the student or the teacher into a file."""
         asked = self.encode(who, prompts, max_new_tokens=sampling.max_new_tokens)
-        batches = path.with_suffix("")
-        writer, rows = path.stem.partition("-")[0], self.settings.batch_size
-        found, _ = write_in_batches(
-            replace(self.sampler(who, rows), keep_logp=keep_logp),
-            asked,
-            sampling,
-            batches,
-            stop=self.context.stop,
-            watching=lambda done: sampling_meter(self.context, f"answer {writer}", len(asked), done),
-        )
+        batches, writer = path.with_suffix(""), path.stem.partition("-")[0]
+        found: dict[int, Response] = {}
+        for sampler, folder, places in self._samplers(who, asked):
+            own = [asked[place] for place in places]
+            written, _ = write_in_batches(
+                replace(sampler, keep_logp=keep_logp),
+                own,
+                sampling,
+                batches / folder,
+                stop=self.context.stop,
+                watching=lambda done, own=own: sampling_meter(self.context, f"answer {writer}", len(own), done),
+            )
+            found |= dict(zip(places, written, strict=True))
         # The student before training has round 0, like all that was written before training.
         before = who == "student" and self.part == "before"
-        write_responses(path, found if before else [replace(r, round=AFTER_TRAINING) for r in found])
+        answers = [found[place] for place in range(len(asked))]
+        write_responses(path, answers if before else [replace(r, round=AFTER_TRAINING) for r in answers])
         shutil.rmtree(batches)
+
+    def _samplers(self, who: Who, asked: Sequence[TokenPrompt]) -> Iterator[tuple[LocalSampler, str, tuple[int, ...]]]:
+        """The models that answer some prompts, each with a folder and the places of its prompts among all."""
+        rows = self.settings.batch_size
+        if who == "student" or self.context.recipe.combine is None:
+            yield self.sampler(who, rows), "", tuple(range(len(asked)))
+            return
+        for writer in writers(self.context, asked):
+            loaded = writer.teacher.weights()
+            template = self._template(who, loaded.tokenizer)
+            sampler = sampler_for(self.context, loaded.model, loaded.tokenizer, template, who, rows)
+            yield sampler, writer.folder, writer.places
+            writer.teacher.release()
+
+    def domain_of(self, prompt_id: str) -> str | None:
+        """Name of the teacher of a prompt, where each prompt has one of several."""
+        combination = self.context.recipe.combine
+        return None if combination is None or not combination.routes else self.context.member_of(prompt_id)
 
     def texts(self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None) -> dict[str, str]:
         """Texts of `answers` without special tokens, by prompt id."""

@@ -35,6 +35,12 @@ def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -
     for what, provision, remedy in asked:
         # A teacher that scores any text scores those that another one would have captured.
         if provision not in given and not (provision == "captured" and "hidden" in given):
+            if context.recipe.combine is not None and not context.recipe.combine.routes:
+                raise LimbeckError(
+                    f"{what} asks the teacher for its {_ASKED[provision]}, but a mean of several teachers has "
+                    f"distributions alone and writes nothing; {remedy}, or give each prompt one teacher "
+                    "(combine=column)"
+                )
             where = WHERE.name_of(context.recipe.teacher.where)
             raise LimbeckError(
                 f"{what} asks the teacher for its {_ASKED[provision]}, but teacher.where={where} gives "

@@ -16,12 +16,12 @@ from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.templates import TemplateName, encode_prompts, resolve_template
 from limbeck.prompts.turns import has_earlier_answers
 from limbeck.recipe.keys import fingerprinted_member
-from limbeck.recipe.teacher import SEES_SETTING
+from limbeck.recipe.teacher import SEES_SETTING, WHERE, TeacherSection
 from limbeck.rollouts.rounds import BatchSampler
 from limbeck.runtime.records import fingerprint
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.seeing import SeeingTeacher
-from limbeck.teachers.sees import SEES_KEY
+from limbeck.teachers.sees import SEES_KEY, View
 from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, SeenPrompt, TokenPrompt, shared_ids
 
 
@@ -29,21 +29,22 @@ class SeenPrompts:
     """The prompts of a run under the view of its teacher."""
 
     def __init__(self, context: RunContext):
-        self.context, self.view = context, context.recipe.teacher.sees
+        self.context = context
         self._ids: dict[str, tuple[int, ...]] = {}
-        self._added: dict[str, Prompt] = {}
 
     def teacher(self, inner: Teacher) -> SeeingTeacher:
         """A teacher that reads its prompts so."""
         return SeeingTeacher.of(inner, self.ids, fingerprint(view_inputs(self.context)))
 
-    def add(self, prompts: Sequence[Prompt]) -> None:
-        """Add prompts that are none of the run's, such as problems of an evaluation."""
-        self._added |= {prompt.id: prompt for prompt in prompts if prompt.id not in self._of_run}
-
     def prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Prompts as the teacher sees them."""
-        return [self.view.of(prompt) for prompt in prompts]
+        """Prompts as the teacher sees them; of several teachers, as that of the prompt does."""
+        return [self._view_of(prompt).of(prompt) for prompt in prompts]
+
+    def _view_of(self, prompt: Prompt) -> View:
+        recipe = self.context.recipe
+        if recipe.combine is None or not recipe.combine.routes:
+            return recipe.teacher.sees
+        return recipe.teachers[recipe.combine.member_of(prompt, tuple(recipe.teachers))].sees
 
     def ids(self, names: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of the prompts with these ids.
@@ -51,7 +52,8 @@ class SeenPrompts:
         Raises:
             LimbeckError: a template that does not fit what the teacher sees.
         """
-        missing = [self._prompt(name) for name in dict.fromkeys(names) if name not in self._ids]
+        known = self.context.known_prompts
+        missing = [known[name] for name in dict.fromkeys(names) if name not in self._ids]
         if missing:
             tokenizer, section = self.context.teacher.tokenizer, self.context.recipe.prompts
             encoded = encode_prompts(
@@ -71,20 +73,14 @@ class SeenPrompts:
             for own, ids in zip(asked, self.ids([prompt.id for prompt in asked]), strict=True)
         ]
 
-    def _prompt(self, name: str) -> Prompt:
-        return self._of_run.get(name) or self._added[name]
-
-    @cached_property
-    def _of_run(self) -> dict[str, Prompt]:
-        return {prompt.id: prompt for prompt in read_prompts(self.context.run.prompts)}
-
     @cached_property
     def _template(self) -> TemplateName:
-        tokenizer = self.context.teacher.tokenizer
-        template = resolve_template(self.context.recipe.prompts.template, tokenizer, list(self._of_run.values()))
-        if self.view.needs_turns and template != "chat":
+        tokenizer, recipe = self.context.teacher.tokenizer, self.context.recipe
+        template = resolve_template(recipe.prompts.template, tokenizer, read_prompts(self.context.run.prompts))
+        turning = next((one.sees for one in recipe.every_teacher.values() if one.sees.needs_turns), None)
+        if turning is not None and template != "chat":
             raise LimbeckError(
-                f"teacher.sees={SEES_SETTING.name_of(self.view)} adds a turn, which template {template} has no words "
+                f"teacher.sees={SEES_SETTING.name_of(turning)} adds a turn, which template {template} has no words "
                 "for; set teacher.sees={name: template, text: ...}, or choose a teacher with a chat template"
             )
         return template
@@ -94,7 +90,23 @@ def view_inputs(context: RunContext) -> Json:
     """What the teacher sees, for fingerprints; nothing where that is the student's prompt."""
     if context.seen is None:
         return {}
-    return {"sees": fingerprinted_member(SEES_KEY, context.recipe.teacher.sees)}
+    return {"sees": [fingerprinted_member(SEES_KEY, one.sees) for one in context.recipe.every_teacher.values()]}
+
+
+def section_inputs(section: TeacherSection) -> Json:
+    """How a teacher runs and what it sees, for fingerprints of several."""
+    return {
+        "where": fingerprinted_member(WHERE.key, section.where),
+        "dtype": section.dtype,
+        "attention": section.attn_implementation,
+        "sees": fingerprinted_member(SEES_KEY, section.sees),
+    }
+
+
+def views_of(context: RunContext) -> str:
+    """What the teacher sees, or the teachers see, in messages."""
+    names = (SEES_SETTING.name_of(one.sees) for one in context.recipe.every_teacher.values())
+    return " and ".join(dict.fromkeys(names))
 
 
 def as_seen(context: RunContext, asked: Sequence[TokenPrompt]) -> Sequence[TokenPrompt]:
@@ -128,10 +140,9 @@ def fitting_as_seen(
             "dropped"
         )
     own, more = (sum(len(prompt.ids) for prompt in side) for side in (asked, named))
-    name = SEES_SETTING.name_of(context.recipe.teacher.sees)
     context.console.say(
-        f"respond: teacher.sees={name}: the teacher reads {more / len(asked):.0f} tokens of a prompt on average where "
-        f"the student reads {own / len(asked):.0f}"
+        f"respond: teacher.sees={views_of(context)}: the teacher reads {more / len(asked):.0f} tokens of a prompt on "
+        f"average where the student reads {own / len(asked):.0f}"
     )
     kept = {prompt.id for prompt in fitting.kept}
     return tuple(prompt for prompt in asked if prompt.id in kept), fitting.dropped
@@ -145,9 +156,8 @@ def check_sees(context: RunContext) -> None:
     """
     if context.seen is None:
         return
-    name = SEES_SETTING.name_of(context.recipe.teacher.sees)
     for what, remedy in _one_prompt(context):
-        raise LimbeckError(f"{what}, but teacher.sees={name} shows the teacher another; {remedy}")
+        raise LimbeckError(f"{what}, but teacher.sees={views_of(context)} shows the teacher another; {remedy}")
 
 
 def _one_prompt(context: RunContext) -> Iterator[tuple[str, str]]:
@@ -164,10 +174,10 @@ def _one_prompt(context: RunContext) -> Iterator[tuple[str, str]]:
             "leave speculation out of evaluate.groups",
         )
     tasks = recipe.evaluate.groups.get("tasks")
-    if isinstance(tasks, TasksGroup) and tasks.teacher and recipe.teacher.sees.columns:
+    if isinstance(tasks, TasksGroup) and tasks.teacher and recipe.teacher_columns:
         yield (
             "evaluate.groups.tasks.teacher asks the teacher problems that have no column "
-            f"{recipe.teacher.sees.columns[0]!r}",
+            f"{recipe.teacher_columns[0]!r}",
             "set evaluate.groups.tasks.teacher=false",
         )
 
@@ -187,8 +197,8 @@ def require_single_answers(context: RunContext, prompts: Sequence[Prompt]) -> No
     if several is not None:
         raise LimbeckError(
             f"prompt {prompt_label(several)} is a conversation with earlier answers, which prompts.loss_on=all trains "
-            f"on, and teacher.sees={SEES_SETTING.name_of(recipe.teacher.sees)} changes the prompt of its last one "
-            "alone; set prompts.loss_on=last"
+            f"on, and teacher.sees={views_of(context)} changes the prompt of its last one alone; set "
+            "prompts.loss_on=last"
         )
 
 

@@ -20,6 +20,7 @@ from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.pipeline.provisions import check_group_provisions
 from limbeck.pipeline.seen_prompts import check_sees
+from limbeck.pipeline.several import check_several
 from limbeck.pipeline.stages import evaluate, report
 from limbeck.pipeline.stages.evaluate import check_groups, evaluation_inputs, examine, write_answers
 from limbeck.pipeline.stages.prompts import prompt_inputs, read_prompt_source
@@ -92,7 +93,9 @@ def _check_exam(context: RunContext) -> None:
     """Both models exist, and token metrics have the same tokens on both sides."""
     resolvable(context.recipe.student)
     check_template(context, load_student_tokenizer(context))
-    resolvable(context.recipe.teacher_source)
+    for section in context.recipe.every_teacher.values():
+        resolvable(context.recipe.source_of(section))
+    check_several(context)
     check_template(context, context.teacher.tokenizer)
     check_group_provisions(context)
     check_sees(context)

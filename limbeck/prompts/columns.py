@@ -14,7 +14,7 @@ from limbeck.types import LimbeckError
 # What a data set means by a column that no method here reads, and that changes what a row asks or answers.
 UNPLAYED: dict[str, str] = {
     "privileged_context": "is context for the teacher alone, which teacher.sees=column reads",
-    "teacher_id": "names a teacher for each row, and one teacher answers all rows here",
+    "teacher_id": "names a teacher for each row, which teachers with combine=column reads",
     "chosen": "is one answer of a preference pair, which preference.pairs=data alone reads",
     "rejected": "is one answer of a preference pair, which preference.pairs=data alone reads",
     "reward": "rates an answer, and no objective here weighs the data's answers by a rating",
@@ -135,8 +135,8 @@ def _seen_text(placed: PlacedRow, name: str) -> str:
         return require_unicode(value, name, placed.where)
     got = f"holds {shown_value(value)}" if name in placed.row else "is missing"
     raise LimbeckError(
-        f"{placed.where}: the column {quoted(name)!r}, which teacher.sees reads, {got}; expected text: fill it in, "
-        "drop the row, or set teacher.sees=prompt"
+        f"{placed.where}: the column {quoted(name)!r}, which the recipe reads (teacher.sees, combine), {got}; expected "
+        "text: fill it in, drop the row, or let the recipe read another"
     )
 
 

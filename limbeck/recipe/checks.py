@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from limbeck.recipe.preference import SMOOTHED
@@ -25,6 +26,7 @@ def check(recipe: Recipe) -> None:
     reserved = sorted({*AXES, "options"} & recipe.objective.options.keys())
     if reserved:
         raise LimbeckError(f"objective.options holds {reserved[0]!r}; write it as objective.{reserved[0]}")
+    _check_several(recipe)
     _check_itself(recipe)
     _check_axes(recipe)
     _check_sees(recipe)
@@ -226,6 +228,45 @@ def _check_axes(recipe: Recipe) -> None:
         )
 
 
+# Of several teachers each has its own; all else of the section is of the signal that they give together.
+_OWN = ("model", "revision", "dtype", "attn_implementation", "trust_remote_code", "where", "sees")
+
+
+def _check_several(recipe: Recipe) -> None:
+    """Check several teachers against each other and their combination."""
+    teachers = recipe.teachers
+    if recipe.combine is None:
+        if teachers:
+            raise LimbeckError(
+                f"teachers has {', '.join(teachers)}; say how they are combined with combine=column (each prompt's by "
+                "a column of the data), rule (by what it asks) or mean_log_p (all score every response)"
+            )
+        return
+    if len(teachers) < 2:
+        raise LimbeckError("combine is for several teachers, and there is one; add to teachers, or remove combine")
+    recipe.combine.check(tuple(teachers))
+    first, *others = teachers.items()
+    for name, section in teachers.items():
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+            raise LimbeckError(f"teachers has the name {name!r}; expected letters, digits, - and _")
+        if section.model in MOVING:
+            raise LimbeckError(f"teachers.{name}.model={section.model} changes in every step; set teacher.model alone")
+    for name, section in others:
+        for f in fields(section):
+            if f.name not in _OWN and getattr(section, f.name) != getattr(first[1], f.name):
+                raise LimbeckError(
+                    f"teachers.{name}.{f.name} is {getattr(section, f.name)!r} and teachers.{first[0]}.{f.name} "
+                    f"{getattr(first[1], f.name)!r}; their signal is one, so make them the same"
+                )
+        if not recipe.combine.routes and section.sees != first[1].sees:
+            raise LimbeckError(
+                f"teachers.{name}.sees differs from teachers.{first[0]}.sees, and with a mean all score behind one "
+                "prompt; make them the same"
+            )
+    if recipe.student.model is None:
+        raise LimbeckError("student.model is missing; of several teachers none is the one to begin as, so name a model")
+
+
 def _check_itself(recipe: Recipe) -> None:
     """Check a teacher that is the student itself."""
     teacher, student = recipe.teacher, recipe.student
@@ -269,12 +310,13 @@ def _check_itself(recipe: Recipe) -> None:
 
 def _check_sees(recipe: Recipe) -> None:
     """Check what the teacher sees against the columns that are read."""
-    sees = recipe.teacher.sees
-    sees.check()
-    left_out = next((name for name in sees.columns if name in recipe.prompts.ignore_columns), None)
+    for section in recipe.every_teacher.values():
+        section.sees.check()
+    left_out = next((name for name in recipe.teacher_columns if name in recipe.prompts.ignore_columns), None)
     if left_out is not None:
+        key = "combine" if recipe.combine is not None and left_out in recipe.combine.columns else "teacher.sees"
         raise LimbeckError(
-            f"prompts.ignore_columns leaves out {left_out!r}, which teacher.sees reads; remove it from one of the two"
+            f"prompts.ignore_columns leaves out {left_out!r}, which {key} reads; remove it from one of the two"
         )
 
 

@@ -22,7 +22,7 @@ from limbeck.recipe.preference import PAIRS_SETTING
 from limbeck.recipe.response_source import SOURCE
 from limbeck.recipe.retired import RetiredKeyError, refuse_retired
 from limbeck.recipe.sections import AXES, GENERATE, MEMBER_KEYS, ObjectiveSection, Recipe, TrainSection, sections_under
-from limbeck.recipe.teacher import SEES_SETTING, WHERE
+from limbeck.recipe.teacher import COMBINE, OF_EACH_TEACHER, SEES_SETTING, WHERE
 from limbeck.types import LimbeckError
 
 __all__ = ["ObjectiveSection", "Recipe", "TrainSection", "shipped_recipes"]
@@ -106,6 +106,7 @@ def _validate(tree: dict[str, Any]) -> Recipe:
     if isinstance(objective, dict) and "options" not in objective:
         options = {k: v for k, v in objective.items() if k not in AXES}
         tree["objective"] = {k: v for k, v in objective.items() if k in AXES} | {"options": options}
+    one_teacher(tree)
     try:
         # Through JSON, where strict mode still reads a mapping as a section and a list as a tuple.
         recipe = _ADAPTER.validate_json(json.dumps(tree))
@@ -113,6 +114,23 @@ def _validate(tree: dict[str, Any]) -> Recipe:
         raise LimbeckError(messages.explain_mistake(error, (*known_keys(), *member_keys()))) from None
     checks.check(recipe)
     return recipe
+
+
+def one_teacher(tree: dict[str, Any]) -> None:
+    """Set `teacher` from `teachers`, in place: the only one of them, or the first, whose tokenizer makes the ids.
+
+    Raises:
+        LimbeckError: both are given, and differ.
+    """
+    teachers = tree.get("teachers")
+    if not isinstance(teachers, dict) or not teachers:
+        return
+    first = next(iter(teachers.values()))
+    if "teacher" in tree and tree["teacher"] != first:
+        raise LimbeckError("teacher and teachers are both given; name the teachers in teachers alone")
+    tree["teacher"] = first
+    if len(teachers) == 1 and tree.get("combine") is None:
+        del tree["teachers"]
 
 
 def member_keys() -> Iterator[str]:
@@ -192,8 +210,15 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
     assert is_dataclass(recipe)
     tree: dict[str, Any] = yaml_text.plain_tree(asdict(recipe))
     tree["objective"] |= tree["objective"].pop("options")
+    for name, section in recipe.teachers.items():
+        own = tree["teachers"][name]
+        own |= {key: yaml_text.plain_tree(one.tree(getattr(section, key))) for key, one in OF_EACH_TEACHER.items()}
     for key, one in MEMBER_KEYS.items():
         section, _, name = key.partition(".")
+        if not name:
+            member = getattr(recipe, section)
+            tree[section] = None if member is None else yaml_text.plain_tree(one.tree(member))
+            continue
         if (member := getattr(getattr(recipe, section), name, None)) is not None:
             tree[section][name] = yaml_text.plain_tree(one.tree(member))
     return tree
@@ -219,6 +244,9 @@ def json_schema() -> dict[str, Any]:
     groups["anyOf"] = [{"$ref": "#/$defs/EvaluationGroups"}, listed]
     schema["$defs"]["TeacherSection"]["properties"]["where"]["anyOf"] = WHERE.schema()
     schema["$defs"]["TeacherSection"]["properties"]["sees"]["anyOf"] = SEES_SETTING.schema()
+    schema["properties"]["combine"]["anyOf"] = [*COMBINE.schema(), {"type": "null"}]
+    # One of the two, which JSON schema says by alternatives that editors do not complete.
+    schema["required"] = [name for name in schema["required"] if name != "teacher"]
     schema["$defs"]["PromptsSection"]["properties"]["generate"]["anyOf"] = [*GENERATE.schema(), {"type": "null"}]
     schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = SOURCE.schema()
     schema["$defs"]["PreferenceSection"]["properties"]["pairs"]["anyOf"] = PAIRS_SETTING.schema()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +29,7 @@ from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.member import MemberKey
 from limbeck.recipe.preference import PAIRS_SETTING, PreferenceSection
 from limbeck.recipe.response_source import SOURCE, SourceSetting
-from limbeck.recipe.teacher import ITSELF, SEES_SETTING, WHERE, Dtype, TeacherSection
+from limbeck.recipe.teacher import COMBINE, ITSELF, SEES_SETTING, WHERE, CombineSetting, Dtype, TeacherSection
 from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
@@ -343,6 +343,10 @@ class Recipe:
     """Names the run; the run directory is runs/NAME unless output_dir says otherwise."""
     output_dir: Annotated[str | None, NEUTRAL] = None
     teacher: TeacherSection
+    teachers: dict[str, TeacherSection] = field(default_factory=dict)
+    """Several teachers by name, in the place of `teacher`; what they share (support, cache) is the same in all."""
+    combine: CombineSetting | None = None
+    """How several teachers are combined: a name of `limbeck combinations`, or a mapping with name and options."""
     student: StudentSection = field(default_factory=StudentSection)
     prompts: PromptsSection = field(default_factory=PromptsSection)
     responses: ResponsesSection = field(default_factory=ResponsesSection)
@@ -354,13 +358,28 @@ class Recipe:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
     @property
+    def every_teacher(self) -> Mapping[str, TeacherSection]:
+        """The sections of all teachers, by name; of one alone the name is empty."""
+        return self.teachers or {"": self.teacher}
+
+    @property
+    def teacher_columns(self) -> tuple[str, ...]:
+        """Columns of the data that teachers see, or are chosen by."""
+        seen = (name for section in self.every_teacher.values() for name in section.sees.columns)
+        return tuple(dict.fromkeys((*seen, *(self.combine.columns if self.combine else ()))))
+
+    @property
     def teacher_source(self) -> TeacherSection:
-        """The section `teacher` with the model whose files it means: the student's, where that teaches itself."""
-        if self.teacher.model not in ITSELF or self.student.model is None:
-            return self.teacher
+        """The section `teacher` with the model whose files it means."""
+        return self.source_of(self.teacher)
+
+    def source_of(self, teacher: TeacherSection) -> TeacherSection:
+        """The section of a teacher with the model whose files it means: the student's, where that teaches itself."""
+        if teacher.model not in ITSELF or self.student.model is None:
+            return teacher
         own = self.student
         named = {"model": own.model, "revision": own.revision, "trust_remote_code": own.trust_remote_code}
-        return replace(self.teacher, **named)
+        return replace(teacher, **named)
 
     @property
     def on_policy(self) -> bool:
@@ -410,7 +429,7 @@ NESTED: dict[tuple[Any, str], Any] = {
 
 # Keys that hold a member of a registry; objectives and evaluation groups are read in ways of their own.
 MEMBER_KEYS: dict[str, MemberKey[Any]] = {
-    one.key: one for one in (WHERE, SEES_SETTING, GENERATE, SOURCE, PAIRS_SETTING)
+    one.key: one for one in (WHERE, SEES_SETTING, COMBINE, GENERATE, SOURCE, PAIRS_SETTING)
 }
 
 

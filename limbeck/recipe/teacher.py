@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from limbeck.fields import STRICT, Count, Positive, Share
 from limbeck.recipe.member import MemberKey
 from limbeck.teachers.base import TeacherLocation
+from limbeck.teachers.combinations import COMBINATIONS, COMBINE_KEY, Combination
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.registry import TEACHERS
 from limbeck.teachers.sees import SEES, SEES_KEY, StudentsPrompt, View
@@ -23,7 +24,13 @@ ITSELF = ("base", "live", "ema")
 MOVING = ("live", "ema")
 SEES_SETTING: MemberKey[View] = MemberKey(key=SEES_KEY, registry=SEES, default="column", example="column")
 SeesSetting = Annotated[View, PlainValidator(SEES_SETTING.read, json_schema_input_type=Any)]
+COMBINE: MemberKey[Combination] = MemberKey(key=COMBINE_KEY, registry=COMBINATIONS, default="column", example="column")
+CombineSetting = Annotated[Combination, PlainValidator(COMBINE.read, json_schema_input_type=Any)]
 WhereSetting = Annotated[TeacherLocation, PlainValidator(WHERE.read, json_schema_input_type=Any)]
+
+
+# Keys of a teacher's section that hold a member of a registry.
+OF_EACH_TEACHER: dict[str, MemberKey[Any]] = {"where": WHERE, "sees": SEES_SETTING}
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -26,7 +26,7 @@ from limbeck.report.format import (
     share_of_teacher,
 )
 from limbeck.report.preference import preference_account
-from limbeck.report.read_run import Run, number, read_run, score, value_at
+from limbeck.report.read_run import ITSELF, Run, number, read_run, score, value_at
 from limbeck.runtime.files import write_text
 from limbeck.runtime.rundir import RunDirectory
 
@@ -71,7 +71,7 @@ def card(run: Run, *, base_model: str | None = None, license: str | None = None,
         name=name_of(run),
         headline=headline(run),
         base=base,
-        teacher=_without_folder(value_at(run.recipe, "teacher.model")),
+        teacher=_teacher(run),
         origin=_without_folder(_origin(run)),
         chat=run.student.get("template") in ("chat", "alpaca"),
         answers=_answers(run),
@@ -143,6 +143,15 @@ def _dataset(run: Run, metric: str) -> tuple[str, str]:
 def _source(run: Run) -> str:
     """Where the prompts come from."""
     return _without_folder(value_at(run.recipe, "prompts.source")) or "the run"
+
+
+def _teacher(run: Run) -> str | None:
+    """Name of the teacher's model, or of each of several; that of the student's where it taught itself."""
+    several = value_at(run.recipe, "teachers")
+    if isinstance(several, Mapping) and several:
+        return " and ".join(filter(None, (_without_folder(value_at(own, "model")) for own in several.values())))
+    model = value_at(run.recipe, "teacher.model")
+    return _without_folder(_origin(run) if model in ITSELF else model)
 
 
 def _without_folder(name: Any) -> str | None:

@@ -18,7 +18,7 @@ from limbeck.report.on_policy import account, exchanges, warned
 from limbeck.report.outcome import harm
 from limbeck.report.preference import preference_account
 from limbeck.report.rate_search import search_charts
-from limbeck.report.read_run import Run, number, read_run, response_id, score, value_at
+from limbeck.report.read_run import Run, number, read_run, response_id, score, teacher_of, value_at
 from limbeck.runtime.files import write_text
 
 
@@ -88,11 +88,16 @@ def render(run: Run) -> str:
     )
 
 
+# Facts that hold unless a recipe says otherwise.
+_USUAL = (("the teacher sees", "prompt"),)
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Short facts from the recipe."""
-    facts = []
+    facts = [("teacher", name)] if (name := teacher_of(run.recipe)) is not None else []
     for label, keys in (
-        ("teacher", ("teacher.model",)),
+        ("the teacher sees", ("teacher.sees.name",)),
+        ("several teachers by", ("combine.name",)),
         ("student", ("student.model", "student.init")),
         ("prompts", ("prompts.source", "prompts.path")),
         ("responses by", ("responses.source.name",)),
@@ -105,7 +110,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         if run.alone and label not in OF_AN_EVALUATION:
             continue
         found = next((value for key in keys if (value := value_at(run.recipe, key)) is not None), None)
-        if found is not None and not isinstance(found, Mapping | list):
+        if found is not None and not isinstance(found, Mapping | list) and (label, found) not in _USUAL:
             facts.append((label, format.setting(found) if isinstance(found, float) else str(found)))
     return facts + _verified(run)
 

@@ -130,6 +130,23 @@ def value_at(mapping: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def teacher_of(recipe: Mapping[str, Any]) -> str | None:
+    """The teacher's model, or each of several with its name, as pages show it; None where the recipe names none."""
+    several = value_at(recipe, "teachers")
+    if isinstance(several, Mapping) and several:
+        return ", ".join(f"{name}: {value_at(own, 'model')}" for name, own in several.items())
+    model = value_at(recipe, "teacher.model")
+    return ITSELF.get(model, model) if isinstance(model, str) else None
+
+
+# Teachers that are the student itself, as pages show them.
+ITSELF = {
+    "base": "the student as it began",
+    "live": "the student as it is",
+    "ema": "the moving average of the student",
+}
+
+
 def response_id(sample: Mapping[str, Any], side: str) -> str | None:
     """`Response.id` of an answer ("teacher", "before", "after") in a line of samples.jsonl; None where it has none."""
     found = value_at(sample, f"responses.{side}.id")

@@ -86,6 +86,7 @@ class FidelityGroup(EvaluationGroup):
             if source not in found:
                 found[source] = measure(_chunks(evaluation, self._answers(evaluation, source)), top_k=self.top_k)
             tables["" if whose == "responses" else whose] = found[source].rows
+            tables |= _by_teacher(evaluation, "" if whose == "responses" else whose, found[source].rows)
             detail[whose] = {"answers": source, "top_k": self.top_k} | found[source].detail
         return GroupResult(tables=tables, detail=detail)
 
@@ -102,6 +103,17 @@ class FidelityGroup(EvaluationGroup):
             sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=self.temperature, seed=self.seed)
             responses = evaluation.answers(source, sampling, _fitting(evaluation))
         return _Answers(responses=[response for response in responses if response.response_ids])
+
+
+def _by_teacher(
+    evaluation: EvaluationContext, condition: str, rows: Sequence[ScoredRow]
+) -> dict[str, Sequence[ScoredRow]]:
+    """The rows of each of several teachers, as tables of their own: CONDITION,teacher=NAME."""
+    tables: dict[str, list[ScoredRow]] = {}
+    for row in rows:
+        if (name := evaluation.domain_of(row.id)) is not None:
+            tables.setdefault(",".join(filter(None, (condition, f"teacher={name}"))), []).append(row)
+    return dict(tables)
 
 
 def _source(evaluation: EvaluationContext, whose: Whose) -> Whose:

@@ -11,6 +11,7 @@ from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.image_prompts import check_image_methods, digest_of_images, reads_images
 from limbeck.pipeline.problems import ProblemReader, generated_rows
 from limbeck.pipeline.seen_prompts import require_single_answers
+from limbeck.pipeline.several import check_routes
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.images import RowImages
 from limbeck.prompts.io import write_prompts
@@ -34,7 +35,7 @@ def prompt_inputs(context: RunContext) -> Json:
             del section[rare]
     if (heldout := context.recipe.prompts.heldout) is not None:
         section["heldout_content"] = _content_of(context, replace(context.recipe.prompts, source=heldout))
-    if columns := context.recipe.teacher.sees.columns:
+    if columns := context.recipe.teacher_columns:
         section["seen_columns"] = list(columns)
     if (generate := context.recipe.prompts.generate) is not None:
         return section | {"generate": fingerprinted_member(GENERATE.key, generate)}
@@ -46,7 +47,7 @@ def _content_of(context: RunContext, prompts: PromptsSection) -> Json:
     content: Json = {"content": source_digest(prompts.source)}
     if content["content"] is not None and reads_images(context):
         ignored = (*prompts.ignore_columns, *_read_by_preference(context))
-        digest = digest_of_images(prompts, ignored, context.recipe.teacher.sees.columns)
+        digest = digest_of_images(prompts, ignored, context.recipe.teacher_columns)
         if digest is not None:
             content["images"] = digest
     return content
@@ -64,7 +65,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         "ignore_columns": (*section.ignore_columns, *_read_by_preference(context)),
         "rewrite": problems.as_prompt if problems else None,
         "images": RowImages(ImageFolder(context.run.images)) if reads_images(context) else None,
-        "seen_columns": context.recipe.teacher.sees.columns,
+        "seen_columns": context.recipe.teacher_columns,
     }
     loaded = load_prompts(
         section.source if section.generate is None else GENERATE.name_of(section.generate),
@@ -76,6 +77,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
     if section.heldout is not None:
         loaded = with_heldout(loaded, load_prompts(section.heldout, heldout_fraction=1.0, **options))
     require_single_answers(context, loaded.prompts)
+    check_routes(context, loaded.prompts)
     check_image_methods(context, loaded.prompts)
     if loaded.unread:
         context.console.say(unread_line(loaded.unread, loaded.rows))

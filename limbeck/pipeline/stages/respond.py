@@ -22,6 +22,7 @@ from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.seen_prompts import as_seen, fitting_as_seen, view_inputs
 from limbeck.pipeline.served_responses import ask_server
+from limbeck.pipeline.several import combination_inputs, writers
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
 from limbeck.pipeline.verified_responses import later_sampling, verified
@@ -88,7 +89,9 @@ def captures(context: RunContext) -> bool:
     here = recipe.base_author == "teacher" and recipe.responses.server is None
     # Several answers to a prompt have one address: only the one that is kept gets a signal.
     once = recipe.responses.verify is None or recipe.responses.verify.samples == 1
-    return here and once and recipe.teacher.cache and recipe.teacher.support == "full"
+    # States of several teachers are put together when all are known.
+    alone = recipe.combine is None
+    return here and once and alone and recipe.teacher.cache and recipe.teacher.support == "full"
 
 
 def teacher_inputs(context: RunContext) -> Json:
@@ -99,6 +102,7 @@ def teacher_inputs(context: RunContext) -> Json:
         "dtype": section.dtype,
         "attention": section.attn_implementation,
         **view_inputs(context),
+        **combination_inputs(context),
     }
 
 
@@ -106,7 +110,8 @@ def _run_responses(context: RunContext) -> Json:
     run, section, author = context.run, context.recipe.responses, context.recipe.base_author
     prompts = read_prompts(run.prompts)
     # A server and the data answer without the weights being here; they come with the signal.
-    teacher = context.teacher.weights() if section.server is None and author == "teacher" else None
+    writes = section.server is None and author == "teacher"
+    teacher = context.teacher.weights() if writes and context.recipe.combine is None else None
     # Where the two have different tokens, the student reads text in its own.
     apart = not same_tokens(context)
     own = load_student_tokenizer(context) if apart else None
@@ -133,9 +138,9 @@ def _run_responses(context: RunContext) -> Json:
         # Pairs are two answers to one prompt.
         loss_on = "last" if context.recipe.responses.source.paired else context.recipe.prompts.loss_on
         responses = _from_data(context, prompts, asked, tokenizer, template, loss_on=loss_on)
-    elif teacher is not None:
+    elif writes:
         _say_what_is_answered(context, prompts)
-        responses, served = _sample(context, teacher, asked, template)
+        responses, served = _sample_all(context, asked, template)
         more |= served
     else:
         read_by_teacher = prompts if context.seen is None else context.seen.prompts(prompts)
@@ -145,8 +150,8 @@ def _run_responses(context: RunContext) -> Json:
     if section.verify is not None:
 
         def again(some: Sequence[TokenPrompt], attempt: int) -> list[Response]:
-            assert teacher is not None, "the recipe's checks ask for one"
-            return _sample(context, teacher, some, template, attempt)[0]
+            assert writes, "the recipe's checks ask for it"
+            return _sample_all(context, some, template, attempt)[0]
 
         responses, marked = verified(context, responses, asked, tokenizer, again)
         more |= marked
@@ -247,8 +252,32 @@ def _token_prompts(
     return fitting.kept, fitting.dropped
 
 
+def _sample_all(
+    context: RunContext, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int = 0
+) -> tuple[list[Response], Json]:
+    """Responses of the teacher, or of each of several to its own prompts, one in memory at a time; see `_sample`."""
+    found: dict[int, Response] = {}
+    record: Json = {}
+    for writer in writers(context, asked):
+        own = [asked[place] for place in writer.places]
+        written, more = _sample(context, writer.teacher.weights(), own, template, attempt, folder=writer.folder)
+        found |= dict(zip(writer.places, written, strict=True))
+        if writer.folder:
+            writer.teacher.release()
+            record.setdefault("by_teacher", {})[writer.folder] = {"responses": len(written)} | more
+        else:
+            record |= more
+    return [found[place] for place in range(len(asked))], record
+
+
 def _sample(
-    context: RunContext, teacher: LoadedModel, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int = 0
+    context: RunContext,
+    teacher: LoadedModel,
+    asked: Sequence[TokenPrompt],
+    template: TemplateName,
+    attempt: int = 0,
+    *,
+    folder: str = "",
 ) -> tuple[list[Response], Json]:
     """Responses of the teacher and their record for the manifest; batches on disk are not sampled again.
 
@@ -256,8 +285,9 @@ def _sample(
 
     Args:
         attempt: answers that were wrong are written once more, with another seed and in a folder of their own.
+        folder: inside it, of one of several teachers.
     """
-    section, folder = context.recipe.responses, context.run.responses / (f"attempt-{attempt}" if attempt else "batches")
+    section, place = context.recipe.responses, context.run.responses / (f"attempt-{attempt}" if attempt else "batches")
     sampling = later_sampling(sampling_of(section), attempt)
     dtype = getattr(torch, context.recipe.teacher.cache_dtype)
     if captures(context):
@@ -276,7 +306,7 @@ def _sample(
         sampler,
         as_seen(context, asked),
         sampling,
-        folder,
+        place / folder,
         stop=context.stop,
         watching=lambda done: sampling_meter(context, "respond", len(asked), done),
         capture_hidden=captures(context),

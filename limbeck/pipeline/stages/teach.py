@@ -10,6 +10,7 @@ from torch import Tensor
 
 from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.several import rows_by_teacher
 from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
 from limbeck.rollouts.collate import collate
 from limbeck.runtime.files import link
@@ -60,13 +61,22 @@ def _score(context: RunContext) -> int:
     """
     responses = _scored(context)
     form, dtype = sparse_form(context.recipe), getattr(torch, context.recipe.teacher.cache_dtype)
-    rows = sorted(responses, key=lambda row: (-responses[row].length, row))
+    shards: list[list[int]] = []
+    for group in rows_by_teacher(context, responses):
+        rows = sorted(group, key=lambda row: (-responses[row].length, row))
+        shards += [rows[start : start + SHARD_ROWS] for start in range(0, len(rows), SHARD_ROWS)]
+    scored = ""
     tokens = sum(r.tokens for r in responses.values())
     with context.console.meter("teach", tokens, "tokens") as meter:
-        for number in range(0, len(rows), SHARD_ROWS):
-            path = context.run.signal / f"{number // SHARD_ROWS:05d}.safetensors"
-            shard = rows[number : number + SHARD_ROWS]
+        for number, shard in enumerate(shards):
+            path = context.run.signal / f"{number:05d}.safetensors"
             if not path.exists():
+                if len(shards) > 1 and context.recipe.combine is not None and context.recipe.combine.routes:
+                    # One of several teachers in memory at a time.
+                    now = context.member_of(responses[shard[0]].prompt_id)
+                    if scored not in ("", now):
+                        context.teacher.release()
+                    scored = now
                 hidden = _hidden_states(context.teacher, responses, shard)
                 whole = {row: h for row, h in hidden.items() if form is None or responses[row].split == "heldout"}
                 tensors = dense_rows({responses[row].id: h for row, h in whole.items()}, dtype=dtype)
