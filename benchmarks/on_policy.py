@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from limbeck.runtime.memory import peak_memory_mib, reset_peak_memory
+from limbeck.runtime.memory import peak_device_memory_mib, peak_memory_mib, reset_peak_memory
 from limbeck.runtime.spin_waits import short_spins_when_busy
 
 METHODS = ("limbeck", "trl DistillationTrainer")
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, help="compare with responses that are used for so many epochs")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda trains in bfloat16")
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -63,7 +64,7 @@ def main() -> None:
 
 def in_process(arguments: argparse.Namespace, method: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.on_policy", "--method", method]
-    command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
+    command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch), "--device", arguments.device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{method} failed:\n{done.stderr[-2000:]}")
@@ -74,12 +75,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     method = trl if arguments.method.startswith("trl") else limbeck
     # As every run of limbeck has it.
     with nullcontext() if method is trl else short_spins_when_busy():
-        seconds, tokens = method(arguments.batch, arguments.steps + WARM_UP_STEPS)
+        seconds, tokens = method(arguments.batch, arguments.steps + WARM_UP_STEPS, device=arguments.device)
     kept = seconds[WARM_UP_STEPS:]
     return {
         "step_s": statistics.median(kept),
         "tokens_per_s": sum(tokens[WARM_UP_STEPS:]) / sum(kept),
-        "peak_mib": peak_memory_mib(),
+        "peak_mib": peak_device_memory_mib() or peak_memory_mib(),
     }
 
 
@@ -123,7 +124,7 @@ def in_rounds(batch: int, epochs: int) -> dict[str, float]:
     return {"by step, s": per_step, "in rounds, s": per_round, "ratio": per_step / per_round}
 
 
-def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], list[int]]:
+def limbeck(batch: int, steps: int, *, refresh: int = 1, device: str = "cpu") -> tuple[list[float], list[int]]:
     from itertools import pairwise
 
     import torch
@@ -144,6 +145,8 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], l
     from limbeck.types import Sampling
 
     teacher, student, prompts = pair()
+    teacher.model.to(device)
+    student.to(device)
     vocab_size = real_vocab_size(teacher.tokenizer)
     sampler = LocalSampler(
         model=student,
@@ -172,7 +175,11 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], l
             LossPlan(objective=build_objective("rkl"), authored=True),
             temperature=Temperature(),
             settings=TrainSection(
-                per_device_train_batch_size=batch, max_steps=steps, save_steps=10**9, learning_rate=LEARNING_RATE
+                per_device_train_batch_size=batch,
+                max_steps=steps,
+                save_steps=10**9,
+                learning_rate=LEARNING_RATE,
+                bf16=device == "cuda",
             ),
             vocab_size=vocab_size,
             pad_id=0,
@@ -188,7 +195,7 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1) -> tuple[list[float], l
     return seconds, [b - a for a, b in pairwise([0, *(line["tokens"] for line in lines)])]
 
 
-def trl(batch: int, steps: int) -> tuple[list[float], list[int]]:
+def trl(batch: int, steps: int, *, device: str = "cpu") -> tuple[list[float], list[int]]:
     import warnings
 
     import torch
@@ -212,8 +219,8 @@ def trl(batch: int, steps: int) -> tuple[list[float], list[int]]:
     with tempfile.TemporaryDirectory() as folder:
         config = DistillationConfig(
             output_dir=folder,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=device == "cpu",
+            bf16=device == "cuda",
             gradient_checkpointing=False,
             report_to="none",
             save_strategy="no",

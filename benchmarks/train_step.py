@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from limbeck.runtime.memory import peak_memory_mib, reset_peak_memory
+from limbeck.runtime.memory import peak_device_memory_mib, peak_memory_mib, reset_peak_memory
 
 METHODS = ("limbeck", "limbeck, stored signal", "trl GKDTrainer")
 WARM_UP_STEPS = 2
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--alike", type=int, default=0, help="so many answers of nearly one length; 0 for all")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda trains in bfloat16")
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> None:
 
 def _in_process(arguments: argparse.Namespace, method: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.train_step", "--method", method, "--run", str(arguments.run)]
-    command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
+    command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch), "--device", arguments.device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{method} failed:\n{done.stderr[-2000:]}")
@@ -86,7 +87,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     method = trl if arguments.method == "trl GKDTrainer" else limbeck
     seconds, tokens = method(arguments)
     seconds, tokens = seconds[WARM_UP_STEPS:], tokens[WARM_UP_STEPS : len(seconds)]
-    return {"tokens_per_s": sum(tokens) / sum(seconds), "peak_mib": peak_memory_mib()}
+    return {"tokens_per_s": sum(tokens) / sum(seconds), "peak_mib": peak_device_memory_mib() or peak_memory_mib()}
 
 
 def pair(arguments: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
@@ -121,7 +122,7 @@ def limbeck(
 
     context, student, rows = pair(arguments)
     stored = arguments.method.endswith("stored signal")
-    context.recipe = replace(context.recipe, signal=replace(context.recipe.signal, cache=stored))
+    context.recipe = replace(context.recipe, teacher=replace(context.recipe.teacher, cache=stored))
     settings = replace(
         context.recipe.train,
         per_device_train_batch_size=arguments.batch,
@@ -129,6 +130,7 @@ def limbeck(
         learning_rate=LEARNING_RATE,
         save_steps=10**9,
         logging_steps=1,
+        bf16=arguments.device == "cuda",
     )
     teacher = open_teacher(context)
     reset_peak_memory()
@@ -196,8 +198,8 @@ def trl(
     with tempfile.TemporaryDirectory() as folder:
         config = GKDConfig(
             output_dir=folder,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=arguments.device == "cpu",
+            bf16=arguments.device == "cuda",
             gradient_checkpointing=False,
             report_to="none",
             save_strategy="no",

@@ -26,7 +26,7 @@ from limbeck.runtime.console import Console, QuietConsole, default_console, form
 from limbeck.runtime.errors import in_one_line
 from limbeck.runtime.files import read_json, write_json, write_text
 from limbeck.runtime.heartbeat import beating
-from limbeck.runtime.memory import peak_memory_mib, reset_peak_memory
+from limbeck.runtime.memory import peak_device_memory_mib, peak_memory_mib, reset_peak_memory
 from limbeck.runtime.outputs import written_below
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.runtime.spin_waits import short_spins_when_busy
@@ -196,6 +196,8 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
         # Also after an interruption: the time it took so far is part of the cost of the run.
         record["seconds"] = round(earlier_s + time.monotonic() - started, 2)
         record["peak_memory_mib"] = peak_memory_mib()
+        if device := peak_device_memory_mib():
+            record["peak_device_memory_mib"] = device
         if record.get("tokens"):
             record["tokens_per_s"] = round(record["tokens"] / max(record["seconds"], 1e-9), 1)
         run.write_manifest(stage.name, record)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def reset_peak_memory() -> None:
     """Start a new high-water mark, so that each stage has its own (Linux; elsewhere the process's mark is kept)."""
+    if (cuda := _cuda()) is not None:
+        cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -25,3 +28,15 @@ def peak_memory_mib() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (1024 * 1024) if sys.platform == "darwin" else peak // 1024
+
+
+def peak_device_memory_mib() -> int:
+    """High-water mark of what this process's tensors took on its CUDA device; 0 where it uses none."""
+    cuda = _cuda()
+    return 0 if cuda is None else cuda.max_memory_allocated() // 2**20
+
+
+def _cuda() -> Any:
+    """torch.cuda where this process has used it; asking must neither import torch nor start a context."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
