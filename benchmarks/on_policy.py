@@ -101,16 +101,21 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pair() -> tuple[Any, Any, list[Any]]:
-    """The loaded teacher, the student, and the prompts."""
+def pair(device: str) -> tuple[Any, Any, list[Any]]:
+    """The teacher, the student, and the prompts."""
     import copy
 
-    from limbeck.models.loading import load_model
+    import torch
+
     from limbeck.prompts.sources import load_prompts
     from limbeck.student.blocks import depth_prune
+    from limbeck.teachers.base import TeacherModel
+    from limbeck.teachers.in_process import InProcess
 
-    teacher = load_model("smollm2-135m-instruct", dtype="float32")
-    student = depth_prune(copy.deepcopy(teacher.model), KEEP)
+    teacher = InProcess().open(TeacherModel(model="smollm2-135m-instruct"), device=torch.device(device), progress=None)
+    copied: Any = copy.deepcopy(teacher.weights().model)
+    student: Any = depth_prune(copied, KEEP)
+    student.to(device)
     prompts = load_prompts("builtin", heldout_fraction=0.1, split_seed=0).of("train")
     return teacher, student, list(prompts)
 
@@ -129,7 +134,6 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1, device: str = "cpu") ->
 
     import torch
 
-    from limbeck.models.heads import head_of
     from limbeck.models.vocabulary import real_vocab_size
     from limbeck.objectives import Temperature, build_objective
     from limbeck.pipeline.cached_teacher import CachedTeacher
@@ -138,15 +142,12 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1, device: str = "cpu") ->
     from limbeck.rollouts.rounds import Rounds
     from limbeck.rollouts.student import RolloutConfig, StudentSource
     from limbeck.sampling.local import LocalSampler
-    from limbeck.teachers.local import LocalTeacher
     from limbeck.training.loop import train
     from limbeck.training.loss import LossPlan
     from limbeck.training.metrics import LoopContext
     from limbeck.types import Sampling
 
-    teacher, student, prompts = pair()
-    teacher.model.to(device)
-    student.to(device)
+    teacher, student, prompts = pair(device)
     vocab_size = real_vocab_size(teacher.tokenizer)
     sampler = LocalSampler(
         model=student,
@@ -158,7 +159,7 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1, device: str = "cpu") ->
     asked = encode_prompts(prompts, teacher.tokenizer, "chat")
     if refresh > 1:
         asked = asked[:ROUND_PROMPTS]
-    teacher_signals = CachedTeacher(LocalTeacher(teacher.model, head_of(teacher.model, vocab_size)), torch.float32)
+    teacher_signals = CachedTeacher(teacher, torch.float32)
     reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         rollout = RolloutConfig(
@@ -206,7 +207,7 @@ def trl(batch: int, steps: int, *, device: str = "cpu") -> tuple[list[float], li
     from trl.trainer.distillation_config import DistillationConfig
     from trl.trainer.distillation_trainer import DistillationTrainer
 
-    teacher, student, prompts = pair()
+    teacher, student, prompts = pair(device)
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -238,7 +239,7 @@ def trl(batch: int, steps: int, *, device: str = "cpu") -> tuple[list[float], li
         )
         trainer = DistillationTrainer(
             model=student,
-            teacher_model=teacher.model,
+            teacher_model=teacher.weights().model,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": p.text}] for p in prompts]}),
             processing_class=teacher.tokenizer,
