@@ -38,5 +38,5 @@ def peak_device_memory_mib() -> int:
 
 def _cuda() -> Any:
     """torch.cuda where this process has used it; asking must neither import torch nor start a context."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+    cuda = sys.modules.get("torch.cuda")
+    return cuda if cuda is not None and cuda.is_initialized() else None

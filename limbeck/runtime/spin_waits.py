@@ -110,7 +110,11 @@ def spare_threads() -> SpareThreads | None:
     library = _libgomp()
     if library is None:
         return None
-    threads, cores = sys.modules["torch"].get_num_threads(), len(os.sched_getaffinity(0))
+    # Another thread may be in the middle of importing torch: then the next look finds it whole.
+    counted = getattr(sys.modules["torch"], "get_num_threads", None)
+    if counted is None:
+        return None
+    threads, cores = counted(), len(os.sched_getaffinity(0))
     return SpareThreads(library, cores + 1 - threads) if 1 < threads <= cores else None
 
 

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from limbeck.pipeline import engine
 from limbeck.pipeline.stage_order import STAGES
@@ -79,6 +81,13 @@ print(spin_waits.waited_s() - before)
 
 
 @two_cores
+def test_a_torch_that_is_half_imported_has_no_threads_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = ModuleType("torch")
+    half.__file__ = torch.__file__
+    monkeypatch.setitem(sys.modules, "torch", half)
+    assert spin_waits.spare_threads() is None
+
+
 def test_spare_threads_end_the_spinning_and_go_again() -> None:
     """Seconds of computing for forty small operations, most of which are spent waiting for the next one."""
     before, held, after, spare = answers("""
