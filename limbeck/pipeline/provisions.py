@@ -33,8 +33,7 @@ def check_group_provisions(context: RunContext) -> None:
 def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -> None:
     given = context.teacher.provides
     for what, provision, remedy in asked:
-        # A teacher that scores any text scores those that another one would have captured.
-        if provision not in given and not (provision == "captured" and "hidden" in given):
+        if provision not in given and _MORE.get(provision) not in given:
             if context.recipe.combine is not None and not context.recipe.combine.routes:
                 raise LimbeckError(
                     f"{what} asks the teacher for its {_ASKED[provision]}, but a mean of several teachers has "
@@ -49,15 +48,25 @@ def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -
             )
 
 
-_ASKED: dict[Provision, str] = {"hidden": "distributions", "weights": "weights", "captured": "distributions"}
-_GIVEN: dict[Provision, str] = {**_ASKED, "captured": "those of captured texts alone"}
+# A teacher that scores or writes any text has what another one would have captured.
+_MORE: dict[Provision, Provision] = {"captured": "hidden", "answers": "weights"}
+_ASKED: dict[Provision, str] = {
+    "hidden": "distributions",
+    "weights": "weights",
+    "captured": "distributions",
+    "answers": "weights",
+}
+_GIVEN: dict[Provision, str] = {**_ASKED, "captured": "those of captured texts alone", "answers": "captured answers"}
 
 
 def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
     """Who needs it, what is needed, and the remedy."""
     recipe = context.recipe
     if recipe.base_author == "teacher" and recipe.responses.server is None:
-        yield "responses.source=teacher", "weights", "give data with answers and set responses.source=data"
+        # What it has written with a draft or been marked for is not what it writes without.
+        anew = recipe.responses.draft is not None or recipe.responses.verify is not None
+        written: Provision = "weights" if anew else "answers"
+        yield "responses.source=teacher", written, "give data with answers and set responses.source=data"
     if recipe.responses.source.samples_teacher:
         yield "responses.source", "weights", "choose a source in which the teacher does not write"
     if recipe.student.model is None and recipe.student.init == "depth_prune":

@@ -15,6 +15,7 @@ from limbeck.objectives import SparseForm
 from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.pipeline.stages.respond import load_responses
 from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE
@@ -26,8 +27,10 @@ from limbeck.teachers.store.base import Codec, Frame
 from limbeck.teachers.store.dense import Hidden, Svd
 from limbeck.teachers.store.manifest import Manifest, TeacherIdentity
 from limbeck.teachers.store.sparse import Sampled, TopK
+from limbeck.teachers.store.teacher import sampling_tree
+from limbeck.teachers.store.texts import Text
 from limbeck.teachers.store.writer import StoreWriter, writing
-from limbeck.types import DenseSignal, Head, LimbeckError, Response, Signal, SignalSource, TokenBatch
+from limbeck.types import DenseSignal, Head, Json, LimbeckError, Response, Signal, SignalSource, TokenBatch
 
 # An approximation of the head is best on the hidden states of so many responses.
 CALIBRATION_RESPONSES = 64
@@ -105,6 +108,11 @@ def capture(recipe: Recipe, path: Path, codec: Codec | None, *, console: Console
         LimbeckError: the store is another teacher's, another process writes to it, or the teacher cannot score.
     """
     context = RunContext(recipe, console)
+    if recipe.combine is not None:
+        raise LimbeckError(
+            f"a store holds the signals of one teacher, but the recipe has {len(recipe.teachers)}; capture each with a "
+            "recipe of its own (teacher.model), and name the stores in teachers"
+        )
     if "hidden" not in context.teacher.provides:
         raise context.teacher.lacks("hidden")
     codec = codec or codec_of(recipe)
@@ -114,8 +122,15 @@ def capture(recipe: Recipe, path: Path, codec: Codec | None, *, console: Console
     with writing(path, manifest_of(context, codec), say=console.warn) as writer:
         tokens = sum(response.tokens for response in responses)
         with console.meter("capture", tokens, "tokens") as meter:
-            teacher = context.teacher
-            return capture_into(writer, teacher, responses, reads=teacher.reads, advance=meter.advance)
+            teacher, kept = context.teacher, kept_sampling(recipe)
+            return capture_into(writer, teacher, responses, reads=teacher.reads, sampling=kept, advance=meter.advance)
+
+
+def kept_sampling(recipe: Recipe) -> Json | None:
+    """How the answers that are kept beside their signals were written; None where they are not the teacher's alone."""
+    section = recipe.responses
+    alone = recipe.base_author == "teacher" and section.verify is None and section.draft is None
+    return sampling_tree(sampling_of(section)) if alone else None
 
 
 def capture_into(
@@ -124,12 +139,14 @@ def capture_into(
     responses: Sequence[Response],
     *,
     reads: Callable[[TokenBatch], TokenBatch] = lambda batch: batch,
+    sampling: Json | None = None,
     advance: Callable[[int], object],
 ) -> Captured:
     """Score responses in batches that depend on them alone, so that an interrupted capture ends as a whole one.
 
     Args:
         reads: a batch as the teacher reads it.
+        sampling: how the responses were written, where they are kept too.
         advance: called with the tokens of each batch.
     """
     texts: dict[bytes, Response] = {}
@@ -146,7 +163,7 @@ def capture_into(
         batch = order[start : start + SCORING_BATCH_SIZE]
         missing = {address for address in batch if not writer.holds(address)}
         if missing:
-            tokens += _score(writer, teacher, [(address, texts[address]) for address in batch], missing, shared)
+            tokens += _score(writer, teacher, [(a, texts[a]) for a in batch], missing, shared, sampling)
         advance(sum(texts[address].tokens for address in batch))
     return Captured(added=len(order) - found, found=found, tokens=tokens)
 
@@ -157,6 +174,7 @@ def _score(
     batch: Sequence[tuple[bytes, Response]],
     missing: set[bytes],
     shared: Mapping[Codec, Mapping[str, Tensor]],
+    sampling: Json | None,
 ) -> int:
     """Add the signals of a batch that are missing; their number of tokens."""
     manifest, tokens = writer.manifest, 0
@@ -167,9 +185,11 @@ def _score(
             dense = DenseSignal(hidden_ND=hidden_TD, head=teacher.head)
             signal = signal_for(codec, manifest.frame, dense, seed=seed_of(address))
             try:
-                writer.add(codec, address, codec.encode(signal, manifest.frame, shared[codec]))
+                columns = codec.encode(signal, manifest.frame, shared[codec])
             except LimbeckError as error:
                 raise LimbeckError(f"response {response.id} to prompt {response.prompt_id}: {error}") from None
+            text = None if sampling is None or response.spans else Text.of(response)
+            writer.add(codec, address, columns, text, sampling)
             tokens += response.tokens
     return tokens
 

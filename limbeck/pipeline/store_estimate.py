@@ -10,14 +10,14 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stages import prompts as prompts_stage
 from limbeck.pipeline.stages import respond as respond_stage
 from limbeck.pipeline.stages.respond import load_responses
-from limbeck.pipeline.store_capture import codec_of, frame_of, heldout_codec
+from limbeck.pipeline.store_capture import codec_of, frame_of, heldout_codec, kept_sampling
 from limbeck.prompts.io import read_prompts
 from limbeck.recipe.load import Recipe
 from limbeck.runtime.console import Console
 from limbeck.teachers.store.addresses import address_of
 from limbeck.teachers.store.base import Codec
-from limbeck.teachers.store.estimate import Estimate, estimate
-from limbeck.types import Split
+from limbeck.teachers.store.estimate import Estimate, Length, estimate
+from limbeck.types import Prompt, Split
 
 _SPLITS: tuple[Split, Split] = ("train", "heldout")
 
@@ -46,11 +46,13 @@ def estimate_recipe(recipe: Recipe, codec: Codec | None, *, console: Console) ->
     lengths, exact = _lengths(context)
     number_bytes = 4 if recipe.teacher.dtype == "float32" else 2
     train, held = (lengths[split] for split in _SPLITS)
-    parts = estimate(codec, heldout_codec(recipe, codec), frame_of(context), train, held, number_bytes=number_bytes)
+    kept = kept_sampling(recipe) is not None
+    heldout, frame = heldout_codec(recipe, codec), frame_of(context)
+    parts = estimate(codec, heldout, frame, train, held, number_bytes=number_bytes, texts=kept)
     return RecipeEstimate(parts=parts, exact=exact)
 
 
-def _lengths(context: RunContext) -> tuple[Mapping[Split, list[int]], bool]:
+def _lengths(context: RunContext) -> tuple[Mapping[Split, list[Length]], bool]:
     """Tokens of each text to be scored, longest first, and whether that is known or the most it can be."""
     if context.run.done("respond"):
         return _written(context), True
@@ -62,12 +64,21 @@ def _lengths(context: RunContext) -> tuple[Mapping[Split, list[int]], bool]:
             respond_stage.STAGE.run(scratch)
             return _written(scratch), True
         asked, most = read_prompts(scratch.run.prompts), context.recipe.responses.max_new_tokens
-        return {split: [most] * sum(prompt.split == split for prompt in asked) for split in _SPLITS}, False
+        found: dict[Split, list[Length]] = {
+            split: [_longest(p, most) for p in asked if p.split == split] for split in _SPLITS
+        }
+        return found, False
 
 
-def _written(context: RunContext) -> dict[Split, list[int]]:
-    found: dict[Split, list[int]] = {}
+def _longest(prompt: Prompt, most: int) -> Length:
+    """Lengths of a text whose answer is not written yet; of the prompt its bytes, which are more than its ids."""
+    texts = [prompt.text or "", *(turn.content for turn in prompt.messages or ())]
+    return Length(loss=most, ids=most + sum(len(text.encode("utf-8", "replace")) for text in texts))
+
+
+def _written(context: RunContext) -> dict[Split, list[Length]]:
+    found: dict[Split, list[Length]] = {}
     for split in _SPLITS:
-        texts = {address_of(response): response.tokens for response in load_responses(context, split).values()}
-        found[split] = sorted(texts.values(), reverse=True)
+        texts = {address_of(response): response for response in load_responses(context, split).values()}
+        found[split] = sorted((Length(loss=r.tokens, ids=r.length) for r in texts.values()), reverse=True)
     return found

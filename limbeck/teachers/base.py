@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from limbeck.types import Head, LimbeckError, Signal, TokenBatch
+from limbeck.types import Head, LimbeckError, Response, Sampling, Signal, TokenBatch, TokenPrompt
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from limbeck.models.sources import Source
     from limbeck.models.vocabulary import VocabularyCard
 
-Provision = Literal["hidden", "weights", "captured"]
+Provision = Literal["hidden", "weights", "captured", "answers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class Teacher(ABC):
     @abstractmethod
     def provides(self) -> frozenset[Provision]:
         """What it can provide: "hidden" (states, by `signal`), "weights" (the model in memory, which can also
-        sample), "captured" (the signal of texts that were captured, and of no others)."""
+        sample), "captured" (the signal of texts that were captured, and of no others), "answers" (what it
+        has written before, by `answers`)."""
 
     @abstractmethod
     def signal(self, batch: TokenBatch) -> Signal:
@@ -137,6 +138,14 @@ class Teacher(ABC):
             LimbeckError: it does not provide them.
         """
         raise self.lacks("weights")
+
+    def answers(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
+        """The answers that it has written to some prompts, where it cannot write any now.
+
+        Raises:
+            LimbeckError: it has none.
+        """
+        raise self.lacks("answers")
 
     def check(self) -> None:
         """Check what can be known to be wrong before anything is asked of it.

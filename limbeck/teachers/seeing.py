@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from limbeck.teachers.base import Provision, Teacher
-from limbeck.types import Head, Signal, TokenBatch
+from limbeck.types import Head, Response, Sampling, Signal, TokenBatch, TokenPrompt
 
 if TYPE_CHECKING:
     from limbeck.models.loading import LoadedModel
@@ -66,6 +66,9 @@ class SeeingTeacher(Teacher):
 
     def reads(self, batch: TokenBatch) -> TokenBatch:
         return behind(batch, self.prompt_ids(batch.prompts))
+
+    def answers(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
+        return self.inner.answers(prompts, sampling)
 
     @property
     def scorer(self) -> Teacher:

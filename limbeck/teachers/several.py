@@ -48,6 +48,8 @@ class SeveralTeachers(Teacher):
         found: set[Provision] = set()
         if self.member_of is not None and all("weights" in one for one in given):
             found.add("weights")
+        elif self.member_of is not None and all(one & {"weights", "answers"} for one in given):
+            found.add("answers")
         if all("hidden" in one for one in given):
             found.add("hidden")
         elif all(one & {"hidden", "captured"} for one in given):

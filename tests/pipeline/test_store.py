@@ -61,6 +61,12 @@ def sparse(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return captured(tiny, tmp_path_factory.mktemp("sparse") / "store", teacher=SPARSE)
 
 
+@pytest.fixture(scope="module")
+def written(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of answers that the teacher wrote."""
+    return captured(tiny, tmp_path_factory.mktemp("written") / "store", responses={"source": "teacher"})
+
+
 def run(tree: dict[str, Any]) -> Path:
     return run_pipeline(load_recipe(tree), stages=STAGES, console=QuietConsole()).root
 
@@ -105,6 +111,19 @@ def test_a_teacher_that_sees_more_is_captured_as_it_reads(tiny, whole, tmp_path)
     run(tree_of(tiny, tmp_path / "plain", teacher=where))
 
 
+def test_the_teachers_answers_are_there_without_the_teacher(tiny, written, tmp_path):
+    teacher = {"responses": {"source": "teacher"}}
+    here = run(tree_of(tiny, tmp_path / "here", **teacher))
+    without = shutil.copytree(tiny.teacher, tmp_path / "teacher")
+    (without / "model.safetensors").unlink()
+    where = {"model": str(without), "where": {"name": "store", "path": str(written)}}
+    there = run(tree_of(tiny, tmp_path / "there", teacher=where, **teacher))
+    assert [(root / "responses" / "teacher.jsonl").read_bytes() for root in (here, there)].count(
+        (here / "responses" / "teacher.jsonl").read_bytes()
+    ) == 2  # fmt: skip
+    assert losses(there) == pytest.approx(losses(here), rel=1e-4)
+
+
 def refusal(tiny: TinyPair, output: Path, store: Path, **sections: dict[str, Any]) -> str:
     teacher = sections.pop("teacher", {})
     where = {"where": {"name": "store", "path": str(store)}} | teacher
@@ -123,6 +142,12 @@ def refusal(tiny: TinyPair, output: Path, store: Path, **sections: dict[str, Any
         ("sparse", {"teacher": SPARSE, "objective": {"temperature": 3.0}}, ("temperature 2", "the recipe's is 3")),
         ("whole", {"teacher": {"dtype": "bfloat16"}}, ("another teacher (dtype float32", "set teacher.dtype")),
         ("whole", {"responses": {"source": "teacher"}}, ("responses.source=teacher", "captured texts alone")),
+        (
+            "written",
+            {"responses": {"source": "teacher", "temperature": 0.5}},
+            ("no answer", "24 of 24", "were sampled"),
+        ),
+        ("written", {"responses": {"source": "teacher", "verify": {}}, "prompts": {"task": "gsm8k"}}, ("weights",)),
         ("whole", {"responses": {"source": "student"}}, ("captured texts alone", "in_process")),
         ("whole", {"prompts": {"template": "plain"}}, ("no signal for", "another template", "store capture")),
         ("whole", {"evaluate": {"groups": {"fidelity": {"whose": ["student"]}}}}, ("fidelity", "captured texts")),
@@ -170,6 +195,12 @@ def test_answers_that_are_not_written_yet_count_as_long_as_they_may_become(tiny,
     tree = tree_of(tiny, tmp_path / "capture", responses={"source": "teacher", "max_new_tokens": 9})
     foreseen = estimate_recipe(load_recipe(tree), TopK(), console=QuietConsole())
     assert not foreseen.exact and sum(part.tokens for part in foreseen.parts) == 9 * 24
+    recipe = load_recipe(tree)
+    capture(recipe, tmp_path / "store", TopK(), console=QuietConsole())
+    known = estimate_recipe(recipe, TopK(), console=QuietConsole())
+    size = sum(file.stat().st_size for file in (tmp_path / "store").iterdir())
+    assert known.exact and total_bytes(known.parts) == pytest.approx(size, rel=0.02)
+    assert total_bytes(known.parts) < total_bytes(foreseen.parts)
 
 
 def test_the_commands_say_what_they_do(tiny, tmp_path):

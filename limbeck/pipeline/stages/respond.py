@@ -22,7 +22,7 @@ from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.seen_prompts import as_seen, fitting_as_seen, view_inputs
 from limbeck.pipeline.served_responses import ask_server
-from limbeck.pipeline.several import combination_inputs, writers
+from limbeck.pipeline.several import Answering, combination_inputs, writers
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
 from limbeck.pipeline.verified_responses import later_sampling, verified
@@ -90,7 +90,7 @@ def captures(context: RunContext) -> bool:
     # Several answers to a prompt have one address: only the one that is kept gets a signal.
     once = recipe.responses.verify is None or recipe.responses.verify.samples == 1
     # States of several teachers are put together when all are known.
-    alone = recipe.combine is None
+    alone = recipe.combine is None and "weights" in context.teacher.provides
     return here and once and alone and recipe.teacher.cache and recipe.teacher.support == "full"
 
 
@@ -111,7 +111,8 @@ def _run_responses(context: RunContext) -> Json:
     prompts = read_prompts(run.prompts)
     # A server and the data answer without the weights being here; they come with the signal.
     writes = section.server is None and author == "teacher"
-    teacher = context.teacher.weights() if writes and context.recipe.combine is None else None
+    here = writes and context.recipe.combine is None and "weights" in context.teacher.provides
+    teacher = context.teacher.weights() if here else None
     # Where the two have different tokens, the student reads text in its own.
     apart = not same_tokens(context)
     own = load_student_tokenizer(context) if apart else None
@@ -260,7 +261,7 @@ def _sample_all(
     record: Json = {}
     for writer in writers(context, asked):
         own = [asked[place] for place in writer.places]
-        written, more = _sample(context, writer.teacher.weights(), own, template, attempt, folder=writer.folder)
+        written, more = _written_by(context, writer, own, template, attempt)
         found |= dict(zip(writer.places, written, strict=True))
         if writer.folder:
             writer.teacher.release()
@@ -268,6 +269,15 @@ def _sample_all(
         else:
             record |= more
     return [found[place] for place in range(len(asked))], record
+
+
+def _written_by(
+    context: RunContext, writer: Answering, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int
+) -> tuple[list[Response], Json]:
+    """Responses of one teacher: sampled, or those that it has written before where it cannot write any."""
+    if "weights" in writer.teacher.provides:
+        return _sample(context, writer.teacher.weights(), asked, template, attempt, folder=writer.folder)
+    return writer.teacher.answers(asked, sampling_of(context.recipe.responses)), {}
 
 
 def _sample(

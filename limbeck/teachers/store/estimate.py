@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from limbeck.teachers.store.addresses import ADDRESS
 from limbeck.teachers.store.base import Codec, Frame, bytes_per_token
+from limbeck.teachers.store.texts import TEXT_INDEX_BYTES, id_bytes
 from limbeck.teachers.store.writer import SHARD_BYTES, SHARD_RESPONSES
 
 # Address, first row, number of rows, checksum.
 INDEX_BYTES = ADDRESS + 8 + 8 + 4
 # Header of a shard's file and its seal, and the manifest: they hold a few names and numbers.
 _SHARD_BYTES, _MANIFEST_BYTES = 1_100, 1_300
+
+
+class Length(NamedTuple):
+    """Tokens of a text: those that enter the loss, and all of prompt and answer."""
+
+    loss: int
+    ids: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +31,7 @@ class Estimate:
     Attributes:
         per_token: of the signals, without index and head.
         shared: what all tokens share, such as a head.
+        texts: the texts themselves, where the teacher writes them.
     """
 
     codec: Codec
@@ -30,43 +40,53 @@ class Estimate:
     per_token: int
     shards: int
     shared: int
+    texts: int
 
     @property
     def bytes(self) -> int:
         rows = self.per_token * self.tokens + self.responses * INDEX_BYTES
-        return rows + self.shards * _SHARD_BYTES + self.shared
+        return rows + self.shards * _SHARD_BYTES + self.shared + self.texts
 
 
 def estimate(
-    codec: Codec, heldout: Codec, frame: Frame, train: Sequence[int], held: Sequence[int], *, number_bytes: int
+    codec: Codec,
+    heldout: Codec,
+    frame: Frame,
+    train: Sequence[Length],
+    held: Sequence[Length],
+    *,
+    number_bytes: int,
+    texts: bool = False,
 ) -> list[Estimate]:
-    """The size of the signals of texts with so many tokens each, for each codec.
+    """The size of the signals of some texts, for each codec.
 
     Args:
         number_bytes: of a weight of the teacher's head.
+        texts: whether the texts are kept too.
 
     Raises:
         LimbeckError: the codec makes no sense for this teacher.
     """
     lengths = {codec: [*train, *held]} if codec == heldout else {codec: train, heldout: held}
-    return [_of(codec, frame, some, number_bytes) for codec, some in lengths.items() if some]
+    return [_of(codec, frame, some, number_bytes, texts) for codec, some in lengths.items() if some]
 
 
-def _of(codec: Codec, frame: Frame, lengths: Sequence[int], number_bytes: int) -> Estimate:
+def _of(codec: Codec, frame: Frame, lengths: Sequence[Length], number_bytes: int, texts: bool) -> Estimate:
     codec.check(frame)
     per_token, shards, responses, size = bytes_per_token(codec, frame), 0, 0, 0
-    for tokens in lengths:
+    for length in lengths:
         shards += responses == 0
-        responses, size = responses + 1, size + tokens * per_token
+        responses, size = responses + 1, size + length.loss * per_token
         if responses >= SHARD_RESPONSES or size >= SHARD_BYTES:
             responses = size = 0
     return Estimate(
         codec=codec,
         responses=len(lengths),
-        tokens=sum(lengths),
+        tokens=sum(length.loss for length in lengths),
         per_token=per_token,
         shards=shards,
         shared=codec.shared_bytes(frame, number_bytes),
+        texts=sum(length.ids * id_bytes(frame.vocab_size) + TEXT_INDEX_BYTES for length in lengths) if texts else 0,
     )
 
 

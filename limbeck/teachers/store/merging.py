@@ -62,4 +62,4 @@ def _add(writer: StoreWriter, store: Store) -> None:
             continue
         for address in new:
             codec, columns = store.entry(address)
-            writer.add(codec, address, columns)
+            writer.add(codec, address, columns, *store.text(address))

@@ -9,12 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limbeck.runtime.records import fingerprint
 from limbeck.teachers.store.addresses import addresses_of
 from limbeck.teachers.store.base import Codec
 from limbeck.teachers.store.codecs import codec_tree, read_codec
 from limbeck.teachers.store.manifest import Manifest, read_manifest
 from limbeck.teachers.store.seals import damaged, read_seal, read_whole_seal
 from limbeck.teachers.store.shards import Columns, OpenShard, require_layout
+from limbeck.teachers.store.texts import Text
 from limbeck.types import Head, Json, LimbeckError, Signal, TokenBatch
 
 if TYPE_CHECKING:
@@ -100,6 +102,25 @@ class Store:
         codec, columns = self._codec(path), self._shard(path).entry(number)
         require_layout(path, columns, codec.layout(self.manifest.frame))
         return codec, columns
+
+    def text(self, address: bytes) -> tuple[Text | None, Json | None]:
+        """The text of an address that was looked up and how it was sampled, where the store keeps that."""
+        path, number = self.places[address]
+        return self._shard(path).text(number), self.seals[path]["sampling"]
+
+    def answers(self, keys: Sequence[bytes], sampling: Json) -> dict[bytes, Text]:
+        """The teacher's answers to some prompts (`prompt_key`) that were sampled in one way."""
+        found: dict[bytes, Text] = {}
+        for path, seal in self.seals.items():
+            if seal["sampling"] == sampling and (missing := [key for key in keys if key not in found]):
+                found |= self._shard(path).texts_of(missing)
+        return found
+
+    @property
+    def samplings(self) -> list[Json]:
+        """The ways in which the answers of the store were sampled."""
+        found = {fingerprint(seal["sampling"]): seal["sampling"] for seal in self.seals.values() if seal["sampling"]}
+        return list(found.values())
 
     def _codec(self, path: Path) -> Codec:
         if path not in self._codecs:

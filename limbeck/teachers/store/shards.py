@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from limbeck.teachers.store.addresses import ADDRESS
 from limbeck.teachers.store.seals import damaged
+from limbeck.teachers.store.texts import Text, stop_of, text_checksum
 from limbeck.types import LimbeckError
 
 Array = npt.NDArray[Any]
@@ -58,11 +59,15 @@ def shard_tensors(entries: Mapping[bytes, Columns]) -> dict[str, Array]:
     }
 
 
-def write_shard_file(path: Path, entries: Mapping[bytes, Columns]) -> None:
-    """Write the file of a shard."""
+def write_shard_file(path: Path, entries: Mapping[bytes, Columns], more: Mapping[str, Array]) -> None:
+    """Write the file of a shard.
+
+    Args:
+        more: further tensors, in the order of the addresses.
+    """
     from safetensors.numpy import save_file
 
-    save_file(shard_tensors(entries), path)
+    save_file(shard_tensors(entries) | dict(more), path)
 
 
 def checksum(columns: Columns) -> int:
@@ -145,10 +150,37 @@ class OpenShard:
 
     def places(self, wanted: Sequence[bytes]) -> dict[bytes, int]:
         """The numbers in the index of those of some addresses that are here."""
-        here_RA = self._rows("index.address", 0, len(self))
+        return self._numbers("index.address", wanted)
+
+    def texts_of(self, keys: Sequence[bytes]) -> dict[bytes, Text]:
+        """The answers to those of some prompts that are here.
+
+        Raises:
+            LimbeckError: one is not what was written.
+        """
+        return {key: self._text(number) for key, number in self._numbers("text.key", keys).items()}
+
+    def _text(self, number: int) -> Text:
+        first, tokens, prompt, stop, crc = (
+            int(self._rows(f"text.{name}", number, number + 1)[0])
+            for name in ("first", "tokens", "prompt", "stop", "crc")
+        )
+        ids, ended = self._rows("text.ids", first, first + tokens), stop_of(stop)
+        if ended is None or text_checksum(ids, ended) != crc:
+            raise damaged(self.path, f"text {number} is not what was written")
+        return Text(ids=tuple(ids.tolist()), prompt=prompt, stop=ended)
+
+    def text(self, number: int) -> Text | None:
+        """The text of a response; None where the shard has none."""
+        return self._text(number) if "text.ids" in self._tensors else None
+
+    def _numbers(self, name: str, wanted: Sequence[bytes]) -> dict[bytes, int]:
+        """The places of some names in a tensor of them."""
+        here_RA = self._rows(name, 0, len(self))
+        order_R = np.argsort(_leading(here_RA), kind="stable")
         wanted_WA = np.frombuffer(b"".join(wanted), dtype=np.uint8).reshape(len(wanted), ADDRESS)
         # The first eight bytes as numbers; the others are compared where these are equal.
-        found_W = np.searchsorted(_leading(here_RA), _leading(wanted_WA)).clip(0, len(self) - 1)
+        found_W = order_R[np.searchsorted(_leading(here_RA)[order_R], _leading(wanted_WA)).clip(0, len(self) - 1)]
         same_W = (here_RA[found_W] == wanted_WA).all(1)
         return {address: int(n) for address, n, same in zip(wanted, found_W, same_W, strict=True) if same}
 

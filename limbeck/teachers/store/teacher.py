@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from limbeck.fields import NEUTRAL
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
-from limbeck.types import Head, LimbeckError, Signal, TokenBatch
+from limbeck.types import (
+    Head,
+    Json,
+    LimbeckError,
+    Response,
+    Sampling,
+    Signal,
+    TokenBatch,
+    TokenPrompt,
+    as_asked,
+    shared_ids,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +29,7 @@ if TYPE_CHECKING:
     from limbeck.models.assets import DownloadProgress
     from limbeck.teachers.store.manifest import Manifest
     from limbeck.teachers.store.reader import Store
+    from limbeck.teachers.store.texts import Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +47,24 @@ class InStore:
         return StoreTeacher(model=model, device=device, progress=progress, path=Path(self.path).expanduser())
 
 
+def sampling_tree(sampling: Sampling) -> Json:
+    """How answers were sampled, as a store keeps it."""
+    return asdict(sampling) | {"stop": list(sampling.stop)}
+
+
+def _response(prompt: TokenPrompt, text: Text, sampling: Sampling) -> Response:
+    return Response(
+        prompt_id=prompt.id,
+        author="teacher",
+        prompt_ids=prompt.ids,
+        response_ids=shared_ids(text.ids[text.prompt :]),
+        stop=text.stop,
+        sampling=sampling,
+        split=prompt.split,
+        images=prompt.images,
+    )
+
+
 @dataclass(kw_only=True)
 class StoreTeacher(Teacher):
     """A teacher that gives the signals of the texts in a store, and of no others.
@@ -47,7 +77,22 @@ class StoreTeacher(Teacher):
 
     @property
     def provides(self) -> frozenset[Provision]:
-        return frozenset({"captured"})
+        return frozenset({"captured", "answers"}) if self._store.samplings else frozenset({"captured"})
+
+    def answers(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
+        from limbeck.teachers.store.texts import prompt_key
+
+        keys = [prompt_key(as_asked(prompt).ids, prompt.images) for prompt in prompts]
+        how = sampling_tree(sampling)
+        found = self._store.answers(keys, how)
+        if missing := sum(key not in found for key in keys):
+            others = [other for other in self._store.samplings if other != how]
+            said = f"those it has were sampled with {others[0]}, " if others and missing == len(keys) else ""
+            raise LimbeckError(
+                f"{self.path} has no answer of the teacher to {missing} of {len(keys)} prompts with {how}; {said}"
+                "add these with `limbeck store capture`, or set responses to what was captured"
+            )
+        return [_response(as_asked(prompt), found[key], sampling) for prompt, key in zip(prompts, keys, strict=True)]
 
     @property
     def fingerprint(self) -> str:

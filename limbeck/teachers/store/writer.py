@@ -7,19 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from limbeck.runtime.files import link
 from limbeck.runtime.folders import partial_in, remove
 from limbeck.runtime.locks import exclusive
+from limbeck.runtime.records import fingerprint
 from limbeck.teachers.store.base import Codec
 from limbeck.teachers.store.codecs import codec_tree
 from limbeck.teachers.store.manifest import Manifest, read_manifest, require_same, write_manifest
-from limbeck.teachers.store.reader import Store, codec_name, sealed_shards, shared_file, shared_hash
+from limbeck.teachers.store.reader import Store, sealed_shards, shared_file, shared_hash
 from limbeck.teachers.store.seals import read_record, seal_of, write_sealed_file
 from limbeck.teachers.store.shards import Columns, write_shard_file
+from limbeck.teachers.store.texts import Text, text_tensors
 from limbeck.teachers.store.verifying import faults
-from limbeck.types import Head, LimbeckError
+from limbeck.types import Head, Json, LimbeckError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +29,23 @@ if TYPE_CHECKING:
 # A shard ends with the first of the two: what is lost by a kill is at most one, and files stay few.
 SHARD_RESPONSES = 256
 SHARD_BYTES = 256 << 20
+
+
+class _Entry(NamedTuple):
+    columns: Columns
+    text: Text | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """What the responses of one shard have in common."""
+
+    codec: Codec
+    sampling: Json | None
+
+    @property
+    def key(self) -> str:
+        return fingerprint({"codec": codec_tree(self.codec), "sampling": self.sampling})
 
 
 @dataclass
@@ -42,8 +61,7 @@ class StoreWriter:
     manifest: Manifest
     following: int
     shard_responses: int = SHARD_RESPONSES
-    _waiting: dict[str, dict[bytes, Columns]] = field(default_factory=dict)
-    _codecs: dict[str, Codec] = field(default_factory=dict)
+    _waiting: dict[str, tuple[_Group, dict[bytes, _Entry]]] = field(default_factory=dict)
 
     def shared(self, codec: Codec, make: Callable[[], tuple[Head, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
         """The tensors that all tokens of a codec share; made, where the store has none yet."""
@@ -69,7 +87,7 @@ class StoreWriter:
 
     def holds(self, address: bytes) -> bool:
         """Whether the signal of an address was added, by this process or an earlier one; see `Store.locate`."""
-        return address in self.store.places or any(address in waiting for waiting in self._waiting.values())
+        return address in self.store.places or any(address in waiting for _, waiting in self._waiting.values())
 
     def adopt(self, shard: Path) -> None:
         """Take over a whole shard of a store with the same manifest: linked where the disk allows it."""
@@ -87,33 +105,46 @@ class StoreWriter:
         """Have the store look for its shards again."""
         vars(self.store).pop("seals", None)
 
-    def add(self, codec: Codec, address: bytes, columns: Columns) -> None:
-        """Add the signal of an address; it is on disk when its shard is full, or with `flush`."""
-        name = codec_name(codec)
-        waiting = self._waiting.setdefault(name, {})
-        self._codecs[name] = codec
-        waiting[address] = columns
-        size = sum(column.nbytes for each in waiting.values() for column in each.values())
+    def add(
+        self,
+        codec: Codec,
+        address: bytes,
+        columns: Columns,
+        text: Text | None = None,
+        sampling: Json | None = None,
+    ) -> None:
+        """Add the signal of an address; it is on disk when its shard is full, or with `flush`.
+
+        Args:
+            text: that it belongs to, where the teacher wrote it.
+            sampling: how it was written.
+        """
+        group = _Group(codec=codec, sampling=sampling if text else None)
+        waiting = self._waiting.setdefault(group.key, (group, {}))[1]
+        waiting[address] = _Entry(columns, text)
+        size = sum(column.nbytes for entry in waiting.values() for column in entry.columns.values())
         if len(waiting) >= self.shard_responses or size >= SHARD_BYTES:
-            self._write(name)
+            self._write(group.key)
 
     def flush(self) -> None:
         """Write what waits for its shard to fill."""
-        for name in [name for name, waiting in self._waiting.items() if waiting]:
-            self._write(name)
+        for key in list(self._waiting):
+            self._write(key)
 
-    def _write(self, name: str) -> None:
-        entries = self._waiting.pop(name)
-        path = self._new_shard()
-        tokens = sum(len(next(iter(columns.values()))) for columns in entries.values())
+    def _write(self, key: str) -> None:
+        group, entries = self._waiting.pop(key)
+        path, columns = self._new_shard(), {address: entry.columns for address, entry in entries.items()}
+        texts = [text for address in sorted(entries) if (text := entries[address].text) is not None]
+        more = text_tensors(texts, self.manifest.frame.vocab_size) if texts else {}
         record = {
             "store": self.manifest.fingerprint,
-            "codec": codec_tree(self._codecs[name]),
-            "shared": shared_hash(self.store.path, self._codecs[name]),
+            "codec": codec_tree(group.codec),
+            "shared": shared_hash(self.store.path, group.codec),
+            "sampling": group.sampling,
             "responses": len(entries),
-            "tokens": tokens,
+            "tokens": sum(len(next(iter(each.values()))) for each in columns.values()),
         }
-        write_sealed_file(path, partial(write_shard_file, entries=entries), record)
+        write_sealed_file(path, partial(write_shard_file, entries=columns, more=more), record)
         self._forget()
 
 

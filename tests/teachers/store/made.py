@@ -17,7 +17,7 @@ from limbeck.teachers.store.manifest import Manifest, TeacherIdentity
 from limbeck.teachers.store.reader import Store, codec_name
 from limbeck.teachers.store.sparse import TopK
 from limbeck.teachers.store.writer import writing
-from limbeck.types import Head, Response
+from limbeck.types import Head, Json, Response
 from tests.training.play import VOCAB, tiny_model, tiny_responses
 
 FRAME = Frame(vocab_size=VOCAB, width=32, temperatures=(1.0, 2.0))
@@ -58,12 +58,19 @@ def make(
     shard_responses: int = 6,
     said: list[str] | None = None,
     teacher: LocalTeacher | None = None,
+    sampling: Json | None = None,
 ) -> Captured:
     """Capture some responses, a few in each shard."""
     said = [] if said is None else said
     with writing(path, identity or manifest(), say=said.append) as writer:
         writer.shard_responses = shard_responses
-        return capture_into(writer, teacher or tiny_teacher(), responses or texts(), advance=lambda tokens: None)
+        return capture_into(
+            writer,
+            teacher or tiny_teacher(),
+            responses or texts(),
+            sampling=sampling,
+            advance=lambda tokens: None,
+        )
 
 
 def heads(store: Store) -> dict[str, Head]:

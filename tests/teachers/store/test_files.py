@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -14,17 +15,20 @@ from limbeck.rollouts.collate import collate
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.store.addresses import address_of, addresses_of
 from limbeck.teachers.store.dense import Hidden, Svd
-from limbeck.teachers.store.estimate import estimate, total_bytes
+from limbeck.teachers.store.estimate import Length, estimate, total_bytes
 from limbeck.teachers.store.manifest import read_manifest
 from limbeck.teachers.store.merging import merge
 from limbeck.teachers.store.reader import Store
 from limbeck.teachers.store.shards import OpenShard
 from limbeck.teachers.store.sparse import Sampled, TopK
+from limbeck.teachers.store.texts import Text, prompt_key
 from limbeck.teachers.store.verifying import verify
 from limbeck.teachers.store.writer import writing
 from limbeck.types import DenseSignal, LimbeckError, TopKSignal
 from tests.teachers.store.made import FRAME, content, heads, make, manifest, texts, tiny_teacher
 from tests.training.play import tiny_responses
+
+SPLITS = ("train", "heldout")
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +195,54 @@ def test_the_size_is_known_before_anything_is_captured(tmp_path, codec):
     responses = texts(120)
     make(tmp_path / "s", responses, identity=manifest(codec), shard_responses=256)
     written = sum(file.stat().st_size for file in (tmp_path / "s").iterdir())
-    train, held = ([r.tokens for r in responses if r.split == split] for split in ("train", "heldout"))
+    lengths = {split: [Length(r.tokens, r.length) for r in responses if r.split == split] for split in SPLITS}
+    train, held = lengths.values()
     foreseen = total_bytes(estimate(codec, manifest(codec).heldout, FRAME, train, held, number_bytes=4))
     assert foreseen == pytest.approx(written, rel=0.02)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_answers_are_found_by_their_prompts_and_the_way_they_were_sampled(tmp_path, parts):
+    responses, teacher, how = texts(), tiny_teacher(), {"temperature": 1.0, "stop": []}
+    stores = [tmp_path / str(part) for part in range(parts)]
+    for part, path in enumerate(stores):
+        make(path, responses[part * 9 :], teacher=teacher, sampling=how)
+    merge(tmp_path / "all", stores, say=print)
+    store, keys = Store(tmp_path / "all"), [Text.of(response).key for response in responses]
+    found = store.answers([*keys, b"0" * 16], how)
+    assert found.keys() == {*keys} and store.samplings == [how]
+    assert store.answers(keys, how | {"temperature": 0.5}) == {}
+    for response in responses:
+        answer = found[Text.of(response).key]
+        assert (answer.ids[: answer.prompt], answer.ids[answer.prompt :]) == (
+            response.prompt_ids,
+            response.response_ids,
+        )
+        assert answer.stop == response.stop
+    # The same prompt with a picture is another one.
+    assert prompt_key(responses[0].prompt_ids, ("a",)) not in keys
+
+
+def test_a_changed_answer_is_never_handed_out(tmp_path):
+    responses, how = texts(12), {"temperature": 1.0}
+    make(tmp_path / "s", responses, sampling=how)
+    keys = [Text.of(response).key for response in responses]
+    expected = Store(tmp_path / "s").answers(keys, how)
+    shard = tmp_path / "s" / "000000.safetensors"
+    good, place = shard.read_bytes(), text_place(shard)
+    for number in range(place[0], place[1], 3):
+        data = bytearray(good)
+        data[number] ^= 4
+        shard.write_bytes(data)
+        with pytest.raises(LimbeckError, match="damaged"):
+            Store(tmp_path / "s").answers(keys, how)
+    shard.write_bytes(good)
+    assert Store(tmp_path / "s").answers(keys, how) == expected
+
+
+def text_place(shard: Path) -> tuple[int, int]:
+    """Where the ids of the answers are in the file of a shard."""
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    first, end = json.loads(data[8 : 8 + length])["text.ids"]["data_offsets"]
+    return 8 + length + first, 8 + length + end
