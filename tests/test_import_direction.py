@@ -25,7 +25,7 @@ LIBRARY: dict[str, set[str]] = {
     "rollouts": {"types", "fields", "registry", "runtime"},
     "models": {"types", "registry", "runtime", "ops"},
     "prompts": {"types", "runtime", "models"},
-    "teachers": {"types", "fields", "registry", "runtime", "ops", "models"},
+    "teachers": {"types", "fields", "registry", "runtime", "ops", "client", "models"},
     "sampling": {"types", "ops", "client", "models"},
     "student": {"types", "runtime", "ops", "models", "prompts"},
     # A group asks for models and answers by a protocol; what runs know of both is in the pipeline.

@@ -86,7 +86,7 @@ class Server:
         return url if urlsplit(url).path else f"{url}/v1"
 
     def get(self, path: str) -> Json | Refusal:
-        """The JSON object at a path such as "/models".
+        """The JSON object at a path such as "/models"; one that begins with two slashes lies beside /v1, not below it.
 
         Raises:
             LimbeckError: the server is down, too slow, sends no JSON, hangs up, refuses the key, or redirects.
@@ -168,7 +168,8 @@ class Server:
         if key.value:
             headers["Authorization"] = f"Bearer {key.value}"
         data = None if body is None else json.dumps(body).encode()
-        answer = exchange(self.root + path, data, headers, self.timeout_s)
+        url = self.root.removesuffix("/v1") + path[1:] if path.startswith("//") else self.root + path
+        answer = exchange(url, data, headers, self.timeout_s)
         if isinstance(answer, ConnectionFailed):
             return self._connection_error(answer, key)
         # From here on nothing holds the key, whatever the server has repeated.

@@ -45,8 +45,18 @@ def model_files(source: Source) -> list[Path]:
 
 def model_fingerprint(source: Source) -> str:
     """sha256 over names and contents of `model_files`. The same bytes give the same value, wherever they lie."""
+    return _fingerprint(source, model_files(source))
+
+
+def description_fingerprint(source: Source) -> str:
+    """The same without the weights, for a model that runs elsewhere; a GGUF file has no part without them."""
+    weights = [] if source.gguf is not None else [path for path in weight_files(source) if path.suffix != ".json"]
+    return _fingerprint(source, [path for path in model_files(source) if path not in weights])
+
+
+def _fingerprint(source: Source, files: list[Path]) -> str:
     whole = hashlib.sha256()
-    for path in model_files(source):
+    for path in files:
         # The GGUF's own name is the user's choice and no part of the model.
         name = "gguf" if source.gguf is not None else path.relative_to(source.directory).as_posix()
         whole.update(f"{name}\0{_content(path)}\n".encode())

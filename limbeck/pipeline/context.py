@@ -150,7 +150,7 @@ class RunContext:
             trust_remote_code=section.trust_remote_code,
         )
         teacher = section.where.open(model, device=self.device, progress=self.console.say)
-        teacher.images = self.run.images
+        teacher.images, teacher.asked, teacher.support_k = self.run.images, self.run.asked, section.support_k
         return teacher
 
     @cached_property

@@ -101,7 +101,7 @@ class RunEvaluation:
 
     @property
     def has_teacher(self) -> bool:
-        return bool(self.context.teacher.provides)
+        return "weights" in self.context.teacher.provides
 
     @property
     def window(self) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.signal_statement import check_sparse_teacher
 from limbeck.recipe.teacher import WHERE
 from limbeck.teachers.base import Provision
 from limbeck.types import LimbeckError
@@ -23,6 +24,23 @@ def check_provisions(context: RunContext) -> None:
         LimbeckError: it gives less; names what asks for it and what to change.
     """
     _check(context, (*_by_training(context), *_by_groups(context)))
+    if gives_likeliest_alone(context):
+        check_sparse_teacher(context)
+    if _asks_teacher(context):
+        context.teacher.reach()
+
+
+def _asks_teacher(context: RunContext) -> bool:
+    """Whether anything that is left to do, of what is wanted, asks the teacher how likely it finds tokens."""
+    stages = ("teach", "train") if context.recipe.on_policy else ("teach",)
+    wanted = context.wanted
+    return any(not context.run.done(stage) and (wanted is None or stage in wanted) for stage in stages)
+
+
+def gives_likeliest_alone(context: RunContext) -> bool:
+    """Whether the teacher says no more of a token than which ones are likeliest."""
+    given = context.teacher.provides
+    return "topk" in given and "hidden" not in given
 
 
 def check_group_provisions(context: RunContext) -> None:
@@ -49,11 +67,12 @@ def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -
 
 
 # A teacher that scores or writes any text has what another one would have captured.
-_MORE: dict[Provision, Provision] = {"captured": "hidden", "answers": "weights"}
+_MORE: dict[Provision, Provision] = {"captured": "hidden", "topk": "hidden", "answers": "weights"}
 _ASKED: dict[Provision, str] = {
     "hidden": "distributions",
     "weights": "weights",
     "captured": "distributions",
+    "topk": "likeliest tokens",
     "answers": "weights",
 }
 _GIVEN: dict[Provision, str] = {**_ASKED, "captured": "those of captured texts alone", "answers": "captured answers"}
@@ -71,14 +90,18 @@ def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
         yield "responses.source", "weights", "choose a source in which the teacher does not write"
     if recipe.student.model is None and recipe.student.init == "depth_prune":
         yield "student.init=depth_prune", "weights", "name a student.model"
+    likeliest = gives_likeliest_alone(context)
+    sparse = likeliest and recipe.teacher.support in ("topk_tail", "topk_renorm")
+    stored: Provision = "topk" if sparse else "captured"
     if recipe.teacher.cache:
-        yield "teacher.cache=true", "captured", "set teacher.cache=false"
+        remedy = "set teacher.support=topk_tail" if likeliest else "set teacher.cache=false"
+        yield f"teacher.support={recipe.teacher.support}" if likeliest else "teacher.cache=true", stored, remedy
     if recipe.on_policy or loss_plan_of(recipe).needs_teacher:
-        scored: Provision = "hidden" if recipe.on_policy else "captured"
+        scored: Provision = "hidden" if recipe.on_policy else stored
         yield f"objective {recipe.objective.name}", scored, "set objective={name: ce} with responses.source=data"
     if recipe.sft is not None and sft_loss_plan(recipe, recipe.sft).needs_teacher:
         # The data's answers are scored as they are trained on.
-        yield "sft.objective", "hidden" if recipe.sft_on_data else "captured", "set sft.objective={name: ce}"
+        yield "sft.objective", "hidden" if recipe.sft_on_data else stored, "set sft.objective={name: ce}"
     if recipe.preference is not None and recipe.preference.pairs.needs_teacher:
         yield "preference.pairs=teacher", "hidden", "let a judge or the data prefer (preference.pairs)"
 

@@ -54,6 +54,11 @@ class RunDirectory:
         return self.root / "signal"
 
     @property
+    def asked(self) -> Path:
+        """Answers of a served teacher that are on their way into the signal."""
+        return self.root / "asked"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from limbeck.models.sources import Source
     from limbeck.models.vocabulary import VocabularyCard
 
-Provision = Literal["hidden", "weights", "captured", "answers"]
+Provision = Literal["hidden", "topk", "weights", "captured", "answers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +42,24 @@ class Teacher(ABC):
 
     Attributes:
         images: folder with the images of the run, for models that read any.
+        support_k: tokens of each position, for a teacher that says no more.
+        asked: folder for answers that are on their way into a store, for a teacher that is asked over a network; None
+            keeps none.
     """
 
     model: TeacherModel
     device: torch.device
     progress: DownloadProgress | None = None
     images: Path | None = None
+    support_k: int = 64
+    asked: Path | None = None
 
     @property
     @abstractmethod
     def provides(self) -> frozenset[Provision]:
-        """What it can provide: "hidden" (states, by `signal`), "weights" (the model in memory, which can also
-        sample), "captured" (the signal of texts that were captured, and of no others), "answers" (what it
-        has written before, by `answers`)."""
+        """What it can provide: "hidden" (states, by `signal`), "topk" (no more than its likeliest tokens, by
+        `signal`), "weights" (the model in memory, which can also sample), "captured" (the signal of texts that were
+        captured, and of no others), "answers" (what it has written before, by `answers`)."""
 
     @abstractmethod
     def signal(self, batch: TokenBatch) -> Signal:
@@ -174,6 +179,26 @@ class Teacher(ABC):
 
     def release(self) -> None:
         """Free the weights, where they are in memory; the next use loads them again."""
+        return
+
+    def reach(self) -> None:
+        """Check that it can be used, where that takes more than looking at files.
+
+        Raises:
+            LimbeckError: it cannot.
+        """
+        return
+
+    def fetch_ahead(self, batches: Iterable[TokenBatch], done: Callable[[int], None]) -> None:
+        """Prepare the signals of batches that are asked for next, where several can be under way at a time.
+
+        Args:
+            done: called with the number of tokens of each part that is ready.
+        """
+        return
+
+    def settled(self) -> None:
+        """Called when all that it said is on disk, so that it need not be kept twice."""
         return
 
     def _source(self, *, weights: bool = False) -> Source:

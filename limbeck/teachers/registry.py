@@ -6,7 +6,13 @@ from limbeck.registry import Registry
 from limbeck.teachers.base import TeacherLocation
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.none import Nowhere
+from limbeck.teachers.served import OnServer
 from limbeck.teachers.store.teacher import InStore
 
-_MEMBERS: dict[str, type[TeacherLocation]] = {"in_process": InProcess, "store": InStore, "none": Nowhere}
+_MEMBERS: dict[str, type[TeacherLocation]] = {
+    "in_process": InProcess,
+    "server": OnServer,
+    "store": InStore,
+    "none": Nowhere,
+}
 TEACHERS = Registry("teacher", _MEMBERS, entry_points="limbeck.teachers")

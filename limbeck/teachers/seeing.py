@@ -74,6 +74,15 @@ class SeeingTeacher(Teacher):
     def scorer(self) -> Teacher:
         return self.inner.scorer
 
+    def reach(self) -> None:
+        self.inner.reach()
+
+    def fetch_ahead(self, batches: Iterable[TokenBatch], done: Callable[[int], None]) -> None:
+        self.inner.fetch_ahead((self.reads(batch) for batch in batches), done)
+
+    def settled(self) -> None:
+        self.inner.settled()
+
     def locate(self, batches: Iterable[TokenBatch]) -> None:
         self.inner.locate(self.reads(batch) for batch in batches)
 

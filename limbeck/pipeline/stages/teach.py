@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from limbeck.objectives import SparseForm
 from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.several import rows_by_teacher
 from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
 from limbeck.rollouts.collate import collate
+from limbeck.runtime.console import Meter
 from limbeck.runtime.files import link
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.stored import StoredTeacher, dense_rows, sparse_rows, write_head, write_signal
-from limbeck.types import DenseSignal, Json, Response, SignalSource
+from limbeck.types import DenseSignal, Json, Response, SampledSignal, SignalSource, TopKSignal
 
 # Rows of one shard of the signal, the unit that is redone after an interruption, and of one forward pass.
 SHARD_ROWS = 64
@@ -68,8 +71,11 @@ def _score(context: RunContext) -> int:
     scored = ""
     tokens = sum(r.tokens for r in responses.values())
     with context.console.meter("teach", tokens, "tokens") as meter:
-        for number, shard in enumerate(shards):
-            path = context.run.signal / f"{number:05d}.safetensors"
+        paths = {context.run.signal / f"{number:05d}.safetensors": shard for number, shard in enumerate(shards)}
+        if form is not None and "hidden" not in context.teacher.provides:
+            _score_likeliest(context.teacher, responses, paths, form, meter)
+            return tokens
+        for path, shard in paths.items():
             if not path.exists():
                 if len(shards) > 1 and context.recipe.combine is not None and context.recipe.combine.routes:
                     # One of several teachers in memory at a time.
@@ -103,6 +109,43 @@ def _locate(context: RunContext) -> int:
     batches = (rows[start : start + SCORING_BATCH_SIZE] for start in range(0, len(rows), SCORING_BATCH_SIZE))
     context.teacher.locate(collate(responses, batch, pad_id=0) for batch in batches)
     return len(responses)
+
+
+def _score_likeliest(
+    teacher: Teacher,
+    responses: Mapping[int, Response],
+    paths: Mapping[Path, Sequence[int]],
+    form: SparseForm,
+    meter: Meter,
+) -> None:
+    """The same with a teacher that says no more than its likeliest tokens, of held-out rows too."""
+    left = {path: shard for path, shard in paths.items() if not path.exists()}
+    meter.advance(sum(responses[row].tokens for path in paths.keys() - left.keys() for row in paths[path]))
+    batches = (collate(responses, (row,), pad_id=0) for shard in left.values() for row in shard)
+    teacher.fetch_ahead(batches, meter.advance)
+    for path, shard in left.items():
+        write_signal(path, _likeliest(teacher, responses, shard, form))
+    teacher.settled()
+
+
+def _likeliest(
+    teacher: Teacher, responses: Mapping[int, Response], shard: Sequence[int], form: SparseForm
+) -> dict[str, Tensor]:
+    """The stored tensors of a teacher that says no more than its likeliest tokens at temperature 1.
+
+    Of a temperature of the grid at which log Z is not known it is NaN, and refused where it is read.
+    """
+    signal = teacher.signal(collate(responses, shard, pad_id=0))
+    assert isinstance(signal, TopKSignal), "all that it provides"
+    known_G = torch.tensor([0.0 if tau == 1 else torch.nan for tau in form.temperatures])
+    signals: dict[str, TopKSignal | SampledSignal] = {}
+    lengths = [responses[row].tokens for row in shard]
+    for row, ids, logp in zip(shard, signal.ids_NK.split(lengths), signal.logp_NK.split(lengths), strict=True):
+        log_z_NG = known_G.expand(len(ids), len(known_G))
+        signals[responses[row].id] = TopKSignal(
+            ids_NK=ids, logp_NK=logp, temperatures=form.temperatures, log_z_NG=log_z_NG
+        )
+    return sparse_rows(signals)
 
 
 def _hidden_states(teacher: Teacher, responses: Mapping[int, Response], rows: Sequence[int]) -> dict[int, Tensor]:

@@ -1,0 +1,272 @@
+"""A teacher that a server scores with: of every token the likeliest ones and the one that followed, nothing of it here.
+
+The signal is what the server says at temperature 1, normalised over its whole vocabulary: log-probabilities of
+`support_k` tokens of each position, the likeliest ones with the token that followed among them, so that the mass of all
+others is known exactly. At other temperatures it is not: what the rest of the vocabulary adds up to is not said.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from limbeck.client.concurrency import concurrently
+from limbeck.client.openai import Refusal, Server
+from limbeck.fields import NEUTRAL, STRICT, Count, Positive
+from limbeck.teachers.base import Provision, Teacher, TeacherModel
+from limbeck.teachers.served_answers import Answer, KeptAnswers
+from limbeck.teachers.served_dialects import Candidates, ScoredText, ScoringDialect, check_candidates
+from limbeck.teachers.served_pool import ServerPool
+from limbeck.teachers.served_probe import PROBE_TEXTS, check_tokenizer, find_dialect
+from limbeck.types import Head, Json, LimbeckError, Signal, TokenBatch, TopKSignal
+
+if TYPE_CHECKING:
+    import torch
+
+    from limbeck.models.assets import DownloadProgress
+
+SECTION = "teacher.where"
+
+
+@dataclass(config=STRICT, kw_only=True)
+class OnServer:
+    """A server scores the responses: the teacher's weights are not on this machine."""
+
+    base_url: Annotated[str | tuple[str, ...], NEUTRAL]
+    """Of the server, such as http://localhost:8000/v1; of several with the same model they share the requests."""
+    model: str | None = None
+    """The server's name of the teacher; null takes the only model it offers."""
+    api: Literal["auto", "vllm", "sglang", "llamacpp"] = "auto"
+    """How it is asked; auto takes the first way that it answers."""
+    concurrency: Annotated[Count, NEUTRAL] = 8
+    """Responses asked about at a time."""
+    timeout_s: Annotated[Positive, NEUTRAL] = 120.0
+    """Seconds for one whole answer."""
+    retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
+    """Further tries when the server is out of reach, full or too slow."""
+    api_key_env: Annotated[str | None, NEUTRAL] = None
+    """Name of the environment variable that holds the key; never the key itself."""
+
+    def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> ServedTeacher:
+        """Open the teacher; nothing is asked yet."""
+        return ServedTeacher(model=model, device=device, progress=progress, where=self)
+
+    def servers(self) -> tuple[Server, ...]:
+        """The servers, not asked anything yet.
+
+        Raises:
+            LimbeckError: no address, or one that is none.
+        """
+        addresses = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+        if not addresses:
+            raise LimbeckError(f"{SECTION}.base_url is empty; give the address of a server that serves the teacher")
+        return tuple(
+            Server(
+                base_url=address,
+                timeout_s=self.timeout_s,
+                retries=self.retries,
+                api_key_env=self.api_key_env,
+                section=SECTION,
+            )
+            for address in addresses
+        )
+
+
+@plain_dataclass(kw_only=True)
+class ServedTeacher(Teacher):
+    """A teacher behind a server. What it answered is kept in the folder `asked`, where that is set."""
+
+    where: OnServer
+    _found: dict[str, tuple[str, ScoringDialect]] = field(default_factory=dict)
+    _agreeing: Any = field(default_factory=threading.RLock)
+
+    @property
+    def provides(self) -> frozenset[Provision]:
+        return frozenset({"topk"})
+
+    @property
+    def head(self) -> Head:
+        """The vocabulary, for hidden states of which there are none."""
+        import torch
+
+        rows = self.vocabulary.vocab_size
+        return Head(weight_VD=torch.zeros(rows, 0, device=self.device), vocab_size=rows)
+
+    @cached_property
+    def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A hash of the small files of its model: its weights are elsewhere, under the name that the server has."""
+        from limbeck.models.fingerprints import description_fingerprint
+
+        return description_fingerprint(self._source())
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of its weights in the precision that its configuration names."""
+        import torch
+
+        dtype = getattr(torch, self.vocabulary.dtype, torch.float32)
+        return self.size * dtype.itemsize
+
+    def reach(self) -> None:
+        """Ask every server what it can do, and compare its tokenizer.
+
+        Raises:
+            LimbeckError: all are down, or one lacks the model, has another tokenizer, or says too little of a token.
+        """
+        for server in self._pool.servers:
+            # A person waits for this one.
+            asked = replace(server, retries=min(server.retries, 1))
+            try:
+                asked.models()
+            except LimbeckError as error:
+                self._pool.leave_out(server, error)
+                continue
+            self._agree(asked)
+
+    def signal(self, batch: TokenBatch) -> Signal:
+        """What the server says of the batch, or has said before."""
+        import torch
+
+        texts = [text for text in texts_of(batch) if text is not None]
+        answers = dict(self._answers(texts))
+        ids_NK = torch.empty(0, self.support_k, dtype=torch.int64)
+        logp_NK = torch.empty(0, self.support_k)
+        ids_NK = torch.cat([ids_NK, *(answers[i]["ids"].long() for i in range(len(texts)))]).to(self.device)
+        logp_NK = torch.cat([logp_NK, *(answers[i]["logp"] for i in range(len(texts)))]).to(self.device)
+        # Of temperature 1, where log Z is zero by definition.
+        return TopKSignal(
+            ids_NK=ids_NK,
+            logp_NK=logp_NK,
+            temperatures=(1.0,),
+            log_z_NG=torch.zeros(len(ids_NK), 1, device=self.device),
+        )
+
+    def fetch_ahead(self, batches: Iterable[TokenBatch], done: Callable[[int], None]) -> None:
+        """Ask about all batches at once and keep the answers, so that no batch waits for another."""
+        if self.asked is None:
+            return
+        waiting = [text for batch in batches for text in texts_of(batch) if text is not None]
+        for number, _ in self._answers(waiting):
+            done(len(waiting[number].positions))
+
+    def settled(self) -> None:
+        KeptAnswers(self.asked).forget()
+
+    @cached_property
+    def _pool(self) -> ServerPool:
+        return ServerPool(servers=self.where.servers(), warn=self.progress or (lambda line: None))
+
+    def _answers(self, texts: Sequence[ScoredText]) -> Iterator[tuple[int, Answer]]:
+        """The answer to each text with its place in the list, in any order; those on disk first."""
+        kept = KeptAnswers(self.asked)
+        missing: dict[ScoredText, list[int]] = {}
+        for number, text in enumerate(texts):
+            if text in missing or (answer := kept.get(self._question(text))) is None:
+                missing.setdefault(text, []).append(number)
+            else:
+                yield number, answer
+
+        def ask(text: ScoredText) -> tuple[ScoredText, Answer]:
+            server, replies = self._pool.post(lambda server: self._requests(server, text))
+            answer = self._read(server, replies, text)
+            kept.put(self._question(text), answer)
+            return text, answer
+
+        workers = min(self.where.concurrency * len(self._pool.servers), len(missing))
+        for text, answer in concurrently(ask, missing, workers):
+            yield from ((number, answer) for number in missing[text])
+
+    def _requests(self, server: Server, text: ScoredText) -> tuple[str, list[Json]]:
+        model, dialect = self._agree(server)
+        return dialect.path, dialect.requests(text, model, self.support_k)
+
+    def _question(self, text: ScoredText) -> Json:
+        """Everything that an answer depends on."""
+        return {"ids": text.ids, "positions": text.positions, "k": self.support_k} | self._asked
+
+    @property
+    def _asked(self) -> Json:
+        """What all questions have in common."""
+        return {"model": self.where.model, "api": self.where.api, "teacher": self.fingerprint}
+
+    def _agree(self, server: Server) -> tuple[str, ScoringDialect]:
+        """The server's name of the model and the way to ask it."""
+        with self._agreeing:
+            if server.base_url not in self._found:
+                model = server.model(self.where.model)
+                KeptAnswers(self.asked).require_same(self._asked, model)
+                if not check_tokenizer(server, model, self.tokenizer) and self.progress is not None:
+                    self.progress(f"{server.root} does not say how it reads texts: its tokenizer is not compared")
+                ids = tuple(self.tokenizer(PROBE_TEXTS[0], verbose=False)["input_ids"])[:4]
+                text = ScoredText(ids=ids, positions=(len(ids) - 1,))
+                dialect = find_dialect(server, model, self.where.api, text, self.support_k)
+                self._found[server.base_url] = model, dialect
+            return self._found[server.base_url]
+
+    def _read(self, server: Server, replies: Sequence[Json | Refusal], text: ScoredText) -> Answer:
+        import torch
+
+        name = f"a response of {len(text.positions)} tokens"
+        if refused := next((reply for reply in replies if isinstance(reply, Refusal)), None):
+            raise LimbeckError(
+                f"{server.root} declines {name} behind {text.positions[0]} others ({refused}); serve "
+                "the teacher with a longer window, or look at the server's log"
+            )
+        _, dialect = self._agree(server)
+        try:
+            rows = dialect.read([reply for reply in replies if not isinstance(reply, Refusal)], text)
+            check_candidates(rows, text, rows_of_head=max(self.vocabulary.head_rows, self.vocabulary.vocab_size))
+            chosen = [
+                self._support(row, label, scored=dialect.scores_labels)
+                for row, label in zip(rows, text.labels, strict=True)
+            ]
+        except ValueError as error:
+            raise LimbeckError(
+                f"{server.root} answers {name} with {error}; look at the server's log, or serve the teacher anew"
+            ) from None
+        ids, logps = zip(*chosen, strict=True)
+        return {
+            "ids": torch.tensor(ids, dtype=torch.int32),
+            "logp": torch.tensor(logps, dtype=torch.float32).clamp_max(0.0),
+        }
+
+    def _support(self, row: Candidates, label: int, *, scored: bool) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The tokens that are kept of a position, the likeliest first: with the one that followed, where it is known.
+
+        Raises:
+            ValueError: fewer are said than are kept, or the one that followed is not.
+        """
+        if scored and label not in row:
+            raise ValueError(f"no log-probability of token {label}, which followed")
+        real = {token: logp for token, logp in row.items() if token < self.vocabulary.vocab_size}
+        ranked = sorted(real.items(), key=lambda one: (-one[1], one[0]))[: self.support_k]
+        if len(ranked) < self.support_k:
+            raise ValueError(f"{len(ranked)} log-probabilities of a position, expected {self.support_k}")
+        if label in real and all(token != label for token, _ in ranked):
+            ranked[-1] = (label, real[label])
+        ids, logps = zip(*ranked, strict=True)
+        return ids, logps
+
+
+def texts_of(batch: TokenBatch) -> list[ScoredText | None]:
+    """The rows of a batch as texts whose tokens of the loss are to be scored; None for a row without any.
+
+    A text ends with the last token that is scored, which is no input of the batch where it ends the row.
+    """
+    labels, texts = iter(batch.labels_N.tolist()), []
+    for ids, mask in zip(batch.input_ids_BT.tolist(), batch.loss_mask_BT.tolist(), strict=True):
+        places = [place for place, counts in enumerate(mask) if counts]
+        followed = [next(labels) for _ in places]
+        if not places:
+            texts.append(None)
+            continue
+        whole = (*ids[: places[-1] + 1], followed[-1])
+        texts.append(ScoredText(ids=whole, positions=tuple(place + 1 for place in places)))
+    return texts

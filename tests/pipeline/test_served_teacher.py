@@ -1,0 +1,121 @@
+"""Runs whose teacher is behind a server: a student learns from it, and a pass that was cut off asks for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from limbeck.models.loading import load_model
+from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.stage_order import STAGES
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.files import read_json
+from limbeck.types import LimbeckError
+from tests.teachers.scoring_server import ScoringHandler, scoring_server
+from tests.tiny_pair import TinyPair, questions, write_model, write_prompts
+
+Served = tuple[TinyPair, str, type[ScoringHandler]]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with a model, and the folder of that model without its weights."""
+    from tokenizers import Tokenizer
+
+    folder = tmp_path_factory.mktemp("pair")
+    teacher = write_model(folder / "teacher")
+    model = load_model(str(teacher)).model
+    (teacher / "model.safetensors").unlink()
+    rows = [{"prompt": text, "completion": f"An answer to {text}"} for text in questions()]
+    tiny = TinyPair(teacher=teacher, prompts=write_prompts(folder / "prompts.jsonl", rows))
+    write_model(folder / "student", layers=2, seed=1)
+
+    def scores(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    with scoring_server(Tokenizer.from_file(str(teacher / "tokenizer.json")), scores) as (handler, url, _):
+        yield tiny, url, handler
+
+
+def tree_of(served: Served, output: Path, **sections: Any) -> dict[str, Any]:
+    tiny, url, _ = served
+    student = {"init": "pretrained", "layers": None, "model": str(tiny.teacher.parent / "student")}
+    where = {"name": "server", "base_url": url, "retries": 0, "timeout_s": 10.0}
+    teacher = {"support": "topk_tail", "support_k": 16, "where": where} | sections.pop("teacher", {})
+    groups = {"rouge": {"against": ["references"]}, "nll": {"whose": "references"}}
+    base = {"responses": {"source": "data"}, "student": student, "evaluate": {"groups": groups}}
+    tree = tiny.tree(output, **base | {"teacher": teacher, "objective": {"temperature": 1.0}} | sections)
+    tree["train"]["max_steps"] = 2
+    return tree
+
+
+def test_a_student_learns_from_a_teacher_whose_weights_are_elsewhere(served: Served, tmp_path: Path) -> None:
+    handler = served[2]
+    handler.state.requests = []
+    recipe = load_recipe(tree_of(served, tmp_path / "run"))
+    run = run_pipeline(recipe, stages=STAGES)
+    texts = [tuple(body["prompt"]) for body in handler.state.requests if isinstance(body.get("prompt"), list)]
+    assert len(texts) == len(set(texts)) > 20
+    shards = sorted(run.signal.glob("[0-9]*.safetensors"))
+    with safe_open(shards[0], framework="pt") as shard:
+        kinds = {name.rpartition(".")[2] for name in shard.keys()}  # noqa: SIM118
+    assert kinds == {"ids", "logp", "log_z"} and not run.asked.exists()
+    assert "nll_references" in str(sorted(read_json(run.root / "scores.json")["after"]))
+    before = len(handler.state.requests)
+    run_pipeline(recipe, stages=STAGES)
+    assert len(handler.state.requests) == before, "a finished run needs no server"
+
+
+def test_a_pass_that_was_cut_off_asks_for_the_rest(served: Served, tmp_path: Path) -> None:
+    handler = served[2]
+    handler.state.requests = []
+    recipe = load_recipe(tree_of(served, tmp_path / "run"), ["teacher.where.concurrency=1"])
+    # Models, four texts for the tokenizer, the probe, and five responses.
+    handler.state.faults = [None] * 10 + ["hang up"]
+    with pytest.raises(LimbeckError, match="cut the connection off"):
+        run_pipeline(recipe, stages=STAGES)
+    handler.state.faults = []
+    assert list((tmp_path / "run" / "asked").glob("*.safetensors"))
+    run_pipeline(recipe, stages=STAGES)
+    asked = [tuple(body["prompt"]) for body in handler.state.requests if isinstance(body.get("prompt"), list)]
+    # The probe and the one request that was cut off come twice.
+    assert len(asked) - len(set(asked)) == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        ({"teacher": {"support": "full"}}, ("teacher.support=full", "likeliest tokens", "teacher.support=topk_tail")),
+        ({"objective": {"temperature": 2.0}}, ("fkl is impossible", "temperature 1 alone", "objective.temperature=1")),
+        ({"objective": {"name": "dld", "temperature": 1.0}}, ("dld is impossible", "whole distribution")),
+        ({"responses": {"source": "teacher"}}, ("responses.source=teacher", "weights", "source=data")),
+        ({"evaluate": {"groups": ["fidelity"]}}, ("evaluate.groups.fidelity", "leave it out")),
+    ],
+)
+def test_what_a_server_cannot_give_is_refused_before_anything_is_asked(
+    served: Served, tmp_path: Path, sections: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    served[2].state.requests = []
+    with pytest.raises(LimbeckError) as error:
+        run_pipeline(load_recipe(tree_of(served, tmp_path / "run", **sections)), stages=STAGES)
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+    assert not served[2].state.requests
+
+
+def test_the_worth_of_each_objective_is_said(served: Served, tmp_path: Path) -> None:
+    from limbeck.pipeline.signal_statement import verdicts_of
+
+    parts = [{"name": "srkl", "alpha": 0.1}, {"name": "ce"}, {"name": "ab"}]
+    recipe = load_recipe(
+        tree_of(served, tmp_path / "run", objective={"name": "sum", "parts": parts, "temperature": 1.0})
+    )
+    worths = {one.objective: one.worth for one in verdicts_of(recipe, vocab_size=300)}
+    assert worths == {"srkl": "bounded", "ce": "exact", "ab": "approximate"}
+    assert {one.worth for one in verdicts_of(recipe, vocab_size=16)} == {"exact"}

@@ -1,0 +1,101 @@
+"""A server that scores given tokens with a real model, in the shapes recorded from vLLM, SGLang and llama.cpp.
+
+It is a thread of the tests, since it needs their model; faults to order, delays and the record are those of the fake
+server that samples.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+from typing import Any
+
+from torch import Tensor
+
+from tests.sampling.served.fake_server import Handler, State
+
+Scores = Callable[[list[int]], Tensor]
+
+
+class ScoringHandler(Handler):
+    """Answers with log-probabilities.
+
+    Attributes:
+        scores: log-probabilities (T, V) of what follows each of the given tokens.
+        cap: the most log-probabilities of a position.
+        lie: changes an answer's rows before they are sent.
+    """
+
+    scores: Scores
+    cap: int
+    lie: Callable[[list[Any]], list[Any]]
+
+    def said(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if self.path == "/tokenize":
+            text = body["content"] if self.state.manner == "llama.cpp" else body["prompt"]
+            ids = self.state.tokenizer.encode(text, add_special_tokens=False).ids
+            return 200, {"tokens": ids, "count": len(ids)}
+        if body.get("model", self.state.models[0]) not in self.state.models:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        route = {"vllm": "/v1/completions", "sglang": "/generate", "llama.cpp": "/completion"}[self.state.manner]
+        if self.path != route:
+            return 404, {"detail": "Not Found"}
+        return {"vllm": self.vllm, "sglang": self.sglang, "llama.cpp": self.llama_cpp}[self.state.manner](body)
+
+    def vllm(self, body: dict[str, Any]) -> tuple[int, Any]:
+        ids, count = body["prompt"], body["prompt_logprobs"]
+        if count > self.cap:
+            message = f"Requested prompt logprobs of {count}, which is greater than max allowed: {self.cap}"
+            return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
+        rows: list[Any] = [None]
+        for row_V, token in zip(self.scores(ids)[:-1], ids[1:], strict=True):
+            best = row_V.topk(count).indices.tolist()
+            rows.append(
+                {
+                    str(i): {"logprob": row_V[i].item(), "rank": rank, "decoded_token": "?"}
+                    for rank, i in enumerate(dict.fromkeys([token, *best]), start=1)
+                }
+            )
+        choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": self.lie(rows)}
+        return 200, {"object": "text_completion", "choices": [choice], "kv_transfer_params": None}
+
+    def sglang(self, body: dict[str, Any]) -> tuple[int, Any]:
+        ids, count, start = body["input_ids"], body["top_logprobs_num"], body["logprob_start_len"]
+        own: list[Any] = [[None, ids[start], None]]
+        top: list[Any] = [None]
+        for row_V, token in list(zip(self.scores(ids)[:-1], ids[1:], strict=True))[start:]:
+            own.append([row_V[token].item(), token, None])
+            top.append([[row_V[i].item(), i, None] for i in row_V.topk(count).indices.tolist()])
+        return 200, {"text": "x", "meta_info": {"input_token_logprobs": own, "input_top_logprobs": self.lie(top)}}
+
+    def llama_cpp(self, body: dict[str, Any]) -> tuple[int, Any]:
+        row_V = self.scores(body["prompt"])[-1]
+        best = row_V.topk(min(body["n_probs"], len(row_V))).indices.tolist()
+        entries = [{"id": i, "token": "?", "bytes": [63], "logprob": row_V[i].item()} for i in best]
+        drawn = {"id": best[0], "token": "?", "logprob": row_V[best[0]].item(), "top_logprobs": self.lie(entries)}
+        return 200, {"tokens": [best[0]], "completion_probabilities": [drawn]}
+
+
+@contextmanager
+def scoring_server(
+    tokenizer: Any, scores: Scores, *, manner: str = "vllm", cap: int = 1000
+) -> Iterator[tuple[type[ScoringHandler], str, Callable[[], None]]]:
+    """A running server: its handler, whose attributes may be changed, its address, and what stops it."""
+    handler = type("_Handler", (ScoringHandler,), {})
+    handler.state = State(tokenizer, manner=manner)
+    handler.scores, handler.cap, handler.lie = staticmethod(scores), cap, staticmethod(lambda rows: rows)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    stopped = threading.Event()
+
+    def stop() -> None:
+        if not stopped.is_set():
+            stopped.set()
+            server.shutdown()
+            server.server_close()
+
+    yield handler, f"http://127.0.0.1:{server.server_address[1]}", stop
+    stop()
