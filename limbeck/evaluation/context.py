@@ -181,7 +181,7 @@ class EvaluationContext(Protocol):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether there is a teacher: a student may be evaluated on its own without one."""
+        """Whether there is a teacher that can write answers: a student may be evaluated without one."""
         ...
 
     @property

@@ -25,6 +25,7 @@ from limbeck.teachers.served_answers import Answer, KeptAnswers
 from limbeck.teachers.served_dialects import Candidates, ScoredText, ScoringDialect, check_candidates
 from limbeck.teachers.served_pool import ServerPool
 from limbeck.teachers.served_probe import PROBE_TEXTS, check_tokenizer, find_dialect
+from limbeck.teachers.served_texts import texts_of
 from limbeck.types import Head, Json, LimbeckError, Signal, TokenBatch, TopKSignal
 
 if TYPE_CHECKING:
@@ -253,20 +254,3 @@ class ServedTeacher(Teacher):
             ranked[-1] = (label, real[label])
         ids, logps = zip(*ranked, strict=True)
         return ids, logps
-
-
-def texts_of(batch: TokenBatch) -> list[ScoredText | None]:
-    """The rows of a batch as texts whose tokens of the loss are to be scored; None for a row without any.
-
-    A text ends with the last token that is scored, which is no input of the batch where it ends the row.
-    """
-    labels, texts = iter(batch.labels_N.tolist()), []
-    for ids, mask in zip(batch.input_ids_BT.tolist(), batch.loss_mask_BT.tolist(), strict=True):
-        places = [place for place, counts in enumerate(mask) if counts]
-        followed = [next(labels) for _ in places]
-        if not places:
-            texts.append(None)
-            continue
-        whole = (*ids[: places[-1] + 1], followed[-1])
-        texts.append(ScoredText(ids=whole, positions=tuple(place + 1 for place in places)))
-    return texts

@@ -35,7 +35,7 @@ FOUND_ELSEWHERE = {f"{section}.{key}" for section in ("teacher", "student", "res
                    for key in ("revision", "trust_remote_code")}  # fmt: skip
 MEMBERS: dict[str, tuple[Any, ...]] = {
     "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}),
-    "teacher.where": ("none",),
+    "teacher.where": ("none", {"name": "server", "base_url": "http://localhost:9/v1", "model": "teacher"}),
     "teacher.sees": ("column", {"name": "system", "text": "Be short."}),
     "preference.pairs": ({"name": "teacher", "samples": 3}, {"name": "teacher", "margin": 0.5}),
     "prompts.generate": ("chain", {"name": "chain", "longest": 5}),
@@ -210,7 +210,7 @@ def test_the_marked_keys() -> None:
         *(f"evaluate.groups.judge.{key}" for key in connection | {"price_per_million"}),
         *(f"preference.pairs.{key}" for key in connection),
         *("preference.save_steps", "preference.save_total_limit"),
-        "teacher.where.path",
+        *("teacher.where.path", *(f"teacher.where.{key}" for key in connection)),
     }
     assert same_arm_keys() - neutral_keys() == {"train.seed", "responses.batch_size", "evaluate.batch_size"}
     assert same_arm_keys() <= {*LEAVES, *member_keys()}
