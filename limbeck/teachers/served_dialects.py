@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from limbeck.client.replies import short_json
 from limbeck.types import Json
@@ -53,9 +53,12 @@ class ScoringDialect(Protocol):
         scores_labels: whether the text's own tokens are always among the answer's.
     """
 
-    name: ClassVar[str]
-    path: ClassVar[str]
-    scores_labels: ClassVar[bool]
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def scores_labels(self) -> bool: ...
 
     def requests(self, text: ScoredText, model: str, count: int) -> list[Json]:
         """The requests for the `count` likeliest tokens of each position."""
@@ -120,7 +123,7 @@ class SglangScoring:
         meta = meta if isinstance(meta, dict) else {}
         own = _from_the_end(meta.get("input_token_logprobs"), text, "meta_info.input_token_logprobs")
         top = _from_the_end(meta.get("input_top_logprobs"), text, "meta_info.input_top_logprobs")
-        rows = [_triples(best) | _triples([label]) for best, label in zip(top, own, strict=True)]
+        rows: list[Candidates] = [_triples(best) | _triples([label]) for best, label in zip(top, own, strict=True)]
         for label, sent in zip(own, text.labels, strict=True):
             if label[1] != sent:
                 raise ValueError(f"token {label[1]} where {sent} was sent")

@@ -128,14 +128,12 @@ def test_with_all_tokens_every_objective_has_the_gradient_of_the_local_teacher(
 
 def gradient(head: Head, signal: Any, objective: Any, batch: TokenBatch, tau: float) -> torch.Tensor:
     hidden_ND = torch.randn(len(batch.labels_N), 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    support = "topk_tail" if isinstance(signal, TopKSignal) else None
     out = fused_distillation_loss(
         hidden_ND,
         head,
         signal,
         objective,
         temperature=Temperature(loss=tau),
-        support=support,
         label_N=batch.labels_N,
         sequence_N=batch.sequence_N,
         compile="off",
