@@ -342,6 +342,12 @@ def doctor(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the two models.")
     ] = False,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            "--prompts", help="Source of prompts that a pair with different tokens is tried on; see prompts.source."
+        ),
+    ] = "builtin",
     debug: Debug = False,
 ) -> None:
     """Report whether a pair can be distilled: tokenizers, vocabularies, heads, windows, templates."""
@@ -363,7 +369,12 @@ def doctor(
         "teacher": {"model": teacher, "revision": teacher_revision, "trust_remote_code": trust_remote_code},
         "student": {"model": student, "revision": student_revision, "trust_remote_code": trust_remote_code},
     }
-    Console().print(doctor_table(found, doctor_says(found.teacher, found.student, pair)))
+    says = doctor_says(found.teacher, found.student, pair)
+    if not found.distillable:
+        from limbeck.pipeline.across import foreseen
+
+        says = (*says, foreseen(found.teacher, found.student, pair, prompts))
+    Console().print(doctor_table(found, says))
     if not found.distillable:
         raise typer.Exit(1)
 

@@ -351,8 +351,41 @@ class SampledSignal:
     log_z_NG: Tensor
 
 
-Signal = DenseSignal | TopKSignal | SampledSignal
-Support = Literal["full", "topk_renorm", "topk_tail", "sampled"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSignal:
+    """The full distribution of a teacher with other tokens, where its tokens and the student's coincide.
+
+    Attributes:
+        hidden_ND: its hidden states at the student's positions; any numbers where the two are not aligned.
+        head: its head, rows in another order: first those of the tokens that both have, as `student_ids_S` lists them,
+            then those that the student lacks.
+        student_ids_S: the student's ids of the tokens that both have, ascending, int64.
+        aligned_N: where the two can be compared, bool.
+        group_N: elsewhere the group of tokens that each position belongs to, numbered from 0; -1 for none. None where
+            groups are left out.
+        group_logp_G: the teacher's log-probability of each group.
+    """
+
+    hidden_ND: Tensor
+    head: Head
+    student_ids_S: Tensor
+    aligned_N: Tensor
+    group_N: Tensor | None = None
+    group_logp_G: Tensor | None = None
+
+    @property
+    def compared_N(self) -> Tensor:
+        """Positions that are compared, alone or in a group, bool."""
+        return self.aligned_N if self.group_N is None else self.aligned_N | (self.group_N >= 0)
+
+    def rows(self, keep_N: Tensor | slice) -> SharedSignal:
+        """The signal at some of the positions; of a group all or none."""
+        group_N = None if self.group_N is None else self.group_N[keep_N]
+        return replace(self, hidden_ND=self.hidden_ND[keep_N], aligned_N=self.aligned_N[keep_N], group_N=group_N)
+
+
+Signal = DenseSignal | TopKSignal | SampledSignal | SharedSignal
+Support = Literal["full", "topk_renorm", "topk_tail", "sampled", "shared_tail", "shared_renorm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

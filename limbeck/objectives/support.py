@@ -5,6 +5,11 @@
     topk_tail    the k tokens and one class for all others: a true divergence (KLs, JS, TV: at most the full)
     sampled      an importance-weighted sample of the teacher: unbiased for forward KL only
 
+A teacher with other tokens (`SharedSignal`) gives
+
+    shared_tail    the tokens that both have, and on each side one class for all others
+    shared_renorm  the tokens that both have, both sides renormalised over them: a vocabulary of its own
+
 Sums over kept tokens without either remedy (raw top-k) are not offered: forward they drive the tail to zero, reverse
 they push mass out of the kept tokens whatever the teacher says.
 """
@@ -21,7 +26,7 @@ from torch import Tensor
 from limbeck.objectives.base import Objective, Rows
 from limbeck.objectives.sums import row_leaves
 from limbeck.objectives.temperature import Temperature
-from limbeck.types import DenseSignal, LimbeckError, SampledSignal, Signal, Support, TopKSignal
+from limbeck.types import DenseSignal, LimbeckError, SampledSignal, SharedSignal, Signal, Support, TopKSignal
 
 Spread = Callable[[Tensor], Tensor]
 Columns = dict[str, Tensor]
@@ -39,6 +44,7 @@ def resolve_support(
         DenseSignal: ("full",),
         TopKSignal: ("topk_tail", "topk_renorm"),
         SampledSignal: ("sampled",),
+        SharedSignal: ("shared_tail", "shared_renorm"),
     }
     choices = ("full",) if signal is None else possible[type(signal)]
     chosen = choices[0] if support is None else support
@@ -47,11 +53,15 @@ def resolve_support(
             f"support {chosen!r} of a {type(signal).__name__}: it gives {' or '.join(choices)}; "
             "make a top-k signal of hidden states with topk_signal"
         )
+    # One class beside kept tokens is the same to an objective, whichever tokens are kept; and tokens without one are a
+    # vocabulary like any other.
+    asked = {"shared_tail": "topk_tail", "shared_renorm": "full"}.get(chosen, chosen)
     for _, part in row_leaves(objective):
-        if chosen not in part.supports:
+        if asked not in part.supports:
+            shared = "shared_renorm (in a recipe teacher.across.outside=renormalised)"
             raise LimbeckError(
                 f"objective {part.name!r} is not defined on support {chosen!r}: "
-                f"it needs {', '.join(sorted(part.supports))}"
+                f"it needs {shared if chosen == 'shared_tail' else ', '.join(sorted(part.supports))}"
             )
     if chosen == "topk_renorm" and temperature.largest > 1:
         warnings.warn(
@@ -98,6 +108,25 @@ def signal_columns(
     return columns | {"log_z": log_z_N1}
 
 
+def shared_columns(signal: SharedSignal, student_size: int, teacher_size: int) -> Columns:
+    """The student's ids of shared tokens, and the place of each of its ids among them; the same for all tokens.
+
+    Raises:
+        LimbeckError: ids that the student does not have, or more of them than the teacher has tokens.
+    """
+    ids_S = signal.student_ids_S.to(signal.hidden_ND.device)
+    if not 0 < len(ids_S) <= min(student_size, teacher_size) or not 0 <= int(ids_S.min()) <= int(ids_S.max()) < (
+        student_size
+    ):
+        raise LimbeckError(
+            f"{len(ids_S)} shared tokens of a student with {student_size} and a teacher with {teacher_size}: expected "
+            "ids of the student, at most as many as either has"
+        )
+    place_V = torch.zeros(student_size, dtype=torch.int64, device=ids_S.device)
+    place_V[ids_S] = torch.arange(len(ids_S), device=ids_S.device)
+    return {"shared_ids": ids_S, "shared_place": place_V}
+
+
 def log_z_of(signal: TopKSignal | SampledSignal, teacher_tau_N1: Tensor) -> Tensor:
     """log sum_v p_v^(1/tau) of each token, from the grid of the cache; zero at temperature 1 by definition.
 
@@ -126,6 +155,8 @@ def restrict(support: Support, rows: Rows, columns: Columns) -> tuple[Rows, Spre
         return rows, lambda grad_NV: grad_NV
     if support == "sampled":
         return _sampled(rows, columns), lambda grad_NV: grad_NV
+    if support in ("shared_tail", "shared_renorm"):
+        return _shared(rows, columns, tail=support == "shared_tail")
     ids_NK, logp_NK = columns["ids"], columns["logp"]
     whole_NV = rows.student_logits_NK
     kept_NK = whole_NV.gather(-1, ids_NK)
@@ -153,6 +184,39 @@ def _with_tail(rows: Rows, ids_NK: Tensor, logp_NK: Tensor, log_z_N1: Tensor) ->
         return rest_grad_NV.scatter_add(-1, ids_NK, grad_NK[:, :kept])
 
     return replace(rows, student_logits_NK=student_NK, teacher_logits_NK=teacher_NK), spread
+
+
+def _shared(rows: Rows, columns: Columns, *, tail: bool) -> tuple[Rows, Spread]:
+    """The tokens that both have and, with `tail`, a class for the others where both sides have others.
+
+    Where only one side has, the others are out of its reach or it of theirs: what is left is renormalised.
+    """
+    whole_NV, every_NV, ids_S = rows.student_logits_NK, rows.teacher_logits_NK, columns["shared_ids"]
+    shared, size = len(ids_S), whole_NV.shape[-1]
+    if shared == size:
+        # All of the student's tokens, in their order.
+        return replace(rows, teacher_logits_NK=every_NV[:, :shared]), lambda grad_NV: grad_NV
+    label_N = None if rows.label_N is None else _placed(rows.label_N, columns["shared_place"])
+    kept_NS, theirs_NS = whole_NV.index_select(-1, ids_S), every_NV[:, :shared]
+    rows = replace(rows, student_logits_NK=kept_NS, teacher_logits_NK=theirs_NS, label_N=label_N)
+    if not tail or shared == every_NV.shape[-1]:
+        return rows, lambda grad_NS: torch.zeros_like(whole_NV).index_copy(-1, ids_S, grad_NS)
+    rest_NV = whole_NV.index_fill(-1, ids_S, -torch.inf) * rows.student_inv_tau_N1
+    log_rest_N1 = rest_NV.logsumexp(-1, keepdim=True)
+    their_rest_N1 = (every_NV[:, shared:] * rows.teacher_inv_tau_N1).logsumexp(-1, keepdim=True)
+    student_NK = torch.cat([kept_NS, rows.student_tau_N1 * log_rest_N1], dim=-1)
+    teacher_NK = torch.cat([theirs_NS, rows.teacher_tau_N1 * their_rest_N1], dim=-1)
+
+    def spread(grad_NK: Tensor) -> Tensor:
+        rest_grad_NV = grad_NK[:, shared:] * (rest_NV - log_rest_N1).exp()
+        return rest_grad_NV.index_copy(-1, ids_S, grad_NK[:, :shared])
+
+    return replace(rows, student_logits_NK=student_NK, teacher_logits_NK=teacher_NK), spread
+
+
+def _placed(label_N: Tensor, place_V: Tensor) -> Tensor:
+    """Labels as places among the shared tokens; those that do not count stay as they are."""
+    return torch.where(label_N < 0, label_N, place_V[label_N.clamp_min(0)])
 
 
 def _sampled(rows: Rows, columns: Columns) -> Rows:

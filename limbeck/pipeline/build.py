@@ -23,7 +23,7 @@ from limbeck.recipe.sections import SftSection
 from limbeck.training.loss import LossPlan
 from limbeck.training.schedules import moved
 from limbeck.training.weighting import TokenWeighting
-from limbeck.types import DenseSignal, Head, LimbeckError, Signal
+from limbeck.types import DenseSignal, Head, LimbeckError, SharedSignal, Signal, Support
 
 
 def temperature_of(recipe: load.Recipe) -> Temperature | TemperatureSchedule:
@@ -56,14 +56,23 @@ def loss_plan_of(recipe: load.Recipe) -> LossPlan:
         student_objective=None if own is None else load.named_objective("contrast.student", own),
         rule=load.rule_of(recipe),
         authored=recipe.on_policy,
-        support=recipe.teacher.support,
+        support=_support_of(recipe),
     )
+
+
+def _support_of(recipe: load.Recipe) -> Support:
+    """Where student and teacher are compared."""
+    across = recipe.teacher.across
+    if across is None:
+        return recipe.teacher.support
+    return "shared_tail" if across.outside == "tail" else "shared_renorm"
 
 
 def sft_loss_plan(recipe: load.Recipe, section: SftSection) -> LossPlan:
     """The objective of the first stage. Teacher signals of the data's answers are not stored, so their support is
     full."""
-    support = "full" if recipe.sft_on_data else recipe.teacher.support
+    sparse = recipe.teacher.across is None and recipe.sft_on_data
+    support = "full" if sparse else _support_of(recipe)
     return LossPlan(objective=load.named_objective("sft.objective", section.objective), support=support)
 
 
@@ -149,9 +158,15 @@ def _try(
     tokens, width, vocabulary = 3, 4, 7
     student_ND, teacher_ND = torch.randn(2, tokens, width, generator=generator)
     head = Head(weight_VD=torch.randn(vocabulary, width, generator=generator), vocab_size=vocabulary)
-    signal: Signal = DenseSignal(hidden_ND=teacher_ND, head=head)
+    dense = DenseSignal(hidden_ND=teacher_ND, head=head)
+    signal: Signal = dense
+    if loss_plan.support in ("shared_tail", "shared_renorm"):
+        # Five of the seven are shared.
+        signal = SharedSignal(
+            hidden_ND=teacher_ND, head=head, student_ids_S=torch.arange(5), aligned_N=torch.ones(tokens).bool()
+        )
     if form is not None:
-        signal = replace(form, k=min(form.k, vocabulary)).of(signal, seed=0)
+        signal = replace(form, k=min(form.k, vocabulary)).of(dense, seed=0)
     option = None if loss_plan.rule is None else loss_plan.rule.option
     # A value that every option may have.
     token_options = {} if option is None else {option: 0.5}

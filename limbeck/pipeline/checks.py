@@ -19,6 +19,7 @@ from limbeck.models.processors import reads_images
 from limbeck.models.quantization import FORMATS
 from limbeck.models.quantization.layout import replaced
 from limbeck.models.sources import resolve
+from limbeck.pipeline.across import check_across
 from limbeck.pipeline.build import check_objectives
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.drafted_responses import check_draft
@@ -96,6 +97,7 @@ def check_student(context: RunContext) -> None:
     Raises:
         LimbeckError: anything else.
     """
+    check_across(context)
     check_objectives(context)
     check_self_teaching(context)
     responses = context.recipe.responses

@@ -108,6 +108,10 @@ class RunContext:
     @cached_property
     def teacher(self) -> Teacher:
         """The teacher of the run, one for all stages; its weights load when a stage first needs them."""
+        if self.recipe.teacher.across is not None and self.recipe.combine is None:
+            from limbeck.pipeline.across import across_teacher
+
+            return across_teacher(self, self.run_teacher)
         return self.run_teacher if self.seen is None else self.seen.teacher(self.run_teacher)
 
     @cached_property

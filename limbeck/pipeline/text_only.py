@@ -24,13 +24,14 @@ from limbeck.types import Json, LimbeckError, Prompt, Response, TokenPrompt
 
 
 def check_text_only(context: RunContext) -> None:
-    """Check that a pair with different tokens is trained on text alone.
+    """Check that a pair with different tokens is trained on text alone, unless the recipe compares them across.
 
     Raises:
         LimbeckError: it does; names every key to change.
     """
     if same_tokens(context):
         return
+    across = context.recipe.teacher.across is not None
     teacher, student = context.teacher_card, context.student_card
     assert student is not None
     if student.vocab_size > student.head_rows:
@@ -38,12 +39,13 @@ def check_text_only(context: RunContext) -> None:
             f"{student.name} has {student.vocab_size} token ids but a head of {student.head_rows} rows; "
             "its tokenizer does not belong to it"
         )
-    if keys := _keys_to_change(context):
+    if not across and (keys := _keys_to_change(context)):
         raise LimbeckError(
             f"teacher {teacher.name} and student {student.name} have different tokens: "
             f"{'; '.join(compare_vocabularies(teacher, student).differences)}. "
             "Across tokenizers a student learns from text alone: "
-            f"set {' '.join(keys)}, or choose a pair of one model family"
+            f"set {' '.join(keys)}, or choose a pair of one model family, or compare the two where their tokens "
+            "coincide (teacher.across={})"
         )
 
 

@@ -34,6 +34,18 @@ OF_EACH_TEACHER: dict[str, MemberKey[Any]] = {"where": WHERE, "sees": SEES_SETTI
 
 
 @dataclass(config=STRICT, kw_only=True)
+class AcrossSection:
+    """A student with other tokens than the teacher: the two are compared where their tokens coincide."""
+
+    outside: Literal["tail", "renormalised"] = "tail"
+    """Tokens that only one of the two has: one class on each side, as defined for most objectives; or left out, the
+    shared ones renormalised, as defined for all."""
+    merged: Literal["leave_out", "chain"] = "leave_out"
+    """Where one token of one side is several of the other: out of the loss, or compared by the probability of their
+    text, the product of those of its tokens (which needs teacher.cache=false)."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class TeacherSection:
     model: str
     """Who: a named asset (smollm2-135m-instruct), a local directory, a hub id or a GGUF file; or the student itself:
@@ -52,6 +64,8 @@ class TeacherSection:
     sees: SeesSetting = StudentsPrompt()
     """What it sees of a prompt: a name of `limbeck views`, or a mapping with name and options. The student is trained
     on its own prompt and the same answer."""
+    across: AcrossSection | None = None
+    """For a student with other tokens: {} compares the two where tokens coincide; null refuses all but text."""
     support: Literal["full", "topk_renorm", "topk_tail", "sampled"] = "full"
     """How much it says of each token: its whole distribution (by hidden states), its k most likely tokens renormalised
     or with one class for all others, or a sample of it. Held-out responses always get the whole one."""

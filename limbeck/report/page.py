@@ -112,7 +112,14 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         found = next((value for key in keys if (value := value_at(run.recipe, key)) is not None), None)
         if found is not None and not isinstance(found, Mapping | list) and (label, found) not in _USUAL:
             facts.append((label, format.setting(found) if isinstance(found, float) else str(found)))
-    return facts + _verified(run)
+    return facts + _aligned(run) + _verified(run)
+
+
+def _aligned(run: Run) -> list[tuple[str, str]]:
+    """Share of the student's tokens that were compared with those of a teacher with other tokens."""
+    record = next((stage for stage in run.stages if stage["stage"] == "train"), {})
+    found = number(record, "aligned")
+    return [] if found is None else [("compared across tokenizers", f"{found:.1%} of the student's tokens")]
 
 
 def _verified(run: Run) -> list[tuple[str, str]]:

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from limbeck.models.forward import hidden_states
 from limbeck.models.heads import head_of
 from limbeck.objectives import FusedLoss, HiddenPair, Temperature, fused_distillation_loss
+from limbeck.objectives.fused.aligned import aligned_distillation_loss, labels_alone
 from limbeck.objectives.fused.body import measured_on
 from limbeck.objectives.sequence.distillm2 import label_logp
 from limbeck.objectives.sequence.rules import SequenceRule, SequenceStats, TokenOptions
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, leaves, part_names, row_leaves
-from limbeck.types import DenseSignal, Head, Signal, SignalSource, Support, TokenBatch, TopKSignal
+from limbeck.types import DenseSignal, Head, SharedSignal, Signal, SignalSource, Support, TokenBatch, TopKSignal
 
 WRITERS = ("teacher", "student")
+# Supports of a teacher with other tokens.
+SHARED = ("shared_tail", "shared_renorm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,8 @@ class LossPlan:
                 names += measured_on(self.support)
             if self.labelled(objective):
                 names += [f"{side}/{writer}" for side in ("log_q", "log_p") for writer in WRITERS]
+        if self.support in SHARED:
+            names += ["aligned", "merged"]
         if self.student_objective is not None:
             names += [f"loss/{writer}" for writer in WRITERS]
         if self.rule is not None:
@@ -208,7 +213,8 @@ class StudentLoss(nn.Module):
             loss = loss + out.loss
             kept_N = slice(None) if keep_N is None else keep_N
             value_N[kept_N] = out.measures.get("forward_kl", out.value_N).to(value_N)
-            self._count(out, objective, by_student_N[kept_N], sums)
+            kept = signal.rows(kept_N) if isinstance(signal, SharedSignal) else None
+            self._count(out, objective, by_student_N[kept_N], sums, kept)
         return loss, sums.of_S2, value_N
 
     def _objective_loss(
@@ -224,22 +230,26 @@ class StudentLoss(nn.Module):
             token_options.options
         )
         if keep_N is not None:
-            assert isinstance(signal, DenseSignal), "two legs are for whole rows"
-            signal = DenseSignal(hidden_ND=signal.hidden_ND[keep_N], head=signal.head)
+            assert isinstance(signal, DenseSignal | SharedSignal), "two legs are for whole rows"
+            if isinstance(signal, SharedSignal):
+                signal = signal.rows(keep_N)
+            else:
+                signal = DenseSignal(hidden_ND=signal.hidden_ND[keep_N], head=signal.head)
             hidden_ND, weight_N, label_N = hidden_ND[keep_N], weight_N[keep_N], label_N[keep_N]
             sequence_N = sequence_N[keep_N]
             options = {name: option_N[keep_N] for name, option_N in options.items()}
         pairs = ()
         if self.projection_ED is not None and "hidden" in objective.reads:
-            assert isinstance(signal, DenseSignal), "the projection was made from one"
+            assert isinstance(signal, DenseSignal | SharedSignal), "the projection was made from one"
             pairs = (HiddenPair(student_ND=hidden_ND, teacher_NE=signal.hidden_ND, projection_ED=self.projection_ED),)
-        return fused_distillation_loss(
+        loss = aligned_distillation_loss if isinstance(signal, SharedSignal) else fused_distillation_loss
+        return loss(
             hidden_ND,
             head,
-            signal,
+            signal,  # pyright: ignore[reportArgumentType]
             objective,
             temperature=step_settings.temperature,
-            support=self.loss_plan.support if isinstance(signal, TopKSignal) else None,
+            support=self.loss_plan.support if isinstance(signal, TopKSignal | SharedSignal) else None,
             weight_N=weight_N,
             label_N=label_N,
             sequence_N=sequence_N,
@@ -274,21 +284,31 @@ class StudentLoss(nn.Module):
             sums.add(f"{measure}/student", value_B, batch.by_student_B)
         return token_options
 
-    def _count(self, out: FusedLoss, objective: AnyObjective, by_student_N: Tensor, sums: Sums) -> None:
-        sums.add("loss", out.value_N)
+    def _count(
+        self, out: FusedLoss, objective: AnyObjective, by_student_N: Tensor, sums: Sums, shared: SharedSignal | None
+    ) -> None:
+        """Add the values of an objective; of a teacher with other tokens where the two are aligned."""
+        labels = {} if shared is None else labels_alone(objective)
+        aligned_N = None if shared is None else shared.aligned_N
+        counted_N = None if shared is None or labels else shared.compared_N
+        if shared is not None:
+            sums.add("aligned", shared.aligned_N.float())
+            if shared.group_N is not None:
+                sums.add("merged", (shared.group_N >= 0).float())
+        sums.add("loss", out.value_N, counted_N)
         if len(out.parts) > 1:
             for name, value_N in out.parts.items():
-                sums.add(f"loss/{name}", value_N)
+                sums.add(f"loss/{name}", value_N, None if name in labels else aligned_N)
         by_writer = {"teacher": ~by_student_N, "student": by_student_N}
         for name, value_N in out.measures.items():
             if name not in ("log_q", "log_p"):
-                sums.add(name, value_N)
+                sums.add(name, value_N, aligned_N)
                 continue
             for writer, keep_N in by_writer.items():
                 sums.add(f"{name}/{writer}", value_N, keep_N)
         if self.loss_plan.student_objective is not None:
             for writer, keep_N in by_writer.items():
-                sums.add(f"loss/{writer}", out.value_N, keep_N)
+                sums.add(f"loss/{writer}", out.value_N, keep_N if counted_N is None else keep_N & counted_N)
 
 
 def make_projection(
@@ -303,7 +323,8 @@ def make_projection(
     """
     signal = teacher.signal(batch)
     weight_VD = head_of(student, vocab_size, verify=False).weight_VD
-    if not isinstance(signal, DenseSignal) or signal.hidden_ND.shape[1] == weight_VD.shape[1]:
+    dense = isinstance(signal, DenseSignal | SharedSignal)
+    if not dense or signal.hidden_ND.shape[1] == weight_VD.shape[1]:
         return None
     shape = (signal.hidden_ND.shape[1], weight_VD.shape[1])
     generator = torch.Generator().manual_seed(seed)

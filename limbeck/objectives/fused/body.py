@@ -95,7 +95,7 @@ class Body:
         if self.measure:
             values += _measure(seen, labels=self.labels)
             if self.support != "full":
-                values += _kept(whole, block, self.support)
+                values += _kept(whole, seen, block, self.support)
         if self.with_grad:
             # Last of all: the logits may be the products themselves, which the gradient overwrites.
             grads = [g for g in (whole_grad, None if seen_grad is None else spread(seen_grad)) if g is not None]
@@ -138,13 +138,23 @@ def measured_on(support: Support, *, labels: bool = False) -> tuple[str, ...]:
     """Quantities that can be measured of every token on a support, by name; see `fused_distillation_loss`."""
     if support == "sampled":
         return ()
-    kept = {"topk_renorm": ("student_kept",), "topk_tail": ("student_kept", "teacher_kept")}
+    both = ("student_kept", "teacher_kept")
+    kept = {"topk_renorm": ("student_kept",), "topk_tail": both, "shared_tail": both, "shared_renorm": both}
     at_label = ("log_q", "log_p") if labels else ()
     return ("student_entropy", "teacher_entropy", "forward_kl", *at_label, *kept.get(support, ()))
 
 
-def _kept(whole: Rows, block: Block, support: Support) -> list[Tensor]:
+def _kept(whole: Rows, seen: Rows, block: Block, support: Support) -> list[Tensor]:
     """Mass of the kept tokens at the temperatures: the student's, and the teacher's where its normaliser is known."""
+    if support in ("shared_tail", "shared_renorm"):
+        shared, sides = len(block["shared_ids"]), []
+        for every_NV, kept_NK, inv_tau_N1 in (
+            (whole.student_logits_NK, seen.student_logits_NK, whole.student_inv_tau_N1),
+            (whole.teacher_logits_NK, seen.teacher_logits_NK, whole.teacher_inv_tau_N1),
+        ):
+            log_all_N, log_kept_N = ((t * inv_tau_N1).logsumexp(-1) for t in (every_NV, kept_NK[:, :shared]))
+            sides.append((log_kept_N - log_all_N).exp())
+        return sides
     kept_N = whole.q_NK.gather(-1, block["ids"]).sum(-1)
     if support == "topk_renorm":
         return [kept_N]

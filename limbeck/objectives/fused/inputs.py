@@ -14,7 +14,7 @@ from limbeck.objectives.fused.projection import Projection
 from limbeck.objectives.sums import IGNORED, WeightedSum, nested
 from limbeck.objectives.support import Columns, signal_columns
 from limbeck.objectives.temperature import Temperature
-from limbeck.types import DenseSignal, LimbeckError, Signal, Support
+from limbeck.types import DenseSignal, LimbeckError, SharedSignal, Signal, Support
 
 
 def token_weights(weight_N: Tensor | None, tokens: int, student: Projection) -> Tensor:
@@ -42,7 +42,7 @@ def token_columns(
     """Weights, temperatures and, of a sparse signal, its rows."""
     student_tau_N1, teacher_tau_N1 = temperature.columns(weight_N.shape[0], student.dtype, weight_N.device)
     columns = {"student_tau": student_tau_N1, "teacher_tau": teacher_tau_N1, "weight": weight_N.unsqueeze(-1)}
-    if signal is None or isinstance(signal, DenseSignal):
+    if signal is None or isinstance(signal, DenseSignal | SharedSignal):
         return columns
     return columns | signal_columns(signal, support, teacher_tau_N1, student.vocab_size)
 

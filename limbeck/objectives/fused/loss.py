@@ -19,9 +19,9 @@ from limbeck.objectives.fused.tiles import check_pair, plan_tiles
 from limbeck.objectives.hidden_matching import HiddenPair, projected
 from limbeck.objectives.sequence.difficulty import token_difficulty
 from limbeck.objectives.sums import AnyObjective, WeightedSum, hidden_leaves, nested, part_names, row_leaves
-from limbeck.objectives.support import resolve_support
+from limbeck.objectives.support import resolve_support, shared_columns
 from limbeck.objectives.temperature import Temperature
-from limbeck.types import DenseSignal, Head, LimbeckError, SampledSignal, Signal, Support
+from limbeck.types import DenseSignal, Head, LimbeckError, SampledSignal, SharedSignal, Signal, Support
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,12 @@ def fused_distillation_loss(
         student_head: its head. Nothing is computed for parts that do not require a gradient. A head sharded by FSDP2 is
             gathered once, its gradient scattered once and averaged over the ranks (as FSDP2 does).
         signal: of the teacher at the same positions: hidden states and head, its top-k tokens, or a sample. None where
-            the objective reads no teacher.
+            the objective reads no teacher. Of one with other tokens it must be aligned everywhere: see
+            `aligned_distillation_loss`.
         objective: what compares the two, such as `ForwardKL()` or `build_objective("fkl")`.
         temperature: of the loss; None is 1.
-        support: of a top-k signal, "topk_tail" (default) or "topk_renorm"; the other signals have one each.
+        support: of a top-k signal, "topk_tail" (default) or "topk_renorm"; of a teacher with other tokens "shared_tail"
+            (default) or "shared_renorm"; the other signals have one each.
         weight_N: weight of each token; None is 1/N. Normalise over the whole optimizer step here; a weight for each
             sequence is `weight_B[sequence_N]`.
         label_N: the token that followed each position, for objectives that read labels; -100 counts as zero.
@@ -98,7 +100,7 @@ def fused_distillation_loss(
     rows, hidden = tuple(row_leaves(objective)), tuple(hidden_leaves(objective))
     _check_inputs(objective, signal, label_N, measure, measure_labels)
     student_head = gather_head(student_head)
-    if isinstance(signal, DenseSignal):
+    if isinstance(signal, DenseSignal | SharedSignal):
         signal = replace(signal, head=gather_head(signal.head))
     student = prepare_projection(student_hidden_ND, student_head, "student")
     weight_N = token_weights(weight_N, student_hidden_ND.shape[0], student)
@@ -157,10 +159,12 @@ def _row_loss(
         if isinstance(part, Objective):
             temperature.check(part)
     support = resolve_support(signal, settings.support, objective, temperature)
-    teacher = None
-    if isinstance(signal, DenseSignal):
+    teacher, constants = None, {}
+    if isinstance(signal, DenseSignal | SharedSignal):
         teacher = prepare_projection(signal.hidden_ND, signal.head, "teacher")
-        check_pair(hidden_ND, student, signal.hidden_ND, teacher)
+        shared = isinstance(signal, SharedSignal)
+        check_pair(hidden_ND, student, signal.hidden_ND, teacher, one_vocabulary=not shared)
+        constants = shared_columns(signal, student.vocab_size, teacher.vocab_size) if shared else {}
     columns = token_columns(student, weight_N, temperature, signal, support, objective)
     if "labels" in objective.reads or settings.labels:
         columns |= label_columns(settings.label_N, weight_N, student.vocab_size)
@@ -176,15 +180,17 @@ def _row_loss(
         measure=settings.measure,
         labels=settings.labels,
     )
-    buffers = [head.weight_VD.dtype for head in (student, teacher) if head is not None]
+    sides = [side for side in (student, teacher) if side is not None]
+    buffers, widest = [side.weight_VD.dtype for side in sides], max(side.vocab_size for side in sides)
     whole = Pass(
         student=student,
         teacher=teacher,
         body=body,
-        tiling=plan_tiles(tokens, student.vocab_size, buffers, device, settings.tile_bytes),
+        tiling=plan_tiles(tokens, widest, buffers, device, settings.tile_bytes),
         compiled=resolve_compile(settings.compile, student.vocab_size, device),
+        constants=constants,
     )
-    teacher_ND = signal.hidden_ND if isinstance(signal, DenseSignal) else None
+    teacher_ND = signal.hidden_ND if isinstance(signal, DenseSignal | SharedSignal) else None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         values_PN, grads = whole.run(hidden_ND, teacher_ND, columns, wanted, head)
     values = list(values_PN[: len(objective.parts)])
@@ -203,6 +209,11 @@ def _check_inputs(
     if "labels" in objective.reads and label_N is None:
         raise LimbeckError(
             f"objective {objective.name!r} reads labels: give label_N, the token that followed each position"
+        )
+    if isinstance(signal, SharedSignal) and not bool(signal.aligned_N.all()):
+        raise LimbeckError(
+            f"{int((~signal.aligned_N).sum())} of {len(signal.aligned_N)} positions are not aligned with the "
+            "teacher's; leave them out (signal.rows), or use aligned_distillation_loss"
         )
     if measure and (isinstance(signal, SampledSignal) or "teacher" not in objective.reads):
         raise LimbeckError(
@@ -236,6 +247,10 @@ def _sequence_options(
         said = f"{part.name} per_sequence=True"
         if names.count(part.name) > 1:
             raise LimbeckError(f"{said} beside another {part.name}: one weight per token cannot serve both; keep one")
+        if isinstance(signal, SharedSignal):
+            raise LimbeckError(
+                f"{said} weighs by the teacher's whole rows, which other tokens leave out; set it to False"
+            )
         if not isinstance(signal, DenseSignal):
             continue
         if sequence_N is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -75,13 +75,18 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Inputs of a pass beside the tokens. `teacher` is None for a sparse signal, or without a teacher."""
+    """Inputs of a pass beside the tokens. `teacher` is None for a sparse signal, or without a teacher.
+
+    Attributes:
+        constants: tensors of a block that are the same for all tokens.
+    """
 
     student: Projection
     teacher: Projection | None
     body: Body
     tiling: Tiling
     compiled: bool
+    constants: Block = field(default_factory=dict)
 
     def run(
         self, student_ND: Tensor, teacher_ND: Tensor | None, columns: Block, wanted: Wanted, head: Head
@@ -90,13 +95,15 @@ class Pass:
         keep_small_buffers()
         counts_N1 = columns["weight"] != 0
         student_ND = _finite_where_idle(student_ND, counts_N1)
-        shape, dtype = (self.tiling.tile_rows, self.student.vocab_size), self.student.dtype
+        dtype = self.student.dtype
         sides = (
             {"student": self.student} if self.teacher is None else {"student": self.student, "teacher": self.teacher}
         )
         # In half precision the products are rounded as autograd's would be: wider buffers would hold no more.
         logits = {
-            name: torch.empty(shape, dtype=side.weight_VD.dtype, device=student_ND.device)
+            name: torch.empty(
+                (self.tiling.tile_rows, side.vocab_size), dtype=side.weight_VD.dtype, device=student_ND.device
+            )
             for name, side in sides.items()
         }
         grads = Grads.allocate(student_ND, head, wanted, dtype)
@@ -122,6 +129,7 @@ class Pass:
             idle = start + self.tiling.block_rows - stop if self.compiled else 0
             if idle:
                 block = {name: torch.cat([c, c[-1:].expand(idle, *c.shape[1:])]) for name, c in block.items()}
+            block |= self.constants
             for name, buffer in logits.items():
                 buffer[stop : stop + idle].zero_()
                 block[name] = buffer[start : stop + idle]

@@ -57,14 +57,21 @@ def plan_tiles(
     return Tiling(tokens=tokens, tile_rows=max(1, ceil(tokens / tiles / block)) * block, block_rows=block)
 
 
-def check_pair(student_hidden_ND: Tensor, student: Projection, teacher_hidden_ND: Tensor, teacher: Projection) -> None:
-    """Refuse a teacher whose tokens or vocabulary are not the student's."""
+def check_pair(
+    student_hidden_ND: Tensor,
+    student: Projection,
+    teacher_hidden_ND: Tensor,
+    teacher: Projection,
+    *,
+    one_vocabulary: bool = True,
+) -> None:
+    """Refuse a teacher whose tokens or, unless they are known to differ, whose vocabulary are not the student's."""
     if teacher_hidden_ND.shape[0] != student_hidden_ND.shape[0]:
         raise LimbeckError(
             f"{student_hidden_ND.shape[0]} student tokens but {teacher_hidden_ND.shape[0]} teacher tokens: "
             "both need the positions of the loss, in the same order"
         )
-    if teacher.vocab_size != student.vocab_size:
+    if one_vocabulary and teacher.vocab_size != student.vocab_size:
         raise LimbeckError(
             f"the student has {student.vocab_size} token ids, the teacher {teacher.vocab_size}: expected one "
             "vocabulary; set vocab_size of both heads to the number of ids the tokenizer uses (padding rows may differ)"

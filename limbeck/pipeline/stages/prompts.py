@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from limbeck.models.images import ImageFolder
+from limbeck.pipeline.across import require_one_answer_each
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.image_prompts import check_image_methods, digest_of_images, reads_images
 from limbeck.pipeline.problems import ProblemReader, generated_rows
@@ -77,6 +78,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
     if section.heldout is not None:
         loaded = with_heldout(loaded, load_prompts(section.heldout, heldout_fraction=1.0, **options))
     require_single_answers(context, loaded.prompts)
+    require_one_answer_each(context, loaded.prompts)
     check_routes(context, loaded.prompts)
     check_image_methods(context, loaded.prompts)
     if loaded.unread:

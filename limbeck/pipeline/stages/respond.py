@@ -89,8 +89,8 @@ def captures(context: RunContext) -> bool:
     here = recipe.base_author == "teacher" and recipe.responses.server is None
     # Several answers to a prompt have one address: only the one that is kept gets a signal.
     once = recipe.responses.verify is None or recipe.responses.verify.samples == 1
-    # States of several teachers are put together when all are known.
-    alone = recipe.combine is None and "weights" in context.teacher.provides
+    # States of several teachers are put together when all are known; those of its own tokens are of other positions.
+    alone = recipe.combine is None and recipe.teacher.across is None and "weights" in context.teacher.provides
     return here and once and alone and recipe.teacher.cache and recipe.teacher.support == "full"
 
 
@@ -122,8 +122,12 @@ def _run_responses(context: RunContext) -> Json:
     asked, unseen = fitting_as_seen(context, asked)
     reader = (own or tokenizer, student_template(context, own, prompts) if own else template)
     read, more_dropped = _token_prompts(context, reader[0], prompts, reader[1]) if own else (asked, ())
+    if own is not None:
+        # What either model cannot read, neither gets.
+        both = {p.id for p in asked} & {p.id for p in read}
+        asked, read = (tuple(p for p in side if p.id in both) for side in (asked, read))
     if context.recipe.on_policy:
-        train = [p for p in asked if p.split == "train"]
+        train = [p for p in read if p.split == "train"]
         check_rounds(context, len(train))
         write_asked(run.responses / "asked.jsonl", train)
     more: Json = {}

@@ -33,6 +33,8 @@ def _signal_inputs(context: RunContext) -> Json:
         "dtype": context.recipe.teacher.cache_dtype,
         "teacher": teacher_inputs(context),
     }
+    if context.recipe.teacher.across is not None:
+        inputs["across"] = True
     if not captures(context) and not _scores_train(context):
         inputs["split"] = "heldout"
     return inputs if form is None else inputs | {"sparse": asdict(form)}

@@ -16,6 +16,7 @@ from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives import Temperature
 from limbeck.objectives.base import Objective
 from limbeck.objectives.sums import nested
+from limbeck.pipeline.across import aligned_share, in_shared_tokens
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan, temperature_of, token_weighting_of, trial_loss_plan
 from limbeck.pipeline.cached_teacher import round_teacher
 from limbeck.pipeline.checks import check_student, student_spec
@@ -54,6 +55,8 @@ def _student_inputs(context: RunContext) -> Json:
     recipe = context.recipe
     inputs = student_inputs(context) | corpus_inputs(context)
     inputs |= {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
+    if recipe.teacher.across is not None:
+        inputs |= {"across": asdict(recipe.teacher.across)}
     if recipe.on_policy:
         inputs |= {"source": fingerprinted_member(SOURCE_KEY, recipe.responses.source)}
     inputs |= self_teaching_inputs(context)
@@ -149,7 +152,13 @@ def _run_student(context: RunContext) -> Json:
     last = json.loads([line for _, line in json_lines(run.metrics.read_text("utf-8"))][-1])
     if account := summary(last):
         context.console.say(f"train: {account}")
-    return {
+    aligned = aligned_share(run.metrics) if recipe.teacher.across is not None else {}
+    if aligned:
+        context.console.say(
+            f"train: {aligned['aligned']:.1%} of the student's tokens were compared with the teacher's distribution, "
+            "where both have the same token"
+        )
+    return aligned | {
         "steps": last["step"],
         "tokens": last["tokens"],
         "loop_tokens_per_s": last["tokens"] / last["seconds"],
@@ -211,9 +220,10 @@ def _sft_responses(context: RunContext, section: SftSection, *, vocab_size: int)
         by_row = load_responses(context, "train")
         if not context.recipe.teacher.cache and not sft_loss_plan(context.recipe, section).needs_teacher:
             return list(by_row.values()), NullTeacher.of(vocab_size)
-        return list(by_row.values()), open_teacher(context)
+        return list(by_row.values()), in_shared_tokens(context, open_teacher(context))
     heeded = sft_loss_plan(context.recipe, section).needs_teacher
-    return load_sft_answers(context), context.teacher if heeded else NullTeacher.of(vocab_size)
+    answers = load_sft_answers(context)
+    return answers, in_shared_tokens(context, context.teacher) if heeded else NullTeacher.of(vocab_size)
 
 
 def _search_learning_rate(
@@ -227,7 +237,7 @@ def _search_learning_rate(
     find_learning_rate(
         student.model,
         offline(list(by_row.values())),
-        open_teacher(context, teacher) if heeded else NullTeacher.of(vocab_size),
+        in_shared_tokens(context, open_teacher(context, teacher)) if heeded else NullTeacher.of(vocab_size),
         loss_plan,
         temperature=temperature_of(recipe),
         schedule=recipe.objective.schedule,
@@ -263,7 +273,7 @@ def _run_training(
     return train(
         student.model,
         response_source_of(context, student, list(by_row.values()), teacher, should_stop, aside=ids_of_prompts(aside)),
-        teacher,
+        teacher if isinstance(teacher, NullTeacher) else in_shared_tokens(context, teacher),
         loss_plan_of(recipe),
         temperature=temperature_of(recipe),
         schedule=recipe.objective.schedule,

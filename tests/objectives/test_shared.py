@@ -1,0 +1,177 @@
+"""A teacher with other tokens: shared tokens and a class for the rest, against naive lines; permuted vocabularies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from limbeck.objectives import build_objective, token_values
+from limbeck.objectives.fused.aligned import aligned_distillation_loss
+from limbeck.teachers.across import head_order, in_order
+from limbeck.types import DenseSignal, Head, LimbeckError, SharedSignal
+from tests.objectives.cases import CASES
+from tests.objectives.pairs import Pair
+
+pytestmark = pytest.mark.filterwarnings("ignore:ab with alpha", "ignore:opd is unbiased")
+
+TEACHER = {name: o for name, o in CASES.items() if "teacher" in o.reads}
+TAIL = {name: o for name, o in TEACHER.items() if "topk_tail" in o.supports}
+SHARED, OTHERS = 24, 19
+
+
+class Foreign(Pair):
+    """A pair of which 24 tokens are shared: a teacher with 43 tokens and a student with 37."""
+
+    def __init__(self, shared: int = SHARED, others: int = OTHERS, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(5)
+        self.size = shared + others
+        self.mine = torch.randperm(self.v, generator=generator)[:shared].sort().values
+        self.theirs = torch.randperm(self.size, generator=generator)[:shared]
+        width = self.signal.hidden_ND.shape[1]
+        weight_VD = torch.randn(self.size + 3, width, generator=generator, dtype=torch.float64) / 2
+        self.dense = DenseSignal(
+            hidden_ND=self.signal.hidden_ND, head=Head(weight_VD=weight_VD.to(self.hidden.dtype), vocab_size=self.size)
+        )
+        self.label_N = self.mine[torch.randint(shared, (self.n,), generator=generator)]
+
+    def shared(self, aligned_N: Tensor | None = None) -> SharedSignal:
+        aligned_N = torch.ones(self.n, dtype=torch.bool) if aligned_N is None else aligned_N
+        order = head_order(self.theirs.tolist(), self.size)
+        head = in_order(self.dense.head, order)
+        return SharedSignal(hidden_ND=self.dense.hidden_ND, head=head, student_ids_S=self.mine, aligned_N=aligned_N)
+
+    def kept(self, tau: float, *, tail: bool) -> tuple[Tensor, Tensor]:
+        """Logits of shared tokens, and of all others together, of student and teacher."""
+        theirs_NV = self.dense.hidden_ND @ self.dense.head.weight_VD[: self.size].T
+        sides = ((self.student_logits(), self.mine), (theirs_NV, self.theirs))
+        found = []
+        for logits_NV, ids in sides:
+            rest_NV = logits_NV.index_fill(-1, ids, -torch.inf)
+            rest_N1 = tau * (rest_NV / tau).logsumexp(-1, keepdim=True)
+            found.append(torch.cat([logits_NV[:, ids], rest_N1], dim=-1) if tail else logits_NV[:, ids])
+        return found[0], found[1]
+
+
+@pytest.mark.parametrize("name", TAIL)
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_tail_equals_the_naive_lines(name: str, tau: float) -> None:
+    pair = Foreign(bias=True)
+    expected_N = token_values(TAIL[name], *pair.kept(tau, tail=True), temperature=tau)
+    pair.check(pair.fused(TAIL[name], tau, signal=pair.shared()), expected_N, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TEACHER)
+def test_renormalised_is_a_vocabulary_of_its_own(name: str) -> None:
+    pair = Foreign()
+    places = {index: place for place, index in enumerate(pair.mine.tolist())}
+    label_N = torch.tensor([places[index] for index in pair.label_N.tolist()])
+    expected_N = token_values(TEACHER[name], *pair.kept(2.0, tail=False), temperature=2.0, label_N=label_N)
+    fused = pair.fused(TEACHER[name], 2.0, signal=pair.shared(), support="shared_renorm")
+    pair.check(fused, expected_N, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("support", ["shared_tail", "shared_renorm"])
+@pytest.mark.parametrize("name", TAIL)
+def test_a_permuted_vocabulary_gives_the_ordinary_loss(name: str, support: str) -> None:
+    pair = Foreign(shared=37, others=0)
+    weight_VD = pair.dense.head.weight_VD
+    same = replace(pair.dense, head=replace(pair.dense.head, weight_VD=weight_VD[pair.theirs], vocab_size=37))
+    ordinary = pair.fused(TAIL[name], 2.0, signal=same)
+    found = pair.fused(TAIL[name], 2.0, signal=pair.shared(), support=support)
+    torch.testing.assert_close(found.value_N, ordinary.value_N, rtol=0, atol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(found.loss, pair.parameters),
+        torch.autograd.grad(ordinary.loss, pair.parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identical_tokens_give_the_ordinary_loss_bit_for_bit(dtype: torch.dtype) -> None:
+    pair = Pair(dtype=dtype)
+    head = in_order(pair.signal.head, head_order(range(pair.v), pair.v))
+    assert head is pair.signal.head
+    signal = SharedSignal(
+        hidden_ND=pair.signal.hidden_ND,
+        head=head,
+        student_ids_S=torch.arange(pair.v),
+        aligned_N=torch.ones(pair.n, dtype=torch.bool),
+    )
+    for name in ("fkl", "rkl", "js", "skl"):
+        objective = build_objective(name)
+        ordinary, found = pair.fused(objective, 2.0), pair.fused(objective, 2.0, signal=signal)
+        assert torch.equal(ordinary.value_N, found.value_N) and torch.equal(ordinary.loss, found.loss)
+        grads = [torch.autograd.grad(one.loss, pair.parameters) for one in (ordinary, found)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_where_nothing_is_aligned_labels_alone_count() -> None:
+    pair = Foreign()
+    aligned_N = torch.rand(pair.n, generator=torch.Generator().manual_seed(3)) < 0.5
+    hidden_ND = pair.dense.hidden_ND.clone()
+    hidden_ND[~aligned_N] = torch.nan
+    signal = replace(pair.shared(aligned_N), hidden_ND=hidden_ND)
+    both = build_objective("sum", parts=[{"name": "fkl", "weight": 0.7}, {"name": "ce", "weight": 0.3}])
+    for objective, (one, other) in ((build_objective("fkl"), (1.0, 0.0)), (both, (0.7, 0.3))):
+        fkl_N = torch.where(aligned_N, token_values(build_objective("fkl"), *pair.kept(1.0, tail=True)), 0.0)
+        rows = pair.student_logits()
+        ce_N = token_values(build_objective("ce"), rows, rows, label_N=pair.label_N)
+        expected_N = one * fkl_N + other * ce_N
+        found = aligned_distillation_loss(
+            pair.hidden, pair.head, signal, objective, weight_N=pair.weight_N, label_N=pair.label_N, compile="off"
+        )
+        pair.check(found, expected_N, rtol=1e-7, atol=1e-9)
+    assert set(found.parts) == {"fkl", "ce"}
+    torch.testing.assert_close(found.parts["ce"], ce_N.detach())
+    with pytest.raises(LimbeckError, match="not aligned"):
+        pair.fused(both, signal=signal)
+
+
+def test_a_batch_without_an_aligned_position_has_a_gradient_of_zero() -> None:
+    pair = Foreign()
+    signal = pair.shared(torch.zeros(pair.n, dtype=torch.bool))
+    found = aligned_distillation_loss(
+        pair.hidden,
+        pair.head,
+        signal,
+        build_objective("fkl"),
+        weight_N=pair.weight_N,
+        label_N=pair.label_N,
+        measure=True,
+        compile="off",
+    )
+    assert float(found.loss.detach()) == 0 and not found.value_N.any()
+    assert all(not grad.any() for grad in torch.autograd.grad(found.loss, pair.parameters))
+
+
+def test_measures_say_what_is_shared() -> None:
+    pair = Foreign()
+    found = pair.fused(build_objective("fkl"), signal=pair.shared(), measure=True)
+    mine_N = pair.student_logits().softmax(-1)[:, pair.mine].sum(-1)
+    theirs_NV = (pair.dense.hidden_ND @ pair.dense.head.weight_VD[: pair.size].T).softmax(-1)
+    torch.testing.assert_close(found.measures["student_kept"], mine_N.detach())
+    torch.testing.assert_close(found.measures["teacher_kept"], theirs_NV[:, pair.theirs].sum(-1))
+
+
+@pytest.mark.parametrize(("shared", "others"), [(37, 6), (24, 0)])
+def test_where_one_side_has_no_others_the_shared_tokens_are_renormalised(shared: int, others: int) -> None:
+    pair = Foreign(shared=shared, others=others)
+    for name in ("fkl", "rkl"):
+        expected_N = token_values(build_objective(name), *pair.kept(2.0, tail=False), temperature=2.0)
+        pair.check(pair.fused(build_objective(name), 2.0, signal=pair.shared()), expected_N, rtol=1e-7, atol=1e-9)
+
+
+def test_what_does_not_go_is_refused() -> None:
+    pair = Foreign()
+    with pytest.raises(LimbeckError, match=r"'csd' is not defined on support 'shared_tail'.*renormalised"):
+        pair.fused(build_objective("csd"), signal=pair.shared())
+    wrong = replace(pair.shared(), student_ids_S=pair.mine + 20)
+    with pytest.raises(LimbeckError, match="ids of the student"):
+        pair.fused(build_objective("fkl"), signal=wrong)
+    with pytest.raises(LimbeckError, match="per_sequence"):
+        pair.fused(build_objective("tad", per_sequence=True), signal=pair.shared(), support="shared_renorm")
