@@ -126,8 +126,8 @@ def check_across(context: RunContext) -> None:
         return
     if context.recipe.combine is not None:
         raise LimbeckError(
-            "teacher.across reads the answers in the tokens of one teacher, and the recipe has several (teachers); name "
-            "one teacher, or leave teacher.across out"
+            "teacher.across reads the answers in the tokens of one teacher, and the recipe has several (teachers); "
+            "name one teacher, or leave teacher.across out"
         )
     if same_tokens(context):
         raise LimbeckError(

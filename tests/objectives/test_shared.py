@@ -175,3 +175,27 @@ def test_what_does_not_go_is_refused() -> None:
         pair.fused(build_objective("fkl"), signal=wrong)
     with pytest.raises(LimbeckError, match="per_sequence"):
         pair.fused(build_objective("tad", per_sequence=True), signal=pair.shared(), support="shared_renorm")
+
+
+@pytest.mark.parametrize("name", ["fkl", "rkl", "js", "skl", "tv"])
+def test_groups_are_compared_by_the_probability_of_their_text(name: str) -> None:
+    pair, objective = Foreign(), build_objective(name)
+    numbers = torch.arange(pair.n)
+    # Positions 5, 6, 7 are a group, 20 and 21 another, 30 a third.
+    group_N = torch.full((pair.n,), -1)
+    group_N[5:8], group_N[20:22], group_N[30] = 0, 1, 2
+    log_p_G = torch.tensor([-1.3, -6.0, -0.01], dtype=torch.float64)
+    pair.weight_N[5:8], pair.weight_N[20:22] = 0.4, 0.9
+    aligned_N = (group_N < 0) & (numbers % 3 > 0)
+    signal = replace(pair.shared(aligned_N), group_N=group_N, group_logp_G=log_p_G)
+    found = aligned_distillation_loss(
+        pair.hidden, pair.head, signal, objective, weight_N=pair.weight_N, label_N=pair.label_N, compile="off"
+    )
+    at_label_N = pair.student_logits().log_softmax(-1).gather(-1, pair.label_N.unsqueeze(-1)).squeeze(-1)
+    log_q_G = torch.stack([at_label_N[5:8].sum(), at_label_N[20:22].sum(), at_label_N[30]])
+    sides = [torch.stack([log_G, (1 - log_G.exp()).log()], dim=-1) for log_G in (log_q_G, log_p_G)]
+    value_G = token_values(objective, sides[0], sides[1])
+    alone_N = torch.where(aligned_N, token_values(objective, *pair.kept(1.0, tail=True)), 0.0)
+    sizes_G = torch.bincount(group_N[group_N >= 0])
+    grouped_N = torch.where(group_N >= 0, (value_G / sizes_G)[group_N], 0.0)
+    pair.check(found, alone_N + grouped_N, rtol=1e-7, atol=1e-9)

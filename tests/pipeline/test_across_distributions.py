@@ -191,6 +191,7 @@ def test_killed_it_goes_on_as_if_nothing_had_been(
         ("responses.source=speculative", "set responses.source=student"),
         ("evaluate.groups=[fidelity, rouge]", r"set evaluate.groups=\[rouge, nll\]"),
         ("teacher.support=topk_tail", "set teacher.support=full"),
+        ("teacher.across.merged=chain", "set teacher.cache=false"),
         ("objective.name=csd", "teacher.across.outside=renormalised"),
         ("teacher.across.outside=else", "teacher.across.outside"),
     ],
@@ -225,3 +226,29 @@ def test_doctor_foresees_the_share(limbeck: CommandServer, foreign: TinyPair, st
     said = " ".join(found.stdout.split())
     assert found.code == 1 and "with teacher.across={} the two are compared where their tokens coincide" in said
     assert f"on 24 texts of {foreign.prompts}" in said.replace("- ", "-") or "on 24 texts of" in said
+
+
+def test_merged_groups_by_the_chain_rule(foreign: TinyPair, student: Path, tmp_path: Path) -> None:
+    """The teacher's probability of a group is the product of those of its own tokens of the same text."""
+    run = tmp_path / "run"
+    sections = {"teacher": {"across": {"merged": "chain"}, "cache": False}, "train": {"max_steps": 4}}
+    tree = tree_of(foreign, student, run, **sections)
+    run_pipeline(load_recipe(tree), stages=STAGES, until="train")
+    assert all(row["merged"] > 0 and row["aligned"] + row["merged"] <= 1 for row in metrics(run))
+    context = RunContext(load_recipe(tree))
+    teacher = context.teacher
+    assert isinstance(teacher, AcrossTeacher)
+    responses = list(load_responses(context, "train").values())[:4]
+    batch = collate(responses, range(4), pad_id=0)
+    found = in_shared_tokens(context, teacher).signal(batch)
+    assert isinstance(found, SharedSignal) and found.group_logp_G is not None
+    model = AutoModelForCausalLM.from_pretrained(foreign.teacher).eval()
+    expected = []
+    for prompt, alignment in teacher.readings.of(batch):
+        ids = torch.tensor([[*prompt, *alignment.teacher_ids]])
+        with torch.no_grad():
+            logp_TV = model(input_ids=ids).logits[0, :, : found.head.vocab_size].log_softmax(-1)
+        for group in (group for group in alignment.groups if group.kind == "merged"):
+            places = [len(prompt) - 1 + token for token in range(*group.teacher)]
+            expected.append(sum(float(logp_TV[place, ids[0, place + 1]]) for place in places))
+    torch.testing.assert_close(found.group_logp_G, torch.tensor(expected), rtol=1e-3, atol=1e-3)
