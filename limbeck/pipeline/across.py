@@ -153,6 +153,9 @@ def check_across(context: RunContext) -> None:
 def _keys_to_change(context: RunContext) -> list[str]:
     """Settings that need one vocabulary, as the overrides that remove them."""
     recipe, keys = context.recipe, []
+    if "captured" in context.teacher.provides:
+        # What a store holds is of the tokens that it was captured from.
+        keys.append("teacher.where=in_process")
     if recipe.responses.source.samples_teacher:
         keys.append("responses.source=student")
     if recipe.contrast.rule is not None:
