@@ -211,6 +211,7 @@ def _method(run: Run) -> list[str]:
             + (f", {share(ratio)} of the teacher's" if ratio else "")
             + (f", {megabytes(size)} on disk." if size else ".")
         )
+    said += _few_bits(run)
     source, author = value_at(run.recipe, "prompts.source"), value_at(run.recipe, "responses.source.name")
     if source and author:
         drawn = [
@@ -229,6 +230,24 @@ def _method(run: Run) -> list[str]:
         )
     said += [f"{sentence[0].upper()}{markdown(sentence[1:])}." for sentence in preference_account(run)[:2]]
     return said
+
+
+def _few_bits(run: Run) -> list[str]:
+    """A sentence on weights that are in few bits, where they are."""
+    found = run.student.get("quantized")
+    formats = found.get("formats") if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or not isinstance(formats, Mapping):
+        return []
+    kinds = ", ".join(f"{number(formats, name) or 0:.0f} in `{code(name)}`" for name in sorted(formats))
+    how = (
+        "quantised weights stayed, with adapters trained beside"
+        if found.get("weights") == "frozen"
+        else ("weights were trained on the grid of these formats, so that a GGUF export holds them bit for bit")
+    )
+    size = number(found, "size_mb")
+    return [
+        f"Weights in few bits, matrices by format: {kinds}{f', {megabytes(size)} in all' if size else ''}; the {how}."
+    ]
 
 
 _TEMPLATES = {

@@ -142,6 +142,17 @@ def test_a_student_of_its_own_kind(tmp_path):
     assert "base_model" not in card.data.to_dict() and "fresh weights" in card.text
 
 
+def test_weights_in_few_bits_are_named(tmp_path):
+    run = write_run(tmp_path / "run", steps=30)
+    path = run / "student" / "student.json"
+    quantized = {"weights": "straight_through", "formats": {"q8_0": 1, "q4_0": 210}, "size_mb": 89.9}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantized": quantized}))
+    text = read(write_card(run)).text
+    assert "by format: 210 in `q4_0`, 1 in `q8_0`, 90 MB in all; the weights were trained on the grid" in text
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantized": "odd"}))
+    assert "few bits" not in read(write_card(run)).text
+
+
 def test_without_scores_it_says_so_and_claims_nothing(tmp_path):
     run_dir = write_run(tmp_path / "run", steps=30)
     (run_dir / "scores.json").unlink()
