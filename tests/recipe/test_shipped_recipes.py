@@ -66,7 +66,7 @@ def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPai
     # What the laboratory's students begin as is another run, or far larger than the tiny pair.
     init = "{init: depth_prune, layers: 2}" if name == "lab/kd" else "{init: scratch}"
     lab = (f"student={init}", "evaluate.prompts=4") if name.startswith("lab/") else ()
-    whole = ("student={init: teacher, quantize: {format: q4_0}}",) if name == "recover" else ()
+    whole = ("student={init: teacher, quantize: {format: q4_0, grid: importance}}",) if name == "recover" else ()
     if name in PROBLEMS:
         if name == "code" and jail.missing():
             pytest.skip(f"this machine has no {jail.missing()}")
