@@ -29,7 +29,16 @@ from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.member import MemberKey
 from limbeck.recipe.preference import PAIRS_SETTING, PreferenceSection
 from limbeck.recipe.response_source import SOURCE, SourceSetting
-from limbeck.recipe.teacher import COMBINE, ITSELF, SEES_SETTING, WHERE, CombineSetting, Dtype, TeacherSection
+from limbeck.recipe.teacher import (
+    COMBINE,
+    ITSELF,
+    SEES_SETTING,
+    WHERE,
+    AcrossSection,
+    CombineSetting,
+    Dtype,
+    TeacherSection,
+)
 from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
@@ -409,6 +418,7 @@ class Recipe:
 # Sections inside sections, and registries whose members are sections, for `sections_under`.
 NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "teacher"): TeacherSection,
+    (TeacherSection, "across"): AcrossSection,
     (Recipe, "student"): StudentSection,
     (StudentSection, "lora"): LoraSection,
     (StudentSection, "quantize"): QuantizeSection,

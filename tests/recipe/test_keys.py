@@ -83,7 +83,7 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     data = tiny.tree(folder / "data", **common, responses={"source": "data"}, train={"lm": {"source": str(text)}})
     data["prompts"]["source"] = str(answered)
     data["preference"] = {}
-    checked = tiny.tree(folder / "checked", **common, responses={"verify": {"samples": 2}})
+    checked = tiny.tree(folder / "checked", **common, responses={"verify": {"samples": 2}}, teacher={"across": {}})
     checked["prompts"] |= {"task": "gsm8k", "source": str(folder / "problems.jsonl")}
     problems = (f'{{"question": "What is {i} + 1?", "answer": "#### {i + 1}"}}\n' for i in range(20))
     (folder / "problems.jsonl").write_text("".join(problems), "utf-8")
