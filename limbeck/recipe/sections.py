@@ -141,7 +141,7 @@ class PromptsSection:
     too_long: Literal["error", "drop"] = "error"
     """What happens to a prompt that does not fit the window; dropped ones are counted and reported."""
     max_prompt_length: Count | None = None
-    """The most tokens a prompt may have, its template included; null leaves it to the window. A few long prompts can
+    """The most tokens of a prompt, its template included; null leaves it to the window. A few long prompts can
     take most of the time and memory."""
 
     @property

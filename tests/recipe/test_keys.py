@@ -37,6 +37,7 @@ MEMBERS: dict[str, tuple[Any, ...]] = {
     "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}),
     "teacher.where": ("none", {"name": "server", "base_url": "http://localhost:9/v1", "model": "teacher"}),
     "teacher.sees": ("column", {"name": "system", "text": "Be short."}),
+    "combine": ({"name": "mean_log_p"}, {"name": "rule", "patterns": {"one": "say"}, "otherwise": "two"}),
     "preference.pairs": ({"name": "teacher", "samples": 3}, {"name": "teacher", "margin": 0.5}),
     "prompts.generate": ("chain", {"name": "chain", "longest": 5}),
 }
@@ -44,6 +45,7 @@ MEMBER_SECTIONS: dict[str, type] = {
     "responses.source": ResponsesSection,
     "teacher.where": TeacherSection,
     "teacher.sees": TeacherSection,
+    "combine": Recipe,
     "preference.pairs": PreferenceSection,
     "prompts.generate": PromptsSection,
 }
@@ -80,7 +82,13 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     answered.write_text(
         "".join(f'{{"prompt": "What is {i}?", "completion": "It is {i}."}}\n' for i in range(20)), "utf-8"
     )
-    data = tiny.tree(folder / "data", **common, responses={"source": "data"}, train={"lm": {"source": str(text)}})
+    data = tiny.tree(
+        folder / "data",
+        **common,
+        responses={"source": "data"},
+        train={"lm": {"source": str(text)}},
+        teacher={"across": {}},
+    )
     data["prompts"]["source"] = str(answered)
     data["preference"] = {}
     checked = tiny.tree(folder / "checked", **common, responses={"verify": {"samples": 2}}, teacher={"across": {}})
@@ -90,15 +98,27 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     itself = tiny.tree(folder / "itself", **common, responses={"source": "student"})
     itself["teacher"] = {"model": "ema", "cache": False, "sees": {"name": "system", "text": "Be short."}}
     itself["student"] = {"model": str(tiny.teacher)}
-    return [load_recipe(tree) for tree in (served, drafted, sparse, data, checked, itself)]
+    several = tiny.tree(folder / "several", **common)
+    one = several.pop("teacher")
+    several |= {
+        "teachers": {"one": one, "two": one},
+        "combine": {"name": "rule", "patterns": {"one": "a"}, "otherwise": "two"},
+        "student": {"model": str(tiny.teacher)},
+    }
+    return [load_recipe(tree) for tree in (served, drafted, sparse, data, checked, itself, several)]
 
 
 def others(section: type, name: str, now: Any) -> Iterator[Any]:
     """Other values that a key may have."""
+    if (section, name, now) == (Recipe, "combine", None):
+        return  # Nothing is to be combined.
     for key, values in MEMBERS.items():
         if (section, name) == (MEMBER_SECTIONS[key], key.rpartition(".")[2]):
             yield from (value for value in values if MEMBER_KEYS[key].read(value) != now)
             return
+    if (section, name) == (Recipe, "teachers"):
+        yield from ({**now, named: replace(one, dtype="bfloat16")} for named, one in now.items())
+        return
     hint = get_type_hints(section, include_extras=True)[name]
     adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     words = [word for part in literals(hint) for word in part]
@@ -171,8 +191,12 @@ def test_fingerprints_leave_out_the_neutral_keys_and_no_other(bases: list[Recipe
 @pytest.mark.parametrize("key", [key for key in LEAVES if key != "train.seed"])
 def test_two_seeds_that_differ_in_a_marked_key_are_one_arm(bases: list[Recipe], tmp_path: Path, key: str) -> None:
     path = key.split(".")
-    base, section = next((base, found) for base in bases if (found := section_at(base, path[:-1])) is not None)
-    value = next(others(type(section), path[-1], getattr(section, path[-1])))
+    base, value = next(
+        (base, value)
+        for base in bases
+        if (section := section_at(base, path[:-1])) is not None
+        for value in others(type(section), path[-1], getattr(section, path[-1]))
+    )
     folders = [tmp_path / "one", tmp_path / "two"]
     for seed, folder in enumerate(folders):
         recipe = replace(base, name="same", train=replace(base.train, seed=seed))
