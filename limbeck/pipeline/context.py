@@ -117,7 +117,7 @@ class RunContext:
     @cached_property
     def run_teacher(self) -> Teacher:
         """The same, reading the student's prompts."""
-        if self.recipe.combine is None:
+        if self.recipe.combine is None or not self.recipe.teachers:
             return self._opened(self.recipe.teacher)
         from limbeck.pipeline.several import several_teachers
 

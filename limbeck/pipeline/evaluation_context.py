@@ -214,7 +214,8 @@ class RunEvaluation:
             chat_options=text_options(self.context, tokenizer),
         )
         encoded = [replace(prompt, split="heldout") for prompt in encoded]
-        if who == "teacher":
+        if who == "teacher" and (self.context.seen is not None or self.context.recipe.combine is not None):
+            # Which teacher it has, and what that sees, are asked by its id.
             for prompt in prompts:
                 self.context.known_prompts.setdefault(prompt.id, prompt)
             encoded = list(as_seen(self.context, encoded))
@@ -223,7 +224,8 @@ class RunEvaluation:
             window=self._window(who),
             max_new_tokens=max_new_tokens,
             too_long=section.too_long,
-            longest=section.max_prompt_length,
+            # The limit is for the prompts of the data, not for what the teacher sees beside them.
+            longest=None if who == "teacher" and self.context.seen is not None else section.max_prompt_length,
             lengths=expanded_lengths(self.context, encoded),
         )
         return list(fitting.kept)

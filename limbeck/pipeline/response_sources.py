@@ -116,6 +116,7 @@ class _Samplers:
         return {
             "model": alone.model,
             "teacher": self._teacher_model,
+            "seen": None if self.context.seen is None else self.context.seen.of,
             "eos_token_ids": alone.eos_token_ids,
             "pad_token_id": alone.pad_token_id,
             "vocab_size": alone.vocab_size,

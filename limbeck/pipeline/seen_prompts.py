@@ -163,11 +163,6 @@ def check_sees(context: RunContext) -> None:
 def _one_prompt(context: RunContext) -> Iterator[tuple[str, str]]:
     """What reads one prompt with both models, and what to do instead."""
     recipe = context.recipe
-    if getattr(recipe.responses.source, "by_teacher", False):
-        yield (
-            "responses.source draws every token from both models behind one prompt",
-            "set responses.source to teacher, data, student, mixed, replay or pairs",
-        )
     if "speculation" in recipe.evaluate.groups:
         yield (
             "evaluate.groups.speculation drafts and verifies behind one prompt",

@@ -92,6 +92,10 @@ class SpeculativeSamplerBase(ABC):
     @abstractmethod
     def _rule(self) -> AcceptanceRule: ...
 
+    def _verified(self, prompts: Sequence[TokenPrompt]) -> Sequence[TokenPrompt]:
+        """The prompts as the verifier reads them."""
+        return prompts
+
     def __post_init__(self) -> None:
         check_sizes(self.batch_size, self.pad_token_id, self.vocab_size)
         if self.draft_tokens < 1:
@@ -123,7 +127,8 @@ class SpeculativeSamplerBase(ABC):
         """Answer the prompts batch by batch, longest prompts first; arguments and errors as `LocalSampler` has them."""
         models = (self._drafter[1], self._verifier[1])
         require_text(prompts)
-        check_prompts(prompts, sampling, models=models, vocab_size=self.vocab_size, tokenizer=self.tokenizer)
+        for read in (prompts, self._verified(prompts)):
+            check_prompts(read, sampling, models=models, vocab_size=self.vocab_size, tokenizer=self.tokenizer)
         batches = [batch for batch in self.plan(prompts, sampling) if not set(batch) <= set(done)]
         linears = nullcontext()
         if onednn.available():
@@ -166,7 +171,8 @@ class SpeculativeSamplerBase(ABC):
             logp_of_drafter=drafter is self.model,
         )
         with evaluating(drafter), evaluating(verifier), linears:
-            decode_speculative(pair, drafts, sampling, self.tally, on_step)
+            verified = self._verified([prompt for _, prompt in asked])
+            decode_speculative(pair, drafts, sampling, self.tally, on_step, verified)
         # Stacked outside inference mode: the student's autograd graph may hold on to them.
         hidden = tuple(torch.stack(draft.hidden) for draft in drafts) if capture_hidden else None
         return SampledBatch(

@@ -15,7 +15,7 @@ drafter has not read, V vocabulary, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from limbeck.sampling.decoding import DecodingModel, SequenceState, require_fini
 from limbeck.sampling.kv_cache import order_without
 from limbeck.sampling.ragged_cache import CacheReader
 from limbeck.sampling.top_p import pick, probabilities
-from limbeck.types import Sampling
+from limbeck.types import Sampling, TokenPrompt
 
 # Columns of a place's uniform numbers: for the draft (as a model alone would use it), the decision, what follows.
 _PROPOSE, _ACCEPT, _NEXT = 0, 1, 2
@@ -37,15 +37,27 @@ class _Row:
     """A response that is being sampled.
 
     Attributes:
+        verified: the prompt as the verifier reads it.
         behind: tokens that the drafter has not read: the last, or the last two where all drafts stood and one followed.
     """
 
     draft: SequenceState
+    verified: TokenPrompt
     behind: int = 1
 
     @property
     def length(self) -> int:
         return len(self.draft.prompt.ids) + len(self.draft.ids)
+
+    @property
+    def shift(self) -> int:
+        """By how much a token of the response stands further back for the verifier."""
+        return len(self.verified.ids) - len(self.draft.prompt.ids)
+
+    @property
+    def last(self) -> int:
+        """The last token, as the verifier reads it."""
+        return self.draft.ids[-1] if self.draft.ids else self.verified.ids[-1]
 
     def token(self, position: int) -> int:
         prompt_ids = self.draft.prompt.ids
@@ -77,21 +89,24 @@ def decode_speculative(
     sampling: Sampling,
     tally: AcceptanceStats,
     on_step: Callable[[int, int], None],
+    verified: Sequence[TokenPrompt],
 ) -> None:
     """Complete all drafts in place.
 
     Args:
         drafts: sorted by prompt length, so that little is padded.
         on_step: called after every round with the number of tokens written and of responses finished by it.
+        verified: the prompt of each draft as the verifier reads it.
     """
     with torch.inference_mode():
-        capacity = max(len(draft.prompt.ids) for draft in drafts) + sampling.max_new_tokens
+        rows = [_Row(draft=draft, verified=own) for draft, own in zip(drafts, verified, strict=True)]
+        as_verified = [replace(draft, prompt=own) for draft, own in zip(drafts, verified, strict=True)]
         drafter, verifier = (
-            CacheReader.of(w, rows=len(drafts), capacity=capacity) for w in (pair.drafter, pair.verifier)
+            CacheReader.of(writer, rows=len(read), capacity=_longest(read) + sampling.max_new_tokens)
+            for writer, read in ((pair.drafter, drafts), (pair.verifier, as_verified))
         )
         drafter.prefill(drafts)
-        verifier.prefill(drafts)
-        rows = [_Row(draft=draft) for draft in drafts]
+        verifier.prefill(as_verified)
         while rows:
             finished, written = _round(pair, drafter, verifier, rows, sampling, tally)
             on_step(written, sum(finished))
@@ -100,6 +115,10 @@ def decode_speculative(
                 drafter.cache.keep(order)
                 verifier.cache.keep(order)
                 rows = [rows[row] for row in order]
+
+
+def _longest(drafts: Sequence[SequenceState]) -> int:
+    return max(len(draft.prompt.ids) for draft in drafts)
 
 
 def _round(
@@ -150,15 +169,18 @@ def _uniforms(rows: list[_Row], places: int, sampling: Sampling, device: torch.d
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
-def _positions(rows: list[_Row], ahead: int, count: int, sampling: Sampling) -> tuple[Tensor, int]:
+def _positions(
+    rows: list[_Row], ahead: int, count: int, sampling: Sampling, *, verifier: bool = False
+) -> tuple[Tensor, int]:
     """`count` positions of each row, from `ahead` of its last token on; and the slots they reach.
 
     The last token a row may have is never read: positions from there on are all that one, which no other token sees.
     """
     places = []
     for row in rows:
-        last = len(row.draft.prompt.ids) + sampling.max_new_tokens - 1
-        places.append([min(max(row.length - 1 + ahead + j, 0), last) for j in range(count)])
+        shift = row.shift if verifier else 0
+        last = len(row.draft.prompt.ids) + sampling.max_new_tokens - 1 + shift
+        places.append([min(max(row.length - 1 + ahead + j + shift, 0), last) for j in range(count)])
     return torch.tensor(places), max(place[-1] for place in places) + 1
 
 
@@ -198,9 +220,9 @@ def _verify(
     verifier: CacheReader, rows: list[_Row], ids_BK: Tensor, sampling: Sampling, *, looks_ahead: bool
 ) -> tuple[Tensor, Tensor]:
     """The verifier's hidden states (B, J, D) and logits (B, J, V) at the drafted tokens and at the one after them."""
-    last_B1 = torch.tensor([[row.token(row.length - 1)] for row in rows], device=ids_BK.device)
+    last_B1 = torch.tensor([[row.last] for row in rows], device=ids_BK.device)
     ids_BJ = torch.cat([last_B1, ids_BK if looks_ahead else ids_BK[:, :-1]], dim=1)
-    positions_BJ, reach = _positions(rows, 0, ids_BJ.shape[1], sampling)
+    positions_BJ, reach = _positions(rows, 0, ids_BJ.shape[1], sampling, verifier=True)
     hidden_BJD = verifier.read(ids_BJ, positions_BJ.to(ids_BJ.device), reach)
     return hidden_BJD, _logits(verifier, hidden_BJD, rows)
 

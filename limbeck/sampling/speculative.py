@@ -9,13 +9,14 @@ Both models share tokenizer and vocabulary; their heads may be padded differentl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from limbeck.sampling.acceptance import AcceptanceRule, MixtureSampling, Redraw, SpeculativeSampling, TopKVeto
 from limbeck.sampling.draft_and_verify import SpeculativeSamplerBase
-from limbeck.types import Author, LimbeckError
+from limbeck.types import Author, LimbeckError, TokenPrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,14 @@ class StudentWithTeacher(SpeculativeSamplerBase):
     Attributes:
         model: the student.
         teacher: whose hidden states are handed over.
+        seen: gives prompts as the teacher reads them, where it sees others than the student.
     """
 
     teacher: nn.Module
+    seen: Callable[[Sequence[TokenPrompt]], Sequence[TokenPrompt]] | None = None
+
+    def _verified(self, prompts: Sequence[TokenPrompt]) -> Sequence[TokenPrompt]:
+        return prompts if self.seen is None else self.seen(prompts)
 
     @property
     def author(self) -> Author:

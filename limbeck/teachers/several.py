@@ -155,6 +155,12 @@ class SeveralTeachers(Teacher):
             self._made = (known, heads_side_by_side(heads), tuple(heads.values()))
         return self._made[1]
 
+    def joined(self, hidden: Mapping[str, Tensor]) -> Tensor:
+        """The states of all members for the same tokens as one, for `head`."""
+        return self._joined(
+            {name: DenseSignal(hidden_ND=hidden_ND, head=self.members[name].head) for name, hidden_ND in hidden.items()}
+        )
+
     def release(self) -> None:
         self._made = None
         for member in self.members.values():

@@ -109,7 +109,10 @@ def test_stored_signals_of_the_data_are_those_of_a_teacher_that_runs_beside(tiny
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("source", [{"name": "student", "refresh": 3}, {"name": "pairs"}], ids=["student", "pairs"])
+SOURCES = [{"name": "student", "refresh": 3}, {"name": "pairs"}, {"name": "speculative", "refresh": 3}]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=[str(source["name"]) for source in SOURCES])
 def test_rounds_are_scored_under_what_the_teacher_sees(tiny: TinyPair, tmp_path: Path, source: dict[str, Any]) -> None:
     sections: dict[str, Any] = {"responses": {"source": source}, "prompts": {"ignore_columns": [HINT]}}
     see = {"name": "system", "text": "Be short."}
@@ -160,8 +163,6 @@ def test_the_column_is_refused_where_no_key_reads_it(tiny: TinyPair, tmp_path: P
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"responses": {"source": "speculative"}}, "responses.source draws every token from both models"),
-    ({"responses": {"source": {"name": "student", "teacher_share": 0.2}}}, "responses.source draws every token"),
     ({"evaluate": {"groups": ["speculation"]}}, "leave speculation out"),
     ({"prompts": {"ignore_columns": [HINT]}}, "prompts.ignore_columns leaves out 'privileged_context'"),
     ({"prompts": {"template": "plain"}, "teacher": {"sees": {"name": "system", "text": "x"}}}, "template plain has no"),

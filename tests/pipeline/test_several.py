@@ -61,24 +61,29 @@ def alone(model: Path) -> InProcessTeacher:
     return InProcessTeacher(model=TeacherModel(model=str(model)), device=CPU)
 
 
-def test_each_prompt_is_answered_and_scored_by_its_teacher_one_in_memory_at_a_time(
-    tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    together: list[int] = []
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of teachers in memory, each time that the weights of one are asked for."""
+    counts: list[int] = []
     original = InProcessTeacher.weights
     held: list[InProcessTeacher] = []
 
     def counted(self: InProcessTeacher) -> loading.LoadedModel:
         found = original(self)
         held.append(self)
-        together.append(sum(one.loaded for one in {id(t): t for t in held}.values()))
+        counts.append(sum(one.loaded for one in {id(t): t for t in held}.values()))
         return found
 
     monkeypatch.setattr(InProcessTeacher, "weights", counted)
+    return counts
+
+
+def test_each_prompt_is_answered_and_scored_by_its_teacher_one_in_memory_at_a_time(
+    tiny: TinyPair, tmp_path: Path, together: list[int]
+) -> None:
     recipe = load_recipe(tree_of(tiny, tmp_path / "run", responses={"temperature": 0.0}))
     run_pipeline(recipe, stages=STAGES, until="train")
     assert together and max(together) == 1
-    monkeypatch.undo()
     context = RunContext(recipe)
     prompts = {p.id: p for p in read_prompts(context.run.prompts)}
     responses = list(load_responses(context, "train").values())
@@ -94,6 +99,22 @@ def test_each_prompt_is_answered_and_scored_by_its_teacher_one_in_memory_at_a_ti
         most = len(own[0].response_ids)
         answer = written.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
         assert tuple(answer[0, ids.shape[1] :].tolist()) == own[0].response_ids
+
+
+def test_a_mean_is_stored_with_one_teacher_in_memory_at_a_time(
+    tiny: TinyPair, tmp_path: Path, together: list[int]
+) -> None:
+    sections: dict[str, Any] = {"prompts": {"ignore_columns": ["teacher_id"]}, "evaluate": {"groups": ["fidelity"]}}
+    tree = tree_of(tiny, tmp_path / "run", combine="mean_log_p", responses={"source": "data"}, **sections)
+    recipe = load_recipe(tree)
+    run_pipeline(recipe, stages=STAGES, until="teach")
+    assert together and max(together) == 1
+    assert not (recipe.directory / "signal/parts").exists()
+    context = RunContext(recipe)
+    responses = list(load_responses(context, "train").values())[:3]
+    batch = collate(responses, range(3), pad_id=0)
+    stored, beside = open_teacher(context).signal(batch), context.teacher.signal(batch)
+    torch.testing.assert_close(logp(stored), logp(beside), rtol=1e-4, atol=1e-4)
 
 
 def test_scores_are_of_each_teacher_too(tiny: TinyPair, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -18,7 +18,7 @@ from limbeck.sampling.draft_and_verify import SpeculativeSamplerBase
 from limbeck.sampling.local import SamplingProgress
 from limbeck.sampling.speculative import MixtureSampler, SkdSampler, SpeculativeSampler
 from limbeck.sampling.top_p import probabilities
-from limbeck.types import LimbeckError, Response, Sampler, Sampling, TokenPrompt
+from limbeck.types import LimbeckError, Response, Sampler, Sampling, SeenPrompt, TokenPrompt
 from tests.sampling.shares import assert_shares
 from tests.sampling.tiny import EOS, IN_DOUBLE, VOCAB, sampler_of, tiny_model, tiny_prompts
 
@@ -378,3 +378,34 @@ def test_logits_that_are_not_finite_stop_the_run_and_name_the_prompt(poisoned: i
         sampler.respond(tiny_prompts(), WARM)
     with pytest.raises(LimbeckError, match="gives NaN or infinite logits on plain tokens"):
         speculative(*models)
+
+
+@pytest.mark.parametrize("build", [skd, mixture])
+def test_a_teacher_that_reads_another_prompt_follows_the_rule_by_enumeration(build: Build) -> None:
+    """The student's prompt is shorter or longer than the teacher's; the states handed over are the teacher's."""
+    vocab, own, theirs = 6, (3, 1, 4), ((2, 5, 1, 1, 4), (5,))
+    teacher, sampling = tiny_model(), Sampling(max_new_tokens=2)
+    other = near(teacher, 0.4)
+    options = {skd: {"top_k": 2}, mixture: {"alpha": 0.4}}[build]
+
+    def seen(prompts: Sequence[TokenPrompt]) -> list[TokenPrompt]:
+        return [SeenPrompt(id=p.id, ids=theirs[int(p.id) % 2], asked=p) for p in prompts]
+
+    sampler = build(teacher, other, vocab, eos_token_ids=(), batch_size=500, draft_tokens=2, seen=seen, **options)
+    many = [TokenPrompt(id=str(i), ids=own) for i in range(3000)]
+    written = sampler.respond(many, sampling)
+    assert all(response.prompt_ids == own for response in written)
+    for which, ids in enumerate(theirs):
+        written_N2 = torch.tensor([r.response_ids for r in written if int(r.prompt_id) % 2 == which])
+        expected = torch.zeros(vocab, vocab, dtype=torch.float64)
+        first = rule_of(build, logits_after(teacher, ids, vocab), logits_after(other, own, vocab), sampling)
+        for a in range(vocab):
+            p_1V, q_1V = logits_after(teacher, (*ids, a), vocab), logits_after(other, (*own, a), vocab)
+            expected[a] = first[a] * rule_of(build, p_1V, q_1V, sampling)
+        assert_shares((written_N2 * torch.tensor([vocab, 1])).sum(1), expected.flatten())
+    (batch,) = sampler.respond_in_batches(many[:4], sampling, capture_hidden=True)
+    for response, states in zip(batch.responses, batch.hidden or (), strict=True):
+        ids = (*theirs[int(response.prompt_id) % 2], *response.response_ids)
+        with torch.no_grad():
+            wanted = decoder_of(teacher)(input_ids=torch.tensor([ids[:-1]]), use_cache=False).last_hidden_state[0, -2:]
+        torch.testing.assert_close(states, wanted.float(), rtol=1e-4, atol=1e-5)

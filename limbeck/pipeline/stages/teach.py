@@ -17,7 +17,9 @@ from limbeck.pipeline.stages.respond import captures, load_responses, teacher_in
 from limbeck.rollouts.collate import collate
 from limbeck.runtime.console import Meter
 from limbeck.runtime.files import link
+from limbeck.runtime.folders import remove
 from limbeck.teachers.base import Teacher
+from limbeck.teachers.several import SeveralTeachers
 from limbeck.teachers.stored import StoredTeacher, dense_rows, sparse_rows, write_head, write_signal
 from limbeck.types import DenseSignal, Json, Response, SampledSignal, SignalSource, TopKSignal
 
@@ -70,7 +72,7 @@ def _score(context: RunContext) -> int:
     for group in rows_by_teacher(context, responses):
         rows = sorted(group, key=lambda row: (-responses[row].length, row))
         shards += [rows[start : start + SHARD_ROWS] for start in range(0, len(rows), SHARD_ROWS)]
-    scored = ""
+    scored, parts = "", _parts_of_mean(context, responses, shards)
     tokens = sum(r.tokens for r in responses.values())
     with context.console.meter("teach", tokens, "tokens") as meter:
         paths = {context.run.signal / f"{number:05d}.safetensors": shard for number, shard in enumerate(shards)}
@@ -85,7 +87,10 @@ def _score(context: RunContext) -> int:
                     if scored not in ("", now):
                         context.teacher.release()
                     scored = now
-                hidden = _hidden_states(context.teacher, responses, shard)
+                if parts is None:
+                    hidden = _hidden_states(context.teacher, responses, shard)
+                else:
+                    hidden = _joined_parts(context, parts, path.name, responses, shard)
                 whole = {row: h for row, h in hidden.items() if form is None or responses[row].split == "heldout"}
                 tensors = dense_rows({responses[row].id: h for row, h in whole.items()}, dtype=dtype)
                 if form is not None:
@@ -95,7 +100,41 @@ def _score(context: RunContext) -> int:
                     tensors |= sparse_rows({responses[row].id: form.of(s, seed=row) for row, s in signals.items()})
                 write_signal(path, tensors)
             meter.advance(sum(responses[row].tokens for row in shard))
+    if parts is not None:
+        remove(parts)
     return tokens
+
+
+def _parts_of_mean(
+    context: RunContext, responses: Mapping[int, Response], shards: Sequence[Sequence[int]]
+) -> Path | None:
+    """The folder with each teacher's states of all shards, where the signal is a mean of several; one of them is in
+    memory at a time."""
+    if context.recipe.combine is None or context.recipe.combine.routes:
+        return None
+    folder = context.run.signal / "parts"
+    for name, member in context.run_teachers.items():
+        reading = member if context.seen is None else context.seen.teacher(member)
+        for number, shard in enumerate(shards):
+            file = f"{number:05d}.safetensors"
+            if not (context.run.signal / file).exists() and not (folder / name / file).exists():
+                hidden = _hidden_states(reading, responses, shard)
+                rows = dense_rows({responses[row].id: h for row, h in hidden.items()}, dtype=torch.float32)
+                write_signal(folder / name / file, rows)
+        member.release()
+    return folder
+
+
+def _joined_parts(
+    context: RunContext, folder: Path, file: str, responses: Mapping[int, Response], shard: Sequence[int]
+) -> dict[int, Tensor]:
+    """The states of a shard, put together from those of each teacher."""
+    from safetensors.torch import load_file
+
+    several = context.teacher.scorer
+    assert isinstance(several, SeveralTeachers), "a mean is one of several teachers"
+    found = {name: load_file(folder / name / file) for name in several.members}
+    return {row: several.joined({name: own[responses[row].id] for name, own in found.items()}) for row in shard}
 
 
 def _scored(context: RunContext) -> dict[int, Response]:
