@@ -87,6 +87,7 @@ def test_a_first_stage_that_had_just_ended(
     [
         *(("metrics.jsonl", text) for text in JUNK),
         *(("blocks.json", text) for text in ("[]", "null", '{"keep": 3}', "{}")),
+        ("blocks.json", '{"keep": [[0]], "removed": [], "influence": [], "path": [], "criterion": "kl"}'),
         *(("rounds/examples.jsonl", text) for text in ("[]\n", "3\n")),
     ],
 )

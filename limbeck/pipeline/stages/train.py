@@ -48,7 +48,7 @@ from limbeck.teachers.local import NullTeacher
 from limbeck.training import checkpoints
 from limbeck.training.loop import find_learning_rate, train
 from limbeck.training.metrics import LoopContext
-from limbeck.types import Interrupted, Json, Response, SignalSource
+from limbeck.types import Interrupted, Json, LimbeckError, Response, SignalSource
 
 
 def _student_inputs(context: RunContext) -> Json:
@@ -113,7 +113,14 @@ def _of_teacher(context: RunContext, spec: StudentSpec) -> tuple[StudentSpec, Lo
 def _measured(blocks: Path) -> Json:
     """The block scores of the teacher."""
     kinds = {"keep": list, "removed": list, "influence": list, "path": list, "criterion": str}
-    return read_fields(blocks, kinds)
+    found = read_fields(blocks, kinds)
+    numbers = (*found["keep"], *found["removed"])
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise LimbeckError(
+            f"{blocks} is damaged (keep is {found['keep']!r:.60}, expected numbers of blocks); delete it and run the "
+            "same command again"
+        )
+    return found
 
 
 def _run_student(context: RunContext) -> Json:
