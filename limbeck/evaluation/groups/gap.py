@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.groups.nll import surprise
-from limbeck.evaluation.groups.recovery import fidelity_rows
+from limbeck.evaluation.groups.recovery import closed_share, fidelity_rows
 from limbeck.evaluation.scores.metrics import Metric
 from limbeck.fields import STRICT, Count
 from limbeck.prompts.readers import source_digest
@@ -63,7 +63,7 @@ class GapGroup(EvaluationGroup):
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         before = evaluation.before()
         gap, left = (fidelity_rows(one, one.student.model) for one in (before, evaluation))
-        tables: dict[str, Sequence[ScoredRow]] = {"": _recovered(gap, left)}
+        tables: dict[str, Sequence[ScoredRow]] = {"": closed_share(gap, left, "gap_recovered")}
         if self.others is not None:
             prompts = self._others()
             then, now = (_nll(one, prompts) for one in (before, evaluation))
@@ -103,14 +103,3 @@ def _nll(evaluation: EvaluationContext, prompts: Sequence[Prompt]) -> dict[str, 
             found[response.prompt_id] = (total + nll, tokens + response.tokens)
             meter.advance(response.tokens)
     return found
-
-
-def _recovered(gap: Sequence[ScoredRow], left: Sequence[ScoredRow]) -> list[ScoredRow]:
-    """What was closed of each prompt's divergence, and that divergence, over its tokens: their ratio is the share."""
-    rows = []
-    for there, rest in zip(gap, left, strict=True):
-        assert there.id == rest.id, "both read the same responses"
-        before, after = (row.weight * row.values["forward_kl"] for row in (there, rest))
-        sums = {"gap_recovered": (before - after, before)}
-        rows.append(ScoredRow(id=there.id, weight=there.weight, values={}, sums=sums))
-    return rows

@@ -1,6 +1,6 @@
 """The group `recovery`: how much of what quantisation lost did training bring back?
 
-The student before training is its teacher with every weight rounded to the nearest level (plain names). Beside it stand
+The student before training is its teacher with every weight rounded to its grid (plain names). Beside it stand
 what llama.cpp's own quantiser makes of the same weights in the same formats, without and with an importance matrix from
 the training responses (conditions `llama_cpp` and `imatrix`). All are measured against the teacher on the held-out
 responses.
@@ -74,12 +74,13 @@ class RecoveryGroup(EvaluationGroup):
         assert quantized is not None, "a recipe without student.quantize is refused"
         healed = fidelity_rows(evaluation, evaluation.student.model)
         before = evaluation.before()
-        tables: dict[str, Sequence[ScoredRow]] = {"": _recovered(fidelity_rows(before, before.student.model), healed)}
+        rounded = fidelity_rows(before, before.student.model)
+        tables: dict[str, Sequence[ScoredRow]] = {"": closed_share(rounded, healed, "recovered")}
         for condition, model in self._quantised(evaluation, quantized.formats):
             rows = fidelity_rows(evaluation, model)
             tables[condition] = [
                 replace(row, values={name: row.values[name] for name in _MEASURED}, sums=shared.sums)
-                for row, shared in zip(rows, _recovered(rows, healed), strict=True)
+                for row, shared in zip(rows, closed_share(rows, healed, "recovered"), strict=True)
             ]
         sizes = _sizes(evaluation.student.model, quantized)
         tables["file"] = [ScoredRow(id="model", weight=1.0, values=sizes)]
@@ -120,13 +121,17 @@ def fidelity_rows(evaluation: EvaluationContext, model: nn.Module) -> list[Score
     return measure(chunks, top_k=2).rows
 
 
-def _recovered(quantised: Sequence[ScoredRow], healed: Sequence[ScoredRow]) -> list[ScoredRow]:
-    """What came back of each prompt's divergence, and that divergence, over its tokens: their ratio is the share."""
+def closed_share(before: Sequence[ScoredRow], after: Sequence[ScoredRow], metric: str) -> list[ScoredRow]:
+    """What was closed of each prompt's forward KL, and that KL, over its tokens: their ratio is the share.
+
+    Args:
+        metric: name of the share.
+    """
     rows = []
-    for lost, left in zip(quantised, healed, strict=True):
-        assert lost.id == left.id, "both read the same responses"
-        gap, rest = (row.weight * row.values["forward_kl"] for row in (lost, left))
-        rows.append(ScoredRow(id=lost.id, weight=lost.weight, values={}, sums={"recovered": (gap - rest, gap)}))
+    for there, left in zip(before, after, strict=True):
+        assert there.id == left.id, "both read the same responses"
+        gap, rest = (row.weight * row.values["forward_kl"] for row in (there, left))
+        rows.append(ScoredRow(id=there.id, weight=there.weight, values={}, sums={metric: (gap - rest, gap)}))
     return rows
 
 
