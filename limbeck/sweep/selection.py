@@ -30,9 +30,8 @@ def tune(executor: Executor, models: Models) -> Finals:
         executor.run(new)
         tuning = {name: runs + further[name] for name, runs in tuning.items()}
     for arm in arms_of(sweep):
-        finished = [run for run in tuning[arm.name] if executor.table.state(run) == "done"]
         try:
-            chosen = _best_values(executor, arm, finished, tuning[arm.name]) if sweep.tune else {}
+            chosen = _best_values(executor, arm, tuning[arm.name]) if sweep.tune else {}
         except LimbeckError as error:
             executor.fail(final_runs(sweep, arm, {}, models), f"tune: {error}")
             continue
@@ -47,9 +46,8 @@ def _further(executor: Executor, arm: Arm, tried: list[ArmRun], models: Models) 
 
     A value beyond the best that was tried and failed is no end: there the arm diverges.
     """
-    finished = [run for run in tried if executor.table.state(run) == "done"]
     try:
-        chosen = _winner(executor, finished)
+        chosen = _winner(executor, tried)
     except LimbeckError:
         return []  # The arm's own failure, which is reported when its values are chosen.
     steps = {key: beyond([run.keys[key] for run in tried], chosen[key]) for key in executor.sweep.tune}
@@ -60,17 +58,18 @@ def _further(executor: Executor, arm: Arm, tried: list[ArmRun], models: Models) 
     ]
 
 
-def _winner(executor: Executor, finished: list[ArmRun]) -> Tree:
-    """The values of the best run."""
+def _winner(executor: Executor, tried: list[ArmRun]) -> Tree:
+    """The values of the best of the runs that finished."""
     sweep = executor.sweep
+    finished = [run for run in tried if executor.table.state(run) == "done"]
     if not finished:
         raise LimbeckError("none of the runs that tune it finished; arms.jsonl says why of each")
     winner = finished[best([badness(sweep.tune_metric, means_after(run)) for run in finished])]
     return {key: winner.keys[key] for key in sweep.tune}
 
 
-def _best_values(executor: Executor, arm: Arm, finished: list[ArmRun], tried: list[ArmRun]) -> Tree:
-    chosen = _winner(executor, finished)
+def _best_values(executor: Executor, arm: Arm, tried: list[ArmRun]) -> Tree:
+    chosen = _winner(executor, tried)
     said = [f"{arm.name}: the best {key} is {value}" for key, value in chosen.items()]
     for key, value in chosen.items():
         values = list(dict.fromkeys(run.keys[key] for run in tried))
