@@ -130,9 +130,9 @@ class RunContext:
 
     def member_of(self, prompt_id: str) -> str:
         """Name of the teacher of a prompt, where there are several."""
-        combination = self.recipe.combine
-        assert combination is not None, "asked for where there are several"
-        return combination.member_of(self.known_prompts[prompt_id], tuple(self.recipe.teachers))
+        routing = self.recipe.routing
+        assert routing is not None, "asked for where each prompt has one of several"
+        return routing.member_of(self.known_prompts[prompt_id], tuple(self.recipe.teachers))
 
     @cached_property
     def known_prompts(self) -> dict[str, Prompt]:

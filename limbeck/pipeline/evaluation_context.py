@@ -331,8 +331,7 @@ class RunEvaluation:
 
     def domain_of(self, prompt_id: str) -> str | None:
         """Name of the teacher of a prompt, where each prompt has one of several."""
-        combination = self.context.recipe.combine
-        return None if combination is None or not combination.routes else self.context.member_of(prompt_id)
+        return None if self.context.recipe.routing is None else self.context.member_of(prompt_id)
 
     def texts(self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None) -> dict[str, str]:
         """Texts of `answers` without special tokens, by prompt id."""

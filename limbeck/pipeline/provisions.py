@@ -52,7 +52,7 @@ def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -
     given = context.teacher.provides
     for what, provision, remedy in asked:
         if provision not in given and _MORE.get(provision) not in given:
-            if context.recipe.combine is not None and not context.recipe.combine.routes:
+            if context.recipe.mixing is not None:
                 raise LimbeckError(
                     f"{what} asks the teacher for its {_ASKED[provision]}, but a mean of several teachers has "
                     f"distributions alone and writes nothing; {remedy}, or give each prompt one teacher "

@@ -42,9 +42,9 @@ class SeenPrompts:
 
     def _view_of(self, prompt: Prompt) -> View:
         recipe = self.context.recipe
-        if recipe.combine is None or not recipe.combine.routes:
+        if recipe.routing is None:
             return recipe.teacher.sees
-        return recipe.teachers[recipe.combine.member_of(prompt, tuple(recipe.teachers))].sees
+        return recipe.teachers[recipe.routing.member_of(prompt, tuple(recipe.teachers))].sees
 
     def ids(self, names: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of the prompts with these ids.

@@ -22,15 +22,15 @@ from limbeck.types import Json, LimbeckError, Prompt, Response, TokenPrompt
 
 def several_teachers(context: RunContext, members: Mapping[str, Teacher]) -> SeveralTeachers:
     """The teachers of a run as one."""
-    combination = context.recipe.combine
-    assert combination is not None, "the recipe's checks ask for it"
+    routing, mixing = context.recipe.routing, context.recipe.mixing
+    assert routing or mixing, "a combination is one of the two"
     first = next(iter(members.values()))
     return SeveralTeachers(
         model=TeacherModel(model=" and ".join(member.model.model for member in members.values())),
         device=first.device,
         members=members,
-        member_of=context.member_of if combination.routes else None,
-        weights_of=None if combination.routes else combination.weights_of(tuple(members)),
+        member_of=context.member_of if routing else None,
+        weights_of=mixing.weights_of(tuple(members)) if mixing else None,
         combination=fingerprint(combination_inputs(context)),
     )
 
@@ -98,14 +98,15 @@ def check_routes(context: RunContext, prompts: Sequence[Prompt]) -> None:
         LimbeckError: one has none; names the row or the teacher.
     """
     recipe = context.recipe
-    if recipe.combine is None or not recipe.combine.routes:
+    routing = recipe.routing
+    if routing is None:
         return
     names = tuple(recipe.teachers)
-    found = [(prompt.split, recipe.combine.member_of(prompt, names)) for prompt in prompts]
+    found = [(prompt.split, routing.member_of(prompt, names)) for prompt in prompts]
     taken = Counter(name for split, name in found if split == "train")
     idle = next((name for name in names if name not in taken), None)
     if idle is not None:
-        how = COMBINE.name_of(recipe.combine)
+        how = COMBINE.name_of(routing)
         raise LimbeckError(
             f"combine={how} gives teachers.{idle} no training prompt (the {len(found)} prompts are of "
             f"{', '.join(sorted({name for _, name in found}))}); correct the data or the rule, or remove the teacher"
@@ -141,7 +142,7 @@ def writers(context: RunContext, asked: Sequence[TokenPrompt]) -> list[Answering
 
 def rows_by_teacher(context: RunContext, responses: Mapping[int, Response]) -> list[dict[int, Response]]:
     """Responses in groups that one teacher scores, so that one is in memory at a time."""
-    if context.recipe.combine is None or not context.recipe.combine.routes:
+    if context.recipe.routing is None:
         return [dict(responses)]
     groups: dict[str, dict[int, Response]] = {name: {} for name in context.recipe.teachers}
     for row, response in responses.items():

@@ -258,7 +258,7 @@ def _check_several(recipe: Recipe) -> None:
                     f"teachers.{name}.{f.name} is {getattr(section, f.name)!r} and teachers.{first[0]}.{f.name} "
                     f"{getattr(first[1], f.name)!r}; their signal is one, so make them the same"
                 )
-        if not recipe.combine.routes and section.sees != first[1].sees:
+        if recipe.mixing is not None and section.sees != first[1].sees:
             raise LimbeckError(
                 f"teachers.{name}.sees differs from teachers.{first[0]}.sees, and with a mean all score behind one "
                 "prompt; make them the same"

@@ -42,6 +42,7 @@ from limbeck.recipe.teacher import (
 from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
+from limbeck.teachers.combinations import Mixing, Routing
 
 GENERATE: MemberKey[ProblemGenerator] = MemberKey(
     key="prompts.generate", registry=GENERATORS, default="chain", example="chain"
@@ -370,6 +371,16 @@ class Recipe:
     def every_teacher(self) -> Mapping[str, TeacherSection]:
         """The sections of all teachers, by name; of one alone the name is empty."""
         return self.teachers or {"": self.teacher}
+
+    @property
+    def routing(self) -> Routing | None:
+        """How each prompt is given one of several teachers; None where it is not."""
+        return self.combine if isinstance(self.combine, Routing) else None
+
+    @property
+    def mixing(self) -> Mixing | None:
+        """How several teachers score every response together; None where they do not."""
+        return self.combine if isinstance(self.combine, Mixing) else None
 
     @property
     def teacher_columns(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import field
 from typing import Any
@@ -17,17 +18,12 @@ COMBINE_KEY = "combine"
 
 
 class Combination:
-    """Base class of the members of the registry."""
+    """Base class of the members of the registry; each is a `Routing` or a `Mixing`."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of the data that it reads."""
         return ()
-
-    @property
-    def routes(self) -> bool:
-        """Whether each prompt has one teacher."""
-        return True
 
     def check(self, names: Collection[str]) -> None:
         """Check the options against the names of the teachers.
@@ -37,21 +33,29 @@ class Combination:
         """
         return
 
+
+class Routing(Combination, ABC):
+    """Each prompt has one teacher."""
+
+    @abstractmethod
     def member_of(self, prompt: Prompt, names: Collection[str]) -> str:
         """The name of a prompt's teacher.
 
         Raises:
             LimbeckError: it has none, or one that is not there.
         """
-        raise NotImplementedError
 
+
+class Mixing(Combination, ABC):
+    """All teachers score every response."""
+
+    @abstractmethod
     def weights_of(self, names: Collection[str]) -> dict[str, float]:
-        """The weight of each teacher where all score every response; they add up to 1."""
-        raise NotImplementedError
+        """The weight of each teacher; they add up to 1."""
 
 
 @dataclass(config=STRICT, kw_only=True)
-class ByColumn(Combination):
+class ByColumn(Routing):
     """Each prompt's teacher by a column of the data, which holds its name."""
 
     column: str = "teacher_id"
@@ -72,7 +76,7 @@ class ByColumn(Combination):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class ByRule(Combination):
+class ByRule(Routing):
     """Each prompt's teacher by what it asks: the first whose pattern is found in the prompt."""
 
     patterns: Mapping[str, str]
@@ -106,15 +110,11 @@ class ByRule(Combination):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class MeanLogP(Combination):
+class MeanLogP(Mixing):
     """All teachers for every response: the weighted mean of their log-probabilities, normalised (log-linear pool)."""
 
     weights: Mapping[str, Positive] = field(default_factory=dict)
     """Of each teacher by name, divided by their sum; empty gives all the same."""
-
-    @property
-    def routes(self) -> bool:
-        return False
 
     def check(self, names: Collection[str]) -> None:
         for name in self.weights:

@@ -11,7 +11,7 @@ import torch
 from limbeck.models.heads import project
 from limbeck.rollouts.collate import collate
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
-from limbeck.teachers.combinations import COMBINATIONS
+from limbeck.teachers.combinations import COMBINATIONS, Mixing, Routing
 from limbeck.teachers.several import SeveralTeachers
 from limbeck.types import DenseSignal, Head, LimbeckError, Prompt, TokenBatch
 from tests.training.play import tiny_responses, tiny_teacher
@@ -73,7 +73,9 @@ def test_routed_responses_have_the_distribution_of_their_teacher() -> None:
 
 def test_a_mean_of_log_probabilities_is_that_of_the_members_at_every_temperature() -> None:
     batch = collate(tiny_responses(4), range(4), pad_id=0)
-    weights = COMBINATIONS.build("mean_log_p", weights={"a": 2.0, "b": 1.0, "c": 1.0}).weights_of(("a", "b", "c"))
+    mixing = COMBINATIONS.build("mean_log_p", weights={"a": 2.0, "b": 1.0, "c": 1.0})
+    assert isinstance(mixing, Mixing)
+    weights = mixing.weights_of(("a", "b", "c"))
     assert weights == {"a": 0.5, "b": 0.25, "c": 0.25}
     found = several(weights_of=weights)
     mean_NV = sum(weights[n] * logits(m.signal(batch)).log_softmax(-1) for n, m in members().items())
@@ -109,6 +111,7 @@ def test_a_capped_head_is_refused_among_others() -> None:
 )
 def test_a_prompt_has_its_teacher(name: str, options: dict[str, Any], text: str, member: str) -> None:
     combination = COMBINATIONS.build(name, **options)
+    assert isinstance(combination, Routing)
     combination.check(("math", "code"))
     prompt = Prompt(id="p", text=text, columns={"domain": "math"})
     assert combination.member_of(prompt, ("math", "code")) == member

@@ -81,7 +81,7 @@ def _score(context: RunContext) -> int:
             return tokens
         for path, shard in paths.items():
             if not path.exists():
-                if len(shards) > 1 and context.recipe.combine is not None and context.recipe.combine.routes:
+                if len(shards) > 1 and context.recipe.routing is not None:
                     # One of several teachers in memory at a time.
                     now = context.member_of(responses[shard[0]].prompt_id)
                     if scored not in ("", now):
@@ -110,7 +110,7 @@ def _parts_of_mean(
 ) -> Path | None:
     """The folder with each teacher's states of all shards, where the signal is a mean of several; one of them is in
     memory at a time."""
-    if context.recipe.combine is None or context.recipe.combine.routes:
+    if context.recipe.mixing is None:
         return None
     folder = context.run.signal / "parts"
     for name, member in context.run_teachers.items():
