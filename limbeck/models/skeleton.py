@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from limbeck.models.fingerprints import weight_files
-from limbeck.models.heads import head_of
+from limbeck.models.heads import decoder_of, head_of
 from limbeck.models.loading import source_config, without_dropout
 from limbeck.models.processors import auto_class
 from limbeck.models.quiet import quiet_transformers
-from limbeck.models.sources import Source
-from limbeck.types import Head
+from limbeck.models.sources import Source, fetch_weights
+from limbeck.types import Head, LimbeckError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +58,63 @@ def stored_head(source: Source, skeleton: PreTrainedModel, vocab_size: int, dtyp
     return replace(head, weight_VD=weight_VD, bias_V=bias_V)
 
 
+def stored_ending(
+    source: Source, skeleton: PreTrainedModel, vocab_size: int, dtype: torch.dtype
+) -> tuple[nn.Module, Head]:
+    """What a model does behind its last block: the final norm and the head, read from the safetensors files alone.
+
+    Raises:
+        LimbeckError: the files hold neither, or the model has no final norm beside its blocks.
+    """
+    norm = final_norm(skeleton)
+    if source.kind == "hub":
+        shape = head_of(skeleton, vocab_size, verify=False)
+        wanted = (*norm.parameters(), shape.weight_VD, *([] if shape.bias_V is None else [shape.bias_V]))
+        fetch_weights(source, _names_of(skeleton, *wanted))
+    head = stored_head(source, skeleton, vocab_size, dtype)
+    tensors = {name: _stored(source, skeleton, wanted, dtype) for name, wanted in norm.named_parameters()}
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    if head is None or missing:
+        lacking = "head" if head is None else f"final norm ({missing[0]})"
+        raise LimbeckError(
+            f"{source.name} has no stored {lacking}, which hidden states from a server (teacher.support=full) need "
+            "here; give a folder with its safetensors files, of which final norm and head are all that is read, or "
+            "take its likeliest tokens with teacher.support=topk_tail"
+        )
+    made = copy.deepcopy(norm)
+    made.load_state_dict(tensors, assign=True)
+    return made.eval().requires_grad_(False), head
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the head.
+
+    Raises:
+        LimbeckError: there is none beside the blocks.
+    """
+    for module in decoder_of(model).modules():
+        children = list(module.children())
+        if any(isinstance(child, nn.ModuleList) for child in children):
+            norms = [child for child in children if "norm" in type(child).__name__.lower()]
+            if norms:
+                return norms[-1]
+    raise LimbeckError(
+        f"{type(model).__name__} has no final norm beside its blocks, as far as it is understood; set "
+        "teacher.support=topk_tail"
+    )
+
+
+def _names_of(skeleton: PreTrainedModel, *wanted: Tensor) -> set[str]:
+    """The names that some parameters, and those tied to them, have."""
+    named = skeleton.named_parameters(remove_duplicate=False)
+    return {name for name, one in named if any(one is each for each in wanted)}
+
+
 def _stored(source: Source, skeleton: PreTrainedModel, wanted: Tensor, dtype: torch.dtype) -> Tensor | None:
     """A parameter by any of the names that it and those tied to it have."""
     from safetensors import safe_open
 
-    names = {name for name, one in skeleton.named_parameters(remove_duplicate=False) if one is wanted}
+    names = _names_of(skeleton, wanted)
     for path in weight_files(source):
         if path.suffix != ".safetensors":
             continue

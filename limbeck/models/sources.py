@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
@@ -205,6 +206,34 @@ def _hub(
         ) from error
     except network_errors() as error:
         return _cached(repo, revision, patterns, weights, f"the hub cannot be reached ({one_line(error)})")
+
+
+def fetch_weights(source: Source, names: Collection[str]) -> None:
+    """Fetch the files of weights of a hub model that hold some tensors, into the folder of its small ones.
+
+    Args:
+        names: of the tensors; names that it lacks are passed over.
+
+    Raises:
+        LimbeckError: the hub cannot be reached, and they are not here.
+    """
+    from huggingface_hub import hf_hub_download
+
+    shards = {
+        file
+        for index in source.directory.glob("*.safetensors.index.json")
+        for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()
+        if name in names
+    }
+    for file in sorted(shards) or ["model.safetensors"]:
+        if not (source.directory / file).is_file():
+            try:
+                hf_hub_download(source.name.removeprefix("hub:"), file, revision=source.revision)
+            except network_errors() as error:
+                raise LimbeckError(
+                    f"{file} of the hub model {source.name} is not here and cannot be fetched ({one_line(error)}); "
+                    "connect, or give a local directory"
+                ) from error
 
 
 def network_errors() -> tuple[type[Exception], ...]:

@@ -67,15 +67,17 @@ class CachedTeacher:
 
     def store(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
         """Write the hidden states of some responses beside them; compute those that sampling has not."""
+        batches: list[TokenBatch] = []
         if hidden is None:
             parts: list[Tensor] = []
             for start in range(0, len(responses), SCORING_BATCH_SIZE):
                 some = responses[start : start + SCORING_BATCH_SIZE]
-                hidden_ND = self._scored(collate(some, range(len(some)), pad_id=0)).hidden_ND
-                parts += hidden_ND.split([r.tokens for r in some])
+                batches.append(collate(some, range(len(some)), pad_id=0))
+                parts += self._scored(batches[-1]).hidden_ND.split([r.tokens for r in some])
             hidden = parts
         states = {response.id: hidden_TD for response, hidden_TD in zip(responses, hidden, strict=True)}
         write_shard(path.with_suffix(".safetensors"), states, dtype=self.dtype)
+        self.teacher.settled(batches)
 
     def register(self, path: Path, responses: Sequence[Response]) -> None:
         """Note that the states of these responses are beside them, unless a run that went further has deleted them."""

@@ -24,7 +24,7 @@ from limbeck.pipeline.build import check_objectives
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.drafted_responses import check_draft
 from limbeck.pipeline.lm_corpus import check_corpus
-from limbeck.pipeline.provisions import check_provisions, gives_likeliest_alone
+from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.seen_prompts import check_sees
 from limbeck.pipeline.self_teaching import check_self_teaching
 from limbeck.pipeline.served_responses import check_server
@@ -72,9 +72,9 @@ def check_responses(context: RunContext) -> None:
     Raises:
         LimbeckError: no such teacher, or no such template.
     """
-    weights = "captured" not in context.teacher.provides and not gives_likeliest_alone(context)
-    for section in context.recipe.every_teacher.values():
-        resolvable(context.recipe.source_of(section), weights=weights)
+    for name, section in context.recipe.every_teacher.items():
+        given = context.run_teachers.get(name, context.run_teacher).provides
+        resolvable(context.recipe.source_of(section), weights=not given or "weights" in given)
     check_several(context)
     window = context.window
     if window is not None and window <= context.recipe.responses.max_new_tokens:

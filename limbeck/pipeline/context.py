@@ -154,7 +154,8 @@ class RunContext:
             trust_remote_code=section.trust_remote_code,
         )
         teacher = section.where.open(model, device=self.device, progress=self.console.say)
-        teacher.images, teacher.asked, teacher.support_k = self.run.images, self.run.asked, section.support_k
+        teacher.images, teacher.asked = self.run.images, self.run.asked
+        teacher.support, teacher.support_k = section.support, section.support_k
         return teacher
 
     @cached_property

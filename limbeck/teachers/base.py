@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from limbeck.types import Head, LimbeckError, Response, Sampling, Signal, TokenBatch, TokenPrompt
+from limbeck.types import Head, LimbeckError, Response, Sampling, Signal, Support, TokenBatch, TokenPrompt
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,7 @@ class Teacher(ABC):
 
     Attributes:
         images: folder with the images of the run, for models that read any.
+        support: what the run keeps of each position, for a teacher that can be asked for no more than that.
         support_k: tokens of each position, for a teacher that says no more.
         asked: folder for answers that are on their way into a store, for a teacher that is asked over a network; None
             keeps none.
@@ -51,6 +52,7 @@ class Teacher(ABC):
     device: torch.device
     progress: DownloadProgress | None = None
     images: Path | None = None
+    support: Support = "topk_tail"
     support_k: int = 64
     asked: Path | None = None
 
@@ -197,8 +199,8 @@ class Teacher(ABC):
         """
         return
 
-    def settled(self) -> None:
-        """Called when all that it said is on disk, so that it need not be kept twice."""
+    def settled(self, batches: Iterable[TokenBatch] | None = None) -> None:
+        """Called when what it said of some batches is on disk, so that it need not be kept twice; None is of all."""
         return
 
     def _source(self, *, weights: bool = False) -> Source:

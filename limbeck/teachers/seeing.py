@@ -80,8 +80,8 @@ class SeeingTeacher(Teacher):
     def fetch_ahead(self, batches: Iterable[TokenBatch], done: Callable[[int], None]) -> None:
         self.inner.fetch_ahead((self.reads(batch) for batch in batches), done)
 
-    def settled(self) -> None:
-        self.inner.settled()
+    def settled(self, batches: Iterable[TokenBatch] | None = None) -> None:
+        self.inner.settled(None if batches is None else (self.reads(batch) for batch in batches))
 
     def locate(self, batches: Iterable[TokenBatch]) -> None:
         self.inner.locate(self.reads(batch) for batch in batches)

@@ -1,8 +1,11 @@
-"""A teacher that a server scores with: of every token the likeliest ones and the one that followed, nothing of it here.
+"""A teacher that a server scores with, by one of two signals.
 
-The signal is what the server says at temperature 1, normalised over its whole vocabulary: log-probabilities of
-`support_k` tokens of each position, the likeliest ones with the token that followed among them, so that the mass of all
-others is known exactly. At other temperatures it is not: what the rest of the vocabulary adds up to is not said.
+"hidden": the hidden states of its last block, read from files that the server writes; final norm and head are here, so
+that the whole distribution is known at every temperature.
+
+"topk": log-probabilities at temperature 1, normalised over the whole vocabulary, of `support_k` tokens a position:
+the likeliest ones with the token that followed among them, so that the mass of all others is known exactly. At other
+temperatures it is not: what the rest of the vocabulary adds up to is not said. Nothing of the teacher is here.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -22,11 +26,13 @@ from limbeck.client.openai import Refusal, Server
 from limbeck.fields import NEUTRAL, STRICT, Count, Positive
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
 from limbeck.teachers.served_answers import Answer, KeptAnswers
-from limbeck.teachers.served_dialects import Candidates, ScoredText, ScoringDialect, check_candidates
+from limbeck.teachers.served_dialects import ScoredText, ScoringDialect
 from limbeck.teachers.served_pool import ServerPool
 from limbeck.teachers.served_probe import PROBE_TEXTS, check_tokenizer, find_dialect
+from limbeck.teachers.served_states import ModelEnding, VllmStates, check_states
+from limbeck.teachers.served_support import kept_tokens
 from limbeck.teachers.served_texts import texts_of
-from limbeck.types import Head, Json, LimbeckError, Signal, TokenBatch, TopKSignal
+from limbeck.types import DenseSignal, Head, Json, LimbeckError, Signal, TokenBatch, TopKSignal
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +52,11 @@ class OnServer:
     """The server's name of the teacher; null takes the only model it offers."""
     api: Literal["auto", "vllm", "sglang", "llamacpp"] = "auto"
     """How it is asked; auto takes the first way that it answers."""
+    gives: Literal["auto", "hidden", "topk"] = "auto"
+    """What it is asked for: hidden states, by which its whole distribution is known (vLLM with a folder that this
+    machine sees too), or its likeliest tokens; auto takes what teacher.support needs."""
+    folder: Annotated[str | None, NEUTRAL] = None
+    """Where the folder that it writes hidden states into lies on this machine; null is the path that it names."""
     concurrency: Annotated[Count, NEUTRAL] = 8
     """Responses asked about at a time."""
     timeout_s: Annotated[Positive, NEUTRAL] = 120.0
@@ -85,20 +96,42 @@ class ServedTeacher(Teacher):
     """A teacher behind a server. What it answered is kept in the folder `asked`, where that is set."""
 
     where: OnServer
-    _found: dict[str, tuple[str, ScoringDialect]] = field(default_factory=dict)
+    _found: dict[str, tuple[str, ScoringDialect | VllmStates]] = field(default_factory=dict)
     _agreeing: Any = field(default_factory=threading.RLock)
 
     @property
     def provides(self) -> frozenset[Provision]:
-        return frozenset({"topk"})
+        """What it is asked for; whether the server can is asked by `reach`."""
+        return frozenset({"hidden" if self._of_states else "topk"})
+
+    @property
+    def _of_states(self) -> bool:
+        if self.where.gives != "auto":
+            return self.where.gives == "hidden"
+        return self.support in ("full", "sampled")
 
     @property
     def head(self) -> Head:
-        """The vocabulary, for hidden states of which there are none."""
+        """Its head; without hidden states the vocabulary alone."""
         import torch
 
+        if self._of_states:
+            return self._ending.head
         rows = self.vocabulary.vocab_size
         return Head(weight_VD=torch.zeros(rows, 0, device=self.device), vocab_size=rows)
+
+    @cached_property
+    def _ending(self) -> ModelEnding:
+        """Final norm and head, all of its weights that are here."""
+        from limbeck.models.loading import as_dtype
+        from limbeck.models.skeleton import stored_ending
+        from limbeck.models.vocabulary import real_vocab_size
+
+        dtype, vocab_size = as_dtype(self.model.dtype), real_vocab_size(self.tokenizer)
+        norm, head = stored_ending(self._source(), self.skeleton, vocab_size, dtype)
+        bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
+        head = replace(head, weight_VD=head.weight_VD.to(self.device), bias_V=bias_V)
+        return ModelEnding(norm=norm.to(self.device), head=head)
 
     @cached_property
     def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -121,6 +154,9 @@ class ServedTeacher(Teacher):
         Raises:
             LimbeckError: all are down, or one lacks the model, has another tokenizer, or says too little of a token.
         """
+        if self._of_states:
+            # What is missing here is said before anything is asked.
+            _ = self._ending
         for server in self._pool.servers:
             # A person waits for this one.
             asked = replace(server, retries=min(server.retries, 1))
@@ -137,6 +173,11 @@ class ServedTeacher(Teacher):
 
         texts = [text for text in texts_of(batch) if text is not None]
         answers = dict(self._answers(texts))
+        if self._of_states:
+            head = self._ending.head
+            hidden = [answers[i]["hidden"] for i in range(len(texts))]
+            hidden_ND = torch.cat([torch.empty(0, head.weight_VD.shape[1]), *hidden])
+            return DenseSignal(hidden_ND=hidden_ND.to(head.weight_VD.device, head.weight_VD.dtype), head=head)
         ids_NK = torch.empty(0, self.support_k, dtype=torch.int64)
         logp_NK = torch.empty(0, self.support_k)
         ids_NK = torch.cat([ids_NK, *(answers[i]["ids"].long() for i in range(len(texts)))]).to(self.device)
@@ -157,8 +198,13 @@ class ServedTeacher(Teacher):
         for number, _ in self._answers(waiting):
             done(len(waiting[number].positions))
 
-    def settled(self) -> None:
-        KeptAnswers(self.asked).forget()
+    def settled(self, batches: Iterable[TokenBatch] | None = None) -> None:
+        kept = KeptAnswers(self.asked)
+        if batches is None:
+            kept.forget_all()
+            return
+        for text in (text for batch in batches for text in texts_of(batch) if text is not None):
+            kept.forget(self._question(text))
 
     @cached_property
     def _pool(self) -> ServerPool:
@@ -186,18 +232,21 @@ class ServedTeacher(Teacher):
 
     def _requests(self, server: Server, text: ScoredText) -> tuple[str, list[Json]]:
         model, dialect = self._agree(server)
+        if isinstance(dialect, VllmStates):
+            return dialect.path, dialect.requests(text, model)
         return dialect.path, dialect.requests(text, model, self.support_k)
 
     def _question(self, text: ScoredText) -> Json:
         """Everything that an answer depends on."""
-        return {"ids": text.ids, "positions": text.positions, "k": self.support_k} | self._asked
+        wanted = "hidden" if self._of_states else self.support_k
+        return {"ids": text.ids, "positions": text.positions, "k": wanted} | self._asked
 
     @property
     def _asked(self) -> Json:
         """What all questions have in common."""
         return {"model": self.where.model, "api": self.where.api, "teacher": self.fingerprint}
 
-    def _agree(self, server: Server) -> tuple[str, ScoringDialect]:
+    def _agree(self, server: Server) -> tuple[str, ScoringDialect | VllmStates]:
         """The server's name of the model and the way to ask it."""
         with self._agreeing:
             if server.base_url not in self._found:
@@ -205,15 +254,26 @@ class ServedTeacher(Teacher):
                 KeptAnswers(self.asked).require_same(self._asked, model)
                 if not check_tokenizer(server, model, self.tokenizer) and self.progress is not None:
                     self.progress(f"{server.root} does not say how it reads texts: its tokenizer is not compared")
-                ids = tuple(self.tokenizer(PROBE_TEXTS[0], verbose=False)["input_ids"])[:4]
-                text = ScoredText(ids=ids, positions=(len(ids) - 1,))
-                dialect = find_dialect(server, model, self.where.api, text, self.support_k)
-                self._found[server.base_url] = model, dialect
+                self._found[server.base_url] = model, self._dialect(server, model)
             return self._found[server.base_url]
 
-    def _read(self, server: Server, replies: Sequence[Json | Refusal], text: ScoredText) -> Answer:
-        import torch
+    def _dialect(self, server: Server, model: str) -> ScoringDialect | VllmStates:
+        """The way to ask a server, tried on a short text."""
+        ids = tuple(self.tokenizer(PROBE_TEXTS[0], verbose=False)["input_ids"])
+        if not self._of_states:
+            text = ScoredText(ids=ids[:4], positions=(len(ids[:4]) - 1,))
+            return find_dialect(server, model, self.where.api, text, self.support_k)
+        if self.where.api not in ("auto", "vllm"):
+            raise LimbeckError(
+                f"{SECTION}.api={self.where.api} gives no hidden states; set {SECTION}.api=vllm, or "
+                "teacher.support=topk_tail"
+            )
+        folder = None if self.where.folder is None else Path(self.where.folder).expanduser()
+        states = VllmStates(folder=folder, patience_s=self.where.timeout_s)
+        check_states(server, model, states, self._ending, ids)
+        return states
 
+    def _read(self, server: Server, replies: Sequence[Json | Refusal], text: ScoredText) -> Answer:
         name = f"a response of {len(text.positions)} tokens"
         if refused := next((reply for reply in replies if isinstance(reply, Refusal)), None):
             raise LimbeckError(
@@ -221,36 +281,19 @@ class ServedTeacher(Teacher):
                 "the teacher with a longer window, or look at the server's log"
             )
         _, dialect = self._agree(server)
+        answered = [reply for reply in replies if not isinstance(reply, Refusal)]
         try:
-            rows = dialect.read([reply for reply in replies if not isinstance(reply, Refusal)], text)
-            check_candidates(rows, text, rows_of_head=max(self.vocabulary.head_rows, self.vocabulary.vocab_size))
-            chosen = [
-                self._support(row, label, scored=dialect.scores_labels)
-                for row, label in zip(rows, text.labels, strict=True)
-            ]
+            if isinstance(dialect, VllmStates):
+                return {"hidden": self._ending.hidden_states(dialect.read(answered, text)).cpu()}
+            return kept_tokens(
+                dialect.read(answered, text),
+                text,
+                k=self.support_k,
+                vocab_size=self.vocabulary.vocab_size,
+                rows_of_head=max(self.vocabulary.head_rows, self.vocabulary.vocab_size),
+                scored=dialect.scores_labels,
+            )
         except ValueError as error:
             raise LimbeckError(
                 f"{server.root} answers {name} with {error}; look at the server's log, or serve the teacher anew"
             ) from None
-        ids, logps = zip(*chosen, strict=True)
-        return {
-            "ids": torch.tensor(ids, dtype=torch.int32),
-            "logp": torch.tensor(logps, dtype=torch.float32).clamp_max(0.0),
-        }
-
-    def _support(self, row: Candidates, label: int, *, scored: bool) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """The tokens that are kept of a position, the likeliest first: with the one that followed, where it is known.
-
-        Raises:
-            ValueError: fewer are said than are kept, or the one that followed is not.
-        """
-        if scored and label not in row:
-            raise ValueError(f"no log-probability of token {label}, which followed")
-        real = {token: logp for token, logp in row.items() if token < self.vocabulary.vocab_size}
-        ranked = sorted(real.items(), key=lambda one: (-one[1], one[0]))[: self.support_k]
-        if len(ranked) < self.support_k:
-            raise ValueError(f"{len(ranked)} log-probabilities of a position, expected {self.support_k}")
-        if label in real and all(token != label for token, _ in ranked):
-            ranked[-1] = (label, real[label])
-        ids, logps = zip(*ranked, strict=True)
-        return ids, logps

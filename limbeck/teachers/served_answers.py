@@ -82,7 +82,13 @@ class KeptAnswers:
         if before != record:
             write_json(path, record)
 
-    def forget(self) -> None:
+    def forget(self, question: Mapping[str, Any]) -> None:
+        """Delete the answer to a question."""
+        path = self._path(question)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def forget_all(self) -> None:
         """Delete all answers."""
         if self.folder is not None and self.folder.is_dir():
             shutil.rmtree(self.folder)

@@ -25,6 +25,9 @@ class Counting:
         self.asked += 1
         return self.teacher.signal(batch)
 
+    def settled(self, batches: list[TokenBatch]) -> None:
+        return
+
 
 @pytest.fixture
 def kept(tmp_path: Path) -> tuple[CachedTeacher, Counting, list[Response]]:

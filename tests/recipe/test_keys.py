@@ -234,7 +234,7 @@ def test_the_marked_keys() -> None:
         *(f"evaluate.groups.judge.{key}" for key in connection | {"price_per_million"}),
         *(f"preference.pairs.{key}" for key in connection),
         *("preference.save_steps", "preference.save_total_limit"),
-        *("teacher.where.path", *(f"teacher.where.{key}" for key in connection)),
+        *("teacher.where.path", "teacher.where.folder", *(f"teacher.where.{key}" for key in connection)),
     }
     assert same_arm_keys() - neutral_keys() == {"train.seed", "responses.batch_size", "evaluate.batch_size"}
     assert same_arm_keys() <= {*LEAVES, *member_keys()}

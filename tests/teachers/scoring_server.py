@@ -6,12 +6,18 @@ server that samples.
 
 from __future__ import annotations
 
+import fcntl
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.sampling.served.fake_server import Handler, State
@@ -26,8 +32,15 @@ class ScoringHandler(Handler):
         scores: log-probabilities (T, V) of what follows each of the given tokens.
         cap: the most log-probabilities of a position.
         lie: changes an answer's rows before they are sent.
+        states: states (T, D) behind the last block, for a server that writes them into `folder`; None for others.
+        forge: changes the tensors of a file before it is written; None writes none.
+        late_s: how long a file takes after the answer.
     """
 
+    states: Scores | None = None
+    folder: Path
+    forge: Callable[[dict[str, Tensor]], dict[str, Tensor] | None]
+    late_s: float = 0.02
     scores: Scores
     cap: int
     lie: Callable[[list[Any]], list[Any]]
@@ -45,7 +58,11 @@ class ScoringHandler(Handler):
         return {"vllm": self.vllm, "sglang": self.sglang, "llama.cpp": self.llama_cpp}[self.state.manner](body)
 
     def vllm(self, body: dict[str, Any]) -> tuple[int, Any]:
-        ids, count = body["prompt"], body["prompt_logprobs"]
+        ids, count = body["prompt"], body.get("prompt_logprobs")
+        transfer = None if self.states is None else {"hidden_states_path": str(self.write_states(ids))}
+        if count is None:
+            choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": None}
+            return 200, {"object": "text_completion", "choices": [choice], "kv_transfer_params": transfer}
         if count > self.cap:
             message = f"Requested prompt logprobs of {count}, which is greater than max allowed: {self.cap}"
             return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
@@ -59,7 +76,24 @@ class ScoringHandler(Handler):
                 }
             )
         choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": self.lie(rows)}
-        return 200, {"object": "text_completion", "choices": [choice], "kv_transfer_params": None}
+        return 200, {"object": "text_completion", "choices": [choice], "kv_transfer_params": transfer}
+
+    def write_states(self, ids: list[int]) -> Path:
+        """The file of a text's states, which is written after the answer, behind a lock that is there before it."""
+        assert self.states is not None
+        path = self.folder / f"cmpl-{uuid.uuid4().hex[:16]}-0-{uuid.uuid4().hex[:8]}.safetensors"
+        lock = path.with_name(f"{path.name}.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tensors = self.forge({"hidden_states": self.states(ids)[:, None].clone(), "token_ids": torch.tensor(ids)})
+
+        def write() -> None:
+            time.sleep(self.late_s)
+            if tensors is not None:
+                save_file(tensors, path)
+            lock.close()
+
+        threading.Thread(target=write, daemon=True).start()
+        return path
 
     def sglang(self, body: dict[str, Any]) -> tuple[int, Any]:
         ids, count, start = body["input_ids"], body["top_logprobs_num"], body["logprob_start_len"]
@@ -86,6 +120,7 @@ def scoring_server(
     handler = type("_Handler", (ScoringHandler,), {})
     handler.state = State(tokenizer, manner=manner)
     handler.scores, handler.cap, handler.lie = staticmethod(scores), cap, staticmethod(lambda rows: rows)
+    handler.forge = staticmethod(lambda tensors: tensors)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -48,6 +48,9 @@ def _run_evaluation(context: RunContext) -> Json:
     write_answers(context, parts)
     base_model, license = _origin(context)
     write_card(context.run.root, base_model=base_model, license=license)
+    if context.run.asked.exists():
+        # The last stage that asks the teacher anything.
+        context.teacher.settled()
     return {"heldout_prompts": len(RunEvaluation(context=context, part="after").prompts)}
 
 

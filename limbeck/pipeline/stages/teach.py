@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from limbeck.runtime.folders import remove
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.several import SeveralTeachers
 from limbeck.teachers.stored import StoredTeacher, dense_rows, sparse_rows, write_head, write_signal
-from limbeck.types import DenseSignal, Json, Response, SampledSignal, SignalSource, TopKSignal
+from limbeck.types import DenseSignal, Json, Response, SampledSignal, SignalSource, TokenBatch, TopKSignal
 
 # Rows of one shard of the signal, the unit that is redone after an interruption, and of one forward pass.
 SHARD_ROWS = 64
@@ -99,6 +99,7 @@ def _score(context: RunContext) -> int:
                     signals = {row: DenseSignal(hidden_ND=hidden[row], head=context.teacher.head) for row in kept}
                     tensors |= sparse_rows({responses[row].id: form.of(s, seed=row) for row, s in signals.items()})
                 write_signal(path, tensors)
+                context.teacher.settled(_batches(responses, shard))
             meter.advance(sum(responses[row].tokens for row in shard))
     if parts is not None:
         remove(parts)
@@ -192,12 +193,19 @@ def _likeliest(
 def _hidden_states(teacher: Teacher, responses: Mapping[int, Response], rows: Sequence[int]) -> dict[int, Tensor]:
     """The teacher's hidden states of some responses by row."""
     hidden: dict[int, Tensor] = {}
-    for start in range(0, len(rows), SCORING_BATCH_SIZE):
-        micro = rows[start : start + SCORING_BATCH_SIZE]
-        signal = teacher.signal(collate(responses, micro, pad_id=0))
+    teacher.fetch_ahead(_batches(responses, rows), lambda tokens: None)
+    for batch in _batches(responses, rows):
+        signal = teacher.signal(batch)
         assert isinstance(signal, DenseSignal), "all that a teacher can provide: see limbeck.pipeline.provisions"
-        hidden |= dict(zip(micro, signal.hidden_ND.split([responses[row].tokens for row in micro]), strict=True))
+        lengths = [responses[row].tokens for row in batch.rows]
+        hidden |= dict(zip(batch.rows, signal.hidden_ND.split(lengths), strict=True))
     return hidden
+
+
+def _batches(responses: Mapping[int, Response], rows: Sequence[int]) -> Iterator[TokenBatch]:
+    """Some responses in batches of the size that they are scored in."""
+    for start in range(0, len(rows), SCORING_BATCH_SIZE):
+        yield collate(responses, rows[start : start + SCORING_BATCH_SIZE], pad_id=0)
 
 
 def _scores_train(context: RunContext) -> bool:
