@@ -7,6 +7,7 @@ import random
 import re
 import time
 from dataclasses import dataclass
+from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
 
 from limbeck.client.http import CONNECT_S, MAX_BYTES, ConnectionFailed, exchange
@@ -17,6 +18,8 @@ from limbeck.types import Json, LimbeckError
 _URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?")
 # Statuses that another try may mend; every other 4xx is the server's last word on the request.
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
+# Those of them by which a server, or what stands before it, gives up waiting for work that may go on.
+_GIVEN_UP = frozenset({408, 502, 504})
 _LONGEST_PAUSE_S = 60.0
 # What a server may ask us to wait; beyond it a person should decide.
 _LONGEST_WISH_S = 600.0
@@ -36,11 +39,37 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class _RetryableError:
-    """A failure that may pass. `retry_after_s` is how long the server asks to wait."""
+    """A failure that may pass.
+
+    Attributes:
+        retry_after_s: how long the server asks to wait.
+        perhaps_done: whether the server may have done the work all the same.
+    """
 
     what: str
     remedy: str
     retry_after_s: float = 0.0
+    perhaps_done: bool = True
+
+
+class TryWatch(Protocol):
+    """A record of the tries of one request, for servers that are paid by the request."""
+
+    def begin(self) -> None:
+        """Called before each try.
+
+        Raises:
+            LimbeckError: there is to be none.
+        """
+        ...
+
+    def failed(self, *, perhaps_done: bool) -> None:
+        """Called after a try without an answer.
+
+        Args:
+            perhaps_done: whether the server may have done the work all the same.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +122,13 @@ class Server:
         """
         return self._ask(path, None)
 
-    def post(self, path: str, body: Json) -> Json | Refusal:
+    def post(self, path: str, body: Json, watch: TryWatch | None = None) -> Json | Refusal:
         """The JSON object that the server answers `body` with.
 
         Raises:
-            LimbeckError: as for `get`.
+            LimbeckError: as for `get`, or what `watch` raises.
         """
-        return self._ask(path, body)
+        return self._ask(path, body, watch)
 
     def models(self) -> tuple[str, ...]:
         """Names of the server's models; empty where it has no list.
@@ -147,13 +176,13 @@ class Server:
         """
         read_key(self.api_key_env, root=self.root, section=self.section)
 
-    def _ask(self, path: str, body: Json | None) -> Json | Refusal:
-        tries, reply = 1, self._attempt(path, body)
+    def _ask(self, path: str, body: Json | None, watch: TryWatch | None = None) -> Json | Refusal:
+        tries, reply = 1, self._watched(path, body, watch)
         while isinstance(reply, _RetryableError) and tries <= self.retries and reply.retry_after_s <= _LONGEST_WISH_S:
             pause_s = min(self.backoff_s * 2 ** (tries - 1), _LONGEST_PAUSE_S)
             # Apart from each other, so that requests that failed together do not come back together.
             time.sleep(max(pause_s * random.uniform(0.5, 1.0), reply.retry_after_s * random.uniform(1.0, 1.1)))
-            tries, reply = tries + 1, self._attempt(path, body)
+            tries, reply = tries + 1, self._watched(path, body, watch)
         if not isinstance(reply, _RetryableError):
             return reply
         wish = f" and asks to wait {reply.retry_after_s:.0f} s" if reply.retry_after_s else ""
@@ -161,6 +190,20 @@ class Server:
             wish = " and asks to wait for years"
         tried = f" ({tries} tries)" if tries > 1 else ""
         raise LimbeckError(f"{self.root} {reply.what}{wish}{tried}; {reply.remedy}")
+
+    def _watched(self, path: str, body: Json | None, watch: TryWatch | None) -> Json | Refusal | _RetryableError:
+        if watch is None:
+            return self._attempt(path, body)
+        watch.begin()
+        try:
+            reply = self._attempt(path, body)
+        except LimbeckError:
+            # No key, no certificate, another address: nothing was done.
+            watch.failed(perhaps_done=False)
+            raise
+        if isinstance(reply, _RetryableError):
+            watch.failed(perhaps_done=reply.perhaps_done)
+        return reply
 
     def _attempt(self, path: str, body: Json | None) -> Json | Refusal | _RetryableError:
         headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "limbeck"}
@@ -184,7 +227,9 @@ class Server:
         if broken.kind == "unreachable":
             limit = f" within {min(CONNECT_S, self.timeout_s):g} s" if broken.why == "nothing answers" else ""
             what = f"cannot be reached ({key.hidden_in(broken.why)}{limit})"
-            return _RetryableError(what=what, remedy=f"start the server, or correct {self.section}.base_url")
+            return _RetryableError(
+                what=what, remedy=f"start the server, or correct {self.section}.base_url", perhaps_done=False
+            )
         if broken.kind == "slow":
             what = f"did not answer within {self.timeout_s:g} s"
             remedy = f"raise {self.section}.timeout_s or lower {self.section}.concurrency"
@@ -219,6 +264,7 @@ class Server:
                 what=f"cannot answer (HTTP {status}: {said.message})",
                 remedy=f"{remedy}; the same command then continues",
                 retry_after_s=retry_after_s(said.header("Retry-After")),
+                perhaps_done=status in _GIVEN_UP,
             )
         return Refusal(status=status, message=said.message)
 

@@ -23,6 +23,7 @@ from limbeck.pipeline.across import check_across
 from limbeck.pipeline.build import check_objectives
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.drafted_responses import check_draft
+from limbeck.pipeline.hosted_responses import check_hosted
 from limbeck.pipeline.lm_corpus import check_corpus
 from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.seen_prompts import check_sees
@@ -87,6 +88,7 @@ def check_responses(context: RunContext) -> None:
     check_sees(context)
     check_stored(context)
     check_server(context)
+    check_hosted(context)
     check_verification(context)
     check_draft(context)
 

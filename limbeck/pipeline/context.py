@@ -118,7 +118,7 @@ class RunContext:
     def run_teacher(self) -> Teacher:
         """The same, reading the student's prompts."""
         if self.recipe.combine is None or not self.recipe.teachers:
-            return self._opened(self.recipe.teacher)
+            return self._opened(self.recipe.teacher, "")
         from limbeck.pipeline.several import several_teachers
 
         return several_teachers(self, self.run_teachers)
@@ -126,7 +126,7 @@ class RunContext:
     @cached_property
     def run_teachers(self) -> Mapping[str, Teacher]:
         """Each of several teachers by name, reading the student's prompts."""
-        return {name: self._opened(section) for name, section in self.recipe.teachers.items()}
+        return {name: self._opened(section, name) for name, section in self.recipe.teachers.items()}
 
     def member_of(self, prompt_id: str) -> str:
         """Name of the teacher of a prompt, where there are several."""
@@ -141,13 +141,14 @@ class RunContext:
 
         return {prompt.id: prompt for prompt in read_prompts(self.run.prompts)}
 
-    def _opened(self, section: TeacherSection) -> Teacher:
+    def _opened(self, section: TeacherSection, name: str) -> Teacher:
         """A teacher of a section; its weights load when they are first needed."""
         from limbeck.teachers.base import TeacherModel
 
-        section = self.recipe.source_of(section)
+        named, section = section.model, self.recipe.source_of(section)
         model = TeacherModel(
             model=section.model,
+            name=named,
             revision=section.revision,
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,
@@ -156,6 +157,7 @@ class RunContext:
         teacher = section.where.open(model, device=self.device, progress=self.console.say)
         teacher.images, teacher.asked = self.run.images, self.run.asked
         teacher.support, teacher.support_k = section.support, section.support_k
+        teacher.paid = self.run.paid(name)
         return teacher
 
     @cached_property

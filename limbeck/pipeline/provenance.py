@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.hosted_responses import paid_record
 from limbeck.recipe.load import Recipe
 from limbeck.types import Json
 
@@ -21,7 +22,7 @@ def provenance(context: RunContext, prints: dict[str, str]) -> Json:
 
     recipe = context.recipe
     packages = ("limbeck", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "rouge-score")
-    return {
+    return paid_record(context) | {
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "code_revision": code_revision(),
         "hardware": {

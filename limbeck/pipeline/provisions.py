@@ -51,7 +51,7 @@ def check_group_provisions(context: RunContext) -> None:
 def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -> None:
     given = context.teacher.provides
     for what, provision, remedy in asked:
-        if provision not in given and _MORE.get(provision) not in given:
+        if not given & {provision, *_MORE.get(provision, ())}:
             if context.recipe.mixing is not None:
                 raise LimbeckError(
                     f"{what} asks the teacher for its {_ASKED[provision]}, but a mean of several teachers has "
@@ -67,13 +67,19 @@ def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -
 
 
 # A teacher that scores or writes any text has what another one would have captured.
-_MORE: dict[Provision, Provision] = {"captured": "hidden", "topk": "hidden", "answers": "weights"}
+_MORE: dict[Provision, tuple[Provision, ...]] = {
+    "captured": ("hidden",),
+    "topk": ("hidden",),
+    "answers": ("weights", "replies"),
+    "replies": ("weights",),
+}
 _ASKED: dict[Provision, str] = {
     "hidden": "distributions",
     "weights": "weights",
     "captured": "distributions",
     "topk": "likeliest tokens",
     "answers": "weights",
+    "replies": "answers",
 }
 _GIVEN: dict[Provision, str] = {**_ASKED, "captured": "those of captured texts alone", "answers": "captured answers"}
 
@@ -83,8 +89,8 @@ def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
     recipe = context.recipe
     if recipe.base_author == "teacher" and recipe.responses.server is None:
         # What it has written with a draft or been marked for is not what it writes without.
-        anew = recipe.responses.draft is not None or recipe.responses.verify is not None
-        written: Provision = "weights" if anew else "answers"
+        written: Provision = "answers" if recipe.responses.verify is None else "replies"
+        written = written if recipe.responses.draft is None else "weights"
         yield "responses.source=teacher", written, "give data with answers and set responses.source=data"
     if recipe.responses.source.samples_teacher:
         yield "responses.source", "weights", "choose a source in which the teacher does not write"

@@ -91,7 +91,7 @@ def manifest_of(context: RunContext, codec: Codec) -> Manifest:
             configuration=teacher.configuration_hash,
             dtype=teacher.model.dtype,
             attention=teacher.model.attn_implementation,
-            weight_bytes=teacher.bytes_on_disk,
+            weight_bytes=teacher.bytes_on_disk or 0,
         ),
         tokenizer=tokenizer_fingerprint(teacher.tokenizer),
         template={"name": (context.run.manifest("respond") or {}).get("template")} | options,

@@ -9,7 +9,7 @@ never comes here: its responses are the very ids that were sampled.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from limbeck.models.loading import load_tokenizer
@@ -20,7 +20,7 @@ from limbeck.pipeline.student_endings import same_tokens
 from limbeck.prompts.chat import reads_option
 from limbeck.prompts.special_tokens import special_tokens
 from limbeck.prompts.templates import TemplateName, encode_responses, resolve_template
-from limbeck.types import Json, LimbeckError, Prompt, Response, TokenPrompt
+from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt
 
 
 def check_text_only(context: RunContext) -> None:
@@ -103,37 +103,66 @@ def in_the_students_tokens(
     written_with: Any,
     asked: Sequence[TokenPrompt],
 ) -> tuple[list[Response], Json]:
-    """The teacher's answers in the student's tokens, and their record for the manifest.
-
-    An answer that was cut off has no end in the student's tokens either. One that spells a control token of the
-    student's tokenizer is left out with a warning, unless prompts.control_tokens is parse.
+    """The teacher's answers in the student's tokens, and their record for the manifest; see `texts_as_responses`.
 
     Args:
         written_with: the teacher's tokenizer.
         asked: the prompts as the student reads them; answers to others are left out.
     """
-    tokenizer, section = load_student_tokenizer(context), context.recipe.responses
+    tokenizer = load_student_tokenizer(context)
     template = student_template(context, tokenizer, prompts)
     by_id, fitting = {prompt.id: prompt for prompt in prompts}, {prompt.id for prompt in asked}
-    answered: list[tuple[Prompt, Response]] = []
+    written = [
+        WrittenText(
+            prompt=by_id[answer.prompt_id],
+            text=str(written_with.decode(list(answer.response_ids), skip_special_tokens=True)),
+            cut=answer.stop == "length",
+            sampling=answer.sampling,
+        )
+        for answer in answers
+        if answer.prompt_id in fitting
+    ]
+    found, record = texts_as_responses(context, written, tokenizer, template)
+    return [one for one in found if one is not None], {"template": template, "tokens_of": "student"} | record
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenText:
+    """An answer of the teacher as a text.
+
+    Attributes:
+        cut: it ends at the length limit.
+    """
+
+    prompt: Prompt
+    text: str
+    cut: bool
+    sampling: Sampling | None
+
+
+def texts_as_responses(
+    context: RunContext, written: Sequence[WrittenText], tokenizer: Any, template: TemplateName
+) -> tuple[list[Response | None], Json]:
+    """Answers in the student's tokens, in order, and what was left out and cut.
+
+    An answer that was cut off has no end in the student's tokens either. One that spells a control token of the
+    student's tokenizer is left out with a warning, unless prompts.control_tokens is parse.
+    """
+    section, answered, spelled = context.recipe.responses, dict[int, Prompt](), 0
     control = [token for token in special_tokens(tokenizer).values() if token.strip()]
-    spelled = 0
-    for answer in answers:
-        text = str(written_with.decode(list(answer.response_ids), skip_special_tokens=True)).strip()
-        if answer.prompt_id not in fitting:
-            continue
+    for place, one in enumerate(written):
+        text = one.text.strip()
         if context.recipe.prompts.control_tokens == "error" and any(token in text for token in control):
             spelled += 1
             continue
-        prompt = replace(by_id[answer.prompt_id], completion=text, references=(), answer=None)
-        answered.append((prompt, answer))
+        answered[place] = replace(one.prompt, completion=text, references=(), answer=None)
     if spelled:
         context.console.warn(
             f"{spelled} answers of the teacher spell a control token of the student's tokenizer and were left out; "
             "prompts.control_tokens=parse takes them as they are"
         )
     responses = encode_responses(
-        [prompt for prompt, _ in answered],
+        list(answered.values()),
         tokenizer,
         template,
         author="teacher",
@@ -141,26 +170,28 @@ def in_the_students_tokens(
         chat_options=text_options(context, tokenizer),
     )
     ends = frozenset(special_tokens(tokenizer))
-    found = [
-        _cut(replace(new, sampling=old.sampling), old, ends, section.max_new_tokens)
-        for new, (_, old) in zip(responses, answered, strict=True)
-    ]
-    longer = sum(new.stop == "length" and old.stop != "length" for new, (_, old) in zip(found, answered, strict=True))
+    found: list[Response | None] = [None] * len(written)
+    longer = 0
+    for place, new in zip(answered, responses, strict=True):
+        one = written[place]
+        response = _cut(replace(new, sampling=one.sampling), one.cut, ends, section.max_new_tokens)
+        longer += response.stop == "length" and not one.cut
+        found[place] = response
     if longer:
         context.console.warn(
             f"{longer} answers have more than responses.max_new_tokens={section.max_new_tokens} of the student's "
             "tokens and were cut"
         )
-    return found, {"template": template, "tokens_of": "student", "left_out": spelled, "cut_for_student": longer}
+    return found, {"left_out": spelled, "cut_for_student": longer}
 
 
-def _cut(new: Response, old: Response, ends: frozenset[int], most: int) -> Response:
-    """A response as long as the answer was, and no longer than the limit."""
+def _cut(new: Response, cut: bool, ends: frozenset[int], most: int) -> Response:
+    """A response without an end where the answer was cut, and no longer than the limit."""
     ids = new.response_ids
-    if old.stop == "length":
+    if cut:
         while ids and ids[-1] in ends:
             ids = ids[:-1]
-    stop = "length" if old.stop == "length" or len(ids) > most else "eos"
+    stop = "length" if cut or len(ids) > most else "eos"
     return replace(new, response_ids=ids[:most], stop=stop)
 
 

@@ -14,6 +14,7 @@ from limbeck.recipe.teacher import ITSELF, MOVING
 from limbeck.rollouts.options import OnPolicyOptions, SourceOptions
 from limbeck.rollouts.preference.options import JudgePairs
 from limbeck.rollouts.registry import SOURCES
+from limbeck.teachers.hosted_options import OnApi
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.sees import StudentsPrompt
 from limbeck.types import LimbeckError
@@ -27,6 +28,7 @@ def check(recipe: Recipe) -> None:
     if reserved:
         raise LimbeckError(f"objective.options holds {reserved[0]!r}; write it as objective.{reserved[0]}")
     _check_several(recipe)
+    _check_hosted(recipe)
     _check_itself(recipe)
     _check_axes(recipe)
     _check_sees(recipe)
@@ -171,15 +173,17 @@ def _check_server(recipe: Recipe) -> None:
 
 
 def _check_key_names(recipe: Recipe) -> None:
-    named = {"responses.server": recipe.responses.server}
+    named: dict[str, object] = {"responses.server": recipe.responses.server}
+    for name, section in recipe.every_teacher.items():
+        named[f"teachers.{name}.where" if name else "teacher.where"] = section.where
     named |= {f"evaluate.groups.{name}": group for name, group in recipe.evaluate.groups.items()}
     named |= {"preference.pairs": recipe.preference.pairs} if recipe.preference else {}
-    for section, holder in named.items():
+    for place, holder in named.items():
         name = getattr(holder, "api_key_env", None)
         if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             # Not repeated: it may be the key itself.
             raise LimbeckError(
-                f"{section}.api_key_env is no name of an environment variable; "
+                f"{place}.api_key_env is no name of an environment variable; "
                 "put the key into one, and its name here, such as OPENAI_API_KEY"
             )
 
@@ -265,6 +269,21 @@ def _check_several(recipe: Recipe) -> None:
             )
     if recipe.student.model is None:
         raise LimbeckError("student.model is missing; of several teachers none is the one to begin as, so name a model")
+
+
+def _check_hosted(recipe: Recipe) -> None:
+    """Check that a hosted teacher has a student whose files can stand for its own."""
+    for name, section in recipe.every_teacher.items():
+        key = f"teachers.{name}" if name else "teacher"
+        if not isinstance(section.where, OnApi):
+            continue
+        if section.model in ITSELF:
+            raise LimbeckError(f"{key}.model={section.model} is the student in this process; remove {key}.where")
+        if recipe.student.model is None or recipe.student.init == "teacher":
+            raise LimbeckError(
+                f"{key}.where=api gives answers and no weights to begin a student from; set student.init=pretrained "
+                "and student.model"
+            )
 
 
 def _check_itself(recipe: Recipe) -> None:

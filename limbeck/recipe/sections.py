@@ -43,6 +43,7 @@ from limbeck.registry import Registry
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
 from limbeck.teachers.combinations import Mixing, Routing
+from limbeck.teachers.hosted_options import OnApi
 
 GENERATE: MemberKey[ProblemGenerator] = MemberKey(
     key="prompts.generate", registry=GENERATORS, default="chain", example="chain"
@@ -394,8 +395,10 @@ class Recipe:
         return self.source_of(self.teacher)
 
     def source_of(self, teacher: TeacherSection) -> TeacherSection:
-        """The section of a teacher with the model whose files it means: the student's, where that teaches itself."""
-        if teacher.model not in ITSELF or self.student.model is None:
+        """The section of a teacher with the model whose files it means: the student's, where that teaches itself or
+        the teacher has no files."""
+        elsewhere = isinstance(teacher.where, OnApi)
+        if not (teacher.model in ITSELF or elsewhere) or self.student.model is None:
             return teacher
         own = self.student
         named = {"model": own.model, "revision": own.revision, "trust_remote_code": own.trust_remote_code}

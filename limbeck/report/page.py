@@ -112,7 +112,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         found = next((value for key in keys if (value := value_at(run.recipe, key)) is not None), None)
         if found is not None and not isinstance(found, Mapping | list) and (label, found) not in _USUAL:
             facts.append((label, format.setting(found) if isinstance(found, float) else str(found)))
-    return facts + _aligned(run) + _verified(run)
+    return facts + _aligned(run) + _verified(run) + _paid(run)
 
 
 def _aligned(run: Run) -> list[tuple[str, str]]:
@@ -132,6 +132,17 @@ def _verified(run: Run) -> list[tuple[str, str]]:
         return []
     rest = f", {left_out:.0f} left out" if left_out else ""
     return [("right answers", f"for {right:.0f} of {prompts:.0f} training prompts{rest}")]
+
+
+def _paid(run: Run) -> list[tuple[str, str]]:
+    """What the answers of hosted teachers cost."""
+    record = next((stage.get("paid") for stage in run.stages if stage["stage"] == "respond"), None)
+    facts = []
+    for model, paid in record.items() if isinstance(record, Mapping) else ():
+        usd, replies = (number(paid, name) if isinstance(paid, Mapping) else None for name in ("usd", "replies"))
+        if usd is not None and replies is not None:
+            facts.append(("paid", f"{usd:,.2f} dollars to {model} for {replies:,.0f} replies"))
+    return facts
 
 
 def _tiles(run: Run) -> list[dict[str, str]]:

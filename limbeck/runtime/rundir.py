@@ -58,6 +58,11 @@ class RunDirectory:
         """Answers of a served teacher that are on their way into the signal."""
         return self.root / "asked"
 
+    def paid(self, teacher: str = "") -> Path:
+        """What a hosted teacher was paid, and for what; of one of several teachers by its name. It outlives the run's
+        stages."""
+        return self.root / (f"paid-{teacher}.jsonl" if teacher else "paid.jsonl")
+
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"

@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from limbeck.models.sources import Source
     from limbeck.models.vocabulary import VocabularyCard
 
-Provision = Literal["hidden", "topk", "weights", "captured", "answers"]
+Provision = Literal["hidden", "topk", "weights", "captured", "answers", "replies"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherModel:
-    """Name and loading options of the teacher's model; see `limbeck.models.loading.load_model`."""
+    """Name and loading options of the teacher's model; see `limbeck.models.loading.load_model`.
+
+    Attributes:
+        name: the model as the recipe names it, where its files are those of another.
+    """
 
     model: str
+    name: str | None = None
     revision: str | None = None
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
@@ -46,6 +51,7 @@ class Teacher(ABC):
         support_k: tokens of each position, for a teacher that says no more.
         asked: folder for answers that are on their way into a store, for a teacher that is asked over a network; None
             keeps none.
+        paid: file for replies that cost money.
     """
 
     model: TeacherModel
@@ -55,13 +61,15 @@ class Teacher(ABC):
     support: Support = "topk_tail"
     support_k: int = 64
     asked: Path | None = None
+    paid: Path | None = None
 
     @property
     @abstractmethod
     def provides(self) -> frozenset[Provision]:
         """What it can provide: "hidden" (states, by `signal`), "topk" (no more than its likeliest tokens, by
         `signal`), "weights" (the model in memory, which can also sample), "captured" (the signal of texts that were
-        captured, and of no others), "answers" (what it has written before, by `answers`)."""
+        captured, and of no others), "answers" (what it has written before, by `answers`), "replies" (texts that it
+        writes when it is asked, elsewhere)."""
 
     @abstractmethod
     def signal(self, batch: TokenBatch) -> Signal:
@@ -113,8 +121,8 @@ class Teacher(ABC):
         return skeleton_of(self._source(), trust_remote_code=self.model.trust_remote_code)
 
     @property
-    def size(self) -> int:
-        """Parameters, tied ones counted once."""
+    def size(self) -> int | None:
+        """Parameters, tied ones counted once; None where that is not known."""
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
     @property
@@ -123,8 +131,8 @@ class Teacher(ABC):
         return getattr(self.skeleton.config.get_text_config(), "num_hidden_layers", None)
 
     @property
-    def bytes_on_disk(self) -> int:
-        """Size of its files of weights."""
+    def bytes_on_disk(self) -> int | None:
+        """Size of its files of weights; None where that is not known."""
         from limbeck.models.fingerprints import weight_files
 
         return sum(path.stat().st_size for path in weight_files(self._source(weights=True)))

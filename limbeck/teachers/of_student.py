@@ -71,7 +71,7 @@ class OfStudent(Teacher):
             location="",
             revision=None,
             fingerprint=self.start.fingerprint,
-            parameters=self.start.size,
+            parameters=self.start.size or 0,
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             architecture=type(self.network).__name__,
             license=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from limbeck.registry import Registry
 from limbeck.teachers.base import TeacherLocation
+from limbeck.teachers.hosted_options import OnApi
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.none import Nowhere
 from limbeck.teachers.served import OnServer
@@ -13,6 +14,7 @@ _MEMBERS: dict[str, type[TeacherLocation]] = {
     "in_process": InProcess,
     "server": OnServer,
     "store": InStore,
+    "api": OnApi,
     "none": Nowhere,
 }
 TEACHERS = Registry("teacher", _MEMBERS, entry_points="limbeck.teachers")

@@ -113,7 +113,7 @@ class SeeingTeacher(Teacher):
         return self.inner.window
 
     @property
-    def size(self) -> int:
+    def size(self) -> int | None:
         return self.inner.size
 
     @property
@@ -121,7 +121,7 @@ class SeeingTeacher(Teacher):
         return self.inner.blocks
 
     @property
-    def bytes_on_disk(self) -> int:
+    def bytes_on_disk(self) -> int | None:
         return self.inner.bytes_on_disk
 
     @property

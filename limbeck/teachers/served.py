@@ -146,7 +146,7 @@ class ServedTeacher(Teacher):
         import torch
 
         dtype = getattr(torch, self.vocabulary.dtype, torch.float32)
-        return self.size * dtype.itemsize
+        return (self.size or 0) * dtype.itemsize
 
     def reach(self) -> None:
         """Ask every server what it can do, and compare its tokenizer.

@@ -48,7 +48,9 @@ class SeveralTeachers(Teacher):
         found: set[Provision] = set()
         if self.member_of is not None and all("weights" in one for one in given):
             found.add("weights")
-        elif self.member_of is not None and all(one & {"weights", "answers"} for one in given):
+        elif self.member_of is not None and all(one & {"weights", "replies"} for one in given):
+            found.add("replies")
+        elif self.member_of is not None and all(one & {"weights", "replies", "answers"} for one in given):
             found.add("answers")
         if all("hidden" in one for one in given):
             found.add("hidden")
@@ -75,13 +77,13 @@ class SeveralTeachers(Teacher):
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property
-    def size(self) -> int:
+    def size(self) -> int | None:
         """Parameters of all members."""
-        return sum(member.size for member in self.members.values())
+        return _sum(member.size for member in self.members.values())
 
     @property
-    def bytes_on_disk(self) -> int:
-        return sum(member.bytes_on_disk for member in self.members.values())
+    def bytes_on_disk(self) -> int | None:
+        return _sum(member.bytes_on_disk for member in self.members.values())
 
     @property
     def fingerprint(self) -> str:
@@ -212,6 +214,12 @@ def rows_of_batch(batch: TokenBatch, rows: list[int]) -> TokenBatch:
         images=tuple(batch.images[row] for row in rows) if batch.images else (),
         prompts=tuple(batch.prompts[row] for row in rows),
     )
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    """The sum of numbers that are all known."""
+    known = list(numbers)
+    return None if None in known else sum(number for number in known if number is not None)
 
 
 def _dense(signal: Signal) -> DenseSignal:

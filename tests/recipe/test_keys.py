@@ -35,7 +35,11 @@ FOUND_ELSEWHERE = {f"{section}.{key}" for section in ("teacher", "student", "res
                    for key in ("revision", "trust_remote_code")}  # fmt: skip
 MEMBERS: dict[str, tuple[Any, ...]] = {
     "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}),
-    "teacher.where": ("none", {"name": "server", "base_url": "http://localhost:9/v1", "model": "teacher"}),
+    "teacher.where": (
+        "none",
+        {"name": "server", "base_url": "http://localhost:9/v1", "model": "teacher"},
+        {"name": "api", "base_url": "http://localhost:9/v1"},
+    ),
     "teacher.sees": ("column", {"name": "system", "text": "Be short."}),
     "combine": ({"name": "mean_log_p"}, {"name": "rule", "patterns": {"one": "say"}, "otherwise": "two"}),
     "preference.pairs": ({"name": "teacher", "samples": 3}, {"name": "teacher", "margin": 0.5}),
@@ -235,6 +239,7 @@ def test_the_marked_keys() -> None:
         *(f"preference.pairs.{key}" for key in connection),
         *("preference.save_steps", "preference.save_total_limit"),
         *("teacher.where.path", "teacher.where.folder", *(f"teacher.where.{key}" for key in connection)),
+        *(f"teacher.where.{key}" for key in ("budget_usd", "price_per_million", "added_tokens")),
     }
     assert same_arm_keys() - neutral_keys() == {"train.seed", "responses.batch_size", "evaluate.batch_size"}
     assert same_arm_keys() <= {*LEAVES, *member_keys()}

@@ -17,6 +17,7 @@ from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.checks import check_responses, check_rounds
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_counts, with_draft
+from limbeck.pipeline.hosted_responses import hosted_answers, paid_record
 from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sampling import sampling_of
@@ -43,6 +44,7 @@ from limbeck.recipe.sections import Recipe
 from limbeck.rollouts.io import read_responses, write_asked, write_responses
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
+from limbeck.teachers.hosted import HostedTeacher
 from limbeck.teachers.stored import write_shard
 from limbeck.types import Author, Json, LimbeckError, Prompt, Response, Split, TokenPrompt
 
@@ -178,7 +180,7 @@ def _run_responses(context: RunContext) -> Json:
         "dropped_too_long": len({*dropped, *unseen, *more_dropped}),
         "ended": sum(r.stop != "length" for r in responses),
         "tokens": sum(r.tokens for r in responses),
-    } | more
+    } | (more | paid_record(context))
 
 
 def _from_data(
@@ -278,10 +280,13 @@ def _sample_all(
 def _written_by(
     context: RunContext, writer: Answering, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int
 ) -> tuple[list[Response], Json]:
-    """Responses of one teacher: sampled, or those that it has written before where it cannot write any."""
+    """Responses of one teacher: sampled here, written elsewhere for money, or those that it has written before."""
     if "weights" in writer.teacher.provides:
         return _sample(context, writer.teacher.weights(), asked, template, attempt, folder=writer.folder)
-    return writer.teacher.answers(asked, sampling_of(context.recipe.responses)), {}
+    sampling = later_sampling(sampling_of(context.recipe.responses), attempt)
+    if isinstance(hosted := writer.teacher.scorer, HostedTeacher):
+        return hosted_answers(context, hosted, asked, template, sampling)
+    return writer.teacher.answers(asked, sampling), {}
 
 
 def _sample(

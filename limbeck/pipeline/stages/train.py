@@ -336,7 +336,7 @@ def _student_record(context: RunContext, student: Student) -> Json:
             "trainable": student.trainable,
             "share": student.share_of_teacher,
             "size_mb": sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6,
-            "teacher_size_mb": teacher.bytes_on_disk / 1e6,
+            "teacher_size_mb": None if (size := teacher.bytes_on_disk) is None else size / 1e6,
             "teacher_parameters": student.teacher_parameters,
             "teacher_layers": teacher.blocks,
         }

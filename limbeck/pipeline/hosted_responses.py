@@ -1,0 +1,194 @@
+"""Answers of a hosted teacher: what they cost is said before, counted meanwhile, and kept with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.text_only import WrittenText, texts_as_responses
+from limbeck.prompts.chat import turns_of
+from limbeck.prompts.labels import prompt_label
+from limbeck.prompts.templates import TemplateName
+from limbeck.prompts.wording import alpaca_text, plain_text
+from limbeck.runtime.files import write_json
+from limbeck.runtime.records import read_object
+from limbeck.sampling.decoding import row_seed
+from limbeck.teachers.base import Teacher
+from limbeck.teachers.hosted import HostedTeacher
+from limbeck.teachers.hosted_account import NOTHING, PaidReply, dollars
+from limbeck.teachers.hosted_asking import HostedQuestion
+from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt
+
+# The largest seed that all services take.
+_SEEDS = 2**31
+
+
+def hosted_teachers(context: RunContext) -> Mapping[str, HostedTeacher]:
+    """The hosted ones among the teachers of a run, by name; of one alone the name is empty."""
+    every: Mapping[str, Teacher] = context.run_teachers or {"": context.run_teacher}
+    return {name: found for name, teacher in every.items() if isinstance(found := teacher.scorer, HostedTeacher)}
+
+
+def check_hosted(context: RunContext) -> None:
+    """Check that what a recipe asks of a hosted teacher can be asked, and paid.
+
+    Raises:
+        LimbeckError: it cannot; nothing has been asked.
+    """
+    hosted, recipe = hosted_teachers(context), context.recipe
+    if not hosted or recipe.base_author != "teacher" or recipe.responses.server is not None:
+        return
+    responses, template = recipe.responses, recipe.prompts.template
+    for what, given, remedy in (
+        ("responses.top_k", responses.top_k, "set responses.top_k=0"),
+        ("responses.stop", list(responses.stop), "leave responses.stop empty"),
+    ):
+        if given:
+            raise LimbeckError(f"{what} is {given}, which a hosted teacher (teacher.where=api) does not keep; {remedy}")
+    if template not in ("plain", "alpaca") and any(one.where.api == "completions" for one in hosted.values()):
+        raise LimbeckError(
+            f"teacher.where.api=completions continues a text, and prompts.template is {template}; set "
+            "prompts.template=plain or alpaca, or teacher.where.api=chat"
+        )
+    wanted = context.wanted is None or "respond" in context.wanted
+    if wanted and not context.run.done("respond"):
+        for teacher in hosted.values():
+            teacher.check_service()
+
+
+def hosted_answers(
+    context: RunContext,
+    teacher: HostedTeacher,
+    asked: Sequence[TokenPrompt],
+    template: TemplateName,
+    sampling: Sampling,
+) -> tuple[list[Response], Json]:
+    """The answers to `asked`, in order, and their record for the manifest. What was paid for before is not asked again.
+
+    A prompt that the service does not answer has an empty response, which nothing is learnt from.
+    """
+    questions = list(_questions(context, teacher, asked, template, sampling))
+    _say_cost(context, teacher, questions)
+    before = len(questions) - len(teacher.left(questions))
+    replies: dict[int, PaidReply] = {}
+    # Noted at once, so that it stands there whatever ends the run.
+    with context.console.meter("respond", len(questions), "answers", before) as meter, context.stop.deferred() as ends:
+        try:
+            for place, reply in teacher.ask(questions, go_on=lambda: not ends()):
+                replies[place] = reply
+                if len(replies) > before:
+                    meter.advance(1, f"{dollars(teacher.account.spent)} of {dollars(_budget(teacher))}")
+        finally:
+            _note(context)
+    context.stop.raise_if_requested()
+    return _responses(context, asked, replies, template, sampling)
+
+
+def _budget(teacher: HostedTeacher) -> Decimal:
+    return teacher.account.budget or NOTHING
+
+
+def _say_cost(context: RunContext, teacher: HostedTeacher, questions: Sequence[HostedQuestion]) -> None:
+    """Say what is the most that the questions which are left can cost."""
+    left, account = [questions[place] for place in teacher.left(questions)], teacher.account
+    if not left:
+        return
+    most = sum((teacher.most(one) for one in left), NOTHING)
+    tokens = sum(one.sampling.max_new_tokens for one in left)
+    spent = f"; {dollars(account.spent)} are spent" if account.spent else ""
+    context.console.say(
+        f"respond: {len(left)} answers of {teacher.service_model} ({len(questions) - len(left)} paid for earlier) cost "
+        f"at most {dollars(most)}: {sum(one.most_input_tokens for one in left):,} bytes of prompts, no more than "
+        f"{tokens:,} tokens of answers; the budget is {dollars(_budget(teacher))}{spent}"
+    )
+    if account.spent + most > _budget(teacher):
+        context.console.warn(
+            "the budget does not cover that: where it is used up, the run ends, and a higher teacher.where.budget_usd "
+            "continues it"
+        )
+
+
+def _questions(
+    context: RunContext,
+    teacher: HostedTeacher,
+    asked: Sequence[TokenPrompt],
+    template: TemplateName,
+    sampling: Sampling,
+) -> Iterator[HostedQuestion]:
+    known = [context.known_prompts[prompt.id] for prompt in asked]
+    for prompt in known if context.seen is None else context.seen.prompts(known):
+        if prompt.images or prompt.tools or any(turn.fields for turn in prompt.messages or ()):
+            what = "images" if prompt.images else "tools"
+            raise LimbeckError(
+                f"prompt {prompt_label(prompt)} has {what}, which a hosted teacher is not asked about; leave it out, "
+                "or let another teacher answer"
+            )
+        yield HostedQuestion(
+            prompt_id=prompt.id,
+            name=f"prompt {prompt_label(prompt)}",
+            model=teacher.service_model,
+            api=teacher.where.api,
+            content=_content(teacher, prompt, template),
+            sampling=sampling,
+            seed=row_seed(sampling, "teacher", prompt.id) % _SEEDS,
+        )
+
+
+def _content(teacher: HostedTeacher, prompt: Prompt, template: TemplateName) -> list[dict[str, Any]] | str:
+    if teacher.where.api == "chat":
+        return [dict(turn) for turn in turns_of(prompt)]
+    return alpaca_text(prompt) if template == "alpaca" else plain_text(prompt)
+
+
+def _responses(
+    context: RunContext,
+    asked: Sequence[TokenPrompt],
+    replies: Mapping[int, PaidReply],
+    template: TemplateName,
+    sampling: Sampling,
+) -> tuple[list[Response], Json]:
+    """The responses of all prompts; empty ones where there is no answer."""
+    texts = {place: reply.content for place, reply in replies.items() if "text" in reply.content}
+    written = [
+        WrittenText(
+            prompt=context.known_prompts[asked[place].id],
+            text=kept["text"],
+            cut=kept["finish"] == "length",
+            sampling=sampling,
+        )
+        for place, kept in texts.items()
+    ]
+    found, record = texts_as_responses(context, written, context.teacher.tokenizer, template)
+    by_place = dict(zip(texts, found, strict=True))
+    none = [reply.content["none"] for reply in replies.values() if "none" in reply.content]
+    if none:
+        context.console.warn(f"{len(none)} of {len(asked)} prompts have no answer and are left out ({none[0]}, ...)")
+    responses = [by_place.get(place) or _empty(prompt, sampling) for place, prompt in enumerate(asked)]
+    return responses, record | {"unanswered": len(none)}
+
+
+def _empty(prompt: TokenPrompt, sampling: Sampling) -> Response:
+    return Response(
+        prompt_id=prompt.id,
+        author="teacher",
+        prompt_ids=prompt.ids,
+        response_ids=(),
+        stop="length",
+        sampling=sampling,
+        split=prompt.split,
+    )
+
+
+def _note(context: RunContext) -> None:
+    """Write what was paid so far into provenance.json."""
+    path = context.run.root / "provenance.json"
+    known = read_object(path) if path.exists() else {}
+    write_json(path, known | paid_record(context))
+
+
+def paid_record(context: RunContext) -> Json:
+    """What hosted teachers were paid in this run, for records; nothing where there are none."""
+    hosted = [one for one in hosted_teachers(context).values() if one.paid is not None and one.paid.exists()]
+    return {"paid": {one.service_model: one.account.record() for one in hosted}} if hosted else {}

@@ -1,0 +1,168 @@
+"""Runs whose teacher is a hosted service: from answers to a student, within a budget, without a file of the teacher."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.stage_order import STAGES
+from limbeck.recipe.load import load_recipe
+from limbeck.rollouts.io import read_responses
+from limbeck.runtime.files import read_json
+from limbeck.types import LimbeckError
+from tests.limbeck_command import CommandServer, KillAt
+from tests.teachers.hosted_service import MODEL, PRICE, Bill, hosted_service
+from tests.tiny_pair import TinyPair, questions, write_model, write_prompts, write_recipe
+
+Hosted = tuple[TinyPair, str, Bill]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    """A student with answers to prompts; there is no teacher."""
+    folder = tmp_path_factory.mktemp("pair")
+    rows = [{"prompt": text, "completion": f"An answer to {text}"} for text in questions()]
+    return TinyPair(
+        teacher=write_model(folder / "student", layers=2), prompts=write_prompts(folder / "prompts.jsonl", rows)
+    )
+
+
+@pytest.fixture
+def hosted(student: TinyPair) -> Iterator[Hosted]:
+    with hosted_service() as (url, bill):
+        yield student, url, bill
+
+
+def tree_of(hosted: Hosted, output: Path, **sections: Any) -> dict[str, Any]:
+    tiny, url, _ = hosted
+    where = {
+        "name": "api",
+        "base_url": url,
+        "budget_usd": 50.0,
+        "price_per_million": list(PRICE),
+        "retries": 0,
+        "timeout_s": 20.0,
+    }
+    where |= sections.pop("where", {})
+    tree = tiny.tree(output, **{"responses": {"source": "teacher"}, "objective": {"name": "ce"}} | sections)
+    tree["teacher"] = {"model": MODEL, "cache": False, "where": where} | sections.get("teacher", {})
+    tree["student"] = {"init": "pretrained", "model": str(tiny.teacher)}
+    tree["evaluate"] |= {"groups": {"nll": {}, "rouge": {"against": ["references"]}}}
+    tree["train"]["max_steps"] = 2
+    return tree
+
+
+def test_a_student_learns_from_answers_that_were_paid_for(hosted: Hosted, tmp_path: Path) -> None:
+    tiny, _, bill = hosted
+    bill.write = lambda asked, limit: (f"On {asked.split()[2]}.", 4, "length" if "tea" in asked else "stop")
+    run = run_pipeline(load_recipe(tree_of(hosted, tmp_path / "run")), stages=STAGES)
+    assert len(bill.charged) == len(questions()) and {"role": "user", "content": "What is rain?"} in [
+        request["messages"][-1] for request in bill.requests
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny.teacher)
+    prompts = {row["id"]: row["text"] for row in map(json.loads, run.prompts.read_text("utf-8").splitlines())}
+    for response in read_responses(run.responses / "teacher.jsonl"):
+        asked = prompts[response.prompt_id]
+        ended = response.stop == "eos"
+        assert ended == ("tea" not in asked)
+        wanted = f"On {asked.split()[2]}." + ("<|im_end|>" if ended else "")
+        assert tokenizer.decode(response.response_ids).rstrip("\n") == wanted
+    paid = read_json(run.root / "stages/respond.json")["paid"][MODEL]
+    assert Decimal(str(paid["usd"])) == bill.total and paid["replies"] == 24 and paid["output_tokens"] == 24 * 4
+    assert read_json(run.root / "provenance.json")["paid"] == {MODEL: paid}
+    report = (run.root / "report.html").read_text("utf-8")
+    assert f"{float(bill.total):,.2f} dollars to {MODEL} for 24 replies" in report
+    about = read_json(run.student / "student.json")
+    assert about["teacher_parameters"] is about["teacher_size_mb"] is about["teacher_layers"] is None
+
+
+def test_training_on_the_answers_of_the_data_asks_nothing(hosted: Hosted, tmp_path: Path) -> None:
+    tree = tree_of(hosted, tmp_path / "run", responses={"source": "data"}, where={"budget_usd": 0})
+    run = run_pipeline(load_recipe(tree), stages=STAGES)
+    assert run.report.exists() and not hosted[2].requests and "paid" not in read_json(run.root / "provenance.json")
+
+
+def test_a_budget_ends_a_run_and_a_higher_one_continues_it(
+    hosted: Hosted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bill = hosted[2]
+    with pytest.raises(LimbeckError, match=r"budget_usd does not allow another request.*not asked again"):
+        run_pipeline(load_recipe(tree_of(hosted, tmp_path / "run", where={"budget_usd": 0.6})), stages=STAGES)
+    assert "the budget does not cover that" in capfd.readouterr().err and 0 < len(bill.charged) < 24
+    assert bill.total <= Decimal("0.6")
+    paid = read_json(tmp_path / "run/provenance.json")["paid"][MODEL]
+    assert Decimal(str(paid["usd"])) == bill.total
+    # Neither the budget nor the price is part of what the answers are.
+    more = {"budget_usd": 30.0, "price_per_million": [900.0, 4000.0]}
+    run = run_pipeline(load_recipe(tree_of(hosted, tmp_path / "run", where=more)), stages=STAGES)
+    assert len(bill.charged) == 24 and run.report.exists()
+    # A change that only the training reads pays for nothing; so does one of the answers that is taken back.
+    tree = tree_of(hosted, tmp_path / "run", responses={"temperature": 0.5}, where=more)
+    run_pipeline(load_recipe(tree), stages=STAGES, until="respond", update=True)
+    assert len(bill.charged) == 48
+    run_pipeline(load_recipe(tree_of(hosted, tmp_path / "run", where=more)), stages=STAGES, update=True)
+    assert len(bill.charged) == 48
+
+
+def test_a_killed_run_goes_on_and_pays_for_nothing_twice(
+    hosted: Hosted, tmp_path: Path, limbeck: CommandServer
+) -> None:
+    bill = hosted[2]
+    recipe = write_recipe(tmp_path / "recipe.yaml", tree_of(hosted, tmp_path / "run", where={"concurrency": 2}))
+    for writes in (1, 8, 15):
+        end = limbeck.run("respond", recipe, killed=KillAt(tmp_path / "run", "paid.jsonl", writes, signal.SIGKILL))
+        assert end.code != 0
+    assert limbeck.run("respond", recipe).code == 0
+    record = read_json(tmp_path / "run/stages/respond.json")["paid"][MODEL]
+    assert record["replies"] == 24 and len(bill.charged) <= 24 + record["lost_tries"]
+    assert float(bill.total) <= record["usd"]
+
+
+def test_the_teacher_sees_more_than_the_student(hosted: Hosted, tmp_path: Path) -> None:
+    tree = tree_of(hosted, tmp_path / "run", teacher={"sees": {"name": "system", "text": "Be short."}})
+    run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
+    assert hosted[2].requests[0]["messages"][0] == {"role": "system", "content": "Be short."}
+
+
+def test_a_service_that_continues_texts(hosted: Hosted, tmp_path: Path) -> None:
+    hosted[2].write = lambda asked, limit: (" Yes.", 3, "stop")
+    tree = tree_of(hosted, tmp_path / "run", where={"api": "completions"}, prompts={"template": "plain"})
+    run = run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
+    assert {request["prompt"] for request in hosted[2].requests} == set(questions())
+    assert all(response.stop == "eos" for response in read_responses(run.responses / "teacher.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("teacher.where.budget_usd=0", "teacher.where.budget_usd is 0, so that nothing may be asked of big-1"),
+        ("teacher.where={name: api, base_url: 'http://localhost:9'}", "teacher.where.price_per_million is missing"),
+        ("teacher.cache=true", "teacher.cache=true asks the teacher for its distributions, but teacher.where=api"),
+        ("objective={name: fkl}", "objective fkl asks the teacher for its distributions"),
+        ("responses.source=student", "teacher for its distributions"),
+        ("responses.top_k=5", "responses.top_k is 5, which a hosted teacher"),
+        ("responses.stop=[x]", "responses.stop is ['x'], which a hosted teacher"),
+        ("teacher.where.api=completions", "continues a text, and prompts.template is auto"),
+        ("student={init: depth_prune, layers: 1}", "gives answers and no weights to begin a student from"),
+        ("teacher.model=base", "teacher.model=base is the student in this process; remove teacher.where"),
+        ("teacher.model=small-2", "has no model 'small-2'; it offers big-1"),
+        ("teacher.where.api_key_env=sk-123", "teacher.where.api_key_env is no name of an environment variable"),
+        ("evaluate=[fidelity]", "evaluate.groups.fidelity asks the teacher for its distributions"),
+    ],
+)
+def test_what_cannot_be_had_of_it_is_said_before_anything_is_paid(
+    hosted: Hosted, tmp_path: Path, override: str, said: str
+) -> None:
+    tree = tree_of(hosted, tmp_path / "run")
+    with pytest.raises(LimbeckError) as caught:
+        run_pipeline(load_recipe(tree, [override]), stages=STAGES)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not hosted[2].requests and not (tmp_path / "run/paid.jsonl").exists()
