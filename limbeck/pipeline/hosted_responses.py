@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -10,7 +11,7 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.text_only import WrittenText, texts_as_responses
 from limbeck.prompts.chat import turns_of
 from limbeck.prompts.labels import prompt_label
-from limbeck.prompts.templates import TemplateName
+from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.prompts.wording import alpaca_text, plain_text
 from limbeck.runtime.files import write_json
 from limbeck.runtime.records import read_object
@@ -19,6 +20,7 @@ from limbeck.teachers.base import Teacher
 from limbeck.teachers.hosted import HostedTeacher
 from limbeck.teachers.hosted_account import NOTHING, PaidReply, dollars
 from limbeck.teachers.hosted_asking import HostedQuestion
+from limbeck.teachers.hosted_options import OnApi
 from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt
 
 # The largest seed that all services take.
@@ -38,7 +40,14 @@ def check_hosted(context: RunContext) -> None:
         LimbeckError: it cannot; nothing has been asked.
     """
     hosted, recipe = hosted_teachers(context), context.recipe
-    if not hosted or recipe.base_author != "teacher" or recipe.responses.server is not None:
+    writes = recipe.base_author == "teacher" and recipe.responses.server is None
+    scoring = any(one.where.top_logprobs for one in hosted.values()) and recipe.teacher.cache
+    if scoring and (recipe.on_policy or not writes):
+        raise LimbeckError(
+            "teacher.where.top_logprobs are those of the service's own answers, and the responses are another's; set "
+            "responses.source=teacher, or leave it out"
+        )
+    if not hosted or not writes:
         return
     responses, template = recipe.responses, recipe.prompts.template
     for what, given, remedy in (
@@ -52,10 +61,34 @@ def check_hosted(context: RunContext) -> None:
             f"teacher.where.api=completions continues a text, and prompts.template is {template}; set "
             "prompts.template=plain or alpaca, or teacher.where.api=chat"
         )
+    for name, teacher in hosted.items():
+        if teacher.where.top_logprobs:
+            _check_logprobs(context, f"teachers.{name}" if name else "teacher", teacher.where)
     wanted = context.wanted is None or "respond" in context.wanted
     if wanted and not context.run.done("respond"):
         for teacher in hosted.values():
             teacher.check_service()
+
+
+def _check_logprobs(context: RunContext, key: str, where: OnApi) -> None:
+    """Check that log-probabilities are asked for as services give them: of their own answers, at temperature 1.
+
+    Raises:
+        LimbeckError: they are not.
+    """
+    section, responses = context.recipe.teacher, context.recipe.responses
+    for what, given, wanted in (
+        ("teacher.support_k", section.support_k, where.top_logprobs),
+        # Some services say them before these are applied, some after.
+        ("responses.temperature", responses.temperature, 1),
+        ("responses.top_p", responses.top_p, 1),
+        (f"{key}.where.api", where.api, "chat"),
+    ):
+        if given != wanted:
+            raise LimbeckError(
+                f"{key}.where.top_logprobs={where.top_logprobs} gives so many tokens of each position of answers at "
+                f"temperature 1, but {what} is {given}; set {what}={wanted}"
+            )
 
 
 def hosted_answers(
@@ -78,11 +111,16 @@ def hosted_answers(
         try:
             for place, reply in teacher.ask(questions, go_on=lambda: not ends()):
                 replies[place] = reply
+                if "tokens" in reply.content:
+                    # Of the first one before the second is paid for.
+                    teacher.scored(reply, questions[place].name)
                 if len(replies) > before:
                     meter.advance(1, f"{dollars(teacher.account.spent)} of {dollars(_budget(teacher))}")
         finally:
             _note(context)
     context.stop.raise_if_requested()
+    if teacher.where.top_logprobs:
+        return _scored_responses(context, teacher, asked, replies, template, sampling)
     return _responses(context, asked, replies, template, sampling)
 
 
@@ -133,6 +171,7 @@ def _questions(
             content=_content(teacher, prompt, template),
             sampling=sampling,
             seed=row_seed(sampling, "teacher", prompt.id) % _SEEDS,
+            top_logprobs=teacher.where.top_logprobs,
         )
 
 
@@ -162,11 +201,42 @@ def _responses(
     ]
     found, record = texts_as_responses(context, written, context.teacher.tokenizer, template)
     by_place = dict(zip(texts, found, strict=True))
+    responses = [by_place.get(place) or _empty(prompt, sampling) for place, prompt in enumerate(asked)]
+    return responses, record | _unanswered(context, replies)
+
+
+def _unanswered(context: RunContext, replies: Mapping[int, PaidReply]) -> Json:
     none = [reply.content["none"] for reply in replies.values() if "none" in reply.content]
     if none:
-        context.console.warn(f"{len(none)} of {len(asked)} prompts have no answer and are left out ({none[0]}, ...)")
-    responses = [by_place.get(place) or _empty(prompt, sampling) for place, prompt in enumerate(asked)]
-    return responses, record | {"unanswered": len(none)}
+        context.console.warn(f"{len(none)} of {len(replies)} prompts have no answer and are left out ({none[0]}, ...)")
+    return {"unanswered": len(none)}
+
+
+def _scored_responses(
+    context: RunContext,
+    teacher: HostedTeacher,
+    asked: Sequence[TokenPrompt],
+    replies: Mapping[int, PaidReply],
+    template: TemplateName,
+    sampling: Sampling,
+) -> tuple[list[Response], Json]:
+    """The responses of all prompts by the tokens that the service drew, whose ends it says nothing of."""
+    tokenizer = context.teacher.tokenizer
+    ends = end_token_ids(tokenizer, template, context.recipe.prompts.chat_options)
+    # Where the chat template ends its turns with a token of its own, that one ends an answer.
+    end = next((token for token in ends if token != tokenizer.eos_token_id), ends[0])
+    responses = []
+    for place, prompt in enumerate(asked):
+        kept = replies[place].content
+        ids = teacher.scored(replies[place], prompt.label).ids if kept.get("tokens") else ()
+        response = replace(_empty(prompt, sampling), response_ids=ids)
+        if ids and kept["finish"] == "stop":
+            known = ids[-1] in ends
+            response = replace(response, response_ids=ids if known else (*ids, end), stop="eos")
+            # No distribution is known of an end that the service left out, so that it is not in the loss.
+            response = response if known else replace(response, spans=((0, len(ids)),))
+        responses.append(response)
+    return responses, {"ends_without_signal": sum(bool(r.spans) for r in responses)} | _unanswered(context, replies)
 
 
 def _empty(prompt: TokenPrompt, sampling: Sampling) -> Response:

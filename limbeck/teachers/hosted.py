@@ -17,7 +17,8 @@ from limbeck.teachers.base import Provision, Teacher
 from limbeck.teachers.hosted_account import NOTHING, Account, BudgetExceeded, PaidReply, PaidTries, dollars, price_of
 from limbeck.teachers.hosted_asking import HostedQuestion, Wording, counted, kept_of
 from limbeck.teachers.hosted_options import SECTION, OnApi
-from limbeck.types import LimbeckError, Signal, TokenBatch
+from limbeck.teachers.hosted_signal import OneToOne, ScoredAnswer
+from limbeck.types import Head, LimbeckError, Signal, TokenBatch, TopKSignal
 
 # Statuses by which a service declines this prompt; any other refusal would meet every request.
 _DECLINES_ONE = frozenset({400, 413, 422, 451})
@@ -34,7 +35,15 @@ class HostedTeacher(Teacher):
 
     @property
     def provides(self) -> frozenset[Provision]:
-        return frozenset({"replies"})
+        return frozenset({"replies", "topk"} if self.where.top_logprobs else {"replies"})
+
+    @property
+    def head(self) -> Head:
+        """The vocabulary, for hidden states of which there are none."""
+        import torch
+
+        rows = self.vocabulary.vocab_size
+        return Head(weight_VD=torch.zeros(rows, 0, device=self.device), vocab_size=rows)
 
     @property
     def service_model(self) -> str:
@@ -64,12 +73,64 @@ class HostedTeacher(Teacher):
         return None
 
     def signal(self, batch: TokenBatch) -> Signal:
-        """Nothing.
+        """What the service said of its own answers.
 
         Raises:
-            LimbeckError: always.
+            LimbeckError: a response that is none of them.
         """
-        raise self.lacks("hidden")
+        import torch
+
+        if not self.where.top_logprobs:
+            raise self.lacks("topk")
+        rows = [int(count) for count in batch.loss_mask_BT.sum(1)]
+        answers = [
+            self._answer_of(prompt, tuple(labels.tolist()))
+            for prompt, labels in zip(batch.prompts, batch.labels_N.split(rows), strict=True)
+        ]
+        ids_NK = torch.tensor([row for one in answers for row in one.support], dtype=torch.int64, device=self.device)
+        logp_NK = torch.tensor([row for one in answers for row in one.logp], device=self.device).clamp_max(0.0)
+        # Of temperature 1, where log Z is zero by definition.
+        log_z_NG = torch.zeros(len(ids_NK), 1, device=self.device)
+        return TopKSignal(ids_NK=ids_NK, logp_NK=logp_NK, temperatures=(1.0,), log_z_NG=log_z_NG)
+
+    def scored(self, reply: PaidReply, name: str) -> ScoredAnswer:
+        """The answer of a reply in the student's tokens, with the likeliest ones of each position.
+
+        Raises:
+            LimbeckError: the service has other tokens than the student, or says too little of one.
+        """
+        try:
+            return self._one_to_one.answer(reply.content["tokens"])
+        except ValueError as error:
+            raise LimbeckError(
+                f"{name}: {self.where.base_url} answers with {error}; choose a student with the tokens of "
+                f"{self.service_model}, or set {SECTION}.top_logprobs=0 (with objective={{name: ce}} and "
+                "teacher.cache=false) for answers alone"
+            ) from None
+
+    @cached_property
+    def _one_to_one(self) -> OneToOne:
+        from limbeck.teachers.alignment.token_bytes import TokenBytes
+
+        return OneToOne(TokenBytes.read(self.tokenizer), self.where.top_logprobs)
+
+    def _answer_of(self, prompt_id: str, labels: tuple[int, ...]) -> ScoredAnswer:
+        for reply in self._scored_replies.get(prompt_id, ()):
+            if (found := self.scored(reply, f"prompt {prompt_id}")).ids == labels:
+                return found
+        raise LimbeckError(
+            f"{self.paid} has no log-probabilities of the response to prompt {prompt_id}; where its responses were "
+            "taken over from another run, copy that run's file here"
+        )
+
+    @cached_property
+    def _scored_replies(self) -> dict[str, list[PaidReply]]:
+        """The replies to each prompt; asked for once all are there."""
+        found: dict[str, list[PaidReply]] = {}
+        for reply in self.account.replies.values():
+            if "tokens" in reply.content:
+                found.setdefault(reply.content["prompt"], []).append(reply)
+        return found
 
     def price(self, input_tokens: int, output_tokens: int) -> Decimal:
         """The price of so many tokens in dollars.

@@ -33,6 +33,9 @@ class OnApi:
     """Dollars for a million tokens that it reads and a million that it writes, such as [0.15, 0.6]."""
     api: Api = "chat"
     """Conversations, or texts to continue."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    """Likeliest tokens that it says of each position of its answers, for objectives that read the teacher; needs a
+    student with the service's tokens. 0 asks for answers alone."""
     added_tokens: Annotated[int, Field(ge=0), NEUTRAL] = 64
     """Tokens that the service adds to a prompt of its own accord at most, for the most that a request can cost."""
     concurrency: Annotated[Count, NEUTRAL] = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 from collections.abc import Iterator
 from decimal import Decimal
@@ -12,12 +13,17 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
+from limbeck.pipeline.stages.respond import load_responses
+from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.recipe.load import load_recipe
+from limbeck.rollouts.collate import collate
 from limbeck.rollouts.io import read_responses
 from limbeck.runtime.files import read_json
-from limbeck.types import LimbeckError
+from limbeck.teachers.alignment.token_bytes import TokenBytes
+from limbeck.types import LimbeckError, TopKSignal
 from tests.limbeck_command import CommandServer, KillAt
 from tests.teachers.hosted_service import MODEL, PRICE, Bill, hosted_service
 from tests.tiny_pair import TinyPair, questions, write_model, write_prompts, write_recipe
@@ -130,6 +136,120 @@ def test_the_teacher_sees_more_than_the_student(hosted: Hosted, tmp_path: Path) 
     tree = tree_of(hosted, tmp_path / "run", teacher={"sees": {"name": "system", "text": "Be short."}})
     run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
     assert hosted[2].requests[0]["messages"][0] == {"role": "system", "content": "Be short."}
+
+
+K = 5
+
+
+def says_logprobs(tiny: TinyPair, bill: Bill, *, end: bool = False) -> dict[str, list[dict[int, float]]]:
+    """Have the service say log-probabilities, made up; they by the text of the answer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.teacher)
+    said: dict[str, list[dict[int, float]]] = {}
+    rng = random.Random(0)
+
+    def entry(index: int, logp: float) -> dict[str, Any]:
+        token = tokenizer.convert_ids_to_tokens(index)
+        raw = None if index in tokenizer.all_special_ids else list(TokenBytes.read(tokenizer).of[index])
+        return {"token": token, "logprob": logp, "bytes": raw}
+
+    def choice(plain: dict[str, Any]) -> dict[str, Any]:
+        text = plain["message"]["content"]
+        ids = [*tokenizer(text)["input_ids"], *([tokenizer.eos_token_id] if end else [])]
+        content, rows = [], []
+        for index in ids:
+            others = rng.sample([other for other in range(3, 250) if other != index], K)
+            # The drawn token is one of the likeliest, or far behind them.
+            among = rng.random() < 0.5
+            drawn = -1.0 if among else -5.0
+            row = {other: -2.0 - 0.1 * place for place, other in enumerate(others)}
+            if among:
+                row = {index: drawn} | {other: row[other] for other in others[:-1]}
+            top = [entry(other, logp) for other, logp in row.items()]
+            content.append(entry(index, drawn) | {"top_logprobs": top})
+            rows.append(row | {index: drawn})
+        said[text] = rows
+        return plain | {"logprobs": {"content": content}}
+
+    bill.choice = choice
+    return said
+
+
+def of_logprobs(hosted: Hosted, output: Path, **sections: Any) -> dict[str, Any]:
+    return tree_of(
+        hosted,
+        output,
+        **{
+            "where": {"top_logprobs": K} | sections.pop("where", {}),
+            "teacher": {"cache": True, "support": "topk_tail", "support_k": K},
+            "objective": {"name": "fkl", "temperature": 1.0},
+        }
+        | sections,
+    )
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_log_probabilities_of_its_own_answers_are_a_signal(hosted: Hosted, tmp_path: Path, end: bool) -> None:
+    tiny, _, bill = hosted
+    every = questions()
+    bill.write = lambda asked, limit: (f"On {every.index(asked)}.", 4, "length" if "tea" in asked else "stop")
+    said = says_logprobs(tiny, bill, end=end)
+    recipe = load_recipe(of_logprobs(hosted, tmp_path / "run"))
+    run = run_pipeline(recipe, stages=STAGES, until="train")
+    context = RunContext(recipe)
+    tokenizer, responses = AutoTokenizer.from_pretrained(tiny.teacher), load_responses(context, "train")
+    stored = open_teacher(context)
+    for row, response in responses.items():
+        text = tokenizer.decode(response.response_ids, skip_special_tokens=True)
+        signal = stored.signal(collate({row: response}, [row], pad_id=0))
+        assert isinstance(signal, TopKSignal) and len(signal.ids_NK) == len(said[text])
+        for ids, logps, whole, label in zip(
+            signal.ids_NK.tolist(), signal.logp_NK.tolist(), said[text], response.label_ids, strict=True
+        ):
+            assert label in ids and len(set(ids)) == K
+            # The naive line: the K likeliest, the drawn one in the last place where it is not among them.
+            best = sorted(whole, key=lambda one: -whole[one])[:K]
+            assert set(ids) == set(best if label in best else [*best[:-1], label])
+            assert logps == pytest.approx([whole[one] for one in ids], abs=1e-6)
+        cut = response.stop == "length"
+        assert bool(response.spans) == (not end and not cut)
+        assert cut or response.response_ids[-1] == tokenizer.eos_token_id
+    paid = len(bill.charged)
+    assert paid == len(questions()) and (run.root / "signal").exists()
+
+
+def test_tokens_that_the_student_has_not_are_found_with_the_first_answer(hosted: Hosted, tmp_path: Path) -> None:
+    tiny, _, bill = hosted
+    says_logprobs(tiny, bill)
+    honest = bill.choice
+
+    def foreign(plain: dict[str, Any]) -> dict[str, Any]:
+        choice = honest(plain)
+        choice["logprobs"]["content"][0]["top_logprobs"][1] |= {"token": "Zwölf", "bytes": list("Zwölf".encode())}
+        return choice
+
+    bill.choice = foreign
+    with pytest.raises(LimbeckError, match=r"the token 'Zwölf', which the student has not.*top_logprobs=0"):
+        run_pipeline(load_recipe(of_logprobs(hosted, tmp_path / "run")), stages=STAGES)
+    bill.choice = lambda plain: plain
+    with pytest.raises(LimbeckError, match=r"gives no log-probabilities of its answer.*top_logprobs=0"):
+        run_pipeline(load_recipe(of_logprobs(hosted, tmp_path / "other")), stages=STAGES)
+    assert len(bill.charged) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("teacher.support_k=7", "but teacher.support_k is 7; set teacher.support_k=5"),
+        ("responses.temperature=0.5", "but responses.temperature is 0.5; set responses.temperature=1"),
+        ("objective.temperature=2", "objective fkl is impossible on what teacher.where=api gives"),
+        ("responses.source=data", "those of the service's own answers, and the responses are another's"),
+        ("teacher.support=full", "set teacher.support=topk_tail"),
+    ],
+)
+def test_log_probabilities_that_cannot_be_had(hosted: Hosted, tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(LimbeckError) as caught:
+        run_pipeline(load_recipe(of_logprobs(hosted, tmp_path / "run"), [override]), stages=STAGES)
+    assert said in str(caught.value) and "\n" not in str(caught.value) and not hosted[2].requests
 
 
 def test_a_service_that_continues_texts(hosted: Hosted, tmp_path: Path) -> None:
