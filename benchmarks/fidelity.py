@@ -33,7 +33,7 @@ from limbeck.models.loading import load_model
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.objectives.fused.tiles import TILE_ROWS
 from limbeck.ops import onednn
-from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE
+from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.prompts.sources import load_prompts
 from limbeck.rollouts.collate import collate
 from limbeck.runtime.memory import peak_memory_mib, reset_peak_memory

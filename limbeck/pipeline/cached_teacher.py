@@ -6,51 +6,67 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from limbeck.pipeline.capturing import (
+    SCORING_BATCH_SIZE,
+    addresses_as_read,
+    batches_of,
+    signals_of,
+    write_signals,
+)
 from limbeck.pipeline.context import RunContext
-from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE
-from limbeck.rollouts.collate import collate
+from limbeck.pipeline.stages.teach import stored_signals
+from limbeck.pipeline.store_identity import exact_codec, frame_of
 from limbeck.teachers.base import Teacher
-from limbeck.teachers.stored import OpenShards, require_lengths, shards_of, write_shard
-from limbeck.types import DenseSignal, Response, TokenBatch
+from limbeck.teachers.store.addresses import addresses_of
+from limbeck.teachers.store.base import Codec, Frame
+from limbeck.teachers.store.reader import Store
+from limbeck.teachers.store.shards import Columns, OpenShards
+from limbeck.teachers.store.source import on_device
+from limbeck.types import DenseSignal, Response, Signal, TokenBatch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CachedTeacher:
     """Scores new responses, and reads the signals of responses on disk (`rollouts.rounds.SignalCache`).
 
     Attributes:
-        dtype: of the states on disk.
-        places: file of the states of each response, by its id.
+        codec, frame: of the signals on disk.
+        before: those that were stored before training, of which some were looked up.
+        places: shard and number of the others, by the addresses of what the teacher read.
     """
 
     teacher: Teacher
-    dtype: torch.dtype
-    places: dict[str, Path] = field(default_factory=dict)
-    _open: OpenShards = field(default_factory=OpenShards)
+    codec: Codec
+    frame: Frame
+    before: Store | None = None
+    places: dict[bytes, tuple[Path, int]] = field(default_factory=dict)
+    _shards: OpenShards = field(default_factory=OpenShards)
 
-    def signal(self, batch: TokenBatch) -> DenseSignal:
+    def signal(self, batch: TokenBatch) -> Signal:
         """The teacher's distribution at every loss position of the batch.
 
         A batch with a single new response is scored whole: that depends on what is on disk when its step begins, which
         is the same in a run that was interrupted.
         """
-        places = [self.places.get(name) for name in batch.ids]
-        if not all(places):
-            return self._scored(batch)
-        entries = [self._open.entry(place, name) for place, name in zip(places, batch.ids, strict=True) if place]
-        require_lengths(next(filter(None, places)), entries, batch)
+        entries = [self._entry(address) for address in addresses_of(self.teacher.reads(batch))]
+        rows = [entry for entry in entries if entry is not None]
+        if len(rows) < len(entries):
+            return self.teacher.signal(batch)
+        joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         head = self.teacher.head
-        hidden_ND = torch.cat([entry["hidden"] for entry in entries])
-        return DenseSignal(hidden_ND=hidden_ND.to(head.weight_VD.device, head.weight_VD.dtype), head=head)
+        return on_device(self.codec.decode(joined, self.frame, head), head.weight_VD.device)
 
-    def _scored(self, batch: TokenBatch) -> DenseSignal:
-        """The signal, computed by the teacher."""
-        signal = self.teacher.signal(batch)
-        assert isinstance(signal, DenseSignal), "all that a teacher can provide: see limbeck.pipeline.provisions"
-        return signal
+    def _entry(self, address: bytes) -> Columns | None:
+        """The stored columns of an address; None where there are none."""
+        if self.before is not None and address in self.before.places:
+            return self.before.entry(address)[1]
+        if address not in self.places:
+            return None
+        path, number = self.places[address]
+        return self._shards[path].entry(number)
 
     def start_round(self, folder: Path) -> None:
         """Delete the signals of the rounds before the one in `folder`, which no step reads again."""
@@ -59,32 +75,31 @@ class CachedTeacher:
             inside = shard.is_relative_to(folder.parent)
             return inside and int(shard.relative_to(folder.parent).parts[0]) < int(folder.name)
 
-        for name in [name for name, shard in self.places.items() if earlier(shard)]:
-            self._open.close(self.places.pop(name))
+        for address in [address for address, (shard, _) in self.places.items() if earlier(shard)]:
+            self._shards.close(self.places.pop(address)[0])
         for shard in filter(earlier, folder.parent.glob("*/*/*.safetensors")):
             # Another process may have been here first.
             shard.unlink(missing_ok=True)
 
     def store(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
-        """Write the hidden states of some responses beside them; compute those that sampling has not."""
-        batches: list[TokenBatch] = []
-        if hidden is None:
-            parts: list[Tensor] = []
+        """Write the signals of some responses beside them; compute those that sampling has not."""
+        signals: list[Signal] = []
+        if hidden is not None:
+            signals = [DenseSignal(hidden_ND=hidden_TD, head=self.teacher.head) for hidden_TD in hidden]
+        else:
             for start in range(0, len(responses), SCORING_BATCH_SIZE):
-                some = responses[start : start + SCORING_BATCH_SIZE]
-                batches.append(collate(some, range(len(some)), pad_id=0))
-                parts += self._scored(batches[-1]).hidden_ND.split([r.tokens for r in some])
-            hidden = parts
-        states = {response.id: hidden_TD for response, hidden_TD in zip(responses, hidden, strict=True)}
-        write_shard(path.with_suffix(".safetensors"), states, dtype=self.dtype)
-        self.teacher.settled(batches)
+                signals += signals_of(self.teacher, responses[start : start + SCORING_BATCH_SIZE])
+        addresses = addresses_as_read(responses, self.teacher.reads)
+        write_signals(path.with_suffix(".safetensors"), addresses, responses, signals, self.codec, self.frame)
+        self.teacher.settled(() if hidden is not None else batches_of(responses))
 
     def register(self, path: Path, responses: Sequence[Response]) -> None:
-        """Note that the states of these responses are beside them, unless a run that went further has deleted them."""
+        """Note that the signals of these responses are beside them, unless a run that went further has deleted them."""
         shard = path.with_suffix(".safetensors")
         if not shard.exists():
             return
-        self.places.update({r.id: shard for r in responses})
+        found = self._shards[shard].addresses
+        self.places.update({address: (shard, number) for number, address in enumerate(found)})
 
 
 def round_teacher(context: RunContext, base: Iterable[Response], asked: Teacher) -> CachedTeacher:
@@ -94,8 +109,10 @@ def round_teacher(context: RunContext, base: Iterable[Response], asked: Teacher)
         base: training responses that were there before.
         asked: the teacher that the training asks.
     """
-    teacher = CachedTeacher(asked, getattr(torch, context.recipe.teacher.cache_dtype))
+    before = None
     if context.recipe.teacher.cache:
-        shards = shards_of(context.run.signal)
-        teacher.places.update({r.id: shards[r.id] for r in base if r.id in shards})
-    return teacher
+        signals, responses = stored_signals(context), list(base)
+        before = signals.store
+        for start in range(0, len(responses), SCORING_BATCH_SIZE):
+            before.locate(addresses_as_read(responses[start : start + SCORING_BATCH_SIZE], signals.reads))
+    return CachedTeacher(teacher=asked, codec=exact_codec(context.recipe), frame=frame_of(context), before=before)

@@ -20,6 +20,7 @@ from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.models.loading import load_model, load_tokenizer
 from limbeck.models.quantization.files import QuantizedWeights, read_blocks
 from limbeck.models.vision import bind_images
+from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.problems import read_prompt_problems
@@ -28,7 +29,7 @@ from limbeck.pipeline.seen_prompts import as_seen
 from limbeck.pipeline.several import writers
 from limbeck.pipeline.sharing import once
 from limbeck.pipeline.stages.respond import load_responses, sampler_for, sampling_meter
-from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE, open_teacher
+from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.stages.train import build_initial_student
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import text_options

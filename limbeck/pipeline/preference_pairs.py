@@ -20,10 +20,10 @@ from limbeck.evaluation.judge.log import JudgementLog
 from limbeck.evaluation.judge.verdicts import JudgedPair
 from limbeck.evaluation.likelihood import mean_logp
 from limbeck.models.loading import LoadedModel, load_model
+from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.stages.respond import sampler_for, sampling_meter
-from limbeck.pipeline.stages.teach import SCORING_BATCH_SIZE, SHARD_ROWS
 from limbeck.pipeline.text_only import text_options
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.labels import prompt_label

@@ -10,7 +10,8 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stages import prompts as prompts_stage
 from limbeck.pipeline.stages import respond as respond_stage
 from limbeck.pipeline.stages.respond import load_responses
-from limbeck.pipeline.store_capture import codec_of, frame_of, heldout_codec, kept_sampling
+from limbeck.pipeline.store_capture import codec_of, kept_sampling
+from limbeck.pipeline.store_identity import frame_of, heldout_codec
 from limbeck.prompts.io import read_prompts
 from limbeck.recipe.load import Recipe
 from limbeck.runtime.console import Console
@@ -47,7 +48,7 @@ def estimate_recipe(recipe: Recipe, codec: Codec | None, *, console: Console) ->
     number_bytes = 4 if recipe.teacher.dtype == "float32" else 2
     train, held = (lengths[split] for split in _SPLITS)
     kept = kept_sampling(recipe) is not None
-    heldout, frame = heldout_codec(recipe, codec), frame_of(context)
+    heldout, frame = heldout_codec(context, codec), frame_of(context)
     parts = estimate(codec, heldout, frame, train, held, number_bytes=number_bytes, texts=kept)
     return RecipeEstimate(parts=parts, exact=exact)
 

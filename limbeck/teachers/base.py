@@ -131,6 +131,12 @@ class Teacher(ABC):
         return getattr(self.skeleton.config.get_text_config(), "num_hidden_layers", None)
 
     @property
+    def state_width(self) -> int:
+        """Numbers of a hidden state of its signal; 0 for a model without a head."""
+        embeddings = self.skeleton.get_output_embeddings()
+        return 0 if embeddings is None else embeddings.weight.shape[1]
+
+    @property
     def bytes_on_disk(self) -> int | None:
         """Size of its files of weights; None where that is not known."""
         from limbeck.models.fingerprints import weight_files

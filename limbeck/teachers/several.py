@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from limbeck.teachers.base import Provision, Teacher
@@ -80,6 +81,16 @@ class SeveralTeachers(Teacher):
     def size(self) -> int | None:
         """Parameters of all members."""
         return _sum(member.size for member in self.members.values())
+
+    @property
+    def state_width(self) -> int:
+        """Numbers of the members' states side by side, with one more of each whose head has a bias."""
+        heads = [member.skeleton.get_output_embeddings() for member in self.members.values()]
+        return sum(head.weight.shape[1] + (getattr(head, "bias", None) is not None) for head in heads)
+
+    @cached_property
+    def configuration_hash(self) -> str:
+        return ""
 
     @property
     def bytes_on_disk(self) -> int | None:

@@ -174,7 +174,7 @@ def test_killed_it_goes_on_as_if_nothing_had_been(
         path.write_text(json.dumps(tree_of(foreign, student, out, **sections)), "utf-8")
         path.rename(out.with_suffix(".yaml"))
     assert limbeck.run("run", whole.with_suffix(".yaml")).code == 0
-    for name, before in (("signal/head.safetensors", 0), ("checkpoints/step-000002", 0)):
+    for name, before in (("signal/hidden.safetensors", 0), ("checkpoints/step-000002", 0)):
         killed = limbeck.run("run", run.with_suffix(".yaml"), killed=KillAt(run, name, before))
         assert killed.code == -signal.SIGKILL, (name, killed.stderr)
     finished = limbeck.run("run", run.with_suffix(".yaml"))

@@ -175,15 +175,15 @@ class TestData:
         }
         run, whole = tmp_path / "run", tmp_path / "whole"
         recipe = tiny.recipe(run, **sections)
-        killed = limbeck.run("run", recipe, killed=KillAt(run, "signal/00001.safetensors"))
+        killed = limbeck.run("run", recipe, killed=KillAt(run, "signal/000001.safetensors"))
         assert killed.code == -signal.SIGKILL
-        first = (run / "signal" / "00000.safetensors").stat()
-        assert not (run / "signal" / "00001.safetensors").exists() and not stage(run, "teach")["done"]
+        first = (run / "signal" / "000000.safetensors").stat()
+        assert not (run / "signal" / "000001.safetensors").exists() and not stage(run, "teach")["done"]
         played(limbeck.run("run", recipe), run)
-        again = (run / "signal" / "00000.safetensors").stat()
+        again = (run / "signal" / "000000.safetensors").stat()
         assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
         assert limbeck.run("train", tiny.recipe(whole, **sections)).code == 0
-        for name in ("signal/00001.safetensors", "student/model.safetensors"):
+        for name in ("signal/000001.safetensors", "student/model.safetensors"):
             assert (run / name).read_bytes() == (whole / name).read_bytes()
 
     def test_datasets_folder(self, limbeck: CommandServer, tiny: TinyPair, plain: Path, tmp_path: Path) -> None:

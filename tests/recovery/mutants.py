@@ -65,7 +65,7 @@ class Bases:
         shutil.copytree(self.runs[moment], self.place)
         for shard in (self.place / "signal").glob("[0-9]*.safetensors"):
             shard.unlink()
-            os.link(self.place / "responses/batches" / shard.name, shard)
+            os.link(self.place / "responses/batches" / shard.name[1:], shard)
         return self.place
 
 

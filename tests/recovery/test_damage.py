@@ -21,7 +21,7 @@ def run(reference: Reference, tmp_path: Path) -> Path:
     shutil.copytree(reference.root, root)
     for shard in (root / "signal").glob("[0-9]*.safetensors"):
         shard.unlink()
-        os.link(root / "responses/batches" / shard.name, shard)
+        os.link(root / "responses/batches" / shard.name[1:], shard)
     return root
 
 
@@ -52,10 +52,10 @@ DAMAGES = (
     ("responses/teacher.jsonl", one_digit),
     ("responses/teacher.jsonl", gone),
     ("responses/batches/00001.safetensors", one_bit),
-    ("signal/head.json", one_digit),
-    ("signal/head.safetensors", one_bit),
-    ("signal/00002.safetensors", one_bit),
-    ("signal/00002.safetensors", gone),
+    ("signal/hidden.json", one_digit),
+    ("signal/hidden.safetensors", one_bit),
+    ("signal/000002.safetensors", one_bit),
+    ("signal/000002.safetensors", gone),
 )
 
 

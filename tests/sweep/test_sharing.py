@@ -33,7 +33,7 @@ class TestSharing:
         assert len(runs) == 4 and {line["state"] for line in grid.lines} == {"done"}
         own = {"train", "evaluate", "report"}
         assert [made_here(run) for run in runs] == [own | {"prompts", "respond", "teach"}] + [own] * 3
-        for name in ("signal/00000.safetensors", "responses/teacher.jsonl", "prompts.jsonl", "blocks.json"):
+        for name in ("signal/000000.safetensors", "responses/teacher.jsonl", "prompts.jsonl", "blocks.json"):
             assert all((run / name).samefile(runs[0] / name) for run in runs), name
         answers = [next((run / "scores" / "answers").glob("teacher-*.jsonl")) for run in runs]
         assert all(path.samefile(answers[0]) for path in answers)

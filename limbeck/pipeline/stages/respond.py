@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from limbeck.models.fingerprints import tokenizer_fingerprint
 from limbeck.models.loading import LoadedModel
 from limbeck.models.vocabulary import real_vocab_size
+from limbeck.pipeline.capturing import addresses_as_read, write_signals
 from limbeck.pipeline.checks import check_responses, check_rounds
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_counts, with_draft
@@ -24,6 +23,7 @@ from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.seen_prompts import as_seen, fitting_as_seen, view_inputs
 from limbeck.pipeline.served_responses import ask_server
 from limbeck.pipeline.several import Answering, combination_inputs, writers
+from limbeck.pipeline.store_identity import exact_codec, frame_of
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
 from limbeck.pipeline.verified_responses import later_sampling, verified
@@ -45,8 +45,7 @@ from limbeck.rollouts.io import read_responses, write_asked, write_responses
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.teachers.hosted import HostedTeacher
-from limbeck.teachers.stored import write_shard
-from limbeck.types import Author, Json, LimbeckError, Prompt, Response, Split, TokenPrompt
+from limbeck.types import Author, DenseSignal, Json, LimbeckError, Prompt, Response, Split, TokenPrompt
 
 # So many answers show which blocks of a teacher matter; more would cost more time than they would change.
 CALIBRATION_RESPONSES = 24
@@ -308,7 +307,7 @@ def _sample(
     """
     section, place = context.recipe.responses, context.run.responses / (f"attempt-{attempt}" if attempt else "batches")
     sampling = later_sampling(sampling_of(section), attempt)
-    dtype = getattr(torch, context.recipe.teacher.cache_dtype)
+    codec, frame = exact_codec(context.recipe), frame_of(context)
     if captures(context):
         # A head that is not understood is refused here, and not after the answers are there.
         _ = context.teacher.head
@@ -317,8 +316,9 @@ def _sample(
 
     def beside(sampler: LocalSampler | SpeculativeSampler, batch: SampledBatch, path: Path) -> None:
         if batch.hidden is not None:
-            hidden = {r.id: states for r, states in zip(batch.responses, batch.hidden, strict=True)}
-            write_shard(path.with_suffix(".safetensors"), hidden, dtype=dtype)
+            states = [DenseSignal(hidden_ND=hidden_TD, head=context.teacher.head) for hidden_TD in batch.hidden]
+            addresses = addresses_as_read(batch.responses, context.teacher.reads)
+            write_signals(path.with_suffix(".safetensors"), addresses, batch.responses, states, codec, frame)
         keep_counts(sampler, path)
 
     answers, paths = write_in_batches(

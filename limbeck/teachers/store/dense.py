@@ -49,7 +49,7 @@ class Hidden:
 
     def decode(self, columns: Columns, frame: Frame, head: Head | None) -> DenseSignal:
         assert head is not None
-        return DenseSignal(hidden_ND=_as_tensor(columns["hidden"], self.dtype).to(head.weight_VD.dtype), head=head)
+        return _decoded(columns["hidden"], self.dtype, head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class Svd:
 
     def decode(self, columns: Columns, frame: Frame, head: Head | None) -> DenseSignal:
         assert head is not None
-        return DenseSignal(hidden_ND=_as_tensor(columns["hidden"], self.dtype).to(head.weight_VD.dtype), head=head)
+        return _decoded(columns["hidden"], self.dtype, head)
 
 
 def _check_dense(codec: str, dtype: str, frame: Frame) -> None:
@@ -133,8 +133,15 @@ def _as_numpy(hidden_ND: Tensor, dtype: str) -> npt.NDArray[Any]:
         raise LimbeckError("the teacher's output is not finite; try teacher.dtype=float32")
     stored_ND = hidden_ND.detach().to("cpu", getattr(torch, dtype)).contiguous()
     if not stored_ND.isfinite().all():
-        raise LimbeckError(f"hidden states overflow {dtype}; choose float32 or bfloat16 for the codec")
+        raise LimbeckError(
+            f"hidden states overflow {dtype}; choose float32 or bfloat16 (teacher.cache_dtype, or dtype of the codec)"
+        )
     return (stored_ND.view(torch.uint16) if dtype == "bfloat16" else stored_ND).numpy()
+
+
+def _decoded(column: npt.NDArray[Any], dtype: str, head: Head) -> DenseSignal:
+    weight_VD = head.weight_VD
+    return DenseSignal(hidden_ND=_as_tensor(column, dtype).to(weight_VD.device, weight_VD.dtype), head=head)
 
 
 def _as_tensor(column: npt.NDArray[Any], dtype: str) -> Tensor:

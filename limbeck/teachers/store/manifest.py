@@ -14,6 +14,7 @@ from limbeck.teachers.store.seals import read_record, write_record
 from limbeck.types import Json, LimbeckError
 
 FORMAT = 1
+MANIFEST = "store.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    write_record(path / "store.json", manifest.tree)
+    write_record(path / MANIFEST, manifest.tree)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -96,10 +97,10 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         LimbeckError: there is none, it is damaged, or of a later version.
     """
-    file = path / "store.json"
+    file = path / MANIFEST
     if not file.is_file():
         raise LimbeckError(
-            f"{path} is no store (it has no store.json); make one with `limbeck store capture RECIPE {path}`"
+            f"{path} is no store (it has no {MANIFEST}); make one with `limbeck store capture RECIPE {path}`"
         )
     tree = read_record(file)
     if tree.get("format") != FORMAT:

@@ -44,6 +44,7 @@ def _require_same_file(file: Path, first: Path) -> None:
 
 
 def _add(writer: StoreWriter, store: Store) -> None:
+    writer.describe()
     for codec in store.manifest.codecs:
         file, ours = shared_file(store.path, codec), shared_file(writer.store.path, codec)
         if file.exists() and not seal_of(ours).exists():

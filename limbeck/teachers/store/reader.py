@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +14,7 @@ from limbeck.teachers.store.base import Codec
 from limbeck.teachers.store.codecs import codec_tree, read_codec
 from limbeck.teachers.store.manifest import Manifest, read_manifest
 from limbeck.teachers.store.seals import damaged, read_seal, read_whole_seal
-from limbeck.teachers.store.shards import Columns, OpenShard, require_layout
+from limbeck.teachers.store.shards import Columns, OpenShards, require_layout
 from limbeck.teachers.store.texts import Text
 from limbeck.types import Head, Json, LimbeckError, Signal, TokenBatch
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARDS = "[0-9]" * 6 + ".safetensors"
-_OPEN_AT_A_TIME = 32
 Place = tuple[Path, int]
 
 
@@ -33,12 +31,14 @@ class Store:
     """A store that is read; nothing of it is in memory but what is asked for.
 
     Attributes:
+        remedy: for signals that it lacks.
         places: shard and number of the addresses that were looked up.
     """
 
     path: Path
+    remedy: str = "add these with `limbeck store capture`"
     places: dict[bytes, Place] = field(default_factory=dict)
-    _open: OrderedDict[Path, OpenShard] = field(default_factory=OrderedDict)
+    _shards: OpenShards = field(default_factory=OpenShards)
     _codecs: dict[Path, Codec] = field(default_factory=dict)
 
     @cached_property
@@ -48,10 +48,9 @@ class Store:
     @cached_property
     def seals(self) -> dict[Path, Json]:
         """The seals of the whole shards by their files, in order."""
-        store = self.manifest.fingerprint
         found = {path: read_seal(path) for path in sealed_shards(self.path)}
         for path, seal in found.items():
-            if seal.get("store") != store:
+            if seal.get("store") != self.manifest.fingerprint:
                 raise damaged(path, "it belongs to another store")
             if seal["shared"] != shared_hash(self.path, read_codec(seal["codec"])):
                 raise damaged(path, "it was made for another head")
@@ -63,7 +62,7 @@ class Store:
         for path in self.seals:
             if not missing:
                 return
-            found = self._shard(path).places(missing)
+            found = self._shards[path].places(missing)
             self.places |= {address: (path, number) for address, number in found.items()}
             missing = [address for address in missing if address not in found]
 
@@ -93,27 +92,27 @@ class Store:
     def lacks(self, missing: int, of: int) -> LimbeckError:
         return LimbeckError(
             f"{self.path} has no signal for {missing} of {of} responses: it was captured of other texts, or with "
-            "another template or tokenizer; add these with `limbeck store capture`"
+            f"another template or tokenizer; {self.remedy}"
         )
 
     def entry(self, address: bytes) -> tuple[Codec, Columns]:
         """The columns of an address that was looked up, and their codec."""
         path, number = self.places[address]
-        codec, columns = self._codec(path), self._shard(path).entry(number)
+        codec, columns = self._codec(path), self._shards[path].entry(number)
         require_layout(path, columns, codec.layout(self.manifest.frame))
         return codec, columns
 
     def text(self, address: bytes) -> tuple[Text | None, Json | None]:
         """The text of an address that was looked up and how it was sampled, where the store keeps that."""
         path, number = self.places[address]
-        return self._shard(path).text(number), self.seals[path]["sampling"]
+        return self._shards[path].text(number), self.seals[path]["sampling"]
 
     def answers(self, keys: Sequence[bytes], sampling: Json) -> dict[bytes, Text]:
         """The teacher's answers to some prompts (`prompt_key`) that were sampled in one way."""
         found: dict[bytes, Text] = {}
         for path, seal in self.seals.items():
             if seal["sampling"] == sampling and (missing := [key for key in keys if key not in found]):
-                found |= self._shard(path).texts_of(missing)
+                found |= self._shards[path].texts_of(missing)
         return found
 
     @property
@@ -127,18 +126,9 @@ class Store:
             self._codecs[path] = read_codec(self.seals[path]["codec"])
         return self._codecs[path]
 
-    def _shard(self, path: Path) -> OpenShard:
-        """A shard, open; those that were not read for longest are closed."""
-        if path not in self._open:
-            self._open[path] = OpenShard(path)
-            if len(self._open) > _OPEN_AT_A_TIME:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(path)
-        return self._open[path]
-
     def addresses_in(self, shard: Path) -> list[bytes]:
         """Every address of a shard."""
-        return self._shard(shard).addresses
+        return self._shards[shard].addresses
 
     def shared(self, codec: Codec) -> dict[str, Tensor]:
         """The tensors that all tokens of a codec share, compared with their seal."""

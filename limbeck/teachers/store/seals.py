@@ -87,5 +87,6 @@ def _sha256(path: Path) -> str:
 
 def damaged(path: Path, what: str = "it is not what was written") -> LimbeckError:
     return LimbeckError(
-        f"{path} is damaged ({what}); run `limbeck store capture` of its recipe again, which makes it anew"
+        f"{path} is damaged ({what}); run the command that wrote it again (`limbeck store capture` of a store, "
+        "`limbeck run` of a run), which makes it anew"
     )

@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import mmap
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ _DTYPES = {
 _INDEX = ("address", "first", "tokens", "crc")
 # The system maps pages beside the one that is read, up to so many bytes.
 _AROUND = max(mmap.PAGESIZE, 1 << 16)
+_OPEN_AT_A_TIME = 32
 # Of the file's header: eight bytes with its length.
 _PREFIX = 8
 
@@ -144,6 +146,11 @@ class OpenShard:
         return self._tensors["index.address"][1][0]
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all its responses."""
+        return next(shape[0] for name, (_, shape, _) in self._tensors.items() if name.startswith("column."))
+
+    @property
     def names(self) -> list[str]:
         """Names of the columns."""
         return [name.removeprefix("column.") for name in self._tensors if name.startswith("column.")]
@@ -198,6 +205,26 @@ class OpenShard:
 
     def close(self) -> None:
         self._map.close()
+
+
+@dataclass
+class OpenShards:
+    """Shards that are opened when they are first read; those that were not read for longest are closed."""
+
+    _open: OrderedDict[Path, OpenShard] = field(default_factory=OrderedDict)
+
+    def __getitem__(self, path: Path) -> OpenShard:
+        if path not in self._open:
+            self._open[path] = OpenShard(path)
+            if len(self._open) > _OPEN_AT_A_TIME:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def close(self, path: Path) -> None:
+        """Close a shard, where it is open."""
+        if path in self._open:
+            self._open.pop(path).close()
 
 
 def _leading(addresses_RA: Array) -> npt.NDArray[np.uint64]:

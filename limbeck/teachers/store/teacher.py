@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from limbeck.models.assets import DownloadProgress
     from limbeck.teachers.store.manifest import Manifest
     from limbeck.teachers.store.reader import Store
+    from limbeck.teachers.store.source import StoredSignals
     from limbeck.teachers.store.texts import Text
 
 
@@ -153,23 +154,16 @@ class StoreTeacher(Teacher):
         Raises:
             LimbeckError: the store lacks one.
         """
-        from limbeck.teachers.store.addresses import addresses_of
-
-        addresses = [address for batch in batches for address in addresses_of(batch)]
-        self._store.locate(addresses)
-        missing = sum(address not in self._store.places for address in addresses)
-        if missing:
-            raise self._store.lacks(missing, len(addresses))
+        self._signals.locate(batches)
 
     def signal(self, batch: TokenBatch) -> Signal:
-        return self._store.signal(batch, self._heads)
+        return self._signals.signal(batch)
 
     @cached_property
-    def _heads(self) -> dict[str, Head]:
-        from limbeck.teachers.store.reader import codec_name
+    def _signals(self) -> StoredSignals:
+        from limbeck.teachers.store.source import StoredSignals
 
-        found = {codec_name(codec): self._store.head(codec, self.device) for codec in self.manifest.codecs}
-        return {name: head for name, head in found.items() if head is not None}
+        return StoredSignals(self._store, self.device)
 
     @property
     def head(self) -> Head:
@@ -178,10 +172,10 @@ class StoreTeacher(Teacher):
         Raises:
             LimbeckError: the store keeps none.
         """
-        if not self._heads:
+        if not self._signals.heads:
             raise self.lacks("hidden")
-        return next(iter(self._heads.values()))
+        return next(iter(self._signals.heads.values()))
 
     def release(self) -> None:
         """Let go of the heads; the next use reads them again."""
-        vars(self).pop("_heads", None)
+        vars(self).pop("_signals", None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.teachers.store.codecs import read_codec
+from limbeck.teachers.store.manifest import MANIFEST
 from limbeck.teachers.store.reader import SHARDS, Store, sealed_shards, shared_file, shared_hash
 from limbeck.teachers.store.seals import read_record, read_whole_seal, seal_of
 from limbeck.types import Json, LimbeckError
@@ -33,18 +34,18 @@ def verify(path: Path) -> list[Fault]:
     Raises:
         LimbeckError: the folder is no store.
     """
-    if not (path / "store.json").exists():
+    if not (path / MANIFEST).exists():
         Store(path).manifest  # noqa: B018
     try:
-        read_record(path / "store.json")
+        read_record(path / MANIFEST)
     except LimbeckError:
-        return [Fault(path / "store.json", "is damaged"), *faults(path)]
+        return [Fault(path / MANIFEST, "is damaged"), *faults(path)]
     return list(faults(path))
 
 
 def faults(path: Path) -> Iterator[Fault]:
     """Every shard or head that is half written, not what was written, or does not belong to the others."""
-    heads = {file.with_suffix(".safetensors") for file in path.glob("[a-z]*.json") if file.name != "store.json"}
+    heads = {file.with_suffix(".safetensors") for file in path.glob("[a-z]*.json") if file.name != MANIFEST}
     missing = set[Path]()
     for file in sorted({*path.glob(SHARDS), *sealed_shards(path), *path.glob("[a-z]*.safetensors"), *heads}):
         seal = seal_of(file)

@@ -15,10 +15,10 @@ from limbeck.runtime.locks import exclusive
 from limbeck.runtime.records import fingerprint
 from limbeck.teachers.store.base import Codec
 from limbeck.teachers.store.codecs import codec_tree
-from limbeck.teachers.store.manifest import Manifest, read_manifest, require_same, write_manifest
+from limbeck.teachers.store.manifest import MANIFEST, Manifest, read_manifest, require_same, write_manifest
 from limbeck.teachers.store.reader import Store, sealed_shards, shared_file, shared_hash
 from limbeck.teachers.store.seals import read_record, seal_of, write_sealed_file
-from limbeck.teachers.store.shards import Columns, write_shard_file
+from limbeck.teachers.store.shards import Columns, OpenShard, write_shard_file
 from limbeck.teachers.store.texts import Text, text_tensors
 from limbeck.teachers.store.verifying import faults
 from limbeck.types import Head, Json, LimbeckError
@@ -65,6 +65,7 @@ class StoreWriter:
 
     def shared(self, codec: Codec, make: Callable[[], tuple[Head, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
         """The tensors that all tokens of a codec share; made, where the store has none yet."""
+        self.describe()
         path = shared_file(self.store.path, codec)
         if not seal_of(path).exists():
             from safetensors.torch import save_file
@@ -89,11 +90,28 @@ class StoreWriter:
         """Whether the signal of an address was added, by this process or an earlier one; see `Store.locate`."""
         return address in self.store.places or any(address in waiting for _, waiting in self._waiting.values())
 
+    def describe(self) -> None:
+        """Write the manifest, where this is the first that the store holds."""
+        if not (self.store.path / MANIFEST).exists():
+            write_manifest(self.store.path, self.manifest)
+
     def adopt(self, shard: Path) -> None:
         """Take over a whole shard of a store with the same manifest: linked where the disk allows it."""
         path = self._new_shard()
         link(shard, path)
         link(seal_of(shard), seal_of(path))
+        self._forget()
+
+    def take_in(self, shard: Path, codec: Codec, number: int) -> None:
+        """Take over a whole shard that was written outside any store (`write_shard_file`), and seal it; as the one of
+        that number, which may be there already."""
+        path = self.store.path / f"{number:06d}.safetensors"
+        if seal_of(path).exists():
+            return
+        open_shard = OpenShard(shard)
+        record = self._record(codec, None, responses=len(open_shard), tokens=open_shard.tokens)
+        open_shard.close()
+        write_sealed_file(path, partial(link, shard), record)
         self._forget()
 
     def _new_shard(self) -> Path:
@@ -136,16 +154,21 @@ class StoreWriter:
         path, columns = self._new_shard(), {address: entry.columns for address, entry in entries.items()}
         texts = [text for address in sorted(entries) if (text := entries[address].text) is not None]
         more = text_tensors(texts, self.manifest.frame.vocab_size) if texts else {}
-        record = {
-            "store": self.manifest.fingerprint,
-            "codec": codec_tree(group.codec),
-            "shared": shared_hash(self.store.path, group.codec),
-            "sampling": group.sampling,
-            "responses": len(entries),
-            "tokens": sum(len(next(iter(each.values()))) for each in columns.values()),
-        }
+        tokens = sum(len(next(iter(each.values()))) for each in columns.values())
+        record = self._record(group.codec, group.sampling, responses=len(entries), tokens=tokens)
         write_sealed_file(path, partial(write_shard_file, entries=columns, more=more), record)
         self._forget()
+
+    def _record(self, codec: Codec, sampling: Json | None, *, responses: int, tokens: int) -> Json:
+        """What a shard's seal says of its content."""
+        return {
+            "store": self.manifest.fingerprint,
+            "codec": codec_tree(codec),
+            "shared": shared_hash(self.store.path, codec),
+            "sampling": sampling,
+            "responses": responses,
+            "tokens": tokens,
+        }
 
 
 @contextmanager
@@ -159,32 +182,47 @@ def writing(path: Path, manifest: Manifest, *, say: Callable[[str], Any]) -> Ite
     """
     if path.is_file():
         raise LimbeckError(f"{path} is a file; expected a folder for the store, or a name that is free")
-    with exclusive(path, remedy="wait for it, or give this capture a store of its own", warn=say):
-        for left in partial_in(path):
-            remove(left)
-        _require_manifest(path, manifest)
-        for fault in faults(path):
-            say(f"store: {fault}; it is captured again")
-            remove(fault.path.with_suffix(".safetensors"))
-            remove(fault.path.with_suffix(".json"))
-        following = max((int(shard.stem) for shard in sealed_shards(path)), default=-1) + 1
-        writer = StoreWriter(Store(path), manifest, following=following)
-        try:
-            yield writer
-        except KeyboardInterrupt:
-            # What is scored is kept.
-            writer.flush()
-            raise
+    with (
+        exclusive(path, remedy="wait for it, or give this capture a store of its own", warn=say),
+        writing_alone(path, manifest, say=say) as writer,
+    ):
+        yield writer
+
+
+@contextmanager
+def writing_alone(
+    path: Path, manifest: Manifest, *, say: Callable[[str], Any], shard_responses: int = SHARD_RESPONSES
+) -> Iterator[StoreWriter]:
+    """The same in a folder that no other process can have, such as one of a run.
+
+    Raises:
+        LimbeckError: it was captured with something else.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    for left in partial_in(path):
+        remove(left)
+    _require_manifest(path, manifest)
+    for fault in faults(path):
+        say(f"store: {fault}; it is captured again")
+        remove(fault.path.with_suffix(".safetensors"))
+        remove(fault.path.with_suffix(".json"))
+    following = max((int(shard.stem) for shard in sealed_shards(path)), default=-1) + 1
+    writer = StoreWriter(Store(path), manifest, following=following, shard_responses=shard_responses)
+    try:
+        yield writer
+    except KeyboardInterrupt:
+        # What is scored is kept.
         writer.flush()
+        raise
+    writer.flush()
 
 
 def _require_manifest(path: Path, manifest: Manifest) -> None:
-    """Write the manifest of a new store, and refuse that of another one."""
-    file = path / "store.json"
+    """Refuse a folder that is no store, and the store of another manifest."""
+    file = path / MANIFEST
     if not file.exists():
         if other := next((p for p in path.iterdir() if p.name != ".lock"), None):
-            raise LimbeckError(f"{path} holds {other.name} and no store.json, so it is no store; name an empty folder")
-        write_manifest(path, manifest)
+            raise LimbeckError(f"{path} holds {other.name} and no {MANIFEST}, so it is no store; name an empty folder")
         return
     try:
         found = read_manifest(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from limbeck.models.heads import head_of
-from limbeck.pipeline.store_capture import Captured, capture_into
+from limbeck.pipeline.capturing import Captured, capture_into
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.store.addresses import address_of
 from limbeck.teachers.store.base import Codec, Frame

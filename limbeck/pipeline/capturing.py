@@ -1,0 +1,273 @@
+"""Scoring responses with a teacher into a store: that of one run, or one that many runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from limbeck.objectives import SparseForm
+from limbeck.objectives.sparse import sparse_columns
+from limbeck.pipeline.context import RunContext
+from limbeck.rollouts.collate import collate
+from limbeck.runtime.files import whole_file
+from limbeck.teachers.store.addresses import addresses_of, seed_of
+from limbeck.teachers.store.base import Codec, Frame
+from limbeck.teachers.store.dense import Svd
+from limbeck.teachers.store.reader import sealed_shards
+from limbeck.teachers.store.shards import Columns, write_shard_file
+from limbeck.teachers.store.source import as_it_is
+from limbeck.teachers.store.sparse import Sampled, TopK
+from limbeck.teachers.store.texts import Text
+from limbeck.teachers.store.writer import StoreWriter
+from limbeck.types import (
+    DenseSignal,
+    Head,
+    Json,
+    LimbeckError,
+    Response,
+    Signal,
+    SignalSource,
+    TokenBatch,
+    TopKSignal,
+)
+
+# Rows of one forward pass, and of one shard of a run: the most that is redone after an interruption.
+SCORING_BATCH_SIZE = 16
+SHARD_ROWS = 64
+# An approximation of the head is best on the hidden states of so many responses.
+CALIBRATION_RESPONSES = 64
+
+
+class Scorer(SignalSource, Protocol):
+    """A teacher that scores any text."""
+
+    @property
+    def head(self) -> Head: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """What a capture has added.
+
+    Attributes:
+        found: responses that the store had before.
+    """
+
+    added: int
+    found: int
+    tokens: int
+
+
+def capture_into(
+    writer: StoreWriter,
+    teacher: Scorer,
+    responses: Sequence[Response],
+    *,
+    reads: Callable[[TokenBatch], TokenBatch] = as_it_is,
+    sampling: Json | None = None,
+    advance: Callable[[int], object],
+) -> Captured:
+    """Score responses in batches that depend on them alone, so that an interrupted capture ends as a whole one.
+
+    Args:
+        reads: a batch as the teacher reads it, whose hash is the address; the teacher itself is given the batch.
+        sampling: how the responses were written, where they are kept too.
+        advance: called with the tokens of each batch that is scored.
+    """
+    texts: dict[bytes, Response] = {}
+    for address, response in zip(addresses_as_read(responses, reads), responses, strict=True):
+        texts.setdefault(address, response)
+    # Sorting keeps the order of equal lengths: a batch depends on the responses and their order alone.
+    order = sorted(texts, key=lambda address: -texts[address].length)
+    run = _Capture(writer, teacher, [texts[address] for address in order], sampling)
+    if sealed_shards(writer.store.path):
+        # What they share may have been lost; shards of another one go with it.
+        _ = run.shared
+    writer.store.locate(order)
+    found = sum(writer.holds(address) for address in order)
+    tokens = 0
+    for start in range(0, len(order), SCORING_BATCH_SIZE):
+        addresses = order[start : start + SCORING_BATCH_SIZE]
+        if missing := {address for address in addresses if not writer.holds(address)}:
+            tokens += run.score([(address, texts[address]) for address in addresses], missing)
+            advance(sum(texts[address].tokens for address in missing))
+    return Captured(added=len(order) - found, found=found, tokens=tokens)
+
+
+def score_into(
+    context: RunContext,
+    writer: StoreWriter,
+    responses: Sequence[Response],
+    *,
+    sampling: Json | None = None,
+    advance: Callable[[int], None],
+) -> Captured:
+    """Score responses with the teacher of a run; of a teacher over a network all at once. See `capture_into`."""
+    teacher, done = context.teacher, Captured(added=0, found=0, tokens=0)
+    order = sorted(responses, key=lambda response: -response.length)
+    dense = "hidden" in teacher.provides
+    # Hidden states that are on their way into the store take room on the disk; likeliest tokens take next to none.
+    step = SHARD_ROWS if dense else max(len(order), 1)
+    for start in range(0, len(order), step):
+        some = order[start : start + step]
+        addresses = addresses_as_read(some, teacher.reads)
+        writer.store.locate(addresses)
+        left = [r for r, address in zip(some, addresses, strict=True) if not writer.holds(address)]
+        advance(sum(r.tokens for r in some) - sum(r.tokens for r in left))
+        teacher.fetch_ahead(batches_of(left), _nothing if dense else advance)
+        more = capture_into(
+            writer, teacher, some, reads=teacher.reads, sampling=sampling, advance=advance if dense else _nothing
+        )
+        writer.flush()
+        teacher.settled(batches_of(left))
+        done = Captured(added=done.added + more.added, found=done.found + more.found, tokens=done.tokens + more.tokens)
+    return done
+
+
+def _nothing(tokens: int) -> None:
+    """Counts nothing."""
+
+
+def batches_of(responses: Sequence[Response]) -> Iterator[TokenBatch]:
+    """Some responses in batches of the size that they are scored in."""
+    for start in range(0, len(responses), SCORING_BATCH_SIZE):
+        batch = responses[start : start + SCORING_BATCH_SIZE]
+        yield collate(batch, range(len(batch)), pad_id=0)
+
+
+def addresses_as_read(responses: Sequence[Response], reads: Callable[[TokenBatch], TokenBatch]) -> list[bytes]:
+    """The addresses of the signals of some responses."""
+    return [address for batch in batches_of(responses) for address in addresses_of(reads(batch))]
+
+
+@dataclass
+class _Capture:
+    """One pass of a teacher over some responses, longest first."""
+
+    writer: StoreWriter
+    teacher: Scorer
+    responses: Sequence[Response]
+    sampling: Json | None
+
+    def score(self, batch: Sequence[tuple[bytes, Response]], missing: set[bytes]) -> int:
+        """Add the signals of a batch that are missing; their number of tokens."""
+        manifest, tokens = self.writer.manifest, 0
+        signals = signals_of(self.teacher, [response for _, response in batch])
+        for (address, response), signal in zip(batch, signals, strict=True):
+            if address in missing:
+                codec = manifest.heldout if response.split == "heldout" else manifest.codec
+                kept = signal_for(codec, manifest.frame, signal, seed=seed_of(address))
+                columns = _encoded(codec, manifest.frame, response, kept, self.shared[codec])
+                text = None if self.sampling is None or response.spans else Text.of(response)
+                self.writer.add(codec, address, columns, text, self.sampling)
+                tokens += response.tokens
+        return tokens
+
+    @cached_property
+    def shared(self) -> dict[Codec, Mapping[str, Tensor]]:
+        """The tensors that all tokens share, for each codec of the store.
+
+        Made when the first signal is there, so that nothing is written of a teacher whose numbers are none.
+        """
+        return {
+            codec: self.writer.shared(codec, lambda codec=codec: self._made(codec))
+            for codec in self.writer.manifest.codecs
+        }
+
+    def _made(self, codec: Codec) -> tuple[Head, Mapping[str, Tensor]]:
+        head = self.teacher.head
+        states = head.weight_VD.new_zeros(0, head.weight_VD.shape[1])
+        if isinstance(codec, Svd):
+            some = self.responses[:: -(-len(self.responses) // CALIBRATION_RESPONSES)]
+            signals = (signal for response in some for signal in signals_of(self.teacher, [response]))
+            states = torch.cat([signal.hidden_ND for signal in signals if isinstance(signal, DenseSignal)])
+        return head, codec.shared(head, states)
+
+
+def write_signals(
+    path: Path,
+    addresses: Sequence[bytes],
+    responses: Sequence[Response],
+    signals: Sequence[Signal],
+    codec: Codec,
+    frame: Frame,
+) -> None:
+    """Write the signals of some responses as a shard outside any store, whole or not at all.
+
+    Raises:
+        LimbeckError: one is not finite, or beyond the precision.
+    """
+    entries = {}
+    for address, response, signal in zip(addresses, responses, signals, strict=True):
+        kept = signal_for(codec, frame, signal, seed=seed_of(address))
+        entries[address] = _encoded(codec, frame, response, kept, {})
+    with whole_file(path) as partial:
+        write_shard_file(partial, entries, {})
+
+
+def _encoded(codec: Codec, frame: Frame, response: Response, signal: Signal, shared: Mapping[str, Tensor]) -> Columns:
+    try:
+        return codec.encode(signal, frame, shared)
+    except LimbeckError as error:
+        raise LimbeckError(f"response {response.id} to prompt {response.prompt_id}: {error}") from None
+
+
+def signals_of(teacher: SignalSource, responses: Sequence[Response]) -> list[Signal]:
+    """What a teacher says of each of some responses, scored in one batch.
+
+    Raises:
+        LimbeckError: a hidden state that is not finite.
+    """
+    signal = teacher.signal(collate(responses, range(len(responses)), pad_id=0))
+    lengths = [response.tokens for response in responses]
+    if isinstance(signal, DenseSignal):
+        parts = signal.hidden_ND.split(lengths)
+        for hidden_TD, response in zip(parts, responses, strict=True):
+            # Here, before anything of a teacher whose numbers are none is on disk.
+            if not hidden_TD.isfinite().all():
+                raise LimbeckError(
+                    f"the teacher's output is not finite on response {response.id}; try teacher.dtype=float32"
+                )
+        return [DenseSignal(hidden_ND=hidden_TD, head=signal.head) for hidden_TD in parts]
+    assert isinstance(signal, TopKSignal), "all else that a teacher can provide: see limbeck.pipeline.provisions"
+    columns = {name: getattr(signal, name).split(lengths) for name in sparse_columns(TopKSignal)}
+    return [
+        TopKSignal(temperatures=signal.temperatures, **{name: parts[row] for name, parts in columns.items()})
+        for row in range(len(responses))
+    ]
+
+
+def signal_for(codec: Codec, frame: Frame, signal: Signal, *, seed: int) -> Signal:
+    """The signal of the kind that a codec keeps, at the temperatures of the store.
+
+    Args:
+        seed: of draws.
+    """
+    if isinstance(signal, TopKSignal):
+        return _at_temperatures(signal, frame.temperatures)
+    if isinstance(signal, DenseSignal) and isinstance(codec, TopK | Sampled):
+        return _form_of(codec, frame).of(signal, seed=seed)
+    return signal
+
+
+def _form_of(codec: TopK | Sampled, frame: Frame) -> SparseForm:
+    if isinstance(codec, TopK):
+        return SparseForm(support="topk_tail", k=codec.k, temperatures=frame.temperatures)
+    return SparseForm(support="sampled", k=codec.draws, temperatures=frame.temperatures)
+
+
+def _at_temperatures(signal: TopKSignal, temperatures: tuple[float, ...]) -> TopKSignal:
+    """A signal of a teacher that says no more, on the grid of a store.
+
+    Of a temperature at which log Z is not known it is NaN, and refused where it is read.
+    """
+    known = dict(zip(signal.temperatures, signal.log_z_NG.unbind(-1), strict=True))
+    unknown_N = torch.full_like(signal.log_z_NG[:, 0], torch.nan)
+    log_z_NG = torch.stack([known.get(tau, unknown_N) for tau in temperatures], dim=-1)
+    return replace(signal, temperatures=temperatures, log_z_NG=log_z_NG)
