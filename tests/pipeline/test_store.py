@@ -20,6 +20,7 @@ from limbeck.runtime.console import QuietConsole
 from limbeck.runtime.files import read_json
 from limbeck.teachers.store.codecs import CODECS
 from limbeck.teachers.store.estimate import total_bytes
+from limbeck.teachers.store.reader import Store
 from limbeck.teachers.store.sparse import TopK
 from limbeck.teachers.store.verifying import verify
 from limbeck.types import LimbeckError
@@ -95,6 +96,26 @@ def test_a_run_on_a_store_needs_no_weights_and_learns_the_same(tiny, form, tmp_p
     before = (there / "student" / "model.safetensors").stat().st_mtime_ns
     run(tree_of(tiny, tmp_path / "there", teacher=section | where))
     assert (there / "student" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("section", [{}, SPARSE], ids=["whole", "sparse"])
+def test_the_signal_of_a_run_is_a_store_for_other_runs(tiny, section, tmp_path):
+    here = run(tree_of(tiny, tmp_path / "here", teacher=section))
+    assert not verify(here / "signal")
+    where = {"where": {"name": "store", "path": str(here / "signal")}}
+    there = run(tree_of(tiny, tmp_path / "there", teacher=section | where))
+    assert losses(there) == losses(here)
+
+
+def test_a_signal_that_came_with_the_answers_is_a_store_without_answers(tiny, tmp_path):
+    responses = {"source": "teacher"}
+    here = run(tree_of(tiny, tmp_path / "here", responses=responses))
+    rows = [json.loads(line) for line in (here / "responses" / "teacher.jsonl").read_text("utf-8").splitlines()]
+    texts = {(*row["prompt_ids"], *row["response_ids"]) for row in rows if row["response_ids"]}
+    assert not verify(here / "signal")
+    assert sum(seal["responses"] for seal in Store(here / "signal").seals.values()) == len(texts)
+    said = refusal(tiny, tmp_path / "there", here / "signal", responses=responses)
+    assert "asks the teacher for its weights, but teacher.where=store" in said
 
 
 def test_a_teacher_that_sees_more_is_captured_as_it_reads(tiny, whole, tmp_path):

@@ -1,4 +1,5 @@
-"""A store of teacher signals: one directory, written once, read by any number of runs, students and machines.
+"""A store of teacher signals: one directory, written once, read by any number of runs, students and machines. What a
+run keeps of its teacher (`signal/`) is one too.
 
     store.json                         teacher, tokenizer, template, codec, temperatures (sealed)
     hidden.safetensors   hidden.json   the head for hidden states, where any are kept
