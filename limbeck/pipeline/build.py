@@ -57,7 +57,13 @@ def loss_plan_of(recipe: load.Recipe) -> LossPlan:
         rule=load.rule_of(recipe),
         authored=recipe.on_policy,
         support=_support_of(recipe),
+        sorted_weight=_sorted_weight_of(recipe),
     )
+
+
+def _sorted_weight_of(recipe: load.Recipe) -> float:
+    """Weight of what only one of two models with other tokens has, compared by rank."""
+    return 0.0 if recipe.teacher.across is None else recipe.teacher.across.sorted_weight
 
 
 def _support_of(recipe: load.Recipe) -> Support:

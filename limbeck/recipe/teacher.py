@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import PlainValidator
 from pydantic.dataclasses import dataclass
 
-from limbeck.fields import STRICT, Count, Positive, Share
+from limbeck.fields import STRICT, Count, NonNegative, Positive, Share
 from limbeck.recipe.member import MemberKey
 from limbeck.teachers.base import TeacherLocation
 from limbeck.teachers.combinations import COMBINATIONS, COMBINE_KEY, Combination
@@ -40,6 +40,9 @@ class AcrossSection:
     outside: Literal["tail", "renormalised"] = "tail"
     """Tokens that only one of the two has: one class on each side, as defined for most objectives; or left out, the
     shared ones renormalised, as defined for all."""
+    sorted_weight: NonNegative = 0.0
+    """Beside the objective, the distance between the sorted probabilities of the tokens that only one of the two has
+    (ULD, arXiv 2402.12030), at the positions that coincide, times this."""
     merged: Literal["leave_out", "chain"] = "leave_out"
     """Where one token of one side is several of the other: out of the loss, or compared by the probability of their
     text, the product of those of its tokens (which needs teacher.cache=false)."""

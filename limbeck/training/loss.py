@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -55,6 +55,7 @@ class LossPlan:
         student_objective: for the student's own responses.
         rule: gives token options and weights from whole responses.
         authored: whether the student writes responses too, so that metrics are logged by author.
+        sorted_weight: of the distance by rank between tokens that only one side has, where the two have other tokens.
     """
 
     objective: AnyObjective
@@ -62,6 +63,7 @@ class LossPlan:
     rule: SequenceRule | None = None
     authored: bool = False
     support: Support = "full"
+    sorted_weight: float = 0.0
 
     @property
     def objectives(self) -> tuple[AnyObjective, ...]:
@@ -126,6 +128,8 @@ class LossPlan:
                 names += [f"{side}/{writer}" for side in ("log_q", "log_p") for writer in WRITERS]
         if self.support in SHARED:
             names += ["aligned", "merged"]
+        if self.sorted_weight and any(map(self.measured, self.objectives)):
+            names.append("sorted_distance")
         if self.student_objective is not None:
             names += [f"loss/{writer}" for writer in WRITERS]
         if self.rule is not None:
@@ -242,7 +246,10 @@ class StudentLoss(nn.Module):
         if self.projection_ED is not None and "hidden" in objective.reads:
             assert isinstance(signal, DenseSignal | SharedSignal), "the projection was made from one"
             pairs = (HiddenPair(student_ND=hidden_ND, teacher_NE=signal.hidden_ND, projection_ED=self.projection_ED),)
-        loss = aligned_distillation_loss if isinstance(signal, SharedSignal) else fused_distillation_loss
+        loss = fused_distillation_loss
+        if isinstance(signal, SharedSignal):
+            reads = self.loss_plan.measured(objective)
+            loss = partial(aligned_distillation_loss, sorted_weight=self.loss_plan.sorted_weight if reads else 0.0)
         return loss(
             hidden_ND,
             head,

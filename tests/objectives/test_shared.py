@@ -10,6 +10,7 @@ from torch import Tensor
 
 from limbeck.objectives import build_objective, token_values
 from limbeck.objectives.fused.aligned import aligned_distillation_loss
+from limbeck.objectives.fused.sorted_rest import sorted_rest_loss
 from limbeck.teachers.across import head_order, in_order
 from limbeck.types import DenseSignal, Head, LimbeckError, SharedSignal
 from tests.objectives.cases import CASES
@@ -199,3 +200,45 @@ def test_groups_are_compared_by_the_probability_of_their_text(name: str) -> None
     sizes_G = torch.bincount(group_N[group_N >= 0])
     grouped_N = torch.where(group_N >= 0, (value_G / sizes_G)[group_N], 0.0)
     pair.check(found, alone_N + grouped_N, rtol=1e-7, atol=1e-9)
+
+
+def naive_sorted(pair: Foreign) -> Tensor:
+    """The definition: probabilities of the tokens that only one side has, sorted, filled up with zeros."""
+    theirs_NV = pair.dense.hidden_ND @ pair.dense.head.weight_VD[: pair.size].T
+    sides = []
+    for logits_NV, ids in ((pair.student_logits(), pair.mine), (theirs_NV, pair.theirs)):
+        keep = torch.ones(logits_NV.shape[1], dtype=torch.bool)
+        keep[ids] = False
+        rest_NX = logits_NV.softmax(-1)[:, keep].sort(descending=True).values
+        sides.append(rest_NX)
+    width = max(side.shape[1] for side in sides)
+    mine_NX, theirs_NX = (torch.nn.functional.pad(side, (0, width - side.shape[1])) for side in sides)
+    return (mine_NX - theirs_NX).abs().sum(-1)
+
+
+@pytest.mark.parametrize("others", [7, 13, 19, 0])
+@pytest.mark.parametrize("block_bytes", [1, 64 << 20])
+def test_sorted_rest_equals_the_naive_lines(others: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limbeck.objectives.fused.sorted_rest.BLOCK_BYTES", block_bytes)
+    pair = Foreign(others=others, bias=True, scale=0.5, softcap=3.0)
+    expected_N = naive_sorted(pair)
+    weight_N = torch.rand(pair.n, dtype=torch.float64)
+    loss, value_N = sorted_rest_loss(pair.hidden, pair.head, pair.shared(), weight_N=weight_N)
+    torch.testing.assert_close(value_N, expected_N.detach(), rtol=1e-9, atol=1e-12)
+    expected = torch.autograd.grad((weight_N * expected_N).sum(), pair.parameters)
+    for found, there in zip(torch.autograd.grad(loss, pair.parameters), expected, strict=True):
+        torch.testing.assert_close(found, there, rtol=1e-8, atol=1e-12)
+
+
+def test_sorted_rest_is_added_where_the_two_are_aligned() -> None:
+    pair, objective = Foreign(), build_objective("fkl")
+    aligned_N = torch.arange(pair.n) % 3 != 1
+    weight_N = torch.rand(pair.n, dtype=torch.float64)
+    given = (pair.hidden, pair.head, pair.shared(aligned_N), objective)
+    options = {"weight_N": weight_N, "label_N": pair.label_N, "support": "shared_tail"}
+    without = aligned_distillation_loss(*given, **options)  # type: ignore[arg-type]
+    found = aligned_distillation_loss(*given, sorted_weight=0.25, **options)  # type: ignore[arg-type]
+    distance_N = naive_sorted(pair).detach() * aligned_N
+    torch.testing.assert_close(found.value_N, without.value_N + 0.25 * distance_N)
+    torch.testing.assert_close(found.loss, without.loss + 0.25 * (weight_N * distance_N).sum())
+    torch.testing.assert_close(found.measures["sorted_distance"], distance_N)

@@ -228,6 +228,12 @@ def test_doctor_foresees_the_share(limbeck: CommandServer, foreign: TinyPair, st
     assert f"on 24 texts of {foreign.prompts}" in said.replace("- ", "-") or "on 24 texts of" in said
 
 
+def test_tokens_of_one_side_are_compared_by_rank(foreign: TinyPair, student: Path, tmp_path: Path) -> None:
+    sections = {"teacher": {"across": {"sorted_weight": 0.5}}, "train": {"max_steps": 2}}
+    run = run_pipeline(load_recipe(tree_of(foreign, student, tmp_path / "run", **sections)), stages=STAGES).root
+    assert all(0 < row["sorted_distance"] <= 2 for row in metrics(run))
+
+
 def test_merged_groups_by_the_chain_rule(foreign: TinyPair, student: Path, tmp_path: Path) -> None:
     """The teacher's probability of a group is the product of those of its own tokens of the same text."""
     run = tmp_path / "run"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from limbeck.objectives.fused.chained import chained_loss
 from limbeck.objectives.fused.loss import FusedLoss, fused_distillation_loss
+from limbeck.objectives.fused.sorted_rest import sorted_rest_loss
 from limbeck.objectives.hidden_matching import HiddenPair
 from limbeck.objectives.sums import AnyObjective, WeightedSum, hidden_leaves, part_names, row_leaves
 from limbeck.types import Head, SharedSignal
@@ -26,19 +27,25 @@ def aligned_distillation_loss(
     sequence_N: Tensor | None = None,
     hidden_pairs: Sequence[HiddenPair] = (),
     token_options: Mapping[str, Tensor] | None = None,
+    sorted_weight: float = 0.0,
     **settings: Any,
 ) -> FusedLoss:
     """The loss at the positions that are aligned, and of groups of tokens; elsewhere only what reads labels alone.
 
-    Where all are aligned it is `fused_distillation_loss`, which documents the arguments. Values and measures of the
-    other positions are zero.
+    Where all are aligned it is `fused_distillation_loss`, which documents the other arguments. Values and measures of
+    the other positions are zero.
+
+    Args:
+        sorted_weight: of the distance by rank between the tokens that only one side has (`sorted_rest_loss`), which is
+            added and measured as `sorted_distance`.
     """
     keep_N = signal.aligned_N.to(weight_N.device)
     inside = slice(None) if bool(keep_N.all()) else keep_N
+    kept = signal if isinstance(inside, slice) else signal.rows(keep_N)
     found = fused_distillation_loss(
         student_hidden_ND[inside],
         student_head,
-        signal if isinstance(inside, slice) else signal.rows(keep_N),
+        kept,
         objective,
         weight_N=weight_N[inside],
         label_N=label_N[inside],
@@ -50,6 +57,9 @@ def aligned_distillation_loss(
         token_options={name: option_N[inside] for name, option_N in (token_options or {}).items()},
         **settings,
     )
+    if sorted_weight:
+        more = sorted_rest_loss(student_hidden_ND[inside], student_head, kept, weight_N=weight_N[inside])
+        found = _with_sorted(found, *more, sorted_weight)
     if isinstance(inside, slice):
         return found
 
@@ -67,6 +77,17 @@ def aligned_distillation_loss(
     if signal.group_N is not None and bool((signal.group_N >= 0).any()):
         whole = _with_groups(whole, student_hidden_ND, student_head, signal, objective, given)
     return _with_labels(whole, student_hidden_ND, student_head, objective, ~keep_N, given)
+
+
+def _with_sorted(found: FusedLoss, loss: Tensor, value_K: Tensor, weight: float) -> FusedLoss:
+    """A loss with the distance by rank of what only one side has."""
+    value_K = value_K.to(found.value_N.dtype)
+    return replace(
+        found,
+        loss=found.loss + weight * loss,
+        value_N=found.value_N + weight * value_K,
+        measures={**found.measures, "sorted_distance": value_K},
+    )
 
 
 def _with_groups(
