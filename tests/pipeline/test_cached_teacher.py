@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from limbeck.pipeline.cached_teacher import CachedTeacher
 from limbeck.rollouts.collate import collate
@@ -36,6 +37,12 @@ class Counting:
 
     def settled(self, batches: list[TokenBatch]) -> None:
         return
+
+
+def states_of(teacher: CachedTeacher, responses: list[Response]) -> Tensor:
+    signal = teacher.signal(collate(responses, range(len(responses)), pad_id=0))
+    assert isinstance(signal, DenseSignal)
+    return signal.hidden_ND
 
 
 @pytest.fixture
@@ -82,7 +89,7 @@ def test_states_that_came_with_the_sampling_are_kept_as_they_are(tmp_path: Path)
     states = torch.randn(len(response.response_ids), 48)
     teacher.store(tmp_path / "00000.jsonl", [response], [states])
     teacher.register(tmp_path / "00000.jsonl", [response])
-    assert torch.equal(teacher.signal(collate([response], (0,), pad_id=0)).hidden_ND, states)
+    assert torch.equal(states_of(teacher, [response]), states)
     assert counting.asked == 0
 
 
@@ -105,5 +112,5 @@ def test_what_was_said_of_a_round_goes_when_the_next_begins(tmp_path: Path) -> N
     # A checkpoint from before was taken up, and its round is used once more.
     teacher.register(files[0], responses[1:2])
     batch = collate(responses[1:2], (0,), pad_id=0)
-    assert torch.equal(teacher.signal(batch).hidden_ND, tiny_teacher().signal(batch).hidden_ND)
+    assert torch.equal(states_of(teacher, responses[1:2]), tiny_teacher().signal(batch).hidden_ND)
     assert counting.asked == judged + 1
