@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from limbeck.objectives import SparseForm
 from limbeck.objectives.sparse import sparse_columns
-from limbeck.pipeline.context import RunContext
 from limbeck.rollouts.collate import collate
 from limbeck.runtime.files import whole_file
+from limbeck.teachers.base import Teacher
 from limbeck.teachers.store.addresses import addresses_of, seed_of
 from limbeck.teachers.store.base import Codec, Frame
 from limbeck.teachers.store.dense import Svd
@@ -71,67 +72,72 @@ def capture_into(
     *,
     reads: Callable[[TokenBatch], TokenBatch] = as_it_is,
     sampling: Json | None = None,
-    advance: Callable[[int], object],
+    advance: Callable[[int], None],
 ) -> Captured:
     """Score responses in batches that depend on them alone, so that an interrupted capture ends as a whole one.
 
     Args:
+        teacher: may be asked about many responses at a time, where it is one over a network.
         reads: a batch as the teacher reads it, whose hash is the address; the teacher itself is given the batch.
         sampling: how the responses were written, where they are kept too.
-        advance: called with the tokens of each batch that is scored.
+        advance: called with the tokens that were scored, or were there.
     """
     texts: dict[bytes, Response] = {}
     for address, response in zip(addresses_as_read(responses, reads), responses, strict=True):
         texts.setdefault(address, response)
     # Sorting keeps the order of equal lengths: a batch depends on the responses and their order alone.
     order = sorted(texts, key=lambda address: -texts[address].length)
-    run = _Capture(writer, teacher, [texts[address] for address in order], sampling)
+    capture = _Capture(writer, teacher, [texts[address] for address in order], sampling)
     if sealed_shards(writer.store.path):
         # What they share may have been lost; shards of another one go with it.
-        _ = run.shared
+        _ = capture.shared
     writer.store.locate(order)
-    found = sum(writer.holds(address) for address in order)
-    tokens = 0
-    for start in range(0, len(order), SCORING_BATCH_SIZE):
-        addresses = order[start : start + SCORING_BATCH_SIZE]
-        if missing := {address for address in addresses if not writer.holds(address)}:
-            tokens += run.score([(address, texts[address]) for address in addresses], missing)
-            advance(sum(texts[address].tokens for address in missing))
-    return Captured(added=len(order) - found, found=found, tokens=tokens)
+    left = {address for address in order if not writer.holds(address)}
+    advance(sum(texts[address].tokens for address in order if address not in left))
+    size = _asked_at_once(writer, teacher, len(order))
+    for start in range(0, len(order), size):
+        some = {address: texts[address] for address in order[start : start + size]}
+        if missing := left & some.keys():
+            asked = [response for address, response in some.items() if address in missing]
+            with _asking(writer, teacher, asked, advance) as counting:
+                capture.score_all(some, missing, counting)
+    tokens = sum(texts[address].tokens for address in left)
+    return Captured(added=len(left), found=len(order) - len(left), tokens=tokens)
 
 
-def score_into(
-    context: RunContext,
-    writer: StoreWriter,
-    responses: Sequence[Response],
-    *,
-    sampling: Json | None = None,
-    advance: Callable[[int], None],
-) -> Captured:
-    """Score responses with the teacher of a run; of a teacher over a network all at once. See `capture_into`."""
-    teacher, done = context.teacher, Captured(added=0, found=0, tokens=0)
-    order = sorted(responses, key=lambda response: -response.length)
-    dense = "hidden" in teacher.provides
-    # Hidden states that are on their way into the store take room on the disk; likeliest tokens take next to none.
-    step = SHARD_ROWS if dense else max(len(order), 1)
-    for start in range(0, len(order), step):
-        some = order[start : start + step]
-        addresses = addresses_as_read(some, teacher.reads)
-        writer.store.locate(addresses)
-        left = [r for r, address in zip(some, addresses, strict=True) if not writer.holds(address)]
-        advance(sum(r.tokens for r in some) - sum(r.tokens for r in left))
-        teacher.fetch_ahead(batches_of(left), _nothing if dense else advance)
-        more = capture_into(
-            writer, teacher, some, reads=teacher.reads, sampling=sampling, advance=advance if dense else _nothing
-        )
-        writer.flush()
-        teacher.settled(batches_of(left))
-        done = Captured(added=done.added + more.added, found=done.found + more.found, tokens=done.tokens + more.tokens)
-    return done
+def _asked_at_once(writer: StoreWriter, teacher: Scorer, most: int) -> int:
+    """Responses that a teacher over a network is asked about at a time.
+
+    Hidden states that are on their way into a store take room on the disk; likeliest tokens take next to none.
+    """
+    if isinstance(teacher, Teacher) and "hidden" in teacher.provides:
+        return max(writer.shard_responses, SHARD_ROWS)
+    return max(most, 1)
 
 
-def _nothing(tokens: int) -> None:
-    """Counts nothing."""
+@contextmanager
+def _asking(
+    writer: StoreWriter, teacher: Scorer, responses: Sequence[Response], advance: Callable[[int], None]
+) -> Iterator[Callable[[int], None]]:
+    """A block in which responses are scored, about which the teacher was asked before; it ends with all on disk.
+
+    Yields:
+        What counts the tokens that are scored in it.
+    """
+    if not isinstance(teacher, Teacher):
+        yield advance
+        return
+    counted = 0
+
+    def count(tokens: int) -> None:
+        nonlocal counted
+        counted += tokens
+        advance(tokens)
+
+    teacher.fetch_ahead(batches_of(responses), count)
+    yield advance if counted == 0 else lambda tokens: None
+    writer.flush()
+    teacher.settled(batches_of(responses))
 
 
 def batches_of(responses: Sequence[Response]) -> Iterator[TokenBatch]:
@@ -155,7 +161,17 @@ class _Capture:
     responses: Sequence[Response]
     sampling: Json | None
 
-    def score(self, batch: Sequence[tuple[bytes, Response]], missing: set[bytes]) -> int:
+    def score_all(
+        self, texts: Mapping[bytes, Response], missing: Collection[bytes], advance: Callable[[int], None]
+    ) -> None:
+        """Add the signals that are missing of some texts; a batch with one of them is scored whole."""
+        every = list(texts.items())
+        for start in range(0, len(every), SCORING_BATCH_SIZE):
+            batch = every[start : start + SCORING_BATCH_SIZE]
+            if any(address in missing for address, _ in batch):
+                advance(self._score(batch, missing))
+
+    def _score(self, batch: Sequence[tuple[bytes, Response]], missing: Collection[bytes]) -> int:
         """Add the signals of a batch that are missing; their number of tokens."""
         manifest, tokens = self.writer.manifest, 0
         signals = signals_of(self.teacher, [response for _, response in batch])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from limbeck.pipeline.build import sparse_form
-from limbeck.pipeline.capturing import Captured, score_into
+from limbeck.pipeline.capturing import Captured, capture_into
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.sampling import sampling_of
@@ -55,7 +55,8 @@ def capture(recipe: Recipe, path: Path, codec: Codec | None, *, console: Console
     with writing(path, manifest_of(context, codec), say=console.warn) as writer:
         tokens = sum(response.tokens for response in responses)
         with console.meter("capture", tokens, "tokens") as meter:
-            return score_into(context, writer, responses, sampling=kept_sampling(recipe), advance=meter.advance)
+            teacher, kept = context.teacher, kept_sampling(recipe)
+            return capture_into(writer, teacher, responses, reads=teacher.reads, sampling=kept, advance=meter.advance)
 
 
 def _require_likeliest(recipe: Recipe, codec: Codec) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from limbeck.pipeline.build import sparse_form
-from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS, capture_into, score_into
+from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS, capture_into
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.several import rows_by_teacher
 from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
@@ -98,12 +98,12 @@ def _score_each(
     for number, group in enumerate(rows_by_teacher(context, responses)):
         if number:
             context.teacher.release()
-        score_into(context, writer, list(group.values()), advance=advance)
+        capture_into(writer, context.teacher, list(group.values()), reads=context.teacher.reads, advance=advance)
         writer.flush()
 
 
 def _score_mean(
-    context: RunContext, writer: StoreWriter, responses: Sequence[Response], advance: Callable[[int], object]
+    context: RunContext, writer: StoreWriter, responses: Sequence[Response], advance: Callable[[int], None]
 ) -> None:
     """Every response by all teachers, one in memory at a time: the states of each are kept until all are there."""
     parts = context.run.signal / "parts"
