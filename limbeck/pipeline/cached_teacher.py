@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from limbeck.pipeline.capturing import (
     SCORING_BATCH_SIZE,
     addresses_as_read,
+    at_temperatures,
     batches_of,
     signals_of,
     write_signals,
@@ -19,13 +20,14 @@ from limbeck.pipeline.capturing import (
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stages.teach import stored_signals
 from limbeck.pipeline.store_identity import exact_codec, frame_of
+from limbeck.rollouts.io import read_responses
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.store.addresses import addresses_of
 from limbeck.teachers.store.base import Codec, Frame
 from limbeck.teachers.store.reader import Store
 from limbeck.teachers.store.shards import Columns, OpenShards
 from limbeck.teachers.store.source import on_device
-from limbeck.types import DenseSignal, Response, Signal, TokenBatch
+from limbeck.types import DenseSignal, Response, Signal, TokenBatch, TopKSignal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ class CachedTeacher:
         entries = [self._entry(address) for address in addresses_of(self.teacher.reads(batch))]
         rows = [entry for entry in entries if entry is not None]
         if len(rows) < len(entries):
-            return self.teacher.signal(batch)
+            signal = self.teacher.signal(batch)
+            return at_temperatures(signal, self.frame.temperatures) if isinstance(signal, TopKSignal) else signal
         joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         head = self.teacher.head
         return on_device(self.codec.decode(joined, self.frame, head), head.weight_VD.device)
@@ -78,6 +81,8 @@ class CachedTeacher:
         for address in [address for address, (shard, _) in self.places.items() if earlier(shard)]:
             self._shards.close(self.places.pop(address)[0])
         for shard in filter(earlier, folder.parent.glob("*/*/*.safetensors")):
+            # Until now a batch with a new response beside old ones was scored whole.
+            self.teacher.settled(_batches_of(shard.with_suffix(".jsonl")))
             # Another process may have been here first.
             shard.unlink(missing_ok=True)
 
@@ -91,7 +96,6 @@ class CachedTeacher:
                 signals += signals_of(self.teacher, responses[start : start + SCORING_BATCH_SIZE])
         addresses = addresses_as_read(responses, self.teacher.reads)
         write_signals(path.with_suffix(".safetensors"), addresses, responses, signals, self.codec, self.frame)
-        self.teacher.settled(() if hidden is not None else batches_of(responses))
 
     def register(self, path: Path, responses: Sequence[Response]) -> None:
         """Note that the signals of these responses are beside them, unless a run that went further has deleted them."""
@@ -100,6 +104,11 @@ class CachedTeacher:
             return
         found = self._shards[shard].addresses
         self.places.update({address: (shard, number) for number, address in enumerate(found)})
+
+
+def _batches_of(path: Path) -> Iterator[TokenBatch]:
+    """The responses of a file of a round."""
+    yield from batches_of(read_responses(path) if path.exists() else ())
 
 
 def round_teacher(context: RunContext, base: Iterable[Response], asked: Teacher) -> CachedTeacher:

@@ -266,7 +266,7 @@ def signal_for(codec: Codec, frame: Frame, signal: Signal, *, seed: int) -> Sign
         seed: of draws.
     """
     if isinstance(signal, TopKSignal):
-        return _at_temperatures(signal, frame.temperatures)
+        return at_temperatures(signal, frame.temperatures)
     if isinstance(signal, DenseSignal) and isinstance(codec, TopK | Sampled):
         return _form_of(codec, frame).of(signal, seed=seed)
     return signal
@@ -278,7 +278,7 @@ def _form_of(codec: TopK | Sampled, frame: Frame) -> SparseForm:
     return SparseForm(support="sampled", k=codec.draws, temperatures=frame.temperatures)
 
 
-def _at_temperatures(signal: TopKSignal, temperatures: tuple[float, ...]) -> TopKSignal:
+def at_temperatures(signal: TopKSignal, temperatures: tuple[float, ...]) -> TopKSignal:
     """A signal of a teacher that says no more, on the grid of a store.
 
     Of a temperature at which log Z is not known it is NaN, and refused where it is read.

@@ -103,7 +103,7 @@ def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
         remedy = "set teacher.support=topk_tail" if likeliest else "set teacher.cache=false"
         yield f"teacher.support={recipe.teacher.support}" if likeliest else "teacher.cache=true", stored, remedy
     if recipe.on_policy or loss_plan_of(recipe).needs_teacher:
-        scored: Provision = "hidden" if recipe.on_policy else stored
+        scored: Provision = "hidden" if recipe.on_policy and not sparse else stored
         yield f"objective {recipe.objective.name}", scored, "set objective={name: ce} with responses.source=data"
     if recipe.sft is not None and sft_loss_plan(recipe, recipe.sft).needs_teacher:
         # The data's answers are scored as they are trained on.

@@ -17,6 +17,7 @@ from limbeck.rollouts.registry import SOURCES
 from limbeck.teachers.hosted_options import OnApi
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.sees import StudentsPrompt
+from limbeck.teachers.served import OnServer
 from limbeck.types import LimbeckError
 
 
@@ -209,7 +210,9 @@ def _check_axes(recipe: Recipe) -> None:
     for moving in ("temperature_end", "temperature_adapt"):
         if apart is not None and getattr(objective, moving) is not None:
             raise LimbeckError(f"objective.{moving} moves both sides at once; remove objective.{apart}")
-    if recipe.on_policy and teacher.support != "full":
+    # Only a server that gives no more than these is asked for them while it trains.
+    served = isinstance(teacher.where, OnServer) and teacher.where.signal_for(teacher.support) == "topk"
+    if recipe.on_policy and teacher.support != "full" and not served:
         raise LimbeckError(
             f"teacher.support={teacher.support} is kept on disk before training, but responses.source="
             f"{source_name(recipe.responses.source)} writes during it; set teacher.support=full"

@@ -32,7 +32,7 @@ from limbeck.teachers.served_probe import PROBE_TEXTS, check_tokenizer, find_dia
 from limbeck.teachers.served_states import ModelEnding, VllmStates, check_states
 from limbeck.teachers.served_support import kept_tokens
 from limbeck.teachers.served_texts import texts_of
-from limbeck.types import DenseSignal, Head, Json, LimbeckError, Signal, TokenBatch, TopKSignal
+from limbeck.types import DenseSignal, Head, Json, LimbeckError, Signal, Support, TokenBatch, TopKSignal
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,12 @@ class OnServer:
         """Open the teacher; nothing is asked yet."""
         return ServedTeacher(model=model, device=device, progress=progress, where=self)
 
+    def signal_for(self, support: Support) -> Literal["hidden", "topk"]:
+        """What the server is asked for, where a run keeps some support of each position."""
+        if self.gives != "auto":
+            return self.gives
+        return "hidden" if support in ("full", "sampled") else "topk"
+
     def servers(self) -> tuple[Server, ...]:
         """The servers, not asked anything yet.
 
@@ -102,13 +108,11 @@ class ServedTeacher(Teacher):
     @property
     def provides(self) -> frozenset[Provision]:
         """What it is asked for; whether the server can is asked by `reach`."""
-        return frozenset({"hidden" if self._of_states else "topk"})
+        return frozenset({self.where.signal_for(self.support)})
 
     @property
     def _of_states(self) -> bool:
-        if self.where.gives != "auto":
-            return self.where.gives == "hidden"
-        return self.support in ("full", "sampled")
+        return self.where.signal_for(self.support) == "hidden"
 
     @property
     def head(self) -> Head:

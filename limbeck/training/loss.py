@@ -234,8 +234,8 @@ class StudentLoss(nn.Module):
             token_options.options
         )
         if keep_N is not None:
-            assert isinstance(signal, DenseSignal | SharedSignal), "two legs are for whole rows"
-            if isinstance(signal, SharedSignal):
+            assert isinstance(signal, DenseSignal | SharedSignal | TopKSignal), "a sample is of what is kept on disk"
+            if isinstance(signal, SharedSignal | TopKSignal):
                 signal = signal.rows(keep_N)
             else:
                 signal = DenseSignal(hidden_ND=signal.hidden_ND[keep_N], head=signal.head)
@@ -250,13 +250,15 @@ class StudentLoss(nn.Module):
         if isinstance(signal, SharedSignal):
             reads = self.loss_plan.measured(objective)
             loss = partial(aligned_distillation_loss, sorted_weight=self.loss_plan.sorted_weight if reads else 0.0)
+        # One that reads no teacher has no support either.
+        sparse = isinstance(signal, TopKSignal) and self.loss_plan.measured(objective)
         return loss(
             hidden_ND,
             head,
             signal,  # pyright: ignore[reportArgumentType]
             objective,
             temperature=step_settings.temperature,
-            support=self.loss_plan.support if isinstance(signal, TopKSignal | SharedSignal) else None,
+            support=self.loss_plan.support if sparse or isinstance(signal, SharedSignal) else None,
             weight_N=weight_N,
             label_N=label_N,
             sequence_N=sequence_N,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Counting:
         self.asked += 1
         return self.teacher.signal(batch)
 
-    def settled(self, batches: list[TokenBatch]) -> None:
+    def settled(self, batches: Iterable[TokenBatch]) -> None:
         return
 
 

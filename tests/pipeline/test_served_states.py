@@ -1,4 +1,4 @@
-"""Runs whose teacher is behind a server that writes hidden states: the numbers of a teacher in this process."""
+"""Runs whose teacher is behind a server: by hidden states, or by all tokens of its answers, the numbers of a local."""
 
 from __future__ import annotations
 
@@ -74,3 +74,42 @@ def test_losses_and_fidelity_are_those_of_a_teacher_in_this_process(
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
     for name in ("forward_kl", "forward_kl@student"):
         assert scores[1][name]["mean"] == pytest.approx(scores[0][name]["mean"], rel=1e-4), sorted(scores[0])
+
+
+@pytest.mark.parametrize("source", ["student", "pairs"])
+def test_rounds_on_likeliest_tokens_have_the_losses_of_the_whole_where_these_are_all(
+    served: Served, tmp_path: Path, source: str
+) -> None:
+    """With two objectives too, one for each author; what was said of a round is kept until the next begins."""
+    model, tiny, url, handler = served
+    losses = []
+    handler.state.requests = []
+    for where in ("in_process", {"name": "server", "base_url": url, "retries": 0, "timeout_s": 20.0}):
+        here = where == "in_process"
+        teacher = {"model": str(model.whole if here else model.folder), "where": where}
+        student = {"init": "pretrained", "layers": None, "model": str(model.folder.parent / "student")}
+        if not here:
+            teacher |= {"support": "topk_tail", "support_k": model.local.head.vocab_size}
+        more: dict[str, Any] = {}
+        answers: dict[str, Any] = {"source": source, "initial_author": "data"}
+        if source == "pairs":
+            answers["source"] = {"name": "pairs", "resample_teacher": False}
+            more["contrast"] = {"student": {"name": "srkl", "alpha": 0.1}}
+        tree = tiny.tree(
+            tmp_path / ("local" if here else "served"),
+            responses=answers,
+            student=student,
+            teacher=teacher,
+            objective={"name": "skl", "temperature": 1.0},
+            evaluate={"groups": {"nll": {"whose": "references"}}},
+            **more,
+        )
+        tree["train"]["max_steps"] = 3
+        run = run_pipeline(load_recipe(tree), stages=STAGES)
+        rows = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+        if not here:
+            asked = [tuple(body["prompt"]) for body in handler.state.requests if isinstance(body.get("prompt"), list)]
+            # What was said of a round is kept, and of the six held-out ones nothing is asked after training.
+            assert len(asked) == len(set(asked)) > 12 and not run.asked.exists()
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -1,0 +1,308 @@
+"""A real vLLM with SmolLM2: sampling, both signals of a served teacher, runs on them, new weights, the judge."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import limbeck.models.loading
+from limbeck.client.concurrency import concurrently
+from limbeck.models.heads import head_of, project
+from limbeck.models.loading import load_model
+from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.stage_order import STAGES
+from limbeck.prompts.io import read_prompts
+from limbeck.recipe.load import load_recipe
+from limbeck.rollouts.collate import collate
+from limbeck.rollouts.io import read_responses
+from limbeck.runtime.jsonl import read_log
+from limbeck.runtime.rundir import RunDirectory
+from limbeck.teachers.base import TeacherModel
+from limbeck.teachers.local import LocalTeacher
+from limbeck.teachers.served import OnServer, ServedTeacher
+from limbeck.types import DenseSignal, LimbeckError, Response, TokenBatch, TopKSignal
+from tests.servers.conftest import Figures, Vllm
+from tests.tiny_pair import questions, write_prompts
+
+CPU = torch.device("cpu")
+PROMPTS, K = 10, 64
+
+
+@pytest.fixture(scope="module")
+def local(smollm2_dir: Path) -> LocalTeacher:
+    loaded = load_model(str(smollm2_dir))
+    return LocalTeacher(loaded.model, head_of(loaded.model, len(loaded.tokenizer)))
+
+
+def opened(vllm: Vllm, model: Path, **options: Any) -> ServedTeacher:
+    where = OnServer(**{"base_url": vllm.url, "timeout_s": 600.0, "retries": 0} | options)
+    teacher = where.open(TeacherModel(model=str(model)), device=CPU, progress=None)
+    teacher.support, teacher.support_k = "topk_tail", K
+    return teacher
+
+
+def texts(model: Path, count: int, length: int) -> list[Response]:
+    """Answers of words to questions, none of which is another's beginning."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    rows = []
+    for number, question in enumerate(questions(count)):
+        turns = [{"role": "user", "content": question}]
+        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        words = " ".join(f"{text} It is {number}." for text in questions(24)[number % 8 :])
+        said = tokenizer(f"Number {number}: {words}")["input_ids"][:length]
+        rows.append(
+            Response(
+                prompt_id=f"p{number}",
+                author="data",
+                prompt_ids=tuple(asked),
+                response_ids=tuple(said),
+                stop="length",
+            )
+        )
+    return rows
+
+
+def batch_of(rows: Sequence[Response]) -> TokenBatch:
+    return collate(rows, range(len(rows)), pad_id=0)
+
+
+def log_p(signal: DenseSignal) -> torch.Tensor:
+    return project(signal.head, signal.hidden_ND).double().log_softmax(-1)
+
+
+def test_hidden_states_are_those_of_the_model_here(
+    vllm: Vllm, local: LocalTeacher, smollm2_dir: Path, figures: Figures
+) -> None:
+    """Asked twice: the second time the server has the prompts in its cache."""
+    batch = batch_of(texts(smollm2_dir, 4, 40))
+    teacher = opened(vllm, smollm2_dir, gives="hidden")
+    teacher.reach()
+    expected = log_p(local.signal(batch))
+    for again in ("", ", asked again"):
+        said = teacher.signal(batch)
+        assert isinstance(said, DenseSignal)
+        kl_N = (expected.exp() * (expected - log_p(said))).sum(1)
+        figures.note(
+            f"hidden states: KL to the local signal over {len(kl_N)} tokens{again}",
+            f"mean {kl_N.mean():.1e}, largest {kl_N.max():.1e} nats",
+        )
+        assert kl_N.mean() <= 1e-6
+    # The comparison at the beginning leaves none of its own either.
+    assert not list(vllm.states.iterdir())
+
+
+def test_likeliest_tokens_are_those_of_the_model_here(
+    vllm: Vllm, local: LocalTeacher, smollm2_dir: Path, figures: Figures
+) -> None:
+    batch = batch_of(texts(smollm2_dir, 2, 24))
+    said = opened(vllm, smollm2_dir).signal(batch)
+    assert isinstance(said, TopKSignal)
+    gap = (said.logp_NK - log_p(local.signal(batch)).gather(1, said.ids_NK)).abs().max().item()
+    figures.note(f"top-k, k = {K}: largest difference of a log-probability from the local one", f"{gap:.1e} nats")
+    assert gap < 1e-3
+
+
+def test_scoring_keeps_up_with_the_server(vllm: Vllm, smollm2_dir: Path, figures: Figures) -> None:
+    """Tokens a second beside the same requests whose answers are thrown away unread, in turns."""
+    rows = texts(smollm2_dir, 8, 48)
+    teacher = opened(vllm, smollm2_dir, concurrency=8)
+    teacher.reach()
+    tokens = sum(row.tokens for row in rows)
+    bodies = [
+        {
+            "model": "teacher",
+            "prompt": [*row.prompt_ids, *row.response_ids],
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": K,
+        }
+        for row in rows
+    ]
+    spent, sizes = {"server": 0.0, "limbeck": 0.0}, [0]
+    for _ in range(3):
+        began = time.perf_counter()
+        sizes = [len(reply) for reply in concurrently(lambda body: vllm.post("/v1/completions", body), bodies, 8)]
+        spent["server"] += time.perf_counter() - began
+        began = time.perf_counter()
+        teacher.signal(batch_of(rows))
+        spent["limbeck"] += time.perf_counter() - began
+    rates = {who: 3 * tokens / seconds for who, seconds in spent.items()}
+    figures.note(
+        f"top-k, k = {K}: response tokens a second, 8 at a time, three turns each",
+        f"the server's own {rates['server']:.0f}, limbeck's {rates['limbeck']:.0f} "
+        f"({rates['limbeck'] / rates['server']:.0%}); {sum(sizes) / tokens:.0f} bytes a response token",
+    )
+    assert rates["limbeck"] >= 0.9 * rates["server"]
+
+
+def test_greedy_answers_are_those_of_the_model_here(
+    vllm: Vllm, smollm2_dir: Path, tmp_path: Path, figures: Figures
+) -> None:
+    written = []
+    for name, server in (("there", {"base_url": vllm.url, "timeout_s": 600.0}), ("here", None)):
+        tree = {
+            "name": name,
+            "output_dir": str(tmp_path / name),
+            "teacher": {"model": str(smollm2_dir)},
+            "student": {"init": "depth_prune", "layers": 2},
+            "prompts": {"source": str(prompts(tmp_path)), "eval_fraction": 0.2},
+            "responses": {"source": "teacher", "temperature": 0.0, "max_new_tokens": 16, "server": server},
+            "objective": {"name": "fkl"},
+        }
+        run = run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
+        written.append(read_responses(run.responses / "teacher.jsonl"))
+    there, here = written
+    same = sum(one.response_ids == other.response_ids for one, other in zip(there, here, strict=True))
+    record = (RunDirectory(tmp_path / "there").manifest("respond") or {})["server"]
+    figures.note(
+        "sampling: greedy answers of 16 tokens that are the local ones",
+        f"{same} of {len(here)}; {record['reencoded_from_text']} read again from text",
+    )
+    assert same >= len(here) - 1 and record["reencoded_from_text"] == 0
+
+
+def prompts(folder: Path) -> Path:
+    rows = [{"prompt": text, "completion": f"An answer to: {text}"} for text in questions(PROMPTS)]
+    return write_prompts(folder / "prompts.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def student(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two blocks of SmolLM2."""
+    loaded = load_model(str(smollm2_dir))
+    model: Any = loaded.model
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    folder = tmp_path_factory.mktemp("student")
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+COMMON = (
+    "sft=null",
+    "student={init: pretrained, layers: null, freeze_embeddings: true}",
+    "responses.max_new_tokens=8",
+    "train.max_steps=3",
+    "train.per_device_train_batch_size=2",
+    "train.learning_rate=0.001",
+    "train.warmup_steps=0",
+    "train.eval_steps=null",
+    "train.compile=off",
+    "evaluate.max_new_tokens=4",
+)
+SOURCES = {
+    "kd": ("responses.source=data",),
+    "gkd": ("responses.initial_author=data",),
+    # The answers of the other side of each pair are the data's: a served teacher writes none in a round.
+    "distillm2": (
+        "responses.source={name: pairs, refresh: epoch, resample_teacher: false}",
+        "responses.initial_author=data",
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", SOURCES)
+def test_losses_are_those_of_a_teacher_in_this_process(
+    vllm: Vllm,
+    smollm2_dir: Path,
+    student: Path,
+    tmp_path: Path,
+    figures: Figures,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+) -> None:
+    loads: list[str] = []
+    whole = limbeck.models.loading.load_model
+
+    def counted(name: str | Path, **options: Any) -> Any:
+        loads.append(str(name))
+        return whole(name, **options)
+
+    monkeypatch.setattr(limbeck.models.loading, "load_model", counted)
+    losses, of_teacher = {}, {}
+    served = json.dumps({"name": "server", "base_url": vllm.url, "timeout_s": 600.0})
+    for where in ("in_process", served):
+        loads.clear()
+        side = "local" if where == "in_process" else "served"
+        overrides = [*COMMON, *SOURCES[recipe], f"student.model={student}", f"teacher.model={smollm2_dir}"]
+        overrides += [f"output_dir={tmp_path / side}", f"teacher.where={where}"]
+        overrides += ["evaluate.groups=[fidelity]", f"prompts={{source: {prompts(tmp_path)}, eval_fraction: 0.2}}"]
+        run = run_pipeline(load_recipe(recipe, overrides), stages=STAGES)
+        rows = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
+        losses[side] = [row["loss"] for row in rows if "loss" in row]
+        of_teacher[side] = loads.count(str(smollm2_dir))
+    apart = max(abs(a / b - 1) for a, b in zip(losses["served"], losses["local"], strict=True))
+    figures.note(
+        f"`{recipe}`: losses of {len(losses['local'])} steps, largest relative difference from a local teacher's",
+        f"{apart:.1e}; the teacher was loaded {of_teacher['served']} times ({of_teacher['local']} locally)",
+    )
+    assert len(losses["local"]) == 3 and apart <= 1e-4
+    assert of_teacher["served"] == 0 < of_teacher["local"]
+
+
+def test_it_judges(vllm: Vllm, smollm2_dir: Path, student: Path, tmp_path: Path, figures: Figures) -> None:
+    """All is asked and answered; a model of this size gives no verdict, which the run says."""
+    judge = json.dumps({"base_url": vllm.url, "against": "references", "max_new_tokens": 16, "timeout_s": 600.0})
+    overrides = [*COMMON, *SOURCES["kd"], f"student.model={student}", f"teacher.model={smollm2_dir}"]
+    overrides += [f"output_dir={tmp_path / 'run'}", "teacher.where=none", "objective={name: ce}", "train.max_steps=1"]
+    overrides += [f"evaluate.groups={{judge: {judge}}}", "teacher.cache=false"]
+    overrides += [f"prompts={{source: {prompts(tmp_path)}, eval_fraction: 0.2}}"]
+    said = "a verdict on every pair"
+    try:
+        run_pipeline(load_recipe("kd", overrides), stages=STAGES)
+    except LimbeckError as error:
+        assert "gave a verdict in both orders for none of" in str(error)
+        said = "no verdict, which the run says"
+    heldout = [row for row in read_prompts(tmp_path / "run" / "prompts.jsonl") if row.split == "heldout"]
+    judged = list(read_log(tmp_path / "run" / "judgements.jsonl"))
+    figures.note(
+        f"judge: replies to questions about {len(heldout)} pairs in both orders",
+        f"{len(judged)} of {2 * len(heldout)}; {said}",
+    )
+    assert len(judged) == 2 * len(heldout) > 0
+
+
+def test_new_weights_are_what_it_scores_with(
+    vllm: Vllm, local: LocalTeacher, smollm2_dir: Path, tmp_path: Path, figures: Figures
+) -> None:
+    loaded = load_model(str(smollm2_dir))
+    with torch.no_grad():
+        loaded.model.get_submodule("model.layers.3.mlp.down_proj").weight.mul_(1.5)  # type: ignore[operator]
+    loaded.model.save_pretrained(tmp_path / "other")
+    loaded.tokenizer.save_pretrained(tmp_path / "other")
+    changed = LocalTeacher(loaded.model, head_of(loaded.model, len(loaded.tokenizer)))
+    batch = batch_of(texts(smollm2_dir, 1, 24))
+
+    def reload(folder: Path) -> float:
+        began = time.perf_counter()
+        vllm.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        vllm.post("/reset_prefix_cache", {})
+        return time.perf_counter() - began
+
+    gap: Callable[[LocalTeacher], float] = lambda teacher: (  # noqa: E731
+        (log_p(opened_signal(vllm, smollm2_dir, batch)) - log_p(teacher.signal(batch))).abs().max().item()
+    )
+    seconds = reload(tmp_path / "other")
+    there = gap(changed), gap(local)
+    reload(smollm2_dir)
+    back = gap(local)
+    figures.note(
+        "new weights: largest difference of a log-probability from those weights here, and after the way back",
+        f"{there[0]:.1e} and {back:.1e} nats ({there[1]:.2g} from the other weights); {seconds:.1f} s",
+    )
+    assert max(there[0], back) < 1e-2 < there[1]
+
+
+def opened_signal(vllm: Vllm, model: Path, batch: TokenBatch) -> DenseSignal:
+    signal = opened(vllm, model, gives="hidden").signal(batch)
+    assert isinstance(signal, DenseSignal)
+    return signal
