@@ -57,6 +57,27 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return inner.base_model
 
 
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of a model's blocks, and its name inside the model.
+
+    Raises:
+        LimbeckError: the model has no list of as many modules as its configuration has layers.
+    """
+    inner = causal_model(model)
+    depth = inner.config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in inner.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+    ]
+    if not found:
+        raise LimbeckError(
+            f"{type(inner).__name__} has no list of {depth} blocks; neither depth pruning nor sharding knows this "
+            "architecture"
+        )
+    return min(found, key=lambda item: item[0].count("."))
+
+
 def head_of(model: nn.Module, vocab_size: int, *, verify: bool = True) -> Head:
     """The output head over the first `vocab_size` rows of its weight: the model's own parameters, not copies.
 

@@ -41,6 +41,7 @@ from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, fresh_model
 from limbeck.student.quantizing import QuantizeSpec, check_quantizing, formats_of
 from limbeck.training.launch import require_trackers
+from limbeck.training.sharding import grid_refusal
 from limbeck.types import LimbeckError
 
 
@@ -102,6 +103,7 @@ def check_student(context: RunContext) -> None:
     check_across(context)
     check_objectives(context)
     check_self_teaching(context)
+    _check_sharding(context)
     responses = context.recipe.responses
     responses.source.check_memory(max_new_tokens=responses.max_new_tokens)
     require_trackers(context.recipe.train.report_to)
@@ -112,6 +114,21 @@ def check_student(context: RunContext) -> None:
     check_text_only(context)
     check_endings(context)
     _check_anatomy(context)
+
+
+def _check_sharding(context: RunContext) -> None:
+    """Check that the student of a sharded launch can be sharded."""
+    recipe = context.recipe
+    if not context.launch.sharded:
+        return
+    quantize = recipe.student.quantize
+    if quantize is not None and quantize.weights == "straight_through":
+        raise grid_refusal()
+    if recipe.teacher.model == "live":
+        raise LimbeckError(
+            "teacher.model=live asks the whole student in every step, and this launch shards it over the ranks; set "
+            "teacher.model=ema, which keeps a whole average, or train.sharding=none"
+        )
 
 
 def check_rounds(context: RunContext, prompts: int) -> None:

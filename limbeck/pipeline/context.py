@@ -90,12 +90,18 @@ class RunContext:
         Raises:
             LimbeckError: in a way that limbeck cannot train with.
         """
-        return launched()
+        return launched().with_sharding(self.recipe.train.sharding)
 
     @property
     def rank(self) -> int:
         """This process's number under a launcher; the first, 0, does everything but train on its own."""
         return int(os.environ.get("RANK", "0"))
+
+    @property
+    def signs(self) -> dict[int, Path]:
+        """The files that the other ranks touch while they are alive; that of the first one is the lock."""
+        others = (rank for rank in range(self.launch.ranks) if rank != self.rank)
+        return {rank: self.run.sign_of(rank) if rank else self.run.lock for rank in others}
 
     @cached_property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.elastic import naming_lost_ranks
 from limbeck.pipeline.integrity import closeness, differs, intact, reopen_damaged, sources_of
 from limbeck.pipeline.provenance import code_revision, provenance, step_batch
 from limbeck.pipeline.publishing import check_publishing, publish
@@ -25,7 +26,7 @@ from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, QuietConsole, default_console, format_seconds
 from limbeck.runtime.errors import in_one_line
 from limbeck.runtime.files import read_json, write_json, write_text
-from limbeck.runtime.heartbeat import beating
+from limbeck.runtime.heartbeat import beating, wait_for_signs
 from limbeck.runtime.memory import peak_device_memory_mib, peak_memory_mib, reset_peak_memory
 from limbeck.runtime.outputs import written_below
 from limbeck.runtime.rundir import RunDirectory
@@ -66,7 +67,8 @@ def run_pipeline(
         # Reading it refuses a launch that cannot train, before anything else.
         launch = context.launch
         if context.rank:
-            return _follow(replace(context, console=QuietConsole()), wanted)
+            with beating(context.run.sign_of(context.rank), below=context.run.root):
+                return _follow(replace(context, console=QuietConsole()), wanted)
         run = context.run
         check_directory(run)
         # Before anything that may take long, so that the other ranks see this one live.
@@ -184,10 +186,14 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
     record["code_revision"] = code_revision()
     record["started"] = (begun or {}).get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record["made_from"] = sources_of(run, stages, stage)
+    record["ranks"] = context.launch.ranks
     run.write_manifest(stage.name, record)
     reset_peak_memory()
     try:
-        record |= stage.run(context)
+        if stage.name == "train":
+            wait_for_signs(context.signs)
+        with naming_lost_ranks(context):
+            record |= stage.run(context)
         record["outputs"] = written_below(run.root, stage.outputs(run))
         record["done"] = True
     finally:
@@ -215,7 +221,7 @@ def _follow(context: RunContext, stages: Sequence[Stage]) -> RunDirectory:
             # Not before the first rank has set aside what is damaged or other inputs made: blocks and checkpoints are
             # read there.
             context.wait_until(partial(run.begun, stage.name, prints[stage.name]))
-            with context.stop.installed():
+            with context.stop.installed(), naming_lost_ranks(context):
                 stage.run(context)
         context.wait_until(partial(run.finished, stage.name, prints[stage.name]))
     return run

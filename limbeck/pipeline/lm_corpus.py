@@ -7,7 +7,6 @@ tokens; what is left of the last block is dropped. A resumed run reads the block
 from __future__ import annotations
 
 import hashlib
-import time
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -64,8 +63,7 @@ def open_corpus(context: RunContext, tokenizer: PreTrainedTokenizerBase) -> Corp
     path = context.run.corpus
     if not path.exists():
         if context.rank:
-            while not path.exists():
-                time.sleep(0.2)
+            context.wait_until(path.exists)
         else:
             _write(path, pack(_texts(section), tokenizer, section))
     blocks_NL = _read(path)

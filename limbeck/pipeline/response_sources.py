@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from limbeck.models.whole import reader_copy
 from limbeck.pipeline.cached_teacher import CachedTeacher
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.sampling import sampling_of
@@ -83,8 +84,13 @@ class _Samplers:
     """The samplers of a training, made when they are asked for."""
 
     def __init__(self, context: RunContext, student: Student, teacher: SignalSource):
-        self.context, self.tokens, self.model = context, student.tokenizer, student.model
+        self.context, self.tokens, self.student_model = context, student.tokenizer, student.model
         self._teacher = teacher
+
+    @property
+    def model(self) -> Any:
+        """The student that writes; of one that is sharded over the ranks, its whole copy."""
+        return reader_copy(self.student_model)
 
     @property
     def _teacher_model(self) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.elastic import made_with_other_ranks, ranks_refusal
 from limbeck.recipe import load, yaml_text
 from limbeck.recipe.keys import neutral_keys
 from limbeck.runtime.records import flatten
@@ -39,8 +40,14 @@ def require_same_inputs(context: RunContext, stages: Sequence[Stage], prints: di
         LimbeckError: it was made from other inputs.
     """
     stale = next((stage for stage in stages if is_stale(context.run, stage, prints)), None)
-    if stale is not None:
+    if stale is None:
+        return
+    record = context.run.manifest(stale.name) or {}
+    ranks = None if record["done"] else made_with_other_ranks(context, stages, stale)
+    if ranks is None:
         raise LimbeckError(_refusal(context, stale))
+    if context.run.checkpoints.exists():
+        raise LimbeckError(ranks_refusal(context, ranks))
 
 
 def is_stale(run: RunDirectory, stage: Stage, prints: dict[str, str]) -> bool:

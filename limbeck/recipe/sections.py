@@ -317,6 +317,9 @@ class TrainSection:
     gradient_checkpointing: bool = False
     bf16: bool = False
     """Mixed precision: float32 weights, bfloat16 matrix products, float32 losses."""
+    sharding: Annotated[Literal["auto", "none", "full"], NEUTRAL] = "auto"
+    """Shard the student, its gradients and moments over the ranks of a launch (full), or keep all on each (none);
+    auto is full under an FSDP2 configuration of accelerate, else none. The updates are the same up to rounding."""
     compile: Literal["auto", "on", "off"] = "auto"
     """The loss's elementwise body through torch.compile; auto where a C++ compiler exists."""
     lm: LmSection | None = None

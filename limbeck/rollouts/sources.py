@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,11 +25,16 @@ from limbeck.types import LimbeckError, Response
 
 @dataclass(frozen=True, kw_only=True)
 class SourceContext:
-    """Facts of the training that a source needs: responses per optimizer step over all ranks, seed, processes."""
+    """Facts of the training that a source needs: responses per optimizer step over all ranks, seed, processes.
+
+    Attributes:
+        whole_student: entered by all ranks while the student writes; one that is sharded over them is whole inside.
+    """
 
     step_rows: int
     seed: int
     world: ProcessGroup = field(default_factory=SingleProcess)
+    whole_student: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,11 @@ class StudentSource(StatelessSource):
         else:
             steps = range(start.step, min(start.step + self.refresh, start.total))
             rows = sorted({row for step in steps for row in self.plan.at(step)})
-        asked, sampling, rollout = [self.asked[row] for row in rows], self.rollout.at(start), self.rollout
+        with self.source_context.whole_student():
+            return self._write_rows(number, rows, self.rollout.at(start))
+
+    def _write_rows(self, number: int, rows: Sequence[int], sampling: Sampling) -> dict[int, Response]:
+        asked, rollout = [self.asked[row] for row in rows], self.rollout
         if self.refresh > 1:
             written = rollout.rounds.write(
                 number, "student", rollout.sampler, asked, sampling, by_teacher=rollout.by_teacher

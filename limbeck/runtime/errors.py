@@ -41,11 +41,8 @@ def explain(error: Exception) -> str | None:
             f"out of memory{said}; lower train.per_device_train_batch_size, responses.batch_size or "
             "evaluate.batch_size, or set train.gradient_checkpointing=true, and add --update; nothing finished is lost"
         )
-    if _is_lost_rank(error):
-        return (
-            f"another rank of this launch has ended or cannot be reached ({' '.join(str(error).split())[:160]}); look "
-            "at what it said, and start the same command again: nothing finished is lost"
-        )
+    if is_lost_rank(error):
+        return lost_rank_line(error)
     return _explain_safetensors_error(error)
 
 
@@ -73,7 +70,20 @@ def _is_torch_memory_error(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _is_lost_rank(error: Exception) -> bool:
+def lost_rank_line(error: Exception, lost: str | None = None) -> str:
+    """The line for an exchange between ranks that failed.
+
+    Args:
+        lost: the ranks that give no sign of life, in words.
+    """
+    named = "" if lost is None else f" (no sign of {lost})"
+    return (
+        f"another rank of this launch has ended or cannot be reached{named} ({' '.join(str(error).split())[:160]}); "
+        "look at what it said, and start the same command again: nothing finished is lost"
+    )
+
+
+def is_lost_rank(error: Exception) -> bool:
     """An exchange between ranks that failed: torch's own errors, and the plain ones of gloo."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(error, RuntimeError) or not torch.distributed.is_available():

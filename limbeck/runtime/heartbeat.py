@@ -1,7 +1,8 @@
-"""A heartbeat of the first rank, for ranks that wait for files which it writes.
+"""Heartbeats of the ranks of a launch: each sees whether those that it waits for are alive.
 
-The first rank touches a file of the run directory every few seconds, whatever it works on; the others wait as long as
-that goes on, and give up soon after it ends or where it is never seen.
+Every rank touches a file of the run directory every few seconds, whatever it works on. The others wait for files that
+the first one writes as long as that goes on, and give up soon after it ends or where it is never seen; before ranks
+exchange anything, the first one waits for a sign of all others, and no longer than that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,15 +25,22 @@ _POLL_S = 0.2
 
 
 @contextmanager
-def beating(path: Path) -> Iterator[None]:
-    """Touch a file every few seconds while the block runs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def beating(path: Path, *, below: Path | None = None) -> Iterator[None]:
+    """Touch a file every few seconds while the block runs.
+
+    Args:
+        below: a directory that another rank makes: there are no signs before it has.
+    """
+    if below is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     ended = threading.Event()
 
     def beat() -> None:
         while not ended.is_set():
             # A full disk is reported by the next write that matters.
             with suppress(OSError):
+                if below is not None and below.is_dir():
+                    path.parent.mkdir(exist_ok=True)
                 path.touch()
             ended.wait(INTERVAL_S)
 
@@ -65,6 +73,41 @@ def wait_until(ready: Callable[[], bool], *, sign: Path, rank: int) -> None:
             last, since, seen = touched, now, True
         if now - since > LIMIT_S:
             raise LimbeckError(_why(sign, rank, seen))
+
+
+def wait_for_signs(signs: Mapping[int, Path]) -> None:
+    """Wait, on the first rank, until each other one has given a sign of life.
+
+    Args:
+        signs: the file that each of them touches, by its rank.
+
+    Raises:
+        LimbeckError: one of them gives none.
+    """
+    silent = silent_ranks(signs, LIMIT_S)
+    if silent:
+        root = next(iter(signs.values())).parent.parent
+        raise LimbeckError(
+            f"rank 0 has seen no sign of {ranks_in_words(silent)} in {root} for {LIMIT_S:.0f} s; look at what "
+            f"{'they' if len(silent) > 1 else 'it'} said; all ranks need the same run directory: name one on a file "
+            "system that every machine shares with output_dir=..., and start all ranks"
+        )
+
+
+def silent_ranks(signs: Mapping[int, Path], limit_s: float) -> list[int]:
+    """The ranks that give no sign while this one waits; it waits no longer than all have given one."""
+    before, began = {rank: _touched(sign) for rank, sign in signs.items()}, time.monotonic()
+    silent = list(signs)
+    while silent and time.monotonic() - began < limit_s:
+        time.sleep(_POLL_S)
+        silent = [rank for rank in silent if _touched(signs[rank]) in (None, before[rank])]
+    return silent
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """Numbers of ranks in a sentence."""
+    some = ", ".join(map(str, ranks[:4]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {some}{' and more' if len(ranks) > 4 else ''}"
 
 
 def _touched(path: Path) -> int | None:

@@ -1,27 +1,35 @@
 """Start of this process: alone, or as a rank of a launch; launches that limbeck cannot serve are refused.
 
-What a launcher wants is in the environment. Of the ways to spread a training, one works: a whole student on each rank
-(DDP). What asks for another would train something else, hang or fail at the end, so it is refused before any work.
+What a launcher wants is in the environment. Of the ways to spread a training, two work: a whole student on each rank
+(DDP), and one that is sharded over the ranks by torch's fully_shard (FSDP2). What asks for another would train
+something else, hang or fail at the end, so it is refused before any work.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from limbeck.types import LimbeckError
 
+Sharding = Literal["auto", "none", "full"]
+FSDP = "ACCELERATE_USE_FSDP"
 # Variables with which launchers ask for what is not there, and what they ask for.
-_SHARDED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "FSDP_": "FSDP",
+_UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_DEEPSPEED_": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "MEGATRON_LM_": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism configuration",
     "PARALLELISM_CONFIG_": "accelerate's parallelism configuration",
+}
+# Of FSDP2, what would change memory or speed without a word, with the value that changes nothing, and the remedy.
+_FSDP_OPTIONS = {
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params: false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: false and train.gradient_checkpointing=true",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "fsdp_activation_checkpointing_offload: false",
 }
 # Where launchers that know nothing of torch say how many processes they have started.
 _STARTED = {
@@ -45,16 +53,41 @@ class Launch:
         rank: this one's number.
         ranks: how many there are.
         launcher: the program that started them; None where it is not known.
+        fsdp2: whether that asks for a student that is sharded over the ranks.
+        sharding: what the recipe says of that.
     """
 
     rank: int = 0
     ranks: int = 1
     launcher: str | None = None
+    fsdp2: bool = False
+    sharding: Sharding = "auto"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the student is sharded over the ranks."""
+        return self.ranks > 1 and (self.fsdp2 or self.sharding == "full")
 
     @property
     def wrapper(self) -> str:
         """Name of the wrapper that spreads the training over the ranks."""
-        return "DDP" if self.ranks > 1 else "none"
+        if self.ranks == 1:
+            return "none"
+        return "FSDP2" if self.sharded else "DDP"
+
+    def with_sharding(self, sharding: Sharding) -> Launch:
+        """The launch with what a recipe's train.sharding says.
+
+        Raises:
+            LimbeckError: the launch says otherwise.
+        """
+        if self.fsdp2 and sharding == "none":
+            raise LimbeckError(
+                f"this launch asks for a student that is sharded over the ranks ({FSDP}) and the recipe for a whole "
+                "one on each (train.sharding=none); leave train.sharding out, or choose MULTI_GPU in accelerate's "
+                "configuration"
+            )
+        return replace(self, sharding=sharding)
 
     def line(self, per_device: int | None = None, accumulation: int = 1) -> str:
         """The first line of a run: ranks, wrapper, launcher and, where it trains, the effective batch."""
@@ -80,8 +113,9 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     Raises:
         LimbeckError: the launch asks for what limbeck cannot do, or fewer processes were started than it asks for.
     """
-    _refuse_sharded(environment)
+    _refuse_unsupported(environment)
     _refuse_accumulation(environment)
+    fsdp2 = _asks_for_fsdp2(environment)
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
     if "RANK" in environment:
         rank, ranks = _number("RANK", environment), _number("WORLD_SIZE", environment)
@@ -91,7 +125,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
             raise LimbeckError(f"RANK is {rank} and WORLD_SIZE {ranks}; expected 0 <= RANK < WORLD_SIZE: {_remedy()}")
         by_torchrun = "TORCHELASTIC_RUN_ID" in environment
         launcher = "accelerate launch" if by_accelerate else "torchrun" if by_torchrun else None
-        return Launch(rank=rank, ranks=ranks, launcher=launcher)
+        return Launch(rank=rank, ranks=ranks, launcher=launcher, fsdp2=fsdp2)
     for name, launcher in _STARTED.items():
         if environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1:
             raise LimbeckError(
@@ -103,7 +137,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
             f"accelerate launch was asked for {asked} processes and has started 1, as it does on a CPU and where it "
             f"sees one device; {_remedy(asked)}, or ask for 1 (--num_processes 1)"
         )
-    return Launch(launcher="accelerate launch" if by_accelerate else None)
+    return Launch(launcher="accelerate launch" if by_accelerate else None, fsdp2=fsdp2)
 
 
 def require_trained_by(kind: str, ranks: int, launch: Launch) -> None:
@@ -168,9 +202,32 @@ def _processes_of(options: Sequence[str]) -> int:
     return getattr(load_config_from_file(asked.config_file), "num_processes", 1)
 
 
-def _refuse_sharded(environment: Mapping[str, str]) -> None:
+def _asks_for_fsdp2(environment: Mapping[str, str]) -> bool:
+    """Whether an accelerate configuration asks for FSDP2.
+
+    Raises:
+        LimbeckError: it asks for the first FSDP, or for something that limbeck does otherwise.
+    """
+    if not _is_true(environment.get(FSDP, "")):
+        half = next((name for name in sorted(environment) if name.startswith("FSDP_")), None)
+        if half is not None:
+            raise _unsupported("FSDP", half)
+        return False
+    if environment.get("FSDP_VERSION") != "2":
+        raise LimbeckError(
+            f"this launch asks for FSDP ({FSDP}) in its first version, which limbeck cannot train with; expected a "
+            "whole student on each rank (DDP) or FSDP2: set fsdp_version: 2 in accelerate's configuration, or "
+            f"{_remedy()} and train.sharding=full"
+        )
+    for name, remedy in _FSDP_OPTIONS.items():
+        if _is_true(environment.get(name, "")):
+            raise LimbeckError(f"{name} is {environment[name]!r}, which limbeck does not do; set {remedy}")
+    return True
+
+
+def _refuse_unsupported(environment: Mapping[str, str]) -> None:
     for name, value in sorted(environment.items()):
-        for start, what in _SHARDED.items():
+        for start, what in _UNSUPPORTED.items():
             prefix = start.endswith("_")
             if (name.startswith(start) if prefix else name == start) and (prefix or _is_true(value)):
                 raise _unsupported(what, name)
@@ -179,7 +236,8 @@ def _refuse_sharded(environment: Mapping[str, str]) -> None:
 def _unsupported(what: str, where: str) -> LimbeckError:
     return LimbeckError(
         f"this launch asks for {what} ({where}), which limbeck cannot train with yet; expected a whole student on each "
-        f"rank (DDP): {_remedy()}, or choose MULTI_GPU in accelerate's configuration"
+        f"rank (DDP), or one that is sharded over them (FSDP2, train.sharding=full): {_remedy()}, or choose MULTI_GPU "
+        "in accelerate's configuration"
     )
 
 

@@ -137,6 +137,10 @@ class RunDirectory:
         """Locked by the run; the first rank of a launch also touches it, to show that it is alive."""
         return self.root / ".lock"
 
+    def sign_of(self, rank: int) -> Path:
+        """Touched by another rank of a launch while it is alive."""
+        return self.root / ".ranks" / str(rank)
+
     def manifest_path(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.models.heads import causal_model, decoder_of
+from limbeck.models.heads import causal_model, decoder_blocks, decoder_of
 from limbeck.models.loading import without_dropout
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.types import LimbeckError
@@ -20,26 +20,6 @@ if TYPE_CHECKING:
 
 _PROBE_TOKENS = 6
 _TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of a model's blocks, and its name inside the model.
-
-    Raises:
-        LimbeckError: the model has no list of as many modules as its configuration has layers.
-    """
-    inner = causal_model(model)
-    depth = inner.config.get_text_config().num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in inner.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
-    ]
-    if not found:
-        raise LimbeckError(
-            f"{type(inner).__name__} has no list of {depth} blocks; depth pruning does not know this architecture"
-        )
-    return min(found, key=lambda item: item[0].count("."))
 
 
 @contextlib.contextmanager

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.models.assets import DownloadProgress
-from limbeck.models.heads import decoder_of, head_of, project
+from limbeck.models.heads import decoder_blocks, decoder_of, head_of, project
 from limbeck.ops import onednn
-from limbeck.student.blocks import decoder_blocks, last_block_output, left_out
+from limbeck.student.blocks import last_block_output, left_out
 from limbeck.types import Head, LimbeckError, TokenBatch
 
 if TYPE_CHECKING:

@@ -117,13 +117,17 @@ class MovingAverage:
 
     def begin(self) -> None:
         """Begin as the student is now."""
-        self._mean = {name: weight.detach().float().clone() for name, weight in self._trained(self.student)}
+        from limbeck.models.whole import whole_tensor
+
+        self._mean = {name: whole_tensor(weight).float().clone() for name, weight in self._trained(self.student)}
         self._show()
 
     def follow(self) -> None:
         """Take the student's weights in after a step."""
+        from limbeck.models.whole import whole_tensor
+
         for name, weight in self._trained(self.student):
-            self._mean[name].lerp_(weight.detach().float(), 1 - self.decay)
+            self._mean[name].lerp_(whole_tensor(weight).float(), 1 - self.decay)
         self._show()
 
     def state(self) -> dict[str, Tensor]:

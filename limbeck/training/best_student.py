@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from limbeck.models.whole import whole
 from limbeck.recipe.sections import TrainSection
 from limbeck.training import checkpoints
 from limbeck.training.loss import StudentLoss
@@ -68,7 +69,8 @@ class EvaluationInTraining:
         if self.fidelity is None:
             return {}
         self.module.student.eval()
-        found = self.fidelity(self.module.student)
+        with whole(self.module.student) as student:
+            found = self.fidelity(student)
         self.module.student.train()
         return {f"eval_{name}": value for name, value in found.items()}
 

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from limbeck.models.whole import whole_tensor
 from limbeck.ops import onednn
 from limbeck.recipe.sections import TrainSection
 from limbeck.rollouts.collate import collate, micro_batches
@@ -137,7 +138,7 @@ class GradientPasses:
         """Clip the gradient and return the norm that it had."""
         limit = self.settings.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
-        return float(norm)  # type: ignore[arg-type]
+        return float(whole_tensor(norm))  # type: ignore[arg-type]
 
     def update(self, rate: float) -> None:
         """Update the weights at a learning rate and clear the gradients."""

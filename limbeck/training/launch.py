@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from limbeck.recipe.sections import TrainSection
-from limbeck.runtime.launcher import launched, require_trained_by
+from limbeck.runtime.launcher import FSDP, launched, require_trained_by
+from limbeck.training.sharding import is_sharded
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
@@ -76,17 +78,44 @@ def accelerator(
     require_trackers(settings.report_to)
     # accelerate keeps the first precision of a process for good; a second run in it may ask for another.
     AcceleratorState._reset_state()
-    made = Accelerator(
-        # By default accelerate takes the ranks of a machine without accelerators for runs of their own.
-        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
-        mixed_precision="bf16" if settings.bf16 else "no",
-        log_with=list(settings.report_to) or None,
-        project_dir=str(folder / "trackers") if settings.report_to else None,
-    )
+    with _without_fsdp():
+        made = Accelerator(
+            # By default accelerate takes the ranks of a machine without accelerators for runs of their own.
+            cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
+            mixed_precision="bf16" if settings.bf16 else "no",
+            log_with=list(settings.report_to) or None,
+            project_dir=str(folder / "trackers") if settings.report_to else None,
+        )
     require_trained_by(made.distributed_type.value, made.num_processes, launched())
     if settings.report_to:
         made.init_trackers(run_name, config=dict(tracker_config))
     return made
+
+
+@contextmanager
+def _without_fsdp() -> Iterator[None]:
+    """Hide the launch's FSDP2 from accelerate: the student is sharded by `limbeck.training.sharding`, on CPUs too."""
+    from accelerate.utils import disable_fsdp_ram_efficient_loading
+
+    asked = os.environ.pop(FSDP, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[FSDP] = asked
+            # With it transformers would load models without weights on all ranks but the first.
+            disable_fsdp_ram_efficient_loading()
+
+
+def prepared(
+    accelerator: Accelerator, module: StudentLoss, optimizer: torch.optim.Optimizer
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Module and optimizer as they train: with a whole student under DDP, where there are ranks; with one that is
+    sharded already under the autocast of the settings alone."""
+    if not is_sharded(module.student):
+        return accelerator.prepare(module, optimizer)
+    model = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
+    return model, accelerator.prepare_optimizer(optimizer)  # type: ignore[return-value]
 
 
 def adamw(module: StudentLoss, settings: TrainSection) -> torch.optim.AdamW:

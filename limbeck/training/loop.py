@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 from torch import nn
 
+from limbeck.models.whole import whole
 from limbeck.objectives import Temperature, TemperatureSchedule
 from limbeck.recipe.sections import TrainSection
 from limbeck.rollouts.collate import collate
 from limbeck.rollouts.sources import SourceContext, SourceFactory
-from limbeck.training import launch, schedules
+from limbeck.training import launch, schedules, sharding
 from limbeck.training.best_student import MeasureFidelity
 from limbeck.training.corpus import Corpus
 from limbeck.training.gradients import GradientPasses
@@ -160,8 +162,17 @@ def _prepared(
     accelerator = launch.accelerator(
         settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
     )
+    if sharding.is_asked(settings):
+        sharding.shard(student, accelerator, bf16=settings.bf16)
     step_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    response_source = author(SourceContext(step_rows=step_rows, seed=settings.seed, world=launch.Ranks(accelerator)))
+    response_source = author(
+        SourceContext(
+            step_rows=step_rows,
+            seed=settings.seed,
+            world=launch.Ranks(accelerator),
+            whole_student=partial(whole, student),
+        )
+    )
     if response_source.wants_validation and not heldout:
         raise LimbeckError("the author asks for the held-out loss and got no held-out responses; expected at least one")
     if loss_plan.rule is not None and loss_plan.rule.pairs and settings.per_device_train_batch_size % 2:
@@ -180,7 +191,7 @@ def _prepared(
         student, loss_plan, vocab_size=vocab_size, projection_ED=projection_ED, compile=settings.compile
     )
     optimizer = launch.adamw(loss_module, settings)
-    model, optimizer = accelerator.prepare(loss_module, optimizer)
+    model, optimizer = launch.prepared(accelerator, loss_module, optimizer)
     passes = GradientPasses(
         accelerator=accelerator,
         model=model,

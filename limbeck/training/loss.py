@@ -18,9 +18,11 @@ from limbeck.models.heads import head_of
 from limbeck.objectives import FusedLoss, HiddenPair, Temperature, fused_distillation_loss
 from limbeck.objectives.fused.aligned import aligned_distillation_loss, labels_alone
 from limbeck.objectives.fused.body import measured_on
+from limbeck.objectives.fused.projection import gather_parameter
 from limbeck.objectives.sequence.distillm2 import label_logp
 from limbeck.objectives.sequence.rules import SequenceRule, SequenceStats, TokenOptions
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, leaves, part_names, row_leaves
+from limbeck.training.sharding import in_root, is_sharded, shard_parameter
 from limbeck.types import DenseSignal, Head, SharedSignal, Signal, SignalSource, Support, TokenBatch, TopKSignal
 
 WRITERS = ("teacher", "student")
@@ -174,6 +176,8 @@ class StudentLoss(nn.Module):
         self.vocab_size = vocab_size
         self.compile_body: Literal["auto", "on", "off"] = compile
         self.projection_ED = None if projection_ED is None else nn.Parameter(projection_ED)
+        if self.projection_ED is not None and is_sharded(student):
+            self.projection_ED = shard_parameter(self.projection_ED, student)
 
     @property
     def stats(self) -> tuple[str, ...]:
@@ -192,6 +196,11 @@ class StudentLoss(nn.Module):
             signal: None leaves objective and teacher out: the cross-entropy of the labels, to check that the student's
                 numbers are finite.
         """
+        return in_root(self.student, self._losses, batch, signal, weight_N, step_settings)
+
+    def _losses(
+        self, batch: TokenBatch, signal: Signal | None, weight_N: Tensor, step_settings: StepSettings
+    ) -> tuple[Tensor, Tensor, Tensor]:
         hidden_ND = hidden_states(self.student, batch)
         head = head_of(self.student, self.vocab_size, verify=False)
         sums = Sums(self.stats, weight_N.device)
@@ -245,7 +254,8 @@ class StudentLoss(nn.Module):
         pairs = ()
         if self.projection_ED is not None and "hidden" in objective.reads:
             assert isinstance(signal, DenseSignal | SharedSignal), "the projection was made from one"
-            pairs = (HiddenPair(student_ND=hidden_ND, teacher_NE=signal.hidden_ND, projection_ED=self.projection_ED),)
+            projection_ED = gather_parameter(self.projection_ED)
+            pairs = (HiddenPair(student_ND=hidden_ND, teacher_NE=signal.hidden_ND, projection_ED=projection_ED),)
         loss = fused_distillation_loss
         if isinstance(signal, SharedSignal):
             reads = self.loss_plan.measured(objective)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from limbeck.models.whole import whole_tensor
+
 # Weights looked at in one go: their copies in float32 should not be missed.
 _CHUNK = 2**22
 
@@ -24,7 +26,7 @@ def unmoved_share(student: nn.Module, rate: float) -> tuple[float, torch.dtype] 
         if not parameter.requires_grad or parameter.dtype not in (torch.bfloat16, torch.float16):
             continue
         found = parameter.dtype
-        for weight in parameter.flatten().split(_CHUNK):
+        for weight in whole_tensor(parameter).flatten().split(_CHUNK):
             up, down = ((weight.float() + step).to(found) == weight for step in (rate, -rate))
             unmoved += int((up & down).sum())
         total += parameter.numel()

@@ -25,6 +25,7 @@ from limbeck.training.loss import StepSettings, StudentLoss
 from limbeck.training.metrics import Journal, LoopContext
 from limbeck.training.precision import rounding_warning
 from limbeck.training.progress import Progress
+from limbeck.training.sharding import is_sharded
 from limbeck.training.weighting import TokenWeighting
 from limbeck.types import Interrupted, LimbeckError, Response
 
@@ -132,9 +133,10 @@ class TrainingRun:
                 due, last = progress.step % self.settings.save_steps == 0, progress.step == self.total
                 if stop or due or last:
                     self._check_student(progress)
-                if (stop or due) and not last:
+                # What is left to do with a student that is sharded, gathering and saving it, may fail too.
+                if ((stop or due) and not last) or (last and is_sharded(self.module.student)):
                     self._save(progress)
-                    if stop:
+                    if stop and not last:
                         raise Interrupted(f"stopped after step {progress.step} of {self.total}")
         if progress.step < self.total:
             self.context.console.say(
@@ -255,7 +257,8 @@ class TrainingRun:
                 by_row = self.response_source.step(self._clock(progress))
             except LimbeckError:
                 # A sampler sees only that numbers are not finite; the step that ruined the student is known here.
-                if progress.now[1]:
+                # Of a student that is sharded all ranks would have to look, and the others write.
+                if progress.now[1] and not is_sharded(self.module.student):
                     self._check_student(progress)
                 raise
             progress.now = (progress.step, by_row)

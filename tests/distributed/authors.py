@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from limbeck.models.whole import reader_copy
 from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.rules import build_rule
 from limbeck.rollouts.pairs import PairedSource
@@ -51,7 +52,9 @@ def writer(model: nn.Module, author: Any) -> LocalSampler:
 
 def rollout(student: nn.Module, source_context: SourceContext, folder: Path, refresh: int | None) -> RolloutConfig:
     rounds = Rounds(folder=folder / "rounds", world=source_context.world)
-    return RolloutConfig(sampler=writer(student, "student"), sampling=SAMPLING, rounds=rounds, refresh=refresh)
+    return RolloutConfig(
+        sampler=writer(reader_copy(student), "student"), sampling=SAMPLING, rounds=rounds, refresh=refresh
+    )
 
 
 def own(student: nn.Module, folder: Path, refresh: int | None = 1) -> SourceFactory:
@@ -102,7 +105,7 @@ SCENARIOS: dict[str, tuple[Callable[[nn.Module, Path], SourceFactory], LossPlan,
 }
 
 
-def play_author(name: str, folder: Path, **cut: int) -> tuple[nn.Module, Written]:
+def play_author(name: str, folder: Path, **cut: Any) -> tuple[nn.Module, Written]:
     """Play a scenario: first a stage on what is there, then with the student writing."""
     author_of, loss_plan, changes = SCENARIOS[name]
     student = tiny_model(1, dtype=EXACT)

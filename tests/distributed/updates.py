@@ -6,12 +6,15 @@ divides small by small.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from limbeck.objectives import build_objective
@@ -23,9 +26,11 @@ from tests.training.play import play, settings, tiny_corpus, tiny_lora, tiny_mod
 
 EXACT = torch.float64
 UPDATES = ("tied", "untied", "short", "lora", "recomputed", "quantised", "text", "text lora", "whitened")
+# Weights on a grid are rounded whole.
+SHARDED = tuple(name for name in UPDATES if name != "quantised")
 
 
-def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.Module:
+def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1, **changes: Any) -> nn.Module:
     """Play a training in `folder`; of the steps' eight rows each of the ranks takes its part."""
     students: dict[str, Callable[[], nn.Module]] = {
         "tied": lambda: tiny_model(1, dtype=EXACT),
@@ -56,7 +61,7 @@ def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1) -> nn.M
     return play(
         students[name](),
         folder,
-        settings(**cut, **short),
+        settings(**cut, **short, **changes),
         responses=tiny_responses(11) if short else None,
         teacher=tiny_teacher(dtype=EXACT),
         **more,
@@ -67,3 +72,26 @@ def _quantised(model: PreTrainedModel) -> nn.Module:
     """Trained straight through the rounding of its weights."""
     quantized(model, QuantizeSpec(format="q4_0"))
     return model.double()
+
+
+@contextmanager
+def kept_bytes() -> Iterator[list[int]]:
+    """Bytes of weights, gradients and moments that this process has after each update inside the block."""
+    kept: list[int] = []
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        held += [p.grad for p in held if p.grad is not None]
+        held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        kept.append(sum(part.numel() * part.element_size() for part in map(local_part, held)))
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        yield kept
+    finally:
+        hook.remove()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

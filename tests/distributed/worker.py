@@ -1,4 +1,5 @@
-"""One of two processes: plays the scenarios of test_two_processes.py and writes down how each ended.
+"""One of two processes: plays the scenarios of test_two_processes.py and writes down how each ended; then those of
+test_sharded.py, in which the student is sharded over the two.
 
 RANK=0 WORLD_SIZE=2 ... python -m tests.distributed.worker FOLDER
 """
@@ -8,24 +9,27 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
 
+from limbeck.models.whole import whole
+from limbeck.objectives import build_objective
 from limbeck.training.run import NonFiniteError
-from limbeck.types import Interrupted
+from limbeck.types import Interrupted, LimbeckError
 from tests.distributed.authors import SCENARIOS, play_author
-from tests.distributed.updates import UPDATES, play_update
-from tests.training.play import FailingTeacher, play, settings, stop_after, tiny_lora, tiny_model, weights
+from tests.distributed.updates import EXACT, SHARDED, UPDATES, kept_bytes, play_update
+from tests.training.play import FailingTeacher, play, settings, stop_after, tiny_lora, tiny_model, tiny_teacher, weights
 
 RANK = int(os.environ["RANK"])
 
 
-def interrupted(folder: Path, make: Callable[[], nn.Module]) -> nn.Module:
+def interrupted(folder: Path, make: Callable[[], nn.Module], **changes: Any) -> nn.Module:
     """Rank 1 alone is asked to stop; both must, and both continue."""
-    chosen = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    chosen = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2, **changes)
     try:
         play(make(), folder, chosen, should_stop=stop_after(3) if RANK == 1 else lambda: False)
     except Interrupted as stop:
@@ -34,14 +38,14 @@ def interrupted(folder: Path, make: Callable[[], nn.Module]) -> nn.Module:
     raise AssertionError("no rank stopped")
 
 
-def poisoned(folder: Path) -> str:
+def poisoned(folder: Path, **changes: Any) -> str:
     """The teacher of rank 1 alone says NaN in the third step; no rank may update."""
-    chosen = settings(per_device_train_batch_size=4, save_steps=1)
+    chosen = settings(per_device_train_batch_size=4, save_steps=1, **changes)
     student = tiny_model(1)
     try:
         play(student, folder, chosen, teacher=FailingTeacher(2 if RANK == 1 else 100, nan=True))
     except NonFiniteError as error:
-        save_file(weights(student), folder / f"rank{RANK}.safetensors")
+        keep(student, folder)
         return str(error)
     raise AssertionError("NaN went through")
 
@@ -51,22 +55,46 @@ def made(folder: Path) -> Path:
     return folder
 
 
-def main(folder: Path) -> None:
+def keep(student: nn.Module, folder: Path) -> None:
+    """Write the whole weights of each rank."""
+    with whole(student) as model:
+        save_file(weights(model), folder / f"rank{RANK}.safetensors")
+
+
+def play_all(folder: Path, model: Path, names: Iterable[str], **changes: Any) -> None:
     def dropout() -> nn.Module:
         return tiny_lora(1, dropout=0.5)
 
-    ends = {name: play_update(name, made(folder / name), folder / "model", ranks=2) for name in UPDATES}
-    chosen = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    ends = {name: play_update(name, made(folder / name), model, ranks=2, **changes) for name in names}
+    chosen = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2, **changes)
     ends["straight"] = play(dropout(), made(folder / "straight"), chosen)
-    ends["continued"] = interrupted(made(folder / "continued"), dropout)
+    ends["continued"] = interrupted(made(folder / "continued"), dropout, **changes)
+    narrow = settings(per_device_train_batch_size=4, bf16=True, **changes)
+    ends["bf16"] = play(tiny_model(1), made(folder / "bf16"), narrow)
+    wider = tiny_teacher(width=64, dtype=EXACT)
+    hidden = build_objective("sum", parts=["fkl", "hidden"])
+    chosen = settings(per_device_train_batch_size=4, **changes)
+    ends["hidden"] = play(tiny_model(1, dtype=EXACT), made(folder / "hidden"), chosen, objective=hidden, teacher=wider)
     for name, student in ends.items():
-        save_file(weights(student), folder / name / f"rank{RANK}.safetensors")
+        keep(student, folder / name)
     for name in SCENARIOS:
-        student, written = play_author(name, made(folder / name), per_device_train_batch_size=4)
-        save_file(weights(student), folder / name / f"rank{RANK}.safetensors")
+        student, written = play_author(name, made(folder / name), per_device_train_batch_size=4, **changes)
+        keep(student, folder / name)
         (folder / name / f"written-rank{RANK}.json").write_text(json.dumps(written))
-    messages = {"poisoned": poisoned(made(folder / "poisoned"))}
+    messages = {"poisoned": poisoned(made(folder / "poisoned"), **changes)}
     (folder / f"messages-rank{RANK}.json").write_text(json.dumps(messages))
+
+
+def main(folder: Path) -> None:
+    model = folder / "model"
+    play_all(folder, model, UPDATES)
+    with kept_bytes() as kept:
+        play_all(made(folder / "sharded"), model, SHARDED, sharding="full")
+    refused = made(folder / "refused")
+    try:
+        play_update("quantised", refused, model, ranks=2, sharding="full")
+    except LimbeckError as error:
+        (refused / f"rank{RANK}.json").write_text(json.dumps({"said": str(error), "bytes": kept}))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,25 @@ def test_a_launch_in_one_line_and_in_provenance() -> None:
     assert Launch().record() == {"ranks": 1, "wrapper": "none", "launcher": None}
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}
+
+
+def test_a_student_that_is_sharded_over_the_ranks() -> None:
+    """By accelerate's configuration or the recipe; of one process there is nothing to shard."""
+    asked = launched(TORCHRUN | FSDP2)
+    assert (asked.fsdp2, asked.sharded, asked.wrapper) == (True, True, "FSDP2")
+    assert asked.with_sharding("auto").sharded and asked.with_sharding("full").sharded
+    with pytest.raises(LimbeckError, match=r"asks for a student that is sharded .*train.sharding=none"):
+        asked.with_sharding("none")
+    plain = launched(TORCHRUN)
+    assert [plain.with_sharding(name).wrapper for name in ("auto", "none", "full")] == ["DDP", "DDP", "FSDP2"]
+    assert launched(FSDP2).with_sharding("full").wrapper == "none"
+
+
 REFUSED = [
+    (FSDP2 | {"FSDP_VERSION": "1"}, r"asks for FSDP \(ACCELERATE_USE_FSDP\) in its first version.*fsdp_version: 2"),
+    (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS is 'true'.* set fsdp_offload_params: false"),
+    (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "set .*train.gradient_checkpointing=true"),
     ({"ACCELERATE_USE_FSDP": "true"}, r"asks for FSDP \(ACCELERATE_USE_FSDP\).*expected a whole student on each rank"),
     ({"FSDP_VERSION": "2"}, r"asks for FSDP \(FSDP_VERSION\)"),
     ({"ACCELERATE_USE_DEEPSPEED": "True"}, r"asks for DeepSpeed \(ACCELERATE_USE_DEEPSPEED\)"),

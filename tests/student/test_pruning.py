@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from limbeck.models.heads import decoder_of, head_of, project
-from limbeck.student.blocks import decoder_blocks, depth_prune, left_out
+from limbeck.models.heads import decoder_blocks, decoder_of, head_of, project
+from limbeck.student.blocks import depth_prune, left_out
 from limbeck.student.pruning import calibration_rows, choose_blocks
 from limbeck.types import LimbeckError, TokenBatch
 from tests.models.tiny import DEPTH, FAMILIES, REAL, tiny_model

@@ -79,13 +79,14 @@ def gather_head(head: Head) -> Head:
 
     The way back scatters its gradient once and averages it over the ranks, as FSDP2 does with the other parameters.
     """
+    weight_VD = gather_parameter(head.weight_VD)
+    return replace(head, weight_VD=weight_VD, bias_V=None if head.bias_V is None else gather_parameter(head.bias_V))
+
+
+def gather_parameter(parameter: Tensor) -> Tensor:
+    """A parameter whole on this rank; the gradient of one that is sharded is scattered and averaged over the ranks."""
     if not torch.distributed.is_available():
-        return head
-    weight_VD = _whole(head.weight_VD)
-    return replace(head, weight_VD=weight_VD, bias_V=None if head.bias_V is None else _whole(head.bias_V))
-
-
-def _whole(parameter: Tensor) -> Tensor:
+        return parameter
     from torch.distributed.tensor import DTensor, Partial
 
     if not isinstance(parameter, DTensor):

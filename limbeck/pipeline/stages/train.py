@@ -13,6 +13,7 @@ import torch
 from limbeck.models.loading import LoadedModel
 from limbeck.models.vision import bind_images
 from limbeck.models.vocabulary import real_vocab_size
+from limbeck.models.whole import whole
 from limbeck.objectives import Temperature
 from limbeck.objectives.base import Objective
 from limbeck.objectives.sums import nested
@@ -21,6 +22,7 @@ from limbeck.pipeline.build import loss_plan_of, sft_loss_plan, temperature_of, 
 from limbeck.pipeline.cached_teacher import round_teacher
 from limbeck.pipeline.checks import check_student, student_spec
 from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.elastic import train_inputs
 from limbeck.pipeline.fidelity_in_training import fidelity_on
 from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
 from limbeck.pipeline.response_sources import response_source_of
@@ -30,7 +32,7 @@ from limbeck.pipeline.stages.respond import CALIBRATION_RESPONSES, load_response
 from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.student_endings import endings_record, say_endings, with_endings
 from limbeck.recipe import load
-from limbeck.recipe.keys import fingerprinted, fingerprinted_member
+from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.sections import SftSection
 from limbeck.rollouts.account import never_acted, summary
 from limbeck.rollouts.collate import collate
@@ -54,7 +56,7 @@ from limbeck.types import Interrupted, Json, LimbeckError, Response, SignalSourc
 def _student_inputs(context: RunContext) -> Json:
     recipe = context.recipe
     inputs = student_inputs(context) | corpus_inputs(context)
-    inputs |= {"objective": asdict(recipe.objective), "train": fingerprinted(recipe.train)}
+    inputs |= {"objective": asdict(recipe.objective), "train": train_inputs(context)}
     if recipe.teacher.across is not None:
         inputs |= {"across": asdict(recipe.teacher.across)}
     if recipe.on_policy:
@@ -152,9 +154,10 @@ def _run_student(context: RunContext) -> Json:
             if context.stop.requested:
                 raise KeyboardInterrupt(context.stop.number) from stopped
             raise
-    if context.rank:
-        return {}
-    save_student(trained, student.tokenizer, run.student, quantization=student.quantization)
+    with whole(trained, here=context.rank == 0, device=torch.device("cpu")) as trained:
+        if context.rank:
+            return {}
+        save_student(trained, student.tokenizer, run.student, quantization=student.quantization)
     write_json(run.student / "student.json", _student_record(context, student))
     last = json.loads([line for _, line in json_lines(run.metrics.read_text("utf-8"))][-1])
     if account := summary(last):
