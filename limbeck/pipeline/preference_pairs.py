@@ -10,18 +10,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
 from typing import Any
 
-from limbeck.client.openai import Server
 from limbeck.evaluation.context import response_text
-from limbeck.evaluation.judge.asking import AnswerPair, Judge, estimate, questions_of, request_text
-from limbeck.evaluation.judge.log import JudgementLog
-from limbeck.evaluation.judge.verdicts import JudgedPair
+from limbeck.evaluation.judge.asking import request_text
 from limbeck.evaluation.likelihood import mean_logp
 from limbeck.models.loading import LoadedModel, load_model
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.judged_answers import judge_server, shares_won
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.stages.respond import sampler_for, sampling_meter
 from limbeck.pipeline.text_only import text_options
@@ -67,18 +64,6 @@ def preferences_of(context: RunContext, data: DataPairs) -> Preferences:
         dataset_split=data.dataset_split if data.source else prompts.dataset_split,
         dataset_config=data.dataset_config if data.source else prompts.dataset_config,
         identical=data.identical,
-    )
-
-
-def server_of(judge: JudgePairs) -> Server:
-    """Where the judge is."""
-    assert judge.base_url is not None
-    return Server(
-        base_url=judge.base_url,
-        timeout_s=judge.timeout_s,
-        retries=judge.retries,
-        api_key_env=judge.api_key_env,
-        section=PAIRS_KEY,
     )
 
 
@@ -164,40 +149,10 @@ class RunMaterials:
         return scores
 
     def judged(self, judge: JudgePairs, answers: Answers) -> Mapping[str, float | None]:
-        context, server = self.context, server_of(judge)
-        tokenizer: Any = load_distilled(context).tokenizer
-        compared = [both for given in answers.values() for both in combinations(given, 2)]
-        model = judge.model or server.model(None)
-        pairs = [self._compared(first, second, tokenizer) for first, second in compared]
-        asked = questions_of(pairs, model)
-        log = JudgementLog.open(context.run.root / "judgements.jsonl")
-        every = list({question.key: question for orders in asked for question in orders}.values())
-        left = [question for question in every if not log.holds(question.key, judge.judgement_tokens)]
-        if left:
-            asking = Judge(
-                server=server,
-                model=server.model(judge.model),
-                max_new_tokens=judge.judgement_tokens,
-                concurrency=judge.concurrency,
-            )
-            guess = estimate(left, judge.judgement_tokens)
-            context.console.say(
-                f"prefer: {guess.requests} requests to the judge {asking.model} ({len(every) - len(left)} judged "
-                f"earlier), about {guess.input_tokens:,} tokens to read and at most {guess.output_tokens:,} to write"
-            )
-            with context.console.meter("prefer: judge", len(every), "judgements", len(every) - len(left)) as meter:
-                for judgement in asking.ask(left, answered_before=log.has_verdict_of(asking.model)):
-                    with context.stop.deferred():
-                        log.add(judgement)
-                    meter.advance(1)
-                    context.stop.raise_if_requested()
-        return _shares_won(
-            {response.id for given in answers.values() for response in given},
-            [
-                (first.id, second.id, _value(pair, log.known[one.key].opinion, log.known[other.key].opinion))
-                for (first, second), pair, (one, other) in zip(compared, pairs, asked, strict=True)
-            ],
-        )
+        tokenizer: Any = load_distilled(self.context).tokenizer
+        texts = {name: [(r.id, response_text(r, tokenizer)) for r in given] for name, given in answers.items()}
+        requests = {name: request_text(self.prompts[name]) for name in answers}
+        return shares_won(self.context, judge, judge_server(judge, PAIRS_KEY), texts, requests, stage="prefer")
 
     def of_data(self, data: DataPairs) -> PairSet:
         context, found = self.context, preferences_of(self.context, data)
@@ -258,29 +213,3 @@ class RunMaterials:
             too_long=section.too_long,
             longest=section.max_prompt_length,
         ).kept
-
-    def _compared(self, first: Response, second: Response, tokenizer: Any) -> AnswerPair:
-        return AnswerPair(
-            id=f"{first.id}-{second.id}",
-            request=request_text(self.prompts[first.prompt_id]),
-            student=response_text(first, tokenizer),
-            other=response_text(second, tokenizer),
-        )
-
-
-def _value(pair: AnswerPair, first: Any, second: Any) -> float | None:
-    """What a comparison counts for the first of its answers."""
-    lengths = (len(pair.student), len(pair.other))
-    return JudgedPair(id=pair.id, first=first, second=second, lengths=lengths).value
-
-
-def _shares_won(ids: set[str], compared: Sequence[tuple[str, str, float | None]]) -> dict[str, float | None]:
-    """Mean value of the comparisons of each answer; None where one of them was unread."""
-    won: dict[str, list[float | None]] = {name: [] for name in ids}
-    for first, second, value in compared:
-        won[first].append(value)
-        won[second].append(None if value is None else 1.0 - value)
-    return {
-        name: None if None in values else sum(v for v in values if v is not None) / len(values)
-        for name, values in won.items()
-    }

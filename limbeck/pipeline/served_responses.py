@@ -51,16 +51,18 @@ def ask_server(
     asked: Sequence[TokenPrompt],
     template: TemplateName,
     sampling: Sampling,
+    folder: str,
 ) -> tuple[list[Response], Json]:
     """The answers to `asked`, in order, and the server's record for the manifest; answers on disk are not asked for.
 
     Args:
         prompts: what `asked` was made of, for a server that writes its own chat template.
+        folder: name of that of the answers.
     """
     section = context.recipe.responses.server
     assert section is not None
     sampler = _sampler(context, section, tokenizer, prompts, template)
-    log = ServedLog.open(context.run.responses / "batches" / "served.jsonl", model=sampler.model)
+    log = ServedLog.open(context.run.responses / folder / "served.jsonl", model=sampler.model)
     for row, response in log.rows.items():
         assert response.prompt_ids == as_asked(asked[row]).ids
     started, tokens = time.monotonic(), 0

@@ -5,30 +5,43 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from limbeck.evaluation.context import text_behind
+from limbeck.evaluation.context import response_text, text_behind
+from limbeck.evaluation.judge.asking import request_text
 from limbeck.evaluation.sandbox.host import Limits, require_sandbox
 from limbeck.evaluation.tasks.marking import AnswerMark, mark_answers
+from limbeck.evaluation.tasks.math_answers import extract
 from limbeck.evaluation.tasks.problems import CODE, Problem
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.judged_answers import judge_server, shares_won
 from limbeck.pipeline.problems import read_prompt_problems
+from limbeck.prompts.labels import prompt_label
+from limbeck.recipe.keys import fingerprinted
 from limbeck.recipe.sections import VerifySection
 from limbeck.types import Json, LimbeckError, Response, Sampling, TokenPrompt
 
+JUDGE_KEY = "responses.verify.judge"
 WriteAgain = Callable[[Sequence[TokenPrompt], int], list[Response]]
 
 
 def check_verification(context: RunContext) -> None:
-    """Programs can be run here, where answers are programs.
+    """Check that programs can be run here, where answers are programs, and that a judge is there.
 
     Raises:
-        LimbeckError: this machine has no sandbox.
+        LimbeckError: this machine has no sandbox, or the judge is down or has another model.
     """
     section = context.recipe.responses.verify
-    if section is None or context.recipe.prompts.problems_of not in CODE or context.run.done("respond"):
+    wanted = context.wanted is None or "respond" in context.wanted
+    if section is None or context.run.done("respond"):
+        return
+    if section.judge is not None and wanted:
+        server = judge_server(section.judge, JUDGE_KEY)
+        # A person waits for this one.
+        replace(server, retries=min(server.retries, 1)).model(section.judge.model)
+    if section.by != "task" or context.recipe.prompts.problems_of not in CODE:
         return
     with tempfile.TemporaryDirectory() as scratch:
         require_sandbox(Path(scratch), _limits(section))
@@ -39,6 +52,40 @@ def later_sampling(sampling: Sampling, attempt: int) -> Sampling:
     return replace(sampling, seed=sampling.seed + attempt)
 
 
+def verification_inputs(section: VerifySection) -> Json:
+    """How answers are checked, for fingerprints; what is as it always was is left out."""
+    found = fingerprinted(section)
+    plain = {"by": "task", "column": None, "judge": None}
+    return {key: value for key, value in found.items() if key not in plain or value != plain[key]}
+
+
+def check_references(context: RunContext, asked: Sequence[TokenPrompt]) -> None:
+    """Check that every training prompt has the reference answer that its answers are checked against.
+
+    Raises:
+        LimbeckError: one has none; names it and its place in the data.
+    """
+    section = context.recipe.responses.verify
+    if section is not None and section.by == "math":
+        _math_problems(context, section, asked)
+
+
+def _math_problems(context: RunContext, section: VerifySection, asked: Sequence[TokenPrompt]) -> dict[str, Problem]:
+    """The training prompts as mathematical problems, by id."""
+    problems = {}
+    for prompt in (context.known_prompts[one.id] for one in asked if one.split == "train"):
+        given = prompt.completion if section.column is None else prompt.columns[section.column]
+        answer = extract(given or "").answer or (given or "").strip()
+        if not answer:
+            where = "no reference answer" if section.column is None else f"nothing in the column {section.column!r}"
+            raise LimbeckError(
+                f"prompt {prompt_label(prompt)} has {where}, which responses.verify.by=math checks against; give one, "
+                "name its column with responses.verify.column, or leave the row out"
+            )
+        problems[prompt.id] = Problem(id=prompt.id, task="math", request="", plain="", answer=answer)
+    return problems
+
+
 def verified(
     context: RunContext,
     responses: Sequence[Response],
@@ -46,7 +93,7 @@ def verified(
     tokenizer: Any,
     write_again: WriteAgain,
 ) -> tuple[list[Response], Json]:
-    """The responses with a right one for each training prompt that got one, and what the manifest says of it.
+    """The responses with a right one, or the best, for each training prompt that got one, and what the manifest says.
 
     Held-out responses stay as they are: how far the student is from the teacher is measured on what the teacher writes.
 
@@ -59,12 +106,57 @@ def verified(
     """
     section = context.recipe.responses.verify
     assert section is not None
-    problems = read_prompt_problems(context.run.problems)
     answers = {r.prompt_id: r for r in responses if r.split == "train"}
     waiting = [prompt for prompt in asked if prompt.id in answers]
-    chosen: dict[str, Response] = {}
-    by_attempt: list[int] = []
-    failures: Counter[str] = Counter()
+    choose = _best if section.by == "judge" else _right
+    found = choose(context, section, waiting, answers, tokenizer, write_again)
+    chosen, prompts = found.chosen, len(waiting)
+    if prompts and not chosen and section.unverified == "drop":
+        raise LimbeckError(
+            f"responses.verify: none of {prompts} training prompts got a right answer in {section.samples} "
+            f"(failures: {dict(found.failures)}); raise responses.verify.samples, set "
+            "responses.verify.unverified=keep, or choose a better teacher"
+        )
+    without = prompts - len(chosen)
+    left_out = without if section.unverified == "drop" else 0
+    context.console.say(
+        f"respond: {len(chosen)} of {prompts} training prompts have {WORDS[section.by]}"
+        + (f", {left_out} are left out" if left_out else "")
+        + (f", {without} keep their first one" if without and not left_out else "")
+    )
+    kept = [
+        chosen.get(r.prompt_id, r) for r in responses if r.split != "train" or r.prompt_id in chosen or not left_out
+    ]
+    record: Json = {"prompts": prompts, "right": len(chosen), "left_out": left_out, "by_attempt": found.by_attempt}
+    record |= {} if section.by == "task" else {"by": section.by}
+    return kept, {"verified": record | {"failures": dict(found.failures)}}
+
+
+# What a chosen answer is called.
+WORDS = {"task": "a right answer", "math": "a right answer", "judge": "an answer that the judge chose"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Chosen answers by prompt, how many of each attempt, and why others were not."""
+
+    chosen: dict[str, Response]
+    by_attempt: list[int]
+    failures: Counter[str]
+
+
+def _right(
+    context: RunContext,
+    section: VerifySection,
+    asked: Sequence[TokenPrompt],
+    answers: dict[str, Response],
+    tokenizer: Any,
+    write_again: WriteAgain,
+) -> _Chosen:
+    """The first right answer to each prompt; the next one is only written where none before was."""
+    by_task = section.by == "task"
+    problems = read_prompt_problems(context.run.problems) if by_task else _math_problems(context, section, asked)
+    waiting, chosen, by_attempt, failures = list(asked), dict[str, Response](), list[int](), Counter[str]()
     for attempt in range(section.samples):
         if attempt:
             answers = {r.prompt_id: r for r in write_again(waiting, attempt)}
@@ -77,24 +169,47 @@ def verified(
         waiting = [prompt for prompt in waiting if prompt.id not in chosen]
         if not waiting:
             break
-    prompts = len(chosen) + len(waiting)
-    if prompts and not chosen and section.unverified == "drop":
-        raise LimbeckError(
-            f"responses.verify: none of {prompts} training prompts got a right answer in {section.samples} "
-            f"(failures: {dict(failures)}); raise responses.verify.samples, set responses.verify.unverified=keep, or "
-            "choose a better teacher"
-        )
-    left_out = len(waiting) if section.unverified == "drop" else 0
-    context.console.say(
-        f"respond: {len(chosen)} of {prompts} training prompts have a right answer"
-        + (f", {left_out} are left out" if left_out else "")
-        + (f", {len(waiting)} keep their first one" if waiting and not left_out else "")
-    )
-    kept = [
-        chosen.get(r.prompt_id, r) for r in responses if r.split != "train" or r.prompt_id in chosen or not left_out
-    ]
-    record: Json = {"prompts": prompts, "right": len(chosen), "left_out": left_out, "by_attempt": by_attempt}
-    return kept, {"verified": record | {"failures": dict(failures)}}
+    return _Chosen(chosen=chosen, by_attempt=by_attempt, failures=failures)
+
+
+def _best(
+    context: RunContext,
+    section: VerifySection,
+    asked: Sequence[TokenPrompt],
+    answers: dict[str, Response],
+    tokenizer: Any,
+    write_again: WriteAgain,
+) -> _Chosen:
+    """The answer to each prompt that wins most of its comparisons, the first of several; all of them are written.
+
+    Answers that say the same are one; where all do there is nothing to choose, and it is taken.
+    """
+    judge = section.judge
+    assert judge is not None, "the recipe's checks ask for it"
+    attempts = [answers]
+    attempts += [{r.prompt_id: r for r in write_again(asked, attempt)} for attempt in range(1, section.samples)]
+    candidates: dict[str, dict[str, int]] = {}
+    for prompt in asked:
+        texts = [response_text(one[prompt.id], tokenizer).strip() for one in attempts]
+        candidates[prompt.id] = {text: number for number, text in reversed(list(enumerate(texts))) if text}
+    named = {
+        prompt: [(f"{prompt}-{number}", text) for text, number in sorted(texts.items(), key=lambda one: one[1])]
+        for prompt, texts in candidates.items()
+    }
+    server = judge_server(judge, JUDGE_KEY)
+    requests = {prompt: request_text(context.known_prompts[prompt]) for prompt in named}
+    won = shares_won(context, judge, server, named, requests, stage="respond")
+    chosen, numbers, failures = dict[str, Response](), list[int](), Counter[str]()
+    for prompt, texts in candidates.items():
+        shares = {number: won[f"{prompt}-{number}"] for number in sorted(texts.values())}
+        known = {number: share for number, share in shares.items() if share is not None}
+        if not known and len(texts) != 1:
+            failures["no answer" if not texts else "no verdict"] += 1
+            continue
+        best = max(known, key=lambda number: known[number]) if known else next(iter(texts.values()))
+        chosen[prompt] = attempts[best][prompt]
+        numbers.append(best)
+    return _Chosen(chosen=chosen, by_attempt=[numbers.count(n) for n in range(section.samples)], failures=failures)
 
 
 def _marks(context: RunContext, section: VerifySection, answers: Sequence[tuple[Problem, str]]) -> list[AnswerMark]:

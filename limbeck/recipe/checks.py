@@ -86,10 +86,28 @@ def _check_verify(recipe: Recipe) -> None:
     verify = responses.verify
     if verify is None:
         return
-    if prompts.problems_of is None:
+    if prompts.problems_of is None and verify.by == "task":
         raise LimbeckError(
             "responses.verify checks answers to problems, but the prompts are none; set prompts.task to the task they "
-            "are of, such as gsm8k, or remove responses.verify"
+            "are of, such as gsm8k, or responses.verify.by to math or judge, or remove responses.verify"
+        )
+    if verify.column is not None and verify.by != "math":
+        raise LimbeckError(
+            f"responses.verify.column is for responses.verify.by=math, but it is {verify.by}; change it, or leave "
+            "column out"
+        )
+    if (verify.judge is not None) != (verify.by == "judge"):
+        remedy = (
+            "give responses.verify.judge={base_url: ...}" if verify.judge is None else "set responses.verify.by=judge"
+        )
+        raise LimbeckError(
+            f"responses.verify.by is {verify.by} and responses.verify.judge is "
+            f"{'missing' if verify.judge is None else 'given'}; {remedy}"
+        )
+    if verify.by == "judge" and verify.samples == 1:
+        raise LimbeckError(
+            "responses.verify.by=judge chooses among several answers, but responses.verify.samples is 1; set it to 2 "
+            "or more"
         )
     if recipe.base_author != "teacher":
         raise LimbeckError(
@@ -105,11 +123,6 @@ def _check_verify(recipe: Recipe) -> None:
         raise LimbeckError(
             "responses.verify checks the answers that are there before training, but the teacher writes them anew in "
             "every round; set responses.source.resample_teacher=false"
-        )
-    if verify.samples > 1 and responses.server is not None:
-        raise LimbeckError(
-            f"responses.verify.samples is {verify.samples}, but a server is asked once for each prompt; "
-            "set responses.verify.samples=1, or let the teacher answer in this process"
         )
     if verify.samples > 1 and responses.temperature == 0:
         raise LimbeckError(
@@ -178,6 +191,8 @@ def _check_key_names(recipe: Recipe) -> None:
     for name, section in recipe.every_teacher.items():
         named[f"teachers.{name}.where" if name else "teacher.where"] = section.where
     named |= {f"evaluate.groups.{name}": group for name, group in recipe.evaluate.groups.items()}
+    if recipe.responses.verify is not None:
+        named["responses.verify.judge"] = recipe.responses.verify.judge
     named |= {"preference.pairs": recipe.preference.pairs} if recipe.preference else {}
     for place, holder in named.items():
         name = getattr(holder, "api_key_env", None)
@@ -334,9 +349,10 @@ def _check_sees(recipe: Recipe) -> None:
     """Check what the teacher sees against the columns that are read."""
     for section in recipe.every_teacher.values():
         section.sees.check()
-    left_out = next((name for name in recipe.teacher_columns if name in recipe.prompts.ignore_columns), None)
+    left_out = next((name for name in recipe.kept_columns if name in recipe.prompts.ignore_columns), None)
     if left_out is not None:
         key = "combine" if recipe.combine is not None and left_out in recipe.combine.columns else "teacher.sees"
+        key = key if left_out in recipe.teacher_columns else "responses.verify.column"
         raise LimbeckError(
             f"prompts.ignore_columns leaves out {left_out!r}, which {key} reads; remove it from one of the two"
         )

@@ -181,11 +181,36 @@ class DraftSection:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class VerifyJudgeSection:
+    """Another model behind a server, which compares answers to one prompt, each with each and in both orders."""
+
+    base_url: Annotated[str, NEUTRAL]
+    """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """The judge's name there; null takes the only model it offers."""
+    judgement_tokens: Count = 512
+    """Length of a judgement."""
+    concurrency: Annotated[Count, NEUTRAL] = 8
+    timeout_s: Annotated[Positive, NEUTRAL] = 120.0
+    retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
+    api_key_env: Annotated[str | None, NEUTRAL] = None
+    """Environment variable that holds the key; never the key itself."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class VerifySection:
-    """Which of the teacher's answers to a training prompt is learnt from: one that is right (needs prompts.task)."""
+    """Which of the teacher's answers to a training prompt is learnt from: one that is right, or the best of several."""
 
     samples: Count = 1
-    """Answers to a prompt at most: the next one is only written where none before was right (best of n)."""
+    """Answers to a prompt at most (best of n): the next one is only written where none before was right; for a judge
+    all of them are."""
+    by: Literal["task", "math", "judge"] = "task"
+    """How answers are checked: as the problems of prompts.task or prompts.generate are; as mathematics, against the
+    reference answers of the data; or by a judge, who says which is best."""
+    column: str | None = None
+    """With by=math: the column of the data with the reference answer; null takes the data's answer."""
+    judge: VerifyJudgeSection | None = None
+    """With by=judge: who it is."""
     unverified: Literal["drop", "keep"] = "drop"
     """What happens to a prompt without a right answer: it is left out and counted, or its first answer is kept."""
     timeout_s: Positive = 10.0
@@ -393,6 +418,13 @@ class Recipe:
         return tuple(dict.fromkeys((*seen, *(self.combine.columns if self.combine else ()))))
 
     @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """Columns of the data that are kept with the prompts: those that teachers read, and a checker of answers."""
+        verify = self.responses.verify
+        checked = () if verify is None or verify.column is None else (verify.column,)
+        return tuple(dict.fromkeys((*self.teacher_columns, *checked)))
+
+    @property
     def teacher_source(self) -> TeacherSection:
         """The section `teacher` with the model whose files it means."""
         return self.source_of(self.teacher)
@@ -442,6 +474,7 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "prompts"): PromptsSection,
     (Recipe, "responses"): ResponsesSection,
     (ResponsesSection, "verify"): VerifySection,
+    (VerifySection, "judge"): VerifyJudgeSection,
     (ResponsesSection, "server"): ServerSection,
     (ResponsesSection, "draft"): DraftSection,
     (Recipe, "objective"): ObjectiveSection,

@@ -131,7 +131,8 @@ def _verified(run: Run) -> list[tuple[str, str]]:
     if right is None or prompts is None:
         return []
     rest = f", {left_out:.0f} left out" if left_out else ""
-    return [("right answers", f"for {right:.0f} of {prompts:.0f} training prompts{rest}")]
+    label = "chosen by a judge" if record.get("by") == "judge" else "right answers"
+    return [(label, f"for {right:.0f} of {prompts:.0f} training prompts{rest}")]
 
 
 def _paid(run: Run) -> list[tuple[str, str]]:

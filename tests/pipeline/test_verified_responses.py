@@ -158,7 +158,6 @@ def test_programs_are_run_and_none_that_is_right_ends_the_run(teacher: Path, tmp
         ({"responses.source": "student"}, ("trains on none of them", "source=student")),
         ({"responses.source": "pairs"}, ("resample_teacher=false",)),
         ({"responses.temperature": 0.0}, ("temperature 0", "samples=1")),
-        ({"responses.server": {"base_url": "http://localhost:1/v1"}}, ("samples is 3", "server")),
         ({"prompts.fields": {"prompt": "question"}}, ("prompts.task=gsm8k", "remove prompts.fields")),
         ({"prompts.task": "gsm9k"}, ("prompts.task", "gsm8k")),
     ],

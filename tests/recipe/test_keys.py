@@ -99,6 +99,9 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     checked["prompts"] |= {"task": "gsm8k", "source": str(folder / "problems.jsonl")}
     problems = (f'{{"question": "What is {i} + 1?", "answer": "#### {i + 1}"}}\n' for i in range(20))
     (folder / "problems.jsonl").write_text("".join(problems), "utf-8")
+    judge = {"base_url": "http://localhost:1/v1"}
+    judged = tiny.tree(folder / "judged", **common, responses={"verify": {"samples": 2, "by": "judge", "judge": judge}})
+    by_column = tiny.tree(folder / "by_column", **common, responses={"verify": {"by": "math", "column": "result"}})
     itself = tiny.tree(folder / "itself", **common, responses={"source": "student"})
     itself["teacher"] = {"model": "ema", "cache": False, "sees": {"name": "system", "text": "Be short."}}
     itself["student"] = {"model": str(tiny.teacher)}
@@ -109,7 +112,7 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
         "combine": {"name": "rule", "patterns": {"one": "a"}, "otherwise": "two"},
         "student": {"model": str(tiny.teacher)},
     }
-    return [load_recipe(tree) for tree in (served, drafted, sparse, data, checked, itself, several)]
+    return [load_recipe(tree) for tree in (served, drafted, sparse, data, checked, judged, by_column, itself, several)]
 
 
 def others(section: type, name: str, now: Any) -> Iterator[Any]:
@@ -237,6 +240,7 @@ def test_the_marked_keys() -> None:
         *(f"responses.server.{key}" for key in connection),
         *(f"evaluate.groups.judge.{key}" for key in connection | {"price_per_million"}),
         *(f"preference.pairs.{key}" for key in connection),
+        *(f"responses.verify.judge.{key}" for key in connection),
         *("preference.save_steps", "preference.save_total_limit"),
         *("teacher.where.path", "teacher.where.folder", *(f"teacher.where.{key}" for key in connection)),
         *(f"teacher.where.{key}" for key in ("budget_usd", "price_per_million", "added_tokens")),

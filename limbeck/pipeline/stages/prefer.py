@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from limbeck.pipeline.context import RunContext, Stage
-from limbeck.pipeline.preference_pairs import RunMaterials, load_distilled, preferences_of, server_of
+from limbeck.pipeline.judged_answers import judge_server
+from limbeck.pipeline.preference_pairs import RunMaterials, load_distilled, preferences_of
 from limbeck.pipeline.stages.respond import teacher_inputs
 from limbeck.prompts.readers import source_digest
 from limbeck.recipe.keys import fingerprinted, fingerprinted_member
@@ -55,7 +56,7 @@ def check_preference(context: RunContext) -> None:
     if isinstance(section.pairs, DataPairs):
         preferences_of(context, section.pairs)
     elif isinstance(section.pairs, JudgePairs) and not context.run.done("prefer"):
-        server_of(section.pairs).check_key()
+        judge_server(section.pairs, PAIRS_KEY).check_key()
 
 
 def _preference_inputs(context: RunContext) -> Json:

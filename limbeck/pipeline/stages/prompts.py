@@ -36,7 +36,7 @@ def prompt_inputs(context: RunContext) -> Json:
             del section[rare]
     if (heldout := context.recipe.prompts.heldout) is not None:
         section["heldout_content"] = _content_of(context, replace(context.recipe.prompts, source=heldout))
-    if columns := context.recipe.teacher_columns:
+    if columns := context.recipe.kept_columns:
         section["seen_columns"] = list(columns)
     if (generate := context.recipe.prompts.generate) is not None:
         return section | {"generate": fingerprinted_member(GENERATE.key, generate)}
@@ -48,7 +48,7 @@ def _content_of(context: RunContext, prompts: PromptsSection) -> Json:
     content: Json = {"content": source_digest(prompts.source)}
     if content["content"] is not None and reads_images(context):
         ignored = (*prompts.ignore_columns, *_read_by_preference(context))
-        digest = digest_of_images(prompts, ignored, context.recipe.teacher_columns)
+        digest = digest_of_images(prompts, ignored, context.recipe.kept_columns)
         if digest is not None:
             content["images"] = digest
     return content
@@ -66,7 +66,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         "ignore_columns": (*section.ignore_columns, *_read_by_preference(context)),
         "rewrite": problems.as_prompt if problems else None,
         "images": RowImages(ImageFolder(context.run.images)) if reads_images(context) else None,
-        "seen_columns": context.recipe.teacher_columns,
+        "seen_columns": context.recipe.kept_columns,
     }
     loaded = load_prompts(
         section.source if section.generate is None else GENERATE.name_of(section.generate),

@@ -26,7 +26,7 @@ from limbeck.pipeline.several import Answering, combination_inputs, writers
 from limbeck.pipeline.store_identity import exact_codec, frame_of
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
-from limbeck.pipeline.verified_responses import later_sampling, verified
+from limbeck.pipeline.verified_responses import check_references, later_sampling, verification_inputs, verified
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.references import require_answers_for_sft
@@ -63,7 +63,7 @@ def _response_inputs(context: RunContext) -> Json:
     server = context.recipe.responses.server
     section |= {"server": fingerprinted(server)} if server else {}
     verify = context.recipe.responses.verify
-    section |= {"verify": fingerprinted(verify)} if verify else {}
+    section |= {"verify": verification_inputs(verify)} if verify else {}
     draft = context.recipe.responses.draft
     section |= {"draft": draft_inputs(draft)} if draft else {}
     chosen: Json = {
@@ -144,23 +144,24 @@ def _run_responses(context: RunContext) -> Json:
         # Pairs are two answers to one prompt.
         loss_on = "last" if context.recipe.responses.source.paired else context.recipe.prompts.loss_on
         responses = _from_data(context, prompts, asked, tokenizer, template, loss_on=loss_on)
-    elif writes:
-        _say_what_is_answered(context, prompts)
-        responses, served = _sample_all(context, asked, template)
-        more |= served
     else:
-        read_by_teacher = prompts if context.seen is None else context.seen.prompts(prompts)
-        seen = as_seen(context, asked)
-        responses, served = ask_server(context, tokenizer, read_by_teacher, seen, template, sampling_of(section))
+        check_references(context, asked)
+        if writes:
+            _say_what_is_answered(context, prompts)
+
+        def write(some: Sequence[TokenPrompt], attempt: int) -> tuple[list[Response], Json]:
+            if writes:
+                return _sample_all(context, some, template, attempt)
+            read_by_teacher = prompts if context.seen is None else context.seen.prompts(prompts)
+            how = later_sampling(sampling_of(section), attempt)
+            place = _folder(attempt)
+            return ask_server(context, tokenizer, read_by_teacher, as_seen(context, some), template, how, place)
+
+        responses, served = write(asked, 0)
         more |= served
-    if section.verify is not None:
-
-        def again(some: Sequence[TokenPrompt], attempt: int) -> list[Response]:
-            assert writes, "the recipe's checks ask for it"
-            return _sample_all(context, some, template, attempt)[0]
-
-        responses, marked = verified(context, responses, asked, tokenizer, again)
-        more |= marked
+        if section.verify is not None:
+            responses, marked = verified(context, responses, asked, tokenizer, lambda *some: write(*some)[0])
+            more |= marked
     if own is not None and author == "teacher":
         responses, retokenised = in_the_students_tokens(context, prompts, responses, tokenizer, read)
         more |= retokenised
@@ -180,6 +181,11 @@ def _run_responses(context: RunContext) -> Json:
         "ended": sum(r.stop != "length" for r in responses),
         "tokens": sum(r.tokens for r in responses),
     } | (more | paid_record(context))
+
+
+def _folder(attempt: int) -> str:
+    """Name of the folder of the answers of an attempt."""
+    return f"attempt-{attempt}" if attempt else "batches"
 
 
 def _from_data(
@@ -305,7 +311,7 @@ def _sample(
         attempt: answers that were wrong are written once more, with another seed and in a folder of their own.
         folder: inside it, of one of several teachers.
     """
-    section, place = context.recipe.responses, context.run.responses / (f"attempt-{attempt}" if attempt else "batches")
+    section, place = context.recipe.responses, context.run.responses / _folder(attempt)
     sampling = later_sampling(sampling_of(section), attempt)
     codec, frame = exact_codec(context.recipe), frame_of(context)
     if captures(context):
