@@ -10,7 +10,7 @@ from limbeck.models.loading import load_model
 from limbeck.models.sources import resolve
 from limbeck.models.vocabulary import compare_vocabularies, describe_vocabulary
 from limbeck.pipeline.context import RunContext
-from limbeck.recipe.sections import DraftSection
+from limbeck.recipe.responses import DraftSection
 from limbeck.runtime.files import write_json
 from limbeck.runtime.records import read_fields
 from limbeck.sampling.acceptance import AcceptanceStats

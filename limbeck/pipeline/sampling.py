@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from limbeck.recipe.sections import ResponsesSection
+from limbeck.recipe.responses import ResponsesSection
 from limbeck.types import Sampling
 
 

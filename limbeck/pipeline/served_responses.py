@@ -20,7 +20,7 @@ from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenP
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from limbeck.recipe.sections import ServerSection
+    from limbeck.recipe.responses import ServerSection
 
 
 def check_server(context: RunContext) -> None:

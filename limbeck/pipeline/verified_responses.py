@@ -20,7 +20,7 @@ from limbeck.pipeline.judged_answers import judge_server, shares_won
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.prompts.labels import prompt_label
 from limbeck.recipe.keys import fingerprinted
-from limbeck.recipe.sections import VerifySection
+from limbeck.recipe.responses import VerifySection
 from limbeck.types import Json, LimbeckError, Response, Sampling, TokenPrompt
 
 JUDGE_KEY = "responses.verify.judge"

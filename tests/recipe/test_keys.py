@@ -20,7 +20,8 @@ from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.keys import neutral_keys, same_arm_keys
 from limbeck.recipe.load import Recipe, known_keys, load_recipe, member_keys, to_yaml
 from limbeck.recipe.preference import PreferenceSection
-from limbeck.recipe.sections import MEMBER_KEYS, PromptsSection, ResponsesSection
+from limbeck.recipe.responses import ResponsesSection
+from limbeck.recipe.sections import MEMBER_KEYS, PromptsSection
 from limbeck.recipe.teacher import TeacherSection
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.registry import TEACHERS
