@@ -311,11 +311,13 @@ class EvaluationGroup(ABC):
         parts: students it looks at: before training, after, or both. Evaluating a student on its own is "after".
         metrics: what its metrics mean, where `limbeck.evaluation.scores.metrics` does not have them.
         references_remedy: what to change where data has no reference answers.
+        takes_likeliest: whether a teacher will do that says no more of a token than the likeliest ones.
     """
 
     parts: ClassVar[tuple[Part, ...]] = ("before", "after")
     metrics: ClassVar[Mapping[str, Metric]] = {}
     references_remedy: ClassVar[str] = "leave the group out of evaluate.groups"
+    takes_likeliest: ClassVar[bool] = False
 
     def needs(self) -> frozenset[Need]:
         """What the group needs: a teacher, the same tokens, reference answers.

@@ -2,6 +2,7 @@
 
 p is the teacher, q the student. Every value is an expectation over the whole vocabulary of real tokens, computed from
 hidden states tile by tile; what exists at once is a few tokens by the vocabulary, never all tokens by the vocabulary.
+Beside a teacher that says its likeliest tokens alone it is what is certain of them (`token_metrics.likeliest_teacher`).
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.evaluation.token_metrics.calibration import bin_sums, curve, pooled_parts
-from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, TokenValues, fidelity_values
+from limbeck.evaluation.token_metrics.likeliest_teacher import LikeliestChunk, values_beside_likeliest
+from limbeck.evaluation.token_metrics.tokens import FidelityChunk, fidelity_values
+from limbeck.evaluation.token_metrics.values import CALIBRATION, FIDELITY, Chunk, TokenValues
 from limbeck.models.forward import hidden_states
 from limbeck.objectives.fused.body import Compile
 from limbeck.rollouts.collate import collate
-from limbeck.types import DenseSignal, Head, Json, LimbeckError, Response, ScoredRow, SignalSource
+from limbeck.types import DenseSignal, Head, Json, LimbeckError, Response, ScoredRow, SignalSource, TopKSignal
 
-# Whose confidence against what, in the order of `TokenValues.confidences`.
-CALIBRATION: tuple[str, ...] = ("student_ece", "teacher_ece", "ece_to_teacher")
 BY_POSITION: tuple[str, ...] = ("forward_kl", "reverse_kl", "top1_agreement")
 
 
@@ -47,13 +49,13 @@ def chunks_of(
     *,
     batch_size: int,
     device: torch.device,
-) -> Iterator[FidelityChunk]:
+) -> Iterator[FidelityChunk | LikeliestChunk]:
     """Responses as the student and the teacher see them, the longest first, `batch_size` rows at a time.
 
     Args:
         head: the student's.
         responses: by their number.
-        teacher: says its whole distribution of each.
+        teacher: says its whole distribution of each, or its likeliest tokens.
     """
     order = sorted(responses, key=lambda row: (-responses[row].length, row))
     for start in range(0, len(order), batch_size):
@@ -61,18 +63,21 @@ def chunks_of(
         with torch.inference_mode():
             hidden_ND = hidden_states(student, batch.to(device))
         signal = teacher.signal(batch)
-        assert isinstance(signal, DenseSignal), "fidelity is over the whole vocabulary"
-        yield FidelityChunk(
-            student_hidden_ND=hidden_ND,
-            student_head=head,
-            teacher=signal,
-            label_ids_N=batch.labels_N.to(device),
-            ids=tuple(responses[row].prompt_id for row in batch.rows),
-            lengths=tuple(responses[row].tokens for row in batch.rows),
-        )
+        assert isinstance(signal, DenseSignal | TopKSignal), "of held-out responses nothing is a sample"
+        shared: dict[str, Any] = {
+            "student_hidden_ND": hidden_ND,
+            "student_head": head,
+            "label_ids_N": batch.labels_N.to(device),
+            "ids": tuple(responses[row].prompt_id for row in batch.rows),
+            "lengths": tuple(responses[row].tokens for row in batch.rows),
+        }
+        if isinstance(signal, TopKSignal):
+            yield LikeliestChunk(teacher=signal, **shared)
+        else:
+            yield FidelityChunk(teacher=signal, **shared)
 
 
-def measure(chunks: Iterable[FidelityChunk], *, top_k: int, compile: Compile = "auto") -> Fidelity:
+def measure(chunks: Iterable[FidelityChunk | LikeliestChunk], *, top_k: int, compile: Compile = "auto") -> Fidelity:
     """Fidelity of every example. Sums over tokens are taken in float64.
 
     Args:
@@ -85,7 +90,10 @@ def measure(chunks: Iterable[FidelityChunk], *, top_k: int, compile: Compile = "
     """
     tally = _Tally()
     for chunk in chunks:
-        tally.add(chunk, fidelity_values(chunk, top_k=top_k, compile=compile))
+        if isinstance(chunk, LikeliestChunk):
+            tally.add(chunk, values_beside_likeliest(chunk, top_k=top_k))
+        else:
+            tally.add(chunk, fidelity_values(chunk, top_k=top_k, compile=compile))
     return Fidelity(rows=tally.rows(), detail=tally.detail())
 
 
@@ -94,18 +102,22 @@ class _Tally:
     """Sums of the metrics so far: by example, and by power of two of the position.
 
     Attributes:
-        sums: metrics of `FIDELITY`, by example.
+        names, calibrations: of the metrics, as the first chunk has them.
+        sums: the metrics, by example.
         bins: `bin_sums` of each calibration, (calibrations, 3, bins), by example.
         tokens: by example.
         positions: tokens and the sums of `BY_POSITION` at positions 2**i to 2**(i + 1) - 1, counted from 1, by i.
     """
 
+    names: tuple[str, ...] = FIDELITY
+    calibrations: tuple[str, ...] = CALIBRATION
     sums: dict[str, Tensor] = field(default_factory=dict)
     bins: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     positions: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, chunk: FidelityChunk, found: TokenValues) -> None:
+    def add(self, chunk: Chunk, found: TokenValues) -> None:
+        self.names, self.calibrations = found.names, found.calibrations
         values_MN = found.values_MN.cpu()
         example_N = torch.repeat_interleave(torch.tensor(chunk.lengths))
         confidences = (bin_sums(c_N.cpu(), o_N.cpu(), example_N, len(chunk.ids)) for c_N, o_N in found.confidences)
@@ -122,7 +134,7 @@ class _Tally:
             start += length
         self._add_positions(values_MN, position_N)
 
-    def _positions(self, chunk: FidelityChunk) -> list[Tensor]:
+    def _positions(self, chunk: Chunk) -> list[Tensor]:
         """Position of each token in its answer, from 1; an example goes on where an earlier chunk left it."""
         seen, positions = dict(self.tokens), []
         for name, length in zip(chunk.ids, chunk.lengths, strict=True):
@@ -131,8 +143,13 @@ class _Tally:
             seen[name] = first + length - 1
         return positions
 
+    @property
+    def _by_position(self) -> list[str]:
+        """The metrics of `BY_POSITION`, or bounds of them."""
+        return [name for name in self.names if name.removesuffix("_at_least") in BY_POSITION]
+
     def _add_positions(self, values_MN: Tensor, position_N: Tensor) -> None:
-        shown_MN = values_MN[[FIDELITY.index(name) for name in BY_POSITION]]
+        shown_MN = values_MN[[self.names.index(name) for name in self._by_position]]
         columns_PN = torch.cat([torch.ones_like(shown_MN[:1]), shown_MN])
         # The exponent of frexp is exact, which a rounded logarithm is not at powers of two.
         power_N = torch.frexp(position_N.double()).exponent - 1
@@ -143,29 +160,30 @@ class _Tally:
     def rows(self) -> list[ScoredRow]:
         rows = []
         for name, total_M in self.sums.items():
-            values = dict(zip(FIDELITY, (total_M / self.tokens[name]).tolist(), strict=True))
+            values = dict(zip(self.names, (total_M / self.tokens[name]).tolist(), strict=True))
             broken = [metric for metric, value in values.items() if not math.isfinite(value)]
             if broken:
                 raise LimbeckError(
                     f"{broken[0]} of example {name!r} is {values[broken[0]]}; expected finite logits from both models: "
                     "look for NaN or inf in their weights, or evaluate in float32"
                 )
-            sums = {metric: pooled_parts(sums_3B) for metric, sums_3B in zip(CALIBRATION, self.bins[name], strict=True)}
+            parts = zip(self.calibrations, self.bins[name], strict=True)
+            sums = {metric: pooled_parts(sums_3B) for metric, sums_3B in parts}
             rows.append(ScoredRow(id=name, weight=float(self.tokens[name]), values=values, sums=sums))
         return rows
 
     def detail(self) -> Json:
-        curves: Sequence[list[Json]] = [[] for _ in CALIBRATION]
+        curves: Sequence[list[Json]] = [[] for _ in self.calibrations]
         if self.bins:
             curves = [curve(sums_3B) for sums_3B in torch.stack(list(self.bins.values())).sum(0)]
         by_position = [
             {"first": 2**power, "last": 2 ** (power + 1) - 1, "tokens": int(tokens)}
-            | {name: float(value / tokens) for name, value in zip(BY_POSITION, total_M, strict=True)}
+            | {name: float(value / tokens) for name, value in zip(self._by_position, total_M, strict=True)}
             for power, (tokens, *total_M) in sorted((p, total.tolist()) for p, total in self.positions.items())
         ]
         return {
             "examples": len(self.tokens),
             "tokens": sum(self.tokens.values()),
-            "reliability": dict(zip(CALIBRATION, curves, strict=True)),
+            "reliability": dict(zip(self.calibrations, curves, strict=True)),
             "by_position": by_position,
         }

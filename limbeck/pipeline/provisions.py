@@ -113,9 +113,13 @@ def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
 
 
 def _by_groups(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
+    # One that says it of its own answers alone scores no fresh ones.
+    scores_any = "replies" not in context.teacher.provides
     for name, group in context.recipe.evaluate.groups.items():
+        likeliest = gives_likeliest_alone(context) and group.takes_likeliest and (scores_any or not group.scores_fresh)
         for need, least in GROUP_NEEDS:
             if need in group.needs():
                 provision: Provision = "hidden" if group.scores_fresh and least == "captured" else least
+                provision = "topk" if likeliest and least == "captured" else provision
                 remedy = "set evaluate.groups.rouge.against=[references]" if name == "rouge" else "leave it out"
                 yield f"evaluate.groups.{name}", provision, remedy

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from limbeck.evaluation.fidelity import BY_POSITION, CALIBRATION, measure
+from limbeck.evaluation.fidelity import BY_POSITION, measure
 from limbeck.evaluation.scores.files import summarise
 from limbeck.evaluation.scores.metrics import METRICS
-from limbeck.evaluation.token_metrics.tokens import FIDELITY, FidelityChunk, fidelity_values
+from limbeck.evaluation.token_metrics.tokens import FidelityChunk, fidelity_values
+from limbeck.evaluation.token_metrics.values import CALIBRATION, FIDELITY
 from limbeck.objectives.fused.body import compiler_available
 from limbeck.types import DenseSignal, Head, LimbeckError
 from tests.evaluation.fidelity_cases import TOP_K, chunk, direct, logits

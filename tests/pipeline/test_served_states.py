@@ -82,7 +82,7 @@ def test_rounds_on_likeliest_tokens_have_the_losses_of_the_whole_where_these_are
 ) -> None:
     """With two objectives too, one for each author; what was said of a round is kept until the next begins."""
     model, tiny, url, handler = served
-    losses = []
+    losses, scores = [], []
     handler.state.requests = []
     for where in ("in_process", {"name": "server", "base_url": url, "retries": 0, "timeout_s": 20.0}):
         here = where == "in_process"
@@ -101,15 +101,20 @@ def test_rounds_on_likeliest_tokens_have_the_losses_of_the_whole_where_these_are
             student=student,
             teacher=teacher,
             objective={"name": "skl", "temperature": 1.0},
-            evaluate={"groups": {"nll": {"whose": "references"}}},
+            evaluate={"groups": {"fidelity": {"whose": ["responses", "student"]}}},
             **more,
         )
         tree["train"]["max_steps"] = 3
         run = run_pipeline(load_recipe(tree), stages=STAGES)
         rows = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
         losses.append([row["loss"] for row in rows if "loss" in row])
+        scores.append(read_json(run.root / "scores.json")["after"])
         if not here:
             asked = [tuple(body["prompt"]) for body in handler.state.requests if isinstance(body.get("prompt"), list)]
-            # What was said of a round is kept, and of the six held-out ones nothing is asked after training.
+            # What was said of a round is kept, and what is asked of held-out answers afterwards is new.
             assert len(asked) == len(set(asked)) > 12 and not run.asked.exists()
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name in ("forward_kl", "reverse_kl", "forward_kl@student"):
+        bound = scores[1][name.replace("kl", "kl_at_least")]["mean"]
+        # Of all tokens a bound is the value itself.
+        assert bound == pytest.approx(scores[0][name]["mean"], rel=1e-4), sorted(scores[1])

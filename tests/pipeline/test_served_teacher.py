@@ -93,7 +93,7 @@ def test_a_pass_that_was_cut_off_asks_for_the_rest(served: Served, tmp_path: Pat
         ({"objective": {"temperature": 2.0}}, ("fkl is impossible", "temperature 1 alone", "objective.temperature=1")),
         ({"objective": {"name": "dld", "temperature": 1.0}}, ("dld is impossible", "whole distribution")),
         ({"responses": {"source": "teacher"}}, ("responses.source=teacher", "weights", "source=data")),
-        ({"evaluate": {"groups": ["fidelity"]}}, ("evaluate.groups.fidelity", "leave it out")),
+        ({"evaluate": {"groups": {"fidelity": {"whose": ["teacher"]}}}}, ("evaluate.groups.fidelity", "leave it out")),
     ],
 )
 def test_what_a_server_cannot_give_is_refused_before_anything_is_asked(

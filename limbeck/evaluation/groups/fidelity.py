@@ -25,6 +25,7 @@ from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, Scored
 
 if TYPE_CHECKING:
     from limbeck.evaluation.fidelity import Fidelity
+    from limbeck.evaluation.token_metrics.likeliest_teacher import LikeliestChunk
     from limbeck.evaluation.token_metrics.tokens import FidelityChunk
 
 Whose = Literal["responses", "teacher", "student", "references"]
@@ -56,6 +57,7 @@ class FidelityGroup(EvaluationGroup):
     seed: Seed = 0
 
     references_remedy = "take references out of evaluate.groups.fidelity.whose"
+    takes_likeliest = True
 
     def needs(self) -> frozenset[Need]:
         more: dict[str, Need] = {"references": "references", "teacher": "teacher_weights"}
@@ -132,7 +134,7 @@ def _fitting(evaluation: EvaluationContext) -> list[Prompt]:
     return [prompt for prompt in held if all(prompt.id in ids for ids in room)]
 
 
-def _chunks(evaluation: EvaluationContext, answers: _Answers) -> Iterator[FidelityChunk]:
+def _chunks(evaluation: EvaluationContext, answers: _Answers) -> Iterator[FidelityChunk | LikeliestChunk]:
     """The answers as the student and the teacher see them, a few rows at a time."""
     from limbeck.evaluation.fidelity import chunks_of
     from limbeck.models.heads import head_of

@@ -58,6 +58,35 @@ METRICS: dict[str, Metric] = {
         label="Reverse KL", unit=NATS, better="lower", teacher_value=0.0,
         meaning="KL(student ‖ teacher): how much the student says that the teacher would not",
     ),
+    "forward_kl_at_least": Metric(
+        label="Forward KL, at least", unit=NATS, better="lower", teacher_value=0.0,
+        meaning="what is certain of `forward_kl` beside a teacher that says its likeliest tokens alone: all others "
+        "count as one",
+    ),
+    "reverse_kl_at_least": Metric(
+        label="Reverse KL, at least", unit=NATS, better="lower", teacher_value=0.0,
+        meaning="the same of `reverse_kl`",
+    ),
+    "jensen_shannon_at_least": Metric(
+        label="Jensen-Shannon divergence, at least", unit=NATS, better="lower", teacher_value=0.0,
+        meaning="the same of `jensen_shannon`",
+    ),
+    "acceptance_at_least": Metric(
+        label="Expected acceptance, at least", unit="", better="higher",
+        meaning="`acceptance` if none of the tokens that the teacher does not say were shared",
+    ),
+    "acceptance_at_most": Metric(
+        label="Expected acceptance, at most", unit="", better="higher", teacher_value=1.0,
+        meaning="`acceptance` if as much of these tokens were shared as their mass allows",
+    ),
+    "teacher_entropy_at_least": Metric(
+        label="Teacher entropy, at least", unit=NATS, better="context",
+        meaning="what is certain of `teacher_entropy`: all tokens that the teacher does not say count as one",
+    ),
+    "teacher_nll_at_least": Metric(
+        label="Teacher negative log-likelihood, at least", unit=NATS, better="context",
+        meaning="`teacher_nll`, exact where the teacher says every token that followed",
+    ),
     "jensen_shannon": Metric(
         label="Jensen-Shannon divergence", unit=NATS, better="lower", teacher_value=0.0,
         meaning="mean of both models' KL to their equal mixture; at most log 2 = 0.693",

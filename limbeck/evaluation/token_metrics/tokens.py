@@ -10,63 +10,25 @@ from torch import Tensor
 
 from limbeck.evaluation.token_metrics.distances import DISTANCES, Distances
 from limbeck.evaluation.token_metrics.likeliest import WIDTH, likeliest
+from limbeck.evaluation.token_metrics.values import FIDELITY, Chunk, TokenValues
 from limbeck.objectives import logit_tiles
 from limbeck.objectives.fused.body import Block, Compile, block_rows, resolve_compile, run_body
 from limbeck.objectives.fused.tile_pass import keep_small_buffers
-from limbeck.types import DenseSignal, Head, LimbeckError
-
-FIDELITY: tuple[str, ...] = (
-    "forward_kl",
-    "reverse_kl",
-    "jensen_shannon",
-    "total_variation",
-    "acceptance",
-    "top1_agreement",
-    "topk_agreement",
-    "student_entropy",
-    "teacher_entropy",
-    "entropy_gap",
-    "entropy_gap_size",
-    "student_nll",
-    "teacher_nll",
-)
+from limbeck.types import DenseSignal, LimbeckError
 
 # Without a compiler every step of the work has a result of its own: fewer rows keep those near the processor.
 PLAIN_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FidelityChunk:
-    """Hidden states of both models at the positions that predict response tokens, example after example.
+class FidelityChunk(Chunk):
+    """Hidden states of both models at the positions that predict response tokens.
 
     Attributes:
-        student_hidden_ND: N is the sum of `lengths`.
         teacher: hidden states (N, its own D) and head; both heads must have the same number of real tokens.
-        label_ids_N: the response token that each position predicts, int64.
-        ids: the examples in this chunk, in order. An example may go on in a later chunk.
-        lengths: positions of each example in this chunk.
     """
 
-    student_hidden_ND: Tensor
-    student_head: Head
     teacher: DenseSignal
-    label_ids_N: Tensor
-    ids: tuple[str, ...]
-    lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenValues:
-    """Measurements on N tokens.
-
-    Attributes:
-        values_MN: the metrics of `FIDELITY`, float64.
-        confidences: (confidence, outcome) of the likeliest token, float64: the student's and whether it followed, the
-            teacher's and whether that followed, the student's and the teacher's probability of it.
-    """
-
-    values_MN: Tensor
-    confidences: tuple[tuple[Tensor, Tensor], ...]
 
 
 @torch.no_grad()
