@@ -41,7 +41,7 @@ def check_hosted(context: RunContext) -> None:
     """
     hosted, recipe = hosted_teachers(context), context.recipe
     writes = recipe.base_author == "teacher" and recipe.responses.server is None
-    scoring = any(one.where.top_logprobs for one in hosted.values()) and recipe.teacher.cache
+    scoring = any(one.where.top_logprobs for one in hosted.values())
     if scoring and (recipe.on_policy or not writes):
         raise LimbeckError(
             "teacher.where.top_logprobs are those of the service's own answers, and the responses are another's; set "

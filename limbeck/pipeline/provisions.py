@@ -55,8 +55,8 @@ def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -
             if context.recipe.mixing is not None:
                 raise LimbeckError(
                     f"{what} asks the teacher for its {_ASKED[provision]}, but a mean of several teachers has "
-                    f"distributions alone and writes nothing; {remedy}, or give each prompt one teacher "
-                    "(combine=column)"
+                    f"{'likeliest tokens' if 'topk' in given else 'distributions'} alone and writes nothing; {remedy}, "
+                    "or give each prompt one teacher (combine=column)"
                 )
             where = WHERE.name_of(context.recipe.teacher.where)
             raise LimbeckError(

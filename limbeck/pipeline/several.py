@@ -10,6 +10,7 @@ from limbeck.models.vocabulary import compare_vocabularies
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.seen_prompts import section_inputs
 from limbeck.recipe.keys import fingerprinted_member
+from limbeck.recipe.load import signal_temperatures
 from limbeck.recipe.teacher import COMBINE
 from limbeck.runtime.records import fingerprint
 from limbeck.teachers.base import Teacher, TeacherModel
@@ -31,6 +32,10 @@ def several_teachers(context: RunContext, members: Mapping[str, Teacher]) -> Sev
         members=members,
         member_of=context.member_of if routing else None,
         weights_of=mixing.weights_of(tuple(members)) if mixing else None,
+        of_p=mixing is not None and mixing.of_p,
+        sparse=any(says_likeliest(member) for member in members.values()) or (mixing is not None and mixing.of_p),
+        temperatures=signal_temperatures(context.recipe),
+        support_k=context.recipe.teacher.support_k,
         combination=fingerprint(combination_inputs(context)),
     )
 
@@ -67,13 +72,47 @@ def check_several(context: RunContext) -> None:
                 f"teachers.{name} has another chat template than teachers.{first}, whose template makes all prompts"
             )
     for name, teacher in teachers.items():
-        if isinstance(teacher, StoreTeacher) and isinstance(teacher.manifest.codec, TopK | Sampled):
-            raise LimbeckError(
-                f"teachers.{name} has a store of some tokens of each position, and several teachers are put together "
-                "as whole distributions; capture a store with teacher.support=full"
-            )
+        _check_put_together(context, name, teacher)
     for what, remedy in _one_model(context):
         raise LimbeckError(f"{what} asks for one model, but there are {len(teachers)} teachers; {remedy}")
+
+
+def says_likeliest(teacher: Teacher) -> bool:
+    """Whether a teacher says no more of a token than which ones are likeliest, now or in its store."""
+    if isinstance(teacher, StoreTeacher):
+        return isinstance(teacher.manifest.codec, TopK | Sampled)
+    return "topk" in teacher.provides and "hidden" not in teacher.provides
+
+
+def _check_put_together(context: RunContext, name: str, teacher: Teacher) -> None:
+    """Check that what a teacher says can be put together with what the others say, exactly.
+
+    Raises:
+        LimbeckError: it cannot.
+    """
+    recipe, codec = context.recipe, teacher.manifest.codec if isinstance(teacher, StoreTeacher) else None
+    if isinstance(codec, Sampled):
+        raise LimbeckError(
+            f"teachers.{name} has a store of samples, which are not put together with what other teachers say; capture "
+            "a store with teacher.support=full or topk_tail"
+        )
+    if recipe.mixing is not None and says_likeliest(teacher):
+        raise LimbeckError(
+            f"teachers.{name} says its likeliest tokens alone, of which combine={COMBINE.name_of(recipe.mixing)} has "
+            "no exact mean; give each prompt one teacher (combine=column), or take a teacher that gives whole "
+            "distributions (teacher.support=full)"
+        )
+    new_texts = recipe.on_policy or not recipe.teacher.cache
+    if new_texts and isinstance(teacher, StoreTeacher) and context.run_teacher.provides & {"topk"}:
+        raise LimbeckError(
+            f"teachers.{name} has a store of texts that were captured, and no others can be scored with it; set "
+            "responses.source=teacher or data with teacher.cache=true, or let the model score"
+        )
+    if isinstance(codec, TopK) and codec.k != recipe.teacher.support_k:
+        raise LimbeckError(
+            f"teachers.{name} has a store of {codec.k} tokens of each position, but teacher.support_k is "
+            f"{recipe.teacher.support_k}; set it to {codec.k} for all teachers"
+        )
 
 
 def _one_model(context: RunContext) -> Iterator[tuple[str, str]]:

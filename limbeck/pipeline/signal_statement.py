@@ -10,7 +10,7 @@ from limbeck.objectives.sums import AnyObjective, leaves
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan, temperature_of
 from limbeck.pipeline.context import RunContext
 from limbeck.recipe.load import Recipe
-from limbeck.recipe.teacher import WHERE
+from limbeck.recipe.teacher import COMBINE, WHERE
 from limbeck.types import LimbeckError
 
 Worth = Literal["exact", "bounded", "approximate", "impossible"]
@@ -67,7 +67,8 @@ def verdicts_of(recipe: Recipe, *, vocab_size: int) -> Iterator[Verdict]:
                     part,
                     support=recipe.teacher.support,
                     whole=recipe.teacher.support_k >= vocab_size,
-                    tempered=main and _tempered(recipe),
+                    # Of a mean of probabilities log Z is known at every temperature of the recipe.
+                    tempered=main and _tempered(recipe) and not (recipe.mixing is not None and recipe.mixing.of_p),
                 )
                 if found not in seen:
                     seen.add(found)
@@ -87,13 +88,14 @@ def check_sparse_teacher(context: RunContext) -> None:
         LimbeckError: an objective is impossible.
     """
     recipe = context.recipe
-    where = WHERE.name_of(recipe.teacher.where)
+    where = f"teacher.where={WHERE.name_of(recipe.teacher.where)}"
+    where = where if recipe.combine is None else f"combine={COMBINE.name_of(recipe.combine)}"
     verdicts = list(verdicts_of(recipe, vocab_size=context.teacher_card.vocab_size))
     for one in verdicts:
         if one.worth == "impossible":
             remedy = "set objective.temperature=1" if "temperature" in one.why else "choose another objective"
             raise LimbeckError(
-                f"objective {one.objective} is impossible on what teacher.where={where} gives, {_signal(recipe)}: "
+                f"objective {one.objective} is impossible on what {where} gives, {_signal(recipe)}: "
                 f"{one.why}; {remedy}, or set teacher.where=in_process"
             )
     if not context.run.done("teach"):

@@ -122,9 +122,12 @@ def _check_axes(recipe: Recipe) -> None:
     for moving in ("temperature_end", "temperature_adapt"):
         if apart is not None and getattr(objective, moving) is not None:
             raise LimbeckError(f"objective.{moving} moves both sides at once; remove objective.{apart}")
-    # Only a server that gives no more than these is asked for them while it trains.
-    served = isinstance(teacher.where, OnServer) and teacher.where.signal_for(teacher.support) == "topk"
-    if recipe.on_policy and teacher.support != "full" and not served:
+    # Only a server that gives no more than these is asked for them while it trains, and a mean that has no more.
+    asked = (recipe.mixing is not None and recipe.mixing.of_p) or any(
+        isinstance(one.where, OnServer) and one.where.signal_for(one.support) == "topk"
+        for one in recipe.every_teacher.values()
+    )
+    if recipe.on_policy and teacher.support != "full" and not asked:
         raise LimbeckError(
             f"teacher.support={teacher.support} is kept on disk before training, but responses.source="
             f"{source_name(recipe.responses.source)} writes during it; set teacher.support=full"

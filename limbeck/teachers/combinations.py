@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -47,7 +47,13 @@ class Routing(Combination, ABC):
 
 
 class Mixing(Combination, ABC):
-    """All teachers score every response."""
+    """All teachers score every response.
+
+    Class attributes:
+        of_p: the mean is of probabilities, else of log-probabilities.
+    """
+
+    of_p: ClassVar[bool]
 
     @abstractmethod
     def weights_of(self, names: Collection[str]) -> dict[str, float]:
@@ -110,8 +116,8 @@ class ByRule(Routing):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class MeanLogP(Mixing):
-    """All teachers for every response: the weighted mean of their log-probabilities, normalised (log-linear pool)."""
+class Mean(Mixing):
+    """A mean of all teachers for every response."""
 
     weights: Mapping[str, Positive] = field(default_factory=dict)
     """Of each teacher by name, divided by their sum; empty gives all the same."""
@@ -129,6 +135,20 @@ class MeanLogP(Mixing):
         return {name: float(weights[name]) / sum(weights.values()) for name in names}
 
 
+@dataclass(config=STRICT, kw_only=True)
+class MeanLogP(Mean):
+    """All teachers for every response: the weighted mean of their log-probabilities, normalised (log-linear pool)."""
+
+    of_p: ClassVar[bool] = False
+
+
+@dataclass(config=STRICT, kw_only=True)
+class MeanP(Mean):
+    """All teachers for every response: the weighted mean of their probabilities (linear pool), its likeliest tokens."""
+
+    of_p: ClassVar[bool] = True
+
+
 def _require_known(name: str, names: Collection[str]) -> None:
     if name not in names:
         raise LimbeckError(f"{COMBINE_KEY} names the teacher {name!r}, but teachers has {', '.join(names)}; correct it")
@@ -136,6 +156,6 @@ def _require_known(name: str, names: Collection[str]) -> None:
 
 COMBINATIONS: Registry[Combination] = Registry(
     "combination",
-    {"column": ByColumn, "rule": ByRule, "mean_log_p": MeanLogP},
+    {"column": ByColumn, "rule": ByRule, "mean_log_p": MeanLogP, "mean_p": MeanP},
     entry_points="limbeck.combinations",
 )

@@ -8,13 +8,14 @@ other members are zeros, of the mean of log-probabilities each member's states a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from limbeck.teachers.base import Provision, Teacher
-from limbeck.types import DenseSignal, Head, LimbeckError, Signal, TokenBatch
+from limbeck.teachers.likeliest import likeliest_of_mean
+from limbeck.types import DenseSignal, Head, LimbeckError, Signal, TokenBatch, TopKSignal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +28,20 @@ class SeveralTeachers(Teacher):
     Attributes:
         members: by name; the first one gives tokenizer and vocabulary.
         member_of: name of the member for a prompt, by its id; None where all score every response.
-        weights_of: weight of each member's log-probabilities, where all do.
+        weights_of: weight of each member, where all do.
+        of_p: the mean is of their probabilities, else of their log-probabilities.
+        sparse: they are put together by their likeliest tokens: where a member says no more, and for the mean of
+            probabilities, which no hidden states have.
+        temperatures: at which a mean of probabilities is known.
         combination: how they are combined, as fingerprints hold it.
     """
 
     members: Mapping[str, Teacher]
     member_of: Callable[[str], str] | None = None
     weights_of: Mapping[str, float] | None = None
+    of_p: bool = False
+    sparse: bool = False
+    temperatures: tuple[float, ...] = (1.0,)
     combination: str
     _made: tuple[tuple[int, ...], Head, tuple[Head, ...]] | None = None
 
@@ -44,7 +52,10 @@ class SeveralTeachers(Teacher):
 
     @property
     def provides(self) -> frozenset[Provision]:
-        """What all members provide; with a mean no weights, since none of them writes what the mean would."""
+        """What all members provide; with a mean no weights, since none of them writes what the mean would.
+
+        That sparse members can be put together exactly is checked by `limbeck.pipeline.several`.
+        """
         given = [member.provides for member in self.members.values()]
         found: set[Provision] = set()
         if self.member_of is not None and all("weights" in one for one in given):
@@ -53,7 +64,9 @@ class SeveralTeachers(Teacher):
             found.add("replies")
         elif self.member_of is not None and all(one & {"weights", "replies", "answers"} for one in given):
             found.add("answers")
-        if all("hidden" in one for one in given):
+        if self.sparse:
+            found |= {"topk"} if all(one & {"hidden", "topk", "captured"} for one in given) else set()
+        elif all("hidden" in one for one in given):
             found.add("hidden")
         elif all(one & {"hidden", "captured"} for one in given):
             found.add("captured")
@@ -105,6 +118,12 @@ class SeveralTeachers(Teacher):
 
     @property
     def head(self) -> Head:
+        """The heads side by side; of likeliest tokens the vocabulary alone."""
+        if self.sparse:
+            import torch
+
+            rows = self.vocabulary.vocab_size
+            return Head(weight_VD=torch.zeros(rows, 0, device=self.device), vocab_size=rows)
         return self._side_by_side({name: member.head for name, member in self.members.items()})
 
     def check(self) -> None:
@@ -115,15 +134,18 @@ class SeveralTeachers(Teacher):
         every = list(batches)
         for name, member in self.members.items():
             if "captured" in member.provides:
-                own = (rows_of_batch(batch, rows) for batch in every if (rows := self._rows_of(batch).get(name)))
-                member.locate(own)
+                member.locate(self._of_member(name, every))
 
     def signal(self, batch: TokenBatch) -> Signal:
         import torch
 
         if self.member_of is None:
             parts = {name: _dense(member.signal(batch)) for name, member in self.members.items()}
+            if self.of_p:
+                return self.mean_of_p(parts)
             return DenseSignal(hidden_ND=self._joined(parts), head=self._side_by_side(self._heads(parts)))
+        if self.sparse:
+            return self._routed(batch)
         rows_of = self._rows_of(batch)
         found = {name: _dense(self.members[name].signal(rows_of_batch(batch, rows))) for name, rows in rows_of.items()}
         heads, sequence_N = self._heads(found), batch.sequence_N
@@ -134,6 +156,60 @@ class SeveralTeachers(Teacher):
             own_N = torch.isin(sequence_N, torch.tensor(rows, device=sequence_N.device))
             hidden_ND[own_N.to(hidden_ND.device)] = joined[name]
         return DenseSignal(hidden_ND=hidden_ND, head=self._side_by_side(heads))
+
+    def mean_of_p(self, parts: Mapping[str, DenseSignal]) -> TopKSignal:
+        """The likeliest tokens of the mean of all members' probabilities."""
+        weights = self.weights_of
+        assert weights is not None, "of a mean"
+        return likeliest_of_mean(
+            [parts[name] for name in weights], list(weights.values()), self.support_k, self.temperatures
+        )
+
+    def _routed(self, batch: TokenBatch) -> TopKSignal:
+        """The likeliest tokens of each row by its own member, at temperature 1."""
+        import torch
+
+        shape = (len(batch.labels_N), self.support_k)
+        ids_NK = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        logp_NK = torch.zeros(shape, device=self.device)
+        # A store may keep held-out rows in another form than the others, and gives one form at a time.
+        asked = [
+            (self.members[name], some)
+            for name, rows in self._rows_of(batch).items()
+            for some in ([[row] for row in rows] if "captured" in self.members[name].provides else [rows])
+        ]
+        for member, rows in asked:
+            signal = member.signal(rows_of_batch(batch, rows))
+            if isinstance(signal, DenseSignal):
+                signal = likeliest_of_mean([signal], [1.0], self.support_k, (1.0,))
+            assert isinstance(signal, TopKSignal), "see limbeck.pipeline.several"
+            own_N = torch.isin(batch.sequence_N, torch.tensor(rows, device=batch.sequence_N.device)).to(self.device)
+            ids_NK[own_N] = signal.ids_NK.to(self.device)
+            logp_NK[own_N] = signal.logp_NK.to(self.device, logp_NK.dtype)
+        log_z_NG = torch.zeros(len(ids_NK), 1, device=self.device)
+        return TopKSignal(ids_NK=ids_NK, logp_NK=logp_NK, temperatures=(1.0,), log_z_NG=log_z_NG)
+
+    def reach(self) -> None:
+        for member in self.members.values():
+            member.reach()
+
+    def fetch_ahead(self, batches: Iterable[TokenBatch], done: Callable[[int], None]) -> None:
+        """Have each member prepare what it is asked for next; tokens are counted when they are put together."""
+        every = list(batches)
+        self.locate(every)
+        for name, member in self.members.items():
+            member.fetch_ahead(self._of_member(name, every), lambda tokens: None)
+
+    def settled(self, batches: Iterable[TokenBatch] | None = None) -> None:
+        every = None if batches is None else list(batches)
+        for name, member in self.members.items():
+            member.settled(None if every is None else self._of_member(name, every))
+
+    def _of_member(self, name: str, batches: Iterable[TokenBatch]) -> Iterator[TokenBatch]:
+        """The rows of some batches that a member scores."""
+        for batch in batches:
+            if rows := self._rows_of(batch).get(name):
+                yield rows_of_batch(batch, rows)
 
     def _rows_of(self, batch: TokenBatch) -> dict[str, list[int]]:
         """The rows of a batch that each member scores; members without any are left out."""

@@ -42,7 +42,11 @@ MEMBERS: dict[str, tuple[Any, ...]] = {
         {"name": "api", "base_url": "http://localhost:9/v1"},
     ),
     "teacher.sees": ("column", {"name": "system", "text": "Be short."}),
-    "combine": ({"name": "mean_log_p"}, {"name": "rule", "patterns": {"one": "say"}, "otherwise": "two"}),
+    "combine": (
+        {"name": "mean_log_p"},
+        {"name": "mean_p"},
+        {"name": "rule", "patterns": {"one": "say"}, "otherwise": "two"},
+    ),
     "preference.pairs": ({"name": "teacher", "samples": 3}, {"name": "teacher", "margin": 0.5}),
     "prompts.generate": ("chain", {"name": "chain", "longest": 5}),
 }

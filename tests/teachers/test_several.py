@@ -13,7 +13,7 @@ from limbeck.rollouts.collate import collate
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
 from limbeck.teachers.combinations import COMBINATIONS, Mixing, Routing
 from limbeck.teachers.several import SeveralTeachers
-from limbeck.types import DenseSignal, Head, LimbeckError, Prompt, TokenBatch
+from limbeck.types import DenseSignal, Head, LimbeckError, Prompt, TokenBatch, TopKSignal
 from tests.training.play import tiny_responses, tiny_teacher
 
 
@@ -98,6 +98,35 @@ def test_a_capped_head_is_refused_among_others() -> None:
     )
     with pytest.raises(LimbeckError, match=r"teachers\.g caps its logits"):
         _ = mixed.head
+
+
+@pytest.mark.parametrize("k", [7, None])
+def test_a_mean_of_probabilities_is_that_of_the_members(monkeypatch: pytest.MonkeyPatch, k: int | None) -> None:
+    monkeypatch.setattr("limbeck.teachers.likeliest._BLOCK_BYTES", 10_000)
+    batch = collate(tiny_responses(4), range(4), pad_id=0)
+    found = members() | {"d": Fixed.of(32, softcap=30.0)}
+    weights = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}
+    k = k or found["a"].head.vocab_size
+    mixed = SeveralTeachers(
+        model=found["a"].model,
+        device=torch.device("cpu"),
+        members=found,
+        weights_of=weights,
+        of_p=True,
+        sparse=True,
+        temperatures=(1.0, 2.0),
+        support_k=k,
+        combination="",
+    )
+    signal = mixed.signal(batch)
+    assert isinstance(signal, TopKSignal) and mixed.provides == {"topk"}
+    parts = [weight * logits(found[name].signal(batch)).softmax(-1) for name, weight in weights.items()]
+    whole_NV = torch.stack(parts).sum(0).log()
+    torch.testing.assert_close(signal.logp_NK.double(), whole_NV.topk(k).values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole_NV.gather(-1, signal.ids_NK), whole_NV.topk(k).values, rtol=1e-4, atol=1e-4)
+    for column, tau in enumerate((1.0, 2.0)):
+        wanted_N = (whole_NV / tau).logsumexp(-1)
+        torch.testing.assert_close(signal.log_z_NG[:, column].double(), wanted_N, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from limbeck.pipeline.build import sparse_form
-from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS, capture_into
+from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS, batches_of, capture_into
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.several import rows_by_teacher
 from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
@@ -21,7 +21,7 @@ from limbeck.teachers.store.dense import Hidden
 from limbeck.teachers.store.reader import Store
 from limbeck.teachers.store.source import StoredSignals
 from limbeck.teachers.store.writer import StoreWriter, writing_alone
-from limbeck.types import DenseSignal, Head, Json, Response, SignalSource, TokenBatch
+from limbeck.types import DenseSignal, Head, Json, Response, Signal, SignalSource, TokenBatch
 
 
 def _signal_inputs(context: RunContext) -> Json:
@@ -111,6 +111,8 @@ def _score_mean(
     writer.describe()
     for name, member in context.run_teachers.items():
         reading = member if context.seen is None else context.seen.teacher(member)
+        if "captured" in member.provides:
+            member.locate(reads(batch) for batch in batches_of(responses))
         with _writing(context, parts / name, member) as part:
             capture_into(part, reading, responses, reads=reads, advance=lambda tokens: None)
         member.release()
@@ -133,9 +135,12 @@ class _Mean:
     def head(self) -> Head:
         return self.several.head
 
-    def signal(self, batch: TokenBatch) -> DenseSignal:
+    def signal(self, batch: TokenBatch) -> Signal:
         found = {name: store.signal(batch) for name, store in self.stores.items()}
-        hidden = {name: signal.hidden_ND for name, signal in found.items() if isinstance(signal, DenseSignal)}
+        dense = {name: signal for name, signal in found.items() if isinstance(signal, DenseSignal)}
+        if self.several.of_p:
+            return self.several.mean_of_p(dense)
+        hidden = {name: signal.hidden_ND for name, signal in dense.items()}
         return DenseSignal(hidden_ND=self.several.joined(hidden), head=self.head)
 
 
