@@ -1,6 +1,7 @@
 """Checkpoints: everything that a step depends on, in safetensors, written atomically; the newest few are kept.
 
     checkpoints/step-000050/  model.safetensors  optimizer.safetensors  state.json  [average.safetensors]
+    checkpoints/step-000050/  of a student that is sharded over ranks: see checkpoint_shards.py
     checkpoints/best-000050.safetensors    the weights of the lowest loss on the set-aside responses
     checkpoints/best-000050.json           their hash
 
@@ -13,7 +14,8 @@ for the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from limbeck.models.whole import is_sharded
 from limbeck.runtime.files import whole_file, whole_folder, write_json
 from limbeck.runtime.folders import remove
 from limbeck.runtime.hashing import sha256_of
 from limbeck.runtime.records import read_sealed, sealed
+from limbeck.training.checkpoint_shards import read_shards, read_whole, shapes_in, shards_in, write_shards
+from limbeck.training.checkpoint_tensors import flat, named_groups, nested, once, parts, put_back
 from limbeck.types import LimbeckError
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
@@ -76,7 +81,9 @@ def _fault(path: Path) -> str | None:
     try:
         state = read_sealed(path / "state.json")
         files = state.get("files", {})
-        if state.get("step") != step_of(path) or set(files) - {_AVERAGE} != set(_FILES):
+        whole = _FILES if "shards" not in state else tuple(f for f in files if f.startswith("shard-"))
+        complete = len(whole) == state.get("shards", len(_FILES)) and set(files) - {_AVERAGE} == set(whole)
+        if state.get("step") != step_of(path) or not complete:
             return "state.json is of another one"
         return next((f"{n} is not what was written" for n in files if sha256_of(path / n) != files[n]), None)
     except FileNotFoundError as error:
@@ -95,29 +102,70 @@ def save(
     average: dict[str, Tensor] | None = None,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of a finished step, then remove all but the newest `keep`. All ranks call, rank 0 writes.
+    """Write the checkpoint of a finished step, then remove all but the newest `keep`.
+
+    All ranks call, and rank 0 writes; of a sharded model each its own part.
 
     Args:
         average: weights that follow the model's, where any do.
     """
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        return _save_shards(folder, step, model=model, optimizer=optimizer, state=state, average=average, keep=keep)
     weights = get_model_state_dict(model, options=_GATHERED)
     moments = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
     target = folder / f"step-{step:06d}"
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return target
     with whole_folder(target) as partial:
-        save_file(_once(weights, model), partial / "model.safetensors")
-        save_file(_flat(moments["state"]), partial / "optimizer.safetensors")
-        if average is not None:
-            save_file({name: value.contiguous() for name, value in average.items()}, partial / _AVERAGE)
+        save_file(once(weights, model), partial / "model.safetensors")
+        save_file(flat(moments["state"]), partial / "optimizer.safetensors")
+        _save_average(partial, average)
         files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         write_json(partial / "state.json", sealed({"step": step, **state, "files": files}))
-    # What is further on was passed over.
+    _remove_others(folder, step, keep)
+    return target
+
+
+def _save_shards(
+    folder: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    average: dict[str, Tensor] | None,
+    keep: int,
+) -> Path:
+    target, tensors = folder / f"step-{step:06d}", parts(model, optimizer)
+    first = torch.distributed.get_rank() == 0
+    with whole_folder(target) if first else nullcontext(target.with_name(f".{target.name}.partial")) as partial:
+        torch.distributed.barrier()
+        files = write_shards(partial, tensors)
+        if first:
+            if (path := _save_average(partial, average)) is not None:
+                files[path.name] = sha256_of(path)
+            shards = len(shards_in(partial))
+            write_json(partial / "state.json", sealed({"step": step, **state, "shards": shards, "files": files}))
+    if first:
+        _remove_others(folder, step, keep)
+    # A rank that is ahead would take the one before for the newest.
+    torch.distributed.barrier()
+    return target
+
+
+def _save_average(folder: Path, average: dict[str, Tensor] | None) -> Path | None:
+    if average is None:
+        return None
+    save_file({name: value.contiguous() for name, value in average.items()}, folder / _AVERAGE)
+    return folder / _AVERAGE
+
+
+def _remove_others(folder: Path, step: int, keep: int) -> None:
+    """Remove all checkpoints but the newest up to a step; what is further on was passed over."""
     every = all_in(folder)
     past = [path for path in every if step_of(path) <= step]
     for old in [*past[:-keep], *every[len(past) :]]:
         remove(old)
-    return target
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -125,7 +173,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
     weights = get_model_state_dict(model, options=_GATHERED)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         with whole_file(path) as partial:
-            save_file(_once(weights, model), partial)
+            save_file(once(weights, model), partial)
         write_json(path.with_suffix(".json"), sealed({"name": path.name, "sha256": sha256_of(path)}))
 
 
@@ -186,16 +234,37 @@ def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -
     Raises:
         LimbeckError: it is of another student.
     """
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    if sharded or shards_in(path):
+        kept = parts(model, optimizer)
+        _require_parts(path, kept)
+        read_shards(path, kept)
+        put_back(kept, model, optimizer)
+        return _state_of(path)
     weights: dict[str, Any] = dict(load_file(path / "model.safetensors"))
     _require_same(path, weights, model)
     set_model_state_dict(model, weights, options=_SCATTERED)
-    moments: dict[str, Any] = {"state": _nested(load_file(path / "optimizer.safetensors"))}
-    moments["param_groups"] = _named_groups(model, optimizer)
+    moments: dict[str, Any] = {"state": nested(load_file(path / "optimizer.safetensors"))}
+    moments["param_groups"] = named_groups(model, optimizer)
     unknown = moments["state"].keys() - {name for name, _ in model.named_parameters()}
     if unknown or not moments["state"]:
         raise _of_another(path, min(unknown, default="no moments at all"))
     set_optimizer_state_dict(model, optimizer, moments, options=_SCATTERED)
-    return {key: value for key, value in read_sealed(path / "state.json").items() if key != "files"}
+    return _state_of(path)
+
+
+def _state_of(path: Path) -> dict[str, Any]:
+    return {key: value for key, value in read_sealed(path / "state.json").items() if key not in ("files", "shards")}
+
+
+def _require_parts(path: Path, kept: Mapping[str, Tensor]) -> None:
+    """A checkpoint of either kind has the trained weights and moments of a model, in their shapes."""
+    shapes = {name: shape for name, (shape, _) in shapes_in(path).items()}
+    wrong = [name for name, part in kept.items() if shapes.get(name) != part.shape]
+    # An average, beside them, has names without the first word.
+    unknown = [name for name in shapes if name.startswith("student.") and name not in kept]
+    if wrong or unknown:
+        raise _of_another(path, min([*wrong, *unknown]))
 
 
 def average_of(path: Path) -> dict[str, Tensor]:
@@ -211,7 +280,11 @@ def average_of(path: Path) -> dict[str, Tensor]:
 
 def restore_student(path: Path, student: nn.Module) -> None:
     """Put the student's weights of a checkpoint into the student alone, outside of what trains it."""
-    weights = load_file(path / "model.safetensors")
+    if shards_in(path):
+        trained = (name for name, parameter in student.named_parameters() if parameter.requires_grad)
+        weights = read_whole(path, [f"student.{name}" for name in trained])
+    else:
+        weights = load_file(path / "model.safetensors")
     own = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     _require_same(path, own, student)
     student.load_state_dict(own, strict=False)
@@ -232,28 +305,3 @@ def _of_another(path: Path, name: str) -> LimbeckError:
         f"{path} is of another student, or of another version of limbeck ({name}); delete {path.parent} and run the "
         "same command again to train from the start"
     )
-
-
-def _once(weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Tied weights under their first name alone; the model itself restores the tie."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    aliases = names - {name for name, _ in model.named_parameters()}
-    return {name: tensor.contiguous() for name, tensor in weights.items() if name not in aliases}
-
-
-def _flat(state: Any) -> dict[str, Tensor]:
-    return {f"{name}.{key}": value.contiguous() for name, entry in state.items() for key, value in entry.items()}
-
-
-def _nested(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    state: dict[str, dict[str, Tensor]] = {}
-    for path, tensor in tensors.items():
-        name, _, key = path.rpartition(".")
-        state.setdefault(name, {})[key] = tensor
-    return state
-
-
-def _named_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The optimizer's own groups and settings (the recipe's), parameters by name."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]

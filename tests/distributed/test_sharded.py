@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from limbeck.training import checkpoints
+from limbeck.training.checkpoint_shards import read_whole, shards_in
 from tests.distributed.authors import SCENARIOS
 from tests.distributed.recipes import NAMES, play_recipe
 from tests.distributed.test_command import LAUNCHER, play
@@ -19,7 +22,7 @@ from tests.distributed.test_two_processes import ended
 from tests.distributed.updates import SHARDED, kept_bytes, play_update
 from tests.limbeck_command import CommandServer, KillAt
 from tests.tiny_pair import TinyPair
-from tests.training.play import identical, largest_gap, metrics
+from tests.training.play import identical, largest_gap, metrics, tiny_lora, weights
 
 FSDP2 = """
 compute_environment: LOCAL_MACHINE
@@ -74,9 +77,8 @@ def test_nan_on_one_rank_stops_both_before_the_update(played: Path) -> None:
     for rank in range(2):
         message = json.loads((sharded / f"messages-rank{rank}.json").read_text())["poisoned"]
         assert message.startswith("step 3:") and "step-000002" in message
-        kept = load_file(sharded / "poisoned" / "checkpoints" / "step-000002" / "model.safetensors")
         end = {f"student.{name}": weight for name, weight in ended(sharded, "poisoned", rank).items()}
-        assert identical(kept, {name: end[name] for name in kept})
+        assert identical(read_whole(sharded / "poisoned" / "checkpoints" / "step-000002", end), end)
 
 
 def test_each_rank_keeps_its_half_alone(played: Path, tmp_path: Path) -> None:
@@ -86,6 +88,25 @@ def test_each_rank_keeps_its_half_alone(played: Path, tmp_path: Path) -> None:
     for rank in range(2):
         found = json.loads((played / "refused" / f"rank{rank}.json").read_text())
         assert 0.45 * whole[0] < found["bytes"][0] <= 0.55 * whole[0]
+
+
+def test_each_rank_writes_its_half_alone_and_one_that_is_damaged_is_seen(played: Path, tmp_path: Path) -> None:
+    """Both files, read by one process; then a bit of one of them; then only one."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(played / "sharded" / "continued" / "checkpoints", folder)
+    files = shards_in(folder / "step-000005")
+    sizes = [file.stat().st_size for file in files]
+    assert len(files) == 2 and max(sizes) <= 0.6 * sum(sizes)
+    assert checkpoints.usable(folder) == folder / "step-000005"
+    student = tiny_lora(1, dropout=0.5)
+    checkpoints.restore_student(folder / "step-000005", student)
+    assert identical(weights(student), ended(played / "sharded", "continued"))
+    content = bytearray(files[1].read_bytes())
+    content[-1] ^= 1
+    files[1].write_bytes(content)
+    assert checkpoints.usable(folder) == folder / "step-000003"
+    shards_in(folder / "step-000003")[0].unlink()
+    assert checkpoints.usable(folder) is None
 
 
 def test_weights_on_a_grid_cannot_be_sharded(played: Path) -> None:
@@ -134,5 +155,5 @@ def test_a_training_goes_on_with_another_number_of_ranks(
     one, two = (load_file(folder / "student" / "model.safetensors") for folder in (straight, run))
     assert largest_gap(one, two) < 1e-6
     # The last step is kept too, as it was saved.
-    kept = load_file(run / "checkpoints" / "step-000008" / "model.safetensors")
-    assert identical({f"student.{name}": weight for name, weight in two.items()}, kept)
+    end = {f"student.{name}": weight for name, weight in two.items()}
+    assert identical(read_whole(run / "checkpoints" / "step-000008", end), end)

@@ -1,0 +1,60 @@
+"""Weights and moments of a training by name: as they are kept, and as they go into the files of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+_KEPT = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The trained weights and their moments by name, as this rank keeps them: the tensors themselves."""
+    weights = once(get_model_state_dict(model, options=_KEPT), model)
+    return weights | flat(get_optimizer_state_dict(model, optimizer, options=_KEPT)["state"])
+
+
+def put_back(kept: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put what `parts` gave back, with other values in it."""
+    names = {name for name, _ in model.named_parameters()}
+    moments: dict[str, Any] = {"state": nested({name: part for name, part in kept.items() if name not in names})}
+    moments["param_groups"] = named_groups(model, optimizer)
+    set_model_state_dict(model, {name: part for name, part in kept.items() if name in names}, options=_KEPT)
+    set_optimizer_state_dict(model, optimizer, moments, options=_KEPT)
+
+
+def once(weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Tied weights under their first name alone; the model itself restores the tie."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    aliases = names - {name for name, _ in model.named_parameters()}
+    return {name: tensor.contiguous() for name, tensor in weights.items() if name not in aliases}
+
+
+def flat(state: Any) -> dict[str, Tensor]:
+    """Moments by the names of their weights and their own."""
+    return {f"{name}.{key}": value.contiguous() for name, entry in state.items() for key, value in entry.items()}
+
+
+def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What `flat` gave, as it was."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition(".")
+        state.setdefault(name, {})[key] = tensor
+    return state
+
+
+def named_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's own groups and settings (the recipe's), parameters by name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
