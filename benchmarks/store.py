@@ -13,6 +13,7 @@ teacher to the student over the whole vocabulary, as a mean over seeds.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.compare.charts import Curve, Point, lay_out, settings_scale
+from limbeck.compare.charts import Curve, Point, Scale, lay_out, linear, mark_label
 from limbeck.compare.svg import svg_figure
 from limbeck.models.forward import hidden_states
 from limbeck.models.heads import head_of
@@ -36,6 +37,7 @@ from limbeck.pipeline.stages.train import build_initial_student
 from limbeck.pipeline.store_capture import capture
 from limbeck.pipeline.store_identity import frame_of
 from limbeck.recipe.load import load_recipe, recipe_tree
+from limbeck.report.curves import Axis
 from limbeck.rollouts.collate import collate
 from limbeck.runtime.console import default_console
 from limbeck.runtime.files import read_json, write_json, write_text
@@ -237,12 +239,23 @@ def draw(arms: Sequence[Arm]) -> str:
                 unit="",
                 x_label="bytes per token",
                 curves=curves,
-                x=settings_scale([round(x) for x in across]),
-                y=settings_scale([float(f"{y:.1e}") if name == "gradient" else round(y, 4) for y in up]),
+                x=logarithmic(across, steps=(1, 2, 5)),
+                y=logarithmic(up, steps=(1,), every=2) if name == "gradient" else linear(up),
                 ends=False,
             )
         )
     return svg_figure("The codecs of a store", "what is kept of each token, by its size on disk", plates)
+
+
+def logarithmic(values: Sequence[float], *, steps: Sequence[int], every: int = 1) -> Scale:
+    """A logarithmic axis around some numbers, with marks at some steps of every so many powers of ten."""
+    low, high = math.log(min(values)), math.log(max(values))
+    pad = 0.05 * (high - low)
+    powers = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
+    marks = [step * 10.0**power for power in powers if power % every == 0 for step in steps]
+    inside = [mark for mark in marks if low - pad <= math.log(mark) <= high + pad]
+    axis = Axis(low=low - pad, high=high + pad, marks=())
+    return Scale(axis=axis, log=True, marks=tuple((mark, mark_label(mark)) for mark in inside))
 
 
 if __name__ == "__main__":
