@@ -148,6 +148,8 @@ class LlamaCppScoring:
         del model
         # Its probabilities are those before any sampler: of temperature 1, over the whole vocabulary.
         common = {"n_predict": 1, "n_probs": count, "temperature": 0.0, "cache_prompt": True, "return_tokens": True}
+        # It leaves them out beside half a character: what it draws, and is thrown away, is a letter.
+        common |= {"logit_bias": [["a", 1000.0]]}
         return [common | {"prompt": list(text.ids[:position])} for position in text.positions]
 
     def read(self, replies: Sequence[Json], text: ScoredText) -> list[Candidates]:

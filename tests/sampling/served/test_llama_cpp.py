@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from limbeck.models.loading import load_model
+from limbeck.rollouts.collate import collate
 from limbeck.rollouts.io import read_responses
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.sampling.served import ServedSampler
-from limbeck.types import Sampling, TokenPrompt
+from limbeck.teachers.base import TeacherModel
+from limbeck.teachers.served import OnServer
+from limbeck.types import Response, Sampling, TokenPrompt, TopKSignal
 from tests.limbeck_command import CommandServer
 from tests.models.tiny import save_gguf
 from tests.sampling.served.asking import at_url, prompts_of
@@ -126,3 +129,26 @@ def test_it_says_at_which_stop_string_it_stopped(asked: ServedSampler) -> None:
     (stopped,) = asked.respond(prompts[:1], replace(settings, stop=(word,)))
     text = asked.tokenizer.decode(list(stopped.response_ids))
     assert stopped.stop == "stop" and isinstance(text, str) and word in text
+
+
+def test_it_scores_given_tokens_as_a_teacher(tiny: TinyPair, url: str, loaded: Any) -> None:
+    """The likeliest tokens of every position, one request each: those of the model here, and where likely the label."""
+    k, ids = 8, torch.randint(3, 290, (2, 14), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        Response(prompt_id=f"p{i}", author="data", prompt_ids=tuple(r[:4]), response_ids=tuple(r[4:]), stop="length")
+        for i, r in enumerate(ids)
+    ]
+    batch = collate(rows, range(2), pad_id=0)
+    where = OnServer(base_url=url, model="tiny", retries=0, timeout_s=60.0)
+    teacher = where.open(TeacherModel(model=str(tiny.teacher)), device=torch.device("cpu"), progress=None)
+    teacher.support_k = k
+    teacher.reach()
+    said = teacher.signal(batch)
+    assert isinstance(said, TopKSignal)
+    with torch.no_grad():
+        logits_BTV = loaded.model(batch.input_ids_BT).logits[..., : teacher.vocabulary.vocab_size]
+    log_p_NV = logits_BTV[batch.loss_mask_BT].log_softmax(-1)
+    torch.testing.assert_close(said.logp_NK, log_p_NV.gather(1, said.ids_NK), rtol=0, atol=0.05)
+    best_NK = log_p_NV.topk(k).indices
+    assert (said.ids_NK.sort(1).values == best_NK.sort(1).values).float().mean() > 0.9
+    assert (said.logp_NK.exp().sum(1) < 1).all(), "normalised over the whole vocabulary"
