@@ -252,6 +252,38 @@ def test_log_probabilities_that_cannot_be_had(hosted: Hosted, tmp_path: Path, ov
     assert said in str(caught.value) and "\n" not in str(caught.value) and not hosted[2].requests
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_hosted_teacher_among_others(hosted: Hosted, tmp_path: Path, scored: bool) -> None:
+    """Prompts about uses are the service's, the others those of a model in this process."""
+    tiny, _, bill = hosted
+    every = questions()
+    bill.write = lambda asked, limit: (f"On {every.index(asked)}.", 4, "stop")
+    said = says_logprobs(tiny, bill)
+    tree = of_logprobs(hosted, tmp_path / "run") if scored else tree_of(hosted, tmp_path / "run")
+    service = tree.pop("teacher")
+    rest = {key: value for key, value in service.items() if key not in ("model", "where")}
+    tree["teachers"] = {"local": {"model": str(tiny.teacher)} | rest, "hosted": service}
+    tree["combine"] = {"name": "rule", "patterns": {"hosted": "uses"}, "otherwise": "local"}
+    recipe = load_recipe(tree)
+    run = run_pipeline(recipe, stages=STAGES, until="train")
+    asked = [text for text in every if "uses" in text]
+    assert sorted(text for text, _ in bill.charged) == sorted(asked) and run.paid("hosted").exists()
+    context = RunContext(recipe)
+    responses, tokenizer = load_responses(context, "train"), AutoTokenizer.from_pretrained(tiny.teacher)
+    owned = {row for row, one in responses.items() if context.member_of(one.prompt_id) == "hosted"}
+    texts = {row: tokenizer.decode(one.response_ids, skip_special_tokens=True) for row, one in responses.items()}
+    assert owned and {row for row, text in texts.items() if text in said} == owned
+    if scored:
+        stored = open_teacher(context)
+        for row in owned:
+            signal = stored.signal(collate(responses, [row], pad_id=0))
+            assert isinstance(signal, TopKSignal)
+            for ids, logps, whole in zip(
+                signal.ids_NK.tolist(), signal.logp_NK.tolist(), said[texts[row]], strict=True
+            ):
+                assert logps == pytest.approx([whole[one] for one in ids], abs=1e-6)
+
+
 def test_a_service_that_continues_texts(hosted: Hosted, tmp_path: Path) -> None:
     hosted[2].write = lambda asked, limit: (" Yes.", 3, "stop")
     tree = tree_of(hosted, tmp_path / "run", where={"api": "completions"}, prompts={"template": "plain"})
