@@ -3,7 +3,7 @@
 "hidden": the hidden states of its last block, read from files that the server writes; final norm and head are here, so
 that the whole distribution is known at every temperature.
 
-"topk": log-probabilities at temperature 1, normalised over the whole vocabulary, of `support_k` tokens a position:
+"topk": log-probabilities at temperature 1, normalised over the whole vocabulary, of `support_k` tokens per position:
 the likeliest ones with the token that followed among them, so that the mass of all others is known exactly. At other
 temperatures it is not: what the rest of the vocabulary adds up to is not said. Nothing of the teacher is here.
 """
