@@ -41,7 +41,8 @@ LAUNCHES = {
     "ddp": (2, "none"),
     "sharded": (2, "full"),
 }
-TASKS = {
+PROMPTS = {
+    "sdft": "context",
     "math": "gsm8k",
     "opsd": "gsm8k",
     "code": "mbpp",
@@ -62,7 +63,7 @@ def changes(name: str, pair: Path, run: Path, processes: int, sharding: str) -> 
     shipped = load_recipe(name)
     made = {
         "output_dir": str(run),
-        "prompts.source": str(pair / f"{TASKS.get(name, 'plain')}.jsonl"),
+        "prompts.source": str(pair / f"{PROMPTS.get(name, 'plain')}.jsonl"),
         "prompts.eval_fraction": 0.25,
         "prompts.limit": None,
         "prompts.dataset_config": None,
@@ -77,6 +78,12 @@ def changes(name: str, pair: Path, run: Path, processes: int, sharding: str) -> 
         "train.compile": "off",
         "train.sharding": sharding,
     }
+    if shipped.preference is not None:
+        # One process tunes on preferences, after the training that is compared.
+        made |= {"preference": None, "evaluate.groups": ["fidelity"]}
+    if shipped.responses.verify is not None:
+        # No answer of random models is right.
+        made["responses.verify"] = None
     if shipped.student.init == "depth_prune":
         made["student.layers"] = 2
     if shipped.student.model is not None:
@@ -117,7 +124,8 @@ def write_pair(folder: Path) -> None:
     TinyPair.write(folder)
     asked = questions()
     rows: dict[str, list[dict[str, Any]]] = {
-        "plain": [{"prompt": text, "completion": text[::-1], "privileged_context": text.upper()} for text in asked],
+        "plain": [{"prompt": text, "completion": text[::-1]} for text in asked],
+        "context": [{"prompt": text, "privileged_context": text.upper()} for text in asked],
         "gsm8k": [{"question": text, "answer": f"#### {i}"} for i, text in enumerate(asked)],
         "mbpp": [
             {
