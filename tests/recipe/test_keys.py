@@ -240,15 +240,7 @@ def test_values_that_read_the_same_are_two_arms(tmp_path: Path) -> None:
 def test_the_marked_keys() -> None:
     connection = {"base_url", "concurrency", "timeout_s", "retries", "api_key_env"}
     assert neutral_keys() == {
-        *(
-            "name",
-            "output_dir",
-            "train.save_steps",
-            "train.sharding",
-            "train.save_total_limit",
-            "train.logging_steps",
-            "train.report_to",
-        ),
+        *("name", "output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to"),
         *("train.push_to_hub", "train.hub_model_id", "train.hub_private_repo", "train.sharding"),
         *(f"responses.server.{key}" for key in connection),
         *(f"evaluate.groups.judge.{key}" for key in connection | {"price_per_million"}),
