@@ -132,9 +132,8 @@ class Teacher(ABC):
 
     @property
     def state_width(self) -> int:
-        """Numbers of a hidden state of its signal; 0 for a model without a head."""
-        embeddings = self.skeleton.get_output_embeddings()
-        return 0 if embeddings is None else embeddings.weight.shape[1]
+        """Numbers of a hidden state of its signal; 0 where it gives none."""
+        return self.head.weight_VD.shape[1]
 
     @property
     def bytes_on_disk(self) -> int | None:

@@ -83,6 +83,12 @@ class InProcessTeacher(Teacher):
         bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
         return replace(head, weight_VD=head.weight_VD.to(self.device), bias_V=bias_V)
 
+    @property
+    def state_width(self) -> int:
+        """The same, known without weights; 0 for a model without a head."""
+        embeddings = self.skeleton.get_output_embeddings()
+        return 0 if embeddings is None else embeddings.weight.shape[1]
+
     def signal(self, batch: TokenBatch) -> Signal:
         return self._scorer().signal(batch)
 

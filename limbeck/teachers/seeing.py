@@ -121,6 +121,10 @@ class SeeingTeacher(Teacher):
         return self.inner.blocks
 
     @property
+    def state_width(self) -> int:
+        return self.inner.state_width
+
+    @property
     def bytes_on_disk(self) -> int | None:
         return self.inner.bytes_on_disk
 

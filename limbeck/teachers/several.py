@@ -98,8 +98,9 @@ class SeveralTeachers(Teacher):
     @property
     def state_width(self) -> int:
         """Numbers of the members' states side by side, with one more of each whose head has a bias."""
-        heads = [member.skeleton.get_output_embeddings() for member in self.members.values()]
-        return sum(head.weight.shape[1] + (getattr(head, "bias", None) is not None) for head in heads)
+        embeddings = [member.skeleton.get_output_embeddings() for member in self.members.values()]
+        biased = sum(getattr(one, "bias", None) is not None for one in embeddings)
+        return biased + sum(member.state_width for member in self.members.values())
 
     @cached_property
     def configuration_hash(self) -> str:

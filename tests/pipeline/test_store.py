@@ -168,7 +168,11 @@ def refusal(tiny: TinyPair, output: Path, store: Path, **sections: dict[str, Any
             {"responses": {"source": "teacher", "temperature": 0.5}},
             ("no answer", "24 of 24", "were sampled"),
         ),
-        ("written", {"responses": {"source": "teacher", "verify": {}}, "prompts": {"task": "gsm8k"}}, ("weights",)),
+        (
+            "written",
+            {"responses": {"source": "teacher", "verify": {}}, "prompts": {"task": "gsm8k"}},
+            ("for its answers",),
+        ),
         ("whole", {"responses": {"source": "student"}}, ("captured texts alone", "in_process")),
         ("whole", {"prompts": {"template": "plain"}}, ("no signal for", "another template", "store capture")),
         ("whole", {"evaluate": {"groups": {"fidelity": {"whose": ["student"]}}}}, ("fidelity", "captured texts")),

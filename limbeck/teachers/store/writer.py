@@ -221,7 +221,9 @@ def _require_manifest(path: Path, manifest: Manifest) -> None:
     """Refuse a folder that is no store, and the store of another manifest."""
     file = path / MANIFEST
     if not file.exists():
-        if other := next((p for p in path.iterdir() if p.name != ".lock"), None):
+        # One that has lost its manifest alone gets it back.
+        ours = all(_store_of(shard) == manifest.fingerprint for shard in sealed_shards(path))
+        if other := next((p for p in path.iterdir() if p.name != ".lock" and not (ours and _is_sealed(p))), None):
             raise LimbeckError(f"{path} holds {other.name} and no {MANIFEST}, so it is no store; name an empty folder")
         return
     try:
@@ -233,6 +235,11 @@ def _require_manifest(path: Path, manifest: Manifest) -> None:
         write_manifest(path, manifest)
         return
     require_same(path, found, manifest)
+
+
+def _is_sealed(file: Path) -> bool:
+    """Whether a file is one of a store's, or its seal."""
+    return file.with_suffix(".safetensors").exists() and seal_of(file).exists()
 
 
 def _store_of(shard: Path) -> str | None:

@@ -149,6 +149,17 @@ def test_a_folder_of_other_things_is_no_store(tmp_path):
             reading(tmp_path)
 
 
+def test_a_store_that_lost_its_manifest_alone_gets_it_back(tmp_path):
+    path, responses = tmp_path / "store", texts()
+    make(path, responses)
+    before, manifest_text = content(path, responses), (path / "store.json").read_bytes()
+    (path / "store.json").unlink()
+    with pytest.raises(LimbeckError, match=r"holds .* and no store\.json"):
+        make(path, responses, identity=replace(manifest(), tokenizer="u" * 64))
+    assert make(path, responses).added == 0
+    assert content(path, responses) == before and (path / "store.json").read_bytes() == manifest_text
+
+
 def test_the_identity_of_a_store_is_read_as_it_was_written(whole):
     assert read_manifest(whole) == manifest()
 
