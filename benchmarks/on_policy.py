@@ -132,8 +132,6 @@ def in_rounds(batch: int, epochs: int) -> dict[str, float]:
 def limbeck(batch: int, steps: int, *, refresh: int = 1, device: str = "cpu") -> tuple[list[float], list[int]]:
     from itertools import pairwise
 
-    import torch
-
     from limbeck.models.vocabulary import real_vocab_size
     from limbeck.objectives import Temperature, build_objective
     from limbeck.pipeline.cached_teacher import CachedTeacher
@@ -142,6 +140,8 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1, device: str = "cpu") ->
     from limbeck.rollouts.rounds import Rounds
     from limbeck.rollouts.student import RolloutConfig, StudentSource
     from limbeck.sampling.local import LocalSampler
+    from limbeck.teachers.store.base import Frame
+    from limbeck.teachers.store.dense import Hidden
     from limbeck.training.loop import train
     from limbeck.training.loss import LossPlan
     from limbeck.training.metrics import LoopContext
@@ -159,7 +159,8 @@ def limbeck(batch: int, steps: int, *, refresh: int = 1, device: str = "cpu") ->
     asked = encode_prompts(prompts, teacher.tokenizer, "chat")
     if refresh > 1:
         asked = asked[:ROUND_PROMPTS]
-    teacher_signals = CachedTeacher(teacher, torch.float32)
+    frame = Frame(vocab_size=vocab_size, width=teacher.state_width, temperatures=(1.0,))
+    teacher_signals = CachedTeacher(teacher=teacher, codec=Hidden(), frame=frame)
     reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         rollout = RolloutConfig(
