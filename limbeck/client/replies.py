@@ -11,6 +11,7 @@ from typing import Any
 
 from limbeck.client.http import HttpReply
 from limbeck.client.keys import Key
+from limbeck.types import Json
 
 # Of a text that a message may quote.
 _QUOTED = 240
@@ -70,6 +71,14 @@ def shortened(text: str, most: int = _QUOTED) -> str:
 def short_json(value: object) -> str:
     """A value as a message shows it."""
     return shortened(json.dumps(value, ensure_ascii=False, default=str), 120)
+
+
+def counted(reply: Json, name: str) -> int | None:
+    """Tokens by the server's count, such as `completion_tokens`; None where it gives none."""
+    usage = reply.get("usage")
+    count = usage.get(name) if isinstance(usage, dict) else None
+    # What a counter can reach; thousands of digits would end in an error where they are added up and printed.
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 1 << 53 else None
 
 
 def retry_after_s(header: str) -> float:

@@ -122,6 +122,5 @@ def round_teacher(context: RunContext, base: Iterable[Response], asked: Teacher)
     if context.recipe.teacher.cache:
         signals, responses = stored_signals(context), list(base)
         before = signals.store
-        for start in range(0, len(responses), SCORING_BATCH_SIZE):
-            before.locate(addresses_as_read(responses[start : start + SCORING_BATCH_SIZE], signals.reads))
+        before.locate(addresses_as_read(responses, signals.reads))
     return CachedTeacher(teacher=asked, codec=exact_codec(context.recipe), frame=frame_of(context), before=before)

@@ -13,9 +13,10 @@ from functools import cached_property
 
 from limbeck.client.concurrency import concurrently
 from limbeck.client.openai import Refusal, Server
+from limbeck.client.replies import counted
 from limbeck.teachers.base import Provision, Teacher
 from limbeck.teachers.hosted_account import NOTHING, Account, BudgetExceeded, PaidReply, PaidTries, dollars, price_of
-from limbeck.teachers.hosted_asking import HostedQuestion, Wording, counted, kept_of
+from limbeck.teachers.hosted_asking import HostedQuestion, Wording, kept_of
 from limbeck.teachers.hosted_options import SECTION, OnApi
 from limbeck.teachers.hosted_signal import OneToOne, ScoredAnswer
 from limbeck.types import Head, LimbeckError, Signal, TokenBatch, TopKSignal

@@ -141,10 +141,3 @@ def _token(entry: Json) -> tuple[str, float]:
     # A control token has a name and no bytes.
     name = entry["token"].encode() if raw is None else bytes(raw)
     return name.hex(), float(entry["logprob"])
-
-
-def counted(reply: Json, name: str) -> int | None:
-    """Tokens by the service's count; None where it gives none."""
-    usage = reply.get("usage")
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 1 << 53 else None

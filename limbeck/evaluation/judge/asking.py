@@ -8,7 +8,7 @@ from typing import Literal
 
 from limbeck.client.concurrency import concurrently
 from limbeck.client.openai import Refusal, Server
-from limbeck.client.replies import short_json
+from limbeck.client.replies import counted, short_json
 from limbeck.evaluation.judge.log import Judgement
 from limbeck.evaluation.judge.verdicts import Opinion, no_completion, read_opinion
 from limbeck.runtime.records import fingerprint
@@ -206,14 +206,6 @@ class Judge:
             opinion=opinion,
             max_new_tokens=self.max_new_tokens,
             greedy=wording.greedy,
-            prompt_tokens=_counted(reply, "prompt_tokens"),
-            completion_tokens=_counted(reply, "completion_tokens"),
+            prompt_tokens=counted(reply, "prompt_tokens"),
+            completion_tokens=counted(reply, "completion_tokens"),
         )
-
-
-def _counted(reply: Json, name: str) -> int | None:
-    """Tokens by the server's count; None where it gives none."""
-    usage = reply.get("usage")
-    count = usage.get(name) if isinstance(usage, dict) else None
-    # What a counter can reach; thousands of digits would end in an error where they are added up and printed.
-    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 1 << 53 else None

@@ -313,7 +313,6 @@ def _sample(
     """
     section, place = context.recipe.responses, context.run.responses / _folder(attempt)
     sampling = later_sampling(sampling_of(section), attempt)
-    codec, frame = exact_codec(context.recipe), frame_of(context)
     if captures(context):
         # A head that is not understood is refused here, and not after the answers are there.
         _ = context.teacher.head
@@ -324,6 +323,7 @@ def _sample(
         if batch.hidden is not None:
             states = [DenseSignal(hidden_ND=hidden_TD, head=context.teacher.head) for hidden_TD in batch.hidden]
             addresses = addresses_as_read(batch.responses, context.teacher.reads)
+            codec, frame = exact_codec(context.recipe), frame_of(context)
             write_signals(path.with_suffix(".safetensors"), addresses, batch.responses, states, codec, frame)
         keep_counts(sampler, path)
 

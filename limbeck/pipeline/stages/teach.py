@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from limbeck.pipeline.build import sparse_form
-from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS, batches_of, capture_into
+from limbeck.pipeline.capturing import SHARD_ROWS, batches_of, capture_into
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.several import rows_by_teacher
 from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
 from limbeck.pipeline.store_identity import exact_codec, manifest_of
-from limbeck.rollouts.collate import collate
 from limbeck.runtime.folders import remove
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.several import SeveralTeachers
@@ -153,9 +152,7 @@ def _scored(context: RunContext) -> dict[int, Response]:
 def _locate(context: RunContext) -> int:
     """Check that captured signals are there for all responses of the run; their number."""
     responses = _scored(context)
-    rows = list(responses)
-    batches = (rows[start : start + SCORING_BATCH_SIZE] for start in range(0, len(rows), SCORING_BATCH_SIZE))
-    context.teacher.locate(collate(responses, batch, pad_id=0) for batch in batches)
+    context.teacher.locate(batches_of(list(responses.values())))
     return len(responses)
 
 
