@@ -6,7 +6,7 @@ import json
 import random
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
 
@@ -72,6 +72,17 @@ class TryWatch(Protocol):
         ...
 
 
+class ServerOptions(Protocol):
+    """Options of a server, wherever a recipe holds them."""
+
+    @property
+    def timeout_s(self) -> float: ...
+    @property
+    def retries(self) -> int: ...
+    @property
+    def api_key_env(self) -> str | None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Server:
     """An OpenAI-compatible server.
@@ -92,6 +103,22 @@ class Server:
     api_key_env: str | None = None
     backoff_s: float = 0.5
     section: str = "responses.server"
+
+    @classmethod
+    def at(cls, base_url: str, options: ServerOptions, section: str) -> Server:
+        """The server at an address, with the options of a section; it is not asked anything yet."""
+        return cls(
+            base_url=base_url,
+            timeout_s=options.timeout_s,
+            retries=options.retries,
+            api_key_env=options.api_key_env,
+            section=section,
+        )
+
+    @property
+    def hurried(self) -> Server:
+        """The same with one retry at most, for questions whose answer a person waits for."""
+        return replace(self, retries=min(self.retries, 1))
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, Protocol
 
-from limbeck.client.openai import Server
+from limbeck.client.openai import Server, ServerOptions
 from limbeck.evaluation.judge.asking import AnswerPair, Judge, estimate, questions_of
 from limbeck.evaluation.judge.log import JudgementLog
 from limbeck.evaluation.judge.verdicts import JudgedPair
 from limbeck.pipeline.context import RunContext
 
 
-class JudgeOptions(Protocol):
+class JudgeOptions(ServerOptions, Protocol):
     """Options of a judge, wherever a recipe holds them."""
 
     @property
@@ -24,12 +24,6 @@ class JudgeOptions(Protocol):
     def judgement_tokens(self) -> int: ...
     @property
     def concurrency(self) -> int: ...
-    @property
-    def timeout_s(self) -> float: ...
-    @property
-    def retries(self) -> int: ...
-    @property
-    def api_key_env(self) -> str | None: ...
 
 
 def judge_server(judge: JudgeOptions, section: str) -> Server:
@@ -39,13 +33,7 @@ def judge_server(judge: JudgeOptions, section: str) -> Server:
         section: of the recipe, whose keys messages name.
     """
     assert judge.base_url is not None
-    return Server(
-        base_url=judge.base_url,
-        timeout_s=judge.timeout_s,
-        retries=judge.retries,
-        api_key_env=judge.api_key_env,
-        section=section,
-    )
+    return Server.at(judge.base_url, judge, section)
 
 
 def shares_won(

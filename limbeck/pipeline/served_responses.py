@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from limbeck.client.openai import Server
@@ -40,8 +39,7 @@ def check_server(context: RunContext) -> None:
             f"responses.server.api=chat has the server write its chat template, but prompts.template is "
             f"{context.recipe.prompts.template}; use api=completions or template chat"
         )
-    # A person waits for this one.
-    replace(_server(section), retries=min(section.retries, 1)).model(section.model)
+    _server(section).hurried.model(section.model)
 
 
 def ask_server(
@@ -88,12 +86,7 @@ def ask_server(
 
 
 def _server(section: ServerSection) -> Server:
-    return Server(
-        base_url=section.base_url,
-        timeout_s=section.timeout_s,
-        retries=section.retries,
-        api_key_env=section.api_key_env,
-    )
+    return Server.at(section.base_url, section, "responses.server")
 
 
 def _sampler(

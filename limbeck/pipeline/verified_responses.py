@@ -38,9 +38,7 @@ def check_verification(context: RunContext) -> None:
     if section is None or context.run.done("respond"):
         return
     if section.judge is not None and wanted:
-        server = judge_server(section.judge, JUDGE_KEY)
-        # A person waits for this one.
-        replace(server, retries=min(server.retries, 1)).model(section.judge.model)
+        judge_server(section.judge, JUDGE_KEY).hurried.model(section.judge.model)
     if section.by != "task" or context.recipe.prompts.problems_of not in CODE:
         return
     with tempfile.TemporaryDirectory() as scratch:

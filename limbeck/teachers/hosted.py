@@ -7,7 +7,7 @@ is asked for. What is paid is never more than the budget (`hosted_account`), and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 
@@ -170,9 +170,7 @@ class HostedTeacher(Teacher):
                 f"{SECTION}.budget_usd is {said}, so that nothing may be asked of {self.service_model}; set it to the "
                 "dollars that this run may cost"
             )
-        # A person waits for this one.
-        server = self.where.server()
-        replace(server, retries=min(server.retries, 1)).model(self.service_model)
+        self.where.server().hurried.model(self.service_model)
 
     def most(self, question: HostedQuestion) -> Decimal:
         """The most that a question can cost."""

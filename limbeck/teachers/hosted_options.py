@@ -55,10 +55,4 @@ class OnApi:
 
     def server(self) -> Server:
         """The service, not asked anything yet."""
-        return Server(
-            base_url=self.base_url,
-            timeout_s=self.timeout_s,
-            retries=self.retries,
-            api_key_env=self.api_key_env,
-            section=SECTION,
-        )
+        return Server.at(self.base_url, self, SECTION)

@@ -85,16 +85,7 @@ class OnServer:
         addresses = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
         if not addresses:
             raise LimbeckError(f"{SECTION}.base_url is empty; give the address of a server that serves the teacher")
-        return tuple(
-            Server(
-                base_url=address,
-                timeout_s=self.timeout_s,
-                retries=self.retries,
-                api_key_env=self.api_key_env,
-                section=SECTION,
-            )
-            for address in addresses
-        )
+        return tuple(Server.at(address, self, SECTION) for address in addresses)
 
 
 @plain_dataclass(kw_only=True)
@@ -162,8 +153,7 @@ class ServedTeacher(Teacher):
             # What is missing here is said before anything is asked.
             _ = self._ending
         for server in self._pool.servers:
-            # A person waits for this one.
-            asked = replace(server, retries=min(server.retries, 1))
+            asked = server.hurried
             try:
                 asked.models()
             except LimbeckError as error:

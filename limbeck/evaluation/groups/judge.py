@@ -108,13 +108,7 @@ class JudgeGroup(EvaluationGroup):
 
     def _server(self) -> Server:
         assert self.base_url is not None
-        return Server(
-            base_url=self.base_url,
-            timeout_s=self.timeout_s,
-            retries=self.retries,
-            api_key_env=self.api_key_env,
-            section="evaluate.groups.judge",
-        )
+        return Server.at(self.base_url, self, "evaluate.groups.judge")
 
     def _ask(
         self,
