@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import Any
 
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.hosted_cost import cost_of, hosted_teachers, questions_of
 from limbeck.pipeline.text_only import WrittenText, texts_as_responses
-from limbeck.prompts.chat import turns_of
-from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName, end_token_ids
-from limbeck.prompts.wording import alpaca_text, plain_text
 from limbeck.runtime.files import write_json
 from limbeck.runtime.records import read_object
-from limbeck.sampling.decoding import row_seed
-from limbeck.teachers.base import Teacher
 from limbeck.teachers.hosted import HostedTeacher
 from limbeck.teachers.hosted_account import NOTHING, PaidReply, dollars
 from limbeck.teachers.hosted_asking import HostedQuestion
 from limbeck.teachers.hosted_options import OnApi
-from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt
-
-# The largest seed that all services take.
-_SEEDS = 2**31
-
-
-def hosted_teachers(context: RunContext) -> Mapping[str, HostedTeacher]:
-    """The hosted ones among the teachers of a run, by name; of one alone the name is empty."""
-    every: Mapping[str, Teacher] = context.run_teachers or {"": context.run_teacher}
-    return {name: found for name, teacher in every.items() if isinstance(found := teacher.scorer, HostedTeacher)}
+from limbeck.types import Json, LimbeckError, Response, Sampling, TokenPrompt
 
 
 def check_hosted(context: RunContext) -> None:
@@ -102,7 +88,8 @@ def hosted_answers(
 
     A prompt that the service does not answer has an empty response, which nothing is learnt from.
     """
-    questions = list(_questions(context, teacher, asked, template, sampling))
+    known = [context.known_prompts[prompt.id] for prompt in asked]
+    questions = list(questions_of(context, teacher, known, template, sampling))
     _say_cost(context, teacher, questions)
     before = len(questions) - len(teacher.left(questions))
     replies: dict[int, PaidReply] = {}
@@ -133,52 +120,18 @@ def _say_cost(context: RunContext, teacher: HostedTeacher, questions: Sequence[H
     left, account = [questions[place] for place in teacher.left(questions)], teacher.account
     if not left:
         return
-    most = sum((teacher.most(one) for one in left), NOTHING)
-    tokens = sum(one.sampling.max_new_tokens for one in left)
+    cost = cost_of(teacher, left)
     spent = f"; {dollars(account.spent)} are spent" if account.spent else ""
     context.console.say(
-        f"respond: {len(left)} answers of {teacher.service_model} ({len(questions) - len(left)} paid for earlier) cost "
-        f"at most {dollars(most)}: {sum(one.most_input_tokens for one in left):,} bytes of prompts, no more than "
-        f"{tokens:,} tokens of answers; the budget is {dollars(_budget(teacher))}{spent}"
+        f"respond: {cost.answers} answers of {cost.model} ({len(questions) - len(left)} paid for earlier) cost "
+        f"at most {dollars(cost.usd)}: {cost.prompt_bytes:,} bytes of prompts, no more than "
+        f"{cost.answer_tokens:,} tokens of answers; the budget is {dollars(_budget(teacher))}{spent}"
     )
-    if account.spent + most > _budget(teacher):
+    if account.spent + cost.usd > _budget(teacher):
         context.console.warn(
             "the budget does not cover that: where it is used up, the run ends, and a higher teacher.where.budget_usd "
             "continues it"
         )
-
-
-def _questions(
-    context: RunContext,
-    teacher: HostedTeacher,
-    asked: Sequence[TokenPrompt],
-    template: TemplateName,
-    sampling: Sampling,
-) -> Iterator[HostedQuestion]:
-    known = [context.known_prompts[prompt.id] for prompt in asked]
-    for prompt in known if context.seen is None else context.seen.prompts(known):
-        if prompt.images or prompt.tools or any(turn.fields for turn in prompt.messages or ()):
-            what = "images" if prompt.images else "tools"
-            raise LimbeckError(
-                f"prompt {prompt_label(prompt)} has {what}, which a hosted teacher is not asked about; leave it out, "
-                "or let another teacher answer"
-            )
-        yield HostedQuestion(
-            prompt_id=prompt.id,
-            name=f"prompt {prompt_label(prompt)}",
-            model=teacher.service_model,
-            api=teacher.where.api,
-            content=_content(teacher, prompt, template),
-            sampling=sampling,
-            seed=row_seed(sampling, "teacher", prompt.id) % _SEEDS,
-            top_logprobs=teacher.where.top_logprobs,
-        )
-
-
-def _content(teacher: HostedTeacher, prompt: Prompt, template: TemplateName) -> list[dict[str, Any]] | str:
-    if teacher.where.api == "chat":
-        return [dict(turn) for turn in turns_of(prompt)]
-    return alpaca_text(prompt) if template == "alpaca" else plain_text(prompt)
 
 
 def _responses(

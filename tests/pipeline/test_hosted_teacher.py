@@ -15,9 +15,11 @@ from transformers import AutoTokenizer
 
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.hosted_cost import hosted_costs
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.pipeline.stages.respond import load_responses
 from limbeck.pipeline.stages.teach import open_teacher
+from limbeck.prompts.io import read_prompts
 from limbeck.recipe.load import load_recipe
 from limbeck.rollouts.collate import collate
 from limbeck.rollouts.io import read_responses
@@ -318,3 +320,25 @@ def test_what_cannot_be_had_of_it_is_said_before_anything_is_paid(
         run_pipeline(load_recipe(tree, [override]), stages=STAGES)
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not hosted[2].requests and not (tmp_path / "run/paid.jsonl").exists()
+
+
+def test_the_most_that_a_run_can_cost_is_known_before_it_asks(hosted: Hosted, tmp_path: Path) -> None:
+    """Against the naive sum over the prompts, and with the attempts of best of n; nothing is asked for it."""
+    _, _, bill = hosted
+    recipe = load_recipe(tree_of(hosted, tmp_path / "run", where={"added_tokens": 7}))
+    run = run_pipeline(recipe, stages=STAGES, until="prompts")
+    prompts, context = read_prompts(run.prompts), RunContext(recipe)
+    cost = hosted_costs(context, prompts)[""]
+    limit = recipe.responses.max_new_tokens
+    read = sum(len((prompt.text or "").encode()) + 16 for prompt in prompts)
+    assert (cost.answers, cost.prompt_bytes, cost.answer_tokens) == (24, read, 24 * limit)
+    reading, writing = (Decimal(str(price)) for price in PRICE)
+    assert cost.usd == (reading * (read + 24 * 7) + writing * 24 * limit) / 1_000_000 and cost.budget == 50
+    assert cost.model == MODEL and not bill.requests, "nothing was asked"
+    verify = {"by": "math", "samples": 3}
+    tree = tree_of(hosted, tmp_path / "best", responses={"source": "teacher", "verify": verify})
+    held = sum(prompt.split == "heldout" for prompt in prompts)
+    assert hosted_costs(RunContext(load_recipe(tree)), prompts)[""].answers == 3 * (24 - held) + held
+    run_pipeline(recipe, stages=STAGES, until="respond")
+    assert bill.total <= cost.usd
+    assert hosted_costs(RunContext(recipe), prompts)[""].answers == 0, "all are paid for"
