@@ -205,6 +205,19 @@ def known_keys() -> tuple[str, ...]:
     return tuple(walk(Recipe, ""))
 
 
+def optional_sections() -> frozenset[str]:
+    """Dotted keys of the sections that a recipe need not have: null leaves one out, {} takes it with its defaults."""
+
+    def walk(section: Any, prefix: str) -> Iterable[str]:
+        for f in fields(section):
+            for place, inner in sections_under(section, f.name):
+                if place == f.name and f.default is None:
+                    yield prefix + place
+                yield from walk(inner, f"{prefix}{place}.")
+
+    return frozenset(walk(Recipe, ""))
+
+
 def as_tree(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain nested mappings, every default spelled out; options stand beside the name."""
     assert is_dataclass(recipe)

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from limbeck.evaluation.scores.metrics import describe_metric, known_metrics
 from limbeck.fields import STRICT, Count, Fraction, Seed
 from limbeck.recipe.files import read_yaml, shipped_recipes
-from limbeck.recipe.load import apply_override, known_keys, recipe_tree
+from limbeck.recipe.load import apply_override, known_keys, optional_sections, recipe_tree
 from limbeck.recipe.messages import explain_mistake, suggestion
 from limbeck.recipe.yaml_text import dump, plain_tree
 from limbeck.types import LimbeckError
@@ -144,8 +144,9 @@ def flat(changes: Mapping[str, Any], prefix: str = "") -> Tree:
     found: Tree = {}
     for name, value in changes.items():
         key = f"{prefix}{name}"
-        # A group without options is a group more; any other empty section changes nothing.
-        whole = not value and prefix == "evaluate.groups."
+        # A group without options is a group more, and a section that was left out is there with its defaults; any
+        # other empty section changes nothing.
+        whole = not value and (prefix == "evaluate.groups." or key in optional_sections())
         inner = isinstance(value, Mapping) and key in sections and not whole
         found |= flat(value, f"{key}.") if inner else {key: value}
     return found

@@ -84,6 +84,13 @@ class TestArms:
         assert one.train.learning_rate == load_recipe(RECIPE).train.learning_rate
         assert (one.objective.temperature, two.objective.temperature) == (1, 2)
 
+    def test_a_section_that_was_left_out_is_taken_with_its_defaults(self) -> None:
+        loaded = sweep(set={"teacher.across": {}}, arms={"plain": {"train": {}}, "taught": {"sft": {}}})
+        plain, taught = (final_runs(loaded, arm, {}, {})[0].recipe for arm in arms_of(loaded))
+        assert plain.teacher.across is not None and taught.teacher.across is not None
+        assert plain.sft is None and taught.sft is not None
+        assert plain.train.max_steps == taught.train.max_steps == 7
+
     def test_tuning_with_the_first_seed(self) -> None:
         loaded = sweep(arms={"a": {}}, tune={"train.learning_rate": [1e-4, 0.5]}, seeds=[4, 5])
         (arm,) = arms_of(loaded)
