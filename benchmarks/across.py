@@ -79,7 +79,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
             "train.max_steps": 300,
             "train.eval_steps": None,
             "responses.max_new_tokens": 128,
-            "evaluate.groups": {"nll": {}, "rouge": {}},
+            "evaluate.groups": ["nll", "rouge"],
         },
         "arms": ARMS,
         "tune": {"train.learning_rate": arguments.rates},
