@@ -260,15 +260,13 @@ class StudentLoss(nn.Module):
         if isinstance(signal, SharedSignal):
             reads = self.loss_plan.measured(objective)
             loss = partial(aligned_distillation_loss, sorted_weight=self.loss_plan.sorted_weight if reads else 0.0)
-        # One that reads no teacher has no support either.
-        sparse = isinstance(signal, TopKSignal) and self.loss_plan.measured(objective)
         return loss(
             hidden_ND,
             head,
             signal,  # pyright: ignore[reportArgumentType]
             objective,
             temperature=step_settings.temperature,
-            support=self.loss_plan.support if sparse or isinstance(signal, SharedSignal) else None,
+            support=self.loss_plan.support if isinstance(signal, TopKSignal | SharedSignal) else None,
             weight_N=weight_N,
             label_N=label_N,
             sequence_N=sequence_N,

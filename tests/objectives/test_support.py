@@ -202,6 +202,13 @@ def test_labels_see_the_whole_row_beside_a_sparse_teacher():
     pair.check(pair.fused(both, signal=signal), expected_N, rtol=1e-8)
 
 
+@pytest.mark.parametrize("support", ["topk_tail", "topk_renorm"])
+def test_an_objective_that_reads_labels_alone_has_no_support(support):
+    pair = Pair()
+    signal = topk_signal(pair.teacher_logits(), 4)
+    pair.check(pair.fused(DEFAULTS["ce"], signal=signal, support=support), pair.naive(DEFAULTS["ce"]), rtol=1e-8)
+
+
 def test_an_impossible_rest_gives_no_nan():
     student = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf]])
     signal = topk_signal(torch.tensor([[2.0, 1.0, -50.0, -60.0]]), 2)

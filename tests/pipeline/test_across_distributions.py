@@ -150,6 +150,13 @@ def test_other_authors(foreign: TinyPair, student: Path, tmp_path: Path, author:
     assert (run / "report.html").exists()
 
 
+def test_cross_entropy_beside_a_teacher_with_other_tokens(foreign: TinyPair, student: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sections = {"objective": {"name": "ce", "temperature": 1.0}, "teacher": {"cache": False}}
+    run_pipeline(load_recipe(tree_of(foreign, student, run, **sections)), stages=STAGES, until="train")
+    assert all(row["loss"] > 0 and "aligned" not in row for row in metrics(run))
+
+
 def test_labels_count_everywhere(foreign: TinyPair, student: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     parts = [{"name": "csd", "weight": 0.5}, {"name": "ce", "weight": 0.5}]

@@ -152,13 +152,15 @@ def _row_loss(
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """Loss, value of each part and measures of everything that sees rows of logits."""
     objective, tokens, device = settings.objective, hidden_ND.shape[0], hidden_ND.device
+    chosen = settings.support
     if "teacher" not in objective.reads:
-        signal = None
+        # An objective that reads no teacher has no support either.
+        signal = chosen = None
     temperature = _adapted(hidden_ND, head, signal, settings)
     for part in nested(objective):
         if isinstance(part, Objective):
             temperature.check(part)
-    support = resolve_support(signal, settings.support, objective, temperature)
+    support = resolve_support(signal, chosen, objective, temperature)
     teacher, constants = None, {}
     if isinstance(signal, DenseSignal | SharedSignal):
         teacher = prepare_projection(signal.hidden_ND, signal.head, "teacher")
