@@ -26,7 +26,7 @@ class PromptSet:
     Attributes:
         rows: rows of the source.
         duplicates: examples dropped because their prompt had been read before.
-        limited: prompts left out by `limit`.
+        limited: prompts left out by `limit`, and held-out ones by a cap.
         unread: number of rows in which a column that is not read holds a value, by its name.
     """
 
@@ -241,8 +241,13 @@ def split_of(content: str, heldout_fraction: float, split_seed: int = 0) -> Spli
 
     The hash is salted, so that the split says nothing about the id, by which prompts are ordered and limited.
     """
+    return "heldout" if split_number(content, split_seed) < heldout_fraction * 2**64 else "train"
+
+
+def split_number(content: str, split_seed: int) -> int:
+    """The uniform number of a prompt, below 2**64."""
     digest = hashlib.sha256(f"split {split_seed}\n{content}".encode()).digest()
-    return "heldout" if int.from_bytes(digest[:8], "big") < heldout_fraction * 2**64 else "train"
+    return int.from_bytes(digest[:8], "big")
 
 
 def _require_both_splits(loaded: PromptSet, heldout_fraction: float) -> None:

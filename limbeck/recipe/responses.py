@@ -13,6 +13,8 @@ from limbeck.recipe.response_source import SourceSetting
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
 
+CACHE_GIB = 2.0
+
 
 @dataclass(config=STRICT, kw_only=True)
 class ServerSection:
@@ -95,6 +97,9 @@ class ResponsesSection:
     top_k: Annotated[int, Field(ge=0)] = 0
     stop: Strings = ()
     batch_size: Annotated[Count, SAME_ARM] = 48
+    cache_gib: Annotated[Positive, SAME_ARM] = CACHE_GIB
+    """Memory for the keys and values of a batch of the sampler in this process, in GiB: longer prompts make smaller
+    batches. More of it is faster where a device has it."""
     seed: Seed = 0
     verify: VerifySection | None = None
     """Check the teacher's answers to training prompts, and learn from right ones."""

@@ -109,6 +109,8 @@ class PromptsSection:
     """builtin, a JSONL file, or a datasets directory or hub id."""
     eval_fraction: Fraction = 0.1
     """Share held out for evaluation, decided by a hash of each prompt."""
+    eval_limit: Count | None = None
+    """The most prompts that are held out, whatever the share: the others are trained on (of `heldout`, left out)."""
     heldout: str | None = None
     """Another source of the same forms, whose prompts are all held out, and none of `source`; a prompt that stands in
     both is refused."""
@@ -232,6 +234,10 @@ class TrainSection:
     """Stop after this many optimizer steps, whatever the epochs."""
     per_device_train_batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
+    max_tokens_per_batch: Annotated[Count | None, NEUTRAL] = None
+    """Cut the responses of a step, as many as the two keys above say, into micro-batches of at most so many tokens,
+    padding included, and not into so many rows: the same update with the memory of long rows bounded and fewer passes
+    over short ones. A longer row is alone; null cuts by rows."""
     learning_rate: Positive | Literal["auto"] = "auto"
     """Peak of the schedule; auto tries several on some steps that are taken back, and takes the best."""
     lr_scheduler_type: Literal[

@@ -16,22 +16,57 @@ from limbeck.types import Response, TokenBatch
 
 
 def micro_batches(rows: Sequence[int], *, rows_per_device: int, rank: int, ranks: int) -> list[tuple[int, ...]]:
-    """The micro-batches of one rank: neighbouring rows stay together, ranks take turns.
+    """The micro-batches of one rank, each of so many rows."""
+    return turns(cut_by_rows(rows, rows_per_device), rank=rank, ranks=ranks)
+
+
+def turns(chunks: Sequence[tuple[int, ...]], *, rank: int, ranks: int) -> list[tuple[int, ...]]:
+    """The chunks of a step that are one rank's: neighbouring rows stay together, ranks take turns.
 
     Every rank gets equally many, since the ranks of a step meet at each backward pass; a rank that has run out gets an
     empty tuple.
     """
-    chunks = [tuple(rows[i : i + rows_per_device]) for i in range(0, len(rows), rows_per_device)]
     rounds = math.ceil(len(chunks) / ranks)
-    chunks += [()] * (rounds * ranks - len(chunks))
-    return chunks[rank::ranks]
+    return [*chunks, *[()] * (rounds * ranks - len(chunks))][rank::ranks]
 
 
-def padding(by_row: Mapping[int, Response], rows_per_device: int) -> float:
-    """Share of a step's positions that are padding."""
-    lengths = [response.length for response in by_row.values()]
-    chunks = [lengths[i : i + rows_per_device] for i in range(0, len(lengths), rows_per_device)]
-    return 1 - sum(lengths) / sum(max(chunk) * len(chunk) for chunk in chunks)
+def cut_by_rows(rows: Sequence[int], rows_per_device: int) -> list[tuple[int, ...]]:
+    """The rows of a step in chunks of so many."""
+    return [tuple(rows[i : i + rows_per_device]) for i in range(0, len(rows), rows_per_device)]
+
+
+def cut_by_tokens(
+    by_row: Mapping[int, Response], tokens: int, *, together: int = 1, ranks: int = 1
+) -> list[tuple[int, ...]]:
+    """The rows of a step in chunks of at most so many positions, padding included; a longer row is alone.
+
+    A chunk that is left over would make all ranks but one wait, so large ones are halved until each has as many.
+
+    Args:
+        together: rows that stay side by side, such as the two of a pair.
+    """
+    units = cut_by_rows(tuple(by_row), together)
+    chunks: list[list[tuple[int, ...]]] = []
+    widest = 0
+    for unit in units:
+        width = max(by_row[row].length - 1 for row in unit)
+        widest = max(widest, width)
+        if chunks and widest * together * (len(chunks[-1]) + 1) <= tokens:
+            chunks[-1].append(unit)
+        else:
+            chunks.append([unit])
+            widest = width
+    while len(chunks) % ranks and max(map(len, chunks)) > 1:
+        place = max(range(len(chunks)), key=lambda i: len(chunks[i]))
+        half = (len(chunks[place]) + 1) // 2
+        chunks[place : place + 1] = [chunks[place][:half], chunks[place][half:]]
+    return [tuple(row for unit in chunk for row in unit) for chunk in chunks]
+
+
+def padding(by_row: Mapping[int, Response], chunks: Sequence[tuple[int, ...]]) -> float:
+    """Share of a step's positions that are padding, in these chunks of its rows."""
+    real = sum(response.length for response in by_row.values())
+    return 1 - real / sum(max(by_row[row].length for row in chunk) * len(chunk) for chunk in chunks)
 
 
 def collate(responses: Sequence[Response] | Mapping[int, Response], rows: Sequence[int], *, pad_id: int) -> TokenBatch:

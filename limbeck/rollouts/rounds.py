@@ -137,7 +137,8 @@ class Rounds:
         plan = sampler.plan(prompts, sampling)
         paths = {rows: folder / f"{i:05d}.jsonl" for i, rows in enumerate(plan)}
         mine = plan[self.world.rank :: self.world.ranks]
-        others = {row for rows in plan for row in rows if rows not in mine or paths[rows].exists()}
+        left = {rows for rows in mine if not paths[rows].exists()}
+        others = {row for rows in plan if rows not in left for row in rows}
         written = len(others)
         capture = {"capture_hidden": True} if by_teacher and self.signal_cache is not None else {}
         for batch in sampler.respond_in_batches(prompts, sampling, done=others, **capture):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from limbeck.models.heads import causal_model
@@ -107,6 +107,12 @@ def cache_bytes_per_token(model: nn.Module) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_size * causal_model(model).dtype.itemsize
+
+
+def batches_left(plan: Iterable[tuple[int, ...]], done: Iterable[int]) -> list[tuple[int, ...]]:
+    """The batches of a plan with an index that is not done."""
+    skipped = frozenset(done)
+    return [batch for batch in plan if not skipped.issuperset(batch)]
 
 
 def plan_batches(

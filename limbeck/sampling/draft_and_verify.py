@@ -18,7 +18,14 @@ from limbeck.models.forward import evaluating
 from limbeck.ops import onednn
 from limbeck.ops.packed_linear import PackedLinears
 from limbeck.sampling.acceptance import AcceptanceRule, AcceptanceStats
-from limbeck.sampling.batching import cache_bytes_per_token, check_prompts, check_sizes, plan_batches, require_text
+from limbeck.sampling.batching import (
+    batches_left,
+    cache_bytes_per_token,
+    check_prompts,
+    check_sizes,
+    plan_batches,
+    require_text,
+)
 from limbeck.sampling.decoding import DecodingModel, SequenceState, row_uniforms
 from limbeck.sampling.draft_verify_pair import DraftVerifyPair, decode_speculative
 from limbeck.sampling.local import (
@@ -129,7 +136,7 @@ class SpeculativeSamplerBase(ABC):
         require_text(prompts)
         for read in (prompts, self._verified(prompts)):
             check_prompts(read, sampling, models=models, vocab_size=self.vocab_size, tokenizer=self.tokenizer)
-        batches = [batch for batch in self.plan(prompts, sampling) if not set(batch) <= set(done)]
+        batches = batches_left(self.plan(prompts, sampling), done)
         linears = nullcontext()
         if onednn.available():
             linears = PackedLinears(nn.ModuleList(models), rows=self.batch_size, packed_gib=self.packed_gib)

@@ -18,7 +18,7 @@ from limbeck.models.forward import evaluating
 from limbeck.models.heads import causal_model, decoder_of, head_of
 from limbeck.ops import onednn
 from limbeck.ops.packed_linear import PackedLinears
-from limbeck.sampling.batching import cache_bytes_per_token, check_prompts, check_sizes, plan_batches
+from limbeck.sampling.batching import batches_left, cache_bytes_per_token, check_prompts, check_sizes, plan_batches
 from limbeck.sampling.decoding import DecodingModel, SequenceState, decode, row_uniforms
 from limbeck.sampling.image_prompts import expanded_prompts
 from limbeck.sampling.stop_strings import StopStrings
@@ -121,7 +121,7 @@ class LocalSampler:
         """
         prompts = expanded_prompts(self.model, prompts)
         check_prompts(prompts, sampling, models=(self.model,), vocab_size=self.vocab_size, tokenizer=self.tokenizer)
-        batches = [batch for batch in self.plan(prompts, sampling) if not set(batch) <= set(done)]
+        batches = batches_left(self.plan(prompts, sampling), done)
         linears = (
             PackedLinears(self.model, rows=self.batch_size, packed_gib=self.packed_gib) if onednn.available() else None
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from limbeck.models.whole import whole_tensor
 from limbeck.ops import onednn
 from limbeck.recipe.sections import TrainSection
-from limbeck.rollouts.collate import collate, micro_batches
+from limbeck.rollouts.collate import collate, cut_by_rows, cut_by_tokens, turns
 from limbeck.training.corpus import Corpus
 from limbeck.training.loss import StepSettings, StudentLoss
 from limbeck.training.percentile import StreamingPercentile
@@ -172,13 +172,17 @@ class GradientPasses:
             found += torch.stack([value_N.float().sum(), found.new_tensor(float(len(value_N)))])
         return found
 
+    def chunks(self, by_row: Mapping[int, Response], *, ranks: int) -> list[tuple[int, ...]]:
+        """Some responses in micro-batches, those of all ranks in turn."""
+        if self.settings.max_tokens_per_batch is None:
+            return cut_by_rows(tuple(by_row), self.settings.per_device_train_batch_size)
+        rule = self.module.loss_plan.rule
+        together = 2 if rule is not None and rule.pairs else 1
+        return cut_by_tokens(by_row, self.settings.max_tokens_per_batch, together=together, ranks=ranks)
+
     def _micro_batches(self, by_row: Mapping[int, Response]) -> list[tuple[int, ...]]:
-        return micro_batches(
-            tuple(by_row),
-            rows_per_device=self.settings.per_device_train_batch_size,
-            rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes,
-        )
+        ranks = self.accelerator.num_processes
+        return turns(self.chunks(by_row, ranks=ranks), rank=self.accelerator.process_index, ranks=ranks)
 
     def _backward(
         self,

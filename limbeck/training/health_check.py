@@ -26,14 +26,14 @@ class HealthCheck:
     Attributes:
         model: as accelerate prepared it.
         clip: clips the gradient and gives its norm.
-        rows: responses of a forward pass.
+        chunks: cuts responses into those of a forward pass each.
     """
 
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
     clip: Callable[[], float]
-    rows: int
+    chunks: Callable[[Mapping[int, Response]], Sequence[tuple[int, ...]]]
     pad_id: int
 
     def fault(self, response: Response) -> str | None:
@@ -53,12 +53,11 @@ class HealthCheck:
     @torch.no_grad()
     def heldout_loss(self, responses: Sequence[Response]) -> float:
         """Cross-entropy per token, nats, of held-out responses."""
-        ordered = sorted(responses, key=lambda r: -r.length)
+        by_row = dict(enumerate(sorted(responses, key=lambda r: -r.length)))
         self.model.eval()
-        starts = range(0, len(ordered), self.rows)
-        total = sum(self._cross_entropy(dict(enumerate(ordered[i : i + self.rows]))).item() for i in starts)
+        total = sum(self._cross_entropy({row: by_row[row] for row in rows}).item() for rows in self.chunks(by_row))
         self.model.train()
-        return total / sum(r.tokens for r in ordered)
+        return total / sum(r.tokens for r in by_row.values())
 
     def _cross_entropy(self, by_row: Mapping[int, Response]) -> Tensor:
         """Sum over the tokens of some responses of -log q."""

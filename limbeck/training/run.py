@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -91,7 +92,7 @@ class TrainingRun:
             model=self.passes.model,
             optimizer=self.optimizer,
             clip=self.passes.clip,
-            rows=self.settings.per_device_train_batch_size,
+            chunks=partial(self.passes.chunks, ranks=1),
             pad_id=self.pad_id,
         )
 
@@ -197,7 +198,7 @@ class TrainingRun:
             "tokens_per_s": round(tokens / seconds, 1),
             **self.passes.text_tokens(progress.step),
             "seconds": round(progress.seconds, 3),
-            "padding": round(padding(by_row, self.settings.per_device_train_batch_size), 4),
+            "padding": round(padding(by_row, self.passes.chunks(by_row, ranks=self.accelerator.num_processes)), 4),
         }
         due = progress.step % self.settings.logging_steps == 0 or progress.step == self.total
         if self.evaluation.due_after(progress.step):

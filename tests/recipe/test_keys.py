@@ -242,6 +242,7 @@ def test_the_marked_keys() -> None:
     assert neutral_keys() == {
         *("name", "output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to"),
         *("train.push_to_hub", "train.hub_model_id", "train.hub_private_repo", "train.sharding"),
+        "train.max_tokens_per_batch",
         *(f"responses.server.{key}" for key in connection),
         *(f"evaluate.groups.judge.{key}" for key in connection | {"price_per_million"}),
         *(f"preference.pairs.{key}" for key in connection),
@@ -250,7 +251,8 @@ def test_the_marked_keys() -> None:
         *("teacher.where.path", "teacher.where.folder", *(f"teacher.where.{key}" for key in connection)),
         *(f"teacher.where.{key}" for key in ("budget_usd", "price_per_million", "added_tokens")),
     }
-    assert same_arm_keys() - neutral_keys() == {"train.seed", "responses.batch_size", "evaluate.batch_size"}
+    batches = {"responses.batch_size", "responses.cache_gib", "evaluate.batch_size"}
+    assert same_arm_keys() - neutral_keys() == {"train.seed", *batches}
     assert same_arm_keys() <= {*LEAVES, *member_keys()}
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.rollouts.collate import collate, micro_batches
+from limbeck.rollouts.collate import collate, cut_by_rows, cut_by_tokens, micro_batches, turns
 from limbeck.rollouts.order import Plan
 from limbeck.types import Response
 
@@ -45,6 +45,28 @@ def test_ranks_and_micro_batches_share_out_a_step(responses, rows_per_device, ac
         assert len({len(micros) for micros in cut}) == 1, "ranks meet in every backward pass"
         assert all(len(micro) <= rows_per_device for micros in cut for micro in micros)
         assert len(cut[0]) <= accumulation
+
+
+@given(RESPONSES, st.integers(1, 60), st.sampled_from([1, 2]), st.integers(1, 4))
+def test_micro_batches_within_a_budget_of_tokens(responses, tokens, together, ranks):
+    by_row = dict(enumerate(responses))
+    chunks = cut_by_tokens(by_row, tokens, together=together, ranks=ranks)
+    assert [row for chunk in chunks for row in chunk] == list(by_row)
+    assert all(chunk[0] % together == 0 for chunk in chunks), "rows that belong together are not cut apart"
+    for chunk in chunks:
+        positions = max(by_row[row].length - 1 for row in chunk) * len(chunk)
+        assert positions <= tokens or len(chunk) <= together
+    assert len(chunks) % ranks == 0 or max(map(len, chunks)) <= together, "no rank waits where rows could be shared out"
+    mine = [turns(chunks, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert len({len(micros) for micros in mine}) == 1
+    assert sorted(row for micros in mine for micro in micros for row in micro) == list(by_row)
+
+
+def test_a_budget_cuts_no_finer_than_it_must():
+    by_row = dict(enumerate(response((1,) * 5, (2,) * (length - 5 + 1)) for length in (40, 30, 20, 20, 10, 10, 10)))
+    assert cut_by_tokens(by_row, 60) == [(0,), (1, 2), (3, 4, 5), (6,)]
+    assert cut_by_tokens(by_row, 10_000) == cut_by_rows(range(7), 7) == [tuple(range(7))]
+    assert cut_by_tokens(by_row, 10_000, ranks=2) == [(0, 1, 2, 3), (4, 5, 6)]
 
 
 @given(RESPONSES, st.integers(1, 9), st.integers(0, 12))

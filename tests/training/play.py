@@ -158,9 +158,11 @@ class FailingTeacher:
 
     def __init__(self, last: int, *, nan: bool = False):
         self.teacher, self.left, self.nan = tiny_teacher(), last, nan
+        self.shapes: list[tuple[int, ...]] = []
 
     def signal(self, batch: TokenBatch) -> DenseSignal:
         self.left -= 1
+        self.shapes.append(tuple(batch.input_ids_BT.shape))
         signal = self.teacher.signal(batch)
         if self.left >= 0:
             return signal

@@ -57,6 +57,23 @@ def test_the_update_does_not_depend_on_how_the_batch_is_cut(tmp_path, tied):
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [25, 70])
+def test_the_update_does_not_depend_on_a_budget_of_tokens(tmp_path, tokens):
+    ends, lines, passes = {}, {}, {}
+    for budget in (None, tokens):
+        folder = tmp_path / str(budget)
+        folder.mkdir()
+        teacher = FailingTeacher(1000)
+        chosen = settings(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_tokens_per_batch=budget)
+        ends[budget] = weights(play(tiny_model(1), folder, chosen, teacher=teacher))
+        lines[budget], passes[budget] = metrics(folder), teacher.shapes
+    assert largest_gap(ends[None], ends[tokens]) < 1e-6
+    for one, other in zip(lines[None], lines[tokens], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert all(rows == 1 or rows * width <= tokens for rows, width in passes[tokens])
+    assert any(rows * width > tokens for rows, width in passes[None]) or len(passes[tokens]) < len(passes[None])
+
+
 def naive_gradient(rows, cut, normalise):
     """Gradients of a step by plain autograd; `normalise` gives the divisor of a micro-batch from its tokens."""
     student, teacher, responses, tau = tiny_model(1), tiny_teacher(), tiny_responses(), 2.0

@@ -13,6 +13,7 @@ from limbeck.pipeline.image_prompts import check_image_methods, digest_of_images
 from limbeck.pipeline.problems import ProblemReader, generated_rows
 from limbeck.pipeline.seen_prompts import require_single_answers
 from limbeck.pipeline.several import check_routes
+from limbeck.prompts.capped import at_most_heldout
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.images import RowImages
 from limbeck.prompts.io import write_prompts
@@ -31,7 +32,7 @@ def prompt_inputs(context: RunContext) -> Json:
     section = asdict(context.recipe.prompts)
     for later in ("template", "chat_options", "too_long", "max_prompt_length", "control_tokens", "loss_on"):
         del section[later]
-    for rare in ("ignore_columns", "task", "generate", "heldout"):
+    for rare in ("ignore_columns", "task", "generate", "heldout", "eval_limit"):
         if not section[rare]:
             del section[rare]
     if (heldout := context.recipe.prompts.heldout) is not None:
@@ -77,6 +78,10 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
     )
     if section.heldout is not None:
         loaded = with_heldout(loaded, load_prompts(section.heldout, heldout_fraction=1.0, **options))
+    if section.eval_limit is not None:
+        # Held-out prompts of a source of their own are not trained on, nor those of an evaluation alone.
+        others = "left_out" if section.heldout is not None or heldout_fraction == 1.0 else "train"
+        loaded = at_most_heldout(loaded, section.eval_limit, split_seed=section.split_seed, others=others)
     require_single_answers(context, loaded.prompts)
     require_one_answer_each(context, loaded.prompts)
     check_routes(context, loaded.prompts)
