@@ -64,6 +64,7 @@ def with_draft(context: RunContext, section: DraftSection, alone: LocalSampler) 
         tokenizer=alone.tokenizer,
         draft_tokens=section.tokens,
         batch_size=alone.batch_size,
+        cache_gib=alone.cache_gib,
     )
 
 

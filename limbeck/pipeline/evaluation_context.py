@@ -7,7 +7,7 @@ that none is written twice, rows and details are kept on disk.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,12 +43,13 @@ from limbeck.prompts.templates import (
     resolve_template,
 )
 from limbeck.recipe.evaluation import EvaluateSection
+from limbeck.recipe.responses import CACHE_GIB
 from limbeck.rollouts.io import read_responses, write_responses
 from limbeck.runtime.console import Console
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.records import fingerprint
 from limbeck.sampling.local import LocalSampler
-from limbeck.types import AFTER_TRAINING, LimbeckError, Prompt, Response, Sampling, SignalSource, TokenPrompt
+from limbeck.types import AFTER_TRAINING, Json, LimbeckError, Prompt, Response, Sampling, SignalSource, TokenPrompt
 
 if TYPE_CHECKING:
     import torch
@@ -251,13 +252,13 @@ class RunEvaluation:
         found = read_prompt_problems(self.context.run.problems)
         return [found[prompt.id] for prompt in self.prompts]
 
-    def heldout_responses(self) -> dict[int, Response]:
+    def heldout_responses(self) -> Mapping[int, Response]:
         """The held-out responses of the run, by row of the signal."""
         return load_responses(self.context, "heldout")
 
-    def training_responses(self) -> list[Response]:
+    def training_responses(self) -> Sequence[Response]:
         """The responses that were there before training, but for the held-out ones."""
-        return list(load_responses(self.context, "train").values())
+        return load_responses(self.context, "train").responses
 
     def quantized_weights(self) -> QuantizedWeights | None:
         """The blocks that the student was trained as; None where it is not quantised."""
@@ -287,7 +288,9 @@ class RunEvaluation:
         path = self.folder / "answers" / f"{writer}-{key}.jsonl"
         if not path.exists() and who == "teacher":
             # The same for all students of a sweep.
-            made_from = {"answers": key, "batch_size": self.settings.batch_size}
+            made_from: Json = {"answers": key, "batch_size": self.settings.batch_size}
+            if (cache_gib := self.context.recipe.responses.cache_gib) != CACHE_GIB:
+                made_from["cache_gib"] = cache_gib
             with once(self.context, made_from, path.parent, (path.name,)):
                 if not path.exists():
                     self._answer(path, who, sampling, prompts, keep_logp)

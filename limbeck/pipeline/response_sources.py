@@ -128,6 +128,7 @@ class _Samplers:
             "vocab_size": alone.vocab_size,
             "tokenizer": alone.tokenizer,
             "batch_size": alone.batch_size,
+            "cache_gib": alone.cache_gib,
         }
 
     def reporter(self) -> Callable[[AuthorName, int, int], None]:

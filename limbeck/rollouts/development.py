@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from heapq import nsmallest
 
+from limbeck.rollouts.table import in_a_row, prompts_of, without
 from limbeck.types import Response
 
 # Of few prompts a tenth at most: the student needs them more. And none at all rather than so few that chance chooses.
 LARGEST_SHARE, FEWEST = 0.1, 8
 
 
-def set_aside(responses: Mapping[int, Response], size: int) -> tuple[dict[int, Response], dict[int, Response]]:
+def set_aside(responses: Mapping[int, Response], size: int) -> tuple[Mapping[int, Response], dict[int, Response]]:
     """The responses to train on, and those of `size` prompts to measure on, longest first.
 
     Which prompts depends on their ids alone. All responses of a prompt stay together. Where a tenth of the prompts is
     fewer than `FEWEST`, none are set aside.
     """
-    prompts = sorted({r.prompt_id for r in responses.values()}, key=_order)
+    ids = list(prompts_of(in_a_row(responses)))
+    prompts = set(ids)
     spared = int(LARGEST_SHARE * len(prompts))
-    chosen = set(prompts[: min(size, spared)]) if spared >= FEWEST else set()
-    trained = {row: r for row, r in responses.items() if r.prompt_id not in chosen}
-    aside = {row: r for row, r in responses.items() if r.prompt_id in chosen}
-    return trained, dict(sorted(aside.items(), key=lambda item: -item[1].length))
+    chosen = set(nsmallest(min(size, spared), prompts, key=_order)) if spared >= FEWEST else set()
+    rows = [row for row, prompt_id in zip(responses, ids, strict=True) if prompt_id in chosen]
+    aside = {row: responses[row] for row in rows}
+    return without(responses, rows), dict(sorted(aside.items(), key=lambda item: -item[1].length))
 
 
 def ids_of_prompts(responses: Mapping[int, Response]) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from limbeck.runtime.files import whole_file, write_text
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt, shared_ids
 
 _T = TypeVar("_T")
+_FIELDS = tuple(f.name for f in fields(Response))
 
 
 def write_responses(path: Path, responses: Iterable[Response]) -> None:
@@ -22,9 +24,9 @@ def write_responses(path: Path, responses: Iterable[Response]) -> None:
 
 def fields_of(response: Response) -> dict[str, Any]:
     """A response as plain values, without empty fields that only conversations or rollouts use."""
-    row = {f.name: getattr(response, f.name) for f in fields(response)}
+    row = {name: getattr(response, name) for name in _FIELDS}
     if response.sampling is not None:
-        row["sampling"] = asdict(response.sampling)
+        row["sampling"] = dict(_plain(response.sampling))
     if not response.spans:
         del row["spans"]
     if not response.round:
@@ -32,6 +34,11 @@ def fields_of(response: Response) -> dict[str, Any]:
     if not response.images:
         del row["images"]
     return row
+
+
+@lru_cache(maxsize=64)
+def _plain(sampling: Sampling) -> dict[str, Any]:
+    return asdict(sampling)
 
 
 def write_asked(path: Path, prompts: Iterable[TokenPrompt]) -> None:

@@ -162,14 +162,19 @@ class OfflineSource(StatelessSource):
         self, responses: Sequence[Response], source_context: SourceContext, *, rows: Sequence[int] | None = None
     ):
         self.rows = range(len(responses)) if rows is None else rows
-        chosen = [responses[row] for row in self.rows]
+        self._chosen = chosen = responses if rows is None else [responses[row] for row in rows]
         if not chosen:
             raise LimbeckError(
                 "got no responses to train on; expected at least one, check the prompts and their lengths"
             )
         self.responses = responses
         self.plan = Plan.of(chosen, step_rows=source_context.step_rows, seed=source_context.seed)
-        self.prompts = frozenset(r.prompt_id for r in chosen)
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        from limbeck.rollouts.table import prompts_of
+
+        return frozenset(prompts_of(self._chosen))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from heapq import nsmallest
 from types import MappingProxyType
 
 from torch import nn
@@ -26,7 +27,7 @@ from limbeck.training.best_student import MeasureFidelity
 from limbeck.training.corpus import Corpus
 from limbeck.training.gradients import GradientPasses
 from limbeck.training.loss import LossPlan, StudentLoss, make_projection
-from limbeck.training.metrics import Journal, LoopContext
+from limbeck.training.metrics import EXAMPLES, Journal, LoopContext
 from limbeck.training.rate_search import search_rate, settings_with_rate
 from limbeck.training.run import FollowingWeights, TrainingRun
 from limbeck.training.weighting import TokenWeighting
@@ -222,6 +223,9 @@ def _prepared(
         context=context,
         total=total,
         journal=Journal(
-            accelerator=accelerator, context=context, authored=loss_plan.authored, prompts=response_source.prompts
+            accelerator=accelerator,
+            context=context,
+            authored=loss_plan.authored,
+            watched=frozenset(nsmallest(EXAMPLES, response_source.prompts)) if loss_plan.authored else frozenset(),
         ),
     )

@@ -53,13 +53,13 @@ class Journal:
     """Writes metrics.jsonl, examples.jsonl and the trackers; raises alarms.
 
     Attributes:
-        prompts: ids of all prompts; the responses of the first few are kept, the same over the whole training.
+        watched: ids of the prompts whose responses are kept, the same over the whole training.
     """
 
     accelerator: Accelerator
     context: LoopContext
     authored: bool
-    prompts: frozenset[str]
+    watched: frozenset[str]
     watch: Watch = field(default_factory=Watch)
     loss_alarm: LossAlarm = field(default_factory=LossAlarm)
 
@@ -75,8 +75,7 @@ class Journal:
             if due:
                 _append(self.context.metrics, [metrics])
             if self.authored and self.context.examples is not None:
-                watched = frozenset(sorted(self.prompts)[:EXAMPLES])
-                kept = [_example(r, metrics) for r in by_row.values() if r.prompt_id in watched]
+                kept = [_example(r, metrics) for r in by_row.values() if r.prompt_id in self.watched]
                 _append(self.context.examples, kept)
         if due:
             numbers = {key: value for key, value in metrics.items() if key not in ("step", "warnings")}

@@ -51,6 +51,8 @@ DAMAGES = (
     ("responses/teacher.jsonl", without_last_line),
     ("responses/teacher.jsonl", one_digit),
     ("responses/teacher.jsonl", gone),
+    ("responses/teacher.arrow", one_bit),
+    ("responses/teacher.arrow", gone),
     ("responses/batches/00001.safetensors", one_bit),
     ("signal/hidden.json", one_digit),
     ("signal/hidden.safetensors", one_bit),

@@ -40,8 +40,10 @@ from limbeck.prompts.templates import (
 )
 from limbeck.prompts.turns import has_earlier_answers
 from limbeck.recipe.keys import fingerprinted, fingerprinted_member
+from limbeck.recipe.responses import CACHE_GIB
 from limbeck.recipe.sections import Recipe
-from limbeck.rollouts.io import read_responses, write_asked, write_responses
+from limbeck.rollouts.io import write_asked
+from limbeck.rollouts.table import NumberedResponses, ResponseTable, keep_responses, open_responses
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.teachers.hosted import HostedTeacher
@@ -55,6 +57,8 @@ def _response_inputs(context: RunContext) -> Json:
     prompts = context.recipe.prompts
     section = fingerprinted(context.recipe.responses)
     del section["server"], section["draft"], section["verify"]
+    if section["cache_gib"] == CACHE_GIB:
+        del section["cache_gib"]
     # How the student writes later is no matter of this stage; whose responses are there before, and of whom, is.
     del section["source"], section["initial_author"]
     section["author"] = context.recipe.base_author
@@ -136,7 +140,7 @@ def _run_responses(context: RunContext) -> Json:
         require_answers_for_sft([p for p in prompts if p.split == "train"])
         train = [p for p in asked if p.split == "train"]
         answers = _from_data(context, prompts, train, *reader, loss_on=context.recipe.prompts.loss_on)
-        write_responses(run.responses / "sft.jsonl", answers)
+        keep_responses(run.responses / "sft.jsonl", answers)
         more["sft"] = {"responses": len(answers), "tokens": sum(r.tokens for r in answers)}
     if context.recipe.on_policy:
         asked = _answered(context, asked)
@@ -172,7 +176,7 @@ def _run_responses(context: RunContext) -> Json:
                 f"all {split} responses are empty: the {author} ended every answer at once; "
                 "check prompts.template, or the teacher"
             )
-    write_responses(run.responses / f"{author}.jsonl", responses)
+    keep_responses(run.responses / f"{author}.jsonl", responses)
     return {
         "template": template,
         "responses": len(responses),
@@ -352,6 +356,7 @@ def sampler_for(
         tokenizer=tokenizer,
         author=author,
         batch_size=batch_size,
+        cache_gib=context.recipe.responses.cache_gib,
     )
 
 
@@ -378,15 +383,14 @@ def sampling_meter(
         yield watch
 
 
-def load_responses(context: RunContext, split: Split) -> dict[int, Response]:
-    """The non-empty responses of a split by their row in the file."""
-    every = read_responses(context.run.responses / f"{context.recipe.base_author}.jsonl")
-    return {row: r for row, r in enumerate(every) if r.split == split and r.response_ids}
+def load_responses(context: RunContext, split: Split) -> NumberedResponses:
+    """The non-empty responses of a split by their row in the file, where they stay until one is asked for."""
+    return open_responses(context.run.responses / f"{context.recipe.base_author}.jsonl").answered(split)
 
 
-def load_sft_answers(context: RunContext) -> list[Response]:
+def load_sft_answers(context: RunContext) -> ResponseTable:
     """The data's answers that a first stage trains on, without empty ones."""
-    return [r for r in read_responses(context.run.responses / "sft.jsonl") if r.response_ids]
+    return open_responses(context.run.responses / "sft.jsonl").answered("train").responses
 
 
 STAGE = Stage(

@@ -20,7 +20,7 @@ from limbeck.teachers.store.dense import Hidden
 from limbeck.teachers.store.reader import Store
 from limbeck.teachers.store.source import StoredSignals
 from limbeck.teachers.store.writer import StoreWriter, writing_alone
-from limbeck.types import DenseSignal, Head, Json, Response, Signal, SignalSource, TokenBatch
+from limbeck.types import DenseSignal, Head, Json, Response, Signal, SignalSource, Split, TokenBatch
 
 
 def _signal_inputs(context: RunContext) -> Json:
@@ -145,8 +145,8 @@ class _Mean:
 
 def _scored(context: RunContext) -> dict[int, Response]:
     """The responses whose signal the run reads, by row."""
-    responses = load_responses(context, "heldout")
-    return responses | load_responses(context, "train") if _scores_train(context) else responses
+    splits: tuple[Split, ...] = ("heldout", "train") if _scores_train(context) else ("heldout",)
+    return {row: response for split in splits for row, response in load_responses(context, split).items()}
 
 
 def _locate(context: RunContext) -> int:

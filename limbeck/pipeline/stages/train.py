@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from limbeck.rollouts.collate import collate
 from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of_prompts, set_aside
 from limbeck.rollouts.options import SOURCE_KEY
 from limbeck.rollouts.sources import offline
+from limbeck.rollouts.table import in_a_row
 from limbeck.runtime.files import write_json
 from limbeck.runtime.folders import remove
 from limbeck.runtime.json_lines import json_lines
@@ -83,7 +85,7 @@ def _build(context: RunContext) -> Student:
         context.wait_until(blocks.exists)
     if blocks.exists():
         spec = replace(spec, keep=tuple(_measured(blocks)["keep"]), layers=None)
-    responses = list(load_responses(context, "train").values())[:CALIBRATION_RESPONSES]
+    responses = in_a_row(load_responses(context, "train"))[:CALIBRATION_RESPONSES]
     calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
     student = build_student(
         spec,
@@ -223,14 +225,16 @@ def _run_sft(context: RunContext, student: Student, section: SftSection, should_
     checkpoints.save_weights(done, student.model)
 
 
-def _sft_responses(context: RunContext, section: SftSection, *, vocab_size: int) -> tuple[list[Response], SignalSource]:
+def _sft_responses(
+    context: RunContext, section: SftSection, *, vocab_size: int
+) -> tuple[Sequence[Response], SignalSource]:
     """Responses of the first stage, and the source of their teacher signals, which are not stored for the data's
     answers."""
     if not context.recipe.sft_on_data:
         by_row = load_responses(context, "train")
         if not context.recipe.teacher.cache and not sft_loss_plan(context.recipe, section).needs_teacher:
-            return list(by_row.values()), NullTeacher.of(vocab_size)
-        return list(by_row.values()), in_shared_tokens(context, open_teacher(context))
+            return in_a_row(by_row), NullTeacher.of(vocab_size)
+        return in_a_row(by_row), in_shared_tokens(context, open_teacher(context))
     heeded = sft_loss_plan(context.recipe, section).needs_teacher
     answers = load_sft_answers(context)
     return answers, in_shared_tokens(context, context.teacher) if heeded else NullTeacher.of(vocab_size)
@@ -246,7 +250,7 @@ def _search_learning_rate(
     heeded = recipe.teacher.cache or loss_plan.needs_teacher
     find_learning_rate(
         student.model,
-        offline(list(by_row.values())),
+        offline(in_a_row(by_row)),
         in_shared_tokens(context, open_teacher(context, teacher)) if heeded else NullTeacher.of(vocab_size),
         loss_plan,
         temperature=temperature_of(recipe),
@@ -271,7 +275,7 @@ def _run_training(
         )
     vocab_size = real_vocab_size(student.tokenizer)
     if recipe.on_policy:
-        teacher = round_teacher(context, (by_row | aside).values(), asked.teacher)
+        teacher = round_teacher(context, chain(by_row.values(), aside.values()), asked.teacher)
     elif not recipe.teacher.cache and not loss_plan_of(recipe).needs_teacher:
         teacher = NullTeacher.of(vocab_size)
     else:
@@ -282,13 +286,13 @@ def _run_training(
     measured = measured and not isinstance(teacher, NullTeacher)
     return train(
         student.model,
-        response_source_of(context, student, list(by_row.values()), teacher, should_stop, aside=ids_of_prompts(aside)),
+        response_source_of(context, student, in_a_row(by_row), teacher, should_stop, aside=ids_of_prompts(aside)),
         teacher if isinstance(teacher, NullTeacher) else in_shared_tokens(context, teacher),
         loss_plan_of(recipe),
         temperature=temperature_of(recipe),
         schedule=recipe.objective.schedule,
         weighting=token_weighting_of(recipe),
-        heldout=list(load_responses(context, "heldout").values()),
+        heldout=in_a_row(load_responses(context, "heldout")),
         development=development,
         fidelity=fidelity_on(development, teacher, vocab_size=vocab_size, device=context.device) if measured else None,
         corpus=open_corpus(context, student.tokenizer),
@@ -300,7 +304,7 @@ def _run_training(
     )
 
 
-def _trained_and_aside(context: RunContext) -> tuple[dict[int, Response], dict[int, Response]]:
+def _trained_and_aside(context: RunContext) -> tuple[Mapping[int, Response], Mapping[int, Response]]:
     """The training responses by their row on disk, and those set aside to measure on while it trains."""
     responses, settings = load_responses(context, "train"), context.recipe.train
     return set_aside(responses, settings.eval_size) if settings.eval_steps else (responses, {})
