@@ -239,6 +239,14 @@ def test_every_shipped_recipe_has_its_row() -> None:
     assert {name for name in shipped_recipes() if not name.startswith("lab/")} <= names
 
 
+def test_what_was_measured_here_has_its_page() -> None:
+    text = text_of("choosing-an-objective.md")
+    marks = re.findall(r"\*\*\[measured here\]\*\*(\s+\(\[[^\]]+\]\((results/[\w-]+\.md))?", text)
+    assert len(marks) >= 12 and all((DOCS / page).is_file() for _, page in marks if page)
+    # The list of marks at the top is the one that links nothing.
+    assert sum(1 for _, page in marks if not page) == 1
+
+
 def test_every_page_is_in_the_navigation() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
     listed = re.findall(r"[\w./-]+\.md", yaml.safe_dump(site["nav"]))
