@@ -1,4 +1,4 @@
-"""Tiny image-text models of three families, pictures that a program draws, and questions whose answers it knows.
+"""Tiny image-text models of six families, pictures that a program draws, and questions whose answers it knows.
 
 A picture shows one to three shapes of one kind and colour on a grid of cells. Nothing is downloaded: tokenizers,
 processors and models are made here.
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from PIL import Image
 
-Family = Literal["llava", "qwen2_vl", "idefics3"]
-FAMILIES: tuple[Family, ...] = ("llava", "qwen2_vl", "idefics3")
+Family = Literal["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm"]
+FAMILIES: tuple[Family, ...] = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
+QWEN: tuple[Family, ...] = ("qwen2_vl", "qwen2_5_vl")
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (230, 210, 50)}
 SHAPES = ("square", "disc", "bar")
 NUMBERS = ("one", "two", "three")
@@ -113,7 +114,7 @@ def write_tokenizer(folder: Path, family: Family = "llava", *, extra: tuple[str,
     )
     special: Any = [AddedToken(token, special=True) for token in _SPECIAL]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
-    shown = "<|vision_start|><|image_pad|><|vision_end|>" if family == "qwen2_vl" else "<image>"
+    shown = "<|vision_start|><|image_pad|><|vision_end|>" if family in QWEN else "<image>"
     tokenizer.chat_template = _TEMPLATE.replace("IMAGE", shown)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -159,20 +160,22 @@ def write_processor(folder: Path, family: Family, *, patch: int = 8) -> None:
     """The files of a processor as published folders have them."""
     common: dict[str, Any] = {"do_rescale": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     kind: dict[str, Any]
-    if family == "llava":
+    if family in ("llava", "llava_next"):
+        tiles = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]} if family == "llava_next" else {}
         pixels = common | {
-            "image_processor_type": "CLIPImageProcessor",
+            **tiles,
+            "image_processor_type": "LlavaNextImageProcessor" if tiles else "CLIPImageProcessor",
             "size": {"shortest_edge": SIDE},
             "crop_size": {"height": SIDE, "width": SIDE},
         }
         kind = {
-            "processor_class": "LlavaProcessor",
+            "processor_class": "LlavaNextProcessor" if tiles else "LlavaProcessor",
             "patch_size": patch,
             "vision_feature_select_strategy": "full",
             "num_additional_image_tokens": 0,
             "image_token": "<image>",
         }
-    elif family == "qwen2_vl":
+    elif family in QWEN:
         pixels = common | {
             "image_processor_type": "Qwen2VLImageProcessor",
             "patch_size": patch,
@@ -181,15 +184,16 @@ def write_processor(folder: Path, family: Family, *, patch: int = 8) -> None:
             "min_pixels": (2 * patch) ** 2,
             "max_pixels": 4 * SIDE**2,
         }
-        kind = {"processor_class": "Qwen2VLProcessor"}
+        kind = {"processor_class": "Qwen2VLProcessor" if family == "qwen2_vl" else "Qwen2_5_VLProcessor"}
     else:
+        maker = "Idefics3" if family == "idefics3" else "SmolVLM"
         pixels = common | {
-            "image_processor_type": "Idefics3ImageProcessor",
+            "image_processor_type": f"{maker}ImageProcessor",
             "size": {"longest_edge": 2 * SIDE},
             "max_image_size": {"longest_edge": SIDE},
             "do_image_splitting": True,
         }
-        kind = {"processor_class": "Idefics3Processor", "image_seq_len": (SIDE // patch) ** 2 // 4}
+        kind = {"processor_class": f"{maker}Processor", "image_seq_len": (SIDE // patch) ** 2 // 4}
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels | {"processor_class": kind["processor_class"]}))
     (folder / "processor_config.json").write_text(json.dumps(kind))
 
@@ -213,7 +217,7 @@ def _config(
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>" if family == "qwen2_vl" else "<image>")
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>" if family in QWEN else "<image>")
     tower: dict[str, Any] = {
         "hidden_size": eyes,
         "intermediate_size": 2 * eyes,
@@ -223,9 +227,11 @@ def _config(
         "patch_size": patch,
         "initializer_range": spread,
     }
-    if family == "llava":
+    if family in ("llava", "llava_next"):
+        tiles = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]} if family == "llava_next" else {}
         return AutoConfig.for_model(
-            "llava",
+            family,
+            **tiles,
             text_config=text | {"model_type": "llama"},
             vision_config=tower | {"model_type": "siglip_vision_model", "vision_use_head": False},
             image_token_index=image,
@@ -233,13 +239,14 @@ def _config(
             vision_feature_layer=-1,
             tie_word_embeddings=False,
         )
-    if family == "qwen2_vl":
-        visual = {
+    if family in QWEN:
+        sizes = {"embed_dim": eyes, "hidden_size": width, "mlp_ratio": 2}
+        if family == "qwen2_5_vl":
+            sizes = {"hidden_size": eyes, "out_hidden_size": width, "intermediate_size": 2 * eyes}
+            sizes |= {"window_size": 4 * patch, "fullatt_block_indexes": [1]}
+        visual = sizes | {
             "depth": 2,
-            "embed_dim": eyes,
-            "hidden_size": width,
             "num_heads": 4,
-            "mlp_ratio": 2,
             "patch_size": patch,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
@@ -248,7 +255,7 @@ def _config(
         sections = [width // 4 // 2 - 2 * (width // 4 // 6), width // 4 // 6, width // 4 // 6]
         rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 10000.0}
         return AutoConfig.for_model(
-            "qwen2_vl",
+            family,
             text_config=text | {"rope_parameters": rope},
             vision_config=visual,
             image_token_id=image,
@@ -258,7 +265,7 @@ def _config(
             tie_word_embeddings=False,
         )
     return AutoConfig.for_model(
-        "idefics3",
+        family,
         text_config=text | {"model_type": "llama"},
         vision_config=tower,
         image_token_id=image,

@@ -16,7 +16,7 @@ from limbeck.models.images import ImageFolder
 from limbeck.models.loading import LoadedModel, load_model
 from limbeck.models.vision import bind_images, require_reader
 from limbeck.types import Author, Response
-from tests.tiny_vision import Family, scenes, write_vision_model
+from tests.tiny_vision import QWEN, Family, scenes, write_vision_model
 
 # Question, answer and number of images.
 TALKS = (
@@ -57,7 +57,7 @@ class VisionPair:
 
     def texts(self) -> list[tuple[str, str, list[str]]]:
         """Prompt, answer and pictures of each talk."""
-        place = "<|vision_start|><|image_pad|><|vision_end|>" if self.family == "qwen2_vl" else "<image>"
+        place = "<|vision_start|><|image_pad|><|vision_end|>" if self.family in QWEN else "<image>"
         found, number = [], 0
         for question, answer, count in TALKS:
             prompt = f"<|im_start|>user\n{place * count}{question}<|im_end|>\n<|im_start|>assistant\n"
