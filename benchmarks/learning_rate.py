@@ -19,8 +19,8 @@ from typing import Any
 from limbeck.api import load
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.initial_student import build_initial_student
 from limbeck.pipeline.stage_order import STAGES
-from limbeck.pipeline.stages.train import build_initial_student
 
 GRID = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
 

@@ -31,9 +31,9 @@ from limbeck.objectives import build_objective, fused_distillation_loss
 from limbeck.pipeline.capturing import signal_for
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.initial_student import build_initial_student
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.pipeline.stages.respond import load_responses
-from limbeck.pipeline.stages.train import build_initial_student
 from limbeck.pipeline.store_capture import capture
 from limbeck.pipeline.store_identity import frame_of
 from limbeck.recipe.load import load_recipe, recipe_tree

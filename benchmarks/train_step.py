@@ -94,8 +94,8 @@ def pair(arguments: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
     """The run's context, its initial student and its training answers."""
     from limbeck.api import load
     from limbeck.pipeline.context import RunContext
+    from limbeck.pipeline.initial_student import build_initial_student
     from limbeck.pipeline.stages.respond import load_responses
-    from limbeck.pipeline.stages.train import build_initial_student
 
     context = RunContext(load(str(arguments.run)))
     rows = list(load_responses(context, "train").items())

@@ -255,6 +255,8 @@ class TokenBatch:
         partners: for each row, the row with the other author's response to the same prompt; -1 for none.
         drawn_logp_N: log-probability the response tokens were drawn with; NaN where it was not kept, float32.
         images: ids of the images of each row; empty where no row has any.
+        chosen_NS: tokens of each position whose log-probabilities a teacher is asked for beside its own likeliest, such
+            as the student's, different ones, int64; None asks for none.
     """
 
     input_ids_BT: Tensor
@@ -268,6 +270,7 @@ class TokenBatch:
     drawn_logp_N: Tensor
     images: tuple[tuple[str, ...], ...] = ()
     prompts: tuple[str, ...] = ()
+    chosen_NS: Tensor | None = None
 
     @property
     def sequence_N(self) -> Tensor:
@@ -284,6 +287,7 @@ class TokenBatch:
             labels_N=self.labels_N.to(device),
             by_student_B=self.by_student_B.to(device),
             drawn_logp_N=self.drawn_logp_N.to(device),
+            chosen_NS=None if self.chosen_NS is None else self.chosen_NS.to(device),
         )
 
 

@@ -20,16 +20,22 @@ _CELL, _TALL = 640.0, 430.0
 _LETTERS = 26
 
 
-def svg_figure(title: str, headline: str, plates: Sequence[Figure]) -> str:
-    """The picture as SVG text."""
-    width, height = _CELL * max(1, len(plates)), _TALL + 84
+def svg_figure(title: str, headline: str, plates: Sequence[Figure], *, columns: int | None = None) -> str:
+    """The picture as SVG text.
+
+    Args:
+        columns: charts of a row; None puts all into one.
+    """
+    columns = columns or max(1, len(plates))
+    width, height = _CELL * columns, _TALL * max(1, -(-len(plates) // columns)) + 84
     body = [
         f'<rect x=".5" y=".5" width="{width - 1:g}" height="{height - 1:g}" rx="14" fill="{PAPER}" stroke="{RULE}"/>',
         svg_text(36, 46, title, size=23, weight=700),
         svg_text(36, 76, short_value(headline, int((width - 72) / 8)), size=15, fill=SOFT, most=width - 72),
     ]
     for place, plate in enumerate(plates):
-        body += [f'<g transform="translate({place * _CELL:g} 84)">', *_chart(plate), "</g>"]
+        down, across = divmod(place, columns)
+        body += [f'<g transform="translate({across * _CELL:g} {down * _TALL + 84:g})">', *_chart(plate), "</g>"]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" font-family="{FONT}" role="img">\n<title>{escape(title)}: {escape(headline)}</title>\n'

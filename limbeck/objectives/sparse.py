@@ -30,11 +30,12 @@ class SparseForm:
     temperatures: tuple[float, ...]
 
     @torch.no_grad()
-    def of(self, signal: DenseSignal, *, seed: int) -> TopKSignal | SampledSignal:
+    def of(self, signal: DenseSignal, *, seed: int, chosen_NS: Tensor | None = None) -> TopKSignal | SampledSignal:
         """The sparse signal of the same positions.
 
         Args:
             seed: of the draws; what is drawn depends on it and on the positions alone.
+            chosen_NS: tokens that are kept in any case; see `topk_signal`.
 
         Raises:
             LimbeckError: for a k or a temperature that makes no sense.
@@ -42,16 +43,21 @@ class SparseForm:
         head = prepare_projection(signal.hidden_ND, signal.head, "teacher")
         generator = torch.Generator(signal.hidden_ND.device).manual_seed(seed)
         blocks = []
-        for hidden_ND in signal.hidden_ND.split(max(1, SPARSE_BLOCK_BYTES // (head.vocab_size * head.dtype.itemsize))):
+        rows = max(1, SPARSE_BLOCK_BYTES // (head.vocab_size * head.dtype.itemsize))
+        for start in range(0, max(len(signal.hidden_ND), 1), rows):
+            hidden_ND = signal.hidden_ND[start : start + rows]
             logits_NV = hidden_ND.new_empty(len(hidden_ND), head.vocab_size, dtype=head.dtype)
             head.into(hidden_ND, logits_NV)
-            blocks.append(self._block(head.finish.logits(logits_NV), generator))
+            some_NS = None if chosen_NS is None else chosen_NS[start : start + rows]
+            blocks.append(self._block(head.finish.logits(logits_NV), generator, some_NS))
         return blocks[0] if len(blocks) == 1 else _joined(blocks)
 
-    def _block(self, logits_NV: Tensor, generator: torch.Generator) -> TopKSignal | SampledSignal:
+    def _block(
+        self, logits_NV: Tensor, generator: torch.Generator, chosen_NS: Tensor | None
+    ) -> TopKSignal | SampledSignal:
         if self.support == "sampled":
             return sampled_signal(logits_NV, self.k, self.temperatures, generator)
-        return topk_signal(logits_NV, self.k, self.temperatures)
+        return topk_signal(logits_NV, self.k, self.temperatures, chosen_NS)
 
 
 def _joined(blocks: list[TopKSignal | SampledSignal]) -> TopKSignal | SampledSignal:
@@ -66,18 +72,34 @@ def sparse_columns(kind: type[TopKSignal | SampledSignal]) -> tuple[str, ...]:
     return common if kind is TopKSignal else (*common, "count_NK", "log_proposal_NK")
 
 
-def topk_signal(logits_NV: Tensor, k: int, temperatures: tuple[float, ...] = (1.0,)) -> TopKSignal:
+def topk_signal(
+    logits_NV: Tensor, k: int, temperatures: tuple[float, ...] = (1.0,), chosen_NS: Tensor | None = None
+) -> TopKSignal:
     """The teacher's k most likely tokens, with the exact normaliser of every temperature of the grid.
 
     The logits are those of real tokens alone: cut padding slots off first, as `SparseForm` does.
 
+    Args:
+        chosen_NS: tokens that are kept too, such as the student's own likeliest; different ones of each position. Every
+            position has k + S tokens: where both lists have a token, the teacher's next one is kept in its place.
+
     Raises:
         LimbeckError: for a k or a temperature that makes no sense.
     """
-    if not 1 <= k <= logits_NV.shape[-1]:
-        raise LimbeckError(f"top-k with k={k} of {logits_NV.shape[-1]} tokens: expected 1 to {logits_NV.shape[-1]}")
+    kept = k if chosen_NS is None else k + chosen_NS.shape[-1]
+    if not 1 <= k <= kept <= logits_NV.shape[-1]:
+        more = "" if chosen_NS is None else f" and {chosen_NS.shape[-1]} chosen ones"
+        raise LimbeckError(
+            f"top-k with k={k}{more} of {logits_NV.shape[-1]} tokens: expected 1 to {logits_NV.shape[-1]}"
+        )
     log_p_NV, log_z_NG = _capture(logits_NV, temperatures)
-    logp_NK, ids_NK = log_p_NV.topk(k, dim=-1)
+    if chosen_NS is None:
+        logp_NK, ids_NK = log_p_NV.topk(k, dim=-1)
+    else:
+        first_NV = log_p_NV.scatter(-1, chosen_NS.to(log_p_NV.device), torch.inf)
+        ids_NK = first_NV.topk(kept, dim=-1).indices
+        logp_NK, order_NK = log_p_NV.gather(-1, ids_NK).sort(dim=-1, descending=True)
+        ids_NK = ids_NK.gather(-1, order_NK)
     return TopKSignal(ids_NK=ids_NK, logp_NK=logp_NK, temperatures=temperatures, log_z_NG=log_z_NG)
 
 

@@ -120,9 +120,11 @@ def check_objectives(context: RunContext) -> None:
     """
     recipe, loss_plan = context.recipe, loss_plan_of(context.recipe)
     form = sparse_form(recipe)
-    if form is not None and form.support != "sampled" and form.k > context.teacher_card.vocab_size:
+    if form is not None and form.support != "sampled" and recipe.teacher.kept > context.teacher_card.vocab_size:
+        chosen = f" and teacher.student_k {recipe.teacher.student_k}" if recipe.teacher.student_k else ""
         raise LimbeckError(
-            f"teacher.support_k is {form.k}, but the teacher has {context.teacher_card.vocab_size} tokens; lower it"
+            f"teacher.support_k is {form.k}{chosen}, but the teacher has {context.teacher_card.vocab_size} tokens; "
+            "lower it"
         )
     _check_rule(loss_plan)
     for progress in (0.0, 1.0):

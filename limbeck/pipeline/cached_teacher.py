@@ -20,8 +20,10 @@ from limbeck.pipeline.capturing import (
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.stages.teach import stored_signals
 from limbeck.pipeline.store_identity import exact_codec, frame_of
+from limbeck.rollouts.collate import collate
 from limbeck.rollouts.io import read_responses
 from limbeck.teachers.base import Teacher
+from limbeck.teachers.chosen import StudentsChoice
 from limbeck.teachers.store.addresses import addresses_of
 from limbeck.teachers.store.base import Codec, Frame
 from limbeck.teachers.store.reader import Store
@@ -89,13 +91,20 @@ class CachedTeacher:
     def store(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
         """Write the signals of some responses beside them; compute those that sampling has not."""
         signals: list[Signal] = []
+        choosing = self.teacher if isinstance(self.teacher, StudentsChoice) else None
         if hidden is not None:
             signals = [DenseSignal(hidden_ND=hidden_TD, head=self.teacher.head) for hidden_TD in hidden]
+            if choosing is not None:
+                alone = (collate([response], [0], pad_id=0) for response in responses)
+                signals = [choosing.kept(one, choosing.asks(batch)) for one, batch in zip(signals, alone, strict=True)]
         else:
             for start in range(0, len(responses), SCORING_BATCH_SIZE):
                 signals += signals_of(self.teacher, responses[start : start + SCORING_BATCH_SIZE])
         addresses = addresses_as_read(responses, self.teacher.reads)
         write_signals(path.with_suffix(".safetensors"), addresses, responses, signals, self.codec, self.frame)
+        if choosing is not None:
+            # The student moves on, and is not asked what it chose again.
+            choosing.settled(batches_of(responses))
 
     def register(self, path: Path, responses: Sequence[Response]) -> None:
         """Note that the signals of these responses are beside them, unless a run that went further has deleted them."""

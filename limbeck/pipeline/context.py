@@ -163,6 +163,7 @@ class RunContext:
         teacher = section.where.open(model, device=self.device, progress=self.console.say)
         teacher.images, teacher.asked = self.run.images, self.run.asked
         teacher.support, teacher.support_k = section.support, section.support_k
+        teacher.student_k = section.student_k
         teacher.paid = self.run.paid(name)
         return teacher
 

@@ -15,7 +15,7 @@ from limbeck.evaluation.context import ChatModel
 from limbeck.evaluation.scores.files import assemble
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.evaluation_context import RunEvaluation
-from limbeck.pipeline.stages.train import build_initial_student
+from limbeck.pipeline.initial_student import build_initial_student
 from limbeck.runtime.files import write_json
 from limbeck.training import checkpoints
 from limbeck.types import LimbeckError, ScoredRow

@@ -57,3 +57,9 @@ def initial_student(context: RunContext) -> Json:
     # Only fresh weights are drawn; all other students begin the same whatever the seed.
     drawn = section.init == "scratch" or section.lora is not None
     return student_inputs(context) | {"seed": context.recipe.train.seed if drawn else None}
+
+
+def choice_inputs(context: RunContext) -> Json:
+    """What the student's choice of tokens before training depends on, for fingerprints; nothing where there is none."""
+    count = context.recipe.teacher.student_k
+    return {"student_k": count, "student": initial_student(context)} if count else {}

@@ -66,7 +66,7 @@ def verdicts_of(recipe: Recipe, *, vocab_size: int) -> Iterator[Verdict]:
                 found = verdict_of(
                     part,
                     support=recipe.teacher.support,
-                    whole=recipe.teacher.support_k >= vocab_size,
+                    whole=recipe.teacher.kept >= vocab_size,
                     # Of a mean of probabilities log Z is known at every temperature of the recipe.
                     tempered=main and _tempered(recipe) and not (recipe.mixing is not None and recipe.mixing.of_p),
                 )
@@ -106,4 +106,6 @@ def check_sparse_teacher(context: RunContext) -> None:
 def _signal(recipe: Recipe) -> str:
     section = recipe.teacher
     rest = "and the mass of all others" if section.support == "topk_tail" else "and nothing of all others"
-    return f"{section.support_k} tokens of each position {rest}, at temperature 1"
+    own = f"{section.support_k} tokens of each position"
+    own += f", {section.student_k} of the student's choice" if section.student_k else ""
+    return f"{own} {rest}, at temperature 1"

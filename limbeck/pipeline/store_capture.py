@@ -12,6 +12,7 @@ from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.pipeline.stages.respond import load_responses
 from limbeck.pipeline.store_identity import frame_of, manifest_of
+from limbeck.pipeline.students_choice import capture_with_choice
 from limbeck.recipe.load import Recipe
 from limbeck.runtime.console import Console
 from limbeck.teachers.store.base import Codec
@@ -28,7 +29,7 @@ def codec_of(recipe: Recipe) -> Codec:
     form = sparse_form(recipe)
     if form is None:
         return Hidden(dtype=recipe.teacher.cache_dtype)
-    return Sampled(draws=form.k) if form.support == "sampled" else TopK(k=form.k)
+    return Sampled(draws=form.k) if form.support == "sampled" else TopK(k=recipe.teacher.kept)
 
 
 def capture(recipe: Recipe, path: Path, codec: Codec | None, *, console: Console, update: bool = False) -> Captured:
@@ -49,6 +50,12 @@ def capture(recipe: Recipe, path: Path, codec: Codec | None, *, console: Console
             raise context.teacher.lacks("hidden")
         _require_likeliest(recipe, codec)
         context.teacher.reach()
+    if recipe.teacher.student_k and (not isinstance(codec, TopK) or codec.k != recipe.teacher.kept):
+        raise LimbeckError(
+            f"teacher.student_k={recipe.teacher.student_k} and teacher.support_k={recipe.teacher.support_k} keep "
+            f"{recipe.teacher.kept} tokens, but the codec is {codec_text(codec)}; choose --codec "
+            f"'{{name: topk, k: {recipe.teacher.kept}}}', or leave teacher.student_k out"
+        )
     codec.check(frame_of(context))
     run_pipeline(recipe, stages=STAGES, until="respond", console=console, update=update)
     responses = [*load_responses(context, "train").values(), *load_responses(context, "heldout").values()]
@@ -56,16 +63,18 @@ def capture(recipe: Recipe, path: Path, codec: Codec | None, *, console: Console
         tokens = sum(response.tokens for response in responses)
         with console.meter("capture", tokens, "tokens") as meter:
             teacher, kept = context.teacher, kept_sampling(recipe)
+            if recipe.teacher.student_k:
+                return capture_with_choice(context, writer, responses, sampling=kept, advance=meter.advance)
             return capture_into(writer, teacher, responses, reads=teacher.reads, sampling=kept, advance=meter.advance)
 
 
 def _require_likeliest(recipe: Recipe, codec: Codec) -> None:
     """Refuse a codec that keeps more than the likeliest tokens, of a teacher that says no more."""
-    if not isinstance(codec, TopK) or codec.k != recipe.teacher.support_k:
+    if not isinstance(codec, TopK) or codec.k != recipe.teacher.kept:
         raise LimbeckError(
-            f"teacher {recipe.teacher.model} says its {recipe.teacher.support_k} likeliest tokens "
+            f"teacher {recipe.teacher.model} says {recipe.teacher.kept} tokens of each position "
             f"(teacher.support_k) and no more, but the codec is {codec_text(codec)}; choose --codec "
-            f"'{{name: topk, k: {recipe.teacher.support_k}}}'"
+            f"'{{name: topk, k: {recipe.teacher.kept}}}'"
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from limbeck.models.fingerprints import tokenizer_fingerprint
 from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.sharing import choice_inputs
 from limbeck.pipeline.text_only import load_student_tokenizer
 from limbeck.recipe.load import Recipe, signal_temperatures
+from limbeck.runtime.records import fingerprint
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.store.base import Codec, Frame
 from limbeck.teachers.store.dense import Hidden
@@ -21,7 +23,7 @@ def exact_codec(recipe: Recipe) -> Codec:
         return Hidden(dtype=recipe.teacher.cache_dtype)
     if form.support == "sampled":
         return Sampled(draws=form.k, bits=WHOLE)
-    return TopK(k=form.k, bits=WHOLE)
+    return TopK(k=recipe.teacher.kept, bits=WHOLE)
 
 
 def frame_of(context: RunContext, teacher: Teacher | None = None) -> Frame:
@@ -57,6 +59,9 @@ def manifest_of(context: RunContext, codec: Codec, teacher: Teacher | None = Non
     if recipe.teacher.across is not None:
         # Its states are at the positions of other tokens.
         template["tokens_of"] = tokenizer_fingerprint(load_student_tokenizer(context))
+    if choice := choice_inputs(context):
+        # What another student chose is another store.
+        template["students_tokens"] = fingerprint(choice)[:16]
     return Manifest(
         teacher=TeacherIdentity(
             name=teacher.model.model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 from limbeck.fields import STRICT, Count, NonNegative, Positive, Share
@@ -74,12 +74,21 @@ class TeacherSection:
     or with one class for all others, or a sample of it. Held-out responses always get the whole one."""
     support_k: Count = 64
     """Tokens kept of each position with a top-k support; draws with a sampled one."""
+    student_k: Annotated[int, Field(ge=0)] = 0
+    """Of a top-k support: so many tokens that the student finds likeliest are kept beside them, chosen before training,
+    or when the student has written. For objectives that weigh by the student (rkl, js, csd); the teacher is in this
+    process, or behind vLLM or SGLang."""
     support_temperatures: tuple[Positive, ...] = ()
     """Loss temperatures that a sparse support is exact for; empty takes the objective's."""
     cache: bool = True
     """Write what it says to disk once; false runs the teacher beside the student in every epoch."""
     cache_dtype: Dtype = "float32"
     """Precision of the hidden states on disk."""
+
+    @property
+    def kept(self) -> int:
+        """Tokens kept of each position with a top-k support, those that the student chose among them."""
+        return self.support_k + self.student_k
 
     @property
     def decay(self) -> float:

@@ -7,11 +7,12 @@ from dataclasses import fields
 
 from limbeck.recipe.response_source import source_name
 from limbeck.recipe.sections import Recipe
-from limbeck.recipe.teacher import ITSELF, MOVING
+from limbeck.recipe.teacher import ITSELF, MOVING, WHERE
 from limbeck.teachers.hosted_options import OnApi
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.sees import StudentsPrompt
 from limbeck.teachers.served import OnServer
+from limbeck.teachers.store.teacher import InStore
 from limbeck.types import LimbeckError
 
 
@@ -21,6 +22,7 @@ def check_teachers(recipe: Recipe) -> None:
     _check_hosted(recipe)
     _check_itself(recipe)
     _check_axes(recipe)
+    _check_students_choice(recipe)
     _check_sees(recipe)
 
 
@@ -127,7 +129,8 @@ def _check_axes(recipe: Recipe) -> None:
         isinstance(one.where, OnServer) and one.where.signal_for(one.support) == "topk"
         for one in recipe.every_teacher.values()
     )
-    if recipe.on_policy and teacher.support != "full" and not asked:
+    chosen = teacher.student_k and teacher.support in TOPK
+    if recipe.on_policy and teacher.support != "full" and not asked and not chosen:
         raise LimbeckError(
             f"teacher.support={teacher.support} is kept on disk before training, but responses.source="
             f"{source_name(recipe.responses.source)} writes during it; set teacher.support=full"
@@ -148,6 +151,45 @@ def _check_axes(recipe: Recipe) -> None:
             "objective.temperature_end moves the temperature off the grid that teacher.support="
             f"{teacher.support} holds; use teacher.support=full or topk_renorm"
         )
+
+
+TOPK = ("topk_tail", "topk_renorm")
+
+
+def _check_students_choice(recipe: Recipe) -> None:
+    """Check that a teacher can be asked for the tokens that the student finds likeliest."""
+    teacher = recipe.teacher
+    if not teacher.student_k:
+        return
+    where = WHERE.name_of(teacher.where)
+    for met, what, remedy in (
+        (
+            teacher.support not in TOPK,
+            f"teacher.support={teacher.support} does not keep the likeliest tokens",
+            "set teacher.support=topk_tail",
+        ),
+        (recipe.combine is not None, "it is asked of one teacher, and there are several", "leave it out"),
+        (
+            isinstance(teacher.where, OnServer) and teacher.where.api == "llamacpp",
+            "llama.cpp says its own likeliest tokens alone",
+            "serve the teacher with vLLM or SGLang",
+        ),
+        (
+            isinstance(teacher.where, OnServer) and teacher.where.signal_for(teacher.support) == "hidden",
+            "teacher.where.gives=hidden gives the whole distribution",
+            "set teacher.support=full and leave it out",
+        ),
+        (isinstance(teacher.where, OnApi), "a hosted service says its own likeliest tokens alone", "leave it out"),
+        (
+            isinstance(teacher.where, InStore),
+            "a store holds what was captured",
+            f"leave it out and set teacher.support_k={teacher.kept}, all tokens that a store captured with it keeps",
+        ),
+    ):
+        if met:
+            raise LimbeckError(
+                f"teacher.student_k is {teacher.student_k}, but with teacher.where={where} {what}; {remedy}"
+            )
 
 
 # Of several teachers each has its own; all else of the section is of the signal that they give together.

@@ -54,6 +54,11 @@ class RunDirectory:
         return self.root / "signal"
 
     @property
+    def blocks_before(self) -> Path:
+        """The choice of the student's blocks, where the stage teach needed the student."""
+        return self.root / "blocks.teach.json"
+
+    @property
     def asked(self) -> Path:
         """Answers of a served teacher that are on their way into the signal."""
         return self.root / "asked"

@@ -49,6 +49,7 @@ class Teacher(ABC):
         images: folder with the images of the run, for models that read any.
         support: what the run keeps of each position, for a teacher that can be asked for no more than that.
         support_k: tokens of each position, for a teacher that says no more.
+        student_k: those that are chosen for each position, which it is asked for beside (`TokenBatch.chosen_NS`).
         asked: folder for answers that are on their way into a store, for a teacher that is asked over a network; None
             keeps none.
         paid: file for replies that cost money.
@@ -60,6 +61,7 @@ class Teacher(ABC):
     images: Path | None = None
     support: Support = "topk_tail"
     support_k: int = 64
+    student_k: int = 0
     asked: Path | None = None
     paid: Path | None = None
 

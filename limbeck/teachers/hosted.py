@@ -19,7 +19,8 @@ from limbeck.teachers.hosted_account import NOTHING, Account, BudgetExceeded, Pa
 from limbeck.teachers.hosted_asking import HostedQuestion, Wording, kept_of
 from limbeck.teachers.hosted_options import SECTION, OnApi
 from limbeck.teachers.hosted_signal import OneToOne, ScoredAnswer
-from limbeck.types import Head, LimbeckError, Signal, TokenBatch, TopKSignal
+from limbeck.teachers.likeliest import at_temperature_one, vocabulary_alone
+from limbeck.types import Head, LimbeckError, Signal, TokenBatch
 
 # Statuses by which a service declines this prompt; any other refusal would meet every request.
 _DECLINES_ONE = frozenset({400, 413, 422, 451})
@@ -41,10 +42,7 @@ class HostedTeacher(Teacher):
     @property
     def head(self) -> Head:
         """The vocabulary, for hidden states of which there are none."""
-        import torch
-
-        rows = self.vocabulary.vocab_size
-        return Head(weight_VD=torch.zeros(rows, 0, device=self.device), vocab_size=rows)
+        return vocabulary_alone(self.vocabulary.vocab_size, self.device)
 
     @property
     def service_model(self) -> str:
@@ -90,9 +88,7 @@ class HostedTeacher(Teacher):
         ]
         ids_NK = torch.tensor([row for one in answers for row in one.support], dtype=torch.int64, device=self.device)
         logp_NK = torch.tensor([row for one in answers for row in one.logp], device=self.device).clamp_max(0.0)
-        # Of temperature 1, where log Z is zero by definition.
-        log_z_NG = torch.zeros(len(ids_NK), 1, device=self.device)
-        return TopKSignal(ids_NK=ids_NK, logp_NK=logp_NK, temperatures=(1.0,), log_z_NG=log_z_NG)
+        return at_temperature_one(ids_NK, logp_NK)
 
     def scored(self, reply: PaidReply, name: str) -> ScoredAnswer:
         """The answer of a reply in the student's tokens, with the likeliest ones of each position.

@@ -1,4 +1,4 @@
-"""The likeliest tokens of a teacher, or of the mean of several teachers' probabilities, from hidden states."""
+"""Signals of the likeliest tokens: of a teacher that says no more, and of the mean of several teachers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,27 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from limbeck.types import DenseSignal, LimbeckError, TopKSignal
+from limbeck.types import DenseSignal, Head, LimbeckError, TopKSignal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Of the probabilities of one teacher at a time.
 _BLOCK_BYTES = 1 << 26
+
+
+def vocabulary_alone(vocab_size: int, device: torch.device | None = None) -> Head:
+    """The head of a teacher that gives no hidden states: of width 0, with the real vocabulary."""
+    import torch
+
+    return Head(weight_VD=torch.zeros(vocab_size, 0, device=device), vocab_size=vocab_size)
+
+
+def at_temperature_one(ids_NK: Tensor, logp_NK: Tensor) -> TopKSignal:
+    """The signal of tokens whose log-probabilities are known at temperature 1, where log Z is zero by definition."""
+    log_z_NG = logp_NK.new_zeros(len(ids_NK), 1)
+    return TopKSignal(ids_NK=ids_NK, logp_NK=logp_NK, temperatures=(1.0,), log_z_NG=log_z_NG)
 
 
 def likeliest_of_mean(

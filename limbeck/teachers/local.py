@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.models.forward import hidden_states
 from limbeck.ops import onednn
+from limbeck.teachers.likeliest import vocabulary_alone
 from limbeck.types import DenseSignal, Head, TokenBatch
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ class NullTeacher:
 
     @classmethod
     def of(cls, vocab_size: int) -> NullTeacher:
-        import torch
-
-        return cls(Head(weight_VD=torch.zeros(vocab_size, 0), vocab_size=vocab_size))
+        return cls(vocabulary_alone(vocab_size))
 
     def signal(self, batch: TokenBatch) -> DenseSignal:
         """A signal in which all tokens are alike."""

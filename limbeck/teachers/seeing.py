@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
-from limbeck.teachers.base import Provision, Teacher
-from limbeck.types import Head, Response, Sampling, Signal, TokenBatch, TokenPrompt
-
-if TYPE_CHECKING:
-    from limbeck.models.loading import LoadedModel
-    from limbeck.models.vocabulary import VocabularyCard
+from limbeck.teachers.base import Teacher
+from limbeck.teachers.in_front import InFront
+from limbeck.types import TokenBatch
 
 PromptIds = Callable[[Sequence[str]], Sequence[tuple[int, ...]]]
 
@@ -44,16 +40,14 @@ def behind(batch: TokenBatch, prompts: Sequence[tuple[int, ...]]) -> TokenBatch:
 
 
 @dataclass(kw_only=True)
-class SeeingTeacher(Teacher):
+class SeeingTeacher(InFront):
     """A teacher with prompts of its own.
 
     Attributes:
-        inner: the teacher that reads them.
         prompt_ids: ids of the prompts that it reads, by the ids of the student's.
         view: what it sees, as fingerprints hold it.
     """
 
-    inner: Teacher
     prompt_ids: PromptIds
     view: str
 
@@ -61,79 +55,14 @@ class SeeingTeacher(Teacher):
     def of(cls, inner: Teacher, prompt_ids: PromptIds, view: str) -> SeeingTeacher:
         return cls(model=inner.model, device=inner.device, inner=inner, prompt_ids=prompt_ids, view=view)
 
-    def signal(self, batch: TokenBatch) -> Signal:
-        return self.inner.signal(self.reads(batch))
+    def asks(self, batch: TokenBatch) -> TokenBatch:
+        return self.reads(batch)
 
     def reads(self, batch: TokenBatch) -> TokenBatch:
         return behind(batch, self.prompt_ids(batch.prompts))
-
-    def answers(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
-        return self.inner.answers(prompts, sampling)
-
-    @property
-    def scorer(self) -> Teacher:
-        return self.inner.scorer
-
-    def reach(self) -> None:
-        self.inner.reach()
-
-    def fetch_ahead(self, batches: Iterable[TokenBatch], done: Callable[[int], None]) -> None:
-        self.inner.fetch_ahead((self.reads(batch) for batch in batches), done)
-
-    def settled(self, batches: Iterable[TokenBatch] | None = None) -> None:
-        self.inner.settled(None if batches is None else (self.reads(batch) for batch in batches))
-
-    def locate(self, batches: Iterable[TokenBatch]) -> None:
-        self.inner.locate(self.reads(batch) for batch in batches)
 
     @property
     def fingerprint(self) -> str:
         from limbeck.runtime.records import fingerprint
 
         return fingerprint({"teacher": self.inner.fingerprint, "sees": self.view})
-
-    @property
-    def provides(self) -> frozenset[Provision]:
-        return self.inner.provides
-
-    @property
-    def vocabulary(self) -> VocabularyCard:  # type: ignore[override]
-        return self.inner.vocabulary
-
-    @property
-    def tokenizer(self) -> Any:  # type: ignore[override]
-        return self.inner.tokenizer
-
-    @property
-    def skeleton(self) -> Any:  # type: ignore[override]
-        return self.inner.skeleton
-
-    @property
-    def window(self) -> int | None:
-        return self.inner.window
-
-    @property
-    def size(self) -> int | None:
-        return self.inner.size
-
-    @property
-    def blocks(self) -> int | None:
-        return self.inner.blocks
-
-    @property
-    def state_width(self) -> int:
-        return self.inner.state_width
-
-    @property
-    def bytes_on_disk(self) -> int | None:
-        return self.inner.bytes_on_disk
-
-    @property
-    def head(self) -> Head:
-        return self.inner.head
-
-    def weights(self) -> LoadedModel:
-        return self.inner.weights()
-
-    def release(self) -> None:
-        self.inner.release()

@@ -4,8 +4,9 @@
 that the whole distribution is known at every temperature.
 
 "topk": log-probabilities at temperature 1, normalised over the whole vocabulary, of `support_k` tokens per position:
-the likeliest ones with the token that followed among them, so that the mass of all others is known exactly. At other
-temperatures it is not: what the rest of the vocabulary adds up to is not said. Nothing of the teacher is here.
+the likeliest ones with the token that followed among them (and `student_k` that are chosen for each position, where the
+server can be asked for given tokens), so that the mass of all others is known exactly. At other temperatures it is not:
+what the rest of the vocabulary adds up to is not said. Nothing of the teacher is here.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from limbeck.client.concurrency import concurrently
 from limbeck.client.openai import Refusal, Server
 from limbeck.fields import NEUTRAL, STRICT, Count, Positive
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
+from limbeck.teachers.likeliest import at_temperature_one, vocabulary_alone
 from limbeck.teachers.served_answers import Answer, KeptAnswers
-from limbeck.teachers.served_dialects import ScoredText, ScoringDialect
+from limbeck.teachers.served_dialects import DIALECTS, ScoredText, ScoringDialect
 from limbeck.teachers.served_pool import ServerPool
 from limbeck.teachers.served_probe import PROBE_TEXTS, check_tokenizer, find_dialect
 from limbeck.teachers.served_states import ModelEnding, VllmStates, check_states
 from limbeck.teachers.served_support import kept_tokens
 from limbeck.teachers.served_texts import texts_of
-from limbeck.types import DenseSignal, Head, Json, LimbeckError, Signal, Support, TokenBatch, TopKSignal
+from limbeck.types import DenseSignal, Head, Json, LimbeckError, Signal, Support, TokenBatch
 
 if TYPE_CHECKING:
     import torch
@@ -108,12 +110,9 @@ class ServedTeacher(Teacher):
     @property
     def head(self) -> Head:
         """Its head; without hidden states the vocabulary alone."""
-        import torch
-
         if self._of_states:
             return self._ending.head
-        rows = self.vocabulary.vocab_size
-        return Head(weight_VD=torch.zeros(rows, 0, device=self.device), vocab_size=rows)
+        return vocabulary_alone(self.vocabulary.vocab_size, self.device)
 
     @cached_property
     def _ending(self) -> ModelEnding:
@@ -172,17 +171,16 @@ class ServedTeacher(Teacher):
             hidden = [answers[i]["hidden"] for i in range(len(texts))]
             hidden_ND = torch.cat([torch.empty(0, head.weight_VD.shape[1]), *hidden])
             return DenseSignal(hidden_ND=hidden_ND.to(head.weight_VD.device, head.weight_VD.dtype), head=head)
-        ids_NK = torch.empty(0, self.support_k, dtype=torch.int64)
-        logp_NK = torch.empty(0, self.support_k)
+        ids_NK = torch.empty(0, self._kept, dtype=torch.int64)
+        logp_NK = torch.empty(0, self._kept)
         ids_NK = torch.cat([ids_NK, *(answers[i]["ids"].long() for i in range(len(texts)))]).to(self.device)
         logp_NK = torch.cat([logp_NK, *(answers[i]["logp"] for i in range(len(texts)))]).to(self.device)
-        # Of temperature 1, where log Z is zero by definition.
-        return TopKSignal(
-            ids_NK=ids_NK,
-            logp_NK=logp_NK,
-            temperatures=(1.0,),
-            log_z_NG=torch.zeros(len(ids_NK), 1, device=self.device),
-        )
+        return at_temperature_one(ids_NK, logp_NK)
+
+    @property
+    def _kept(self) -> int:
+        """Tokens that are kept of each position, chosen ones among them."""
+        return self.support_k + self.student_k
 
     def fetch_ahead(self, batches: Iterable[TokenBatch], done: Callable[[int], None]) -> None:
         """Ask about all batches at once and keep the answers, so that no batch waits for another."""
@@ -225,15 +223,24 @@ class ServedTeacher(Teacher):
             yield from ((number, answer) for number in missing[text])
 
     def _requests(self, server: Server, text: ScoredText) -> tuple[str, list[Json]]:
-        model, dialect = self._agree(server)
+        model, dialect = self._way(server, text)
         if isinstance(dialect, VllmStates):
             return dialect.path, dialect.requests(text, model)
-        return dialect.path, dialect.requests(text, model, self.support_k)
+        # Where a chosen token is among the likeliest, the next one is kept in its place.
+        return dialect.path, dialect.requests(text, model, self._kept)
+
+    def _way(self, server: Server, text: ScoredText) -> tuple[str, ScoringDialect | VllmStates]:
+        """The server's name of the model and the way to ask it about a text, which may have no chosen tokens."""
+        model, dialect = self._agree(server)
+        if self.student_k and not text.chosen and not isinstance(dialect, VllmStates):
+            return model, next(one for one in DIALECTS if one.name == dialect.name)
+        return model, dialect
 
     def _question(self, text: ScoredText) -> Json:
         """Everything that an answer depends on."""
-        wanted = "hidden" if self._of_states else self.support_k
-        return {"ids": text.ids, "positions": text.positions, "k": wanted} | self._asked
+        wanted = "hidden" if self._of_states else self._kept
+        chosen = {"chosen": text.chosen} if text.chosen else {}
+        return {"ids": text.ids, "positions": text.positions, "k": wanted} | chosen | self._asked
 
     @property
     def _asked(self) -> Json:
@@ -255,8 +262,9 @@ class ServedTeacher(Teacher):
         """The way to ask a server, tried on a short text."""
         ids = tuple(self.tokenizer(PROBE_TEXTS[0], verbose=False)["input_ids"])
         if not self._of_states:
-            text = ScoredText(ids=ids[:4], positions=(len(ids[:4]) - 1,))
-            return find_dialect(server, model, self.where.api, text, self.support_k)
+            chosen = (tuple(range(self.student_k)),) if self.student_k else ()
+            text = ScoredText(ids=ids[:4], positions=(len(ids[:4]) - 1,), chosen=chosen)
+            return find_dialect(server, model, self.where.api, text, self._kept)
         if self.where.api not in ("auto", "vllm"):
             raise LimbeckError(
                 f"{SECTION}.api={self.where.api} gives no hidden states; set {SECTION}.api=vllm, or "
@@ -274,7 +282,7 @@ class ServedTeacher(Teacher):
                 f"{server.root} declines {name} behind {text.positions[0]} others ({refused}); serve "
                 "the teacher with a longer window, or look at the server's log"
             )
-        _, dialect = self._agree(server)
+        _, dialect = self._way(server, text)
         answered = [reply for reply in replies if not isinstance(reply, Refusal)]
         try:
             if isinstance(dialect, VllmStates):
@@ -282,7 +290,7 @@ class ServedTeacher(Teacher):
             return kept_tokens(
                 dialect.read(answered, text),
                 text,
-                k=self.support_k,
+                k=self._kept,
                 vocab_size=self.vocabulary.vocab_size,
                 rows_of_head=max(self.vocabulary.head_rows, self.vocabulary.vocab_size),
                 scored=dialect.scores_labels,

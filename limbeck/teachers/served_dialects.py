@@ -5,7 +5,8 @@
     llamacpp  /completion with n_probs: the likeliest tokens of the position behind a text, so one request a token; the
               text's own token only where it is among them
 
-The shapes of vLLM and SGLang are those of 0.32.0 and 0.5.23. All are normalised over the whole vocabulary at
+Where tokens are chosen for each position, see `served_choice`. The shapes of vLLM and SGLang are those of 0.32.0 and
+0.5.23. All are normalised over the whole vocabulary at
 temperature 1, so that what is left to 1 is the mass of all other tokens.
 """
 
@@ -34,10 +35,12 @@ class ScoredText:
     Attributes:
         ids: from its first token to the last one that is scored.
         positions: places of the scored tokens in `ids`, ascending, from 1: each is predicted from all before it.
+        chosen: for each of them, tokens that are wanted beside the likeliest; empty where none are.
     """
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
+    chosen: tuple[tuple[int, ...], ...] = ()
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -89,10 +92,10 @@ class VllmScoring:
         choices = replies[0].get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
         rows = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
-        return [_vllm_row(row) for row in _from_the_end(rows, text, "prompt_logprobs")]
+        return [vllm_row(row) for row in from_the_end(rows, text, "prompt_logprobs")]
 
 
-def _vllm_row(row: object) -> Candidates:
+def vllm_row(row: object) -> Candidates:
     if not isinstance(row, dict):
         raise ValueError(f"{short_json(row)} for a position, expected log-probabilities by token id")
     values = {int(name): entry.get("logprob") if isinstance(entry, dict) else None for name, entry in row.items()}
@@ -121,16 +124,16 @@ class SglangScoring:
     def read(self, replies: Sequence[Json], text: ScoredText) -> list[Candidates]:
         meta = replies[0].get("meta_info")
         meta = meta if isinstance(meta, dict) else {}
-        own = _from_the_end(meta.get("input_token_logprobs"), text, "meta_info.input_token_logprobs")
-        top = _from_the_end(meta.get("input_top_logprobs"), text, "meta_info.input_top_logprobs")
-        rows: list[Candidates] = [_triples(best) | _triples([label]) for best, label in zip(top, own, strict=True)]
+        own = from_the_end(meta.get("input_token_logprobs"), text, "meta_info.input_token_logprobs")
+        top = from_the_end(meta.get("input_top_logprobs"), text, "meta_info.input_top_logprobs")
+        rows: list[Candidates] = [triples(best) | triples([label]) for best, label in zip(top, own, strict=True)]
         for label, sent in zip(own, text.labels, strict=True):
             if label[1] != sent:
                 raise ValueError(f"token {label[1]} where {sent} was sent")
         return rows
 
 
-def _triples(rows: object) -> dict[int, float]:
+def triples(rows: object) -> dict[int, float]:
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) >= 2 for row in rows):
         raise ValueError(f"{short_json(rows)} for a position, expected [log-probability, token id, ...]")
     return {_whole(row[1]): _number(row[0]) for row in rows}
@@ -173,7 +176,7 @@ def cap_of(message: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _from_the_end(rows: object, text: ScoredText, name: str) -> list[Any]:
+def from_the_end(rows: object, text: ScoredText, name: str) -> list[Any]:
     """The rows of the scored tokens out of those of the last tokens of the text, however many these are."""
     if not isinstance(rows, list):
         raise ValueError(f"no {name}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from limbeck.client.openai import Refusal, Server
+from limbeck.teachers.served_choice import CHOOSING_DIALECTS
 from limbeck.teachers.served_dialects import DIALECTS, ScoredText, ScoringDialect, cap_of
 from limbeck.types import Json, LimbeckError
 
@@ -21,6 +22,8 @@ PROBE_TEXTS = (
 def find_dialect(server: Server, model: str, wanted: str, text: ScoredText, count: int) -> ScoringDialect:
     """The way in which a server says how likely it finds given tokens, found by asking about a short text.
 
+    With tokens that are chosen for the positions of the text, the way to ask for these.
+
     Args:
         wanted: the name of a dialect, or "auto" for the first that is answered.
         count: log-probabilities wanted at each position.
@@ -29,13 +32,26 @@ def find_dialect(server: Server, model: str, wanted: str, text: ScoredText, coun
         LimbeckError: it knows none, or gives fewer log-probabilities than wanted.
     """
     said: list[str] = []
-    for dialect in DIALECTS:
+    for dialect in CHOOSING_DIALECTS if text.chosen else DIALECTS:
         if wanted not in ("auto", dialect.name):
             continue
-        replies = list(_replies(server, dialect, text, model, count))
+        try:
+            replies = list(_replies(server, dialect, text, model, count))
+        except LimbeckError as error:
+            # vLLM's way of saying that what lies there is switched off; its other addresses do answer.
+            if not text.chosen or ("PermissionDenied" not in str(error) and "scale" not in str(error)):
+                raise
+            said.append(f"{dialect.name}: {error}")
+            continue
         refused = next((reply for reply in replies if isinstance(reply, Refusal)), None)
         if refused is not None:
             if (cap := cap_of(refused.message)) is not None:
+                if text.chosen:
+                    raise LimbeckError(
+                        f"{server.root} gives at most {cap} log-probabilities of a position, and teacher.support_k and "
+                        f"teacher.student_k are {count} together; lower them, or start it with more (vLLM: "
+                        f"--max-logprobs {count})"
+                    )
                 raise LimbeckError(
                     f"{server.root} gives at most {cap} log-probabilities of a position and {count} are asked for; set "
                     f"teacher.support_k={cap}, or start it with more (vLLM: --max-logprobs {count})"
@@ -54,6 +70,11 @@ def find_dialect(server: Server, model: str, wanted: str, text: ScoredText, coun
                 f"teacher.support_k={few}, or serve the teacher with a server that gives more, such as vLLM"
             )
         return dialect
+    if text.chosen:
+        raise LimbeckError(
+            f"{server.root} cannot be asked for tokens that the student chooses ({'; '.join(said)}); serve the teacher "
+            "with vLLM on a GPU (VLLM_USE_V2_MODEL_RUNNER=1, --enable-scale-out) or SGLang, or set teacher.student_k=0"
+        )
     raise LimbeckError(
         f"{server.root} gives no log-probabilities of given tokens ({'; '.join(said)}); serve the teacher with vLLM, "
         "SGLang or llama.cpp, or set teacher.where=in_process"

@@ -12,6 +12,7 @@ def texts_of(batch: TokenBatch) -> list[ScoredText | None]:
     A text ends with the last token that is scored, which is no input of the batch where it ends the row.
     """
     labels, texts = iter(batch.labels_N.tolist()), []
+    chosen = None if batch.chosen_NS is None else iter(batch.chosen_NS.tolist())
     for ids, mask in zip(batch.input_ids_BT.tolist(), batch.loss_mask_BT.tolist(), strict=True):
         places = [place for place, counts in enumerate(mask) if counts]
         followed = [next(labels) for _ in places]
@@ -19,5 +20,6 @@ def texts_of(batch: TokenBatch) -> list[ScoredText | None]:
             texts.append(None)
             continue
         whole = (*ids[: places[-1] + 1], followed[-1])
-        texts.append(ScoredText(ids=whole, positions=tuple(place + 1 for place in places)))
+        more = () if chosen is None else tuple(tuple(next(chosen)) for _ in places)
+        texts.append(ScoredText(ids=whole, positions=tuple(place + 1 for place in places), chosen=more))
     return texts

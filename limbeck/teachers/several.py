@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from limbeck.teachers.base import Provision, Teacher
-from limbeck.teachers.likeliest import likeliest_of_mean
+from limbeck.teachers.likeliest import at_temperature_one, likeliest_of_mean, vocabulary_alone
 from limbeck.types import DenseSignal, Head, LimbeckError, Signal, TokenBatch, TopKSignal
 
 if TYPE_CHECKING:
@@ -121,10 +121,7 @@ class SeveralTeachers(Teacher):
     def head(self) -> Head:
         """The heads side by side; of likeliest tokens the vocabulary alone."""
         if self.sparse:
-            import torch
-
-            rows = self.vocabulary.vocab_size
-            return Head(weight_VD=torch.zeros(rows, 0, device=self.device), vocab_size=rows)
+            return vocabulary_alone(self.vocabulary.vocab_size, self.device)
         return self._side_by_side({name: member.head for name, member in self.members.items()})
 
     def check(self) -> None:
@@ -187,8 +184,7 @@ class SeveralTeachers(Teacher):
             own_N = torch.isin(batch.sequence_N, torch.tensor(rows, device=batch.sequence_N.device)).to(self.device)
             ids_NK[own_N] = signal.ids_NK.to(self.device)
             logp_NK[own_N] = signal.logp_NK.to(self.device, logp_NK.dtype)
-        log_z_NG = torch.zeros(len(ids_NK), 1, device=self.device)
-        return TopKSignal(ids_NK=ids_NK, logp_NK=logp_NK, temperatures=(1.0,), log_z_NG=log_z_NG)
+        return at_temperature_one(ids_NK, logp_NK)
 
     def reach(self) -> None:
         for member in self.members.values():
@@ -301,6 +297,7 @@ def rows_of_batch(batch: TokenBatch, rows: list[int]) -> TokenBatch:
         drawn_logp_N=batch.drawn_logp_N[keep_N],
         images=tuple(batch.images[row] for row in rows) if batch.images else (),
         prompts=tuple(batch.prompts[row] for row in rows),
+        chosen_NS=None if batch.chosen_NS is None else batch.chosen_NS[keep_N],
     )
 
 

@@ -6,7 +6,9 @@ server that samples.
 
 from __future__ import annotations
 
+import base64
 import fcntl
+import io
 import threading
 import time
 import uuid
@@ -16,6 +18,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,11 +35,13 @@ class ScoringHandler(Handler):
         scores: log-probabilities (T, V) of what follows each of the given tokens.
         cap: the most log-probabilities of a position.
         lie: changes an answer's rows before they are sent.
+        scale_out: whether vLLM was started with --enable-scale-out.
         states: states (T, D) behind the last block, for a server that writes them into `folder`; None for others.
         forge: changes the tensors of a file before it is written; None writes none.
         late_s: how long a file takes after the answer.
     """
 
+    scale_out: bool = True
     states: Scores | None = None
     folder: Path
     forge: Callable[[dict[str, Tensor]], dict[str, Tensor] | None]
@@ -52,6 +57,8 @@ class ScoringHandler(Handler):
             return 200, {"tokens": ids, "count": len(ids)}
         if body.get("model", self.state.models[0]) not in self.state.models:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        if self.state.manner == "vllm" and self.path == "/inference/v1/generate":
+            return self.vllm_choice(body)
         route = {"vllm": "/v1/completions", "sglang": "/generate", "llama.cpp": "/completion"}[self.state.manner]
         if self.path != route:
             return 404, {"detail": "Not Found"}
@@ -78,6 +85,31 @@ class ScoringHandler(Handler):
         choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": self.lie(rows)}
         return 200, {"object": "text_completion", "choices": [choice], "kv_transfer_params": transfer}
 
+    def vllm_choice(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if not self.scale_out:
+            message = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
+            return 403, {"error": {"message": message, "type": "PermissionDeniedError", "code": 403}}
+        ids, sampling = body["token_ids"], body["sampling_params"]
+        count, start, chosen = (
+            sampling[name] for name in ("prompt_logprobs", "prompt_logprob_start", "prompt_logprob_token_ids")
+        )
+        wide = max(map(len, chosen))
+        if count > self.cap or wide > self.cap:
+            message = f"Requested prompt logprobs of {count}, which is greater than max allowed: {self.cap}"
+            return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
+        assert len(chosen) == len(ids) - 1 - start, "vLLM refuses any other number of rows"
+        scores_TV = self.scores(ids)[:-1]
+        table = np.full((len(chosen), wide), -np.inf, dtype=np.float32)
+        for row, own in enumerate(chosen):
+            table[row, : len(own)] = scores_TV[start + row][own].numpy()
+        file = io.BytesIO()
+        np.save(file, table)
+        rows = self.vllm({"prompt": ids, "prompt_logprobs": count})[1]["choices"][0]["prompt_logprobs"]
+        said = base64.b64encode(file.getvalue()).decode()
+        return 200, {"choices": [{"index": 0, "token_ids": [1]}], "prompt_logprobs": rows} | {
+            "prompt_token_id_logprobs": said
+        }
+
     def write_states(self, ids: list[int]) -> Path:
         """The file of a text's states, which is written after the answer, behind a lock that is there before it."""
         assert self.states is not None
@@ -102,7 +134,12 @@ class ScoringHandler(Handler):
         for row_V, token in list(zip(self.scores(ids)[:-1], ids[1:], strict=True))[start:]:
             own.append([row_V[token].item(), token, None])
             top.append([[row_V[i].item(), i, None] for i in row_V.topk(count).indices.tolist()])
-        return 200, {"text": "x", "meta_info": {"input_token_logprobs": own, "input_top_logprobs": self.lie(top)}}
+        meta = {"input_token_logprobs": own, "input_top_logprobs": self.lie(top)}
+        if chosen := body.get("token_ids_logprob"):
+            scores_TV = self.scores(ids)[start:-1]
+            said = ([[row_V[i].item(), i, None] for i in chosen] for row_V in scores_TV)
+            meta["input_token_ids_logprobs"] = [None, *said]
+        return 200, {"text": "x", "meta_info": meta}
 
     def llama_cpp(self, body: dict[str, Any]) -> tuple[int, Any]:
         row_V = self.scores(body["prompt"])[-1]

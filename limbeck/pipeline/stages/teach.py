@@ -11,8 +11,10 @@ from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.capturing import SHARD_ROWS, batches_of, capture_into
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.several import rows_by_teacher
+from limbeck.pipeline.sharing import choice_inputs
 from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
 from limbeck.pipeline.store_identity import exact_codec, manifest_of
+from limbeck.pipeline.students_choice import capture_with_choice
 from limbeck.runtime.folders import remove
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.several import SeveralTeachers
@@ -34,6 +36,7 @@ def _signal_inputs(context: RunContext) -> Json:
         inputs["across"] = True
     if not captures(context) and not _scores_train(context):
         inputs["split"] = "heldout"
+    inputs |= choice_inputs(context)
     return inputs if form is None else inputs | {"sparse": asdict(form)}
 
 
@@ -85,6 +88,8 @@ def _score(context: RunContext, writer: StoreWriter) -> int:
     with context.console.meter("teach", tokens, "tokens") as meter:
         if context.recipe.mixing is not None:
             _score_mean(context, writer, list(responses.values()), meter.advance)
+        elif context.recipe.teacher.student_k:
+            capture_with_choice(context, writer, list(responses.values()), advance=meter.advance)
         else:
             _score_each(context, writer, responses, meter.advance)
     return tokens
@@ -158,7 +163,10 @@ def _locate(context: RunContext) -> int:
 
 def _scores_train(context: RunContext) -> bool:
     """Whether the teacher scores the training responses that were written before training."""
-    return not context.recipe.on_policy or context.recipe.sft_on_responses
+    recipe = context.recipe
+    # What a student chose is kept: it chooses otherwise in every step.
+    chosen = recipe.teacher.student_k > 0 and recipe.responses.source.trains_on_initial
+    return not recipe.on_policy or recipe.sft_on_responses or chosen
 
 
 def stored_signals(context: RunContext) -> StoredSignals:
@@ -185,7 +193,7 @@ STAGE = Stage(
     name="teach",
     inputs=_signal_inputs,
     run=_run_signal,
-    outputs=lambda run: (run.signal,),
+    outputs=lambda run: (run.signal, run.blocks_before),
     intermediate=True,
     hands_on_teacher=True,
 )

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-from limbeck.models.loading import LoadedModel
-from limbeck.models.vision import bind_images
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.models.whole import whole
 from limbeck.objectives import Temperature
@@ -21,22 +19,23 @@ from limbeck.objectives.sums import nested
 from limbeck.pipeline.across import aligned_share, in_shared_tokens
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan, temperature_of, token_weighting_of, trial_loss_plan
 from limbeck.pipeline.cached_teacher import round_teacher
-from limbeck.pipeline.checks import check_student, student_spec
+from limbeck.pipeline.checks import check_student
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.elastic import train_inputs
 from limbeck.pipeline.fidelity_in_training import fidelity_on
+from limbeck.pipeline.initial_student import build_initial_student, measured_blocks
 from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
 from limbeck.pipeline.response_sources import response_source_of
 from limbeck.pipeline.self_teaching import TrainingTeacher, self_teaching_inputs, training_teacher
-from limbeck.pipeline.sharing import initial_student, once, student_inputs
-from limbeck.pipeline.stages.respond import CALIBRATION_RESPONSES, load_responses, load_sft_answers, pad_token_id
+from limbeck.pipeline.sharing import student_inputs
+from limbeck.pipeline.stages.respond import load_responses, load_sft_answers, pad_token_id
 from limbeck.pipeline.stages.teach import open_teacher
-from limbeck.pipeline.student_endings import endings_record, say_endings, with_endings
+from limbeck.pipeline.student_endings import endings_record, say_endings
+from limbeck.pipeline.students_choice import choosing
 from limbeck.recipe import load
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.sections import SftSection
 from limbeck.rollouts.account import never_acted, summary
-from limbeck.rollouts.collate import collate
 from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of_prompts, set_aside
 from limbeck.rollouts.options import SOURCE_KEY
 from limbeck.rollouts.sources import offline
@@ -44,15 +43,15 @@ from limbeck.rollouts.table import in_a_row
 from limbeck.runtime.files import write_json
 from limbeck.runtime.folders import remove
 from limbeck.runtime.json_lines import json_lines
-from limbeck.runtime.records import flatten, read_fields
-from limbeck.student.build import Student, StudentSpec, build_student
+from limbeck.runtime.records import flatten
+from limbeck.student.build import Student
 from limbeck.student.saving import save_student
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.local import NullTeacher
 from limbeck.training import checkpoints
 from limbeck.training.loop import find_learning_rate, train
 from limbeck.training.metrics import LoopContext
-from limbeck.types import Interrupted, Json, LimbeckError, Response, SignalSource
+from limbeck.types import Interrupted, Json, Response, SignalSource
 
 
 def _student_inputs(context: RunContext) -> Json:
@@ -65,66 +64,6 @@ def _student_inputs(context: RunContext) -> Json:
         inputs |= {"source": fingerprinted_member(SOURCE_KEY, recipe.responses.source)}
     inputs |= self_teaching_inputs(context)
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
-
-
-def build_initial_student(context: RunContext) -> Student:
-    """The student before training. The choice of blocks is measured once and kept in the run directory."""
-    section, blocks = context.recipe.student, context.run.root / "blocks.json"
-    if section.init == "depth_prune" and not section.keep and not blocks.exists():
-        with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
-            if not blocks.exists():
-                return _build(context)
-    return _build(context)
-
-
-def _build(context: RunContext) -> Student:
-    run, blocks = context.run, context.run.root / "blocks.json"
-    spec, weights = _of_teacher(context, student_spec(context))
-    if context.rank and spec.init == "depth_prune" and not spec.keep:
-        # One rank measures for all: what two machines measure may differ in the last bit and in a block.
-        context.wait_until(blocks.exists)
-    if blocks.exists():
-        spec = replace(spec, keep=tuple(_measured(blocks)["keep"]), layers=None)
-    responses = in_a_row(load_responses(context, "train"))[:CALIBRATION_RESPONSES]
-    calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
-    student = build_student(
-        spec,
-        teacher=weights,
-        teacher_parameters=context.teacher.size,
-        calibration=calibration,
-        progress=context.console.say,
-    )
-    if student.blocks is not None and not blocks.exists():
-        write_json(run.root / "blocks.json", asdict(student.blocks))
-    student = with_endings(context, student)
-    student.model.to(context.device)  # type: ignore[arg-type]
-    bind_images(student.model, run.images)
-    return student
-
-
-def _of_teacher(context: RunContext, spec: StudentSpec) -> tuple[StudentSpec, LoadedModel | None]:
-    """The spec of a student, and the teacher's weights where it is cut out of them in the precision they have.
-
-    A student that begins otherwise loads its own, or none: then it names the teacher, which is let go of first.
-    """
-    teacher = context.recipe.teacher
-    if spec.model is None and spec.init == "depth_prune" and spec.dtype == teacher.dtype:
-        return spec, context.teacher.weights()
-    context.teacher.release()
-    return spec if spec.model is not None else replace(spec, model=teacher.model, revision=teacher.revision), None
-
-
-def _measured(blocks: Path) -> Json:
-    """The block scores of the teacher."""
-    kinds = {"keep": list, "removed": list, "influence": list, "path": list, "criterion": str}
-    found = read_fields(blocks, kinds)
-    numbers = (*found["keep"], *found["removed"])
-    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-        raise LimbeckError(
-            f"{blocks} is damaged (keep is {found['keep']!r:.60}, expected numbers of blocks); delete it and run the "
-            "same command again"
-        )
-    return found
 
 
 def _run_student(context: RunContext) -> Json:
@@ -275,7 +214,8 @@ def _run_training(
         )
     vocab_size = real_vocab_size(student.tokenizer)
     if recipe.on_policy:
-        teacher = round_teacher(context, chain(by_row.values(), aside.values()), asked.teacher)
+        asking = choosing(context, asked.teacher, student)
+        teacher = round_teacher(context, chain(by_row.values(), aside.values()), asking)
     elif not recipe.teacher.cache and not loss_plan_of(recipe).needs_teacher:
         teacher = NullTeacher.of(vocab_size)
     else:
@@ -372,7 +312,7 @@ def _anatomy(blocks: Path) -> Json:
     """Which blocks of the teacher were kept, and the score of each, where blocks were removed."""
     if not blocks.exists():
         return {}
-    measured = _measured(blocks)
+    measured = measured_blocks(blocks)
     return {
         "kept_blocks": measured["keep"],
         "removed_blocks": measured["removed"],

@@ -1,0 +1,87 @@
+"""The student before training: cut out of the teacher, with weights of its own, or with fresh ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from limbeck.models.loading import LoadedModel
+from limbeck.models.vision import bind_images
+from limbeck.pipeline.checks import student_spec
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.sharing import initial_student, once
+from limbeck.pipeline.stages.respond import CALIBRATION_RESPONSES, load_responses
+from limbeck.pipeline.student_endings import with_endings
+from limbeck.rollouts.collate import collate
+from limbeck.rollouts.table import in_a_row
+from limbeck.runtime.files import read_json, write_json
+from limbeck.runtime.records import read_fields
+from limbeck.student.build import Student, StudentSpec, build_student
+from limbeck.types import Json, LimbeckError
+
+
+def build_initial_student(context: RunContext) -> Student:
+    """The student before training. The choice of blocks is measured once and kept in the run directory."""
+    section, blocks = context.recipe.student, context.run.root / "blocks.json"
+    if not blocks.exists() and (before := context.run.blocks_before).exists():
+        write_json(blocks, read_json(before))
+    if section.init == "depth_prune" and not section.keep and not blocks.exists():
+        with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
+            if not blocks.exists():
+                return _build(context, blocks)
+    return _build(context, blocks)
+
+
+def student_before_teaching(context: RunContext) -> Student:
+    """The same student, where the stage before it asks for its choice of tokens."""
+    return _build(context, context.run.blocks_before)
+
+
+def _build(context: RunContext, blocks: Path) -> Student:
+    """The student, and in `blocks` which blocks it has, where they were measured."""
+    spec, weights = _of_teacher(context, student_spec(context))
+    if context.rank and spec.init == "depth_prune" and not spec.keep:
+        # One rank measures for all: what two machines measure may differ in the last bit and in a block.
+        context.wait_until(blocks.exists)
+    if blocks.exists():
+        spec = replace(spec, keep=tuple(measured_blocks(blocks)["keep"]), layers=None)
+    responses = in_a_row(load_responses(context, "train"))[:CALIBRATION_RESPONSES]
+    calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
+    student = build_student(
+        spec,
+        teacher=weights,
+        teacher_parameters=context.teacher.size,
+        calibration=calibration,
+        progress=context.console.say,
+    )
+    if student.blocks is not None and not blocks.exists():
+        write_json(blocks, asdict(student.blocks))
+    student = with_endings(context, student)
+    student.model.to(context.device)  # type: ignore[arg-type]
+    bind_images(student.model, context.run.images)
+    return student
+
+
+def _of_teacher(context: RunContext, spec: StudentSpec) -> tuple[StudentSpec, LoadedModel | None]:
+    """The spec of a student, and the teacher's weights where it is cut out of them in the precision they have.
+
+    A student that begins otherwise loads its own, or none: then it names the teacher, which is let go of first.
+    """
+    teacher = context.recipe.teacher
+    if spec.model is None and spec.init == "depth_prune" and spec.dtype == teacher.dtype:
+        return spec, context.teacher.weights()
+    context.teacher.release()
+    return spec if spec.model is not None else replace(spec, model=teacher.model, revision=teacher.revision), None
+
+
+def measured_blocks(blocks: Path) -> Json:
+    """The block scores of the teacher."""
+    kinds = {"keep": list, "removed": list, "influence": list, "path": list, "criterion": str}
+    found = read_fields(blocks, kinds)
+    numbers = (*found["keep"], *found["removed"])
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise LimbeckError(
+            f"{blocks} is damaged (keep is {found['keep']!r:.60}, expected numbers of blocks); delete it and run the "
+            "same command again"
+        )
+    return found
