@@ -291,6 +291,14 @@ def sources() -> None:
 
 
 @app.command()
+def engines() -> None:
+    """List what can write the student's responses while it trains (responses.engine), with options."""
+    from limbeck.rollouts.engines import ENGINES
+
+    _list(ENGINES)
+
+
+@app.command()
 def groups() -> None:
     """List the evaluation groups with their options."""
     from limbeck.evaluation.groups import EVALUATION_GROUPS

@@ -1,10 +1,11 @@
-"""How likely a model finds answers: the mean log-probability of their tokens."""
+"""How likely a model finds answers: the log-probabilities of their tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from limbeck.objectives import model_logit_tiles
 from limbeck.rollouts.collate import collate
@@ -15,6 +16,14 @@ def mean_logp(
     teacher: SignalSource, responses: Sequence[Response], *, batch_size: int, device: torch.device
 ) -> Iterator[tuple[int, float]]:
     """Place and mean log-probability per token of each response, in nats at temperature 1, the longest first."""
+    for place, logp_T in token_logp(teacher, responses, batch_size=batch_size, device=device):
+        yield place, float(logp_T.mean())
+
+
+def token_logp(
+    teacher: SignalSource, responses: Sequence[Response], *, batch_size: int, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """Place and log-probabilities of the tokens of each response, in nats at temperature 1, the longest first."""
     order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -27,4 +36,4 @@ def mean_logp(
                 label_N = batch.labels_N[tokens]
                 logp_N[tokens] = logits_NV.double().log_softmax(-1).gather(1, label_N[:, None])[:, 0].cpu()
         parts = logp_N.split([responses[i].tokens for i in batch.rows])
-        yield from ((i, float(part.mean())) for i, part in zip(batch.rows, parts, strict=True))
+        yield from zip(batch.rows, parts, strict=True)

@@ -32,6 +32,7 @@ from limbeck.pipeline.served_responses import check_server
 from limbeck.pipeline.several import check_several
 from limbeck.pipeline.stored_teacher import check_stored
 from limbeck.pipeline.student_endings import check_endings
+from limbeck.pipeline.student_engine import check_engine
 from limbeck.pipeline.text_only import check_text_only
 from limbeck.pipeline.verified_responses import check_verification
 from limbeck.prompts.templates import resolve_template
@@ -114,6 +115,7 @@ def check_student(context: RunContext) -> None:
     check_text_only(context)
     check_endings(context)
     _check_anatomy(context)
+    check_engine(context)
 
 
 def _check_sharding(context: RunContext) -> None:

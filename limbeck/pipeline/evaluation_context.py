@@ -124,8 +124,9 @@ class RunEvaluation:
     @property
     def key_names(self) -> tuple[str, ...]:
         """Environment variables of API keys that must not appear in any file."""
-        server = self.context.recipe.responses.server
-        return (server.api_key_env,) if server and server.api_key_env else ()
+        responses = self.context.recipe.responses
+        named = (getattr(one, "api_key_env", None) for one in (responses.server, responses.engine))
+        return tuple(name for name in named if name)
 
     @property
     def scoring_batch_size(self) -> int:

@@ -58,6 +58,8 @@ def _blind(context: RunContext) -> Iterator[tuple[str, str]]:
     recipe = context.recipe
     if recipe.responses.server is not None:
         yield "a server that answers (responses.server)", "leave it out: the teacher answers in this process"
+    if recipe.responses.engine.elsewhere:
+        yield "an engine that writes for the student (responses.engine)", "leave it out"
     if recipe.responses.draft is not None:
         yield "a draft (responses.draft)", "leave it out"
     if getattr(recipe.responses.source, "by_teacher", False):

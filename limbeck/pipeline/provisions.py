@@ -92,7 +92,8 @@ def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
         written: Provision = "answers" if recipe.responses.verify is None else "replies"
         written = written if recipe.responses.draft is None else "weights"
         yield "responses.source=teacher", written, "give data with answers and set responses.source=data"
-    if recipe.responses.source.samples_teacher:
+    source = recipe.responses.source
+    if source.samples_teacher and not (source.paired and recipe.responses.server is not None):
         yield "responses.source", "weights", "choose a source in which the teacher does not write"
     if recipe.student.model is None and recipe.student.init == "depth_prune":
         yield "student.init=depth_prune", "weights", "name a student.model"

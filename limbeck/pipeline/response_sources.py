@@ -11,7 +11,9 @@ from limbeck.pipeline.cached_teacher import CachedTeacher
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.seen_prompts import SeeingSampler
+from limbeck.pipeline.served_responses import round_sampler
 from limbeck.pipeline.stages.respond import sampler_for
+from limbeck.pipeline.student_engine import student_engine
 from limbeck.rollouts.io import read_asked
 from limbeck.rollouts.options import Samplers
 from limbeck.rollouts.rounds import BatchSampler, Rounds
@@ -97,11 +99,20 @@ class _Samplers:
         assert isinstance(self._teacher, CachedTeacher), "asked for where the student writes too"
         return self._teacher.teacher.weights().model
 
+    @property
+    def _template(self) -> Any:
+        return (self.context.run.manifest("respond") or {})["template"]
+
     def student(self) -> BatchSampler:
+        if self.context.recipe.responses.engine.elsewhere:
+            return student_engine(self.context, self.model, self.tokens, self._template)
         return self._alone(self.model, "student")
 
     def teacher(self) -> BatchSampler:
-        sampler = self._alone(self._teacher_model, "teacher")
+        if self.context.recipe.responses.server is not None:
+            sampler: BatchSampler = round_sampler(self.context, self._template)
+        else:
+            sampler = self._alone(self._teacher_model, "teacher")
         return sampler if self.context.seen is None else SeeingSampler(sampler, self.context.seen)
 
     def speculative(self, *, top_k: int, redraw: Literal["top_k", "nucleus"]) -> BatchSampler:
@@ -112,8 +123,7 @@ class _Samplers:
 
     def _alone(self, model: Any, author: AuthorName) -> LocalSampler:
         batch_size, rule = self.context.recipe.responses.batch_size, self.context.recipe.contrast.rule or {}
-        template = (self.context.run.manifest("respond") or {})["template"]
-        sampler = sampler_for(self.context, model, self.tokens, template, author, batch_size)
+        sampler = sampler_for(self.context, model, self.tokens, self._template, author, batch_size)
         # The importance of responses that other weights drew, or that are used again, needs this number.
         return replace(sampler, keep_logp=author == "student" and rule.get("name") in ("minillm", "importance"))
 

@@ -13,6 +13,7 @@ from limbeck.pipeline.served_log import ServedLog
 from limbeck.prompts.chat import turns_of
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName, end_token_ids
+from limbeck.sampling.in_batches import InBatches
 from limbeck.sampling.served import ServedSampler
 from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt, as_asked
 
@@ -29,9 +30,13 @@ def check_server(context: RunContext) -> None:
         LimbeckError: it is not, or has it not.
     """
     section = context.recipe.responses.server
-    if section is None or context.run.done("respond"):
+    if section is None:
         return
-    if context.wanted is not None and "respond" not in context.wanted:
+    source = context.recipe.responses.source
+    asking = {"respond"} if context.recipe.base_author == "teacher" else set[str]()
+    asking |= {"train"} if source.paired and source.samples_teacher else set[str]()
+    asking -= {stage for stage in asking if context.run.done(stage)}
+    if not asking & (asking if context.wanted is None else context.wanted):
         # Nothing that is asked for needs the server: no request, and no key, leaves this machine.
         return
     if section.api == "chat" and context.recipe.prompts.template in ("alpaca", "plain"):
@@ -83,6 +88,18 @@ def ask_server(
             "teacher's chat template gives"
         )
     return [log.rows[row] for row in range(len(asked))], {"server": record}
+
+
+def round_sampler(context: RunContext, template: TemplateName) -> InBatches:
+    """The sampler that asks the server for the teacher's answers of a round."""
+    section = context.recipe.responses.server
+    assert section is not None
+    prompts = list(context.known_prompts.values())
+    prompts = prompts if context.seen is None else list(context.seen.prompts(prompts))
+    return InBatches(
+        answers=_sampler(context, section, context.teacher.tokenizer, prompts, template),
+        batch_size=context.recipe.responses.batch_size,
+    )
 
 
 def _server(section: ServerSection) -> Server:

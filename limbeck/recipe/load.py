@@ -19,6 +19,7 @@ from limbeck.recipe import checks, messages, yaml_text
 from limbeck.recipe.evaluation import EVALUATION_GROUPS, choose_groups, open_groups
 from limbeck.recipe.files import read_yaml, shipped_recipes
 from limbeck.recipe.preference import PAIRS_SETTING
+from limbeck.recipe.response_engine import ENGINE
 from limbeck.recipe.response_source import SOURCE
 from limbeck.recipe.retired import RetiredKeyError, refuse_retired
 from limbeck.recipe.sections import AXES, GENERATE, MEMBER_KEYS, ObjectiveSection, Recipe, TrainSection, sections_under
@@ -262,6 +263,7 @@ def json_schema() -> dict[str, Any]:
     schema["required"] = [name for name in schema["required"] if name != "teacher"]
     schema["$defs"]["PromptsSection"]["properties"]["generate"]["anyOf"] = [*GENERATE.schema(), {"type": "null"}]
     schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = SOURCE.schema()
+    schema["$defs"]["ResponsesSection"]["properties"]["engine"]["anyOf"] = ENGINE.schema()
     schema["$defs"]["PreferenceSection"]["properties"]["pairs"]["anyOf"] = PAIRS_SETTING.schema()
     section = schema["$defs"]["ObjectiveSection"]
     del section["properties"]["options"]

@@ -13,6 +13,7 @@ def check_responses(recipe: Recipe) -> None:
     """Check the keys of this kind; see `limbeck.recipe.checks`."""
     _check_source(recipe)
     _check_server(recipe)
+    recipe.responses.engine.check(recipe.responses.source, source_name(recipe.responses.source))
     _check_key_names(recipe)
     _check_draft(recipe)
     _check_verify(recipe)
@@ -27,10 +28,10 @@ def _check_source(recipe: Recipe) -> None:
 
 
 def _check_server(recipe: Recipe) -> None:
-    server = recipe.responses.server
+    server, source = recipe.responses.server, recipe.responses.source
     if server is None:
         return
-    if recipe.base_author != "teacher":
+    if recipe.base_author != "teacher" and not (source.paired and source.samples_teacher):
         raise LimbeckError(
             "responses.server is where the teacher answers, but the responses are those of the data; "
             "remove it, or let the teacher answer (responses.source=teacher)"
@@ -38,7 +39,10 @@ def _check_server(recipe: Recipe) -> None:
 
 
 def _check_key_names(recipe: Recipe) -> None:
-    named: dict[str, object] = {"responses.server": recipe.responses.server}
+    named: dict[str, object] = {
+        "responses.server": recipe.responses.server,
+        "responses.engine": recipe.responses.engine,
+    }
     for name, section in recipe.every_teacher.items():
         named[f"teachers.{name}.where" if name else "teacher.where"] = section.where
     named |= {f"evaluate.groups.{name}": group for name, group in recipe.evaluate.groups.items()}

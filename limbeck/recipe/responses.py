@@ -9,7 +9,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from limbeck.fields import NEUTRAL, SAME_ARM, STRICT, Count, NonNegative, Positive, Probability, Seed, Strings
+from limbeck.recipe.response_engine import EngineSetting
 from limbeck.recipe.response_source import SourceSetting
+from limbeck.rollouts.engines import InProcess
 from limbeck.rollouts.options import InitialAuthor
 from limbeck.rollouts.registry import TeacherResponses
 
@@ -105,6 +107,9 @@ class ResponsesSection:
     """Check the teacher's answers to training prompts, and learn from right ones."""
     server: ServerSection | None = None
     """Where the teacher answers instead of in this process; its signal still comes from the teacher here."""
+    engine: EngineSetting = InProcess()
+    """What writes the student's responses while it trains: a name of `limbeck engines`, or a mapping with name and
+    options."""
     draft: DraftSection | None = None
     """A small model that drafts what the teacher answers in this process: fewer passes of the teacher, a sample of the
     same distribution (speculative sampling)."""

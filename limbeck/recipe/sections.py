@@ -27,6 +27,7 @@ from limbeck.fields import (
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.member import MemberKey
 from limbeck.recipe.preference import PAIRS_SETTING, PreferenceSection
+from limbeck.recipe.response_engine import ENGINE
 from limbeck.recipe.response_source import SOURCE
 from limbeck.recipe.responses import DraftSection, ResponsesSection, ServerSection, VerifyJudgeSection, VerifySection
 from limbeck.recipe.teacher import (
@@ -403,7 +404,7 @@ NESTED: dict[tuple[Any, str], Any] = {
 
 # Keys that hold a member of a registry; objectives and evaluation groups are read in ways of their own.
 MEMBER_KEYS: dict[str, MemberKey[Any]] = {
-    one.key: one for one in (WHERE, SEES_SETTING, COMBINE, GENERATE, SOURCE, PAIRS_SETTING)
+    one.key: one for one in (WHERE, SEES_SETTING, COMBINE, GENERATE, SOURCE, ENGINE, PAIRS_SETTING)
 }
 
 

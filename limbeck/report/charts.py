@@ -69,6 +69,7 @@ CURVES = (
     ("responses/empty", "Empty", "share of responses", True, True),
     ("responses/length", "Length", "tokens per response", True, True),
     ("log_q/student", "Log q", "nats/token of its own", False, True),
+    ("engine/gap", "Engine's numbers", "nats/token from the student's here", True, False),
     ("kl_p99", "99th percentile", "of the divergence", True, True),
     ("share", "Share", "by the student", True, False),
     ("heldout_loss", "Held-out loss", "nats/token", False, False),
@@ -84,7 +85,7 @@ PREFERENCE_CURVES = (
     ("rewards/rejected", "Reward", "of rejected answers", False, True),
 )
 MIXED = ("share", "heldout_loss", "alpha/teacher", "alpha/student", "beta")
-CHART_GROUPS = {"log_q/student": OWN, "kl_p99": OWN} | dict.fromkeys(MIXED, MIX)
+CHART_GROUPS = {"log_q/student": OWN, "kl_p99": OWN, "engine/gap": OWN} | dict.fromkeys(MIXED, MIX)
 CHART_GROUPS |= {key: PREFERENCE for key, *_ in PREFERENCE_CURVES}
 
 

@@ -16,6 +16,9 @@ REPEATED = "responses/repeated"
 LENGTH = "responses/length"
 EMPTY = "responses/empty"
 LOG_Q = "log_q/student"
+# Of responses that an engine wrote, once a round: mean and largest distance, in nats, of the log-probabilities that it
+# gave of its tokens from the student's here, and the mean that rounding explains.
+ENGINE_GAP, ENGINE_GAP_MOST, ENGINE_GAP_LIMIT = "engine/gap", "engine/gap_max", "engine/gap_limit"
 
 # A level is a running average over some 20 steps: a shorter one follows single batches, a longer one sees a collapse
 # when it is over.
@@ -102,6 +105,13 @@ ALARMS: Mapping[str, AlarmKind] = {
         meaning="The student ends its responses before it has said anything",
         remedy="check the prompt template and its generation prompt, drop empty responses of data or teacher, and "
         "train on the teacher's responses first",
+    ),
+    "engine_gap": AlarmKind(
+        keys=(ENGINE_GAP, ENGINE_GAP_LIMIT),
+        meaning="The engine that writes the student's responses computes other numbers than the student here, by more "
+        "than rounding explains, so that what is trained on is not quite the student's own",
+        remedy="start the server with the precision of the training (--dtype) and without --quantization and "
+        "--logprobs-mode, or weigh the tokens with contrast.rule={name: importance}",
     ),
 }
 

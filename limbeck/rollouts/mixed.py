@@ -32,8 +32,10 @@ class MixedSource(StatelessSource):
         return first_steps(self, min(count, MAX_PREVIEW_STEPS), total)
 
     def step(self, clock: StepCounter) -> dict[int, Response]:
-        chosen = self.own if die(self.seed, clock.step).random() < self._share(clock) else self.base
-        return chosen.step(clock)
+        return (self.own if self._is_own(clock) else self.base).step(clock)
+
+    def _is_own(self, clock: StepCounter) -> bool:
+        return die(self.seed, clock.step).random() < self._share(clock)
 
     def _share(self, clock: StepCounter) -> float:
         start, end = self.share
@@ -43,4 +45,5 @@ class MixedSource(StatelessSource):
         return self.own.starts_round(clock)
 
     def metrics(self, clock: StepCounter) -> dict[str, float]:
-        return {"share": self._share(clock)}
+        # In steps on other responses a run that was resumed has not read the student's yet.
+        return {"share": self._share(clock)} | (self.own.metrics(clock) if self._is_own(clock) else {})

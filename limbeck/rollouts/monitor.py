@@ -11,7 +11,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from limbeck.rollouts import alarms
-from limbeck.rollouts.alarms import ALARMS, COUNT, EMPTY, LENGTH, LOG_Q, REPEATED, TRUNCATED
+from limbeck.rollouts.alarms import (
+    ALARMS,
+    COUNT,
+    EMPTY,
+    ENGINE_GAP,
+    ENGINE_GAP_LIMIT,
+    LENGTH,
+    LOG_Q,
+    REPEATED,
+    TRUNCATED,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +156,19 @@ def _empty(levels: _Levels) -> _Verdict | None:
     )
 
 
+def _engine_gap(metrics: Mapping[str, Any]) -> _Verdict | None:
+    """The verdict on one round's measurement, which is no average that has to settle first."""
+    gap, limit = metrics.get(ENGINE_GAP), metrics.get(ENGINE_GAP_LIMIT)
+    if not isinstance(gap, int | float) or not isinstance(limit, int | float):
+        return None
+    return _Verdict(
+        bad=not gap <= limit,
+        well=gap <= limit,
+        seen=f"log-probabilities of the engine's tokens are {gap:.3g} nats from the student's here on average, and "
+        f"rounding explains {limit:g}",
+    )
+
+
 _RULES: Mapping[str, Callable[[_Levels], _Verdict | None]] = {
     "repetition": _repetition,
     "truncation": _truncation,
@@ -155,7 +178,7 @@ _RULES: Mapping[str, Callable[[_Levels], _Verdict | None]] = {
     "log_q_collapse": _log_q_collapse,
     "empty": _empty,
 }
-_READ = tuple(dict.fromkeys(key for kind in ALARMS.values() for key in kind.keys))
+_READ = tuple(dict.fromkeys(key for name in _RULES for key in ALARMS[name].keys))
 _OF_RESPONSES = (TRUNCATED, REPEATED, LENGTH, EMPTY, LOG_Q)
 
 
@@ -186,8 +209,8 @@ class Watch:
         if tail and mean and tail.mean == tail.low:
             tail.beside = mean.mean
         raised = []
-        for name, rule in _RULES.items():
-            verdict = rule(self._levels)
+        verdicts = {name: rule(self._levels) for name, rule in _RULES.items()}
+        for name, verdict in (verdicts | {"engine_gap": _engine_gap(metrics)}).items():
             if verdict and verdict.bad and name not in self._on:
                 self._on.append(name)
                 raised.append(Alarm(name=name, message=f"{name}: {verdict.seen}; {ALARMS[name].remedy}"))

@@ -49,6 +49,9 @@ class PairedSource(StatelessSource):
     def starts_round(self, clock: StepCounter) -> bool:
         return self.own.starts_round(clock)
 
+    def metrics(self, clock: StepCounter) -> dict[str, float]:
+        return self.own.metrics(clock)
+
     def counts(self, clock: StepCounter) -> dict[str, float]:
         return self.own.counts(clock)
 

@@ -163,6 +163,10 @@ class Rounds:
             write_json(folder / _WHOLE, sealed({"files": files}))
         return [answers[i] for i in range(len(prompts))]
 
+    def is_whole(self, number: int, author: Author) -> bool:
+        """Whether all responses of a round are on disk."""
+        return (self.folder / f"{number:03d}" / author / _WHOLE).exists()
+
     def _score_again(self, paths: Iterable[Path], number: int) -> None:
         """Store the teacher signals of responses that are used once more: it goes when the next round begins, and a
         training that had come there may have had to go back for want of a whole checkpoint."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 from limbeck.rollouts.order import Plan
-from limbeck.rollouts.rounds import BatchSampler, Rounds, for_round, in_round
+from limbeck.rollouts.rounds import BatchSampler, ProcessGroup, Rounds, for_round, in_round
 from limbeck.rollouts.sources import (
     MAX_PREVIEW_STEPS,
     SourceContext,
@@ -16,6 +17,19 @@ from limbeck.rollouts.sources import (
     longest_first,
 )
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt
+
+
+@runtime_checkable
+class TakesWeights(Protocol):
+    """A `BatchSampler` elsewhere, which writes with the student's weights once it has been given them."""
+
+    def take(self, number: int, world: ProcessGroup) -> None:
+        """Take the student's weights as they are now, for the round of a number. All ranks call."""
+        ...
+
+    def compare(self, number: int, responses: Sequence[Response], world: ProcessGroup) -> Mapping[str, float]:
+        """Metrics of how far its numbers of a round are from the student's here. All ranks call."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +77,13 @@ class StudentSource(StatelessSource):
         self.prompts = frozenset(p.id for p in prompts)
         self.refresh = rollout.refresh or self.plan.steps_per_epoch
         self.whole_epochs = self.refresh % self.plan.steps_per_epoch == 0
+        self._elsewhere = rollout.sampler if isinstance(rollout.sampler, TakesWeights) else None
+        self._compared: Mapping[str, float] = {}
+        if self._elsewhere is not None and self.refresh == 1:
+            raise LimbeckError(
+                "an epoch is one step here, so that an engine would be given a whole model in every step; remove "
+                "responses.engine, or set responses.source.refresh to a number of steps"
+            )
         self._round: tuple[int, Plan, dict[int, Response]] | None = None
 
     @property
@@ -71,6 +92,9 @@ class StudentSource(StatelessSource):
 
     def starts_round(self, clock: StepCounter) -> bool:
         return self.refresh > 1 and clock.step % self.refresh == 0
+
+    def metrics(self, clock: StepCounter) -> dict[str, float]:
+        return dict(self._compared)
 
     def counts(self, clock: StepCounter) -> dict[str, float]:
         return {"rounds": clock.step // self.refresh + 1.0} if self.refresh > 1 else {}
@@ -101,8 +125,17 @@ class StudentSource(StatelessSource):
         else:
             steps = range(start.step, min(start.step + self.refresh, start.total))
             rows = sorted({row for step in steps for row in self.plan.at(step)})
-        with self.source_context.whole_student():
-            return self._write_rows(number, rows, self.rollout.at(start))
+        sampling, context = self.rollout.at(start), self.source_context
+        if self._elsewhere is None:
+            with context.whole_student():
+                return self._write_rows(number, rows, sampling)
+        if not self.rollout.rounds.is_whole(number, "student"):
+            with context.whole_student():
+                self._elsewhere.take(number, context.world)
+        written = self._write_rows(number, rows, sampling)
+        with context.whole_student():
+            self._compared = self._elsewhere.compare(number, list(written.values()), context.world)
+        return written
 
     def _write_rows(self, number: int, rows: Sequence[int], sampling: Sampling) -> dict[int, Response]:
         asked, rollout = [self.asked[row] for row in rows], self.rollout

@@ -77,6 +77,11 @@ class RunDirectory:
         return self.root / "rounds"
 
     @property
+    def engine(self) -> Path:
+        """The student's weights for the servers that write its responses, while it trains."""
+        return self.root / "engine"
+
+    @property
     def examples(self) -> Path:
         return self.rounds / "examples.jsonl"
 

@@ -108,7 +108,7 @@ class ServedSampler:
         if not left:
             return
         dialect, reply = self._agree(prompts[left[0]], sampling)
-        first = self._served(left[0], prompts[left[0]], reply, dialect, sampling)
+        first = self.read(left[0], prompts[left[0]], reply, dialect, sampling)
         rest = self._ask_all(dialect, [(index, prompts[index]) for index in left[1:]], sampling)
         tokens = 0
         for number, served in enumerate(chain((first,), rest), start=1):
@@ -126,7 +126,7 @@ class ServedSampler:
             content = self._content(dialect, prompt)
             if content is None:
                 continue
-            reply = self.server.post(dialect.path, self._request(dialect, content, prompt, sampling))
+            reply = self.server.post(dialect.path, self.request(dialect, content, prompt, sampling))
             if not isinstance(reply, Refusal):
                 source = self._reader.read(reply, prompt, sampling).source
                 # What gives nothing is not asked for again: log-probabilities cost the server time.
@@ -153,14 +153,14 @@ class ServedSampler:
                     f"{prompt_name(prompt)} cannot be written as a text that the tokenizer reads as the same ids, and "
                     "the server takes text alone; set responses.server.api=chat, or use a server that takes ids (vLLM)"
                 )
-            reply = self.server.post(dialect.path, self._request(dialect, content, prompt, sampling))
+            reply = self.server.post(dialect.path, self.request(dialect, content, prompt, sampling))
             if isinstance(reply, Refusal):
                 raise LimbeckError(
                     f"{prompt_name(prompt)}: {self.server.root} declines ({reply}); shorten or drop it, or look at the "
                     "server's log"
                 )
             with reading:
-                return self._served(index, prompt, reply, dialect, sampling)
+                return self.read(index, prompt, reply, dialect, sampling)
 
         return concurrently(ask, rows, min(self.concurrency, len(rows)))
 
@@ -177,7 +177,8 @@ class ServedSampler:
                 return text
         return None
 
-    def _request(self, dialect: Dialect, content: Any, prompt: TokenPrompt, sampling: Sampling) -> dict[str, Any]:
+    def request(self, dialect: Dialect, content: Any, prompt: TokenPrompt, sampling: Sampling) -> dict[str, Any]:
+        """The body of the request for an answer to a prompt, which `content` stands for."""
         return dialect.request(
             CompletionRequest(
                 model=self.model,
@@ -189,9 +190,14 @@ class ServedSampler:
             )
         )
 
-    def _served(
+    def read(
         self, index: int, prompt: TokenPrompt, reply: dict[str, Any], dialect: Dialect, sampling: Sampling
     ) -> Served:
+        """The response in a server's answer to the prompt at a place of the list.
+
+        Raises:
+            LimbeckError: it cannot be read, is one to another prompt, or lacks log-probabilities that were wanted.
+        """
         reading = self._reader.read(reply, prompt, sampling)
         if self.keep_logp and reading.logp is None:
             raise LimbeckError(
@@ -225,7 +231,8 @@ class ServedSampler:
             count = reading.prompt_tokens if reading.prompt_ids is None else len(reading.prompt_ids)
             raise LimbeckError(
                 f"{prompt_name(prompt)}: {self.server.root} read its {len(prompt.ids)} tokens as {count} "
-                "others, so that it answers another prompt; serve the teacher with the teacher's own tokenizer"
+                f"others, so that it answers another prompt; serve the {self.author} with the {self.author}'s own "
+                "tokenizer"
             )
         return differs
 
@@ -236,4 +243,5 @@ class ServedSampler:
             eos_token_ids=frozenset(self.eos_token_ids),
             end_id=self.end_id,
             vocab_size=self.vocab_size,
+            author=self.author,
         )

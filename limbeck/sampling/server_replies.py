@@ -17,7 +17,7 @@ from limbeck.sampling.server_choices import (
     whole_numbers,
 )
 from limbeck.sampling.stop_strings import StopStrings
-from limbeck.types import Json, LimbeckError, Sampling, StopReason, TokenPrompt
+from limbeck.types import Author, Json, LimbeckError, Sampling, StopReason, TokenPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,12 +52,14 @@ class ReplyReader:
         eos_token_ids: any of them ends a response and stays in it.
         end_id: the one that is put at the end where the server left it out.
         vocab_size: number of real token ids.
+        author: whose tokenizer it is, for messages.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
     end_id: int
     vocab_size: int
+    author: Author = "teacher"
 
     def read(self, reply: Json, prompt: TokenPrompt, sampling: Sampling) -> Reading:
         """The first choice of an answer.
@@ -163,5 +165,6 @@ class ReplyReader:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise LimbeckError(
                 f"{prompt_name(prompt)}: the server answers with ids from {min(ids)} to {max(ids)}, expected 0 to "
-                f"{self.vocab_size - 1}: it serves a model with another tokenizer than the teacher's; serve the teacher"
+                f"{self.vocab_size - 1}: it serves a model with another tokenizer than the {self.author}'s; serve the "
+                f"{self.author}"
             )

@@ -24,12 +24,12 @@ from pydantic.dataclasses import dataclass
 
 from limbeck.client.concurrency import concurrently
 from limbeck.client.openai import Refusal, Server
+from limbeck.client.pool import ServerPool
 from limbeck.fields import NEUTRAL, STRICT, Count, Positive
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
 from limbeck.teachers.likeliest import at_temperature_one, vocabulary_alone
 from limbeck.teachers.served_answers import Answer, KeptAnswers
 from limbeck.teachers.served_dialects import DIALECTS, ScoredText, ScoringDialect
-from limbeck.teachers.served_pool import ServerPool
 from limbeck.teachers.served_probe import PROBE_TEXTS, check_tokenizer, find_dialect
 from limbeck.teachers.served_states import ModelEnding, VllmStates, check_states
 from limbeck.teachers.served_support import kept_tokens

@@ -91,8 +91,11 @@ def _replies(
             return
 
 
-def check_tokenizer(server: Server, model: str, tokenizer: Any) -> bool:
+def check_tokenizer(server: Server, model: str, tokenizer: Any, *, named: str = "teacher.model") -> bool:
     """Check that a server reads texts as the same ids as a tokenizer; False where it says of no text how it reads it.
+
+    Args:
+        named: whose tokenizer it is, in messages.
 
     Raises:
         LimbeckError: it reads one otherwise.
@@ -108,9 +111,9 @@ def check_tokenizer(server: Server, model: str, tokenizer: Any) -> bool:
         if found != expected:
             place = _first_difference(found, expected)
             raise LimbeckError(
-                f"{server.root} has another tokenizer than teacher.model: it reads {text[:24]!r} ... as {len(found)} "
-                f"tokens and teacher.model as {len(expected)} (the first difference at token {place}); serve "
-                "teacher.model, or name the model that is served as teacher.model"
+                f"{server.root} has another tokenizer than {named}: it reads {text[:24]!r} ... as {len(found)} "
+                f"tokens and {named} as {len(expected)} (the first difference at token {place}); serve "
+                f"{named}, or name the model that is served as {named}"
             )
     return True
 

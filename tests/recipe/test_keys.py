@@ -36,6 +36,7 @@ FOUND_ELSEWHERE = {f"{section}.{key}" for section in ("teacher", "student", "res
                    for key in ("revision", "trust_remote_code")}  # fmt: skip
 MEMBERS: dict[str, tuple[Any, ...]] = {
     "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}),
+    "responses.engine": ({"name": "vllm", "base_url": "http://localhost:9/v1"}, "in_process"),
     "teacher.where": (
         "none",
         {"name": "server", "base_url": "http://localhost:9/v1", "model": "teacher"},
@@ -52,6 +53,7 @@ MEMBERS: dict[str, tuple[Any, ...]] = {
 }
 MEMBER_SECTIONS: dict[str, type] = {
     "responses.source": ResponsesSection,
+    "responses.engine": ResponsesSection,
     "teacher.where": TeacherSection,
     "teacher.sees": TeacherSection,
     "combine": Recipe,
@@ -245,6 +247,7 @@ def test_the_marked_keys() -> None:
         "train.max_tokens_per_batch",
         *(f"responses.server.{key}" for key in connection),
         *(f"evaluate.groups.judge.{key}" for key in connection | {"price_per_million"}),
+        *(f"responses.engine.{key}" for key in connection | {"model", "folder", "seen_as"}),
         *(f"preference.pairs.{key}" for key in connection),
         *(f"responses.verify.judge.{key}" for key in connection),
         *("preference.save_steps", "preference.save_total_limit"),

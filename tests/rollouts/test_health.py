@@ -120,6 +120,7 @@ GOES_OFF = {
     "kl_tail": {"kl_p99": ramp(4.0, 9.0)},
     "log_q_collapse": {"log_q/student": ramp(-1.2, -4.0)},
     "empty": {"responses/empty": ramp(0.0, 0.4)},
+    "engine_gap": {"engine/gap": ramp(0.0, 2e-3), "engine/gap_limit": lambda step: 1e-3},
 }
 STAYS_QUIET = {
     # A pruned student learns to stop looping.
@@ -133,6 +134,8 @@ STAYS_QUIET = {
     "kl_tail": {"kl_p99": ramp(4.0, 9.0), "forward_kl": ramp(0.5, 1.2)},
     "log_q_collapse": {"log_q/student": ramp(-3.0, -1.0, 0, 100)},
     "empty": {"responses/empty": lambda step: 0.5 * (step % 20 == 0)},
+    # What float32 never has is what bfloat16 is.
+    "engine_gap": {"engine/gap": ramp(0.0, 0.09), "engine/gap_limit": lambda step: 0.1},
 }
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +20,11 @@ from typing import Any
 
 import pytest
 
+from limbeck.models.loading import load_model
+
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = 30
-START_S = 900
+START_S = 1800
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,25 @@ def figures(vllm_python: str) -> Iterator[Figures]:
 
 
 @pytest.fixture(scope="session")
+def student(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two blocks of SmolLM2."""
+    loaded = load_model(str(smollm2_dir))
+    model: Any = loaded.model
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    folder = tmp_path_factory.mktemp("student")
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vllm(
     vllm_python: str, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory, figures: Figures
 ) -> Iterator[Vllm]:
-    """The server: float32, 1,024 tokens, hidden states, any number of log-probabilities."""
+    """The server of a teacher: float32, hidden states, any number of log-probabilities."""
     folder = tmp_path_factory.mktemp("vllm")
     (folder / "states").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     speculative = {
         "method": "extract_hidden_states",
         "num_speculative_tokens": 1,
@@ -111,21 +124,31 @@ def vllm(
         "kv_role": "kv_producer",
         "kv_connector_extra_config": {"shared_storage_path": str(folder / "states")},
     }
+    options = ["--max-logprobs", "-1", "--speculative-config", json.dumps(speculative)]
+    options += ["--kv-transfer-config", json.dumps(transfer)]
+    began = time.monotonic()
+    with serving(vllm_python, smollm2_dir, folder, "teacher", *options) as server:
+        figures.note("the server answers after", f"{time.monotonic() - began:.0f} s")
+        yield server
+
+
+@contextmanager
+def serving(python: str, model: Path, folder: Path, name: str, *options: str, dtype: str = "float32") -> Iterator[Vllm]:
+    """A server of a model under a name, in developer mode, with 1,024 tokens of context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     # `vllm serve` looks for a package of the name vllm, which a build for CPUs is not.
-    command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2_dir)]
-    command += ["--served-model-name", "teacher", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager", "--dtype", "float32"]
-    command += ["--max-logprobs", "-1", "--speculative-config", json.dumps(speculative)]
-    command += ["--kv-transfer-config", json.dumps(transfer)]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager", "--dtype", dtype, *options]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment = settings | dict(os.environ) | {"PYTHONPATH": str(ROOT / "examples"), "HF_HUB_OFFLINE": "1"}
-    began = time.monotonic()
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         server = Vllm(url=f"http://127.0.0.1:{port}/v1", states=folder / "states", log=folder / "log.txt")
         try:
             _wait(lambda: _answers(server), process, server.log)
-            figures.note("the server answers after", f"{time.monotonic() - began:.0f} s")
             yield server
         finally:
             os.killpg(process.pid, signal.SIGTERM)

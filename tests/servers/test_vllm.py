@@ -174,19 +174,6 @@ def prompts(folder: Path) -> Path:
     return write_prompts(folder / "prompts.jsonl", rows)
 
 
-@pytest.fixture(scope="module")
-def student(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first two blocks of SmolLM2."""
-    loaded = load_model(str(smollm2_dir))
-    model: Any = loaded.model
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    folder = tmp_path_factory.mktemp("student")
-    model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    return folder
-
-
 COMMON = (
     "sft=null",
     "student={init: pretrained, layers: null, freeze_embeddings: true}",

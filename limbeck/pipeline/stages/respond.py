@@ -60,7 +60,7 @@ def _response_inputs(context: RunContext) -> Json:
     if section["cache_gib"] == CACHE_GIB:
         del section["cache_gib"]
     # How the student writes later is no matter of this stage; whose responses are there before, and of whom, is.
-    del section["source"], section["initial_author"]
+    del section["source"], section["initial_author"], section["engine"]
     section["author"] = context.recipe.base_author
     if context.recipe.on_policy:
         section["answered"] = _answers_train(context.recipe)

@@ -31,12 +31,14 @@ from limbeck.pipeline.sharing import student_inputs
 from limbeck.pipeline.stages.respond import load_responses, load_sft_answers, pad_token_id
 from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.student_endings import endings_record, say_endings
+from limbeck.pipeline.student_engine import engine_folder
 from limbeck.pipeline.students_choice import choosing
 from limbeck.recipe import load
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.sections import SftSection
 from limbeck.rollouts.account import never_acted, summary
 from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of_prompts, set_aside
+from limbeck.rollouts.engines import ENGINE_KEY
 from limbeck.rollouts.options import SOURCE_KEY
 from limbeck.rollouts.sources import offline
 from limbeck.rollouts.table import in_a_row
@@ -62,6 +64,8 @@ def _student_inputs(context: RunContext) -> Json:
         inputs |= {"across": asdict(recipe.teacher.across)}
     if recipe.on_policy:
         inputs |= {"source": fingerprinted_member(SOURCE_KEY, recipe.responses.source)}
+    if recipe.responses.engine.elsewhere:
+        inputs |= {"engine": fingerprinted_member(ENGINE_KEY, recipe.responses.engine)}
     inputs |= self_teaching_inputs(context)
     return inputs | {"contrast": asdict(recipe.contrast), "sft": None if recipe.sft is None else asdict(recipe.sft)}
 
@@ -99,6 +103,8 @@ def _run_student(context: RunContext) -> Json:
         if context.rank:
             return {}
         save_student(trained, student.tokenizer, run.student, quantization=student.quantization)
+    # What servers loaded for the last round.
+    remove(engine_folder(context))
     write_json(run.student / "student.json", _student_record(context, student))
     last = json.loads([line for _, line in json_lines(run.metrics.read_text("utf-8"))][-1])
     if account := summary(last):

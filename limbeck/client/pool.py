@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from limbeck.client.openai import Refusal, Server
 from limbeck.types import Json, LimbeckError
 
+R = TypeVar("R")
 # Path and bodies of requests to one server.
 Requests = tuple[str, Sequence[Json]]
 
@@ -28,13 +30,44 @@ class ServerPool:
     _failed: dict[int, LimbeckError] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def post(self, asking: Callable[[Server], Requests]) -> tuple[Server, list[Json | Refusal]]:
-        """The answers to some requests, all by one server and one after the other: the server with least to do.
+    @property
+    def left(self) -> tuple[Server, ...]:
+        """The servers that are not left out."""
+        with self._lock:
+            return tuple(server for number, server in enumerate(self.servers) if number not in self._failed)
 
-        Requests of a server that fails are asked of another, and no further one of it.
+    def take_back(self) -> None:
+        """Ask all servers again."""
+        with self._lock:
+            self._failed.clear()
+
+    def keep(self, addresses: Collection[str]) -> None:
+        """Ask those at certain addresses alone, until all are taken back."""
+        with self._lock:
+            for number, server in enumerate(self.servers):
+                if server.base_url not in addresses:
+                    self._failed[number] = LimbeckError(f"{server.root} was left out by the first rank")
+
+    def post(self, asking: Callable[[Server], Requests]) -> tuple[Server, list[Json | Refusal]]:
+        """The answers to some requests, all by one server and one after the other: see `of_any`.
 
         Args:
             asking: gives the requests for a server.
+
+        Raises:
+            LimbeckError: no server is left; the failure of the last one.
+        """
+
+        def ask(server: Server) -> tuple[Server, list[Json | Refusal]]:
+            path, bodies = asking(server)
+            return server, [server.post(path, body) for body in bodies]
+
+        return self.of_any(ask)
+
+    def of_any(self, work: Callable[[Server], R]) -> R:
+        """The result of some work with one server: that with least to do.
+
+        What a server fails in is done with another, and nothing further is asked of it.
 
         Raises:
             LimbeckError: no server is left; the failure of the last one.
@@ -43,8 +76,7 @@ class ServerPool:
             number = self._take()
             server = self.servers[number]
             try:
-                path, bodies = asking(server)
-                return server, [server.post(path, body) for body in bodies]
+                return work(server)
             except LimbeckError as error:
                 self.leave_out(server, error)
             finally:
@@ -63,7 +95,7 @@ class ServerPool:
         if not left:
             raise error
         if not again:
-            self.warn(f"{error}; until then the others of teacher.where.base_url ({left}) do its work")
+            self.warn(f"{error}; until then the others of {server.section}.base_url ({left}) do its work")
 
     def _take(self) -> int:
         with self._lock:
