@@ -7,12 +7,13 @@ the pipeline implements. Models load when first used.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
+from limbeck.evaluation.pieces import Piece
 from limbeck.evaluation.scores.metrics import Metric
 from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.prompts.templates import LossOn, TemplateName
@@ -295,6 +296,10 @@ class EvaluationContext(Protocol):
         """Texts of `answers` without special tokens, by prompt id."""
         ...
 
+    def pieces(self, group: EvaluationGroup, of: str, count: int) -> Iterator[Piece]:
+        """The first `count` of a group's pieces, in order; the ranks of a launch share them."""
+        ...
+
     def domain_of(self, prompt_id: str) -> str | None:
         """Name of the teacher of a prompt, where each prompt has one of several; else None."""
         ...
@@ -343,6 +348,16 @@ class EvaluationGroup(ABC):
         """Inputs of its scores beside its options and the models, for the fingerprint."""
         del evaluation
         return {}
+
+    def pieces(self, evaluation: EvaluationContext, of: str, numbers: Iterable[int]) -> Iterator[Piece]:
+        """The pieces of some numbers, one as each number is taken; for groups whose work ranks share.
+
+        Answers that it asks for are on disk. It may run on any rank, so it writes nothing.
+
+        Args:
+            of: which of several series of pieces, as the group names it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for pieces and makes none")
 
     @abstractmethod
     def measure(self, evaluation: EvaluationContext) -> GroupResult:

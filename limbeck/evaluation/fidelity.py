@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from limbeck.evaluation.token_metrics.calibration import bin_sums, curve, pooled_parts
 from limbeck.evaluation.token_metrics.likeliest_teacher import LikeliestChunk, values_beside_likeliest
 from limbeck.evaluation.token_metrics.tokens import FidelityChunk, fidelity_values
-from limbeck.evaluation.token_metrics.values import CALIBRATION, FIDELITY, Chunk, TokenValues
+from limbeck.evaluation.token_metrics.values import CALIBRATION, FIDELITY, TokenValues
 from limbeck.models.forward import hidden_states
 from limbeck.objectives.fused.body import Compile
 from limbeck.rollouts.collate import collate
 from limbeck.types import DenseSignal, Head, Json, LimbeckError, Response, ScoredRow, SignalSource, TopKSignal
 
 BY_POSITION: tuple[str, ...] = ("forward_kl", "reverse_kl", "top1_agreement")
+# The examples of a chunk, and the positions that each has in it.
+Examples = tuple[tuple[str, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +61,49 @@ def chunks_of(
     """
     order = sorted(responses, key=lambda row: (-responses[row].length, row))
     for start in range(0, len(order), batch_size):
-        batch = collate(responses, order[start : start + batch_size], pad_id=0)
-        with torch.inference_mode():
-            hidden_ND = hidden_states(student, batch.to(device))
-        signal = teacher.signal(batch)
-        assert isinstance(signal, DenseSignal | TopKSignal), "of held-out responses nothing is a sample"
-        shared: dict[str, Any] = {
-            "student_hidden_ND": hidden_ND,
-            "student_head": head,
-            "label_ids_N": batch.labels_N.to(device),
-            "ids": tuple(responses[row].prompt_id for row in batch.rows),
-            "lengths": tuple(responses[row].tokens for row in batch.rows),
-        }
-        if isinstance(signal, TopKSignal):
-            yield LikeliestChunk(teacher=signal, **shared)
-        else:
-            yield FidelityChunk(teacher=signal, **shared)
+        yield chunk_of(student, head, responses, order[start : start + batch_size], teacher, device=device)
+
+
+def chunk_of(
+    student: nn.Module,
+    head: Head,
+    responses: Mapping[int, Response] | Sequence[Response],
+    rows: Sequence[int],
+    teacher: SignalSource,
+    *,
+    device: torch.device,
+) -> FidelityChunk | LikeliestChunk:
+    """Some rows of the responses, in one forward pass of each model."""
+    batch = collate(responses, rows, pad_id=0)
+    with torch.inference_mode():
+        hidden_ND = hidden_states(student, batch.to(device))
+    signal = teacher.signal(batch)
+    assert isinstance(signal, DenseSignal | TopKSignal), "of held-out responses nothing is a sample"
+    shared: dict[str, Any] = {
+        "student_hidden_ND": hidden_ND,
+        "student_head": head,
+        "label_ids_N": batch.labels_N.to(device),
+        "ids": tuple(responses[row].prompt_id for row in batch.rows),
+        "lengths": tuple(responses[row].tokens for row in batch.rows),
+    }
+    if isinstance(signal, TopKSignal):
+        return LikeliestChunk(teacher=signal, **shared)
+    return FidelityChunk(teacher=signal, **shared)
+
+
+def values_of(chunk: FidelityChunk | LikeliestChunk, *, top_k: int, compile: Compile = "auto") -> TokenValues:
+    """The metrics of every token of a chunk.
+
+    Args:
+        top_k: k of the top-k agreement.
+        compile: "auto" compiles the work on the logits where a compiler is there and the vocabulary is large.
+
+    Raises:
+        LimbeckError: its shapes or vocabularies disagree, or the vocabulary has fewer than k tokens.
+    """
+    if isinstance(chunk, LikeliestChunk):
+        return values_beside_likeliest(chunk, top_k=top_k)
+    return fidelity_values(chunk, top_k=top_k, compile=compile)
 
 
 def measure(chunks: Iterable[FidelityChunk | LikeliestChunk], *, top_k: int, compile: Compile = "auto") -> Fidelity:
@@ -88,12 +117,18 @@ def measure(chunks: Iterable[FidelityChunk | LikeliestChunk], *, top_k: int, com
         LimbeckError: shapes or vocabularies of a chunk disagree, the vocabulary has fewer than k tokens, or a value is
             not finite (NaN or inf in a model).
     """
+    return joined(((chunk.ids, chunk.lengths), values_of(chunk, top_k=top_k, compile=compile)) for chunk in chunks)
+
+
+def joined(values: Iterable[tuple[Examples, TokenValues]]) -> Fidelity:
+    """Fidelity of every example from the values of its tokens, chunk after chunk.
+
+    Raises:
+        LimbeckError: a value is not finite (NaN or inf in a model).
+    """
     tally = _Tally()
-    for chunk in chunks:
-        if isinstance(chunk, LikeliestChunk):
-            tally.add(chunk, values_beside_likeliest(chunk, top_k=top_k))
-        else:
-            tally.add(chunk, fidelity_values(chunk, top_k=top_k, compile=compile))
+    for examples, found in values:
+        tally.add(*examples, found)
     return Fidelity(rows=tally.rows(), detail=tally.detail())
 
 
@@ -116,15 +151,15 @@ class _Tally:
     tokens: dict[str, int] = field(default_factory=dict)
     positions: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, chunk: Chunk, found: TokenValues) -> None:
+    def add(self, ids: tuple[str, ...], lengths: tuple[int, ...], found: TokenValues) -> None:
         self.names, self.calibrations = found.names, found.calibrations
         values_MN = found.values_MN.cpu()
-        example_N = torch.repeat_interleave(torch.tensor(chunk.lengths))
-        confidences = (bin_sums(c_N.cpu(), o_N.cpu(), example_N, len(chunk.ids)) for c_N, o_N in found.confidences)
+        example_N = torch.repeat_interleave(torch.tensor(lengths))
+        confidences = (bin_sums(c_N.cpu(), o_N.cpu(), example_N, len(ids)) for c_N, o_N in found.confidences)
         bins_EC3B = torch.stack(list(confidences), dim=1)
-        position_N = torch.cat([torch.empty(0, dtype=torch.int64), *self._positions(chunk)])
+        position_N = torch.cat([torch.empty(0, dtype=torch.int64), *self._positions(ids, lengths)])
         start = 0
-        for name, length, bins_C3B in zip(chunk.ids, chunk.lengths, bins_EC3B, strict=True):
+        for name, length, bins_C3B in zip(ids, lengths, bins_EC3B, strict=True):
             if length:
                 total_M = values_MN[:, start : start + length].sum(dim=1)
                 known = name in self.sums
@@ -134,10 +169,10 @@ class _Tally:
             start += length
         self._add_positions(values_MN, position_N)
 
-    def _positions(self, chunk: Chunk) -> list[Tensor]:
+    def _positions(self, ids: tuple[str, ...], lengths: tuple[int, ...]) -> list[Tensor]:
         """Position of each token in its answer, from 1; an example goes on where an earlier chunk left it."""
         seen, positions = dict(self.tokens), []
-        for name, length in zip(chunk.ids, chunk.lengths, strict=True):
+        for name, length in zip(ids, lengths, strict=True):
             first = seen.get(name, 0) + 1
             positions.append(torch.arange(first, first + length))
             seen[name] = first + length - 1

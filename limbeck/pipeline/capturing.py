@@ -25,7 +25,7 @@ from limbeck.teachers.store.shards import Columns, write_shard_file
 from limbeck.teachers.store.source import as_it_is
 from limbeck.teachers.store.sparse import Sampled, TopK
 from limbeck.teachers.store.texts import Text
-from limbeck.teachers.store.writer import StoreWriter
+from limbeck.teachers.store.writer import ShardFiller, StoreWriter
 from limbeck.types import (
     DenseSignal,
     Head,
@@ -82,12 +82,9 @@ def capture_into(
         sampling: how the responses were written, where they are kept too.
         advance: called with the tokens that were scored, or were there.
     """
-    texts: dict[bytes, Response] = {}
-    for address, response in zip(addresses_as_read(responses, reads), responses, strict=True):
-        texts.setdefault(address, response)
-    # Sorting keeps the order of equal lengths: a batch depends on the responses and their order alone.
-    order = sorted(texts, key=lambda address: -texts[address].length)
-    capture = _Capture(writer, teacher, [texts[address] for address in order], sampling)
+    texts = by_address(responses, reads)
+    order = list(texts)
+    capture = Capture(writer, teacher, list(texts.values()), sampling)
     if sealed_shards(writer.store.path):
         # What they share may have been lost; shards of another one go with it.
         _ = capture.shared
@@ -103,6 +100,15 @@ def capture_into(
                 capture.score_all(some, missing, counting)
     tokens = sum(texts[address].tokens for address in left)
     return Captured(added=len(left), found=len(order) - len(left), tokens=tokens)
+
+
+def by_address(responses: Sequence[Response], reads: Callable[[TokenBatch], TokenBatch]) -> dict[bytes, Response]:
+    """Responses by the addresses of their signals, each once, the longest first."""
+    texts: dict[bytes, Response] = {}
+    for address, response in zip(addresses_as_read(responses, reads), responses, strict=True):
+        texts.setdefault(address, response)
+    # Sorting keeps the order of equal lengths: a batch depends on the responses and their order alone.
+    return {address: texts[address] for address in sorted(texts, key=lambda address: -texts[address].length)}
 
 
 def _asked_at_once(writer: StoreWriter, teacher: Scorer, most: int) -> int:
@@ -153,10 +159,10 @@ def addresses_as_read(responses: Sequence[Response], reads: Callable[[TokenBatch
 
 
 @dataclass
-class _Capture:
+class Capture:
     """One pass of a teacher over some responses, longest first."""
 
-    writer: StoreWriter
+    writer: ShardFiller
     teacher: Scorer
     responses: Sequence[Response]
     sampling: Json | None

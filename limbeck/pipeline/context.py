@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from limbeck.recipe.load import Recipe
 from limbeck.runtime.artifact_cache import ArtifactCache
@@ -17,6 +17,7 @@ from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.launcher import Launch, launched
 from limbeck.runtime.records import fingerprint
 from limbeck.runtime.rundir import RunDirectory
+from limbeck.runtime.shared_work import OneProcess, Work
 from limbeck.types import Json, Prompt
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from limbeck.models.vocabulary import VocabularyCard
     from limbeck.pipeline.seen_prompts import SeenPrompts
     from limbeck.recipe.teacher import TeacherSection
+    from limbeck.runtime.shared_work import Job
     from limbeck.teachers.base import Teacher
 
 
@@ -43,6 +45,7 @@ class Stage:
         working: patterns of outputs that only the stage itself reads, to go on where it was stopped; they may be gone
             once it is done, and so may all outputs of an `intermediate` stage once those that read them are done.
         handed_on: patterns of those working files that the next stage reads.
+        helped: what the other ranks of a launch do of it, by the kind of the job that the first one posts.
         cheap: done again without `update` where the files that it reads were made again and differ.
         hands_on_teacher: keeps the teacher's weights in memory for the next stage.
         included: whether a recipe has the stage at all.
@@ -59,6 +62,7 @@ class Stage:
     intermediate: bool = False
     cheap: bool = False
     hands_on_teacher: bool = False
+    helped: Mapping[str, Callable[[RunContext, Job], None]] = field(default_factory=dict)
     included: Callable[[Recipe], bool] = lambda recipe: True
 
 
@@ -70,6 +74,8 @@ class RunContext:
         artifacts: results that runs with the same inputs share; None where the run shares nothing.
         pause_at: share of the optimizer steps after which training pauses with a checkpoint.
         wanted: names of the stages to run; None for all.
+        work: where the other ranks of a launch find what they may do.
+        kept: what a rank keeps in memory from one of the jobs of a stage to the next.
     """
 
     recipe: Recipe
@@ -78,6 +84,8 @@ class RunContext:
     artifacts: ArtifactCache | None = None
     pause_at: float | None = None
     wanted: frozenset[str] | None = None
+    work: Work = field(default_factory=OneProcess)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def run(self) -> RunDirectory:
@@ -94,7 +102,7 @@ class RunContext:
 
     @property
     def rank(self) -> int:
-        """This process's number under a launcher; the first, 0, does everything but train on its own."""
+        """This process's number under a launcher; the first, 0, does what its stages do not share with the others."""
         return int(os.environ.get("RANK", "0"))
 
     @property

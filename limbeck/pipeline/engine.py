@@ -7,7 +7,7 @@ to date on request; what is superseded is moved aside, never deleted.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from limbeck.runtime.heartbeat import beating, wait_for_signs
 from limbeck.runtime.memory import peak_device_memory_mib, peak_memory_mib, reset_peak_memory
 from limbeck.runtime.outputs import written_below
 from limbeck.runtime.rundir import RunDirectory
+from limbeck.runtime.shared_work import Job, SharedWork
 from limbeck.runtime.spin_waits import short_spins_when_busy
 from limbeck.types import Json, LimbeckError
 
@@ -66,9 +67,12 @@ def run_pipeline(
         context = RunContext(recipe, console, artifacts=artifacts, pause_at=pause_at, wanted=names)
         # Reading it refuses a launch that cannot train, before anything else.
         launch = context.launch
-        if context.rank:
-            with beating(context.run.sign_of(context.rank), below=context.run.root):
-                return _follow(replace(context, console=QuietConsole()), wanted)
+        if launch.ranks > 1:
+            root = context.run.sign_of(context.rank).parent
+            context = replace(context, work=SharedWork(root=root, rank=context.rank, signs=context.signs))
+        if isinstance(work := context.work, SharedWork) and context.rank:
+            with beating(context.run.sign_of(context.rank), below=context.run.root, text=work.name):
+                return _follow(replace(context, console=QuietConsole()), work, wanted)
         run = context.run
         check_directory(run)
         # Before anything that may take long, so that the other ranks see this one live.
@@ -211,8 +215,8 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
     console.say(f"{stage.name}: done in {format_seconds(record['seconds'])}{detail}")
 
 
-def _follow(context: RunContext, stages: Sequence[Stage]) -> RunDirectory:
-    """The work of a rank other than the first: train with it, and wait while it does the other stages."""
+def _follow(context: RunContext, work: SharedWork, stages: Sequence[Stage]) -> RunDirectory:
+    """The work of a rank other than the first: train with it, and do its share of what that posts in other stages."""
     run = context.run
     prints = context.fingerprints(stages)
     looks = closeness(run, stages, prints)
@@ -223,8 +227,33 @@ def _follow(context: RunContext, stages: Sequence[Stage]) -> RunDirectory:
             context.wait_until(partial(run.begun, stage.name, prints[stage.name]))
             with context.stop.installed(), naming_lost_ranks(context):
                 stage.run(context)
-        context.wait_until(partial(run.finished, stage.name, prints[stage.name]))
+        _help(context, work, stage, partial(run.finished, stage.name, prints[stage.name]))
+        if not stage.hands_on_teacher:
+            context.teacher.release()
+        context.kept.clear()
     return run
+
+
+def _help(context: RunContext, work: SharedWork, stage: Stage, finished: Callable[[], bool]) -> None:
+    """Do this rank's share of the jobs that the first one posts, until the stage is finished."""
+    job: Job | None = None
+
+    def ready() -> bool:
+        nonlocal job
+        job = work.next(stage.helped)
+        return job is not None or finished()
+
+    while True:
+        context.wait_until(ready)
+        if job is None:
+            return
+        with context.stop.installed():
+            try:
+                stage.helped[job.kind](context, job)
+            except FileNotFoundError:
+                # All of it was done before this rank had read what it is.
+                if job.folder.exists():
+                    raise
 
 
 def _warn_of_harm(run: RunDirectory, console: Console) -> None:

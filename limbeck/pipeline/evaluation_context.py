@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from limbeck.evaluation.context import ChatModel, ModelSource, Part, Who, response_text
+from limbeck.evaluation.context import ChatModel, EvaluationGroup, ModelSource, Part, Who, response_text
+from limbeck.evaluation.pieces import Piece
 from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.models.loading import load_model, load_tokenizer
 from limbeck.models.quantization.files import QuantizedWeights, read_blocks
@@ -23,6 +24,7 @@ from limbeck.models.vision import bind_images
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.image_prompts import expanded_lengths
+from limbeck.pipeline.measuring_by_ranks import joined_pieces, write_pieces
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.seen_prompts import as_seen
@@ -44,10 +46,11 @@ from limbeck.prompts.templates import (
 )
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.responses import CACHE_GIB
-from limbeck.rollouts.io import read_responses, write_responses
+from limbeck.rollouts.io import read_asked, read_responses, write_asked, write_responses
 from limbeck.runtime.console import Console
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.records import fingerprint
+from limbeck.runtime.shared_work import Job, Share
 from limbeck.sampling.local import LocalSampler
 from limbeck.types import AFTER_TRAINING, Json, LimbeckError, Prompt, Response, Sampling, SignalSource, TokenPrompt
 
@@ -302,37 +305,53 @@ class RunEvaluation:
     def _answer(self, path: Path, who: Who, sampling: Sampling, prompts: Sequence[Prompt], keep_logp: bool) -> None:
         """Write the answers of the student or the teacher into a file."""
         asked = self.encode(who, prompts, max_new_tokens=sampling.max_new_tokens)
-        batches, writer = path.with_suffix(""), path.stem.partition("-")[0]
         found: dict[int, Response] = {}
-        for sampler, folder, places in self._samplers(who, asked):
+        for folder, places in self._writers(who, asked).items():
             own = [asked[place] for place in places]
-            written, _ = write_in_batches(
-                replace(sampler, keep_logp=keep_logp),
-                own,
-                sampling,
-                batches / folder,
-                stop=self.context.stop,
-                watching=lambda done, own=own: sampling_meter(self.context, f"answer {writer}", len(own), done),
-            )
+            fields: Json = {"part": self.part, "who": who, "folder": folder, "sampling": asdict(sampling)}
+            fields |= {"keep_logp": keep_logp, "path": path.stem}
+            with self.context.work.posted(
+                "answer", fields, lambda at, own=own: write_asked(at / "asked.jsonl", own)
+            ) as share:
+                written = self.write_answers(share, fields, own)
             found |= dict(zip(places, written, strict=True))
         # The student before training has round 0, like all that was written before training.
         before = who == "student" and self.part == "before"
         answers = [found[place] for place in range(len(asked))]
         write_responses(path, answers if before else [replace(r, round=AFTER_TRAINING) for r in answers])
-        shutil.rmtree(batches)
+        shutil.rmtree(path.with_suffix(""))
 
-    def _samplers(self, who: Who, asked: Sequence[TokenPrompt]) -> Iterator[tuple[LocalSampler, str, tuple[int, ...]]]:
-        """The models that answer some prompts, each with a folder and the places of its prompts among all."""
+    def write_answers(self, share: Share, fields: Json, asked: Sequence[TokenPrompt]) -> list[Response]:
+        """This rank's share of some answers, batch by batch; those of all on the first rank.
+
+        Args:
+            fields: of the job: who answers, how, and where.
+        """
+        who, folder, name = fields["who"], fields["folder"], fields["path"]
+        loaded = self.context.run_teachers[folder].weights() if folder else None
+        template = self._template(who, loaded.tokenizer) if loaded else self.speaker(who).template
+        speaker = loaded or self.speaker(who)
         rows = self.settings.batch_size
+        sampler = sampler_for(self.context, speaker.model, speaker.tokenizer, template, who, rows)
+        written, _ = write_in_batches(
+            replace(sampler, keep_logp=fields["keep_logp"]),
+            asked,
+            Sampling(**fields["sampling"] | {"stop": tuple(fields["sampling"]["stop"])}),
+            self.folder / "answers" / name / folder,
+            stop=self.context.stop,
+            watching=lambda done: sampling_meter(self.context, f"answer {name.partition('-')[0]}", len(asked), done),
+            share=share,
+        )
+        if folder:
+            # One of several is in memory at a time.
+            self.context.run_teachers[folder].release()
+        return written
+
+    def _writers(self, who: Who, asked: Sequence[TokenPrompt]) -> dict[str, tuple[int, ...]]:
+        """The places of prompts by the folder of the model that answers them; empty where one answers all."""
         if who == "student" or self.context.recipe.combine is None:
-            yield self.sampler(who, rows), "", tuple(range(len(asked)))
-            return
-        for writer in writers(self.context, asked):
-            loaded = writer.teacher.weights()
-            template = self._template(who, loaded.tokenizer)
-            sampler = sampler_for(self.context, loaded.model, loaded.tokenizer, template, who, rows)
-            yield sampler, writer.folder, writer.places
-            writer.teacher.release()
+            return {"": tuple(range(len(asked)))}
+        return {writer.folder: writer.places for writer in writers(self.context, asked)}
 
     def domain_of(self, prompt_id: str) -> str | None:
         """Name of the teacher of a prompt, where each prompt has one of several."""
@@ -342,6 +361,24 @@ class RunEvaluation:
         """Texts of `answers` without special tokens, by prompt id."""
         answers, tokenizer = self.answers(who, sampling, prompts), self.tokenizer(who)
         return {r.prompt_id: response_text(r, tokenizer) for r in answers}
+
+    def pieces(self, group: EvaluationGroup, of: str, count: int) -> Iterator[Piece]:
+        """The first `count` of a group's pieces, in order; the ranks of a launch share them."""
+        # A teacher that is elsewhere is asked by one process.
+        here = "teacher" not in group.needs() or "weights" in self.context.teacher.provides
+        if self.context.launch.ranks == 1 or not here:
+            # pyright takes no cached_property for what a protocol has as a property.
+            yield from group.pieces(self, of, range(count))  # type: ignore[arg-type]
+            return
+        name = next(name for name, one in self.settings.groups.items() if one is group)
+        fields: Json = {"part": self.part, "group": name, "of": of, "count": count}
+        with self.context.work.posted("measure", fields) as share:
+            folder = self.pieces_folder(name, of)
+            yield from joined_pieces(self, group, of, count, folder, share)  # type: ignore[arg-type]
+
+    def pieces_folder(self, group: str, of: str) -> Path:
+        """Folder of what ranks have found for a group."""
+        return self.folder / "pieces" / f"{self.part}.{group}.{of}"
 
     def meter(self, label: str, total: int, unit: str) -> Any:
         """Progress bar on the console (a context manager with `advance`)."""
@@ -375,3 +412,28 @@ class RunEvaluation:
             return self.context.teacher.window or 2**31
         config: Any = self.student.model.config
         return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def help_answer(context: RunContext, job: Job) -> None:
+    """Another rank's share of answers of the student or the teacher."""
+    asked = read_asked(job.folder / "asked.jsonl")
+    evaluation_of(context, job.fields["part"]).write_answers(job, job.fields, asked)
+
+
+def help_measure(context: RunContext, job: Job) -> None:
+    """Another rank's share of the pieces of a group."""
+    fields, evaluation = job.fields, evaluation_of(context, job.fields["part"])
+    folder = evaluation.pieces_folder(fields["group"], fields["of"])
+    group = evaluation.settings.groups[fields["group"]]
+    # pyright takes no cached_property for what a protocol has as a property.
+    write_pieces(evaluation, group, fields["of"], fields["count"], folder, job)  # type: ignore[arg-type]
+
+
+def evaluation_of(context: RunContext, part: Part) -> RunEvaluation:
+    """The evaluation of a part on another rank, which keeps its student from one job to the next."""
+    kept = context.kept.get("evaluation")
+    if not isinstance(kept, RunEvaluation) or kept.part != part:
+        if isinstance(kept, RunEvaluation):
+            kept.release_student()
+        kept = context.kept["evaluation"] = RunEvaluation(context=context, part=part)
+    return kept

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from limbeck.rollouts.io import read_batch, write_responses
 from limbeck.runtime.interrupts import GracefulStop
+from limbeck.runtime.shared_work import EVERYTHING, Share
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.types import Response, Sampling, TokenPrompt
@@ -26,6 +27,7 @@ def write_in_batches(
     watching: Watching,
     capture_hidden: bool = False,
     beside: Callable[[LocalSampler | SpeculativeSampler, SampledBatch, Path], None] | None = None,
+    share: Share = EVERYTHING,
 ) -> tuple[list[Response], tuple[Path, ...]]:
     """Answer the prompts; the answers in the order given, and the files of the batches.
 
@@ -33,20 +35,30 @@ def write_in_batches(
         folder: gets a file per batch. Another call with the same prompts and settings goes on where this one stopped.
         watching: opens a bar, given how many answers are there already.
         beside: writes what else belongs to a batch, just before the batch itself.
+        share: which batches are this process's; of several that share them the first one gets the answers of all, and
+            the others none.
     """
     plan = sampler.plan(asked, sampling)
-    paths = {rows: folder / f"{number:05d}.jsonl" for number, rows in enumerate(plan)}
+    number_of = {rows: number for number, rows in enumerate(plan)}
+    paths = {rows: folder / f"{number:05d}.jsonl" for rows, number in number_of.items()}
     done = [row for rows in plan if paths[rows].exists() for row in rows]
     with watching(len(done)) as watched:
-        watched_sampler = replace(sampler, on_progress=watched)
-        for batch in watched_sampler.respond_in_batches(asked, sampling, done=done, capture_hidden=capture_hidden):
+
+        def step(progress: SamplingProgress) -> None:
+            share.step()
+            watched(progress)
+
+        own = replace(sampler, on_progress=step, mine=lambda rows: share.take(number_of[rows]))
+        for batch in own.respond_in_batches(asked, sampling, done=done, capture_hidden=capture_hidden):
             path = paths[batch.indices]
             with stop.deferred():
                 if beside is not None:
-                    beside(watched_sampler, batch, path)
+                    beside(own, batch, path)
                 write_responses(path, batch.responses)
+                share.finish(number_of[batch.indices])
             stop.raise_if_requested()
+        share.wait()
     answers: dict[int, Response] = {}
-    for rows, path in paths.items():
+    for rows, path in paths.items() if share.joins else ():
         answers |= dict(zip(rows, read_batch(path, len(rows)), strict=True))
-    return [answers[i] for i in range(len(asked))], tuple(paths.values())
+    return [answers[i] for i in range(len(asked)) if i in answers], tuple(paths.values())

@@ -146,6 +146,7 @@ STANDALONE_STAGES: tuple[Stage, ...] = (
         run=_run_evaluation,
         outputs=evaluate.STAGE.outputs,
         working=evaluate.STAGE.working,
+        helped=evaluate.STAGE.helped,
     ),
     report.STAGE,
 )

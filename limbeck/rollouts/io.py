@@ -42,8 +42,13 @@ def _plain(sampling: Sampling) -> dict[str, Any]:
 
 
 def write_asked(path: Path, prompts: Iterable[TokenPrompt]) -> None:
-    """Write the prompts that the student is asked during training, as ids; all or nothing."""
-    rows = ({"id": p.id, "ids": p.ids} | ({"images": p.images} if p.images else {}) for p in prompts)
+    """Write prompts as ids, such as those that the student is asked during training; all or nothing."""
+    rows = (
+        {"id": p.id, "ids": p.ids}
+        | ({"split": p.split} if p.split != "train" else {})
+        | ({"images": p.images} if p.images else {})
+        for p in prompts
+    )
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -89,7 +94,10 @@ def _asked_of(fields: dict[str, Any]) -> TokenPrompt:
     images = fields.get("images", [])
     if not all(isinstance(image, str) for image in images):
         raise TypeError("the ids of images are no texts")
-    return TokenPrompt(id=fields["id"], ids=shared_ids(fields["ids"]), images=tuple(images))
+    split = fields.get("split", "train")
+    if split not in ("train", "heldout"):
+        raise ValueError("its split is neither train nor heldout")
+    return TokenPrompt(id=fields["id"], ids=shared_ids(fields["ids"]), split=split, images=tuple(images))
 
 
 def _require_ids(ids: object) -> None:

@@ -25,22 +25,27 @@ _POLL_S = 0.2
 
 
 @contextmanager
-def beating(path: Path, *, below: Path | None = None) -> Iterator[None]:
+def beating(path: Path, *, below: Path | None = None, text: str = "") -> Iterator[None]:
     """Touch a file every few seconds while the block runs.
 
     Args:
         below: a directory that another rank makes: there are no signs before it has.
+        text: the content of the file; empty leaves the one that it has.
     """
     if below is None:
         path.parent.mkdir(parents=True, exist_ok=True)
     ended = threading.Event()
 
     def beat() -> None:
+        written = not text
         while not ended.is_set():
             # A full disk is reported by the next write that matters.
             with suppress(OSError):
                 if below is not None and below.is_dir():
                     path.parent.mkdir(exist_ok=True)
+                if not written:
+                    path.write_text(text)
+                    written = True
                 path.touch()
             ended.wait(INTERVAL_S)
 
@@ -63,14 +68,14 @@ def wait_until(ready: Callable[[], bool], *, sign: Path, rank: int) -> None:
     Raises:
         LimbeckError: there is no such file, or nothing has touched it for long.
     """
-    last, since = _touched(sign), time.monotonic()
+    last, since = touched(sign), time.monotonic()
     # Touched just before this rank came to look: the first one was here, and may have died since.
     seen = last is not None and abs(time.time() - last / 1e9) < RECENT_S
     while not ready():
         time.sleep(_POLL_S)
-        touched, now = _touched(sign), time.monotonic()
-        if touched != last:
-            last, since, seen = touched, now, True
+        sees, now = touched(sign), time.monotonic()
+        if sees != last:
+            last, since, seen = sees, now, True
         if now - since > LIMIT_S:
             raise LimbeckError(_why(sign, rank, seen))
 
@@ -96,11 +101,11 @@ def wait_for_signs(signs: Mapping[int, Path]) -> None:
 
 def silent_ranks(signs: Mapping[int, Path], limit_s: float) -> list[int]:
     """The ranks that give no sign while this one waits; it waits no longer than all have given one."""
-    before, began = {rank: _touched(sign) for rank, sign in signs.items()}, time.monotonic()
+    before, began = {rank: touched(sign) for rank, sign in signs.items()}, time.monotonic()
     silent = list(signs)
     while silent and time.monotonic() - began < limit_s:
         time.sleep(_POLL_S)
-        silent = [rank for rank in silent if _touched(signs[rank]) in (None, before[rank])]
+        silent = [rank for rank in silent if touched(signs[rank]) in (None, before[rank])]
     return silent
 
 
@@ -110,7 +115,7 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {some}{' and more' if len(ranks) > 4 else ''}"
 
 
-def _touched(path: Path) -> int | None:
+def touched(path: Path) -> int | None:
     """When a file was touched; opened, because network file systems look again only then."""
     try:
         with path.open("rb") as file:

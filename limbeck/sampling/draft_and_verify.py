@@ -66,6 +66,7 @@ class SpeculativeSamplerBase(ABC):
         packed_gib: weights laid out for oneDNN while sampling in float32 on a CPU, at most.
         keep_logp: keep the log-probability at temperature 1 under `model` of each id in `Response.logp`.
         on_progress: called after every round.
+        mine: asked just before each batch whether this process answers it; where several share them, others do.
         tally: counts of all calls so far; a copy by `dataclasses.replace` goes on counting in the same one.
     """
 
@@ -80,6 +81,7 @@ class SpeculativeSamplerBase(ABC):
     packed_gib: float = 2.0
     keep_logp: bool = False
     on_progress: Callable[[SamplingProgress], None] | None = None
+    mine: Callable[[tuple[int, ...]], bool] = lambda batch: True
     tally: AcceptanceStats = field(default_factory=AcceptanceStats, compare=False)
 
     @property
@@ -140,7 +142,7 @@ class SpeculativeSamplerBase(ABC):
         linears = nullcontext()
         if onednn.available():
             linears = PackedLinears(nn.ModuleList(models), rows=self.batch_size, packed_gib=self.packed_gib)
-        for batch, count in with_progress(batches, self.on_progress):
+        for batch, count in with_progress(batches, self.on_progress, self.mine):
             yield self._answer([(i, prompts[i]) for i in batch], sampling, capture_hidden, count, linears)
 
     def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]:

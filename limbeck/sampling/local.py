@@ -74,6 +74,7 @@ class LocalSampler:
             costs about a fifth of the speed of small batches.
         keep_logp: keep the log-probability at temperature 1 of each id in `Response.logp`.
         on_progress: called after every step.
+        mine: asked just before each batch whether this process answers it; where several share them, others do.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ class LocalSampler:
     packed_gib: float = 2.0
     keep_logp: bool = False
     on_progress: Callable[[SamplingProgress], None] | None = None
+    mine: Callable[[tuple[int, ...]], bool] = lambda batch: True
 
     def __post_init__(self) -> None:
         check_sizes(self.batch_size, self.pad_token_id, self.vocab_size)
@@ -125,7 +127,7 @@ class LocalSampler:
         linears = (
             PackedLinears(self.model, rows=self.batch_size, packed_gib=self.packed_gib) if onednn.available() else None
         )
-        for batch, count in with_progress(batches, self.on_progress):
+        for batch, count in with_progress(batches, self.on_progress, self.mine):
             yield self._answer(prompts, batch, sampling, capture_hidden, count, linears or nullcontext())
 
     def plan(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[tuple[int, ...]]:
@@ -217,9 +219,11 @@ def finished_response(draft: SequenceState, sampling: Sampling, author: Author) 
 
 
 def with_progress(
-    batches: Sequence[tuple[int, ...]], on_progress: Callable[[SamplingProgress], None] | None
+    batches: Sequence[tuple[int, ...]],
+    on_progress: Callable[[SamplingProgress], None] | None,
+    mine: Callable[[tuple[int, ...]], bool],
 ) -> Iterator[tuple[tuple[int, ...], Callable[[int, int], None]]]:
-    """Each batch with a callback for the number of tokens drawn and of responses finished by a step."""
+    """Each batch of this process with a callback for the number of tokens drawn and of responses finished by a step."""
     total, finished, tokens = sum(len(batch) for batch in batches), 0, 0
 
     def count(drawn: int, ended: int) -> None:
@@ -229,7 +233,8 @@ def with_progress(
             on_progress(SamplingProgress(responses_done=finished, responses_total=total, tokens=tokens))
 
     for batch in batches:
-        yield batch, count
+        if mine(batch):
+            yield batch, count
 
 
 def in_order(batches: Iterable[SampledBatch], count: int) -> list[Response]:

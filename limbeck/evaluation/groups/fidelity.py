@@ -12,21 +12,21 @@ answers of the teacher; `answers` in the detail says which.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who
+from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT, NonNegative, Seed
 from limbeck.prompts.references import require_references
 from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, ScoredRow
 
 if TYPE_CHECKING:
     from limbeck.evaluation.fidelity import Fidelity
-    from limbeck.evaluation.token_metrics.likeliest_teacher import LikeliestChunk
-    from limbeck.evaluation.token_metrics.tokens import FidelityChunk
+    from limbeck.evaluation.token_metrics.values import TokenValues
 
 Whose = Literal["responses", "teacher", "student", "references"]
 
@@ -78,19 +78,47 @@ class FidelityGroup(EvaluationGroup):
         return {"loss_on": evaluation.loss_on} if "references" in self.whose else {}
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
-        from limbeck.evaluation.fidelity import measure
-
         found: dict[Whose, Fidelity] = {}
         tables: dict[str, Sequence[ScoredRow]] = {}
         detail: Json = {}
         for whose in self.whose:
             source = _source(evaluation, whose)
             if source not in found:
-                found[source] = measure(_chunks(evaluation, self._answers(evaluation, source)), top_k=self.top_k)
+                found[source] = self._measured(evaluation, source)
             tables["" if whose == "responses" else whose] = found[source].rows
             tables |= _by_teacher(evaluation, "" if whose == "responses" else whose, found[source].rows)
             detail[whose] = {"answers": source, "top_k": self.top_k} | found[source].detail
         return GroupResult(tables=tables, detail=detail)
+
+    def _measured(self, evaluation: EvaluationContext, source: Whose) -> Fidelity:
+        from limbeck.evaluation.fidelity import Examples, joined
+
+        responses = self._answers(evaluation, source).responses
+        batches = longest_first(responses, evaluation.scoring_batch_size)
+
+        def values() -> Iterator[tuple[Examples, TokenValues]]:
+            with evaluation.meter("evaluate", sum(r.tokens for r in responses), "tokens") as meter:
+                for rows, piece in zip(batches, evaluation.pieces(self, source, len(batches)), strict=True):
+                    some = [responses[row] for row in rows]
+                    lengths = tuple(response.tokens for response in some)
+                    yield (tuple(response.prompt_id for response in some), lengths), _values(piece)
+                    meter.advance(sum(lengths))
+
+        return joined(values())
+
+    def pieces(self, evaluation: EvaluationContext, of: str, numbers: Iterable[int]) -> Iterator[Piece]:
+        from limbeck.evaluation.fidelity import chunk_of, values_of
+        from limbeck.models.heads import head_of
+        from limbeck.models.vocabulary import real_vocab_size
+
+        answers = self._answers(evaluation, of)  # type: ignore[arg-type]
+        batches = longest_first(answers.responses, evaluation.scoring_batch_size)
+        model, teacher = evaluation.student.model, evaluation.scoring_teacher(stored=answers.stored)
+        # One that was not trained here may have control tokens that the teacher lacks.
+        head = head_of(model, real_vocab_size(evaluation.tokenizer("teacher")))
+        for number in numbers:
+            chunk = chunk_of(model, head, answers.responses, batches[number], teacher, device=evaluation.device)
+            yield _piece(values_of(chunk, top_k=self.top_k))
 
     def _answers(self, evaluation: EvaluationContext, source: Whose) -> _Answers:
         if source == "responses":
@@ -134,24 +162,19 @@ def _fitting(evaluation: EvaluationContext) -> list[Prompt]:
     return [prompt for prompt in held if all(prompt.id in ids for ids in room)]
 
 
-def _chunks(evaluation: EvaluationContext, answers: _Answers) -> Iterator[FidelityChunk | LikeliestChunk]:
-    """The answers as the student and the teacher see them, a few rows at a time."""
-    from limbeck.evaluation.fidelity import chunks_of
-    from limbeck.models.heads import head_of
-    from limbeck.models.vocabulary import real_vocab_size
+def _piece(found: TokenValues) -> Piece:
+    """What was measured on the tokens of a batch."""
+    tensors = {"values": found.values_MN}
+    for number, (confidence_N, outcome_N) in enumerate(found.confidences):
+        tensors |= {f"confidence.{number}": confidence_N, f"outcome.{number}": outcome_N}
+    return Piece(tensors=tensors, record={"names": found.names, "calibrations": found.calibrations})
 
-    responses, teacher = answers.responses, evaluation.scoring_teacher(stored=answers.stored)
-    model = evaluation.student.model
-    # One that was not trained here may have control tokens that the teacher lacks.
-    head = head_of(model, real_vocab_size(evaluation.tokenizer("teacher")))
-    with evaluation.meter("evaluate", sum(r.tokens for r in responses), "tokens") as meter:
-        for chunk in chunks_of(
-            model,
-            head,
-            dict(enumerate(responses)),
-            teacher,
-            batch_size=evaluation.scoring_batch_size,
-            device=evaluation.device,
-        ):
-            yield chunk
-            meter.advance(len(chunk.label_ids_N))
+
+def _values(piece: Piece) -> TokenValues:
+    """What a piece was made of."""
+    from limbeck.evaluation.token_metrics.values import TokenValues
+
+    names, calibrations = tuple(piece.record["names"]), tuple(piece.record["calibrations"])
+    found = piece.tensors
+    pairs = tuple((found[f"confidence.{number}"], found[f"outcome.{number}"]) for number in range(len(calibrations)))
+    return TokenValues(values_MN=found["values"], confidences=pairs, names=names, calibrations=calibrations)

@@ -6,12 +6,13 @@ would say, not what is right, and it favours the probable over the informative; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who
+from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.evaluation.scores.metrics import NATS, Metric
 from limbeck.fields import STRICT, NonNegative, Seed
 from limbeck.types import LimbeckError, Prompt, Response, Sampling, ScoredRow
@@ -74,22 +75,47 @@ class LikelihoodGroup(EvaluationGroup):
             evaluation.require_preferred("evaluate.groups.likelihood.against")
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
-        prompts = _fitting(evaluation)
-        own, others = self._sampled(evaluation, prompts), self._others(evaluation, prompts)
-        shared = [prompt.id for prompt in prompts if prompt.id in own and prompt.id in others]
-        if not shared:
+        prompts, pairs = self._pairs(evaluation)
+        if not pairs:
             raise LimbeckError(
                 f"evaluate.groups.likelihood: none of {len(prompts)} held-out prompts has an answer of both sides; set "
                 "another evaluate.groups.likelihood.against"
             )
-        pairs = [(own[name], others[name]) for name in shared]
-        scores = _scores(evaluation, [response for pair in pairs for response in pair])
+        scores = self._scores(evaluation, _both(pairs))
         rows = [
             _row(pair, metric_of(self.against), scores[2 * place], scores[2 * place + 1])
             for place, pair in enumerate(pairs)
         ]
-        detail = {"against": self.against, "pairs": len(shared), "left_out": len(prompts) - len(shared)}
+        detail = {"against": self.against, "pairs": len(pairs), "left_out": len(prompts) - len(pairs)}
         return GroupResult(tables={"": rows}, detail=detail)
+
+    def _pairs(self, evaluation: EvaluationContext) -> tuple[list[Prompt], list[tuple[Response, Response]]]:
+        """The prompts, and the answers of both sides to those that have both."""
+        prompts = _fitting(evaluation)
+        own, others = self._sampled(evaluation, prompts), self._others(evaluation, prompts)
+        shared = [prompt.id for prompt in prompts if prompt.id in own and prompt.id in others]
+        return prompts, [(own[name], others[name]) for name in shared]
+
+    def pieces(self, evaluation: EvaluationContext, of: str, numbers: Iterable[int]) -> Iterator[Piece]:
+        import torch
+
+        from limbeck.evaluation.likelihood import token_logp_of
+
+        responses = _both(self._pairs(evaluation)[1])
+        batches = longest_first(responses, evaluation.scoring_batch_size)
+        teacher = evaluation.scoring_teacher(stored=False)
+        for number in numbers:
+            found = token_logp_of(teacher, responses, batches[number], device=evaluation.device)
+            yield Piece(tensors={"logp": torch.stack([logp_T.mean() for logp_T in found])})
+
+    def _scores(self, evaluation: EvaluationContext, responses: Sequence[Response]) -> list[float]:
+        scores, batches = [0.0] * len(responses), longest_first(responses, evaluation.scoring_batch_size)
+        with evaluation.meter("likelihood", len(responses), "answers") as meter:
+            for rows, piece in zip(batches, evaluation.pieces(self, self.against, len(batches)), strict=True):
+                for row, logp in zip(rows, piece.tensors["logp"].tolist(), strict=True):
+                    scores[row] = logp
+                    meter.advance(1)
+        return scores
 
     def _sampled(
         self, evaluation: EvaluationContext, prompts: Sequence[Prompt], who: Who = "student"
@@ -120,18 +146,9 @@ def _fitting(evaluation: EvaluationContext) -> list[Prompt]:
     return [prompt for prompt in held if all(prompt.id in ids for ids in room)]
 
 
-def _scores(evaluation: EvaluationContext, responses: Sequence[Response]) -> list[float]:
-    from limbeck.evaluation.likelihood import mean_logp
-
-    scores = [0.0] * len(responses)
-    teacher = evaluation.scoring_teacher(stored=False)
-    with evaluation.meter("likelihood", len(responses), "answers") as meter:
-        for place, logp in mean_logp(
-            teacher, responses, batch_size=evaluation.scoring_batch_size, device=evaluation.device
-        ):
-            scores[place] = logp
-            meter.advance(1)
-    return scores
+def _both(pairs: Sequence[tuple[Response, Response]]) -> list[Response]:
+    """The answers of all pairs, the two of a pair one after the other."""
+    return [response for pair in pairs for response in pair]
 
 
 def _row(pair: tuple[Response, Response], metric: str, own: float, other: float) -> ScoredRow:

@@ -8,12 +8,13 @@ the student's own tokens: models with different tokenizers are compared by the b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
+from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT
 from limbeck.prompts.references import require_references
 from limbeck.types import Response, ScoredRow
@@ -38,12 +39,15 @@ class NllGroup(EvaluationGroup):
         sums: dict[str, list[float]] = {}
         size = 0
         with evaluation.meter("likelihood", sum(r.tokens for r in responses), "tokens") as meter:
-            for response, nll in surprise(evaluation, responses):
-                total = sums.setdefault(response.prompt_id, [0.0, 0.0])
-                total[0] += nll
-                total[1] += response.tokens
-                size += len(str(tokenizer.decode(list(response.label_ids), skip_special_tokens=True)).encode())
-                meter.advance(response.tokens)
+            batches = longest_first(responses, evaluation.scoring_batch_size)
+            for rows, piece in zip(batches, evaluation.pieces(self, whose, len(batches)), strict=True):
+                for row, nll in zip(rows, piece.tensors["nll"].tolist(), strict=True):
+                    response = responses[row]
+                    total = sums.setdefault(response.prompt_id, [0.0, 0.0])
+                    total[0] += nll
+                    total[1] += response.tokens
+                    size += len(str(tokenizer.decode(list(response.label_ids), skip_special_tokens=True)).encode())
+                    meter.advance(response.tokens)
         rows = [
             ScoredRow(id=name, weight=count, values={"nll": total / count}) for name, (total, count) in sums.items()
         ]
@@ -55,6 +59,15 @@ class NllGroup(EvaluationGroup):
             "bits_per_byte": nats / math.log(2) / size if size else None,
         }
         return GroupResult(tables={"": rows}, detail=detail)
+
+    def pieces(self, evaluation: EvaluationContext, of: str, numbers: Iterable[int]) -> Iterator[Piece]:
+        import torch
+
+        responses = _responses(evaluation, of)
+        batches, measure = longest_first(responses, evaluation.scoring_batch_size), _measure_of(evaluation)
+        for number in numbers:
+            found = measure(responses, batches[number])
+            yield Piece(tensors={"nll": torch.tensor(found, dtype=torch.float64)})
 
 
 def _responses(evaluation: EvaluationContext, whose: str) -> Sequence[Response]:
@@ -69,6 +82,13 @@ def _responses(evaluation: EvaluationContext, whose: str) -> Sequence[Response]:
 
 def surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> Iterator[tuple[Response, float]]:
     """Each response with the sum of -log q over its tokens."""
+    measure = _measure_of(evaluation)
+    for rows in longest_first(responses, evaluation.scoring_batch_size):
+        yield from ((responses[row], nll) for row, nll in zip(rows, measure(responses, rows), strict=True))
+
+
+def _measure_of(evaluation: EvaluationContext) -> Callable[[Sequence[Response], Sequence[int]], list[float]]:
+    """What gives the sum of -log q over the tokens of each of some responses, in one forward pass of the student."""
     import torch
 
     from limbeck.models.forward import hidden_states
@@ -79,9 +99,8 @@ def surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> It
 
     model = evaluation.student.model
     head = head_of(model, real_vocab_size(evaluation.student.tokenizer))
-    order = sorted(range(len(responses)), key=lambda i: (-responses[i].length, i))
-    for start in range(0, len(order), evaluation.scoring_batch_size):
-        rows = order[start : start + evaluation.scoring_batch_size]
+
+    def measure(responses: Sequence[Response], rows: Sequence[int]) -> list[float]:
         batch = collate(responses, rows, pad_id=0).to(evaluation.device)
         with torch.inference_mode():
             hidden_ND = hidden_states(model, batch)
@@ -89,5 +108,6 @@ def surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> It
             for tokens, logits_NV in model_logit_tiles(hidden_ND, head):
                 label_N = batch.labels_N[tokens]
                 nll_N[tokens] = -logits_NV.double().log_softmax(-1).gather(1, label_N[:, None])[:, 0].cpu()
-        parts = nll_N.split([responses[i].tokens for i in batch.rows])
-        yield from ((responses[i], float(part.sum())) for i, part in zip(batch.rows, parts, strict=True))
+        return [float(part.sum()) for part in nll_N.split([responses[row].tokens for row in rows])]
+
+    return measure

@@ -12,7 +12,7 @@ from limbeck.evaluation.scores.files import read_rows, write_rows, write_scores
 from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
 from limbeck.pipeline.context import RunContext, Stage
-from limbeck.pipeline.evaluation_context import RunEvaluation
+from limbeck.pipeline.evaluation_context import RunEvaluation, help_answer, help_measure
 from limbeck.pipeline.sharing import initial_student, once
 from limbeck.recipe.keys import fingerprinted
 from limbeck.report.model_card import write_card
@@ -152,4 +152,5 @@ STAGE = Stage(
     run=_run_evaluation,
     outputs=lambda run: (run.scores, run.samples, run.root / "scores.json", *_cards(run)),
     working=("scores/answers/*",),
+    helped={"answer": help_answer, "measure": help_measure},
 )

@@ -42,8 +42,9 @@ from limbeck.prompts.turns import has_earlier_answers
 from limbeck.recipe.keys import fingerprinted, fingerprinted_member
 from limbeck.recipe.responses import CACHE_GIB
 from limbeck.recipe.sections import Recipe
-from limbeck.rollouts.io import write_asked
+from limbeck.rollouts.io import read_asked, write_asked
 from limbeck.rollouts.table import NumberedResponses, ResponseTable, keep_responses, open_responses
+from limbeck.runtime.shared_work import Job, Share
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.teachers.hosted import HostedTeacher
@@ -291,11 +292,25 @@ def _written_by(
 ) -> tuple[list[Response], Json]:
     """Responses of one teacher: sampled here, written elsewhere for money, or those that it has written before."""
     if "weights" in writer.teacher.provides:
-        return _sample(context, writer.teacher.weights(), asked, template, attempt, folder=writer.folder)
+        fields: Json = {"template": template, "attempt": attempt, "folder": writer.folder}
+        with context.work.posted("respond", fields, lambda folder: write_asked(folder / "asked.jsonl", asked)) as share:
+            teacher = writer.teacher.weights()
+            return _sample(context, teacher, asked, template, attempt, folder=writer.folder, share=share)
     sampling = later_sampling(sampling_of(context.recipe.responses), attempt)
     if isinstance(hosted := writer.teacher.scorer, HostedTeacher):
         return hosted_answers(context, hosted, asked, template, sampling)
     return writer.teacher.answers(asked, sampling), {}
+
+
+def _help(context: RunContext, job: Job) -> None:
+    """Another rank's share of the teacher's responses."""
+    fields, asked = job.fields, read_asked(job.folder / "asked.jsonl")
+    folder: str = fields["folder"]
+    teacher = context.run_teachers[folder] if folder else context.teacher
+    _sample(context, teacher.weights(), asked, fields["template"], fields["attempt"], folder=folder, share=job)
+    if folder:
+        # One of several is in memory at a time.
+        teacher.release()
 
 
 def _sample(
@@ -306,6 +321,7 @@ def _sample(
     attempt: int = 0,
     *,
     folder: str = "",
+    share: Share,
 ) -> tuple[list[Response], Json]:
     """Responses of the teacher and their record for the manifest; batches on disk are not sampled again.
 
@@ -314,6 +330,7 @@ def _sample(
     Args:
         attempt: answers that were wrong are written once more, with another seed and in a folder of their own.
         folder: inside it, of one of several teachers.
+        share: this rank's part of them.
     """
     section, place = context.recipe.responses, context.run.responses / _folder(attempt)
     sampling = later_sampling(sampling_of(section), attempt)
@@ -340,8 +357,9 @@ def _sample(
         watching=lambda done: sampling_meter(context, "respond", len(asked), done),
         capture_hidden=captures(context),
         beside=beside,
+        share=share,
     )
-    return answers, draft_record(section.draft, paths)
+    return answers, draft_record(section.draft, paths) if share.joins else {}
 
 
 def sampler_for(
@@ -402,4 +420,5 @@ STAGE = Stage(
     working=("responses/batches/*", "responses/attempt-*/*"),
     handed_on=("responses/batches/*.safetensors",),
     hands_on_teacher=True,
+    helped={"respond": _help},
 )

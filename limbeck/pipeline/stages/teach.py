@@ -9,6 +9,7 @@ from pathlib import Path
 
 from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.capturing import SHARD_ROWS, batches_of, capture_into
+from limbeck.pipeline.capturing_by_ranks import capture_by_ranks, capture_share
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.several import rows_by_teacher
 from limbeck.pipeline.sharing import choice_inputs
@@ -16,6 +17,7 @@ from limbeck.pipeline.stages.respond import captures, load_responses, teacher_in
 from limbeck.pipeline.store_identity import exact_codec, manifest_of
 from limbeck.pipeline.students_choice import capture_with_choice
 from limbeck.runtime.folders import remove
+from limbeck.runtime.shared_work import Job
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.several import SeveralTeachers
 from limbeck.teachers.store.dense import Hidden
@@ -99,11 +101,31 @@ def _score_each(
     context: RunContext, writer: StoreWriter, responses: Mapping[int, Response], advance: Callable[[int], None]
 ) -> None:
     """Every response by its teacher; one of several is in memory at a time."""
+    teacher = context.teacher
+    # One that is elsewhere is asked by one process, which keeps many questions under way.
+    shared = context.launch.ranks > 1 and "weights" in teacher.provides
     for number, group in enumerate(rows_by_teacher(context, responses)):
         if number:
-            context.teacher.release()
-        capture_into(writer, context.teacher, list(group.values()), reads=context.teacher.reads, advance=advance)
+            teacher.release()
+        some = list(group.values())
+        if shared:
+            # Before the others look what it holds.
+            writer.describe()
+            with context.work.posted("teach", {"group": number}) as share:
+                capture_by_ranks(writer, teacher, some, share, reads=teacher.reads, advance=advance)
+        else:
+            capture_into(writer, teacher, some, reads=teacher.reads, advance=advance)
         writer.flush()
+
+
+def _help(context: RunContext, job: Job) -> None:
+    """Another rank's share of a pass of the teacher."""
+    teacher, number = context.teacher, job.fields["group"]
+    if number:
+        teacher.release()
+    responses = rows_by_teacher(context, _scored(context))[number]
+    manifest = manifest_of(context, exact_codec(context.recipe))
+    capture_share(context.run.signal, manifest, teacher, list(responses.values()), job, reads=teacher.reads)
 
 
 def _score_mean(
@@ -196,4 +218,5 @@ STAGE = Stage(
     outputs=lambda run: (run.signal, run.blocks_before),
     intermediate=True,
     hands_on_teacher=True,
+    helped={"teach": _help},
 )

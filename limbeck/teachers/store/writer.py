@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,13 +32,13 @@ SHARD_RESPONSES = 256
 SHARD_BYTES = 256 << 20
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     columns: Columns
     text: Text | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Group:
+class Group:
     """What the responses of one shard have in common."""
 
     codec: Codec
@@ -48,8 +49,55 @@ class _Group:
         return fingerprint({"codec": codec_tree(self.codec), "sampling": self.sampling})
 
 
-@dataclass
-class StoreWriter:
+@dataclass(kw_only=True)
+class ShardFiller(ABC):
+    """Signals that are added one by one and written when their shard is full."""
+
+    manifest: Manifest
+    shard_responses: int = SHARD_RESPONSES
+    _waiting: dict[str, tuple[Group, dict[bytes, Entry]]] = field(default_factory=dict)
+
+    @abstractmethod
+    def shared(self, codec: Codec, make: Callable[[], tuple[Head, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+        """The tensors that all tokens of a codec share; made, where there are none yet."""
+
+    @abstractmethod
+    def _write(self, group: Group, entries: Mapping[bytes, Entry]) -> None:
+        """Write a shard."""
+
+    def add(
+        self,
+        codec: Codec,
+        address: bytes,
+        columns: Columns,
+        text: Text | None = None,
+        sampling: Json | None = None,
+    ) -> None:
+        """Add the signal of an address; it is on disk when its shard is full, or with `flush`.
+
+        Args:
+            text: that it belongs to, where the teacher wrote it.
+            sampling: how it was written.
+        """
+        group = Group(codec=codec, sampling=sampling if text else None)
+        waiting = self._waiting.setdefault(group.key, (group, {}))[1]
+        waiting[address] = Entry(columns, text)
+        size = sum(column.nbytes for entry in waiting.values() for column in entry.columns.values())
+        if len(waiting) >= self.shard_responses or size >= SHARD_BYTES:
+            self._end(group.key)
+
+    def flush(self) -> None:
+        """Write what waits for its shard to fill."""
+        for key in list(self._waiting):
+            self._end(key)
+
+    def _end(self, key: str) -> None:
+        group, entries = self._waiting.pop(key)
+        self._write(group, entries)
+
+
+@dataclass(kw_only=True)
+class StoreWriter(ShardFiller):
     """An open store to which signals are added.
 
     Attributes:
@@ -58,10 +106,7 @@ class StoreWriter:
     """
 
     store: Store
-    manifest: Manifest
     following: int
-    shard_responses: int = SHARD_RESPONSES
-    _waiting: dict[str, tuple[_Group, dict[bytes, _Entry]]] = field(default_factory=dict)
 
     def shared(self, codec: Codec, make: Callable[[], tuple[Head, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
         """The tensors that all tokens of a codec share; made, where the store has none yet."""
@@ -114,6 +159,11 @@ class StoreWriter:
         write_sealed_file(path, partial(link, shard), record)
         self._forget()
 
+    def take_in_next(self, shard: Path, codec: Codec) -> None:
+        """The same, as the next one."""
+        self.take_in(shard, codec, self.following)
+        self.following += 1
+
     def _new_shard(self) -> Path:
         path = self.store.path / f"{self.following:06d}.safetensors"
         self.following += 1
@@ -123,34 +173,7 @@ class StoreWriter:
         """Have the store look for its shards again."""
         vars(self.store).pop("seals", None)
 
-    def add(
-        self,
-        codec: Codec,
-        address: bytes,
-        columns: Columns,
-        text: Text | None = None,
-        sampling: Json | None = None,
-    ) -> None:
-        """Add the signal of an address; it is on disk when its shard is full, or with `flush`.
-
-        Args:
-            text: that it belongs to, where the teacher wrote it.
-            sampling: how it was written.
-        """
-        group = _Group(codec=codec, sampling=sampling if text else None)
-        waiting = self._waiting.setdefault(group.key, (group, {}))[1]
-        waiting[address] = _Entry(columns, text)
-        size = sum(column.nbytes for entry in waiting.values() for column in entry.columns.values())
-        if len(waiting) >= self.shard_responses or size >= SHARD_BYTES:
-            self._write(group.key)
-
-    def flush(self) -> None:
-        """Write what waits for its shard to fill."""
-        for key in list(self._waiting):
-            self._write(key)
-
-    def _write(self, key: str) -> None:
-        group, entries = self._waiting.pop(key)
+    def _write(self, group: Group, entries: Mapping[bytes, Entry]) -> None:
         path, columns = self._new_shard(), {address: entry.columns for address, entry in entries.items()}
         texts = [text for address in sorted(entries) if (text := entries[address].text) is not None]
         more = text_tensors(texts, self.manifest.frame.vocab_size) if texts else {}
@@ -207,7 +230,7 @@ def writing_alone(
         remove(fault.path.with_suffix(".safetensors"))
         remove(fault.path.with_suffix(".json"))
     following = max((int(shard.stem) for shard in sealed_shards(path)), default=-1) + 1
-    writer = StoreWriter(Store(path), manifest, following=following, shard_responses=shard_responses)
+    writer = StoreWriter(store=Store(path), manifest=manifest, following=following, shard_responses=shard_responses)
     try:
         yield writer
     except KeyboardInterrupt:

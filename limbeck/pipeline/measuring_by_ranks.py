@@ -1,0 +1,47 @@
+"""Pieces of an evaluation group that the ranks of a launch compute together, as files beside the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from limbeck.evaluation.context import EvaluationContext, EvaluationGroup
+from limbeck.evaluation.pieces import Piece, read_piece, write_piece
+from limbeck.runtime.folders import remove
+from limbeck.runtime.shared_work import Share
+
+
+def write_pieces(
+    evaluation: EvaluationContext, group: EvaluationGroup, of: str, count: int, folder: Path, share: Share
+) -> None:
+    """Write this rank's share of a group's pieces; those that are there stay."""
+    own: list[int] = []
+
+    def mine() -> Iterator[int]:
+        for number in range(count):
+            if not _path(folder, number).exists() and share.take(number):
+                own.append(number)
+                yield number
+
+    for piece in group.pieces(evaluation, of, mine()):
+        write_piece(_path(folder, own[-1]), piece)
+        share.finish(own[-1])
+
+
+def joined_pieces(
+    evaluation: EvaluationContext, group: EvaluationGroup, of: str, count: int, folder: Path, share: Share
+) -> Iterator[Piece]:
+    """All pieces, in order, on the first rank.
+
+    Raises:
+        LimbeckError: another rank has ended or hangs; names it.
+    """
+    write_pieces(evaluation, group, of, count, folder, share)
+    share.wait()
+    for number in range(count):
+        yield read_piece(_path(folder, number))
+    remove(folder)
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"

@@ -1,0 +1,104 @@
+"""Stages that two ranks share by files: the files of one process, whoever wrote what, and after a kill too."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.limbeck_command import Command, CommandServer, Finished, KillAt
+from tests.recovery.conftest import Sampled
+from tests.tiny_pair import TinyPair, questions, write_prompts
+
+# Enough for several batches and several chunks of the signal on each rank.
+ROWS = [{"prompt": text, "completion": f"It is {text[8:20]}."} for text in questions(150)]
+GROUPS = "evaluate.groups={rouge: {}, fidelity: {whose: [responses, student]}, nll: {}, likelihood: {}}"
+STEPS = ("train.max_steps=2", "responses.batch_size=8", "evaluate.batch_size=4", "evaluate.prompts=20", GROUPS)
+
+
+def started(
+    limbeck: CommandServer, *args: str | Path, killed: tuple[KillAt | None, KillAt | None] = (None, None)
+) -> list[Command]:
+    """The two ranks of a launch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    return [
+        limbeck.start(*args, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, killed=killed[rank])
+        for rank in range(2)
+    ]
+
+
+def done(ends: Sequence[Finished]) -> None:
+    assert [end.code for end in ends] == [0, 0], "\n".join(end.stderr[-3000:] for end in ends)
+
+
+def content(root: Path, *folders: str) -> dict[str, bytes]:
+    """All files below some folders of a run."""
+    paths = [path for folder in folders for path in sorted((root / folder).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module", params=["teacher", "data"])
+def pair(request, tmp_path_factory, limbeck: CommandServer) -> tuple[Path, Path]:
+    """A recipe, and the run directory of one process: the teacher's answers, or its signal on the data's."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny = TinyPair.write(folder)
+    write_prompts(tiny.prompts, ROWS)
+    more = {"support": "topk_tail", "support_k": 5} if request.param == "data" else {}
+    recipe = tiny.recipe(
+        folder / "one", responses={"source": request.param}, teacher={"model": str(tiny.teacher), **more}
+    )
+    end = limbeck.run("run", recipe, *STEPS)
+    assert end.code == 0, end.stderr[-3000:]
+    return recipe, folder / "one"
+
+
+def test_two_ranks_write_the_responses_and_the_signal_of_one(pair, limbeck: CommandServer, tmp_path: Path) -> None:
+    recipe, one = pair
+    two = tmp_path / "two"
+    ranks = started(limbeck, "teach", recipe, *STEPS, f"output_dir={two}")
+    done([rank.wait() for rank in ranks])
+    assert content(two, "responses", "signal") == content(one, "responses", "signal")
+    assert not list(two.rglob("*.partial")) and not list((two / ".ranks").glob("work/*"))
+
+
+def test_two_ranks_write_the_scores_of_one(pair, limbeck: CommandServer, tmp_path: Path) -> None:
+    recipe, one = pair
+    two = tmp_path / "two"
+    shutil.copytree(one, two)
+    for name in ("scores", "scores.json", "samples.jsonl", "stages/evaluate.json", "stages/report.json"):
+        path = two / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    half = "train.per_device_train_batch_size=2"
+    ranks = started(limbeck, "run", recipe, *STEPS, f"output_dir={two}", half)
+    done([rank.wait() for rank in ranks])
+    assert content(two, "scores") == content(one, "scores")
+    assert (two / "scores.json").read_bytes() == (one / "scores.json").read_bytes()
+
+
+def test_what_two_ranks_have_finished_before_a_kill_is_not_done_again(
+    pair, limbeck: CommandServer, tmp_path: Path
+) -> None:
+    """The second rank dies as it ends its third batch, or its first chunk; then the first one dies."""
+    recipe, one = pair
+    two = tmp_path / "two"
+    writes = (one / "responses" / "teacher.jsonl").exists()
+    name, count = ("responses/batches/0*.jsonl", 2) if writes else ("signal/shares/0*.json", 0)
+    launch = ("teach", recipe, *STEPS, f"output_dir={two}")
+    first, second = started(limbeck, *launch, killed=(None, KillAt(two, name, count)))
+    assert second.wait().code == -9
+    first.kill()
+    sampled = Sampled(two)
+    sampled.look()
+    parts = {path.stat().st_ino for path in two.glob("signal/0*.safetensors")}
+    assert len(sampled.seen) >= count
+    done([rank.wait() for rank in started(limbeck, *launch)])
+    sampled.look()
+    assert content(two, "responses", "signal") == content(one, "responses", "signal")
+    # Those that were whole are the same files.
+    assert parts <= {path.stat().st_ino for path in two.glob("signal/0*.safetensors")}
