@@ -143,6 +143,33 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    devices: Annotated[str, typer.Option("--devices", help="Number and kind, such as 8xH100; see --list.")] = "cpu",
+    price: Annotated[float | None, typer.Option("--price", help="Dollars per hour of one device.", min=0)] = None,
+    answer: Annotated[
+        int | None, typer.Option("--answer-tokens", help="Mean length of answers that are not written yet.", min=1)
+    ] = None,
+    launch: Annotated[
+        str | None, typer.Option("--launch", help="Print the commands instead: torchrun, slurm or skypilot.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the known devices and stop.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a run will take: memory per rank, disk, tokens, hours, money, and what would make it fit."""
+    del debug
+    from limbeck.pipeline.plan.devices import DEVICES
+
+    if list_:
+        _list(DEVICES)
+        return
+    from limbeck.pipeline.plan.verb import plan_text
+
+    print(plan_text(recipe, overrides or (), devices, price, answer, launch=launch), end="")
+
+
+@app.command()
 def prompts(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
     """Read the prompts and split them into training and held-out."""
     del debug

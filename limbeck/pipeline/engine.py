@@ -80,6 +80,7 @@ def run_pipeline(
             if update or any(not run.done(stage.name) for stage in wanted):
                 for stage in stages:
                     stage.check(context)
+                _require_room(context)
             whole = wanted[-1] is stages[-1]
             if whole:
                 check_publishing(context)
@@ -191,6 +192,7 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
     record["started"] = (begun or {}).get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record["made_from"] = sources_of(run, stages, stage)
     record["ranks"] = context.launch.ranks
+    _require_room(context)
     run.write_manifest(stage.name, record)
     reset_peak_memory()
     try:
@@ -213,6 +215,13 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
         run.write_manifest(stage.name, record)
     detail = f", {record['tokens']:,} tokens" if record.get("tokens") else ""
     console.say(f"{stage.name}: done in {format_seconds(record['seconds'])}{detail}")
+
+
+def _require_room(context: RunContext) -> None:
+    """Refuse what the disk or the memory cannot hold, as far as it is known before the next stage."""
+    from limbeck.pipeline.plan.room import require_room
+
+    require_room(context)
 
 
 def _follow(context: RunContext, work: SharedWork, stages: Sequence[Stage]) -> RunDirectory:

@@ -44,7 +44,7 @@ def estimate_recipe(recipe: Recipe, codec: Codec | None, *, console: Console) ->
     """
     context = RunContext(recipe, console)
     codec = codec or codec_of(recipe)
-    lengths, exact = _lengths(context)
+    lengths, exact = lengths_of(context)
     number_bytes = 4 if recipe.teacher.dtype == "float32" else 2
     train, held = (lengths[split] for split in _SPLITS)
     kept = kept_sampling(recipe) is not None
@@ -53,7 +53,7 @@ def estimate_recipe(recipe: Recipe, codec: Codec | None, *, console: Console) ->
     return RecipeEstimate(parts=parts, exact=exact)
 
 
-def _lengths(context: RunContext) -> tuple[Mapping[Split, list[Length]], bool]:
+def lengths_of(context: RunContext) -> tuple[Mapping[Split, list[Length]], bool]:
     """Tokens of each text to be scored, longest first, and whether that is known or the most it can be."""
     if context.run.done("respond"):
         return _written(context), True

@@ -1,7 +1,8 @@
-"""Peak memory of this process."""
+"""Memory of this process and of the machine."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,24 @@ def peak_device_memory_mib() -> int:
     """High-water mark of what this process's tensors took on its CUDA device; 0 where it uses none."""
     cuda = _cuda()
     return 0 if cuda is None else cuda.max_memory_allocated() // 2**20
+
+
+def machine_memory() -> int:
+    """Bytes that the processes of this machine have together, or those of a container that is given less."""
+    import psutil
+
+    found = psutil.virtual_memory().total
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            found = min(found, int(Path(limit).read_text("ascii")))
+    return found
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def _cuda() -> Any:

@@ -13,7 +13,7 @@ from limbeck.types import Json, LimbeckError, Sampling, is_unicode
 
 Api = Literal["chat", "completions"]
 # Tokens that a chat template writes around each turn, at most.
-_AROUND_A_TURN = 16
+AROUND_A_TURN = 16
 # Settings that may be left out where a service does not know them: at these values they say nothing.
 _NEUTRAL_AT = {"temperature": 1.0, "top_p": 1.0}
 
@@ -52,7 +52,7 @@ class HostedQuestion:
         """No tokenizer makes more tokens of the prompt: one of each byte, and what stands around the turns."""
         if isinstance(self.content, str):
             return len(self.content.encode())
-        return sum(len(str(turn["content"]).encode()) + _AROUND_A_TURN for turn in self.content)
+        return sum(len(str(turn["content"]).encode()) + AROUND_A_TURN for turn in self.content)
 
 
 @dataclass(frozen=True, kw_only=True)

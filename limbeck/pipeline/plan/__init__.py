@@ -1,0 +1,1 @@
+"""Prediction of a run before it begins: memory per rank, disk, tokens, hours and money; see `limbeck plan`."""

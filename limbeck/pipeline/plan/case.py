@@ -1,0 +1,178 @@
+"""The run that is planned: a recipe, the sizes of its models, its texts, and the devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from limbeck.models.image_features import vision_tower
+from limbeck.models.loading import source_config
+from limbeck.models.processors import reads_images
+from limbeck.models.sources import resolve
+from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
+from limbeck.pipeline.checks import student_spec
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.plan.devices import Fleet
+from limbeck.pipeline.plan.sizes import BYTES, ModelSize, StudentSize, adapters_of, size_of
+from limbeck.pipeline.plan.workload import Steps, Workload, steps_of
+from limbeck.pipeline.store_identity import exact_codec
+from limbeck.recipe.load import Recipe, signal_temperatures
+from limbeck.recipe.teacher import ITSELF, WHERE
+from limbeck.student.blocks import pruned_config
+from limbeck.student.build import StudentSpec, freeze_embeddings, fresh_model
+from limbeck.teachers.store.base import Codec, Frame, bytes_per_token
+from limbeck.teachers.store.dense import Hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run on some devices.
+
+    Attributes:
+        teacher: the largest one; None where nothing of it is known, as of a hosted one.
+        where: name of its location.
+        sharded: whether the student is sharded over the ranks.
+    """
+
+    recipe: Recipe
+    student: StudentSize
+    teacher: ModelSize | None
+    work: Workload
+    fleet: Fleet
+    where: str
+    sharded: bool
+
+    @property
+    def ranks(self) -> int:
+        return self.fleet.count
+
+    @cached_property
+    def steps(self) -> Steps:
+        return steps_of(self.recipe, self.work, self.ranks)
+
+    @property
+    def frame(self) -> Frame:
+        width = 0 if self.teacher is None else self.teacher.width
+        return Frame(
+            vocab_size=self.student.model.vocabulary if self.teacher is None else self.teacher.vocabulary,
+            width=width,
+            temperatures=signal_temperatures(self.recipe),
+        )
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """Of the signals of training responses, and of held-out ones."""
+        codec = exact_codec(self.recipe)
+        says_all = self.teacher is not None and self.where in ("in_process", "server", "store")
+        return codec, Hidden(dtype=self.recipe.teacher.cache_dtype) if says_all else codec
+
+    @property
+    def signal_bytes(self) -> tuple[int, int]:
+        """Bytes per token of the two."""
+        train, heldout = (bytes_per_token(codec, self.frame) for codec in self.codecs)
+        return train, heldout
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Bytes of the teacher's weights, as it runs."""
+        return 0 if self.teacher is None else self.teacher.parameters * BYTES[self.recipe.teacher.dtype]
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the teacher's head, which whole distributions need beside their hidden states."""
+        return 0 if self.teacher is None else self.teacher.head * BYTES[self.recipe.teacher.dtype]
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the training compares the student with the teacher."""
+        return self.recipe.on_policy or loss_plan_of(self.recipe).needs_teacher
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher scores texts while the student trains."""
+        recipe = self.recipe
+        first = recipe.sft is not None and recipe.sft_on_data and sft_loss_plan(recipe, recipe.sft).needs_teacher
+        return recipe.on_policy or first or (self.reads_teacher and not recipe.teacher.cache)
+
+    @property
+    def stores_signal(self) -> bool:
+        """Whether the run keeps what the teacher says on disk."""
+        return self.recipe.teacher.cache and self.where in ("in_process", "server", "api")
+
+    @property
+    def captures(self) -> bool:
+        """Whether the signal is kept while the teacher writes."""
+        recipe = self.recipe
+        writes = recipe.base_author == "teacher" and recipe.responses.server is None and self.where == "in_process"
+        simple = recipe.responses.verify is None and recipe.combine is None and recipe.teacher.across is None
+        return writes and simple and recipe.teacher.cache and recipe.teacher.support == "full"
+
+    @property
+    def answers_train(self) -> bool:
+        """Whether training prompts are answered before training."""
+        return self.recipe.responses.source.trains_on_initial or self.recipe.sft_on_responses
+
+    def at(self, **changes: Any) -> Case:
+        """The case with other values; `recipe__section__key` is a key of the recipe."""
+        recipe = self.recipe
+        for name in [name for name in changes if name.startswith("recipe__")]:
+            _, section, key = name.split("__")
+            recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{key: changes.pop(name)})})
+        return replace(self, recipe=recipe, **changes)
+
+
+def case_of(context: RunContext, work: Workload, fleet: Fleet) -> Case:
+    """The case of a recipe whose models can be found; of them no weights are read.
+
+    Raises:
+        LimbeckError: a model that is not here and cannot be fetched.
+    """
+    recipe = context.recipe
+    where = WHERE.name_of(recipe.teacher.where)
+    return Case(
+        recipe=recipe,
+        student=student_size(context),
+        teacher=largest_teacher(context),
+        work=work,
+        fleet=fleet,
+        where=where,
+        sharded=fleet.count > 1 and (recipe.train.sharding == "full" or context.launch.fsdp2),
+    )
+
+
+def student_size(context: RunContext) -> StudentSize:
+    """The size of a recipe's student."""
+    spec = student_spec(context)
+    section = context.recipe.student if spec.model is not None else context.recipe.teacher
+    assert section.model is not None, "a teacher has a model"
+    source = resolve(section.model, revision=section.revision, weights=False, trust_remote_code=spec.trust_remote_code)
+    return student_size_of(source_config(source, trust_remote_code=spec.trust_remote_code), spec)
+
+
+def student_size_of(config: Any, spec: StudentSpec) -> StudentSize:
+    """The size of a student that starts from a model of this configuration."""
+    if spec.init == "depth_prune":
+        depth = config.get_text_config().num_hidden_layers
+        config = pruned_config(config, spec.keep or range(spec.layers or depth))
+    with torch.device("meta"):
+        model = fresh_model(config, spec)
+    size = size_of(model)
+    if spec.freeze_embeddings:
+        freeze_embeddings(model)
+    if reads_images(config):
+        vision_tower(model).requires_grad_(not spec.freeze_vision)
+    adapters = 0 if spec.lora is None else adapters_of(model, spec.lora)
+    trained = adapters if spec.lora is not None else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return StudentSize(model=size, trained=trained, adapters=adapters, number_bytes=BYTES[spec.dtype])
+
+
+def largest_teacher(context: RunContext) -> ModelSize | None:
+    """The size of the largest of a run's teachers; None where nothing is known of them."""
+    members = context.run_teachers.values() if context.run_teachers else (context.run_teacher,)
+    if context.recipe.teacher.model in ITSELF:
+        return student_size(context).model
+    known = [member.skeleton for member in members if member.size is not None]
+    return max((size_of(model) for model in known), key=lambda size: size.parameters, default=None)

@@ -1,0 +1,128 @@
+"""Disk that a run takes: what is there at its end, and the most that is there meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from limbeck.pipeline.plan.case import Case
+from limbeck.pipeline.plan.sizes import BYTES
+from limbeck.teachers.store.estimate import Length, estimate, total_bytes
+
+# Prompts, responses, scores, metrics and the report of a run: in all, and what steps, texts and ids add to them.
+_SMALL, _OF_STEP, _OF_TEXT, _OF_HELDOUT, _OF_ID = 300_000, 330, 540, 5_500, 6
+# A new best student, and the moments and weights of a checkpoint, are written before the old ones go.
+_MOMENTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Files of a run.
+
+    Attributes:
+        end: bytes at the end of the run.
+        most: bytes at most on the way there.
+        known: whether they follow from sizes alone, whatever is written in the texts.
+    """
+
+    name: str
+    end: int
+    most: int
+    known: bool = True
+
+
+def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
+    """What a run leaves on disk, and needs meanwhile.
+
+    Args:
+        tokenizer_bytes: of the tokenizer's files, which are saved with the student.
+    """
+    train, student = case.recipe.train, case.student
+    weights = student.trained * student.number_bytes
+    checkpoint = (1 + _MOMENTS) * weights
+    written = case.steps.main // train.save_steps
+    saved, meanwhile = (min(written, train.save_total_limit + more) for more in (0, 1))
+    parts = [
+        Part(name="signal", end=signal_bytes(case), most=signal_bytes(case), known=case.work.exact),
+        Part(name="checkpoints", end=saved * checkpoint, most=meanwhile * checkpoint),
+        Part(name="best student", end=weights if _keeps_best(case) else 0, most=2 * weights * _keeps_best(case)),
+        Part(name="first stage", end=weights * (case.steps.first > 0), most=weights * (case.steps.first > 0)),
+        Part(name="rounds", end=0, most=round_bytes(case), known=False),
+        Part(name="student", end=student_bytes(case) + tokenizer_bytes, most=student_bytes(case) + tokenizer_bytes),
+        Part(name="other files", end=small_bytes(case), most=small_bytes(case), known=False),
+    ]
+    return [part for part in parts if part.most]
+
+
+def end_bytes(parts: Sequence[Part]) -> int:
+    return sum(part.end for part in parts)
+
+
+def most_bytes(parts: Sequence[Part]) -> int:
+    return sum(part.most for part in parts)
+
+
+def signal_bytes(case: Case) -> int:
+    """Bytes of the teacher's signal of all texts that are scored."""
+    if not case.stores_signal or (case.teacher is None and case.recipe.teacher.support == "full"):
+        return 0
+    scored = case.captures or not case.recipe.on_policy or case.recipe.sft_on_responses
+    train = _lengths(case.work.train.tokens, case.work.train.count if scored and case.answers_train else 0)
+    held = _lengths(case.work.heldout.tokens, case.work.heldout.count)
+    codec, heldout = case.codecs
+    return total_bytes(estimate(codec, heldout, case.frame, train, held, number_bytes=BYTES[case.recipe.teacher.dtype]))
+
+
+def _lengths(tokens: int, count: int) -> list[Length]:
+    """So many texts that have so many tokens together."""
+    if not count:
+        return []
+    each, left = divmod(tokens, count)
+    return [Length(loss=each + (i < left), ids=0) for i in range(count)]
+
+
+def student_bytes(case: Case) -> int:
+    return case.student.model.parameters * case.student.number_bytes
+
+
+def round_bytes(case: Case) -> int:
+    """Signals of the responses of a round, which are kept until the next one is written."""
+    source = case.recipe.responses.source
+    if not source.on_policy or not case.stores_signal:
+        return 0
+    steps = source.round_steps or -(-case.steps.trained // max(case.steps.rows, 1))  # type: ignore[attr-defined]
+    # Between one step and the next nothing is read again.
+    if steps <= 1:
+        return 0
+    tokens = min(steps, case.steps.main) * case.steps.rows * case.work.train.answer
+    return round(tokens * case.signal_bytes[0])
+
+
+def small_bytes(case: Case) -> int:
+    """Text files of a run, roughly: all grow with texts and steps, and none of them with the models."""
+    steps, work = case.steps, case.work
+    answered = work.ids if case.answers_train else work.heldout.ids
+    texts = work.count * _OF_TEXT + work.heldout.count * _OF_HELDOUT + answered * _OF_ID
+    return _SMALL + _OF_STEP * (steps.main + steps.first) + texts
+
+
+def _keeps_best(case: Case) -> bool:
+    train = case.recipe.train
+    return bool(train.eval_steps and case.steps.aside and train.load_best_model_at_end)
+
+
+def tokenizer_bytes(folder: Path) -> int:
+    """Bytes of a tokenizer's files in the folder of a model."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
+    return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+
+
+def measured_bytes(root: Path) -> int:
+    """Bytes of a run's folder; files that have two names in it count once."""
+    seen: dict[tuple[int, int], int] = {}
+    for path in root.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            status = path.stat()
+            seen[status.st_dev, status.st_ino] = status.st_size
+    return sum(seen.values())

@@ -1,0 +1,151 @@
+"""Commands that start a run on the devices of a plan. To add one: write the dataclass, add its line to `LAUNCHERS`."""
+
+from __future__ import annotations
+
+import shlex
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from limbeck.pipeline.plan.devices import Fleet
+from limbeck.registry import Registry
+
+PORT = 29500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is started.
+
+    Attributes:
+        arguments: behind `limbeck run`: the recipe and its changes.
+        hours: how long it takes at most; None where that is not known.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    fleet: Fleet
+    hours: float | None = None
+
+    @property
+    def line(self) -> str:
+        """`-m limbeck run` with its arguments, for a shell."""
+        return shlex.join(("-m", "limbeck", "run", *self.arguments))
+
+    @property
+    def per_node(self) -> int:
+        return min(self.fleet.count, -(-self.fleet.count // self.nodes))
+
+    @property
+    def nodes(self) -> int:
+        return 1 if self.fleet.device.host else self.fleet.nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher(ABC):
+    """A way to start a run on one or more nodes."""
+
+    @abstractmethod
+    def text(self, job: Job) -> str:
+        """A command, or a file for one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torchrun(Launcher):
+    """Commands of torchrun, one on each node."""
+
+    def text(self, job: Job) -> str:
+        if job.nodes == 1:
+            return f"torchrun --nproc-per-node={job.per_node} {job.line}\n"
+        return (
+            f"# on each of {job.nodes} nodes that share the run directory; FIRST_NODE is the name of the first\n"
+            f"{_rendezvous(job, '$FIRST_NODE')}\n"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm(Launcher):
+    """A file for sbatch."""
+
+    def text(self, job: Job) -> str:
+        lines = [
+            "#!/bin/bash",
+            f"#SBATCH --job-name={job.name}",
+            f"#SBATCH --nodes={job.nodes}",
+            "#SBATCH --ntasks-per-node=1",
+        ]
+        if not job.fleet.device.host:
+            lines.append(f"#SBATCH --gpus-per-node={job.per_node}")
+        if job.hours is not None:
+            lines.append(f"#SBATCH --time={_hours(job.hours)}")
+        lines += [
+            "set -euo pipefail",
+            'FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            f"srun {_rendezvous(job, '$FIRST_NODE', '$SLURM_JOB_ID')}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skypilot(Launcher):
+    """A task of SkyPilot, for `sky launch`."""
+
+    def text(self, job: Job) -> str:
+        import yaml
+
+        resources: dict[str, object] = {"disk_tier": "high"}
+        if not job.fleet.device.host:
+            resources["accelerators"] = f"{job.fleet.name}:{job.per_node}"
+        first = '"$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
+        task = {
+            "name": job.name,
+            "resources": resources,
+            "num_nodes": job.nodes,
+            "workdir": ".",
+            "setup": "pip install -e .",
+            "run": _rendezvous(job, first, "$SKYPILOT_TASK_ID"),
+        }
+        return yaml.safe_dump(task, sort_keys=False, width=1000)
+
+
+LAUNCHERS: Registry[Launcher] = Registry(
+    "launcher",
+    {"torchrun": Torchrun, "slurm": Slurm, "skypilot": Skypilot},
+    entry_points="limbeck.launchers",
+)
+
+
+def _rendezvous(job: Job, host: str, name: str = "limbeck") -> str:
+    """torchrun of one node among several, which meet at a port of the first."""
+    where = f"{host}:{PORT}" if host.startswith('"') else f'"{host}:{PORT}"'
+    return (
+        f"torchrun --nnodes={job.nodes} --nproc-per-node={job.per_node} --rdzv-backend=c10d --rdzv-id={name} "
+        f"--rdzv-endpoint={where} {job.line}"
+    )
+
+
+def _hours(hours: float) -> str:
+    """A limit for Slurm, half as long again, in whole hours."""
+    return f"{max(1, round(hours * 1.5 + 0.5))}:00:00"
+
+
+def vllm_command(model: str, *, devices: int, blocks: int, window: int, hidden: bool) -> str:
+    """The command of a server of the teacher.
+
+    Args:
+        blocks: of the teacher; the states behind the last one are asked for.
+        hidden: whether it hands over hidden states, and not its likeliest tokens alone.
+    """
+    parts = [f"vllm serve {shlex.quote(model)} --max-model-len {window}"]
+    if devices > 1:
+        parts.append(f"--tensor-parallel-size {devices}")
+    if hidden:
+        speculative = (
+            '{"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": '
+            f'{{"hf_config": {{"eagle_aux_hidden_state_layer_ids": [{blocks}]}}}}}}'
+        )
+        transfer = (
+            '{"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer", '
+            '"kv_connector_extra_config": {"shared_storage_path": "/mnt/shared/states"}}'
+        )
+        parts += [f"--speculative-config {shlex.quote(speculative)}", f"--kv-transfer-config {shlex.quote(transfer)}"]
+    return " \\\n  ".join(parts) + "\n"

@@ -1,0 +1,219 @@
+"""Memory of a rank in each stage, term by term, by closed formulas.
+
+On a device the terms are tensors at the moment of the peak. On this machine's processor they are the resident memory of
+the process: what its libraries take, pages of files that it reads, and what its allocator keeps count too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from limbeck.objectives.fused.tiles import plan_tiles
+from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
+from limbeck.pipeline.plan.case import Case
+from limbeck.pipeline.plan.devices import GIB
+from limbeck.pipeline.plan.sizes import BYTES, ModelSize
+from limbeck.sampling.local import LocalSampler
+
+# Of a device's memory: what CUDA, its libraries and fragments of freed tensors take.
+RESERVED_SHARE, CONTEXT_BYTES = 0.06, 700 << 20
+# Of a process on a CPU: the libraries of a run once they are imported, and the compiled loss.
+LIBRARY_BYTES, COMPILED_BYTES = 500 << 20, 150 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One of the things that take memory."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Memory of a rank at the peak of a stage."""
+
+    stage: str
+    terms: tuple[Term, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(term.bytes for term in self.terms)
+
+
+def memory_of(case: Case) -> list[StageMemory]:
+    """Memory of a rank in each stage that loads a model."""
+    stages = {"respond": _respond(case), "teach": _teach(case), "train": _train(case), "evaluate": _evaluate(case)}
+    found = []
+    for stage, terms in stages.items():
+        kept = [Term(name=name, bytes=int(size)) for name, size in terms if size]
+        if kept:
+            found.append(StageMemory(stage=stage, terms=(*_process(case), *kept)))
+    return found
+
+
+def usable(case: Case) -> int:
+    """Bytes that the terms of a rank may take together."""
+    share = 1.0 if case.fleet.device.host else 1 - RESERVED_SHARE
+    return int(case.fleet.memory * share)
+
+
+def peak(case: Case) -> StageMemory:
+    """The stage that takes most."""
+    return max(memory_of(case), key=lambda stage: stage.bytes)
+
+
+def least(case: Case) -> int:
+    """Bytes without which a rank cannot train: weights, gradients and moments, whatever else there is."""
+    student, shards, quantize = case.student, case.ranks if case.sharded else 1, case.recipe.student.quantize
+    # Weights that stay as they are may be kept in few bits.
+    held = student.adapters if quantize is not None and quantize.weights == "frozen" else student.held
+    return (held + 3 * student.trained) * student.number_bytes // shards
+
+
+def _process(case: Case) -> Iterator[Term]:
+    if case.fleet.device.host:
+        yield Term(name="process", bytes=LIBRARY_BYTES)
+    else:
+        yield Term(name="context", bytes=CONTEXT_BYTES)
+
+
+def _respond(case: Case) -> Iterator[tuple[str, float]]:
+    recipe = case.recipe
+    if recipe.base_author == "data" or recipe.responses.server is not None or case.where != "in_process":
+        return
+    assert case.teacher is not None, "a teacher in this process has a configuration"
+    yield "teacher", case.teacher_bytes
+    yield from _sampling(case, case.teacher, BYTES[recipe.teacher.dtype], recipe.responses.batch_size)
+    if case.fleet.device.host:
+        yield "file of weights", case.teacher.parameters * 2
+
+
+def _teach(case: Case) -> Iterator[tuple[str, float]]:
+    if not case.stores_signal or case.captures or case.teacher is None:
+        return
+    if case.where == "in_process":
+        yield "teacher", case.teacher_bytes
+        positions = SCORING_BATCH_SIZE * max(case.work.train.longest, case.work.heldout.longest)
+        yield "activations", _one_block(case.teacher, BYTES[case.recipe.teacher.dtype]) * positions
+    elif case.where == "server":
+        yield "teacher's head", case.head_bytes
+
+
+def _train(case: Case) -> Iterator[tuple[str, float]]:
+    student, train = case.student, case.recipe.train
+    shards = case.ranks if case.sharded else 1
+    number = student.number_bytes
+    yield "parameters", student.held * number / shards
+    yield "gradients", student.trained * number / shards
+    yield "optimizer", 2 * student.trained * number / shards
+    yield "gathered", _gathered(case)
+    positions = train.per_device_train_batch_size * case.work.train.longest
+    yield "activations", activation_bytes(case, positions)
+    yield "loss", _loss_bytes(case)
+    if train.learning_rate == "auto" and not case.sharded:
+        yield "weights of a trial", student.trained * number
+    yield from _teacher_in_training(case)
+    if case.steps.written:
+        yield from _sampling(case, student.model, number, case.steps.rows)
+    if case.fleet.device.host:
+        yield "compiled loss", COMPILED_BYTES if train.compile != "off" else 0
+
+
+def _teacher_in_training(case: Case) -> Iterator[tuple[str, float]]:
+    """What of the teacher is in memory while the student trains."""
+    recipe = case.recipe
+    if not case.reads_teacher or case.teacher is None:
+        return
+    if recipe.teacher.model == "ema":
+        yield "moving average", case.student.trained * 4
+    if case.asks_teacher and case.where == "in_process":
+        yield "teacher", case.teacher_bytes
+        positions = recipe.train.per_device_train_batch_size * case.work.train.longest
+        yield "teacher's activations", _one_block(case.teacher, BYTES[recipe.teacher.dtype]) * positions
+    elif recipe.teacher.support == "full":
+        yield "teacher's head", case.head_bytes
+    if case.fleet.device.host and case.stores_signal:
+        # Shards are read through the page cache, which counts for the process.
+        yield "pages of the signal", case.work.tokens * case.signal_bytes[0]
+
+
+def _evaluate(case: Case) -> Iterator[tuple[str, float]]:
+    recipe, student = case.recipe, case.student
+    yield "student", student.model.parameters * student.number_bytes
+    if case.teacher is not None and case.where == "in_process":
+        yield "teacher", case.teacher_bytes
+        yield from _sampling(case, case.teacher, BYTES[recipe.teacher.dtype], recipe.evaluate.batch_size)
+    else:
+        yield from _sampling(case, student.model, student.number_bytes, recipe.evaluate.batch_size)
+    yield "loss", _loss_bytes(case, trained=False)
+
+
+def _gathered(case: Case) -> float:
+    """What a sharded student has whole for a while: the root, two blocks, and the gradients of one and the root."""
+    if not case.sharded:
+        narrow = case.recipe.train.bf16 and case.student.number_bytes == 4
+        # Autocast keeps a copy of each weight that it has rounded until the backward pass is over.
+        return 2 * case.student.model.linears if narrow else 0
+    model, number = case.student.model, case.student.number_bytes
+    inside = 2 if case.recipe.train.bf16 else number
+    root = model.outside * number
+    trains = case.student.trained >= model.parameters - model.embeddings
+    gradients = (model.block * inside + model.outside * number * case.student.head_trained) if trains else 0
+    return root + 2 * model.block * inside + gradients
+
+
+def activation_bytes(case: Case, positions: int) -> float:
+    """Bytes that the forward pass keeps for the backward pass of so many positions."""
+    model, number = case.student.model, case.student.number_bytes
+    inside = 2 if case.recipe.train.bf16 else number
+    per_block = _kept_of_block(model, number, inside)
+    ends = 3 * model.width * number
+    if case.recipe.train.gradient_checkpointing:
+        return positions * (model.blocks * model.width * number + per_block + ends)
+    return positions * (model.blocks * per_block + ends)
+
+
+def _kept_of_block(model: ModelSize, number: int, inside: int) -> float:
+    """Bytes that a block keeps of each position: inputs of its norms, products, activations and attention.
+
+    Where products run in fewer bits than the weights have, each linear layer keeps a rounded input of its own.
+    """
+    D, Q, K, F = model.width, model.query, model.key, model.mlp
+    if inside == number:
+        return number * (6 * D + 2 * Q + 2 * (K if K == Q else Q) + 4 * F)
+    return number * 4 * D + inside * (5 * D + 2 * Q + 2 * Q + 4 * F)
+
+
+def _one_block(model: ModelSize, number: int) -> int:
+    """Bytes of each position in the largest block of a forward pass that keeps nothing."""
+    return number * (4 * model.width + 2 * model.query + 3 * model.mlp)
+
+
+def _loss_bytes(case: Case, *, trained: bool = True) -> int:
+    """The tiles of logits of student and teacher, and the gradients of head and hidden states."""
+    model, train = case.student.model, case.recipe.train
+    device = torch.device("cpu" if case.fleet.device.host else "cuda")
+    rows = train.per_device_train_batch_size if trained else SCORING_BATCH_SIZE
+    tokens = max(round(rows * min(case.work.train.answer * 1.5, case.recipe.responses.max_new_tokens)), 1)
+    numbers = [torch.float32] * (1 + (case.reads_teacher and case.recipe.teacher.support == "full"))
+    vocabulary = max(model.vocabulary, 1)
+    tiling = plan_tiles(tokens, vocabulary, numbers, device, None)
+    tiles = tiling.tile_rows * vocabulary * 4 * len(numbers)
+    if not trained:
+        return tiles
+    head = model.head * 4 if case.student.head_trained else 0
+    return tiles + head + 2 * tokens * model.width * 4
+
+
+def _sampling(case: Case, model: ModelSize, number: int, rows: int) -> Iterator[tuple[str, float]]:
+    """Keys and values of a batch, and on a CPU the weights that are laid out for it."""
+    texts = case.work.train if case.work.train.count else case.work.heldout
+    slots = texts.longest - texts.answer + case.recipe.responses.max_new_tokens
+    most = LocalSampler.cache_gib * GIB
+    yield "keys and values", min(rows * slots * model.kv_bytes(number), max(most, slots * model.kv_bytes(number)))
+    if case.fleet.device.host and number == 4:
+        yield "packed weights", min(model.linears * number, LocalSampler.packed_gib * GIB)

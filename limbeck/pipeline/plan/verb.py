@@ -1,0 +1,33 @@
+"""What `limbeck plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from limbeck.pipeline.plan.devices import fleet_of
+from limbeck.pipeline.plan.launch import LAUNCHERS
+from limbeck.pipeline.plan.outcome import plan
+from limbeck.pipeline.plan.page import commands, text_of
+from limbeck.recipe.load import load_recipe_or_run
+
+
+def plan_text(
+    recipe: str,
+    overrides: Sequence[str],
+    devices: str,
+    price: float | None,
+    answer: int | None,
+    *,
+    launch: str | None,
+) -> str:
+    """The plan of a recipe, or the commands that start it.
+
+    Raises:
+        LimbeckError: an unknown device or launcher, or a model that cannot be found.
+    """
+    fleet = fleet_of(devices, usd_per_hour=price)
+    if launch is not None:
+        LAUNCHERS.require(launch)
+    loaded = load_recipe_or_run(recipe, overrides)
+    made = plan(loaded, fleet, answer=answer)
+    return text_of(made) if launch is None else commands(made, [recipe, *overrides], launch)

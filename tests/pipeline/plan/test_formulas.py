@@ -1,0 +1,265 @@
+"""Closed formulas of memory, disk and time beside what a model, a run and torch itself say."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.plan.case import case_of, student_size
+from limbeck.pipeline.plan.devices import DEVICES, GIB, fleet_of
+from limbeck.pipeline.plan.disk import disk_of, measured_bytes, tokenizer_bytes
+from limbeck.pipeline.plan.fits import change_of, fits, server_devices, ways_of
+from limbeck.pipeline.plan.memory import activation_bytes, memory_of, peak
+from limbeck.pipeline.plan.outcome import hosted_usd, plan, plan_of
+from limbeck.pipeline.plan.page import text_of
+from limbeck.pipeline.plan.rates import estimated
+from limbeck.pipeline.plan.sizes import size_of
+from limbeck.pipeline.plan.time import times_of
+from limbeck.pipeline.plan.workload import Texts, Workload, workload_of
+from limbeck.pipeline.stage_order import STAGES
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.console import QuietConsole
+from limbeck.types import LimbeckError
+from tests.pipeline.plan.pairs import CONFIGS, case_of_sizes, model_of
+from tests.tiny_pair import TinyPair, write_model
+
+CPU = fleet_of("cpu")
+
+
+@pytest.fixture(scope="module")
+def large() -> dict[str, Any]:
+    return {name: model_of(config) for name, config in CONFIGS.items()}
+
+
+class TestDevices:
+    def test_number_and_name(self) -> None:
+        fleet = fleet_of("16xh100", usd_per_hour=2)
+        assert (fleet.name, fleet.count, fleet.nodes, fleet.usd(3)) == ("H100", 16, 2, 96)
+        assert fleet_of("A100-40GB").count == 1
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("8xH10", r"device 'H10' is unknown \(nearest: 'H100'\): choose from cpu, H100"),
+            ("0xH100", "expected a number of devices and their name, such as 8xH100"),
+            ("8 of H100", "expected a number of devices and their name"),
+        ],
+    )
+    def test_unknown(self, text: str, said: str) -> None:
+        with pytest.raises(LimbeckError, match=said):
+            fleet_of(text)
+
+    def test_each_has_what_a_plan_needs(self) -> None:
+        for name in DEVICES:
+            device = DEVICES.build(name)
+            assert device.memory_gib > 0 and (device.host or min(device.bandwidth_gb_s, device.tflops) > 0)
+
+
+class TestSizes:
+    def test_of_large_models(self, large: dict[str, Any]) -> None:
+        assert (large["8B"].parameters, large["70B"].parameters) == (8_030_261_248, 70_553_706_496)
+        assert large["8B"].embeddings == 2 * 128_256 * 4096 and large["8B"].key == 1024
+        # Two matrices of keys and values of 1,024 numbers in each of 32 blocks.
+        assert large["8B"].kv_bytes(2) == 131_072
+
+    @pytest.mark.parametrize(
+        "section",
+        [{}, {"freeze_embeddings": True}, {"lora": {"r": 4}}, {"lora": {"r": 4, "target_modules": ["q_proj"]}}],
+    )
+    def test_of_a_student(self, tiny: TinyPair, tmp_path: Path, section: dict[str, Any]) -> None:
+        from limbeck.pipeline.checks import student_spec
+        from limbeck.student.build import build_student
+
+        recipe = load_recipe(tiny.tree(tmp_path / "run", student={"keep": [0, 2], "layers": None, **section}))
+        context = RunContext(recipe)
+        built = build_student(student_spec(context), teacher=context.teacher.weights())
+        size = student_size(context)
+        assert (size.model.parameters, size.trained) == (built.parameters, built.trainable)
+        assert size.held == sum(parameter.numel() for parameter in built.model.parameters())
+
+
+class TestMemory:
+    @pytest.mark.parametrize("kv_heads", [2, 4])
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_activations_are_what_autograd_keeps(self, kv_heads: int, checkpointing: bool) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(
+            "llama",
+            vocab_size=64,
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+        )
+        model = AutoModelForCausalLM.from_config(config).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        batch, length = 3, 64
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = model.model(input_ids=torch.randint(64, (batch, length)))
+        assert out.last_hidden_state.requires_grad
+        case = case_of_sizes(
+            size_of(model), size_of(model), "cpu", train={"bf16": False, "gradient_checkpointing": checkpointing}
+        )
+        predicted = activation_bytes(case, batch * length)
+        if checkpointing:
+            # One block is computed again in the backward pass, when nothing of the others is there.
+            predicted -= activation_bytes(case.at(recipe__train__gradient_checkpointing=False), batch * length) / 6
+        assert predicted == pytest.approx(sum(kept.values()), rel=0.1)
+
+    def test_of_a_sharded_student(self, large: dict[str, Any]) -> None:
+        """Weights, gradients and moments are shares; what is gathered is not."""
+        terms = {}
+        for devices in ("8xH100", "64xH100"):
+            case = case_of_sizes(large["8B"], large["8B"], devices, train={"gradient_checkpointing": True})
+            train = next(stage for stage in memory_of(case) if stage.stage == "train")
+            terms[devices] = {term.name: term.bytes for term in train.terms}
+        share = large["8B"].parameters * 4 / 8
+        assert [terms["8xH100"][name] for name in ("parameters", "gradients", "optimizer")] == [share, share, 2 * share]
+        assert terms["64xH100"]["parameters"] == share / 8
+        assert terms["64xH100"]["gathered"] == terms["8xH100"]["gathered"] > 4 * large["8B"].embeddings
+
+
+class TestFitting:
+    def test_ways_of_a_70b_teacher(self, large: dict[str, Any]) -> None:
+        case = case_of_sizes(large["70B"], large["8B"], "8xH100", train={"gradient_checkpointing": True})
+        ways = {way.name: way for way in ways_of(case)}
+        # 141 GB of weights on a device of 80.
+        assert {name: way.fits for name, way in ways.items()} == {
+            "local": False,
+            "sharded": False,
+            "served": True,
+            "stored": True,
+        }
+        assert not fits(case)
+        change = change_of(case)
+        assert change is not None and change.text.startswith("teacher.where={name: server") and fits(change.case)
+        assert server_devices(case) == 4
+
+    def test_the_students_texts_are_in_no_store(self, large: dict[str, Any]) -> None:
+        case = case_of_sizes(large["8B"], large["8B"], "8xH100", responses={"source": "student"})
+        stored = next(way for way in ways_of(case) if way.name == "stored")
+        assert not stored.fits and stored.refused == "the student writes texts that no store has"
+
+    def test_a_smaller_batch_is_the_same_step(self, large: dict[str, Any]) -> None:
+        sections = {"per_device_train_batch_size": 256, "gradient_checkpointing": True}
+        change = change_of(case_of_sizes(large["8B"], large["8B"], "8xH200", train=sections))
+        assert change is not None and "train.gradient_accumulation_steps=" in change.text
+        train = change.case.recipe.train
+        assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 256
+
+    def test_nothing_helps(self, large: dict[str, Any]) -> None:
+        case = case_of_sizes(large["70B"], large["70B"], "1xL4")
+        text = text_of(plan_of(case.at(fleet=fleet_of("1xL4"))))
+        assert "no single change that is known makes it fit" in text
+
+    def test_512_devices_quickly(self) -> None:
+        started = time.process_time()
+        sizes = {name: model_of(config) for name, config in CONFIGS.items()}
+        made = plan_of(case_of_sizes(sizes["70B"], sizes["8B"], "512xH100", train={"max_steps": 1000}))
+        assert time.process_time() - started < 30
+        assert made.hours is not None and "512xH100" in text_of(made)
+
+
+class TestTime:
+    def test_twice_the_devices_half_the_time(self, large: dict[str, Any]) -> None:
+        sections: dict[str, Any] = {"per_device_train_batch_size": 32, "gradient_checkpointing": True}
+        found = []
+        for devices in ("8xH100", "16xH100"):
+            case = case_of_sizes(large["8B"], large["8B"], devices, train=sections)
+            rates = estimated(case)
+            assert rates is not None
+            found.append({stage.stage: stage for stage in times_of(case, rates)}["train"])
+        assert found[0].bound == "the products of the student"
+        assert found[1].seconds == pytest.approx(found[0].seconds / 2, rel=0.03)
+        # 6 x 8e9 x 50,000 x 0.98 x 712 operations, and a third more for what is computed again.
+        products = 8 * 7.5e9 * 49_000 * 712 / (8 * 989e12 * 0.38)
+        assert found[0].seconds == pytest.approx(products, rel=0.05)
+
+    def test_no_speed_of_this_processor(self, large: dict[str, Any]) -> None:
+        made = plan_of(case_of_sizes(large["8B"], large["8B"], "cpu"))
+        assert made.hours is None and made.usd is None and "no speed of this device is known" in text_of(made)
+
+    def test_a_hosted_teacher_costs_at_most(self, large: dict[str, Any]) -> None:
+        where = {"name": "api", "base_url": "http://localhost:1", "price_per_million": [1.0, 10.0], "added_tokens": 0}
+        sections = {"teacher": {"where": where, "cache": False}, "responses": {"source": "teacher"}}
+        case = case_of_sizes(large["8B"], large["8B"], "8xH100", **sections)
+        side = Texts(count=500, tokens=500 * 512, ids=500 * 712, longest=712)
+        work = Workload(train=side, heldout=side, exact=False, asked_bytes=1_000_000)
+        made = hosted_usd(case.at(work=work, teacher=None, where="api"))
+        assert made is not None and float(made) == 1.0 + 10 * 0.512
+
+
+class TestDisk:
+    @pytest.mark.parametrize(
+        "sections",
+        [
+            {"train": {"save_total_limit": 1}},
+            {"teacher": {"support": "topk_tail", "support_k": 8}, "student": {"lora": {"r": 4}}},
+            {"teacher": {"cache_dtype": "bfloat16"}, "sft": {"num_train_epochs": 1}, "student": {"layers": None,
+             "init": "teacher"}, "train": {"eval_steps": 6}},
+        ],
+        ids=["pruned", "adapters", "whole"],
+    )  # fmt: skip
+    def test_is_what_a_run_leaves(self, tiny: TinyPair, tmp_path: Path, sections: dict[str, Any]) -> None:
+        # Wide enough that weights and not the names of tensors take the room.
+        teacher = write_model(tmp_path / "teacher", width=192)
+        tree = tiny.tree(tmp_path / "run", **{"teacher": {}, **sections})
+        tree["teacher"]["model"] = str(teacher)
+        recipe = load_recipe(tree)
+        run = run_pipeline(recipe, stages=STAGES, until="train", console=QuietConsole())
+        context = RunContext(recipe, QuietConsole())
+        work = workload_of(context)
+        assert work.exact
+        parts = {part.name: part for part in disk_of(case_of(context, work, CPU))}
+        best = sum(path.stat().st_size for path in run.checkpoints.glob("best-*"))
+        done = measured_bytes(run.checkpoints / "sft") if recipe.sft else 0
+        found = {
+            "signal": measured_bytes(run.signal),
+            "checkpoints": measured_bytes(run.checkpoints) - best - done,
+            "student": measured_bytes(run.student) - tokenizer_bytes(run.student),
+        }
+        found |= {"best student": best} if best else {}
+        found |= {"first stage": done} if done else {}
+        assert set(parts) - {"other files"} == set(found)
+        for name, bytes_ in found.items():
+            # Headers and state.json are some kilobytes whatever the size of the model.
+            assert parts[name].end == pytest.approx(bytes_, rel=0.01, abs=40_000), name
+
+    def test_answers_that_are_not_written_count_as_long_as_they_may_become(
+        self, tiny: TinyPair, tmp_path: Path
+    ) -> None:
+        recipe = load_recipe(tiny.tree(tmp_path / "run"))
+        most = workload_of(RunContext(recipe, QuietConsole()))
+        assert not most.exact and most.tokens == 24 * 12
+        shorter = workload_of(RunContext(recipe, QuietConsole()), answer=5)
+        assert shorter.tokens == 24 * 5 and shorter.train.longest == most.train.longest - 7
+        run_pipeline(recipe, stages=STAGES, until="respond", console=QuietConsole())
+        exact = workload_of(RunContext(recipe, QuietConsole()))
+        # Prompts are counted by a line through some of them.
+        assert exact.ids - exact.tokens == pytest.approx(most.ids - most.tokens, rel=0.05)
+        assert not (tmp_path / "run" / "signal").exists()
+
+    def test_nothing_is_written(self, tiny: TinyPair, tmp_path: Path) -> None:
+        made = plan(load_recipe(tiny.tree(tmp_path / "run")), CPU)
+        assert not (tmp_path / "run").exists()
+        text = text_of(made)
+        assert "the recipe fits 1xcpu as it is" in text and "288 tokens of answers at most" in text
+        assert peak(made.case).bytes < GIB
