@@ -159,7 +159,7 @@ def plan(
 ) -> None:
     """Say what a run will take: memory per rank, disk, tokens, hours, money, and what would make it fit."""
     del debug
-    from limbeck.pipeline.plan.devices import DEVICES
+    from limbeck.models.devices import DEVICES
 
     if list_:
         _list(DEVICES)

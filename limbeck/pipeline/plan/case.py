@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from limbeck.models.devices import Fleet
 from limbeck.models.image_features import vision_tower
 from limbeck.models.loading import source_config
 from limbeck.models.processors import reads_images
@@ -15,7 +16,6 @@ from limbeck.models.sources import resolve
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
 from limbeck.pipeline.checks import student_spec
 from limbeck.pipeline.context import RunContext
-from limbeck.pipeline.plan.devices import Fleet
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize, StudentSize, adapters_of, size_of
 from limbeck.pipeline.plan.workload import Steps, Workload, steps_of
 from limbeck.pipeline.store_identity import exact_codec

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from limbeck.models.devices import GIB
 from limbeck.objectives.fused.tiles import plan_tiles
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.plan.case import Case
-from limbeck.pipeline.plan.devices import GIB
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize
 from limbeck.sampling.local import LocalSampler
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from limbeck.models.devices import Fleet
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.plan.case import Case, case_of
-from limbeck.pipeline.plan.devices import Fleet
 from limbeck.pipeline.plan.disk import Part, disk_of, tokenizer_bytes
 from limbeck.pipeline.plan.fits import Change, Way, change_of, fits, server_devices, ways_of
 from limbeck.pipeline.plan.memory import StageMemory, memory_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from limbeck.models.launchers import LAUNCHERS, Job, vllm_command
 from limbeck.pipeline.plan.fits import Way
-from limbeck.pipeline.plan.launch import LAUNCHERS, Job, vllm_command
 from limbeck.pipeline.plan.memory import StageMemory, usable
 from limbeck.pipeline.plan.outcome import Plan
 from limbeck.runtime.console import format_seconds

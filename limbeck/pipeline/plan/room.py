@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from limbeck.models.devices import DEVICES, Fleet
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.plan.case import Case, case_of
-from limbeck.pipeline.plan.devices import DEVICES, Fleet
 from limbeck.pipeline.plan.disk import Part, disk_of, measured_bytes
 from limbeck.pipeline.plan.memory import least
 from limbeck.pipeline.plan.page import size

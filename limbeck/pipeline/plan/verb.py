@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from limbeck.pipeline.plan.devices import fleet_of
-from limbeck.pipeline.plan.launch import LAUNCHERS
+from limbeck.models.devices import fleet_of
+from limbeck.models.launchers import LAUNCHERS
 from limbeck.pipeline.plan.outcome import plan
 from limbeck.pipeline.plan.page import commands, text_of
 from limbeck.recipe.load import load_recipe_or_run

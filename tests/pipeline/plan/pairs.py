@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from limbeck.models.devices import fleet_of
 from limbeck.pipeline.plan.case import Case
-from limbeck.pipeline.plan.devices import fleet_of
 from limbeck.pipeline.plan.sizes import ModelSize, StudentSize, size_of
 from limbeck.pipeline.plan.workload import assumed_workload
 from limbeck.recipe.load import load_recipe

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from limbeck.models.devices import DEVICES, GIB, fleet_of
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.plan.case import case_of, student_size
-from limbeck.pipeline.plan.devices import DEVICES, GIB, fleet_of
 from limbeck.pipeline.plan.disk import disk_of, measured_bytes, tokenizer_bytes
 from limbeck.pipeline.plan.fits import change_of, fits, server_devices, ways_of
 from limbeck.pipeline.plan.memory import activation_bytes, memory_of, peak

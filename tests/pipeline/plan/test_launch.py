@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from limbeck.pipeline.plan.devices import fleet_of
-from limbeck.pipeline.plan.launch import LAUNCHERS, Job, vllm_command
+from limbeck.models.devices import fleet_of
+from limbeck.models.launchers import LAUNCHERS, Job, vllm_command
 from limbeck.pipeline.plan.verb import plan_text
 from limbeck.types import LimbeckError
 from tests.limbeck_command import CommandServer

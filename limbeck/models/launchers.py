@@ -6,7 +6,7 @@ import shlex
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from limbeck.pipeline.plan.devices import Fleet
+from limbeck.models.devices import Fleet
 from limbeck.registry import Registry
 
 PORT = 29500
