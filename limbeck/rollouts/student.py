@@ -126,15 +126,13 @@ class StudentSource(StatelessSource):
             steps = range(start.step, min(start.step + self.refresh, start.total))
             rows = sorted({row for step in steps for row in self.plan.at(step)})
         sampling, context = self.rollout.at(start), self.source_context
-        if self._elsewhere is None:
-            with context.whole_student():
-                return self._write_rows(number, rows, sampling)
-        if not self.rollout.rounds.is_whole(number, "student"):
-            with context.whole_student():
-                self._elsewhere.take(number, context.world)
-        written = self._write_rows(number, rows, sampling)
+        # Whole while others write too: the teacher's signal may hold tokens that the student chooses.
         with context.whole_student():
-            self._compared = self._elsewhere.compare(number, list(written.values()), context.world)
+            if self._elsewhere is not None and not self.rollout.rounds.is_whole(number, "student"):
+                self._elsewhere.take(number, context.world)
+            written = self._write_rows(number, rows, sampling)
+            if self._elsewhere is not None:
+                self._compared = self._elsewhere.compare(number, list(written.values()), context.world)
         return written
 
     def _write_rows(self, number: int, rows: Sequence[int], sampling: Sampling) -> dict[int, Response]:

