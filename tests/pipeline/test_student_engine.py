@@ -342,15 +342,12 @@ def test_one_rank_gives_the_weights_and_all_rely_on_the_same_servers(refused: bo
 
     meet, items = threading.Barrier(2), dict[int, list[Any]]()
     nothing: Any = None
+    unused: dict[str, Any] = dict.fromkeys(("context", "engine", "model", "tokenizer", "folder", "seen_as"))
 
     def rank(number: int) -> EngineSampler | str:
         pool = ServerPool(servers=tuple(Server(base_url=url) for url in urls))
         answers = EngineSampler(pool=pool, sampler=nothing)
-        engine = Given(
-            **dict.fromkeys(("context", "engine", "model", "tokenizer", "folder", "seen_as"), nothing),
-            answers=answers,
-            batch_size=4,
-        )
+        engine = Given(answers=answers, batch_size=4, **unused)
         try:
             engine.take(3, Ranks(number, meet, items))
         except LimbeckError as error:
