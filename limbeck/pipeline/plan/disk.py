@@ -11,7 +11,7 @@ from limbeck.pipeline.plan.sizes import BYTES
 from limbeck.teachers.store.estimate import Length, estimate, total_bytes
 
 # Prompts, responses, scores, metrics and the report of a run: in all, and what steps, texts and ids add to them.
-_SMALL, _OF_STEP, _OF_TEXT, _OF_HELDOUT, _OF_ID = 300_000, 330, 540, 5_500, 6
+_SMALL, _OF_STEP, _OF_TEXT, _OF_HELDOUT, _OF_ID = 300_000, 330, 540, 5_500, 10
 # A new best student, and the moments and weights of a checkpoint, are written before the old ones go.
 _MOMENTS = 2
 

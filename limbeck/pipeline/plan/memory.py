@@ -16,6 +16,7 @@ from limbeck.objectives.fused.tiles import plan_tiles
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.plan.case import Case
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize
+from limbeck.rollouts.engines import InProcess
 from limbeck.sampling.local import LocalSampler
 
 # Of a device's memory: what CUDA, its libraries and fragments of freed tensors take.
@@ -111,13 +112,12 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     yield "gradients", student.trained * number / shards
     yield "optimizer", 2 * student.trained * number / shards
     yield "gathered", _gathered(case)
-    positions = train.per_device_train_batch_size * case.work.train.longest
-    yield "activations", activation_bytes(case, positions)
+    yield "activations", activation_bytes(case, batch_positions(case))
     yield "loss", _loss_bytes(case)
     if train.learning_rate == "auto" and not case.sharded:
         yield "weights of a trial", student.trained * number
     yield from _teacher_in_training(case)
-    if case.steps.written:
+    if case.steps.written and isinstance(case.recipe.responses.engine, InProcess):
         yield from _sampling(case, student.model, number, case.steps.rows)
     if case.fleet.device.host:
         yield "compiled loss", COMPILED_BYTES if train.compile != "off" else 0
@@ -132,8 +132,7 @@ def _teacher_in_training(case: Case) -> Iterator[tuple[str, float]]:
         yield "moving average", case.student.trained * 4
     if case.asks_teacher and case.where == "in_process":
         yield "teacher", case.teacher_bytes
-        positions = recipe.train.per_device_train_batch_size * case.work.train.longest
-        yield "teacher's activations", _one_block(case.teacher, BYTES[recipe.teacher.dtype]) * positions
+        yield "teacher's activations", _one_block(case.teacher, BYTES[recipe.teacher.dtype]) * batch_positions(case)
     elif recipe.teacher.support == "full":
         yield "teacher's head", case.head_bytes
     if case.fleet.device.host and case.stores_signal:
@@ -150,6 +149,16 @@ def _evaluate(case: Case) -> Iterator[tuple[str, float]]:
     else:
         yield from _sampling(case, student.model, student.number_bytes, recipe.evaluate.batch_size)
     yield "loss", _loss_bytes(case, trained=False)
+
+
+def batch_positions(case: Case) -> int:
+    """Positions of the largest micro-batch, padding included; a row that is longer than the limit is alone."""
+    train, longest = case.recipe.train, case.work.train.longest
+    whole = train.per_device_train_batch_size * longest
+    if train.max_tokens_per_batch is None:
+        return whole
+    # The rows of a step are cut anew, so that the limit alone bounds a micro-batch.
+    return max(longest, min(whole * train.gradient_accumulation_steps, train.max_tokens_per_batch))
 
 
 def _gathered(case: Case) -> float:
@@ -213,7 +222,7 @@ def _sampling(case: Case, model: ModelSize, number: int, rows: int) -> Iterator[
     """Keys and values of a batch, and on a CPU the weights that are laid out for it."""
     texts = case.work.train if case.work.train.count else case.work.heldout
     slots = texts.longest - texts.answer + case.recipe.responses.max_new_tokens
-    most = LocalSampler.cache_gib * GIB
+    most = case.recipe.responses.cache_gib * GIB
     yield "keys and values", min(rows * slots * model.kv_bytes(number), max(most, slots * model.kv_bytes(number)))
     if case.fleet.device.host and number == 4:
         yield "packed weights", min(model.linears * number, LocalSampler.packed_gib * GIB)

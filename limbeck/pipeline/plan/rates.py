@@ -88,7 +88,7 @@ def _writes(case: Case, model: ModelSize, number: int) -> float:
     device, responses = case.fleet.device, case.recipe.responses
     context = case.work.train.longest or case.work.heldout.longest
     per_row = context * model.kv_bytes(number)
-    rows = max(1, min(responses.batch_size, int(2 * 2**30 / max(per_row, 1))))
+    rows = max(1, min(responses.batch_size, int(responses.cache_gib * 2**30 / max(per_row, 1))))
     reading = (model.parameters * number + rows * per_row) / (device.bandwidth_gb_s * 1e9 * READING_SHARE)
     return rows / max(reading, model.blocks * BLOCK_SECONDS)
 

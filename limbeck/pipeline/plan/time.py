@@ -44,14 +44,15 @@ def _times(case: Case, rates: Rates, server: int) -> Iterator[StageTime]:
     if recipe.base_author == "teacher" and case.where in ("in_process", "server"):
         tokens = (work.train.tokens if case.answers_train else 0) + work.heldout.tokens
         served = recipe.responses.server is not None or case.where == "server"
-        rate = served_writes(case, max(server, 1)) if served and not rates.probed else rates.teacher_writes
-        bound = "the server writes" if served else "one rank writes with the teacher"
+        alone = rates.teacher_writes * case.ranks
+        rate = served_writes(case, max(server, 1)) if served and not rates.probed else alone
+        bound = "the server writes" if served else "the ranks write with the teacher"
         yield StageTime(stage="respond", tokens=tokens, seconds=_over(tokens, rate), bound=bound)
     if case.stores_signal and not case.captures and case.where in ("in_process", "server"):
         ids = (0 if recipe.on_policy and not recipe.sft_on_responses else work.train.ids) + work.heldout.ids
         served = case.where == "server" and not rates.probed
-        rate = served_scores(case, max(server, 1)) if served else rates.teacher_scores
-        bound = "the server scores" if served else "one rank scores with the teacher"
+        rate = served_scores(case, max(server, 1)) if served else rates.teacher_scores * case.ranks
+        bound = "the server scores" if served else "the ranks score with the teacher"
         yield StageTime(stage="teach", tokens=ids, seconds=_over(ids, rate), bound=bound)
     yield _training(case, rates, server)
     yield _evaluation(case, rates)
@@ -114,7 +115,7 @@ def _evaluation(case: Case, rates: Rates) -> StageTime:
         if case.where in ("in_process", "server"):
             seconds += _over(answers, rates.teacher_writes)
             tokens += answers
-    return StageTime(stage="evaluate", tokens=tokens, seconds=seconds, bound="one rank writes and measures")
+    return StageTime(stage="evaluate", tokens=tokens, seconds=seconds / case.ranks, bound="the ranks write and measure")
 
 
 def _over(amount: float, rate: float) -> float:

@@ -11,7 +11,17 @@ from limbeck.pipeline.plan.workload import assumed_workload
 from limbeck.recipe.load import load_recipe
 
 LLAMA = {"model_type": "llama", "vocab_size": 128_256, "tie_word_embeddings": False, "max_position_embeddings": 8192}
+QWEN = {"model_type": "qwen2", "vocab_size": 152_064, "tie_word_embeddings": False, "max_position_embeddings": 32_768}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "1.5B": QWEN
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151_936}
+    | {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "7B": QWEN
+    | {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
+    | {"num_attention_heads": 28, "num_key_value_heads": 4},
+    "32B": QWEN
+    | {"hidden_size": 5120, "intermediate_size": 27_648, "num_hidden_layers": 64}
+    | {"num_attention_heads": 40, "num_key_value_heads": 8},
     "70B": LLAMA
     | {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80}
     | {"num_attention_heads": 64, "num_key_value_heads": 8},

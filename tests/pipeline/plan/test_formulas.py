@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import plan as pairs_page
 from limbeck.models.devices import DEVICES, GIB, fleet_of
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
@@ -205,6 +206,11 @@ class TestTime:
         work = Workload(train=side, heldout=side, exact=False, asked_bytes=1_000_000)
         made = hosted_usd(case.at(work=work, teacher=None, where="api"))
         assert made is not None and float(made) == 1.0 + 10 * 0.512
+
+
+def test_pairs_of_the_page_are_current(large: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs_page, "sizes_of_pairs", lambda: large)
+    assert pairs_page.table() in pairs_page.PAGE.read_text("utf-8"), "run python -m benchmarks.plan"
 
 
 class TestDisk:
