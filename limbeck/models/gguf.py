@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MAGIC = b"GGUF"
@@ -57,6 +59,32 @@ def gguf_model(path: Path, *, dtype: torch.dtype, attn_implementation: str) -> P
         )
         _unmarked(model.config)
         return model.eval()
+
+    return _converted(path, load)
+
+
+def gguf_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Some tensors of a GGUF file by their names there, dequantised; no other is read. Those it lacks are left out.
+
+    They are as transformers has them after it has converted the file: some architectures' norms are stored plus one.
+    """
+
+    def load() -> dict[str, Tensor]:
+        import numpy as np
+        import torch
+        from gguf import GGUFReader, dequantize
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, read_field
+
+        reader = GGUFReader(path)
+        architecture = read_field(reader, "general.architecture")[0]
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
+        found = {}
+        for tensor in reader.tensors:
+            if tensor.name in names:
+                numbers = dequantize(tensor.data, tensor.tensor_type)
+                made = processor.process(weights=numbers, name=tensor.name, tensor_key_mapping={}, parsed_parameters={})
+                found[tensor.name] = torch.from_numpy(np.copy(made.weights))
+        return found
 
     return _converted(path, load)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from limbeck.models.fingerprints import weight_files
+from limbeck.models.gguf import gguf_tensors
 from limbeck.models.heads import decoder_of, head_of
 from limbeck.models.loading import source_config, without_dropout
 from limbeck.models.processors import auto_class
@@ -48,9 +50,11 @@ def stored_head(source: Source, skeleton: PreTrainedModel, vocab_size: int, dtyp
     It is not verified on tokens, as in `head_of`: the code that took the hidden states has done that.
 
     Returns:
-        None where the files have no tensor of its name, as in a GGUF file.
+        None where the files have no tensor of its name.
     """
     head = head_of(skeleton, vocab_size, verify=False)
+    if source.gguf is not None:
+        return _head_of_gguf(source.gguf, head, dtype)
     weight_VD = _stored(source, skeleton, head.weight_VD, dtype)
     bias_V = None if head.bias_V is None else _stored(source, skeleton, head.bias_V, dtype)
     if weight_VD is None or (bias_V is None) != (head.bias_V is None):
@@ -61,7 +65,7 @@ def stored_head(source: Source, skeleton: PreTrainedModel, vocab_size: int, dtyp
 def stored_ending(
     source: Source, skeleton: PreTrainedModel, vocab_size: int, dtype: torch.dtype
 ) -> tuple[nn.Module, Head]:
-    """What a model does behind its last block: the final norm and the head, read from the safetensors files alone.
+    """What a model does behind its last block: the final norm and the head, read from its files alone.
 
     Raises:
         LimbeckError: the files hold neither, or the model has no final norm beside its blocks.
@@ -72,18 +76,37 @@ def stored_ending(
         wanted = (*norm.parameters(), shape.weight_VD, *([] if shape.bias_V is None else [shape.bias_V]))
         fetch_weights(source, _names_of(skeleton, *wanted))
     head = stored_head(source, skeleton, vocab_size, dtype)
-    tensors = {name: _stored(source, skeleton, wanted, dtype) for name, wanted in norm.named_parameters()}
+    tensors = {name: _stored_norm(source, skeleton, name, wanted, dtype) for name, wanted in norm.named_parameters()}
     missing = [name for name, tensor in tensors.items() if tensor is None]
     if head is None or missing:
         lacking = "head" if head is None else f"final norm ({missing[0]})"
         raise LimbeckError(
             f"{source.name} has no stored {lacking}, which hidden states from a server (teacher.support=full) need "
-            "here; give a folder with its safetensors files, of which final norm and head are all that is read, or "
+            "here; give its safetensors files or a GGUF file, of which no more than these is read, or "
             "take its likeliest tokens with teacher.support=topk_tail"
         )
     made = copy.deepcopy(norm)
     made.load_state_dict(tensors, assign=True)
     return made.eval().requires_grad_(False), head
+
+
+def _stored_norm(
+    source: Source, skeleton: PreTrainedModel, name: str, wanted: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """A parameter of the final norm by its name in that module."""
+    if source.gguf is None:
+        return _stored(source, skeleton, wanted, dtype)
+    found = gguf_tensors(source.gguf, [f"output_norm.{name}"])
+    return found[f"output_norm.{name}"].to(dtype) if found else None
+
+
+def _head_of_gguf(path: Path, head: Head, dtype: torch.dtype) -> Head | None:
+    """The head of a GGUF file, which leaves one out that is tied to the embeddings."""
+    found = gguf_tensors(path, ["output.weight", "output.bias", "token_embd.weight"])
+    weight_VD, bias_V = found.get("output.weight", found.get("token_embd.weight")), found.get("output.bias")
+    if weight_VD is None or weight_VD.shape != head.weight_VD.shape or (bias_V is None) != (head.bias_V is None):
+        return None
+    return replace(head, weight_VD=weight_VD.to(dtype), bias_V=None if bias_V is None else bias_V.to(dtype))
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:

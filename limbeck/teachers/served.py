@@ -262,6 +262,12 @@ class ServedTeacher(Teacher):
         """The way to ask a server, tried on a short text."""
         ids = tuple(self.tokenizer(PROBE_TEXTS[0], verbose=False)["input_ids"])
         if not self._of_states:
+            if self._kept > self.vocabulary.vocab_size:
+                more = f" and teacher.student_k {self.student_k}" if self.student_k else ""
+                raise LimbeckError(
+                    f"teacher.support_k is {self.support_k}{more}, but the teacher has {self.vocabulary.vocab_size} "
+                    "tokens; lower it"
+                )
             chosen = (tuple(range(self.student_k)),) if self.student_k else ()
             text = ScoredText(ids=ids[:4], positions=(len(ids[:4]) - 1,), chosen=chosen)
             return find_dialect(server, model, self.where.api, text, self._kept)

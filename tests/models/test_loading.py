@@ -10,10 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
+from limbeck.models.gguf import gguf_tensors
+from limbeck.models.heads import head_of
 from limbeck.models.loading import load_model, load_tokenizer
+from limbeck.models.skeleton import skeleton_of, stored_ending
+from limbeck.models.sources import resolve
 from limbeck.types import LimbeckError
 
-from .tiny import DEPTH, save_gguf, save_tiny, tiny_model, tiny_tokenizer
+from .tiny import DEPTH, REAL, save_gguf, save_tiny, tiny_model, tiny_tokenizer
 
 IDS_BT = torch.tensor([[5, 6, 7, 8, 9, 3]])
 
@@ -226,3 +230,20 @@ def test_a_dtype_that_is_none(llama: Path) -> None:
 def test_a_revision_of_a_local_model(llama: Path) -> None:
     with pytest.raises(LimbeckError, match="only hub models have revisions"):
         load_model(llama, revision="main")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_last_norm_and_the_head_of_a_gguf_file_are_read_alone(tmp_path: Path, tied: bool) -> None:
+    """As the whole model has them; a head that is tied to the embeddings has no tensor of its own there."""
+    original = tiny_model()
+    with torch.no_grad():
+        original.model.norm.weight.copy_(torch.linspace(0.5, 2, len(original.model.norm.weight)))
+    path = save_gguf(tmp_path / "tiny.gguf", original, tied=tied)
+    loaded = load_model(path).model
+    source = resolve(str(path))
+    norm, head = stored_ending(source, skeleton_of(source), REAL, torch.float32)
+    whole = head_of(loaded, REAL, verify=False)
+    assert torch.equal(head.weight_VD, whole.weight_VD) and head.vocab_size == REAL
+    assert torch.equal(norm.weight, loaded.model.norm.weight)  # type: ignore[arg-type]
+    assert tied == torch.equal(head.weight_VD, loaded.model.embed_tokens.weight)
+    assert set(gguf_tensors(path, ["output_norm.weight", "nothing"])) == {"output_norm.weight"}

@@ -93,12 +93,18 @@ def save_tiny(folder: Path, family: str = "llama", tokenizer: PreTrainedTokenize
 
 
 def save_gguf(
-    path: Path, model: Any, architecture: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None
+    path: Path,
+    model: Any,
+    architecture: str = "llama",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    tied: bool = False,
 ) -> Path:
     """A llama model as an unquantised GGUF file, as llama.cpp's converter lays it out.
 
     Args:
         tokenizer: a byte-level BPE; without one the file knows little more than the letters.
+        tied: leave the head out, so that the embeddings are it.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -128,6 +134,8 @@ def save_gguf(
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     for name, weight in _gguf_tensors(model):
+        if tied and name == "output.weight":
+            continue
         writer.add_tensor(name, np.ascontiguousarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
