@@ -77,7 +77,7 @@ def gguf_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
 
         reader = GGUFReader(path)
         architecture = read_field(reader, "general.architecture")[0]
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
+        processor = TENSOR_PROCESSORS.get(str(architecture), TensorProcessor)(config={})
         found = {}
         for tensor in reader.tensors:
             if tensor.name in names:

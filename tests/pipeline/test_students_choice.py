@@ -67,12 +67,20 @@ def losses_of(root: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("source", ["teacher", "student", "mixed", "speculative"])
-def test_with_all_tokens_losses_are_those_of_the_whole_distribution(pair: Pair, tmp_path: Path, source: str) -> None:
-    """At a temperature other than 1: log Z is known; held-out answers are kept whole."""
+@pytest.mark.parametrize(
+    ("source", "sees"),
+    [("teacher", "prompt"), ("student", "system"), ("mixed", "prompt"), ("speculative", "prompt")],
+)
+def test_with_all_tokens_losses_are_those_of_the_whole_distribution(
+    pair: Pair, tmp_path: Path, source: str, sees: str
+) -> None:
+    """At a temperature other than 1: log Z is known; held-out answers are kept whole. The student chooses behind its
+    own prompt, whatever the teacher sees."""
     found, scores = [], []
     for support in ("full", "topk_tail"):
         teacher: dict[str, Any] = {"support": support}
+        if sees == "system":
+            teacher["sees"] = {"name": "system", "text": "You know all."}
         teacher |= {} if support == "full" else {"support_k": pair[1] - S, "student_k": S}
         tree = tree_of(pair, tmp_path / support, teacher=teacher, responses={"source": source})
         run = run_pipeline(load_recipe(tree), stages=STAGES)
