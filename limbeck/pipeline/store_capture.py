@@ -28,7 +28,7 @@ def codec_of(recipe: Recipe) -> Codec:
     """The codec for a recipe that names none: what its support asks for, with log-probabilities in few bits."""
     form = sparse_form(recipe)
     if form is None:
-        return Hidden(dtype=recipe.teacher.cache_dtype)
+        return Hidden(dtype=recipe.teacher.kept_dtype)
     return Sampled(draws=form.k) if form.support == "sampled" else TopK(k=recipe.teacher.kept)
 
 

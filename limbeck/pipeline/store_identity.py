@@ -20,7 +20,7 @@ def exact_codec(recipe: Recipe) -> Codec:
     """The codec for the signals of one run: what its support asks for, bit for bit."""
     form = sparse_form(recipe)
     if form is None:
-        return Hidden(dtype=recipe.teacher.cache_dtype)
+        return Hidden(dtype=recipe.teacher.kept_dtype)
     if form.support == "sampled":
         return Sampled(draws=form.k, bits=WHOLE)
     return TopK(k=recipe.teacher.kept, bits=WHOLE)
@@ -43,7 +43,7 @@ def heldout_codec(context: RunContext, codec: Codec) -> Codec:
     """The codec of held-out texts, of which evaluation reads the whole vocabulary where the teacher says that much."""
     if isinstance(codec, Hidden) or "hidden" not in context.teacher.provides:
         return codec
-    return Hidden(dtype=context.recipe.teacher.cache_dtype)
+    return Hidden(dtype=context.recipe.teacher.kept_dtype)
 
 
 def manifest_of(context: RunContext, codec: Codec, teacher: Teacher | None = None) -> Manifest:

@@ -82,8 +82,18 @@ class TeacherSection:
     """Loss temperatures that a sparse support is exact for; empty takes the objective's."""
     cache: bool = True
     """Write what it says to disk once; false runs the teacher beside the student in every epoch."""
-    cache_dtype: Dtype = "float32"
-    """Precision of the hidden states on disk."""
+    cache_dtype: Dtype | None = None
+    """Precision of the hidden states on disk; null is the one that the teacher computes in, which loses nothing."""
+
+    def __post_init__(self) -> None:
+        if self.cache_dtype is None:
+            object.__setattr__(self, "cache_dtype", self.dtype)
+
+    @property
+    def kept_dtype(self) -> Dtype:
+        """`cache_dtype`, which is known by now."""
+        assert self.cache_dtype is not None
+        return self.cache_dtype
 
     @property
     def kept(self) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic.dataclasses import dataclass
+
+from limbeck.fields import NEUTRAL, STRICT, Count
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
 from limbeck.types import Head, Signal, TokenBatch
 
@@ -17,19 +20,24 @@ if TYPE_CHECKING:
     from limbeck.teachers.local import LocalTeacher
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class InProcess:
     """The model runs in this process."""
 
+    max_tokens_per_batch: Annotated[Count | None, NEUTRAL] = None
+    """Tokens of a forward pass at most, padding included, where responses are scored; a longer one is alone. Null
+    scores batches as they come: 16 responses, or those of a micro-batch."""
+
     def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> InProcessTeacher:
         """Open the teacher; nothing is loaded yet."""
-        return InProcessTeacher(model=model, device=device, progress=progress)
+        return InProcessTeacher(model=model, device=device, progress=progress, max_tokens=self.max_tokens_per_batch)
 
 
-@dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class InProcessTeacher(Teacher):
     """A teacher model in this process, which provides everything."""
 
+    max_tokens: int | None = None
     _loaded: LoadedModel | None = None
     _local: LocalTeacher | None = None
 
@@ -103,5 +111,5 @@ class InProcessTeacher(Teacher):
 
         if self._local is None:
             model = self.weights().model
-            self._local = LocalTeacher(model, head_of(model, real_vocab_size(self.tokenizer)))
+            self._local = LocalTeacher(model, head_of(model, real_vocab_size(self.tokenizer)), self.max_tokens)
         return self._local

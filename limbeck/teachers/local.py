@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from limbeck.models.forward import hidden_states
 from limbeck.ops import onednn
 from limbeck.teachers.likeliest import vocabulary_alone
+from limbeck.teachers.parts import parts_within
 from limbeck.types import DenseSignal, Head, TokenBatch
 
 if TYPE_CHECKING:
@@ -20,17 +21,21 @@ class LocalTeacher:
 
     Attributes:
         head: from `limbeck.models.heads.head_of`, cut to the real vocabulary.
+        max_tokens: of a forward pass, padding included; a larger batch takes several. None takes batches as they come.
     """
 
     model: PreTrainedModel
     head: Head
+    max_tokens: int | None = None
 
     def signal(self, batch: TokenBatch) -> DenseSignal:
         """The teacher's distribution at every loss position of the batch."""
         import torch
 
         with torch.inference_mode(), onednn.linears():
-            hidden_ND = hidden_states(self.model, batch.to(self.head.weight_VD.device))
+            parts = [batch] if self.max_tokens is None else parts_within(batch, self.max_tokens)
+            found = [hidden_states(self.model, part.to(self.head.weight_VD.device)) for part in parts]
+            hidden_ND = torch.cat(found) if len(found) > 1 else found[0]
         # A clone outside inference mode, since the student's autograd graph will hold on to it.
         return DenseSignal(hidden_ND=hidden_ND.clone(), head=self.head)
 

@@ -9,12 +9,13 @@ other members are zeros, of the mean of log-probabilities each member's states a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from limbeck.teachers.base import Provision, Teacher
 from limbeck.teachers.likeliest import at_temperature_one, likeliest_of_mean, vocabulary_alone
+from limbeck.teachers.parts import rows_of_batch
 from limbeck.types import DenseSignal, Head, LimbeckError, Signal, TokenBatch, TopKSignal
 
 if TYPE_CHECKING:
@@ -275,30 +276,6 @@ def heads_side_by_side(heads: Mapping[str, Head]) -> Head:
         if head.bias_V is not None:
             columns.append(head.bias_V.detach()[: first.vocab_size, None])
     return Head(weight_VD=torch.cat(columns, dim=1), vocab_size=first.vocab_size)
-
-
-def rows_of_batch(batch: TokenBatch, rows: list[int]) -> TokenBatch:
-    """Some rows of a batch, for scoring alone."""
-    import torch
-
-    some = torch.tensor(rows, device=batch.input_ids_BT.device)
-    keep_N = torch.isin(batch.sequence_N, some)
-    width = int(batch.attention_mask_BT[some].sum(1).max())
-    return replace(
-        batch,
-        input_ids_BT=batch.input_ids_BT[some, :width],
-        attention_mask_BT=batch.attention_mask_BT[some, :width],
-        loss_mask_BT=batch.loss_mask_BT[some, :width],
-        labels_N=batch.labels_N[keep_N],
-        rows=tuple(batch.rows[row] for row in rows),
-        ids=tuple(batch.ids[row] for row in rows),
-        by_student_B=batch.by_student_B[some],
-        partners=(-1,) * len(rows),
-        drawn_logp_N=batch.drawn_logp_N[keep_N],
-        images=tuple(batch.images[row] for row in rows) if batch.images else (),
-        prompts=tuple(batch.prompts[row] for row in rows),
-        chosen_NS=None if batch.chosen_NS is None else batch.chosen_NS[keep_N],
-    )
 
 
 def _sum(numbers: Iterable[int | None]) -> int | None:

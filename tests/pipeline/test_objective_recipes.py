@@ -49,6 +49,19 @@ def played(limbeck: CommandServer, tiny: TinyPair, run: Path, **sections: dict[s
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
+def test_a_teacher_in_16_bits_is_stored_in_16_bits_without_loss(
+    limbeck: CommandServer, tiny: TinyPair, tmp_path: Path
+) -> None:
+    losses, sizes = {}, {}
+    for kept in (None, "float32"):
+        run = tmp_path / str(kept)
+        lines = played(limbeck, tiny, run, teacher={"dtype": "bfloat16", "cache_dtype": kept}, train={"max_steps": 2})
+        losses[kept] = [line["loss"] for line in lines]
+        sizes[kept] = sum(path.stat().st_size for path in (run / "signal").glob("[0-9]*.safetensors"))
+    assert losses[None] == losses["float32"]
+    assert sizes[None] < 0.6 * sizes["float32"]
+
+
 def test_a_temperature_that_moves(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
     moving = {"temperature": 4.0, "temperature_end": 1.0, "temperature_shape": "linear"}
     lines = played(limbeck, tiny, tmp_path / "run", objective=moving)

@@ -251,7 +251,12 @@ def test_the_marked_keys() -> None:
         *(f"preference.pairs.{key}" for key in connection),
         *(f"responses.verify.judge.{key}" for key in connection),
         *("preference.save_steps", "preference.save_total_limit"),
-        *("teacher.where.path", "teacher.where.folder", *(f"teacher.where.{key}" for key in connection)),
+        *(
+            "teacher.where.max_tokens_per_batch",
+            "teacher.where.path",
+            "teacher.where.folder",
+            *(f"teacher.where.{key}" for key in connection),
+        ),
         *(f"teacher.where.{key}" for key in ("budget_usd", "price_per_million", "added_tokens")),
     }
     batches = {"responses.batch_size", "responses.cache_gib", "evaluate.batch_size"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,23 @@ def test_every_row_is_judged_as_if_alone():
     together = teacher.signal(collate(responses, [0, 5, 9], pad_id=0)).hidden_ND
     alone = torch.cat([teacher.signal(collate(responses, [row], pad_id=0)).hidden_ND for row in (0, 5, 9)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 20, 45, 10_000])
+def test_a_large_batch_takes_several_passes(budget):
+    model, responses = tiny_model(3), tiny_responses()
+    teacher, batch = LocalTeacher(model, head_of(model, VOCAB)), collate(responses, range(9), pad_id=0)
+    whole, shapes = teacher.signal(batch), []
+    with model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    ):
+        several = replace(teacher, max_tokens=budget).signal(batch)
+    torch.testing.assert_close(several.hidden_ND, whole.hidden_ND, rtol=1e-4, atol=1e-5)
+    assert sum(rows for rows, _ in shapes) == 9
+    assert all(rows == 1 or rows * width <= budget for rows, width in shapes)
+    assert (len(shapes) == 1) == (budget == 10_000)
+    # A part is no wider than its longest row.
+    assert budget != 1 or [width for _, width in shapes] == [response.length - 1 for response in responses[:9]]
 
 
 def test_the_signal_can_stand_in_a_graph():
