@@ -36,7 +36,7 @@ def cut_by_rows(rows: Sequence[int], rows_per_device: int) -> list[tuple[int, ..
 
 
 def cut_by_tokens(
-    by_row: Mapping[int, Response], tokens: int, *, together: int = 1, ranks: int = 1
+    by_row: Mapping[int, Response], tokens: int, *, together: int = 1, ranks: int = 1, packed: bool = False
 ) -> list[tuple[int, ...]]:
     """The rows of a step in chunks of at most so many positions, padding included; a longer row is alone.
 
@@ -44,18 +44,20 @@ def cut_by_tokens(
 
     Args:
         together: rows that stay side by side, such as the two of a pair.
+        packed: whether there is no padding, so that positions are the rows' own.
     """
     units = cut_by_rows(tuple(by_row), together)
     chunks: list[list[tuple[int, ...]]] = []
-    widest = 0
+    widest = own = 0
     for unit in units:
-        width = max(by_row[row].length - 1 for row in unit)
-        widest = max(widest, width)
-        if chunks and widest * together * (len(chunks[-1]) + 1) <= tokens:
+        lengths = [by_row[row].length - 1 for row in unit]
+        widest, own = max(widest, *lengths), own + sum(lengths)
+        positions = own if packed else widest * together * (len(chunks[-1]) + 1 if chunks else 1)
+        if chunks and positions <= tokens:
             chunks[-1].append(unit)
         else:
             chunks.append([unit])
-            widest = width
+            widest, own = max(lengths), sum(lengths)
     while len(chunks) % ranks and max(map(len, chunks)) > 1:
         place = max(range(len(chunks)), key=lambda i: len(chunks[i]))
         half = (len(chunks[place]) + 1) // 2

@@ -25,7 +25,7 @@ from limbeck.runtime.files import whole_file
 from limbeck.types import LimbeckError, Response, Sampling, Split
 
 # Rows of a record batch; all but the last have as many, so that a row is found by division.
-ROWS = 1024
+ROWS = 4096
 IDS = ("prompt_ids", "response_ids")
 NUMBERS = ("logp", "sampled_logp")
 _JSON = json.JSONEncoder(ensure_ascii=False)
@@ -59,6 +59,7 @@ class ResponseTable(Sequence[Response]):
 
     def __init__(self, batches: Sequence[pa.RecordBatch], places: np.ndarray | None = None):
         self._batches = batches
+        self._rows = batches[0].num_rows if batches else 1
         count = sum(batch.num_rows for batch in batches)
         self.places = np.arange(count, dtype=np.int32) if places is None else places
 
@@ -76,7 +77,7 @@ class ResponseTable(Sequence[Response]):
 
     def at(self, place: int) -> Response:
         """The response at a place of the file."""
-        number, row = divmod(place, ROWS)
+        number, row = divmod(place, self._rows)
         return _response(self._batches[number], row)
 
     def taken(self, places: np.ndarray) -> ResponseTable:
@@ -96,7 +97,7 @@ class ResponseTable(Sequence[Response]):
 
     def _column(self, name: str) -> Iterator[Any]:
         for place in self.places.tolist():
-            number, row = divmod(place, ROWS)
+            number, row = divmod(place, self._rows)
             yield self._batches[number].column(name)[row].as_py()
 
     def answered(self, split: Split) -> NumberedResponses:
@@ -200,7 +201,7 @@ def open_responses(path: Path) -> ResponseTable:
             batches = [file.get_batch(number) for number in range(file.num_record_batches)]
             for batch in batches:
                 batch.validate()
-            if not file.schema.equals(SCHEMA) or any(batch.num_rows != ROWS for batch in batches[:-1]):
+            if not file.schema.equals(SCHEMA) or len({batch.num_rows for batch in batches[:-1]}) > 1:
                 raise pa.ArrowInvalid("its columns are not those of responses")
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -178,7 +178,13 @@ class GradientPasses:
             return cut_by_rows(tuple(by_row), self.settings.per_device_train_batch_size)
         rule = self.module.loss_plan.rule
         together = 2 if rule is not None and rule.pairs else 1
-        return cut_by_tokens(by_row, self.settings.max_tokens_per_batch, together=together, ranks=ranks)
+        return cut_by_tokens(
+            by_row,
+            self.settings.max_tokens_per_batch,
+            together=together,
+            ranks=ranks,
+            packed=self.settings.packing,
+        )
 
     def _micro_batches(self, by_row: Mapping[int, Response]) -> list[tuple[int, ...]]:
         ranks = self.accelerator.num_processes

@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 from torch import nn
 
+from limbeck.models.forward import require_rows_apart
 from limbeck.models.whole import whole
 from limbeck.objectives import Temperature, TemperatureSchedule
 from limbeck.recipe.sections import TrainSection
@@ -163,6 +164,13 @@ def _prepared(
     accelerator = launch.accelerator(
         settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
     )
+    if settings.packing and not sharding.is_sharded(student):
+        short, long = (
+            Response(prompt_id="", author="data", prompt_ids=(1, 2), response_ids=(3,) * length, stop="length")
+            for length in (3, 6)
+        )
+        rows = collate([long, short], (0, 1), pad_id=pad_id)
+        require_rows_apart(student, rows.to(next(student.parameters()).device))
     if sharding.is_asked(settings):
         sharding.shard(student, accelerator, bf16=settings.bf16)
     step_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
@@ -189,7 +197,12 @@ def _prepared(
         one = collate({row: response}, (row,), pad_id=pad_id)
         projection_ED = make_projection(student, teacher, one, vocab_size=vocab_size, seed=settings.seed)
     loss_module = StudentLoss(
-        student, loss_plan, vocab_size=vocab_size, projection_ED=projection_ED, compile=settings.compile
+        student,
+        loss_plan,
+        vocab_size=vocab_size,
+        projection_ED=projection_ED,
+        compile=settings.compile,
+        packed=settings.packing,
     )
     optimizer = launch.adamw(loss_module, settings)
     model, optimizer = launch.prepared(accelerator, loss_module, optimizer)

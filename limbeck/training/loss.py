@@ -157,6 +157,7 @@ class StudentLoss(nn.Module):
     """Student and objectives.
 
     Attributes:
+        packed: whether the student reads the rows of a batch one after another, without padding.
         projection_ED: maps the student's last hidden states to the teacher's width for objectives on hidden states;
             learned with the student and left behind when it is saved. None where nothing needs it.
     """
@@ -169,8 +170,10 @@ class StudentLoss(nn.Module):
         vocab_size: int,
         projection_ED: Tensor | None,
         compile: Literal["auto", "on", "off"],
+        packed: bool = False,
     ):
         super().__init__()
+        self.packed = packed
         self.student = student
         self.loss_plan = loss_plan
         self.vocab_size = vocab_size
@@ -201,7 +204,7 @@ class StudentLoss(nn.Module):
     def _losses(
         self, batch: TokenBatch, signal: Signal | None, weight_N: Tensor, step_settings: StepSettings
     ) -> tuple[Tensor, Tensor, Tensor]:
-        hidden_ND = hidden_states(self.student, batch)
+        hidden_ND = hidden_states(self.student, batch, packed=self.packed)
         head = head_of(self.student, self.vocab_size, verify=False)
         sums = Sums(self.stats, weight_N.device)
         if signal is None:

@@ -198,7 +198,7 @@ class TrainingRun:
             "tokens_per_s": round(tokens / seconds, 1),
             **self.passes.text_tokens(progress.step),
             "seconds": round(progress.seconds, 3),
-            "padding": round(padding(by_row, self.passes.chunks(by_row, ranks=self.accelerator.num_processes)), 4),
+            "padding": self._padding(by_row),
         }
         due = progress.step % self.settings.logging_steps == 0 or progress.step == self.total
         if self.evaluation.due_after(progress.step):
@@ -217,6 +217,11 @@ class TrainingRun:
         if self._measures_gaps(progress):
             progress.measure_gaps(found.sums)
         return found.means, found.stop
+
+    def _padding(self, by_row: Mapping[int, Response]) -> float:
+        if self.settings.packing:
+            return 0.0
+        return round(padding(by_row, self.passes.chunks(by_row, ranks=self.accelerator.num_processes)), 4)
 
     def _authored(
         self, progress: Progress, by_row: Mapping[int, Response], means: Mapping[str, float], written: float

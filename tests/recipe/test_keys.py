@@ -244,7 +244,7 @@ def test_the_marked_keys() -> None:
     assert neutral_keys() == {
         *("name", "output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.report_to"),
         *("train.push_to_hub", "train.hub_model_id", "train.hub_private_repo", "train.sharding"),
-        "train.max_tokens_per_batch",
+        *("train.max_tokens_per_batch", "train.packing"),
         *(f"responses.server.{key}" for key in connection),
         *(f"evaluate.groups.judge.{key}" for key in connection | {"price_per_million"}),
         *(f"responses.engine.{key}" for key in connection | {"model", "folder", "seen_as"}),

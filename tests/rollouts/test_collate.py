@@ -65,6 +65,8 @@ def test_micro_batches_within_a_budget_of_tokens(responses, tokens, together, ra
 def test_a_budget_cuts_no_finer_than_it_must():
     by_row = dict(enumerate(response((1,) * 5, (2,) * (length - 5 + 1)) for length in (40, 30, 20, 20, 10, 10, 10)))
     assert cut_by_tokens(by_row, 60) == [(0,), (1, 2), (3, 4, 5), (6,)]
+    # Without padding 20, 20, 10 and 10 are 60, not 80.
+    assert cut_by_tokens(by_row, 60, packed=True) == [(0,), (1, 2), (3, 4, 5, 6)]
     assert cut_by_tokens(by_row, 10_000) == cut_by_rows(range(7), 7) == [tuple(range(7))]
     assert cut_by_tokens(by_row, 10_000, ranks=2) == [(0, 1, 2, 3), (4, 5, 6)]
 

@@ -57,21 +57,25 @@ def test_the_update_does_not_depend_on_how_the_batch_is_cut(tmp_path, tied):
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [25, 70])
-def test_the_update_does_not_depend_on_a_budget_of_tokens(tmp_path, tokens):
-    ends, lines, passes = {}, {}, {}
-    for budget in (None, tokens):
-        folder = tmp_path / str(budget)
+@pytest.mark.parametrize(("tokens", "packing"), [(25, False), (70, False), (70, True), (None, True)])
+def test_the_update_does_not_depend_on_a_budget_of_tokens_or_on_packing(tmp_path, tokens, packing):
+    ends, lines, shapes = {}, {}, {}
+    for name, changes in {"rows": {}, "other": {"max_tokens_per_batch": tokens, "packing": packing}}.items():
+        folder = tmp_path / name
         folder.mkdir()
         teacher = FailingTeacher(1000)
-        chosen = settings(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_tokens_per_batch=budget)
-        ends[budget] = weights(play(tiny_model(1), folder, chosen, teacher=teacher))
-        lines[budget], passes[budget] = metrics(folder), teacher.shapes
-    assert largest_gap(ends[None], ends[tokens]) < 1e-6
-    for one, other in zip(lines[None], lines[tokens], strict=True):
+        chosen = settings(per_device_train_batch_size=4, gradient_accumulation_steps=2, **changes)
+        ends[name] = weights(play(tiny_model(1), folder, chosen, teacher=teacher))
+        lines[name], shapes[name] = metrics(folder), teacher.shapes
+    assert largest_gap(ends["rows"], ends["other"]) < 1e-6
+    for one, other in zip(lines["rows"], lines["other"], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    assert all(rows == 1 or rows * width <= tokens for rows, width in passes[tokens])
-    assert any(rows * width > tokens for rows, width in passes[None]) or len(passes[tokens]) < len(passes[None])
+        assert one["padding"] > 0 and (other["padding"] == 0.0 or not packing)
+    if tokens and not packing:
+        assert all(rows == 1 or rows * width <= tokens for rows, width in shapes["other"])
+        assert any(rows * width > tokens for rows, width in shapes["rows"]) or len(shapes["other"]) < len(
+            shapes["rows"]
+        )
 
 
 def naive_gradient(rows, cut, normalise):
