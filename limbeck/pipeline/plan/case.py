@@ -67,7 +67,7 @@ class Case:
         """Of the signals of training responses, and of held-out ones."""
         codec = exact_codec(self.recipe)
         says_all = self.teacher is not None and self.where in ("in_process", "server", "store")
-        return codec, Hidden(dtype=self.recipe.teacher.cache_dtype) if says_all else codec
+        return codec, Hidden(dtype=self.recipe.teacher.kept_dtype) if says_all else codec
 
     @property
     def signal_bytes(self) -> tuple[int, int]:
