@@ -23,6 +23,7 @@ from limbeck.objectives.sequence.rules import RULES
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import ObjectiveSection, known_keys, load_recipe, objective_of, shipped_recipes
 from limbeck.recipe.teacher import TeacherSection
+from limbeck.rollouts.engines import ENGINES
 from limbeck.rollouts.registry import SOURCES
 from limbeck.teachers.combinations import COMBINATIONS
 from limbeck.teachers.registry import TEACHERS
@@ -204,7 +205,17 @@ def test_links_and_keys_exist(page: str) -> None:
 def test_objectives_named_in_tables_exist(page: str) -> None:
     """`name: x` in recipes' notation, wherever it stands in the text."""
     for name in re.findall(r"\{name: (\w+)", text_of(page)):
-        assert name in {**OBJECTIVES, **RULES, **SOURCES, **GENERATORS, **SEES, **TEACHERS, **CODECS, **COMBINATIONS}
+        assert name in {
+            **OBJECTIVES,
+            **RULES,
+            **SOURCES,
+            **GENERATORS,
+            **SEES,
+            **TEACHERS,
+            **CODECS,
+            **COMBINATIONS,
+            **ENGINES,
+        }
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("objectives.md", "methods.md")])

@@ -45,5 +45,5 @@ class MixedSource(StatelessSource):
         return self.own.starts_round(clock)
 
     def metrics(self, clock: StepCounter) -> dict[str, float]:
-        # In steps on other responses a run that was resumed has not read the student's yet.
+        # A resumed run may have read no round of the student's before a step on the others.
         return {"share": self._share(clock)} | (self.own.metrics(clock) if self._is_own(clock) else {})
