@@ -117,6 +117,7 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     if train.learning_rate == "auto" and not case.sharded:
         yield "weights of a trial", student.trained * number
     yield from _teacher_in_training(case)
+    yield "kept of the first stage", _kept(case, first=True)
     if case.steps.written and isinstance(case.recipe.responses.engine, InProcess):
         yield from _sampling(case, student.model, number, case.steps.rows)
     if case.fleet.device.host:
@@ -149,6 +150,20 @@ def _evaluate(case: Case) -> Iterator[tuple[str, float]]:
     else:
         yield from _sampling(case, student.model, student.number_bytes, recipe.evaluate.batch_size)
     yield "loss", _loss_bytes(case, trained=False)
+    yield "kept of the training", _kept(case, first=False)
+
+
+def _kept(case: Case, *, first: bool) -> float:
+    """What the allocator of a process on a CPU keeps of a training that is over, though it was freed.
+
+    The moments of a first stage; of the whole training, also gradients, moments and the weights of a trial.
+    """
+    if not case.fleet.device.host:
+        return 0
+    weights = case.student.trained * case.student.number_bytes / (case.ranks if case.sharded else 1)
+    of_first = 2 * weights if case.steps.first else 0
+    searched = case.recipe.train.learning_rate == "auto" and not case.sharded
+    return of_first if first else of_first + (3 + searched) * weights
 
 
 def batch_positions(case: Case) -> int:
