@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from limbeck.models.devices import fleet_of
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.hosted_cost import hosted_costs
+from limbeck.pipeline.plan.outcome import plan
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.pipeline.stages.respond import load_responses
 from limbeck.pipeline.stages.teach import open_teacher
@@ -334,6 +336,7 @@ def test_the_most_that_a_run_can_cost_is_known_before_it_asks(hosted: Hosted, tm
     assert (cost.answers, cost.prompt_bytes, cost.answer_tokens) == (24, read, 24 * limit)
     reading, writing = (Decimal(str(price)) for price in PRICE)
     assert cost.usd == (reading * (read + 24 * 7) + writing * 24 * limit) / 1_000_000 and cost.budget == 50
+    assert plan(recipe, fleet_of("cpu")).hosted_usd == cost.usd
     assert cost.model == MODEL and not bill.requests, "nothing was asked"
     verify = {"by": "math", "samples": 3}
     tree = tree_of(hosted, tmp_path / "best", responses={"source": "teacher", "verify": verify})

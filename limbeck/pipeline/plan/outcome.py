@@ -94,6 +94,8 @@ def plan_of(case: Case, *, rates: Rates | None = None, tokenizer: int = 0) -> Pl
 
 def hosted_usd(case: Case) -> Decimal | None:
     """The most that hosted teachers can cost: all prompts read once, all answers as long as they may become."""
+    if case.work.hosted_usd is not None:
+        return case.work.hosted_usd
     hosted = [one.where for one in case.recipe.every_teacher.values() if isinstance(one.where, OnApi)]
     if not hosted or case.recipe.base_author != "teacher":
         return None

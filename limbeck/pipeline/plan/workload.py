@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from math import ceil
 from statistics import linear_regression
 from typing import Any
 
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.hosted_cost import hosted_costs, hosted_teachers
 from limbeck.pipeline.stages import prompts as prompts_stage
 from limbeck.pipeline.store_estimate import lengths_of
 from limbeck.prompts.io import read_prompts
@@ -17,6 +19,7 @@ from limbeck.prompts.templates import encode_prompts
 from limbeck.recipe.load import Recipe
 from limbeck.rollouts.development import FEWEST, LARGEST_SHARE
 from limbeck.rollouts.options import OnPolicyOptions
+from limbeck.teachers.hosted_account import NOTHING
 from limbeck.teachers.hosted_asking import AROUND_A_TURN
 from limbeck.teachers.store.estimate import Length
 from limbeck.training.schedules import total_steps
@@ -70,12 +73,15 @@ class Workload:
     Attributes:
         exact: whether the responses are known; else each counts as long as it may become, or as is assumed of all.
         asked_bytes: of all prompts, and of what stands around their turns at most; 0 where the responses are known.
+        hosted_usd: the most that hosted teachers can cost, with all attempts and without what is paid for; None where
+            they are not asked about these prompts, or a price is missing.
     """
 
     train: Texts
     heldout: Texts
     exact: bool
     asked_bytes: int = 0
+    hosted_usd: Decimal | None = None
 
     @property
     def count(self) -> int:
@@ -126,7 +132,7 @@ def workload_of(context: RunContext, *, answer: float | None = None) -> Workload
     if not recipe.on_policy and (done or recipe.base_author == "data"):
         lengths, _ = lengths_of(context)
         return Workload(train=Texts.of(lengths["train"]), heldout=Texts.of(lengths["heldout"]), exact=True)
-    prompts, asked_bytes = _asked(context)
+    prompts, asked_bytes, hosted_usd = _asked(context)
     most = recipe.responses.max_new_tokens
     loss = most if answer is None else max(round(answer), 1)
     found = {side: [Length(loss=loss, ids=ids + loss) for ids in some] for side, some in prompts.items()}
@@ -136,11 +142,13 @@ def workload_of(context: RunContext, *, answer: float | None = None) -> Workload
         found["heldout"] = list(written["heldout"])
         found["train"] = list(written["train"]) if recipe.responses.source.trains_on_initial else found["train"]
     sides = {side: Texts.of(lengths) for side, lengths in found.items()}
-    return Workload(train=sides["train"], heldout=sides["heldout"], exact=False, asked_bytes=asked_bytes)
+    return Workload(
+        train=sides["train"], heldout=sides["heldout"], exact=False, asked_bytes=asked_bytes, hosted_usd=hosted_usd
+    )
 
 
-def _asked(context: RunContext) -> tuple[dict[str, list[int]], int]:
-    """Tokens of each prompt of both splits, and bytes of all."""
+def _asked(context: RunContext) -> tuple[dict[str, list[int]], int, Decimal | None]:
+    """Tokens of each prompt of both splits, bytes of all, and what hosted teachers can cost."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = RunContext(replace(context.recipe, output_dir=folder), context.console)
         prompts_stage.STAGE.run(scratch)
@@ -152,7 +160,14 @@ def _asked(context: RunContext) -> tuple[dict[str, list[int]], int]:
         ids = round(added + per_byte * _bytes_of(prompt))
         found[prompt.split].append(ids if longest is None else min(ids, longest))
     turns = sum(max(len(prompt.messages or ()), 1) for prompt in prompts)
-    return found, sum(map(_bytes_of, prompts)) + AROUND_A_TURN * turns
+    return found, sum(map(_bytes_of, prompts)) + AROUND_A_TURN * turns, _hosted_usd(context, prompts)
+
+
+def _hosted_usd(context: RunContext, prompts: Sequence[Prompt]) -> Decimal | None:
+    if any(one.where.price_per_million is None for one in hosted_teachers(context).values()):
+        return None
+    costs = hosted_costs(context, prompts).values()
+    return sum((cost.usd for cost in costs), NOTHING) if costs else None
 
 
 def _tokens_of(context: RunContext, prompts: Sequence[Prompt]) -> tuple[float, float]:
