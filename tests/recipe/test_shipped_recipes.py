@@ -64,7 +64,7 @@ def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPai
     teacher = write_model(tmp_path / "wide", window=512) if name.startswith("lab/") else tiny.teacher
     places = (f"output_dir={run}", f"teacher.model={teacher}", f"prompts.source={prompts}")
     # What the laboratory's students begin as is another run, or far larger than the tiny pair.
-    init = "{init: depth_prune, layers: 2}" if name == "lab/kd" else "{init: scratch}"
+    init = "{init: depth_prune, layers: 2}" if name in ("lab/kd", "lab/task") else "{init: scratch}"
     lab = (f"student={init}", "evaluate.prompts=4") if name.startswith("lab/") else ()
     whole = ("student={init: teacher, quantize: {format: q4_0, grid: importance}}",) if name == "recover" else ()
     if name in PROBLEMS:
@@ -99,6 +99,8 @@ def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPai
         # A program makes its problems, and its student begins from nothing.
         places, small = (f"output_dir={run}",), tuple(key for key in SMALL if not key.startswith("student."))
         lab = ("prompts.generate.count=200", "responses.max_new_tokens=48", "train.per_device_train_batch_size=8")
+        if name == "lab/task":
+            places, lab = (f"output_dir={run}", f"teacher.model={teacher}"), (f"student={init}", *lab)
     finished = limbeck.run("run", name, *places, *small, *lab, *whole)
     assert finished.code == 0, finished.stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
