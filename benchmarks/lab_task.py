@@ -1,0 +1,169 @@
+"""The page about the bench with a teacher that is right, built from its sweeps: the same bytes for the same runs.
+
+    limbeck sweep lab/task-temperature      # and the other sweeps named lab/task-*; any that are missing are left out
+    python -m benchmarks.lab_task           # writes docs/results/lab-task.md and its pictures from runs/sweeps
+
+Each question is one sweep. An arm's accuracy is that of greedy answers to held-out chains, with an interval over seeds
+and chains together; arms that share a letter are not separated, corrected for the number of pairs. What the bench can
+resolve is measured from repeated runs of one arm: its seeds are split into two halves, compared as two arms are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import statistics
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from limbeck.compare.page import write_comparison
+from limbeck.compare.ranking import rank
+from limbeck.compare.runs import ARMS, ComparedArm, Comparison, gather
+from limbeck.compare.student_t import quantile
+from limbeck.compare.tables import Column, MetricTables
+from limbeck.compare.uncertainty import Resampled, ResampledMetric
+from limbeck.report.read_run import value_at
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAD = "accuracy@heldout"
+# Beside accuracy: by length (a longer chain is judged on more of the student's own tokens), the distance from the
+# teacher on text of both authors, and calibration.
+BESIDE = {
+    "accuracy@heldout,3 steps": "of 3 steps",
+    "accuracy@heldout,4 steps": "of 4",
+    "accuracy@heldout,5 steps": "of 5",
+    "forward_kl": "forward KL",
+    "forward_kl@student": "on its own answers",
+    "student_ece": "calibration error",
+}
+QUESTIONS = {
+    "temperature": "Does forward KL overtake reverse KL once the temperature of the loss is tuned?",
+    "direction": "The direction of KL beside who wrote the prefix: which of the four?",
+    "refresh": "The student's answers anew at each step, in rounds, or never: what does it matter?",
+    "distillm": "From skew KL to DistiLLM-2, one part at a time: which part helps?",
+    "objectives": "CSD's pairs of weights beside the KL family: which are separated?",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", type=Path, default=Path("runs/sweeps"))
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "lab-task.md")
+    arguments = parser.parse_args()
+    folders = {name: arguments.sweeps / f"lab-task-{name}" for name in QUESTIONS}
+    found = {name: folder for name, folder in folders.items() if (folder / ARMS).is_file()}
+    if not found:
+        raise SystemExit(f"{arguments.sweeps} holds no lab-task-*; run `limbeck sweep lab/task-temperature`")
+    parts = [section(name, folder, arguments.page) for name, folder in found.items()]
+    said = wrapped(f"`python -m benchmarks.lab_task`. {(__doc__ or '').split(chr(10) * 2)[-1]}")
+    head = f"# A task with a teacher that is right: what the sweeps show\n\n{said}\n"
+    arguments.page.write_text("\n".join([head, *parts]).rstrip() + "\n", "utf-8")
+    print(arguments.page)
+
+
+def section(name: str, folder: Path, page: Path) -> str:
+    """One question: its state, table, what can be resolved, and picture."""
+    comparison = gather([folder], None, folder)
+    columns = MetricTables(comparison).columns
+    if LEAD not in columns:
+        return f"## {QUESTIONS[name]}\n\n{wrapped(_state(comparison))} Nothing has been measured yet.\n"
+    ranking = rank(columns[LEAD])
+    wanted = {key: label for key, label in BESIDE.items() if key in columns}
+    head = ["arm", "accuracy", "group", *wanted.values(), "learning rate"]
+    lines = [_row(head), "|---|---:|---|" + "---:|" * (len(wanted) + 1)]
+    rates = chosen_rates(folder)
+    for line in ranking.lines:
+        beside = [_value(columns[key], line.arm) for key in wanted]
+        lines.append(
+            _row([line.arm.name, f"{line.mean} ({line.interval})", line.letters, *beside, rates.get(line.arm.name, "")])
+        )
+    picture = page.with_name(f"lab-task-{name}.svg")
+    drawn = write_comparison([folder], folder / "compare.html", title=f"lab-task-{name}", metric=LEAD, replacing=True)
+    shutil.copyfile(drawn.with_suffix(".svg"), picture)
+    return (
+        f"## {QUESTIONS[name]}\n\n"
+        + wrapped(f"`limbeck sweep lab/task-{name}`. {_state(comparison)} {ranking.verdict}.")
+        + "\n\n"
+        + "\n".join(lines)
+        + f"\n\n{wrapped(resolved(columns[LEAD]))}\n\n![{QUESTIONS[name]}]({picture.name})\n"
+    )
+
+
+def resolved(column: Column) -> str:
+    """The smallest difference that seeds separate, from arms compared with themselves."""
+    whole = column.resampled.sheet
+    widths = [width for arm in range(whole.arms) if (width := halves(whole, arm)) is not None]
+    if not widths:
+        return "Too few seeds to say what can be resolved."
+    half = min(len(runs) for runs in whole.runs) // 2
+    # Both halves' error falls with the root of the number of seeds, and Student's t with it.
+    scale = {n: quantile(0.05, 2 * n - 2) / math.sqrt(n) for n in (3, half, 10)}
+    middle = statistics.median(widths)
+    said = " and ".join(f"{middle * scale[n] / scale[half]:.3f} with {n}" for n in (3, 10))
+    return (
+        f"Compared with itself, {half} seeds against {half} others, the difference of an arm has an interval of "
+        f"{middle:.3f} to each side (median of {len(widths)} arms, {min(widths):.3f} to {max(widths):.3f}): the "
+        f"smallest difference of two arms that is separated is {said} seeds each."
+    )
+
+
+def halves(whole: ResampledMetric, arm: int) -> float | None:
+    """Half the width of the interval of the difference between two halves of an arm's seeds."""
+    seeds = sorted(whole.runs[arm])
+    if len(seeds) < 4:
+        return None
+    half = len(seeds) // 2
+    sides = [seeds[:half], seeds[half : 2 * half]]
+    rows = [(side, seed, whole.runs[arm][seed]) for side, group in enumerate(sides) for seed in group]
+    sheet = ResampledMetric(
+        arm_R=tuple(side for side, _, _ in rows),
+        seed_R=tuple(seed for _, seed, _ in rows),
+        value_R=whole.value_R[[run for _, _, run in rows]],
+        drawn_BR=whole.drawn_BR[:, [run for _, _, run in rows]],
+        examples=whole.examples,
+        share=whole.share,
+    )
+    return Resampled(sheet=sheet).pairs[0, 1].half_width
+
+
+def chosen_rates(folder: Path) -> dict[str, str]:
+    """The learning rate of each arm, by the arm's name."""
+    found = {}
+    for arm in gather([folder], None, folder).arms:
+        for member in arm.done:
+            rate = value_at(member.run.recipe, "train.learning_rate") if member.run else None
+            found[arm.name] = f"{rate:.0e}" if isinstance(rate, float) else str(rate)
+    return found
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of 120 characters, as the other pages have them."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _state(comparison: Comparison) -> str:
+    done = [len(arm.done) for arm in comparison.arms]
+    planned = [len(arm.members) for arm in comparison.arms]
+    broken = [member.arm for member in comparison.members if member.state == "failed"]
+    text = f"{len(done)} arms, {min(done)} to {max(done)} seeds each." if min(done) < max(done) else ""
+    text = text or f"{len(done)} arms, {max(done)} seeds each."
+    if sum(done) < sum(planned):
+        text += f" **Unfinished: {sum(done)} of {sum(planned)} runs.**"
+    if broken:
+        text += f" Failed: {', '.join(sorted(set(broken)))}."
+    return text
+
+
+def _value(column: Column, arm: ComparedArm) -> str:
+    where = {one.name: n for n, one in enumerate(column.arms)}
+    return f"{column.resampled.mean(where[arm.name]):.3f}" if arm.name in where else ""
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
