@@ -126,6 +126,14 @@ def one_teacher(tree: dict[str, Any]) -> None:
     teachers = tree.get("teachers")
     if not isinstance(teachers, dict) or not teachers:
         return
+    sections = [section for section in teachers.values() if isinstance(section, dict)]
+    if len({section.get("dtype") or "float32" for section in sections}) > 1:
+        # Teachers of several precisions have one signal: what none of them loses by.
+        teachers = {
+            name: {"cache_dtype": "float32", **section} if isinstance(section, dict) else section
+            for name, section in teachers.items()
+        }
+        tree["teachers"] = teachers
     first = next(iter(teachers.values()))
     if "teacher" in tree and tree["teacher"] != first:
         raise LimbeckError("teacher and teachers are both given; name the teachers in teachers alone")

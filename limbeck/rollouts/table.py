@@ -204,7 +204,7 @@ def open_responses(path: Path) -> ResponseTable:
             if not file.schema.equals(SCHEMA) or len({batch.num_rows for batch in batches[:-1]}) > 1:
                 raise pa.ArrowInvalid("its columns are not those of responses")
     except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise LimbeckError(
             f"{columns} is damaged ({reason}); delete {columns} and run the same command again"
         ) from None
