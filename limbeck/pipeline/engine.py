@@ -80,7 +80,7 @@ def run_pipeline(
             if update or any(not run.done(stage.name) for stage in wanted):
                 for stage in stages:
                     stage.check(context)
-                _require_room(context)
+                _require_room(context, reading=False)
             whole = wanted[-1] is stages[-1]
             if whole:
                 check_publishing(context)
@@ -192,7 +192,7 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
     record["started"] = (begun or {}).get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record["made_from"] = sources_of(run, stages, stage)
     record["ranks"] = context.launch.ranks
-    _require_room(context)
+    _require_room(context, reading=True)
     run.write_manifest(stage.name, record)
     reset_peak_memory()
     try:
@@ -217,11 +217,11 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
     console.say(f"{stage.name}: done in {format_seconds(record['seconds'])}{detail}")
 
 
-def _require_room(context: RunContext) -> None:
+def _require_room(context: RunContext, *, reading: bool) -> None:
     """Refuse what the disk or the memory cannot hold, as far as it is known before the next stage."""
     from limbeck.pipeline.plan.room import require_room
 
-    require_room(context)
+    require_room(context, reading=reading)
 
 
 def _follow(context: RunContext, work: SharedWork, stages: Sequence[Stage]) -> RunDirectory:

@@ -31,24 +31,30 @@ from limbeck.types import LimbeckError
 _PLACES = {"signal": "signal", "checkpoints": "checkpoints", "student": "student"}
 
 
-def require_room(context: RunContext) -> None:
+def require_room(context: RunContext, *, reading: bool = True) -> None:
     """See that a run will have the disk and the memory that it cannot do without, as far as that is known by now.
+
+    Args:
+        reading: whether the texts that are on disk are read; before the run's files were checked they may be damaged,
+            and count as none.
 
     Raises:
         LimbeckError: it will not; names what takes most and what to change.
     """
-    case = _known_case(context)
+    case = _known_case(context, reading)
     if case is None:
         return
     require_memory(context, case)
     require_disk(case, context.run.root, signal=not context.run.done("teach"))
 
 
-def _known_case(context: RunContext) -> Case | None:
+def _known_case(context: RunContext, reading: bool) -> Case | None:
     """The run by what is on disk of it; None where nothing is left to train, or nothing is known of its models."""
     if context.run.done("train") or (context.wanted is not None and "train" not in context.wanted):
         return None
-    return case_of(context, _known_work(context), _ranks(context))
+    nothing = Texts(count=0, tokens=0, ids=0, longest=0)
+    work = _known_work(context) if reading else Workload(train=nothing, heldout=nothing, exact=False)
+    return case_of(context, work, _ranks(context))
 
 
 def _ranks(context: RunContext) -> Fleet:
