@@ -73,7 +73,7 @@ def section(name: str, folder: Path, page: Path) -> str:
     wanted = {key: label for key, label in BESIDE.items() if key in columns}
     head = ["arm", "accuracy", "group", *wanted.values(), "learning rate"]
     lines = [_row(head), "|---|---:|---|" + "---:|" * (len(wanted) + 1)]
-    rates = chosen_rates(folder)
+    rates = chosen_rates(comparison)
     for line in ranking.lines:
         beside = [_value(columns[key], line.arm) for key in wanted]
         lines.append(
@@ -128,10 +128,10 @@ def halves(whole: ResampledMetric, arm: int) -> float | None:
     return Resampled(sheet=sheet).pairs[0, 1].half_width
 
 
-def chosen_rates(folder: Path) -> dict[str, str]:
+def chosen_rates(comparison: Comparison) -> dict[str, str]:
     """The learning rate of each arm, by the arm's name."""
     found = {}
-    for arm in gather([folder], None, folder).arms:
+    for arm in comparison.arms:
         for member in arm.done:
             rate = value_at(member.run.recipe, "train.learning_rate") if member.run else None
             found[arm.name] = f"{rate:.0e}" if isinstance(rate, float) else str(rate)

@@ -26,7 +26,7 @@ def fields_of(response: Response) -> dict[str, Any]:
     """A response as plain values, without empty fields that only conversations or rollouts use."""
     row = {name: getattr(response, name) for name in _FIELDS}
     if response.sampling is not None:
-        row["sampling"] = dict(_plain(response.sampling))
+        row["sampling"] = dict(sampling_fields(response.sampling))
     if not response.spans:
         del row["spans"]
     if not response.round:
@@ -37,7 +37,8 @@ def fields_of(response: Response) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _plain(sampling: Sampling) -> dict[str, Any]:
+def sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """Sampling settings as plain values, made once and shared: copy them before changing any."""
     return asdict(sampling)
 
 
@@ -110,12 +111,18 @@ def response_from_json(row: dict[str, Any]) -> Response:
     _require_ids(row["prompt_ids"])
     _require_ids(row["response_ids"])
     plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
-    if (sampling := row["sampling"]) is not None:
-        plain["sampling"] = Sampling(**(sampling | {"stop": tuple(sampling["stop"])}))
+    if row["sampling"] is not None:
+        plain["sampling"] = sampling_from_json(row["sampling"])
     plain |= {name: shared_ids(row[name]) for name in ("prompt_ids", "response_ids")}
     if "spans" in row:
         plain["spans"] = tuple((start, end) for start, end in row["spans"])
     return Response(**plain)
+
+
+def sampling_from_json(row: dict[str, Any]) -> Sampling:
+    """Sampling settings from the plain values that `sampling_fields` and JSON make of them."""
+    plain: dict[str, Any] = row | {"stop": tuple(row["stop"])}
+    return Sampling(**plain)
 
 
 def _parse(line: bytes, path: Path, number: int, read: Callable[[dict[str, Any]], _T]) -> _T:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute
 
-from limbeck.rollouts.io import fields_of, read_responses
+from limbeck.rollouts.io import fields_of, read_responses, sampling_fields, sampling_from_json
 from limbeck.runtime.files import whole_file
 from limbeck.types import LimbeckError, Response, Sampling, Split
 
@@ -248,13 +247,12 @@ def _joined(ids: pa.ListArray) -> Iterator[str]:
 
 @lru_cache(maxsize=64)
 def _written(sampling: Sampling) -> str:
-    return _JSON.encode(asdict(sampling))
+    return _JSON.encode(sampling_fields(sampling))
 
 
 @lru_cache(maxsize=64)
 def _read(written: str) -> Sampling:
-    plain = json.loads(written)
-    return Sampling(**(plain | {"stop": tuple(plain["stop"])}))
+    return sampling_from_json(json.loads(written))
 
 
 def _lengths(batch: pa.RecordBatch, name: str) -> np.ndarray:

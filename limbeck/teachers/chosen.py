@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.in_front import InFront
-from limbeck.teachers.several import rows_of_batch
+from limbeck.teachers.parts import rows_of_batch
 from limbeck.types import DenseSignal, Signal, TokenBatch
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from limbeck.pipeline.checks import student_spec
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize, StudentSize, adapters_of, size_of
 from limbeck.pipeline.plan.workload import Steps, Workload, steps_of
+from limbeck.pipeline.stages.respond import may_capture
 from limbeck.pipeline.store_identity import exact_codec
 from limbeck.recipe.load import Recipe, signal_temperatures
 from limbeck.recipe.teacher import ITSELF, WHERE
@@ -105,10 +106,7 @@ class Case:
     @property
     def captures(self) -> bool:
         """Whether the signal is kept while the teacher writes."""
-        recipe = self.recipe
-        writes = recipe.base_author == "teacher" and recipe.responses.server is None and self.where == "in_process"
-        simple = recipe.responses.verify is None and recipe.combine is None and recipe.teacher.across is None
-        return writes and simple and recipe.teacher.cache and recipe.teacher.support == "full"
+        return self.where == "in_process" and may_capture(self.recipe)
 
     @property
     def answers_train(self) -> bool:

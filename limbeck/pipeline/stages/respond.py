@@ -91,12 +91,16 @@ def _response_inputs(context: RunContext) -> Json:
 
 def captures(context: RunContext) -> bool:
     """Whether the teacher signal is stored while the teacher samples, which computes it anyway."""
-    recipe = context.recipe
+    return may_capture(context.recipe) and "weights" in context.teacher.provides
+
+
+def may_capture(recipe: Recipe) -> bool:
+    """Whether the signal of a teacher in this process would be stored while it samples."""
     here = recipe.base_author == "teacher" and recipe.responses.server is None
     # Several answers to a prompt have one address: only the one that is kept gets a signal.
     once = recipe.responses.verify is None or recipe.responses.verify.samples == 1
     # States of several teachers are put together when all are known; those of its own tokens are of other positions.
-    alone = recipe.combine is None and recipe.teacher.across is None and "weights" in context.teacher.provides
+    alone = recipe.combine is None and recipe.teacher.across is None
     return here and once and alone and recipe.teacher.cache and recipe.teacher.support == "full"
 
 
