@@ -241,8 +241,8 @@ class TrainSection:
     over short ones. A longer row is alone; null cuts by rows."""
     packing: Annotated[bool, NEUTRAL] = False
     """Put the rows of a micro-batch one after another where they would be padded, kept apart by attention (with bounds
-    under flash_attention_2, with a mask elsewhere); max_tokens_per_batch then counts tokens without padding. The same
-    update; it pays where the rows of a step differ in length, as those that the student writes."""
+    under flash_attention_2, with a mask elsewhere, which is slower than padding on a CPU); max_tokens_per_batch then
+    counts tokens without padding. The same update, for steps whose rows differ in length."""
     learning_rate: Positive | Literal["auto"] = "auto"
     """Peak of the schedule; auto tries several on some steps that are taken back, and takes the best."""
     lr_scheduler_type: Literal[
