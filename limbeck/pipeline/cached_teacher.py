@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,13 +80,19 @@ class CachedTeacher:
             inside = shard.is_relative_to(folder.parent)
             return inside and int(shard.relative_to(folder.parent).parts[0]) < int(folder.name)
 
-        for address in [address for address, (shard, _) in self.places.items() if earlier(shard)]:
-            self._shards.close(self.places.pop(address)[0])
+        self.forget({shard for shard, _ in self.places.values() if earlier(shard)})
         for shard in filter(earlier, folder.parent.glob("*/*/*.safetensors")):
             # Until now a batch with a new response beside old ones was scored whole.
             self.teacher.settled(_batches_of(shard.with_suffix(".jsonl")))
             # Another process may have been here first.
             shard.unlink(missing_ok=True)
+
+    def forget(self, shards: Collection[Path]) -> None:
+        """Read these files no more."""
+        for address in [address for address, (shard, _) in self.places.items() if shard in shards]:
+            del self.places[address]
+        for shard in shards:
+            self._shards.close(shard)
 
     def store(self, path: Path, responses: Sequence[Response], hidden: Sequence[Tensor] | None) -> None:
         """Write the signals of some responses beside them; compute those that sampling has not."""

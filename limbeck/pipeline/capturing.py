@@ -246,22 +246,29 @@ def signals_of(teacher: SignalSource, responses: Sequence[Response]) -> list[Sig
     Raises:
         LimbeckError: a hidden state that is not finite.
     """
-    signal = teacher.signal(collate(responses, range(len(responses)), pad_id=0))
-    lengths = [response.tokens for response in responses]
+    return signals_by_row(teacher, collate(responses, range(len(responses)), pad_id=0))
+
+
+def signals_by_row(teacher: SignalSource, batch: TokenBatch) -> list[Signal]:
+    """What a teacher says of each response of a batch.
+
+    Raises:
+        LimbeckError: a hidden state that is not finite.
+    """
+    signal = teacher.signal(batch)
+    lengths = batch.loss_mask_BT.sum(1).tolist()
     if isinstance(signal, DenseSignal):
         parts = signal.hidden_ND.split(lengths)
-        for hidden_TD, response in zip(parts, responses, strict=True):
+        for hidden_TD, name in zip(parts, batch.ids, strict=True):
             # Here, before anything of a teacher whose numbers are none is on disk.
             if not hidden_TD.isfinite().all():
-                raise LimbeckError(
-                    f"the teacher's output is not finite on response {response.id}; try teacher.dtype=float32"
-                )
+                raise LimbeckError(f"the teacher's output is not finite on response {name}; try teacher.dtype=float32")
         return [DenseSignal(hidden_ND=hidden_TD, head=signal.head) for hidden_TD in parts]
     assert isinstance(signal, TopKSignal), "all else that a teacher can provide: see limbeck.pipeline.provisions"
     columns = {name: getattr(signal, name).split(lengths) for name in sparse_columns(TopKSignal)}
     return [
         TopKSignal(temperatures=signal.temperatures, **{name: parts[row] for name, parts in columns.items()})
-        for row in range(len(responses))
+        for row in range(len(lengths))
     ]
 
 

@@ -84,6 +84,9 @@ class TeacherSection:
     """Write what it says to disk once; false runs the teacher beside the student in every epoch."""
     cache_dtype: Dtype | None = None
     """Precision of the hidden states on disk; null is the one that the teacher computes in, which loses nothing."""
+    cache_limit_gib: Positive | None = None
+    """GiB of disk at most for the signals of training responses: the teacher scores those of the next steps, as many as
+    fit, and they go when the training has passed them. Each epoch is scored anew. Null keeps all of them."""
 
     def __post_init__(self) -> None:
         if self.cache_dtype is None:
@@ -94,6 +97,11 @@ class TeacherSection:
         """`cache_dtype`, which is known by now."""
         assert self.cache_dtype is not None
         return self.cache_dtype
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether what it says of all training responses is on disk at the same time."""
+        return self.cache and self.cache_limit_gib is None
 
     @property
     def kept(self) -> int:

@@ -23,6 +23,7 @@ def check_teachers(recipe: Recipe) -> None:
     _check_itself(recipe)
     _check_axes(recipe)
     _check_students_choice(recipe)
+    _check_cache_limit(recipe)
     _check_sees(recipe)
 
 
@@ -190,6 +191,39 @@ def _check_students_choice(recipe: Recipe) -> None:
             raise LimbeckError(
                 f"teacher.student_k is {teacher.student_k}, but with teacher.where={where} {what}; {remedy}"
             )
+
+
+def _check_cache_limit(recipe: Recipe) -> None:
+    """Check that the signal of a training can be computed a few steps at a time."""
+    teacher = recipe.teacher
+    if teacher.cache_limit_gib is None:
+        return
+    source = source_name(recipe.responses.source)
+    for met, what, remedy in (
+        (not teacher.cache, "teacher.cache is false, so that nothing is kept", "leave it out"),
+        (
+            recipe.on_policy,
+            f"responses.source={source} writes during training, where the signals of one round alone are kept",
+            "leave it out",
+        ),
+        (
+            isinstance(teacher.where, InStore),
+            "a store that was captured has all signals, and the run keeps none",
+            "leave it out",
+        ),
+        (
+            recipe.mixing is not None,
+            "a mean of several teachers is put together before training",
+            "leave it out, or give each prompt one teacher (combine=column)",
+        ),
+        (
+            teacher.student_k > 0,
+            "teacher.student_k keeps what the student chose before training",
+            "leave one of the two out",
+        ),
+    ):
+        if met:
+            raise LimbeckError(f"teacher.cache_limit_gib is {teacher.cache_limit_gib:g}, but {what}; {remedy}")
 
 
 # Of several teachers each has its own; all else of the section is of the signal that they give together.

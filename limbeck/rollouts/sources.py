@@ -156,13 +156,16 @@ class OfflineSource(StatelessSource):
     Args:
         rows: places in `responses` of those that are trained on; None for all. The teacher's signal of a response is
             found by its place, so give a selection by `rows` rather than a shorter list.
+
+    Attributes:
+        trained: the responses that are trained on; `plan` numbers them.
     """
 
     def __init__(
         self, responses: Sequence[Response], source_context: SourceContext, *, rows: Sequence[int] | None = None
     ):
         self.rows = range(len(responses)) if rows is None else rows
-        self._chosen = chosen = responses if rows is None else [responses[row] for row in rows]
+        self.trained = chosen = responses if rows is None else [responses[row] for row in rows]
         if not chosen:
             raise LimbeckError(
                 "got no responses to train on; expected at least one, check the prompts and their lengths"
@@ -174,7 +177,7 @@ class OfflineSource(StatelessSource):
     def prompts(self) -> frozenset[str]:
         from limbeck.rollouts.table import prompts_of
 
-        return frozenset(prompts_of(self._chosen))
+        return frozenset(prompts_of(self.trained))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -86,7 +86,15 @@ class ResponseTable(Sequence[Response]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """`Response.length` of each."""
-        found = [_lengths(batch, "prompt_ids") + _lengths(batch, "response_ids") for batch in self._batches]
+        return self.answer_lengths + self._of_all("prompt_ids")
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """Ids of each response."""
+        return self._of_all("response_ids")
+
+    def _of_all(self, name: str) -> np.ndarray:
+        found = [_lengths(batch, name) for batch in self._batches]
         return np.concatenate([*found, np.empty(0, np.int32)])[self.places]
 
     @property
@@ -161,6 +169,13 @@ def lengths_of(responses: Sequence[Response]) -> np.ndarray:
     if isinstance(responses, ResponseTable):
         return responses.lengths
     return np.fromiter((r.length for r in responses), np.int32, len(responses))
+
+
+def answer_lengths_of(responses: Sequence[Response]) -> np.ndarray:
+    """Ids of each response; as many enter the loss at most."""
+    if isinstance(responses, ResponseTable):
+        return responses.answer_lengths
+    return np.fromiter((len(r.response_ids) for r in responses), np.int32, len(responses))
 
 
 def prompts_of(responses: Sequence[Response]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The run directory: its files, the lock, and one manifest per finished stage.
 
     recipe.resolved.yaml  provenance.json  prompts.jsonl  images/  responses/  signal/  checkpoints/  rounds/
-    metrics.jsonl  student/  preferences/  preferred/  scores/  scores.json  samples.jsonl  report.html  report.svg
-    stages/NAME.json
+    signal-windows/  metrics.jsonl  student/  preferences/  preferred/  scores/  scores.json  samples.jsonl
+    report.html  report.svg  stages/NAME.json
 
 A stage is done when its manifest says so; the manifest holds the fingerprint of everything the stage read and the hash
 of every file it wrote (`outputs`). A file appears under its final name only when it is whole, so a kill at any time
@@ -52,6 +52,11 @@ class RunDirectory:
     @property
     def signal(self) -> Path:
         return self.root / "signal"
+
+    @property
+    def signal_windows(self) -> Path:
+        """The teacher's signals of the steps that come next, where the whole signal is not kept."""
+        return self.root / "signal-windows"
 
     @property
     def blocks_before(self) -> Path:

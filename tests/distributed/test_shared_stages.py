@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections.abc import Sequence
@@ -102,3 +103,21 @@ def test_what_two_ranks_have_finished_before_a_kill_is_not_done_again(
     assert content(two, "responses", "signal") == content(one, "responses", "signal")
     # Those that were whole are the same files.
     assert parts <= {path.stat().st_ino for path in two.glob("signal/0*.safetensors")}
+
+
+def test_two_ranks_share_the_windows_of_a_signal(pair, limbeck: CommandServer, tmp_path: Path) -> None:
+    """Each scores its share of the files of a window, and both read all: the losses of one process."""
+    recipe, straight = pair
+    # Hidden states take more than the likeliest tokens.
+    gib = "2e-5" if (straight / "responses" / "teacher.jsonl").exists() else "6e-6"
+    limit = (*STEPS, "train.max_steps=6", "train.logging_steps=1", f"teacher.cache_limit_gib={gib}")
+    one, two = tmp_path / "one", tmp_path / "two"
+    end = limbeck.run("train", recipe, *limit, f"output_dir={one}")
+    assert end.code == 0, end.stderr[-3000:]
+    half = "train.per_device_train_batch_size=2"
+    done([r.wait() for r in started(limbeck, "train", recipe, *limit, f"output_dir={two}", half)])
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
+    ]
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert end.stderr.count("the signal of steps") > 1 and not (two / "signal-windows").exists()

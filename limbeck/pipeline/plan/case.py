@@ -96,7 +96,7 @@ class Case:
         """Whether the teacher scores texts while the student trains."""
         recipe = self.recipe
         first = recipe.sft is not None and recipe.sft_on_data and sft_loss_plan(recipe, recipe.sft).needs_teacher
-        return recipe.on_policy or first or (self.reads_teacher and not recipe.teacher.cache)
+        return recipe.on_policy or first or (self.reads_teacher and not recipe.teacher.keeps_whole)
 
     @property
     def stores_signal(self) -> bool:

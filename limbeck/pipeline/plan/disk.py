@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from limbeck.models.devices import GIB
 from limbeck.pipeline.plan.case import Case
 from limbeck.pipeline.plan.sizes import BYTES
 from limbeck.teachers.store.estimate import Length, estimate, total_bytes
@@ -45,6 +46,7 @@ def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
     saved, meanwhile = (min(written, train.save_total_limit + more) for more in (0, 1))
     parts = [
         Part(name="signal", end=signal_bytes(case), most=signal_bytes(case), known=case.work.exact),
+        Part(name="signal windows", end=0, most=window_bytes(case), known=False),
         Part(name="checkpoints", end=saved * checkpoint, most=meanwhile * checkpoint),
         Part(name="best student", end=weights if _keeps_best(case) else 0, most=2 * weights * _keeps_best(case)),
         Part(name="first stage", end=weights * (case.steps.first > 0), most=weights * (case.steps.first > 0)),
@@ -67,11 +69,20 @@ def signal_bytes(case: Case) -> int:
     """Bytes of the teacher's signal of all texts that are scored."""
     if not case.stores_signal or (case.teacher is None and case.recipe.teacher.support == "full"):
         return 0
-    scored = case.captures or not case.recipe.on_policy or case.recipe.sft_on_responses
+    before = not case.recipe.on_policy or case.recipe.sft_on_responses
+    scored = case.captures or (before and case.recipe.teacher.keeps_whole)
     train = _lengths(case.work.train.tokens, case.work.train.count if scored and case.answers_train else 0)
     held = _lengths(case.work.heldout.tokens, case.work.heldout.count)
     codec, heldout = case.codecs
     return total_bytes(estimate(codec, heldout, case.frame, train, held, number_bytes=BYTES[case.recipe.teacher.dtype]))
+
+
+def window_bytes(case: Case) -> int:
+    """Signals of the steps that come next, at most, where the whole signal is not kept."""
+    limit = case.recipe.teacher.cache_limit_gib
+    if limit is None:
+        return 0
+    return min(round(limit * GIB), round(case.work.train.tokens * case.signal_bytes[0]))
 
 
 def _lengths(tokens: int, count: int) -> list[Length]:

@@ -118,8 +118,8 @@ def _disk_remedy(case: Case, largest: Part) -> str:
     recipe = case.recipe
     if largest.name == "signal":
         if recipe.teacher.support == "full":
-            return "set teacher.support=topk_tail, which keeps the likeliest tokens alone, or teacher.cache=false"
-        return "lower teacher.support_k, or set teacher.cache=false"
+            return "set teacher.support=topk_tail, which keeps the likeliest tokens alone, or teacher.cache_limit_gib"
+        return "lower teacher.support_k, or set teacher.cache_limit_gib"
     if largest.name == "checkpoints" and recipe.train.save_total_limit > 1:
         return "set train.save_total_limit=1"
     if largest.name == "checkpoints":

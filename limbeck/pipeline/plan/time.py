@@ -95,7 +95,7 @@ def _scoring(case: Case, rates: Rates, server: int) -> float:
     if not case.asks_teacher or case.where not in ("in_process", "server"):
         return 0.0
     steps, row = case.steps, case.work.train.mean
-    rows = steps.written if case.recipe.teacher.cache else steps.main * steps.rows
+    rows = steps.written if case.recipe.teacher.keeps_whole else steps.main * steps.rows
     if case.where == "server" and not rates.probed:
         return _over(rows * row, served_scores(case, max(server, 1)))
     return _over(rows * row / case.ranks, rates.teacher_scores)

@@ -101,7 +101,7 @@ def may_capture(recipe: Recipe) -> bool:
     once = recipe.responses.verify is None or recipe.responses.verify.samples == 1
     # States of several teachers are put together when all are known; those of its own tokens are of other positions.
     alone = recipe.combine is None and recipe.teacher.across is None
-    return here and once and alone and recipe.teacher.cache and recipe.teacher.support == "full"
+    return here and once and alone and recipe.teacher.keeps_whole and recipe.teacher.support == "full"
 
 
 def teacher_inputs(context: RunContext) -> Json:

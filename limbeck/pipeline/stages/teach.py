@@ -188,6 +188,9 @@ def _scores_train(context: RunContext) -> bool:
     recipe = context.recipe
     # What a student chose is kept: it chooses otherwise in every step.
     chosen = recipe.teacher.student_k > 0 and recipe.responses.source.trains_on_initial
+    if recipe.teacher.cache and not recipe.teacher.keeps_whole:
+        # They are scored a few steps before they are trained on.
+        return False
     return not recipe.on_policy or recipe.sft_on_responses or chosen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
 from limbeck.pipeline.response_sources import response_source_of
 from limbeck.pipeline.self_teaching import TrainingTeacher, self_teaching_inputs, training_teacher
 from limbeck.pipeline.sharing import student_inputs
+from limbeck.pipeline.signal_windows import SignalWindows
 from limbeck.pipeline.stages.respond import load_responses, load_sft_answers, pad_token_id
 from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.student_endings import endings_record, say_endings
@@ -40,7 +41,7 @@ from limbeck.rollouts.account import never_acted, summary
 from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of_prompts, set_aside
 from limbeck.rollouts.engines import ENGINE_KEY
 from limbeck.rollouts.options import SOURCE_KEY
-from limbeck.rollouts.sources import offline
+from limbeck.rollouts.sources import SourceFactory, offline
 from limbeck.rollouts.table import in_a_row
 from limbeck.runtime.files import write_json
 from limbeck.runtime.folders import remove
@@ -103,8 +104,9 @@ def _run_student(context: RunContext) -> Json:
         if context.rank:
             return {}
         save_student(trained, student.tokenizer, run.student, quantization=student.quantization)
-    # What servers loaded for the last round.
+    # What servers loaded for the last round, and what the teacher said of the last steps.
     remove(engine_folder(context))
+    remove(run.signal_windows)
     write_json(run.student / "student.json", _student_record(context, student))
     last = json.loads([line for _, line in json_lines(run.metrics.read_text("utf-8"))][-1])
     if account := summary(last):
@@ -133,7 +135,7 @@ def _asks_teacher(context: RunContext) -> bool:
     """Whether the teacher runs during training."""
     recipe = context.recipe
     plans = [loss_plan_of(recipe)] + ([] if recipe.sft is None else [sft_loss_plan(recipe, recipe.sft)])
-    uncached = not recipe.teacher.cache and any(plan.needs_teacher for plan in plans)
+    uncached = not recipe.teacher.keeps_whole and any(plan.needs_teacher for plan in plans)
     return recipe.on_policy or uncached or (recipe.sft_on_data and plans[-1].needs_teacher)
 
 
@@ -155,10 +157,10 @@ def _run_sft(context: RunContext, student: Student, section: SftSection, should_
         return
     if done.exists():
         context.console.warn(f"{done} is not what was written; the first stage is trained again")
-    responses, teacher = _sft_responses(context, section, vocab_size=real_vocab_size(student.tokenizer))
+    source, teacher = _sft_responses(context, section, should_stop, vocab_size=real_vocab_size(student.tokenizer))
     train(
         student.model,
-        offline(responses),
+        source,
         teacher,
         sft_loss_plan(recipe, section),
         temperature=Temperature(),
@@ -171,18 +173,21 @@ def _run_sft(context: RunContext, student: Student, section: SftSection, should_
 
 
 def _sft_responses(
-    context: RunContext, section: SftSection, *, vocab_size: int
-) -> tuple[Sequence[Response], SignalSource]:
+    context: RunContext, section: SftSection, should_stop: Callable[[], bool], *, vocab_size: int
+) -> tuple[SourceFactory, SignalSource]:
     """Responses of the first stage, and the source of their teacher signals, which are not stored for the data's
     answers."""
-    if not context.recipe.sft_on_data:
-        by_row = load_responses(context, "train")
-        if not context.recipe.teacher.cache and not sft_loss_plan(context.recipe, section).needs_teacher:
-            return in_a_row(by_row), NullTeacher.of(vocab_size)
-        return in_a_row(by_row), in_shared_tokens(context, open_teacher(context))
     heeded = sft_loss_plan(context.recipe, section).needs_teacher
-    answers = load_sft_answers(context)
-    return answers, in_shared_tokens(context, context.teacher) if heeded else NullTeacher.of(vocab_size)
+    if context.recipe.sft_on_data:
+        answers = offline(load_sft_answers(context))
+        return answers, in_shared_tokens(context, context.teacher) if heeded else NullTeacher.of(vocab_size)
+    responses = offline(in_a_row(load_responses(context, "train")))
+    if not context.recipe.teacher.keeps_whole and not heeded:
+        return responses, NullTeacher.of(vocab_size)
+    if context.recipe.teacher.cache_limit_gib is not None:
+        windows = SignalWindows.of(context, context.teacher, should_stop)
+        return windows.source(responses), in_shared_tokens(context, windows)
+    return responses, in_shared_tokens(context, open_teacher(context))
 
 
 def _search_learning_rate(
@@ -192,11 +197,14 @@ def _search_learning_rate(
     recipe, run = context.recipe, context.run
     by_row, _ = _trained_and_aside(context)
     loss_plan, vocab_size = trial_loss_plan(recipe), real_vocab_size(student.tokenizer)
-    heeded = recipe.teacher.cache or loss_plan.needs_teacher
+    heeded = recipe.teacher.keeps_whole or loss_plan.needs_teacher
+    windowed = recipe.teacher.cache_limit_gib is not None
+    # Of a few steps, which are scored as they are tried.
+    signals = SignalWindows.of(context, teacher, should_stop) if windowed else open_teacher(context, teacher)
     find_learning_rate(
         student.model,
         offline(in_a_row(by_row)),
-        in_shared_tokens(context, open_teacher(context, teacher)) if heeded else NullTeacher.of(vocab_size),
+        in_shared_tokens(context, signals) if heeded else NullTeacher.of(vocab_size),
         loss_plan,
         temperature=temperature_of(recipe),
         schedule=recipe.objective.schedule,
@@ -222,17 +230,20 @@ def _run_training(
     if recipe.on_policy:
         asking = choosing(context, asked.teacher, student)
         teacher = round_teacher(context, chain(by_row.values(), aside.values()), asking)
-    elif not recipe.teacher.cache and not loss_plan_of(recipe).needs_teacher:
+    elif not recipe.teacher.keeps_whole and not loss_plan_of(recipe).needs_teacher:
         teacher = NullTeacher.of(vocab_size)
+    elif recipe.teacher.cache_limit_gib is not None:
+        teacher = SignalWindows.of(context, asked.teacher, should_stop, aside=list(aside.values()))
     else:
         teacher = open_teacher(context, asked.teacher)
     development = dict(enumerate(aside.values(), start=len(by_row)))
     # A teacher that says little of the training responses, or nothing, has no distribution to be compared with.
     measured = aside and "fidelity" in recipe.evaluate.groups and recipe.teacher.support == "full"
     measured = measured and not isinstance(teacher, NullTeacher)
+    source = response_source_of(context, student, in_a_row(by_row), teacher, should_stop, aside=ids_of_prompts(aside))
     return train(
         student.model,
-        response_source_of(context, student, in_a_row(by_row), teacher, should_stop, aside=ids_of_prompts(aside)),
+        teacher.source(source) if isinstance(teacher, SignalWindows) else source,
         teacher if isinstance(teacher, NullTeacher) else in_shared_tokens(context, teacher),
         loss_plan_of(recipe),
         temperature=temperature_of(recipe),

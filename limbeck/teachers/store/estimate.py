@@ -14,7 +14,7 @@ from limbeck.teachers.store.writer import SHARD_BYTES, SHARD_RESPONSES
 # Address, first row, number of rows, checksum.
 INDEX_BYTES = ADDRESS + 8 + 8 + 4
 # Header of a shard's file and its seal, and the manifest: they hold a few names and numbers.
-_SHARD_BYTES, _MANIFEST_BYTES = 1_100, 1_300
+SHARD_HEADER_BYTES, _MANIFEST_BYTES = 1_100, 1_300
 
 
 class Length(NamedTuple):
@@ -45,7 +45,7 @@ class Estimate:
     @property
     def bytes(self) -> int:
         rows = self.per_token * self.tokens + self.responses * INDEX_BYTES
-        return rows + self.shards * _SHARD_BYTES + self.shared + self.texts
+        return rows + self.shards * SHARD_HEADER_BYTES + self.shared + self.texts
 
 
 def estimate(

@@ -1,0 +1,172 @@
+"""Signals of a window of steps: on disk while the training is in it, for corpora whose whole signal would not fit.
+
+    signal-windows/aside/00000.safetensors      of the responses set aside, for all of the training
+    signal-windows/0003/00000.safetensors ...   of the window that the training is in
+
+The teacher is in memory while it scores a window, and not beside the training. Ranks take turns with the files of a
+window. What was scored before a kill is read, not scored again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from limbeck.pipeline.cached_teacher import CachedTeacher, round_teacher
+from limbeck.pipeline.capturing import SHARD_ROWS, addresses_as_read, batches_of, by_address, signal_for, signals_by_row
+from limbeck.pipeline.context import RunContext
+from limbeck.rollouts.rounds import ProcessGroup
+from limbeck.rollouts.sources import OfflineSource, SourceContext, SourceFactory
+from limbeck.rollouts.table import answer_lengths_of
+from limbeck.rollouts.windows import WindowedSource
+from limbeck.runtime.folders import remove
+from limbeck.teachers.base import Teacher
+from limbeck.teachers.store.addresses import addresses_of, seed_of
+from limbeck.teachers.store.base import bytes_per_token
+from limbeck.teachers.store.estimate import INDEX_BYTES, SHARD_HEADER_BYTES
+from limbeck.teachers.store.shards import OpenShard
+from limbeck.teachers.store.source import on_device
+from limbeck.types import Interrupted, LimbeckError, Response, Signal, TokenBatch
+
+_ASIDE = "aside"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalWindows:
+    """The folder of windows.
+
+    Attributes:
+        cached: reads what is on disk.
+        aside: responses on which the training is measured on the way; their signals are kept for all of it.
+        limit: bytes of a window at most.
+        should_stop: asked after each file.
+        say: called with a line before a window is scored.
+    """
+
+    folder: Path
+    cached: CachedTeacher
+    limit: int
+    aside: Sequence[Response] = ()
+    should_stop: Callable[[], bool] = lambda: False
+    say: Callable[[str], object] = lambda line: None
+    _held: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        context: RunContext,
+        asked: Teacher,
+        should_stop: Callable[[], bool],
+        *,
+        aside: Sequence[Response] = (),
+    ) -> SignalWindows:
+        """The windows of a training that asks this teacher."""
+        limit = context.recipe.teacher.cache_limit_gib
+        assert limit is not None, "asked for where signals are kept in windows"
+        return cls(
+            folder=context.run.signal_windows,
+            cached=round_teacher(context, (), asked),
+            limit=int(limit * 2**30),
+            aside=aside,
+            should_stop=should_stop,
+            say=context.console.say,
+        )
+
+    def source(self, responses: SourceFactory) -> SourceFactory:
+        """Responses written before training, whose signals are computed window by window.
+
+        Raises:
+            LimbeckError: when the training begins, of a source that writes, or orders in a way of its own.
+        """
+        per_token = bytes_per_token(self.cached.codec, self.cached.frame)
+        # Each file of a window has a header, of which the rows of a full one share the bytes.
+        per_row = INDEX_BYTES + -(-SHARD_HEADER_BYTES // SHARD_ROWS)
+
+        def begin(source_context: SourceContext) -> WindowedSource:
+            if self.aside:
+                self._write(self.folder / _ASIDE, self.aside, source_context.world)
+
+            def opened(number: int, steps: tuple[int, int], rows: Sequence[Response]) -> None:
+                self._open(number, steps, rows, source_context.world)
+
+            source = responses(source_context)
+            if not isinstance(source, OfflineSource):
+                raise LimbeckError(
+                    f"teacher.cache_limit_gib is for responses that are fixed before training, and the source is a "
+                    f"{type(source).__name__}; leave it out"
+                )
+            bytes_of = answer_lengths_of(source.trained).astype(np.int64) * per_token + per_row
+            # The last file of a window is seldom full.
+            limit = self.limit - SHARD_HEADER_BYTES
+            return WindowedSource(source, opened, bytes_of=bytes_of, limit=limit)
+
+        return begin
+
+    def signal(self, batch: TokenBatch) -> Signal:
+        """The signal of a batch: as it is on disk, or as it would be there."""
+        addresses = addresses_of(self.cached.teacher.reads(batch))
+        if all(address in self.cached.places for address in addresses):
+            return self.cached.signal(batch)
+        codec, frame, head = self.cached.codec, self.cached.frame, self.cached.teacher.head
+        signals = signals_by_row(self.cached.teacher, batch)
+        rows = [
+            codec.encode(signal_for(codec, frame, signal, seed=seed_of(address)), frame, {})
+            for address, signal in zip(addresses, signals, strict=True)
+        ]
+        joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        return on_device(codec.decode(joined, frame, head), head.weight_VD.device)
+
+    def _open(self, number: int, steps: tuple[int, int], responses: Sequence[Response], world: ProcessGroup) -> None:
+        folder = self.folder / f"{number:04d}"
+        # All ranks have read the last of the window before: they met in its last step.
+        self.cached.forget(self._held)
+        self._held.clear()
+        if world.rank == 0:
+            for old in self.folder.glob("[0-9]*"):
+                if old != folder:
+                    remove(old)
+        world.wait()
+        if world.rank == 0:
+            self.say(f"teach: the signal of steps {steps[0] + 1} to {steps[1] + 1}, {len(responses)} responses")
+        self._held.extend(self._write(folder, responses, world))
+
+    def _write(self, folder: Path, responses: Sequence[Response], world: ProcessGroup) -> list[Path]:
+        """Score what a folder lacks of some responses; its files, known to the reader."""
+        folder.mkdir(parents=True, exist_ok=True)
+        every = list(by_address(responses, self.cached.teacher.reads).values())
+        files = {
+            folder / f"{start // SHARD_ROWS:05d}.jsonl": every[start : start + SHARD_ROWS]
+            for start in range(0, len(every), SHARD_ROWS)
+        }
+        mine = list(files.items())[world.rank :: world.ranks]
+        self._score({path: some for path, some in mine if not self._is_there(path, some)}, alone=world.ranks == 1)
+        world.wait()
+        for path, some in files.items():
+            self.cached.register(path, some)
+        return [path.with_suffix(".safetensors") for path in files]
+
+    def _score(self, lacking: Mapping[Path, Sequence[Response]], *, alone: bool) -> None:
+        teacher = self.cached.teacher
+        for path, some in lacking.items():
+            teacher.fetch_ahead(batches_of(some), lambda tokens: None)
+            self.cached.store(path, some, None)
+            teacher.settled(batches_of(some))
+            if alone and self.should_stop():
+                raise Interrupted("stopped while the teacher scored the responses of the next steps")
+        teacher.release()
+
+    def _is_there(self, path: Path, responses: Sequence[Response]) -> bool:
+        """Whether the file of some responses is whole; that of a window of another size is not."""
+        shard = path.with_suffix(".safetensors")
+        if not shard.exists():
+            return False
+        try:
+            open_shard = OpenShard(shard)
+            found = set(open_shard.addresses)
+            open_shard.close()
+        except LimbeckError:
+            return False
+        return found == set(addresses_as_read(responses, self.cached.teacher.reads))
