@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,8 +80,12 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: DownloadProgress | None = None,
+    device_map: Mapping[str, int | str] | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer by asset name, local directory, GGUF file or hub id, on the CPU.
+
+    Args:
+        device_map: the device of each part, or "disk", of a model that is read from safetensors; None is the CPU.
 
     Raises:
         LimbeckError: one line for everything that is wrong with the name, the files or the options.
@@ -94,7 +98,9 @@ def load_model(
         model = gguf_model(source.gguf, dtype=kind, attn_implementation=attn_implementation)
         without_dropout(model.config)
     else:
-        model = _from_safetensors(source, without_dropout(config), kind, attn_implementation, trust_remote_code)
+        placing = {} if device_map is None else {"device_map": dict(device_map)}
+        config = without_dropout(config)
+        model = _from_safetensors(source, config, kind, attn_implementation, trust_remote_code, **placing)
     silence_dropout(model)
     if reads_images(config):
         let_read_images(model, source, config, tokenizer)
@@ -248,7 +254,12 @@ def _require_usable(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _from_safetensors(
-    source: Source, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool
+    source: Source,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    **placing: Any,
 ) -> PreTrainedModel:
     try:
         require_fitting(source.directory, config.get_text_config())
@@ -263,6 +274,7 @@ def _from_safetensors(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **placing,
         )
     model, info = loaded
     # transformers fills gaps with random weights and goes on; a teacher must not be partly random.

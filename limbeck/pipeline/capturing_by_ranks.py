@@ -29,21 +29,18 @@ if TYPE_CHECKING:
 
 
 def capture_share(
-    store: Path,
+    chunks: Chunks,
     manifest: Manifest,
     teacher: Scorer,
-    responses: Sequence[Response],
     share: Share,
     *,
-    reads: Callable[[TokenBatch], TokenBatch],
     joined: Callable[[Chunks], None] = lambda chunks: None,
 ) -> None:
-    """Score this rank's share of what a store lacks of some responses, as parts beside it.
+    """Score this rank's share of what a store lacks, as parts beside it.
 
     Args:
         joined: called after each chunk.
     """
-    chunks = Chunks.of(store, responses, reads)
     parts = _Parts(manifest=manifest, shard_responses=SHARD_ROWS, folder=chunks.parts)
     capture = Capture(parts, teacher, list(chunks.texts.values()), None)
     for number in chunks.lacking:
@@ -74,8 +71,7 @@ def capture_by_ranks(
         LimbeckError: another rank has ended or hangs; names it.
     """
     writer.describe()
-    store = writer.store.path
-    chunks = Chunks.of(store, responses, reads)
+    chunks = Chunks.of(writer.store.path, responses, reads)
     advance(sum(response.tokens for address, response in chunks.texts.items() if address not in chunks.missing))
     capture = Capture(writer, teacher, list(chunks.texts.values()), None)
     waiting = list(chunks.lacking)
@@ -88,7 +84,7 @@ def capture_by_ranks(
             chunks.take_in(number, writer)
             advance(sum(text.tokens for address, text in chunks.content(number).items() if address in chunks.missing))
 
-    capture_share(store, writer.manifest, teacher, responses, share, reads=reads, joined=join)
+    capture_share(chunks, writer.manifest, teacher, share, joined=join)
     share.wait()
     join(chunks)
     remove(chunks.parts)

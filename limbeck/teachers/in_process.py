@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
@@ -51,23 +51,35 @@ class InProcessTeacher(Teacher):
         return self._loaded is not None
 
     def weights(self) -> LoadedModel:
-        from limbeck.models.loading import load_model
+        return self._model()
+
+    def _model(self) -> LoadedModel:
         from limbeck.models.vision import bind_images
 
         if self._loaded is None:
-            model = self.model
-            self._loaded = load_model(
-                model.model,
-                dtype=model.dtype,
-                attn_implementation=model.attn_implementation,
-                trust_remote_code=model.trust_remote_code,
-                revision=model.revision,
-                progress=self.progress,
-            )
-            self._loaded.model.to(self.device)  # type: ignore[arg-type]
+            self._loaded = self._load()
             if self.images is not None:
                 bind_images(self._loaded.model, self.images)
         return self._loaded
+
+    def _load(self) -> LoadedModel:
+        loaded = self._read()
+        loaded.model.to(self.device)  # type: ignore[arg-type]
+        return loaded
+
+    def _read(self, **placing: Any) -> LoadedModel:
+        from limbeck.models.loading import load_model
+
+        model = self.model
+        return load_model(
+            model.model,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+            revision=model.revision,
+            progress=self.progress,
+            **placing,
+        )
 
     @property
     def head(self) -> Head:
@@ -110,6 +122,6 @@ class InProcessTeacher(Teacher):
         from limbeck.teachers.local import LocalTeacher
 
         if self._local is None:
-            model = self.weights().model
+            model = self._model().model
             self._local = LocalTeacher(model, head_of(model, real_vocab_size(self.tokenizer)), self.max_tokens)
         return self._local

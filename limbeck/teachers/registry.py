@@ -7,11 +7,13 @@ from limbeck.teachers.base import TeacherLocation
 from limbeck.teachers.hosted_options import OnApi
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.none import Nowhere
+from limbeck.teachers.placed import Placed
 from limbeck.teachers.served import OnServer
 from limbeck.teachers.store.teacher import InStore
 
 _MEMBERS: dict[str, type[TeacherLocation]] = {
     "in_process": InProcess,
+    "placed": Placed,
     "server": OnServer,
     "store": InStore,
     "api": OnApi,

@@ -41,6 +41,7 @@ MEMBERS: dict[str, tuple[Any, ...]] = {
         "none",
         {"name": "server", "base_url": "http://localhost:9/v1", "model": "teacher"},
         {"name": "api", "base_url": "http://localhost:9/v1"},
+        {"name": "placed", "memory": {"cpu": "1GiB"}},
     ),
     "teacher.sees": ("column", {"name": "system", "text": "Be short."}),
     "combine": (
@@ -257,7 +258,7 @@ def test_the_marked_keys() -> None:
             "teacher.where.folder",
             *(f"teacher.where.{key}" for key in connection),
         ),
-        *(f"teacher.where.{key}" for key in ("budget_usd", "price_per_million", "added_tokens")),
+        *(f"teacher.where.{key}" for key in ("budget_usd", "price_per_million", "added_tokens", "memory")),
     }
     batches = {"responses.batch_size", "responses.cache_gib", "evaluate.batch_size"}
     assert same_arm_keys() - neutral_keys() == {"train.seed", *batches}

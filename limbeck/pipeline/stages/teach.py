@@ -9,7 +9,7 @@ from pathlib import Path
 
 from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.capturing import SHARD_ROWS, batches_of, capture_into
-from limbeck.pipeline.capturing_by_ranks import capture_by_ranks, capture_share
+from limbeck.pipeline.capturing_by_ranks import Chunks, capture_by_ranks, capture_share
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.several import rows_by_teacher
 from limbeck.pipeline.sharing import choice_inputs
@@ -125,7 +125,8 @@ def _help(context: RunContext, job: Job) -> None:
         teacher.release()
     responses = rows_by_teacher(context, _scored(context))[number]
     manifest = manifest_of(context, exact_codec(context.recipe))
-    capture_share(context.run.signal, manifest, teacher, list(responses.values()), job, reads=teacher.reads)
+    chunks = Chunks.of(context.run.signal, list(responses.values()), teacher.reads)
+    capture_share(chunks, manifest, teacher, job)
 
 
 def _score_mean(
