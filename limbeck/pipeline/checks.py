@@ -41,6 +41,7 @@ from limbeck.student.adapters import LoraSpec, check_adapters
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, fresh_model
 from limbeck.student.quantizing import QuantizeSpec, check_quantizing, formats_of
+from limbeck.student.width import WidthSpec, require_cuttable, width_config
 from limbeck.training.launch import require_trackers
 from limbeck.training.sharding import grid_refusal
 from limbeck.types import LimbeckError
@@ -56,6 +57,7 @@ def student_spec(context: RunContext) -> StudentSpec:
         revision=section.revision,
         layers=section.layers,
         keep=section.keep,
+        width=None if section.width is None else WidthSpec(**asdict(section.width)),
         config=section.config,
         dtype=section.dtype,
         attn_implementation=section.attn_implementation,
@@ -189,9 +191,14 @@ def _check_anatomy(context: RunContext) -> None:
             "student.freeze_vision=true would leave a vision tower of fresh weights as it was drawn; "
             "set student.freeze_vision=false, or begin with a student that sees (student.init=pretrained)"
         )
-    if spec.init == "depth_prune":
+    if spec.layers is not None or spec.keep:
         kept = _kept_blocks(spec, section.model, there.get_text_config().num_hidden_layers)
         there = pruned_config(there, kept)
+    if spec.width is not None:
+        with torch.device("meta"):
+            whole = fresh_model(there, spec)
+        there = width_config(there, spec.width)
+        require_cuttable(whole, spec.width)
     if spec.init == "scratch" or spec.lora is not None or spec.quantize is not None:
         with torch.device("meta"):
             model = fresh_model(there, spec)

@@ -64,8 +64,9 @@ def _blind(context: RunContext) -> Iterator[tuple[str, str]]:
         yield "a draft (responses.draft)", "leave it out"
     if getattr(recipe.responses.source, "by_teacher", False):
         yield "a sampler of both models (responses.source)", "set responses.source to teacher, data, student or pairs"
-    if recipe.student.init == "depth_prune":
-        yield "the pruning of blocks (student.init=depth_prune)", "name a student.model, or set student.init=scratch"
+    if recipe.student.pruned:
+        how = f"the pruning of {'blocks' if recipe.student.init == 'depth_prune' else 'widths'}"
+        yield f"{how} (student.init={recipe.student.init})", "name a student.model, or set student.init=scratch"
     if recipe.student.quantize is not None:
         yield "the training of quantised weights (student.quantize)", "leave it out"
     if "judge" in recipe.evaluate.groups:

@@ -16,16 +16,17 @@ from limbeck.rollouts.collate import collate
 from limbeck.rollouts.table import in_a_row
 from limbeck.runtime.files import read_json, write_json
 from limbeck.runtime.records import read_fields
-from limbeck.student.build import Student, StudentSpec, build_student
+from limbeck.student.build import PRUNED, Student, StudentSpec, build_student
+from limbeck.student.width import read_width
 from limbeck.types import Json, LimbeckError
 
 
 def build_initial_student(context: RunContext) -> Student:
-    """The student before training. The choice of blocks is measured once and kept in the run directory."""
+    """The student before training. What stays of a pruned model is measured once and kept in the run directory."""
     section, blocks = context.recipe.student, context.run.root / "blocks.json"
     if not blocks.exists() and (before := context.run.blocks_before).exists():
         write_json(blocks, read_json(before))
-    if section.init == "depth_prune" and not section.keep and not blocks.exists():
+    if section.measured and not blocks.exists():
         with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
             if not blocks.exists():
                 return _build(context, blocks)
@@ -38,13 +39,14 @@ def student_before_teaching(context: RunContext) -> Student:
 
 
 def _build(context: RunContext, blocks: Path) -> Student:
-    """The student, and in `blocks` which blocks it has, where they were measured."""
+    """The student, and in `blocks` what it has of a larger model, where that was measured."""
     spec, weights = _of_teacher(context, student_spec(context))
-    if context.rank and spec.init == "depth_prune" and not spec.keep:
+    if context.rank and context.recipe.student.measured:
         # One rank measures for all: what two machines measure may differ in the last bit and in a block.
         context.wait_until(blocks.exists)
     if blocks.exists():
-        spec = replace(spec, keep=tuple(measured_blocks(blocks)["keep"]), layers=None)
+        found = measured_blocks(blocks)
+        spec = replace(spec, keep=tuple(found["keep"]), layers=None, stays=read_width(found.get("width"), blocks))
     responses = in_a_row(load_responses(context, "train"))[:CALIBRATION_RESPONSES]
     calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
     student = build_student(
@@ -54,12 +56,19 @@ def _build(context: RunContext, blocks: Path) -> Student:
         calibration=calibration,
         progress=context.console.say,
     )
-    if student.blocks is not None and not blocks.exists():
-        write_json(blocks, asdict(student.blocks))
+    if context.recipe.student.measured and not blocks.exists():
+        write_json(blocks, _choice(student, spec))
     student = with_endings(context, student)
     student.model.to(context.device)  # type: ignore[arg-type]
     bind_images(student.model, context.run.images)
     return student
+
+
+def _choice(student: Student, spec: StudentSpec) -> Json:
+    """Which blocks stay, and what stays of each where they are narrowed."""
+    given = {"keep": spec.keep, "removed": (), "influence": (), "path": (), "criterion": "given"}
+    blocks = given if student.blocks is None else asdict(student.blocks)
+    return blocks | ({} if student.width is None else {"width": asdict(student.width)})
 
 
 def _of_teacher(context: RunContext, spec: StudentSpec) -> tuple[StudentSpec, LoadedModel | None]:
@@ -68,14 +77,14 @@ def _of_teacher(context: RunContext, spec: StudentSpec) -> tuple[StudentSpec, Lo
     A student that begins otherwise loads its own, or none: then it names the teacher, which is let go of first.
     """
     teacher = context.recipe.teacher
-    if spec.model is None and spec.init == "depth_prune" and spec.dtype == teacher.dtype:
+    if spec.model is None and spec.init in PRUNED and spec.dtype == teacher.dtype:
         return spec, context.teacher.weights()
     context.teacher.release()
     return spec if spec.model is not None else replace(spec, model=teacher.model, revision=teacher.revision), None
 
 
 def measured_blocks(blocks: Path) -> Json:
-    """The block scores of the teacher."""
+    """The block scores of the teacher, and what stays of each width where it is narrowed."""
     kinds = {"keep": list, "removed": list, "influence": list, "path": list, "criterion": str}
     found = read_fields(blocks, kinds)
     numbers = (*found["keep"], *found["removed"])

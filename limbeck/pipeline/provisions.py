@@ -95,8 +95,8 @@ def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
     source = recipe.responses.source
     if source.samples_teacher and not (source.paired and recipe.responses.server is not None):
         yield "responses.source", "weights", "choose a source in which the teacher does not write"
-    if recipe.student.model is None and recipe.student.init == "depth_prune":
-        yield "student.init=depth_prune", "weights", "name a student.model"
+    if recipe.student.model is None and recipe.student.pruned:
+        yield f"student.init={recipe.student.init}", "weights", "name a student.model"
     likeliest = gives_likeliest_alone(context)
     sparse = likeliest and recipe.teacher.support in ("topk_tail", "topk_renorm")
     stored: Provision = "topk" if sparse else "captured"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from limbeck.recipe.policy_checks import check_policy
 from limbeck.recipe.preference import SMOOTHED
 from limbeck.recipe.response_checks import check_responses
 from limbeck.recipe.response_source import source_name
-from limbeck.recipe.sections import AXES, Recipe
+from limbeck.recipe.sections import AXES, Recipe, StudentSection
 from limbeck.recipe.teacher_checks import check_teachers
 from limbeck.rollouts.preference.options import JudgePairs
 from limbeck.types import LimbeckError
@@ -55,10 +56,24 @@ def _check_student(recipe: Recipe) -> None:
         )
     if student.init == "depth_prune" and (student.layers is None) == (not student.keep):
         raise LimbeckError("student.init=depth_prune needs student.layers (how many) or student.keep (which), not both")
-    if student.init != "depth_prune" and (student.layers is not None or student.keep):
+    if not student.pruned and (student.layers is not None or student.keep):
         raise LimbeckError(f"student.layers and student.keep belong to init depth_prune, not to init {student.init}")
+    _check_width(student)
     if student.init != "scratch" and student.config:
         raise LimbeckError(f"student.config belongs to init scratch, not to init {student.init}")
+
+
+def _check_width(student: StudentSection) -> None:
+    if student.init != "width_prune":
+        if student.width is not None:
+            raise LimbeckError(f"student.width belongs to init width_prune, not to init {student.init}")
+        return
+    if student.width is None or not any(asdict(student.width).values()):
+        raise LimbeckError(
+            "student.init=width_prune needs student.width with hidden_size, intermediate_size or num_attention_heads"
+        )
+    if student.layers is not None and student.keep:
+        raise LimbeckError("student.init=width_prune reads student.layers (how many) or student.keep (which), not both")
 
 
 def _check_evaluation_while_training(recipe: Recipe) -> None:

@@ -79,16 +79,30 @@ class QuantizeSection:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class WidthSection:
+    """Sizes of a student of init width_prune, as model configurations call them; null leaves one as it is."""
+
+    hidden_size: Count | None = None
+    """Of the residual stream; the same dimensions stay in all blocks."""
+    intermediate_size: Count | None = None
+    """Neurons of each block's feed-forward layer."""
+    num_attention_heads: Count | None = None
+    """Heads of each block; those that share keys and values stay together, and a head keeps its size."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class StudentSection:
     model: str | None = None
-    """Where the student comes from, as for the teacher; null takes the teacher itself (depth_prune, scratch)."""
+    """Where the student comes from, as for the teacher; null takes the teacher itself (pruned, or scratch)."""
     revision: str | None = None
-    init: Literal["pretrained", "teacher", "depth_prune", "scratch"] = "pretrained"
-    """As loaded; a copy of the teacher; blocks removed; or the architecture of `model` with fresh weights."""
+    init: Literal["pretrained", "teacher", "depth_prune", "width_prune", "scratch"] = "pretrained"
+    """As loaded; a copy of the teacher; blocks removed; narrower; or the architecture of `model` with fresh weights."""
     layers: Count | None = None
-    """Blocks to keep with init depth_prune."""
+    """Blocks to keep with init depth_prune; with width_prune those that are narrowed, the others are removed first."""
     keep: tuple[int, ...] = ()
-    """Blocks to keep by number with init depth_prune; empty lets limbeck measure which."""
+    """The same blocks by number; empty lets limbeck measure which."""
+    width: WidthSection | None = None
+    """Sizes of init width_prune; what stays is measured by the size of activations on some training responses."""
     config: dict[str, Any] = field(default_factory=dict)
     """Changes to the model configuration with init scratch (num_hidden_layers, hidden_size, ...)."""
     dtype: Dtype = "float32"
@@ -102,6 +116,16 @@ class StudentSection:
     """Train low-rank adapters instead of all weights; merged when the student is saved."""
     quantize: QuantizeSection | None = None
     """Keep the weights in few bits while they are trained, exactly as the exported file will; null keeps them whole."""
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it is cut out of a larger model."""
+        return self.init in ("depth_prune", "width_prune")
+
+    @property
+    def measured(self) -> bool:
+        """Whether responses decide what is cut."""
+        return self.init == "width_prune" or (self.init == "depth_prune" and not self.keep)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -388,6 +412,7 @@ NESTED: dict[tuple[Any, str], Any] = {
     (Recipe, "teacher"): TeacherSection,
     (TeacherSection, "across"): AcrossSection,
     (Recipe, "student"): StudentSection,
+    (StudentSection, "width"): WidthSection,
     (StudentSection, "lora"): LoraSection,
     (StudentSection, "quantize"): QuantizeSection,
     (Recipe, "prompts"): PromptsSection,

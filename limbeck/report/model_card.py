@@ -98,7 +98,7 @@ def metadata(run: Run, *, base_model: str | None, license: str | None, datasets:
     if datasets:
         front["datasets"] = list(datasets)
     front["tags"] = ["limbeck", "distillation", "knowledge-distillation"]
-    if run.student.get("kept_blocks"):
+    if run.student.get("kept_blocks") or run.student.get("width"):
         front["tags"].append("pruned")
     results = _results(run)
     if results:
@@ -203,6 +203,10 @@ def _method(run: Run) -> list[str]:
     if isinstance(kept, list) and layers:
         blocks = markdown(", ".join(str(block) for block in kept))
         said.append(f"The student is the starting model with {len(kept)} of its {layers:.0f} blocks kept ({blocks}).")
+    width = run.student.get("width")
+    if isinstance(width, Mapping) and width:
+        sizes = markdown(", ".join(f"{name} {size}" for name, size in width.items()))
+        said.append(f"Its blocks are narrowed ({sizes}): what stays has the largest activations on calibration texts.")
     own, ratio = number(run.student, "parameters"), share_of_teacher(run.student)
     if own:
         size = number(run.student, "size_mb")

@@ -99,16 +99,24 @@ def depth_prune(model: nn.Module, keep: Sequence[int], *, dtype: torch.dtype | N
                 continue
             key = f"{name}.{kept.index(int(number))}.{rest}"
         state[key] = value.detach().to("cpu", copy=True)
-    pruned = _assembled(inner, config, state, dtype or inner.dtype)
+    pruned = assembled(inner, config, state, dtype or inner.dtype, "depth-pruned")
     if pruned.generation_config is not None and inner.generation_config is not None:
         pruned.generation_config = copy.deepcopy(inner.generation_config)
     _check_cut(inner, pruned, [i for i in range(len(blocks)) if i not in kept])
     return pruned.eval()
 
 
-def _assembled(
-    inner: PreTrainedModel, config: PretrainedConfig, state: dict[str, Tensor], dtype: torch.dtype
+def assembled(
+    inner: PreTrainedModel, config: PretrainedConfig, state: dict[str, Tensor], dtype: torch.dtype, how: str
 ) -> PreTrainedModel:
+    """A model of the class of `inner` with another configuration and weights.
+
+    Args:
+        how: what was done to it, in messages.
+
+    Raises:
+        LimbeckError: the weights are not those of the configuration.
+    """
     try:
         with quiet_transformers():
             loaded: Any = type(inner).from_pretrained(
@@ -120,11 +128,11 @@ def _assembled(
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
-        raise LimbeckError(f"{type(inner).__name__} cannot be depth-pruned: {one_line(error)}") from error
+        raise LimbeckError(f"{type(inner).__name__} cannot be {how}: {one_line(error)}") from error
     pruned, info = loaded
     if strange := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise LimbeckError(
-            f"{type(inner).__name__} cannot be depth-pruned: its blocks differ from what its configuration says "
+            f"{type(inner).__name__} cannot be {how}: its blocks differ from what its configuration says "
             f"after the cut ({strange[0]})"
         )
     return pruned

@@ -1,4 +1,4 @@
-"""The student: as loaded, depth-pruned or with fresh weights; trained in full or through LoRA adapters."""
+"""The student: as loaded, pruned or with fresh weights; trained in full or through LoRA adapters."""
 
 from __future__ import annotations
 
@@ -33,12 +33,16 @@ from limbeck.student.blocks import depth_prune, per_layer_fields
 from limbeck.student.endings import AnswerFormat
 from limbeck.student.pruning import BlockChoice, choose_blocks
 from limbeck.student.quantizing import Quantization, QuantizeSpec, check_quantizing, quantized
+from limbeck.student.width import WidthChoice, WidthSpec
+from limbeck.student.width_importance import choose_width
+from limbeck.student.width_pruning import width_prune
 from limbeck.types import LimbeckError, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Init = Literal["pretrained", "teacher", "depth_prune", "scratch"]
+Init = Literal["pretrained", "teacher", "depth_prune", "width_prune", "scratch"]
+PRUNED = ("depth_prune", "width_prune")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +51,14 @@ class StudentSpec:
 
     Attributes:
         init: "pretrained": as loaded; "teacher": a copy of the teacher; "depth_prune": `model` without some blocks;
+            "width_prune": with fewer dimensions, neurons or heads, after some blocks are left out where it says so;
             "scratch": its architecture with fresh weights.
         model: asset, directory, GGUF file or hub id; None takes the teacher. With "scratch" a directory with nothing
             but config.json and a tokenizer will do.
-        layers: blocks to keep with "depth_prune".
+        layers: blocks to keep with "depth_prune", and first with "width_prune".
         keep: the blocks to keep by number; empty lets `choose_blocks` measure them.
+        width: the sizes of "width_prune".
+        stays: what stays of the blocks that are kept; None lets `choose_width` measure it.
         config: changes to the model configuration with "scratch" (num_hidden_layers, hidden_size, ...).
         freeze_embeddings: leave input and output embeddings as they are.
         freeze_vision: leave the vision tower of an image-text model as it is.
@@ -63,6 +70,8 @@ class StudentSpec:
     revision: str | None = None
     layers: int | None = None
     keep: tuple[int, ...] = ()
+    width: WidthSpec | None = None
+    stays: WidthChoice | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
@@ -83,6 +92,7 @@ class Student:
         model: a transformers model, or a PEFT model around one.
         source: what it was loaded from; None with fresh weights.
         blocks: which blocks were kept and why; None unless depth-pruned by measurement.
+        width: what stays of each width; None unless width-pruned.
         parameters: of the student as it will be saved, tied weights counted once, adapters not counted.
         trainable: parameters that get gradients.
         teacher_parameters: None without a teacher.
@@ -99,6 +109,7 @@ class Student:
     teacher_parameters: int | None
     answers: AnswerFormat | None = None
     quantization: Quantization | None = None
+    width: WidthChoice | None = None
 
     @property
     def share_of_teacher(self) -> float | None:
@@ -119,20 +130,20 @@ def build_student(
     Args:
         teacher: needed where `spec.model` is None.
         teacher_parameters: the reference for the parameter share; None counts those of `teacher`, if there is one.
-        calibration: batches of responses with their prompts; needed by "depth_prune" unless `spec.keep` is given, and
-            by a quantisation whose grids are chosen by importance.
+        calibration: batches of responses with their prompts; needed by "depth_prune" unless `spec.keep` is given, by
+            "width_prune" unless `spec.stays` is, and by a quantisation whose grids are chosen by importance.
 
     Raises:
         LimbeckError: options that contradict each other, an unknown configuration field, a model that cannot be had.
     """
     _check(spec, teacher)
-    blocks, source = None, None
+    blocks, width, source = None, None, None
     if spec.init == "scratch":
         model, tokenizer = _from_scratch(spec, teacher)
     else:
         start = _start(spec, teacher, progress)
         source, tokenizer, model = start.provenance, start.tokenizer, start.model
-        if spec.init == "depth_prune":
+        if spec.layers is not None or spec.keep:
             keep: Sequence[int] = spec.keep
             if not keep:
                 assert spec.layers is not None
@@ -145,6 +156,9 @@ def build_student(
                 )
                 keep = blocks.keep
             model = depth_prune(model, keep, dtype=as_dtype(spec.dtype))
+        if spec.width is not None:
+            width = spec.stays or choose_width(model, calibration, spec.width)
+            model = width_prune(model, width, dtype=as_dtype(spec.dtype))
     parameters = _count(model)
     if teacher_parameters is None and teacher is not None:
         teacher_parameters = _count(teacher.model)
@@ -168,6 +182,7 @@ def build_student(
         trainable=sum(p.numel() for p in trained.parameters() if p.requires_grad),
         teacher_parameters=teacher_parameters,
         quantization=quantization,
+        width=width,
     )
 
 
@@ -189,8 +204,13 @@ def _check(spec: StudentSpec, teacher: LoadedModel | None) -> None:
             "student.init=depth_prune needs either student.layers (how many blocks) or student.keep (which), "
             f"got layers={spec.layers} and keep={list(spec.keep)}"
         )
-    if spec.init != "depth_prune" and (spec.layers is not None or spec.keep):
+    if spec.init not in PRUNED and (spec.layers is not None or spec.keep):
         raise LimbeckError(f"student.layers and student.keep belong to init=depth_prune, not to init={spec.init}")
+    if (spec.init == "width_prune") != (spec.width is not None):
+        raise LimbeckError(
+            f"student.width is what init=width_prune needs and no other reads, got width={spec.width} and "
+            f"init={spec.init}"
+        )
     if spec.init != "scratch" and spec.config:
         raise LimbeckError(f"student.config belongs to init=scratch, not to init={spec.init}; leave it out")
 
@@ -200,7 +220,7 @@ def _start(spec: StudentSpec, teacher: LoadedModel | None, progress: DownloadPro
     if spec.model is None:
         assert teacher is not None
         same = teacher.model.dtype == as_dtype(spec.dtype)
-        if spec.init == "depth_prune" and same:
+        if spec.init in PRUNED and same:
             return teacher
     return load_model(
         spec.model if spec.model is not None else _teacher(teacher).provenance.name,

@@ -24,6 +24,7 @@ from limbeck.recipe.load import Recipe, signal_temperatures
 from limbeck.recipe.teacher import ITSELF, WHERE
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, freeze_embeddings, fresh_model
+from limbeck.student.width import width_config
 from limbeck.teachers.store.base import Codec, Frame, bytes_per_token
 from limbeck.teachers.store.dense import Hidden
 
@@ -152,9 +153,10 @@ def student_size(context: RunContext) -> StudentSize:
 
 def student_size_of(config: Any, spec: StudentSpec) -> StudentSize:
     """The size of a student that starts from a model of this configuration."""
-    if spec.init == "depth_prune":
-        depth = config.get_text_config().num_hidden_layers
-        config = pruned_config(config, spec.keep or range(spec.layers or depth))
+    if spec.layers is not None or spec.keep:
+        config = pruned_config(config, spec.keep or range(spec.layers or 0))
+    if spec.width is not None:
+        config = width_config(config, spec.width)
     with torch.device("meta"):
         model = fresh_model(config, spec)
     size = size_of(model)

@@ -231,9 +231,8 @@ def _answers_train(recipe: Recipe) -> Literal["all", "some", "none"]:
     """Number of training prompts that are answered before training; the student may answer the others itself."""
     if recipe.sft_on_responses or recipe.responses.source.trains_on_initial:
         return "all"
-    pruned = recipe.student.init == "depth_prune" and not recipe.student.keep
     weighed = recipe.student.quantize is not None and recipe.student.quantize.grid == "importance"
-    return "some" if pruned or weighed else "none"
+    return "some" if recipe.student.measured or weighed else "none"
 
 
 def _answered(context: RunContext, asked: Sequence[TokenPrompt]) -> tuple[TokenPrompt, ...]:

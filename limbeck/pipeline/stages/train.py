@@ -304,10 +304,17 @@ def _student_record(context: RunContext, student: Student) -> Json:
             "teacher_parameters": student.teacher_parameters,
             "teacher_layers": teacher.blocks,
         }
+        | _widths(context)
         | endings_record(context, student)
         | _bits(context, student)
         | _anatomy(context.run.root / "blocks.json")
     )
+
+
+def _widths(context: RunContext) -> Json:
+    """The sizes that were cut, where the student was pruned in width."""
+    width = context.recipe.student.width
+    return {} if width is None else {"width": {name: n for name, n in asdict(width).items() if n is not None}}
 
 
 def _bits(context: RunContext, student: Student) -> Json:
@@ -326,11 +333,15 @@ def _bits(context: RunContext, student: Student) -> Json:
 
 
 def _anatomy(blocks: Path) -> Json:
-    """Which blocks of the teacher were kept, and the score of each, where blocks were removed."""
+    """Which blocks of the teacher were kept, and the score of each, where blocks were removed; what else was cut."""
     if not blocks.exists():
         return {}
     measured = measured_blocks(blocks)
-    return {
+    width = measured.get("width")
+    narrowed = {} if width is None else {"width_importance": width["importance"]}
+    if not measured["keep"]:
+        return narrowed
+    return narrowed | {
         "kept_blocks": measured["keep"],
         "removed_blocks": measured["removed"],
         "block_scores": measured["influence"] or None,
