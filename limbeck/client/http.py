@@ -44,13 +44,16 @@ class ConnectionFailed:
     why: str = ""
 
 
-def exchange(url: str, data: bytes | None, headers: dict[str, str], timeout_s: float) -> HttpReply | ConnectionFailed:
+def exchange(
+    url: str, data: bytes | None, headers: dict[str, str], timeout_s: float, max_bytes: int | None = None
+) -> HttpReply | ConnectionFailed:
     """Send a request (POST where there is data) and read the whole answer.
 
     Every status is an answer: errors are read, and no redirect is followed, which might carry a key to another host.
 
     Args:
         timeout_s: for the whole answer, its status line and headers included, however slowly it drips in.
+        max_bytes: of its body, which is read no further than that; None is `MAX_BYTES`.
     """
     deadline = time.monotonic() + timeout_s
     try:
@@ -70,7 +73,7 @@ def exchange(url: str, data: bytes | None, headers: dict[str, str], timeout_s: f
         try:
             connection.sock.settimeout(timeout_s)
             connection.request("GET" if data is None else "POST", target, body=data, headers=headers)
-            answer = _read(connection)
+            answer = _read(connection, max_bytes or MAX_BYTES)
         # http.client reads numbers with int(), which has words of its own for what is none.
         except (HTTPException, OSError, ValueError) as error:
             return ConnectionFailed(kind="slow" if shut.is_set() or isinstance(error, TimeoutError) else "cut")
@@ -86,13 +89,13 @@ def is_this_machine(host: str) -> bool:
         return host.lower().rstrip(".") == "localhost"
 
 
-def _read(connection: HTTPConnection) -> HttpReply | ConnectionFailed:
+def _read(connection: HTTPConnection, max_bytes: int) -> HttpReply | ConnectionFailed:
     with connection.getresponse() as reply:
         chunks, size = [], 0
         while chunk := reply.read1(1 << 16):
             chunks.append(chunk)
             size += len(chunk)
-            if size > MAX_BYTES:
+            if size > max_bytes:
                 return ConnectionFailed(kind="long")
         # What is left of the length that the server had announced.
         if reply.length:

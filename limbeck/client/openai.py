@@ -95,6 +95,7 @@ class Server:
         api_key_env: environment variable that holds the key; the key itself is kept nowhere, and leaves this machine
             only for hosts that the environment allows (`keys`).
         section: of the recipe, whose keys messages name.
+        max_bytes: of one answer; None is as `exchange` has it.
     """
 
     base_url: str
@@ -103,6 +104,7 @@ class Server:
     api_key_env: str | None = None
     backoff_s: float = 0.5
     section: str = "responses.server"
+    max_bytes: int | None = None
 
     @classmethod
     def at(cls, base_url: str, options: ServerOptions, section: str) -> Server:
@@ -175,6 +177,19 @@ class Server:
             )
         return tuple(str(name) for name in names)
 
+    def window(self, model: str) -> int | None:
+        """The most tokens of a text and its continuation, as vLLM and SGLang list it; None where it is not said.
+
+        Raises:
+            LimbeckError: as for `get`.
+        """
+        reply = self.get("/models")
+        entries = None if isinstance(reply, Refusal) else reply.get("data")
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and entry.get("id") == model and isinstance(entry.get("max_model_len"), int):
+                return entry["max_model_len"]
+        return None
+
     def model(self, wanted: str | None) -> str:
         """The name to ask with: `wanted`, or the only model there is.
 
@@ -239,7 +254,7 @@ class Server:
             headers["Authorization"] = f"Bearer {key.value}"
         data = None if body is None else json.dumps(body).encode()
         url = self.root.removesuffix("/v1") + path[1:] if path.startswith("//") else self.root + path
-        answer = exchange(url, data, headers, self.timeout_s)
+        answer = exchange(url, data, headers, self.timeout_s, self.max_bytes)
         if isinstance(answer, ConnectionFailed):
             return self._connection_error(answer, key)
         # From here on nothing holds the key, whatever the server has repeated.
@@ -263,7 +278,8 @@ class Server:
             return _RetryableError(what=what, remedy=remedy)
         if broken.kind == "long":
             remedy = f"check that {self.section}.base_url is that of an OpenAI-compatible server, with its /v1"
-            return _RetryableError(what=f"answers with more than {MAX_BYTES >> 20} MiB", remedy=remedy)
+            most = (self.max_bytes or MAX_BYTES) >> 20
+            return _RetryableError(what=f"answers with more than {most} MiB", remedy=remedy)
         what = "cut the connection off in the middle of an answer"
         return _RetryableError(what=what, remedy="look at the server's log; the same command then continues")
 

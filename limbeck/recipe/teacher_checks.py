@@ -11,7 +11,7 @@ from limbeck.recipe.teacher import ITSELF, MOVING, WHERE
 from limbeck.teachers.hosted_options import OnApi
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.sees import StudentsPrompt
-from limbeck.teachers.served import OnServer
+from limbeck.teachers.served_options import OnServer
 from limbeck.teachers.store.teacher import InStore
 from limbeck.types import LimbeckError
 

@@ -8,7 +8,7 @@ from limbeck.teachers.hosted_options import OnApi
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.none import Nowhere
 from limbeck.teachers.placed import Placed
-from limbeck.teachers.served import OnServer
+from limbeck.teachers.served_options import OnServer
 from limbeck.teachers.store.teacher import InStore
 
 _MEMBERS: dict[str, type[TeacherLocation]] = {

@@ -1,7 +1,7 @@
 """A teacher that a server scores with, by one of two signals.
 
-"hidden": the hidden states of its last block, read from files that the server writes; final norm and head are here, so
-that the whole distribution is known at every temperature.
+"hidden": its hidden states, in the server's answers (behind the final norm) or in files that it writes (before it);
+final norm and head are here, so that the whole distribution is known at every temperature.
 
 "topk": log-probabilities at temperature 1, normalised over the whole vocabulary, of `support_k` tokens per position:
 the likeliest ones with the token that followed among them (and `student_k` that are chosen for each position, where the
@@ -13,89 +13,38 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass as plain_dataclass
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from typing import Any
 
 from limbeck.client.concurrency import concurrently
+from limbeck.client.http import MAX_BYTES
 from limbeck.client.openai import Refusal, Server
 from limbeck.client.pool import ServerPool
-from limbeck.fields import NEUTRAL, STRICT, Count, Positive
-from limbeck.teachers.base import Provision, Teacher, TeacherModel
+from limbeck.teachers.base import Provision, Teacher
 from limbeck.teachers.likeliest import at_temperature_one, vocabulary_alone
 from limbeck.teachers.served_answers import Answer, KeptAnswers
 from limbeck.teachers.served_dialects import DIALECTS, ScoredText, ScoringDialect
+from limbeck.teachers.served_options import SECTION, OnServer
 from limbeck.teachers.served_probe import PROBE_TEXTS, check_tokenizer, find_dialect
-from limbeck.teachers.served_states import ModelEnding, VllmStates, check_states
+from limbeck.teachers.served_states import ModelEnding, VllmStates
 from limbeck.teachers.served_support import kept_tokens
 from limbeck.teachers.served_texts import texts_of
-from limbeck.types import DenseSignal, Head, Json, LimbeckError, Signal, Support, TokenBatch
+from limbeck.teachers.served_wire import WireStates, find_states
+from limbeck.types import DenseSignal, Head, Json, LimbeckError, Signal, TokenBatch
 
-if TYPE_CHECKING:
-    import torch
-
-    from limbeck.models.assets import DownloadProgress
-
-SECTION = "teacher.where"
+# The two ways to hidden states.
+States = VllmStates | WireStates
 
 
-@dataclass(config=STRICT, kw_only=True)
-class OnServer:
-    """A server scores the responses: the teacher's weights are not on this machine."""
-
-    base_url: Annotated[str | tuple[str, ...], NEUTRAL]
-    """Of the server, such as http://localhost:8000/v1; of several with the same model they share the requests."""
-    model: str | None = None
-    """The server's name of the teacher; null takes the only model it offers."""
-    api: Literal["auto", "vllm", "sglang", "llamacpp"] = "auto"
-    """How it is asked; auto takes the first way that it answers."""
-    gives: Literal["auto", "hidden", "topk"] = "auto"
-    """What it is asked for: hidden states, by which its whole distribution is known (vLLM with a folder that this
-    machine sees too), or its likeliest tokens; auto takes what teacher.support needs."""
-    folder: Annotated[str | None, NEUTRAL] = None
-    """Where the folder that it writes hidden states into lies on this machine; null is the path that it names."""
-    concurrency: Annotated[Count, NEUTRAL] = 8
-    """Responses asked about at a time."""
-    timeout_s: Annotated[Positive, NEUTRAL] = 120.0
-    """Seconds for one whole answer."""
-    retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
-    """Further tries when the server is out of reach, full or too slow."""
-    api_key_env: Annotated[str | None, NEUTRAL] = None
-    """Name of the environment variable that holds the key; never the key itself."""
-
-    def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> ServedTeacher:
-        """Open the teacher; nothing is asked yet."""
-        return ServedTeacher(model=model, device=device, progress=progress, where=self)
-
-    def signal_for(self, support: Support) -> Literal["hidden", "topk"]:
-        """What the server is asked for, where a run keeps some support of each position."""
-        if self.gives != "auto":
-            return self.gives
-        return "hidden" if support in ("full", "sampled") else "topk"
-
-    def servers(self) -> tuple[Server, ...]:
-        """The servers, not asked anything yet.
-
-        Raises:
-            LimbeckError: no address, or one that is none.
-        """
-        addresses = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
-        if not addresses:
-            raise LimbeckError(f"{SECTION}.base_url is empty; give the address of a server that serves the teacher")
-        return tuple(Server.at(address, self, SECTION) for address in addresses)
-
-
-@plain_dataclass(kw_only=True)
+@dataclass(kw_only=True)
 class ServedTeacher(Teacher):
     """A teacher behind a server. What it answered is kept in the folder `asked`, where that is set."""
 
     where: OnServer
-    _found: dict[str, tuple[str, ScoringDialect | VllmStates]] = field(default_factory=dict)
+    _found: dict[str, tuple[str, ScoringDialect | States]] = field(default_factory=dict)
+    _windows: dict[str, int | None] = field(default_factory=dict)
     _agreeing: Any = field(default_factory=threading.RLock)
 
     @property
@@ -200,7 +149,12 @@ class ServedTeacher(Teacher):
 
     @cached_property
     def _pool(self) -> ServerPool:
-        return ServerPool(servers=self.where.servers(), warn=self.progress or (lambda line: None))
+        servers = self.where.servers()
+        if self._of_states:
+            # Each token of a text brings as many numbers of 4 bytes as a state has, in base64.
+            longest = (self.window or 0) * self.state_width * 6
+            servers = tuple(replace(server, max_bytes=max(MAX_BYTES, longest)) for server in servers)
+        return ServerPool(servers=servers, warn=self.progress or (lambda line: None))
 
     def _answers(self, texts: Sequence[ScoredText]) -> Iterator[tuple[int, Answer]]:
         """The answer to each text with its place in the list, in any order; those on disk first."""
@@ -212,6 +166,8 @@ class ServedTeacher(Teacher):
             else:
                 yield number, answer
 
+        self._require_room(missing)
+
         def ask(text: ScoredText) -> tuple[ScoredText, Answer]:
             server, replies = self._pool.post(lambda server: self._requests(server, text))
             answer = self._read(server, replies, text)
@@ -222,17 +178,31 @@ class ServedTeacher(Teacher):
         for text, answer in concurrently(ask, missing, workers):
             yield from ((number, answer) for number in missing[text])
 
+    def _require_room(self, texts: Iterable[ScoredText]) -> None:
+        """Check that texts are not longer than what a server that was reached reads.
+
+        Raises:
+            LimbeckError: one is.
+        """
+        longest = max((len(text.ids) - 1 for text in texts), default=0)
+        for root, window in self._windows.items():
+            if window is not None and longest > window:
+                raise LimbeckError(
+                    f"{root} reads {window} tokens at most, and a prompt and its response have {longest}; serve the "
+                    f"teacher with a longer window (vLLM: --max-model-len {longest + 1})"
+                )
+
     def _requests(self, server: Server, text: ScoredText) -> tuple[str, list[Json]]:
         model, dialect = self._way(server, text)
-        if isinstance(dialect, VllmStates):
+        if isinstance(dialect, States):
             return dialect.path, dialect.requests(text, model)
         # Where a chosen token is among the likeliest, the next one is kept in its place.
         return dialect.path, dialect.requests(text, model, self._kept)
 
-    def _way(self, server: Server, text: ScoredText) -> tuple[str, ScoringDialect | VllmStates]:
+    def _way(self, server: Server, text: ScoredText) -> tuple[str, ScoringDialect | States]:
         """The server's name of the model and the way to ask it about a text, which may have no chosen tokens."""
         model, dialect = self._agree(server)
-        if self.student_k and not text.chosen and not isinstance(dialect, VllmStates):
+        if self.student_k and not text.chosen and not isinstance(dialect, States):
             return model, next(one for one in DIALECTS if one.name == dialect.name)
         return model, dialect
 
@@ -247,7 +217,7 @@ class ServedTeacher(Teacher):
         """What all questions have in common."""
         return {"model": self.where.model, "api": self.where.api, "teacher": self.fingerprint}
 
-    def _agree(self, server: Server) -> tuple[str, ScoringDialect | VllmStates]:
+    def _agree(self, server: Server) -> tuple[str, ScoringDialect | States]:
         """The server's name of the model and the way to ask it."""
         with self._agreeing:
             if server.base_url not in self._found:
@@ -256,9 +226,10 @@ class ServedTeacher(Teacher):
                 if not check_tokenizer(server, model, self.tokenizer) and self.progress is not None:
                     self.progress(f"{server.root} does not say how it reads texts: its tokenizer is not compared")
                 self._found[server.base_url] = model, self._dialect(server, model)
+                self._windows[server.root] = server.window(model)
             return self._found[server.base_url]
 
-    def _dialect(self, server: Server, model: str) -> ScoringDialect | VllmStates:
+    def _dialect(self, server: Server, model: str) -> ScoringDialect | States:
         """The way to ask a server, tried on a short text."""
         ids = tuple(self.tokenizer(PROBE_TEXTS[0], verbose=False)["input_ids"])
         if not self._of_states:
@@ -278,8 +249,7 @@ class ServedTeacher(Teacher):
             )
         folder = None if self.where.folder is None else Path(self.where.folder).expanduser()
         states = VllmStates(folder=folder, patience_s=self.where.timeout_s)
-        check_states(server, model, states, self._ending, ids)
-        return states
+        return find_states(server, model, self._ending, ids, folder=states, progress=self.progress)
 
     def _read(self, server: Server, replies: Sequence[Json | Refusal], text: ScoredText) -> Answer:
         name = f"a response of {len(text.positions)} tokens"
@@ -291,8 +261,9 @@ class ServedTeacher(Teacher):
         _, dialect = self._way(server, text)
         answered = [reply for reply in replies if not isinstance(reply, Refusal)]
         try:
-            if isinstance(dialect, VllmStates):
-                return {"hidden": self._ending.hidden_states(dialect.read(answered, text)).cpu()}
+            if isinstance(dialect, States):
+                rows_ND = dialect.read(answered, text)
+                return {"hidden": rows_ND if dialect.behind_norm else self._ending.hidden_states(rows_ND).cpu()}
             return kept_tokens(
                 dialect.read(answered, text),
                 text,

@@ -27,7 +27,10 @@ _PAUSE_S = 0.01
 # Mean distance in nats from the server's own log-probabilities that rounding explains; bfloat16 rounds logits near 20
 # to steps of an eighth.
 _ROUNDING = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
-_REMEDY = "start vLLM with --speculative-config and --kv-transfer-config as docs/serving.md has them"
+_REMEDY = (
+    "start vLLM with --speculative-config and --kv-transfer-config, or with --runner pooling, as docs/serving.md has "
+    "them"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ class VllmStates:
     patience_s: float
 
     path = "/completions"
+    behind_norm = False
 
     def requests(self, text: ScoredText, model: str) -> list[Json]:
         """The request for the states of a text; its last token is no input."""

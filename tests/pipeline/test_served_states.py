@@ -36,14 +36,27 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.mark.parametrize(
-    ("source", "cache", "objective"),
-    [("data", True, "csd"), ("student", True, "rkl"), ("student", False, "js")],
+    ("source", "cache", "objective", "in_answers"),
+    [
+        ("data", True, "csd", False),
+        ("student", True, "rkl", False),
+        ("student", False, "js", False),
+        ("student", True, "csd", True),
+    ],
 )
 def test_losses_and_fidelity_are_those_of_a_teacher_in_this_process(
-    served: Served, tmp_path: Path, source: str, cache: bool, objective: str
+    served: Served,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    cache: bool,
+    objective: str,
+    in_answers: bool,
 ) -> None:
     """At a temperature other than 1, on the data's answers and in rounds of the student's."""
     model, tiny, url, handler = served
+    if in_answers:
+        monkeypatch.setattr(handler, "pooled", staticmethod(model.hidden))
     losses, scores = [], []
     for where in ("in_process", {"name": "server", "base_url": url, "retries": 0, "timeout_s": 20.0}):
         here = where == "in_process"
@@ -67,7 +80,8 @@ def test_losses_and_fidelity_are_those_of_a_teacher_in_this_process(
         losses.append([row["loss"] for row in rows if "loss" in row])
         scores.append(read_json(run.root / "scores.json")["after"])
         if not here:
-            asked = [tuple(body["prompt"]) for body in handler.state.requests if isinstance(body.get("prompt"), list)]
+            key = "input" if in_answers else "prompt"
+            asked = [tuple(body[key]) for body in handler.state.requests if isinstance(body.get(key), list)]
             assert len(asked) == len(set(asked)) and len(asked) > 10
             assert not list(handler.folder.iterdir())
             assert not run.asked.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from limbeck.runtime.jsonl import read_log
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.teachers.base import TeacherModel
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.served import OnServer, ServedTeacher
+from limbeck.teachers.served import ServedTeacher
+from limbeck.teachers.served_options import OnServer
 from limbeck.types import DenseSignal, LimbeckError, Response, TokenBatch, TopKSignal
 from tests.servers.conftest import Figures, Vllm
 from tests.tiny_pair import questions, write_prompts
@@ -197,6 +199,54 @@ SOURCES = {
 }
 
 
+@dataclass
+class Losses:
+    """What a run lost with a teacher behind a server and with one in this process.
+
+    Attributes:
+        apart: largest relative difference of a step.
+        steps: of each run.
+        loads: how often the teacher's weights were read, by the name of the side.
+    """
+
+    apart: float
+    steps: int
+    loads: dict[str, int]
+
+    def note(self, figures: Figures, what: str) -> None:
+        figures.note(
+            f"{what}: losses of {self.steps} steps, largest relative difference from a local teacher's",
+            f"{self.apart:.1e}; the teacher was loaded {self.loads['served']} times ({self.loads['local']} locally)",
+        )
+
+
+def losses_of(
+    url: str, smollm2: Path, student: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> Losses:
+    loads: list[str] = []
+    whole = limbeck.models.loading.load_model
+
+    def counted(name: str | Path, **options: Any) -> Any:
+        loads.append(str(name))
+        return whole(name, **options)
+
+    monkeypatch.setattr(limbeck.models.loading, "load_model", counted)
+    losses, of_teacher = {}, {}
+    served = json.dumps({"name": "server", "base_url": url, "timeout_s": 600.0})
+    for where in ("in_process", served):
+        loads.clear()
+        side = "local" if where == "in_process" else "served"
+        overrides = [*COMMON, *SOURCES[recipe], f"student.model={student}", f"teacher.model={smollm2}"]
+        overrides += [f"output_dir={folder / side}", f"teacher.where={where}"]
+        overrides += ["evaluate.groups=[fidelity]", f"prompts={{source: {prompts(folder)}, eval_fraction: 0.2}}"]
+        run = run_pipeline(load_recipe(recipe, overrides), stages=STAGES)
+        rows = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
+        losses[side] = [row["loss"] for row in rows if "loss" in row]
+        of_teacher[side] = loads.count(str(smollm2))
+    apart = max(abs(a / b - 1) for a, b in zip(losses["served"], losses["local"], strict=True))
+    return Losses(apart=apart, steps=len(losses["local"]), loads=of_teacher)
+
+
 @pytest.mark.parametrize("recipe", SOURCES)
 def test_losses_are_those_of_a_teacher_in_this_process(
     vllm: Vllm,
@@ -207,33 +257,10 @@ def test_losses_are_those_of_a_teacher_in_this_process(
     monkeypatch: pytest.MonkeyPatch,
     recipe: str,
 ) -> None:
-    loads: list[str] = []
-    whole = limbeck.models.loading.load_model
-
-    def counted(name: str | Path, **options: Any) -> Any:
-        loads.append(str(name))
-        return whole(name, **options)
-
-    monkeypatch.setattr(limbeck.models.loading, "load_model", counted)
-    losses, of_teacher = {}, {}
-    served = json.dumps({"name": "server", "base_url": vllm.url, "timeout_s": 600.0})
-    for where in ("in_process", served):
-        loads.clear()
-        side = "local" if where == "in_process" else "served"
-        overrides = [*COMMON, *SOURCES[recipe], f"student.model={student}", f"teacher.model={smollm2_dir}"]
-        overrides += [f"output_dir={tmp_path / side}", f"teacher.where={where}"]
-        overrides += ["evaluate.groups=[fidelity]", f"prompts={{source: {prompts(tmp_path)}, eval_fraction: 0.2}}"]
-        run = run_pipeline(load_recipe(recipe, overrides), stages=STAGES)
-        rows = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
-        losses[side] = [row["loss"] for row in rows if "loss" in row]
-        of_teacher[side] = loads.count(str(smollm2_dir))
-    apart = max(abs(a / b - 1) for a, b in zip(losses["served"], losses["local"], strict=True))
-    figures.note(
-        f"`{recipe}`: losses of {len(losses['local'])} steps, largest relative difference from a local teacher's",
-        f"{apart:.1e}; the teacher was loaded {of_teacher['served']} times ({of_teacher['local']} locally)",
-    )
-    assert len(losses["local"]) == 3 and apart <= 1e-4
-    assert of_teacher["served"] == 0 < of_teacher["local"]
+    found = losses_of(vllm.url, smollm2_dir, student, tmp_path, monkeypatch, recipe)
+    found.note(figures, f"`{recipe}`")
+    assert found.steps == 3 and found.apart <= 1e-4
+    assert found.loads["served"] == 0 < found.loads["local"]
 
 
 def test_it_judges(vllm: Vllm, smollm2_dir: Path, student: Path, tmp_path: Path, figures: Figures) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import io
+import sys
 import threading
 import time
 import uuid
@@ -38,11 +39,19 @@ class ScoringHandler(Handler):
         scale_out: whether vLLM was started with --enable-scale-out.
         states: states (T, D) behind the last block, for a server that writes them into `folder`; None for others.
         forge: changes the tensors of a file before it is written; None writes none.
+        pooled: states (T, D) behind the final norm, for a pooling server, which has no other way; None for others.
+        task: what the pooling server was started for.
+        send: changes what it answers with, a list of texts' states in base64.
+        window: the most tokens of a text.
         late_s: how long a file takes after the answer.
     """
 
     scale_out: bool = True
     states: Scores | None = None
+    pooled: Scores | None = None
+    task: str = "token_embed"
+    send: Callable[[list[Any]], list[Any]]
+    window: int | None = None
     folder: Path
     forge: Callable[[dict[str, Tensor]], dict[str, Tensor] | None]
     late_s: float = 0.02
@@ -57,6 +66,8 @@ class ScoringHandler(Handler):
             return 200, {"tokens": ids, "count": len(ids)}
         if body.get("model", self.state.models[0]) not in self.state.models:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        if self.pooled is not None:
+            return self.vllm_pooling(body) if self.path == "/pooling" else (404, {"detail": "Not Found"})
         if self.state.manner == "vllm" and self.path == "/inference/v1/generate":
             return self.vllm_choice(body)
         route = {"vllm": "/v1/completions", "sglang": "/generate", "llama.cpp": "/completion"}[self.state.manner]
@@ -110,6 +121,28 @@ class ScoringHandler(Handler):
             "prompt_token_id_logprobs": said
         }
 
+    def vllm_pooling(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """As recorded from vLLM 0.32.0 with --runner pooling."""
+        ids = body["input"]
+        if body.get("task") != self.task:
+            said = f"Try switching the model's pooling_task via --pooler-config.task {body['task']}. (parameter=task)"
+            return 400, {"error": {"message": said, "type": "BadRequestError", "param": "task", "code": 400}}
+        if self.window is not None and len(ids) > self.window:
+            said = f"This model's maximum context length is {self.window} tokens. However, your prompt contains "
+            said += f"{len(ids)} input tokens, which exceeds this limit even without any output tokens."
+            return 400, {"error": {"message": said, "type": "BadRequestError", "param": "input_tokens", "code": 400}}
+        assert self.pooled is not None and body["encoding_format"] == "base64" and body["endianness"] == sys.byteorder
+        states_TD = self.pooled(ids)
+        if body["use_activation"]:
+            states_TD = torch.nn.functional.normalize(states_TD, dim=-1)
+        raw = states_TD.to(getattr(torch, body["embed_dtype"])).contiguous().view(torch.uint8).numpy().tobytes()
+        said = self.send([{"index": 0, "object": "pooling", "data": base64.b64encode(raw).decode()}])
+        usage = {"prompt_tokens": len(ids), "total_tokens": len(ids), "completion_tokens": 0}
+        return 200, {"id": "pooling-a045ff28", "object": "list", "model": body["model"], "data": said, "usage": usage}
+
+    def listed(self) -> list[dict[str, Any]]:
+        return [one | {"max_model_len": self.window} for one in super().listed()]
+
     def write_states(self, ids: list[int]) -> Path:
         """The file of a text's states, which is written after the answer, behind a lock that is there before it."""
         assert self.states is not None
@@ -158,6 +191,7 @@ def scoring_server(
     handler.state = State(tokenizer, manner=manner)
     handler.scores, handler.cap, handler.lie = staticmethod(scores), cap, staticmethod(lambda rows: rows)
     handler.forge = staticmethod(lambda tensors: tensors)
+    handler.send = staticmethod(lambda rows: rows)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

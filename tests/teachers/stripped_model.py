@@ -47,6 +47,11 @@ class StrippedModel:
             hook.remove()
         return found[0][0]
 
+    def hidden(self, ids: list[int]) -> torch.Tensor:
+        """What the final norm gives."""
+        with self.alone, torch.no_grad():
+            return self.local.model.get_submodule("model")(torch.tensor([ids])).last_hidden_state[0]
+
     def scores(self, ids: list[int]) -> torch.Tensor:
         with self.alone, torch.no_grad():
             logits_TV = self.local.model(torch.tensor([ids])).logits[0, :, : self.local.head.vocab_size]

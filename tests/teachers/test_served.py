@@ -18,7 +18,8 @@ from limbeck.pipeline.signal_statement import NEVER_LARGER
 from limbeck.rollouts.collate import collate
 from limbeck.teachers.base import TeacherModel
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.served import OnServer, ServedTeacher
+from limbeck.teachers.served import ServedTeacher
+from limbeck.teachers.served_options import OnServer
 from limbeck.teachers.served_texts import texts_of
 from limbeck.types import DenseSignal, Head, LimbeckError, Response, TokenBatch, TopKSignal
 from tests.teachers.scoring_server import ScoringHandler, scoring_server

@@ -18,7 +18,8 @@ from limbeck.rollouts.collate import collate
 from limbeck.teachers.base import TeacherModel
 from limbeck.teachers.chosen import StudentsChoice, likeliest_of
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.served import OnServer, ServedTeacher
+from limbeck.teachers.served import ServedTeacher
+from limbeck.teachers.served_options import OnServer
 from limbeck.types import DenseSignal, Head, LimbeckError, Response, TokenBatch, TopKSignal
 from tests.teachers.scoring_server import ScoringHandler, scoring_server
 from tests.tiny_pair import TinyPair, write_model

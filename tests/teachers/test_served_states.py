@@ -16,7 +16,8 @@ from limbeck.models.heads import project
 from limbeck.models.skeleton import final_norm
 from limbeck.rollouts.collate import collate
 from limbeck.teachers.base import TeacherModel
-from limbeck.teachers.served import OnServer, ServedTeacher
+from limbeck.teachers.served import ServedTeacher
+from limbeck.teachers.served_options import OnServer
 from limbeck.types import DenseSignal, LimbeckError, Response, TokenBatch
 from tests.teachers.scoring_server import ScoringHandler, scoring_server
 from tests.teachers.stripped_model import TIED_HEAD, StrippedModel

@@ -129,8 +129,11 @@ class Handler(BaseHTTPRequestHandler):
         if not self.let_in():
             return None
         if self.path == "/v1/models":
-            return self.reply(200, {"object": "list", "data": [{"id": name} for name in self.state.models]})
+            return self.reply(200, {"object": "list", "data": self.listed()})
         return self.reply(404, {"detail": "Not Found"})
+
+    def listed(self) -> list[dict[str, Any]]:
+        return [{"id": name} for name in self.state.models]
 
     def let_in(self) -> bool:
         key = self.state.key

@@ -19,7 +19,7 @@ from limbeck.rollouts.io import read_responses
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.sampling.served import ServedSampler
 from limbeck.teachers.base import TeacherModel
-from limbeck.teachers.served import OnServer
+from limbeck.teachers.served_options import OnServer
 from limbeck.types import Response, Sampling, TokenPrompt, TopKSignal
 from tests.limbeck_command import CommandServer
 from tests.models.tiny import save_gguf
