@@ -1,4 +1,4 @@
-"""Shipped recipes on one process, on two under DDP and on two with a sharded student: how far the students are apart.
+"""Shipped recipes on one process, on two under DDP, on two and four with a sharded student: how far these are apart.
 
     python -m benchmarks.sharded                     # writes docs/results/sharded.md; goes on after a stop
     python -m benchmarks.sharded --only kd,gkd --out DIR --page FILE
@@ -35,11 +35,12 @@ from limbeck.types import LimbeckError
 from tests.tiny_pair import TinyPair, questions
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of two processes each has half of a step.
+# Each process has its share of a step of four responses.
 LAUNCHES = {
     "one": (1, "none"),
     "ddp": (2, "none"),
     "sharded": (2, "full"),
+    "four": (4, "full"),
 }
 PROMPTS = {
     "sdft": "context",
@@ -172,51 +173,33 @@ def gap(out: Path, launch: str, name: str) -> float | None:
 
 def row(out: Path, name: str) -> str:
     """The row of a recipe in the table."""
-    cells = [name]
-    for launch in ("ddp", "sharded"):
+    cells = [f"`{name}`"]
+    for launch in ("ddp", "sharded", "four"):
         found, apart = said(out, launch, name), gap(out, launch, name)
         if found is not None and "refused" in found:
             cells.append("refused")
         else:
             cells.append("not run" if apart is None else f"{apart:.1e}")
-    one, sharded = (said(out, launch, name) for launch in ("one", "sharded"))
-    shares = [found["bytes"] for found in (one, sharded) if found is not None and found["bytes"]]
-    cells.append(f"{shares[1] / shares[0]:.1%}" if len(shares) == 2 else "")
+    one, *shards = (said(out, launch, name) for launch in ("one", "sharded", "four"))
+    for found in shards:
+        both = one and found and one["bytes"] and found["bytes"]
+        cells.append(f"{both / one['bytes']:.1%}" if one and both else "")
     cells.append(REFUSED.get(name, ""))
     return "| " + " | ".join(cells) + " |"
 
 
-PAGE = """# A sharded student beside a whole one
-
-Two CPU processes of one thread each (gloo), {versions}.
-`python -m benchmarks.sharded`. Each recipe trains as it is shipped, but for a tiny pair of random models, twenty-four
-prompts of its own kind, four steps of four responses, a learning rate of 1e-4 and answers of twelve tokens: what is
-compared is the update. The gaps are the largest difference of any weight, in float32, between the student of two
-processes and that of one: a whole student on each (DDP), and one sharded over both (`train.sharding=full`). In float64
-the same differences are below 1e-10 (`tests/distributed/test_sharded.py`), so what is left is rounding, which AdamW
-divides by itself where a gradient is near zero. The last number is what one of two ranks keeps of trained weights,
-gradients and optimizer state, as a share of what one process keeps.
-
-| recipe | gap, DDP | gap, sharded | kept by a rank | |
-|---|---|---|---|---|
-{rows}
-
-Not run: {skipped}.
-Times say nothing here: two processes on a CPU that others use too, on models that take no time. No GPU, no NCCL and no
-more than two ranks were at hand.
-"""
+HEAD = """| recipe | gap, DDP | gap, sharded over 2 | over 4 | kept by one of 2 | of 4 | |
+|---|---|---|---|---|---|---|"""
+START, END = "<!-- rows -->", "<!-- end of rows -->"
 
 
 def write_page(out: Path, page: Path, chosen: list[str]) -> None:
-    import accelerate
-    import transformers
-
-    versions = (
-        f"torch {torch.__version__}, accelerate {accelerate.__version__}, transformers {transformers.__version__}"
-    )
+    """Put the table into the page, between its two marks."""
     rows = "\n".join(row(out, name) for name in chosen)
-    skipped = "; ".join(f"{name} ({why})" for name, why in SKIPPED.items())
-    write_text(page, PAGE.format(versions=versions, rows=rows, skipped=skipped))
+    skipped = "; ".join(f"`{name}` ({why})" for name, why in SKIPPED.items())
+    before, _, rest = page.read_text("utf-8").partition(START)
+    after = rest.partition(END)[2]
+    write_text(page, f"{before}{START}\n\n{HEAD}\n{rows}\n\nNot run: {skipped}.\n\n{END}{after}")
 
 
 def main() -> None:

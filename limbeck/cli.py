@@ -90,16 +90,16 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _play(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> None:
+def _run_until(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> None:
     from limbeck.api import load
     from limbeck.pipeline.stage_order import STAGES
 
-    run = _played(load(recipe, *(overrides or [])), STAGES, verb, update)
+    run = _ran(load(recipe, *(overrides or [])), STAGES, verb, update)
     if not int(os.environ.get("RANK", "0")):
         print(run.report if verb == "report" else run.root)
 
 
-def _played(recipe: Any, stages: Any, verb: str, update: bool) -> Any:
+def _ran(recipe: Any, stages: Any, verb: str, update: bool) -> Any:
     from limbeck.pipeline.engine import run_pipeline
     from limbeck.runtime.console import default_console
 
@@ -139,7 +139,7 @@ def run(
         objective_of(loaded)
         print(to_yaml(loaded), end="")
         return
-    _play(recipe, overrides, "report", update)
+    _run_until(recipe, overrides, "report", update)
 
 
 @app.command()
@@ -173,35 +173,35 @@ def plan(
 def prompts(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
     """Read the prompts and split them into training and held-out."""
     del debug
-    _play(recipe, overrides, "prompts", update)
+    _run_until(recipe, overrides, "prompts", update)
 
 
 @app.command()
 def respond(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
     """Up to the responses: sample them from the teacher, or take those of the data."""
     del debug
-    _play(recipe, overrides, "respond", update)
+    _run_until(recipe, overrides, "respond", update)
 
 
 @app.command()
 def teach(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
     """Up to the teacher's signal on every response token."""
     del debug
-    _play(recipe, overrides, "teach", update)
+    _run_until(recipe, overrides, "teach", update)
 
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
     """Up to the trained student."""
     del debug
-    _play(recipe, overrides, "train", update)
+    _run_until(recipe, overrides, "train", update)
 
 
 @app.command()
 def prefer(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
     """Up to the student after preference tuning, where the recipe has a section preference."""
     del debug
-    _play(recipe, overrides, "prefer", update)
+    _run_until(recipe, overrides, "prefer", update)
 
 
 @app.command()
@@ -234,11 +234,11 @@ def evaluate(
     if prompts is None:
         if teacher is not None:
             raise LimbeckError("--teacher goes with --prompts; of a run, name the teacher with teacher.model=...")
-        _play(recipe, changes, "evaluate", update)
+        _run_until(recipe, changes, "evaluate", update)
         return
     from limbeck.pipeline.standalone_evaluation import STANDALONE_STAGES, recipe_of
 
-    print(_played(recipe_of(recipe, teacher, prompts, changes), STANDALONE_STAGES, "report", update).report)
+    print(_ran(recipe_of(recipe, teacher, prompts, changes), STANDALONE_STAGES, "report", update).report)
 
 
 @app.command()
