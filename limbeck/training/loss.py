@@ -97,10 +97,12 @@ class LossPlan:
     def gauge(self) -> str:
         """Name, in `stats`, of the mean that measures the student's fit: lower is better.
 
-        The loss, but for objectives that push sampled tokens alone: for these it is the forward KL that is measured
-        beside them, since their value does not measure the fit.
+        The loss, but for objectives that push sampled tokens alone, whose value does not measure the fit: for these it
+        is the forward KL that is measured beside them, or the teacher's responses' negative log-likelihood where none
+        is, which is an estimate of it but for a constant.
         """
-        return "forward_kl" if self.pushes_samples and "forward_kl" in self.stats else "loss"
+        beside = ("forward_kl", "nll") if self.pushes_samples else ()
+        return next((name for name in beside if name in self.stats), "loss")
 
     @property
     def pushes_samples(self) -> bool:
@@ -135,6 +137,8 @@ class LossPlan:
         if self.student_objective is not None:
             names += [f"loss/{writer}" for writer in WRITERS]
         if self.rule is not None:
+            # An objective that reads no teacher has no divergence measured beside it.
+            names += ["nll"] if self.pushes_samples and "forward_kl" not in names else []
             names += [f"{measure}/{writer}" for measure in self.rule.measures for writer in WRITERS]
         return tuple(dict.fromkeys(names))
 
@@ -287,6 +291,8 @@ class StudentLoss(nn.Module):
         if self.loss_plan.rule is None:
             return TokenOptions()
         log_q_N, log_p_N = label_logp(hidden_ND, head, signal, batch.labels_N)
+        if "nll" in self.stats:
+            sums.add("nll", -log_q_N, ~batch.by_student_B[batch.sequence_N])
         token_options = self.loss_plan.rule.apply(
             SequenceStats(
                 log_q_N=log_q_N,

@@ -59,6 +59,19 @@ def test_one_mean_over_rows_is_half_of_dpkd(tmp_path):
     assert gap(grads, gradients(student, dpkd_loss(rows, 2.0) / 2)) < 1e-4
 
 
+def test_the_fit_of_a_student_that_learns_from_pairs_is_the_likelihood_of_the_teachers(tmp_path):
+    """The value of a policy gradient says nothing of it, and is 0 on responses without a partner."""
+    loss_plan = LossPlan(objective=POLICY, rule=DPKD(), authored=True)
+    assert loss_plan.gauge == "nll"
+    responses = pairs(4)
+    line, _ = one_step(tmp_path, responses, loss_plan, weighting=TokenWeighting(reduction="sequence"))
+    _, rows = read(responses)
+    logp_N = torch.cat([row.log_q_T for row in rows[::2]])
+    assert line["nll"] == pytest.approx(-logp_N.mean().item(), rel=1e-5)
+    assert LossPlan(objective=WHOLE, rule=MiniLLM(), authored=True).gauge == "forward_kl"
+    assert LossPlan(objective=build_objective("fkl")).gauge == "loss"
+
+
 def test_pairs_that_would_be_cut_apart_are_refused(tmp_path):
     """Their partners would be missing, and the loss quietly another."""
     loss_plan = LossPlan(objective=POLICY, rule=DPKD(), authored=True)
