@@ -32,10 +32,11 @@ from limbeck.recipe.files import shipped_recipes
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.files import write_text
 from limbeck.types import LimbeckError
-from tests.tiny_pair import TinyPair, questions
+from tests.tiny_pair import TinyPair, questions, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
-# Each process has its share of a step of four responses.
+# Each process has its share of a step.
+STEP_ROWS = 8
 LAUNCHES = {
     "one": (1, "none"),
     "ddp": (2, "none"),
@@ -74,7 +75,7 @@ def changes(name: str, pair: Path, run: Path, processes: int, sharding: str) -> 
         "train.warmup_steps": 1,
         "train.warmup_ratio": 0.0,
         "train.learning_rate": 1e-4,
-        "train.per_device_train_batch_size": 4 // processes,
+        "train.per_device_train_batch_size": STEP_ROWS // processes,
         "train.gradient_accumulation_steps": 1,
         "train.compile": "off",
         "train.sharding": sharding,
@@ -123,6 +124,8 @@ def bytes_of(optimizer: torch.optim.Optimizer) -> int:
 def write_pair(folder: Path) -> None:
     """The pair, and prompts of each kind that a recipe asks for."""
     TinyPair.write(folder)
+    # Some teachers see longer prompts.
+    write_model(folder / "teacher", window=512)
     asked = questions()
     rows: dict[str, list[dict[str, Any]]] = {
         "plain": [{"prompt": text, "completion": text[::-1]} for text in asked],

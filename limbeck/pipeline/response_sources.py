@@ -56,16 +56,17 @@ def response_source_of(
             should_stop=should_stop,
             report=samplers.reporter(),
         )
-        return source.build(
-            Materials(
-                offline=base,
-                prompts=prompts,
-                sampling=sampling_of(context.recipe.responses),
-                samplers=samplers,
-                rounds=rounds,
-                context=source_context,
-            )
+        materials = Materials(
+            offline=base,
+            prompts=prompts,
+            sampling=sampling_of(context.recipe.responses),
+            samplers=samplers,
+            rounds=rounds,
+            context=source_context,
         )
+        # Samplers of two models try both when they are made.
+        with source_context.whole_student():
+            return source.build(materials)
 
     return begin
 
