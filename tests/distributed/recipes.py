@@ -12,8 +12,8 @@ from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 
-# Responses of the teacher, of a mixture, of both side by side; the first and the last after a first stage.
-NAMES = ("kd", "gkd", "distillm2")
+# Responses of the teacher, of a mixture, of both side by side, of both models together.
+NAMES = ("kd", "gkd", "distillm2", "skd")
 
 
 def play_recipe(name: str, pair: Path, folder: Path, *changes: str) -> Path:
