@@ -185,11 +185,12 @@ class ServedTeacher(Teacher):
             LimbeckError: one is.
         """
         longest = max((len(text.ids) - 1 for text in texts), default=0)
-        for root, window in self._windows.items():
+        for server in self._pool.left:
+            window = self._windows.get(server.root)
             if window is not None and longest > window:
                 raise LimbeckError(
-                    f"{root} reads {window} tokens at most, and a prompt and its response have {longest}; serve the "
-                    f"teacher with a longer window (vLLM: --max-model-len {longest + 1})"
+                    f"{server.root} reads {window} tokens at most, and a prompt and its response have {longest}; serve "
+                    f"the teacher with a longer window (vLLM: --max-model-len {longest + 1})"
                 )
 
     def _requests(self, server: Server, text: ScoredText) -> tuple[str, list[Json]]:

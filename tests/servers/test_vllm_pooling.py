@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +21,7 @@ from limbeck.models.loading import load_model
 from limbeck.teachers.local import LocalTeacher
 from limbeck.types import DenseSignal, LimbeckError
 from tests.servers.conftest import Figures, Vllm, serving
-from tests.servers.test_vllm import batch_of, log_p, losses_of, opened, texts
+from tests.servers.test_vllm import COMMON, SOURCES, batch_of, log_p, losses_of, opened, prompts, texts
 
 POOLING = ("--runner", "pooling", "--convert", "embed")
 EVERY_TOKEN = ("--pooler-config", '{"task": "token_embed"}')
@@ -75,6 +81,41 @@ def test_losses_are_those_of_a_teacher_in_this_process(
     assert found.loads["served"] == 0 < found.loads["local"]
 
 
+def peak_mib(folder: Path, student: Path, teacher: Path, where: str) -> float:
+    """Peak memory of the process of a run that scores the data's answers beside the student."""
+    overrides = [*COMMON, *SOURCES["kd"], f"student.model={student}", f"teacher.model={teacher}"]
+    overrides += [f"output_dir={folder}", f"teacher.where={where}", "teacher.cache=false"]
+    overrides += ["evaluate.groups=[fidelity]", f"prompts={{source: {prompts(folder.parent)}, eval_fraction: 0.2}}"]
+    with folder.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "limbeck", "run", "kd", *overrides], stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    assert status == 0, folder.with_suffix(".log").read_text("utf-8")[-2000:]
+    return usage.ru_maxrss / 1024
+
+
+def test_of_the_teacher_s_weights_no_more_is_in_memory_than_of_one_with_one_block(
+    pooling: Vllm, smollm2_dir: Path, student: Path, tmp_path: Path, figures: Figures
+) -> None:
+    loaded = load_model(str(smollm2_dir))
+    model: Any = loaded.model
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "block")
+    loaded.tokenizer.save_pretrained(tmp_path / "block")
+    served = json.dumps({"name": "server", "base_url": pooling.url, "timeout_s": 600.0})
+    peaks = {
+        "served": peak_mib(tmp_path / "served", student, smollm2_dir, served),
+        "one block here": peak_mib(tmp_path / "one", student, tmp_path / "block", "in_process"),
+        "all here": peak_mib(tmp_path / "all", student, smollm2_dir, "in_process"),
+    }
+    figures.note(
+        "`kd` on hidden states in answers: peak memory of the process; with a teacher in it of one block; of all 30",
+        ", ".join(f"{mib:.0f} MiB" for mib in peaks.values()),
+    )
+    assert peaks["served"] <= 1.03 * peaks["one block here"] < peaks["all here"]
+
+
 def test_a_model_with_another_norm_is_refused(pooling: Vllm, student: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -93,19 +134,17 @@ def test_a_model_with_another_norm_is_refused(pooling: Vllm, student: Path, tmp_
 def test_a_text_beyond_its_window_is_refused_before_it_is_asked_about(pooling: Vllm, smollm2_dir: Path) -> None:
     teacher = opened(pooling, smollm2_dir, gives="hidden")
     teacher.reach()
+    (row,) = texts(smollm2_dir, 1, 40)
     with pytest.raises(LimbeckError, match=r"reads 1024 tokens at most"):
-        teacher.signal(batch_of(texts(smollm2_dir, 1, 1100)))
+        teacher.signal(batch_of([replace(row, response_ids=row.response_ids * 30)]))
 
 
-def test_a_server_that_pools_a_text_is_refused(
-    vllm_python: str, smollm2_dir: Path, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_server_that_pools_a_text_is_refused(vllm_python: str, smollm2_dir: Path, tmp_path: Path) -> None:
     with (
         serving(vllm_python, smollm2_dir, tmp_path, "teacher", *POOLING) as server,
-        pytest.raises(LimbeckError, match=r"HTTP 400: Try switching .* token_embed") as error,
+        pytest.raises(LimbeckError, match=r"HTTP 400: Try switching .* token_embed"),
     ):
         opened(server, smollm2_dir, gives="hidden").reach()
-    figures.note("a server that pools the states of a text", f"refused: {str(error.value).partition('; ')[2]}")
 
 
 def test_a_server_in_bfloat16_sends_that(vllm_python: str, smollm2_dir: Path, tmp_path: Path, figures: Figures) -> None:
