@@ -152,7 +152,8 @@ def plan(
         int | None, typer.Option("--answer-tokens", help="Mean length of answers that are not written yet.", min=1)
     ] = None,
     launch: Annotated[
-        str | None, typer.Option("--launch", help="Print the commands instead: torchrun, slurm or skypilot.")
+        str | None,
+        typer.Option("--launch", help="Print the commands instead: torchrun, accelerate, slurm or skypilot."),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the known devices and stop.")] = False,
     debug: Debug = False,
@@ -259,8 +260,8 @@ def sweep(
 
     end = run_sweep(sweep, *(overrides or []), update=update)
     print(end.page)
-    if end.failed == end.runs or end.lost:
-        raise typer.Exit(1)
+    if end.exit_code:
+        raise typer.Exit(end.exit_code)
 
 
 @app.command()

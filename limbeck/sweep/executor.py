@@ -52,6 +52,7 @@ class Executor:
                 recipe=as_tree(run.recipe),
                 artifacts=str(self.artifacts.root),
                 update=self.checker.update,
+                arm=run.arm,
                 pause_at=pause_at,
                 metric=metric,
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
-from limbeck.recipe.load import at, load_recipe
+from limbeck.recipe.load import Recipe, as_tree, at, load_recipe
 from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, default_console
 from limbeck.runtime.errors import in_one_line
@@ -23,10 +23,13 @@ from limbeck.sweep.arms import Models, arms_of, final_runs, first_recipes, first
 from limbeck.sweep.checks import RunChecker, check_recipe, refuse_launcher, refuse_other_files
 from limbeck.sweep.executor import Executor
 from limbeck.sweep.selection import halve, tune
+from limbeck.sweep.sending import command_pool, discard_sent, require_program
 from limbeck.sweep.settings import RESOLVED, Sweep, load_sweep, settings_to_yaml
 from limbeck.sweep.status import RunTable
+from limbeck.sweep.tasks import Outcome, Task
 from limbeck.sweep.worker_process import ALIVE
-from limbeck.sweep.workers import worker_pool
+from limbeck.sweep.workers import WorkerPool, worker_pool
+from limbeck.types import LimbeckError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +38,22 @@ class SweepEnd:
 
     Attributes:
         runs: that were to be compared, without those that only tuned; the failed among them.
-        lost: of all runs those whose process was killed twice: the sweep is not what it would have been.
+        lost: of all runs those whose process was killed twice, or whose command failed: the sweep is not what it would
+            have been.
+        sent: whether commands started them.
     """
 
     directory: Path
     runs: int
     failed: int
     lost: int = 0
+    sent: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        if self.lost:
+            return 2 if self.sent else 1
+        return int(self.failed == self.runs)
 
     @property
     def page(self) -> Path:
@@ -74,9 +86,12 @@ def run_sweep(
         refuse_other_files(root)
         runner = SweepRunner(sweep, console, RunChecker(update), ArtifactCache(root / "shared"))
         runner.check()
+        if sweep.command is not None:
+            require_program(sweep.command)
         with RunDirectory(root).locked(console.warn):
-            # Workers of a sweep that was killed end a moment after it.
+            # Workers of a sweep that was killed end a moment after it; what commands have started goes on to its end.
             with runner.artifacts.lock(ALIVE):
+                discard_sent(root)
                 write_text(root / RESOLVED, settings_to_yaml(sweep))
             return runner.run()
 
@@ -121,7 +136,7 @@ class SweepRunner:
             if not self.sweep.tune:
                 self.checker.inspect(final_runs(self.sweep, arm, {}, models))
 
-    def _run_first(self) -> None:
+    def _run_first(self, pool: WorkerPool) -> None:
         """Do the runs whose students all arms need; a finished one with the same inputs is reused."""
         from limbeck.pipeline.stage_order import STAGES
 
@@ -134,19 +149,36 @@ class SweepRunner:
                 for run in (RunDirectory(directory) for directory in near):
                     if run.finished(stage, fingerprint_):
                         self.artifacts.publish(stage, fingerprint_, run)
+            if self.sweep.command is not None:
+                self._send_first(key, recipe, pool)
+                continue
             run_pipeline(
                 recipe, stages=STAGES, console=self.console, update=self.checker.update, artifacts=self.artifacts
             )
         if recipes:
             self._inspect(self.models)
 
+    def _send_first(self, key: str, recipe: Recipe, pool: WorkerPool) -> None:
+        """Have a command make a run whose student all arms need.
+
+        Raises:
+            LimbeckError: it failed.
+        """
+        outcomes: list[Outcome] = []
+        task = Task(recipe=as_tree(recipe), artifacts=str(self.artifacts.root), update=self.checker.update)
+        pool.run([task], lambda _: None, lambda _, outcome: outcomes.append(outcome))
+        if outcomes[0].state != "done":
+            raise LimbeckError(f"first.{key}: {outcomes[0].error}")
+
     def run(self) -> SweepEnd:
         import torch
 
-        self._run_first()
-        sweep, table, threads = self.sweep, self._table(), torch.get_num_threads()
-        self._announce(table, threads)
-        with worker_pool(sweep.parallel, threads, self.artifacts.root, sweep.directory / "workers.log") as pool:
+        sweep, threads = self.sweep, torch.get_num_threads()
+        own = worker_pool(sweep.parallel, threads, self.artifacts.root, sweep.directory / "workers.log")
+        with own if sweep.command is None else command_pool(sweep.command, sweep.parallel) as pool:
+            self._run_first(pool)
+            table = self._table()
+            self._announce(table, threads)
             executor = Executor(
                 sweep=sweep,
                 console=self.console,
@@ -175,7 +207,12 @@ class SweepRunner:
             + (f" and {tuning} to tune them" if tuning else "")
             + (f" of {train.max_steps} steps" if train.max_steps else f" of {train.num_train_epochs:g} epochs")
             + (f" on at most {limit} prompts" if limit else "")
-            + f"; {sweep.parallel} at a time with {max(1, threads // sweep.parallel)} of {threads} threads each"
+            + f"; {sweep.parallel} at a time "
+            + (
+                f"with {max(1, threads // sweep.parallel)} of {threads} threads each"
+                if sweep.command is None
+                else f"by {sweep.command}"
+            )
         )
 
     def _end(self, table: RunTable) -> SweepEnd:
@@ -187,8 +224,10 @@ class SweepRunner:
         self.console.say(f"sweep {self.sweep.name}: {len(lines)} runs, {said}")
         lost = sum(line.lost for line in table.lines.values())
         if lost:
-            self.console.warn(f"{lost} of the failed runs had their process killed, twice; start the sweep again")
-        end = SweepEnd(directory=self.sweep.directory, runs=len(lines), failed=states["failed"], lost=lost)
+            how = "their process killed, twice" if self.sweep.command is None else "a command that failed"
+            self.console.warn(f"{lost} of the failed runs had {how}; start the sweep again")
+        sent = self.sweep.command is not None
+        end = SweepEnd(directory=self.sweep.directory, runs=len(lines), failed=states["failed"], lost=lost, sent=sent)
         chosen_by = self.sweep.tune_metric if self.sweep.tune else None
         write_comparison(
             [self.sweep.directory],

@@ -18,6 +18,7 @@ from limbeck.recipe.files import read_yaml, shipped_recipes
 from limbeck.recipe.load import apply_override, known_keys, optional_sections, recipe_tree
 from limbeck.recipe.messages import explain_mistake, suggestion
 from limbeck.recipe.yaml_text import dump, plain_tree
+from limbeck.sweep.template import check_template
 from limbeck.types import LimbeckError
 
 Tree = dict[str, Any]
@@ -68,8 +69,11 @@ class Sweep:
     other prompts than the arms are compared on."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """train.seed of the runs of every arm; the responses are the same for all."""
+    command: str | None = None
+    """Template of the command that starts each run, with {command} and, where wanted, {run} and {arm}, such as
+    'srun --gres=gpu:1 {command}'; without it runs are made on this machine."""
     parallel: Count = 1
-    """Number of arms that run side by side, each with its share of the processors."""
+    """Number of arms that run side by side; on this machine, each has its share of the processors."""
     halving: HalvingSection | None = None
 
     @property
@@ -182,6 +186,8 @@ def _validate(tree: Tree) -> Sweep:
 
 
 def _check(sweep: Sweep) -> None:
+    if sweep.command is not None:
+        check_template(sweep.command)
     parts = Path(sweep.name).parts
     if not parts or ".." in parts or Path(sweep.name).is_absolute() or not sweep.name.isprintable():
         raise LimbeckError(f"name: got {sweep.name!r}; expected a plain name, a path belongs in output_dir")

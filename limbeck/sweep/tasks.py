@@ -28,7 +28,8 @@ class Task:
 
     Attributes:
         recipe: complete.
-        shelf: folder of what the runs share.
+        arm: its name; empty for a run that comes before all arms.
+        artifacts: folder of what the runs share.
         pause_at: share of the steps after which training stops for now.
         metric: to measure at the pause.
     """
@@ -36,8 +37,18 @@ class Task:
     recipe: Tree
     artifacts: str
     update: bool
+    arm: str = ""
     pause_at: float | None = None
     metric: str | None = None
+
+    @property
+    def directory(self) -> str:
+        return str(self.recipe["output_dir"])
+
+
+def log_of(directory: Path) -> Path:
+    """The log of a run, beside its directory, which holds nothing that a run on its own would not write."""
+    return directory.with_name(f"{directory.name}.log")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +73,7 @@ def perform(task: Task) -> Outcome:
     """Do a run, with its console in a log beside its directory. Any failure is an outcome, never an exception."""
     try:
         recipe = load_recipe(task.recipe)
-        # Beside the run: its own directory holds nothing that a run on its own would not write.
-        path = recipe.directory.with_name(f"{recipe.directory.name}.log")
+        path = log_of(recipe.directory)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file, warnings.catch_warnings():
             console = PlainConsole(file)
