@@ -36,6 +36,7 @@ from limbeck.pipeline.student_engine import check_engine
 from limbeck.pipeline.text_only import check_text_only
 from limbeck.pipeline.verified_responses import check_verification
 from limbeck.prompts.templates import resolve_template
+from limbeck.recipe.optimizers import require_optimizer
 from limbeck.recipe.sections import StudentSection, TeacherSection
 from limbeck.student.adapters import LoraSpec, check_adapters
 from limbeck.student.blocks import pruned_config
@@ -107,6 +108,7 @@ def check_student(context: RunContext) -> None:
     check_objectives(context)
     check_self_teaching(context)
     _check_sharding(context)
+    require_optimizer(context.recipe.train.optim, sharded=context.launch.sharded)
     responses = context.recipe.responses
     responses.source.check_memory(max_new_tokens=responses.max_new_tokens)
     require_trackers(context.recipe.train.report_to)

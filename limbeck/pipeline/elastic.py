@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from limbeck.pipeline.context import RunContext, Stage
-from limbeck.recipe.keys import fingerprinted
+from limbeck.recipe.keys import fingerprinted, fingerprinted_member
+from limbeck.recipe.optimizers import OPTIM_KEY
 from limbeck.runtime import heartbeat
 from limbeck.runtime.errors import is_lost_rank, lost_rank_line
 from limbeck.types import Json, LimbeckError
@@ -22,6 +23,7 @@ def train_inputs(context: RunContext) -> Json:
     inputs, lm = fingerprinted(context.recipe.train), context.recipe.train.lm
     rows = step_rows(context)
     inputs |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
+    inputs |= {"optim": fingerprinted_member(OPTIM_KEY, context.recipe.train.optim)}
     if lm is not None and lm.per_device_batch_size is not None:
         train = context.recipe.train
         blocks = lm.per_device_batch_size * train.gradient_accumulation_steps * context.launch.ranks

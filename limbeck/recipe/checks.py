@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from limbeck.recipe.optimizers import OPTIM
 from limbeck.recipe.policy_checks import check_policy
 from limbeck.recipe.preference import SMOOTHED
 from limbeck.recipe.response_checks import check_responses
 from limbeck.recipe.response_source import source_name
-from limbeck.recipe.sections import AXES, Recipe, StudentSection
+from limbeck.recipe.sections import AXES, Recipe, StudentSection, TrainSection
 from limbeck.recipe.teacher_checks import check_teachers
 from limbeck.rollouts.preference.options import JudgePairs
 from limbeck.types import LimbeckError
@@ -36,7 +37,20 @@ def check(recipe: Recipe) -> None:
         raise LimbeckError(
             "train.lm.weight is 0, so that its text changes nothing; give a weight above 0, or set train.lm=null"
         )
+    _check_optimizer(recipe)
     _check_student(recipe)
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    train, default = recipe.train, TrainSection()
+    changed = [
+        name for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if getattr(train, name) != getattr(default, name)
+    ]
+    if changed and not train.optim.adam:
+        raise LimbeckError(
+            f"train.{changed[0]} is {getattr(train, changed[0])}, which train.optim={OPTIM.name_of(train.optim)} does "
+            "not read; remove it, or set train.optim=adamw_torch_fused"
+        )
 
 
 def _check_student(recipe: Recipe) -> None:

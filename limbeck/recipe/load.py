@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from limbeck.recipe import checks, messages, yaml_text
 from limbeck.recipe.evaluation import EVALUATION_GROUPS, choose_groups, open_groups
 from limbeck.recipe.files import read_yaml, shipped_recipes
+from limbeck.recipe.optimizers import OPTIM
 from limbeck.recipe.preference import PAIRS_SETTING
 from limbeck.recipe.response_engine import ENGINE
 from limbeck.recipe.response_source import SOURCE
@@ -272,6 +273,7 @@ def json_schema() -> dict[str, Any]:
     schema["$defs"]["PromptsSection"]["properties"]["generate"]["anyOf"] = [*GENERATE.schema(), {"type": "null"}]
     schema["$defs"]["ResponsesSection"]["properties"]["source"]["anyOf"] = SOURCE.schema()
     schema["$defs"]["ResponsesSection"]["properties"]["engine"]["anyOf"] = ENGINE.schema()
+    schema["$defs"]["TrainSection"]["properties"]["optim"]["anyOf"] = OPTIM.schema()
     schema["$defs"]["PreferenceSection"]["properties"]["pairs"]["anyOf"] = PAIRS_SETTING.schema()
     section = schema["$defs"]["ObjectiveSection"]
     del section["properties"]["options"]

@@ -26,6 +26,7 @@ from limbeck.fields import (
 )
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.member import MemberKey
+from limbeck.recipe.optimizers import OPTIM, FusedAdamW, OptimSetting
 from limbeck.recipe.preference import PAIRS_SETTING, PreferenceSection
 from limbeck.recipe.response_engine import ENGINE
 from limbeck.recipe.response_source import SOURCE
@@ -274,6 +275,9 @@ class TrainSection:
     ] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    optim: OptimSetting = FusedAdamW()
+    """What updates the weights: adamw_torch_fused, adamw_torch, adamw_bnb_8bit (with bitsandbytes), adafactor or sgd,
+    or a mapping with name and options."""
     weight_decay: NonNegative = 0.01
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -433,7 +437,7 @@ NESTED: dict[tuple[Any, str], Any] = {
 
 # Keys that hold a member of a registry; objectives and evaluation groups are read in ways of their own.
 MEMBER_KEYS: dict[str, MemberKey[Any]] = {
-    one.key: one for one in (WHERE, SEES_SETTING, COMBINE, GENERATE, SOURCE, ENGINE, PAIRS_SETTING)
+    one.key: one for one in (WHERE, SEES_SETTING, COMBINE, GENERATE, SOURCE, ENGINE, OPTIM, PAIRS_SETTING)
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,16 +41,30 @@ def once(weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
 
 
 def flat(state: Any) -> dict[str, Tensor]:
-    """Moments by the names of their weights and their own."""
-    return {f"{name}.{key}": value.contiguous() for name, entry in state.items() for key, value in entry.items()}
+    """Moments by the names of their weights and their own; a plain number is a tensor of int64 without dimensions."""
+    return {f"{name}.{key}": value for name, entry in state.items() for key, value in _tensors(entry)}
 
 
-def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What `flat` gave, as it was."""
-    state: dict[str, dict[str, Tensor]] = {}
+def _tensors(entry: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            # bitsandbytes keeps what FSDP must not gather one level below; tables in it are the same for all weights.
+            yield from ((f"{key}/{inner}", tensor.clone()) for inner, tensor in _tensors(value))
+        else:
+            yield key, value.contiguous() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
+
+
+def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """What `flat` gave, as an optimizer takes it."""
+    state: dict[str, dict[str, Any]] = {}
     for path, tensor in tensors.items():
         name, _, key = path.rpartition(".")
-        state.setdefault(name, {})[key] = tensor
+        counts = tensor.ndim == 0 and tensor.dtype == torch.int64
+        entry = state.setdefault(name, {})
+        *above, key = key.split("/")
+        for level in above:
+            entry = entry.setdefault(level, {})
+        entry[key] = tensor.item() if counts else tensor
     return state
 
 

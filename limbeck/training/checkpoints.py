@@ -247,9 +247,12 @@ def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -
     moments: dict[str, Any] = {"state": nested(load_file(path / "optimizer.safetensors"))}
     moments["param_groups"] = named_groups(model, optimizer)
     unknown = moments["state"].keys() - {name for name, _ in model.named_parameters()}
-    if unknown or not moments["state"]:
+    # Plain gradient descent keeps nothing.
+    without = isinstance(optimizer, torch.optim.SGD) and not optimizer.defaults["momentum"]
+    if unknown or not (moments["state"] or without):
         raise _of_another(path, min(unknown, default="no moments at all"))
-    set_optimizer_state_dict(model, optimizer, moments, options=_SCATTERED)
+    if moments["state"]:
+        set_optimizer_state_dict(model, optimizer, moments, options=_SCATTERED)
     return _state_of(path)
 
 

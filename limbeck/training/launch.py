@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from limbeck.recipe.optimizers import require_optimizer
 from limbeck.recipe.sections import TrainSection
 from limbeck.runtime.launcher import FSDP, launched, require_trained_by
 from limbeck.training.sharding import is_sharded
@@ -118,12 +119,13 @@ def prepared(
     return model, accelerator.prepare_optimizer(optimizer)  # type: ignore[return-value]
 
 
-def adamw(module: StudentLoss, settings: TrainSection) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone, as TrainingArguments' optimizer does.
+def optimizer(module: StudentLoss, settings: TrainSection) -> torch.optim.Optimizer:
+    """The optimizer of the settings, with weight decay on matrices alone, as TrainingArguments' have it.
 
     Raises:
-        LimbeckError: a student without a trainable weight.
+        LimbeckError: a student without a trainable weight, or that it cannot update.
     """
+    require_optimizer(settings.optim, sharded=is_sharded(module.student))
     if not any(p.requires_grad for p in module.student.parameters()):
         raise LimbeckError("the student has no trainable weights; check student.lora.target_modules")
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -131,11 +133,6 @@ def adamw(module: StudentLoss, settings: TrainSection) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        # The loop sets the rate of every step; where it is still to be found, none is known here.
-        lr=0.0 if settings.learning_rate == "auto" else settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        fused=True,
-    )
+    # The loop sets the rate of every step; where it is still to be found, none is known here.
+    rate = 0.0 if settings.learning_rate == "auto" else settings.learning_rate
+    return settings.optim.build([group for group in groups if group["params"]], rate=rate, settings=settings)

@@ -204,7 +204,7 @@ def _prepared(
         compile=settings.compile,
         packed=settings.packing,
     )
-    optimizer = launch.adamw(loss_module, settings)
+    optimizer = launch.optimizer(loss_module, settings)
     model, optimizer = launch.prepared(accelerator, loss_module, optimizer)
     passes = GradientPasses(
         accelerator=accelerator,

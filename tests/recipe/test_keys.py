@@ -21,7 +21,7 @@ from limbeck.recipe.keys import neutral_keys, same_arm_keys
 from limbeck.recipe.load import Recipe, known_keys, load_recipe, member_keys, to_yaml
 from limbeck.recipe.preference import PreferenceSection
 from limbeck.recipe.responses import ResponsesSection
-from limbeck.recipe.sections import MEMBER_KEYS, PromptsSection
+from limbeck.recipe.sections import MEMBER_KEYS, PromptsSection, TrainSection
 from limbeck.recipe.teacher import TeacherSection
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.registry import TEACHERS
@@ -51,6 +51,7 @@ MEMBERS: dict[str, tuple[Any, ...]] = {
     ),
     "preference.pairs": ({"name": "teacher", "samples": 3}, {"name": "teacher", "margin": 0.5}),
     "prompts.generate": ("chain", {"name": "chain", "longest": 5}),
+    "train.optim": ("sgd", {"name": "sgd", "momentum": 0.5}),
 }
 MEMBER_SECTIONS: dict[str, type] = {
     "responses.source": ResponsesSection,
@@ -59,6 +60,7 @@ MEMBER_SECTIONS: dict[str, type] = {
     "teacher.sees": TeacherSection,
     "combine": Recipe,
     "preference.pairs": PreferenceSection,
+    "train.optim": TrainSection,
     "prompts.generate": PromptsSection,
 }
 PLAIN = (True, False, 1, 2, 3, 7, 0.25, 0.5, 0.75, "x", None)
@@ -88,6 +90,7 @@ def bases(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> list[Reci
     drafted["student"] = {"init": "teacher", "quantize": {"format": "q8_0"}}
     drafted["evaluate"] = {"groups": groups | {"recovery": {}}}
     sparse = tiny.tree(folder / "sparse", **common, teacher={"support": "topk_tail", "support_k": 5})
+    sparse["student"] = {"init": "width_prune", "width": {"intermediate_size": 40}}
     text = folder / "text.jsonl"
     text.write_text('{"text": "Some text to learn from."}\n' * 20, "utf-8")
     answered = folder / "answered.jsonl"

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from limbeck.models.devices import GIB
 from limbeck.pipeline.plan.case import Case
+from limbeck.pipeline.plan.memory import state_bytes
 from limbeck.pipeline.plan.sizes import BYTES
 from limbeck.teachers.store.estimate import Length, estimate, total_bytes
 
 # Prompts, responses, scores, metrics and the report of a run: in all, and what steps, texts and ids add to them.
 _SMALL, _OF_STEP, _OF_TEXT, _OF_HELDOUT, _OF_ID = 300_000, 330, 540, 5_500, 10
-# A new best student, and the moments and weights of a checkpoint, are written before the old ones go.
-_MOMENTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,8 @@ def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
     """
     train, student = case.recipe.train, case.student
     weights = student.trained * student.number_bytes
-    checkpoint = (1 + _MOMENTS) * weights
+    # A new best student, and the moments and weights of a checkpoint, are written before the old ones go.
+    checkpoint = weights + int(state_bytes(case))
     written = case.steps.main // train.save_steps
     saved, meanwhile = (min(written, train.save_total_limit + more) for more in (0, 1))
     parts = [

@@ -72,7 +72,13 @@ def least(case: Case) -> int:
     student, shards, quantize = case.student, case.ranks if case.sharded else 1, case.recipe.student.quantize
     # Weights that stay as they are may be kept in few bits.
     held = student.adapters if quantize is not None and quantize.weights == "frozen" else student.held
-    return (held + 3 * student.trained) * student.number_bytes // shards
+    return int(((held + student.trained) * student.number_bytes + state_bytes(case)) // shards)
+
+
+def state_bytes(case: Case) -> float:
+    """Bytes that the optimizer keeps of all trained weights."""
+    student = case.student
+    return case.recipe.train.optim.state_bytes(student.trained, student.number_bytes, student.model.width)
 
 
 def _process(case: Case) -> Iterator[Term]:
@@ -110,7 +116,7 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     number = student.number_bytes
     yield "parameters", student.held * number / shards
     yield "gradients", student.trained * number / shards
-    yield "optimizer", 2 * student.trained * number / shards
+    yield "optimizer", state_bytes(case) / shards
     yield "gathered", _gathered(case)
     yield "activations", activation_bytes(case, batch_positions(case))
     yield "loss", _loss_bytes(case)
@@ -161,9 +167,10 @@ def _kept(case: Case, *, first: bool) -> float:
     if not case.fleet.device.host:
         return 0
     weights = case.student.trained * case.student.number_bytes / (case.ranks if case.sharded else 1)
-    of_first = 2 * weights if case.steps.first else 0
+    moments = state_bytes(case) / (case.ranks if case.sharded else 1)
+    of_first = moments if case.steps.first else 0
     searched = case.recipe.train.learning_rate == "auto" and not case.sharded
-    return of_first if first else of_first + (3 + searched) * weights
+    return of_first if first else of_first + (1 + searched) * weights + moments
 
 
 def batch_positions(case: Case) -> int:
