@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from limbeck.models import few_bits
 from limbeck.models.assets import DownloadProgress
+from limbeck.models.few_bits import Bits
 from limbeck.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from limbeck.models.folders import refuse_adapter, require_fitting
 from limbeck.models.gguf import gguf_config, gguf_model, gguf_tokenizer
@@ -81,11 +83,14 @@ def load_model(
     revision: str | None = None,
     progress: DownloadProgress | None = None,
     device_map: Mapping[str, int | str] | None = None,
+    bits: Bits | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer by asset name, local directory, GGUF file or hub id, on the CPU.
 
     Args:
         device_map: the device of each part, or "disk", of a model that is read from safetensors; None is the CPU.
+        bits: of the weights of its linear layers, of a model that is read from safetensors; None keeps them as they
+            are.
 
     Raises:
         LimbeckError: one line for everything that is wrong with the name, the files or the options.
@@ -98,9 +103,14 @@ def load_model(
         model = gguf_model(source.gguf, dtype=kind, attn_implementation=attn_implementation)
         without_dropout(model.config)
     else:
-        placing = {} if device_map is None else {"device_map": dict(device_map)}
+        placing: dict[str, Any] = {} if device_map is None else {"device_map": dict(device_map)}
         config = without_dropout(config)
-        model = _from_safetensors(source, config, kind, attn_implementation, trust_remote_code, **placing)
+        with nullcontext() if bits is None else few_bits.quiet_libraries():
+            if bits is not None:
+                placing["quantization_config"] = few_bits.quantization_config(bits, kind)
+            model = _from_safetensors(source, config, kind, attn_implementation, trust_remote_code, **placing)
+        if bits is not None:
+            few_bits.require_whole_head(model, kind)
     silence_dropout(model)
     if reads_images(config):
         let_read_images(model, source, config, tokenizer)
@@ -112,7 +122,8 @@ def load_model(
         fingerprint=model_fingerprint(source),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         architecture=type(model).__name__,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        # Some of a model in few bits lie two in a byte.
+        parameters=model.num_parameters(),
         license=source.license,
     )
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, provenance=provenance)

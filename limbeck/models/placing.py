@@ -30,7 +30,7 @@ def room(memory: Mapping[str, str], main: torch.device) -> dict[Place, int]:
     Raises:
         LimbeckError: an unknown device, or an amount that is none.
     """
-    from accelerate.utils import convert_file_size_to_int, get_max_memory
+    from accelerate.utils import get_max_memory
 
     free = get_max_memory()
     devices = {("cpu" if place == "cpu" else f"cuda:{place}"): place for place in free}
@@ -38,12 +38,23 @@ def room(memory: Mapping[str, str], main: torch.device) -> dict[Place, int]:
     for name, amount in memory.items():
         if name not in devices:
             raise LimbeckError(f"teacher.where.memory names {name}, expected one of {', '.join(devices)}")
-        try:
-            found[devices[name]] = convert_file_size_to_int(amount)
-        except ValueError:
-            raise LimbeckError(f"teacher.where.memory.{name} is {amount!r}, expected an amount such as 70GiB") from None
+        found[devices[name]] = bytes_of(name, amount)
     first = _place_of(main)
     return {place: found[place] for place in (first, *(one for one in found if one != first))}
+
+
+def bytes_of(device: str, amount: str) -> int:
+    """The bytes that are written as an amount of memory of a device.
+
+    Raises:
+        LimbeckError: it is none.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        return 0 if amount == "0" else convert_file_size_to_int(amount)
+    except ValueError:
+        raise LimbeckError(f"teacher.where.memory.{device} is {amount!r}, expected an amount such as 70GiB") from None
 
 
 def device_map(skeleton: PreTrainedModel, room: Mapping[Place, int], itemsize: int) -> dict[str, Place]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _LINEAR = torch.nn.functional.linear
 
@@ -61,6 +62,8 @@ def fits(input: Tensor, weight_OI: Tensor) -> bool:
         and weight_OI.ndim == 2
         and input.numel() > 0
         and preferred()
+        # Weights in few bits compute in a way of their own.
+        and not is_traceable_wrapper_subclass(weight_OI)
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from limbeck.ops.onednn import product
 
@@ -33,7 +34,9 @@ class PackedLinears(TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         self._rows = rows
         self._budget = int(packed_gib * 2**30)
-        self._parameters = {parameter.data_ptr() for parameter in model.parameters()}
+        # Weights in few bits compute in a way of their own.
+        plain = (parameter for parameter in model.parameters() if not is_traceable_wrapper_subclass(parameter))
+        self._parameters = {parameter.data_ptr() for parameter in plain}
         self._packed: dict[tuple[int, torch.Size], tuple[int, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -43,6 +46,7 @@ class PackedLinears(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         fits = input.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.ndim == 2
+        fits = fits and not is_traceable_wrapper_subclass(weight)
         if not fits or not input.numel() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return _LINEAR(input, weight, bias)
         return product(input, self._prepared(weight), bias)

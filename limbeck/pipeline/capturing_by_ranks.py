@@ -17,6 +17,7 @@ from limbeck.pipeline.capturing import SHARD_ROWS, Capture, Scorer, by_address
 from limbeck.runtime.files import read_json, whole_file, write_json
 from limbeck.runtime.folders import remove
 from limbeck.runtime.shared_work import Share
+from limbeck.teachers.base import Teacher
 from limbeck.teachers.store.base import Codec
 from limbeck.teachers.store.manifest import Manifest
 from limbeck.teachers.store.reader import Store
@@ -51,6 +52,8 @@ def capture_share(
         parts.end()
         share.finish(number)
         joined(chunks)
+    if isinstance(teacher, Teacher):
+        teacher.attend()
 
 
 def capture_by_ranks(

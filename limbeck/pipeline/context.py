@@ -165,6 +165,7 @@ class RunContext:
             name=named,
             revision=section.revision,
             dtype=section.dtype,
+            bits=section.bits,
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
         )

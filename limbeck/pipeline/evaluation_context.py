@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -365,7 +365,8 @@ class RunEvaluation:
     def pieces(self, group: EvaluationGroup, of: str, count: int) -> Iterator[Piece]:
         """The first `count` of a group's pieces, in order; the ranks of a launch share them."""
         # A teacher that is elsewhere is asked by one process.
-        here = "teacher" not in group.needs() or "weights" in self.context.teacher.provides
+        teacher = self.context.teacher
+        here = "teacher" not in group.needs() or "weights" in teacher.provides or teacher.in_step
         if self.context.launch.ranks == 1 or not here:
             # pyright takes no cached_property for what a protocol has as a property.
             yield from group.pieces(self, of, range(count))  # type: ignore[arg-type]
@@ -374,7 +375,14 @@ class RunEvaluation:
         fields: Json = {"part": self.part, "group": name, "of": of, "count": count}
         with self.context.work.posted("measure", fields) as share:
             folder = self.pieces_folder(name, of)
-            yield from joined_pieces(self, group, of, count, folder, share)  # type: ignore[arg-type]
+            attend = partial(self.attend, group)
+            yield from joined_pieces(self, group, of, count, folder, share, attend=attend)  # type: ignore[arg-type]
+
+    def attend(self, group: EvaluationGroup) -> None:
+        """Take part in the passes that other ranks need for a group, of a teacher that all pass through together."""
+        fresh = group.scores_fresh or not self.context.recipe.teacher.cache
+        if "teacher" in group.needs() and fresh:
+            self.context.teacher.attend()
 
     def pieces_folder(self, group: str, of: str) -> Path:
         """Folder of what ranks have found for a group."""
@@ -426,7 +434,8 @@ def help_measure(context: RunContext, job: Job) -> None:
     folder = evaluation.pieces_folder(fields["group"], fields["of"])
     group = evaluation.settings.groups[fields["group"]]
     # pyright takes no cached_property for what a protocol has as a property.
-    write_pieces(evaluation, group, fields["of"], fields["count"], folder, job)  # type: ignore[arg-type]
+    of, count, attend = fields["of"], fields["count"], partial(evaluation.attend, group)
+    write_pieces(evaluation, group, of, count, folder, job, attend=attend)  # type: ignore[arg-type]
 
 
 def evaluation_of(context: RunContext, part: Part) -> RunEvaluation:

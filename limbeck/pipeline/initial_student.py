@@ -77,7 +77,7 @@ def _of_teacher(context: RunContext, spec: StudentSpec) -> tuple[StudentSpec, Lo
     A student that begins otherwise loads its own, or none: then it names the teacher, which is let go of first.
     """
     teacher = context.recipe.teacher
-    if spec.model is None and spec.init in PRUNED and spec.dtype == teacher.dtype:
+    if spec.model is None and spec.init in PRUNED and spec.dtype == teacher.dtype and teacher.bits is None:
         return spec, context.teacher.weights()
     context.teacher.release()
     return spec if spec.model is not None else replace(spec, model=teacher.model, revision=teacher.revision), None

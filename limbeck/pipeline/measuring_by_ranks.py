@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup
@@ -12,9 +12,20 @@ from limbeck.runtime.shared_work import Share
 
 
 def write_pieces(
-    evaluation: EvaluationContext, group: EvaluationGroup, of: str, count: int, folder: Path, share: Share
+    evaluation: EvaluationContext,
+    group: EvaluationGroup,
+    of: str,
+    count: int,
+    folder: Path,
+    share: Share,
+    *,
+    attend: Callable[[], None],
 ) -> None:
-    """Write this rank's share of a group's pieces; those that are there stay."""
+    """Write this rank's share of a group's pieces; those that are there stay.
+
+    Args:
+        attend: called when none is left, for a teacher that the ranks pass through together.
+    """
     own: list[int] = []
 
     def mine() -> Iterator[int]:
@@ -26,17 +37,25 @@ def write_pieces(
     for piece in group.pieces(evaluation, of, mine()):
         write_piece(_path(folder, own[-1]), piece)
         share.finish(own[-1])
+    attend()
 
 
 def joined_pieces(
-    evaluation: EvaluationContext, group: EvaluationGroup, of: str, count: int, folder: Path, share: Share
+    evaluation: EvaluationContext,
+    group: EvaluationGroup,
+    of: str,
+    count: int,
+    folder: Path,
+    share: Share,
+    *,
+    attend: Callable[[], None],
 ) -> Iterator[Piece]:
     """All pieces, in order, on the first rank.
 
     Raises:
         LimbeckError: another rank has ended or hangs; names it.
     """
-    write_pieces(evaluation, group, of, count, folder, share)
+    write_pieces(evaluation, group, of, count, folder, share, attend=attend)
     share.wait()
     for number in range(count):
         yield read_piece(_path(folder, number))

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from limbeck.fields import STRICT, Count, NonNegative, Positive, Share
 from limbeck.recipe.member import MemberKey
-from limbeck.teachers.base import TeacherLocation
+from limbeck.teachers.base import Bits, TeacherLocation
 from limbeck.teachers.combinations import COMBINATIONS, COMBINE_KEY, Combination
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.registry import TEACHERS
@@ -59,6 +59,9 @@ class TeacherSection:
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = "float32"
     """Precision the teacher runs in."""
+    bits: Bits | None = None
+    """Bits of the weights of its linear layers, rounded as they are read: 8 (int8, by torchao) or 4 (NF4, by
+    bitsandbytes). What it says is what the rounded teacher says. Null keeps them in teacher.dtype."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless asked."""

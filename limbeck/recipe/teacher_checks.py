@@ -12,6 +12,7 @@ from limbeck.teachers.hosted_options import OnApi
 from limbeck.teachers.in_process import InProcess
 from limbeck.teachers.sees import StudentsPrompt
 from limbeck.teachers.served_options import OnServer
+from limbeck.teachers.sharded import Sharded
 from limbeck.teachers.store.teacher import InStore
 from limbeck.types import LimbeckError
 
@@ -21,6 +22,8 @@ def check_teachers(recipe: Recipe) -> None:
     _check_several(recipe)
     _check_hosted(recipe)
     _check_itself(recipe)
+    _check_bits(recipe)
+    _check_in_step(recipe)
     _check_axes(recipe)
     _check_students_choice(recipe)
     _check_cache_limit(recipe)
@@ -115,6 +118,44 @@ def _check_itself(recipe: Recipe) -> None:
         raise LimbeckError(
             "teacher.model=ema averages weights, and student.quantize keeps them on a grid; set teacher.model=base or "
             "live, or remove student.quantize"
+        )
+
+
+def _check_bits(recipe: Recipe) -> None:
+    """Check that a teacher in few bits is read by this process, or was when its store was written."""
+    for name, section in recipe.every_teacher.items():
+        key = f"teachers.{name}" if name else "teacher"
+        if section.bits is None:
+            continue
+        if section.model in ITSELF:
+            raise LimbeckError(
+                f"{key}.bits is {section.bits}, but {key}.model={section.model} is the student; remove {key}.bits, or "
+                "name a model"
+            )
+        if not isinstance(section.where, InProcess | InStore):
+            raise LimbeckError(
+                f"{key}.bits is {section.bits}, which is of weights that this process reads whole, and "
+                f"{key}.where={WHERE.name_of(section.where)} does not; remove {key}.bits, or set {key}.where=in_process"
+            )
+
+
+def _check_in_step(recipe: Recipe) -> None:
+    """Check that the ranks ask a sharded teacher as often as each other, or can attend what others ask."""
+    if not any(isinstance(one.where, Sharded) for one in recipe.every_teacher.values()):
+        return
+    teacher, preference = recipe.teacher, recipe.preference
+    alone = {
+        "the student writes while it trains (responses.source)": recipe.on_policy,
+        "teachers are several (combine)": recipe.combine is not None,
+        f"teacher.model={teacher.model} is the student": teacher.model in ITSELF,
+        "teacher.cache_limit_gib is set": teacher.cache_limit_gib is not None,
+        "teacher.student_k is set": teacher.student_k > 0,
+        "preference.pairs asks the teacher": preference is not None and preference.pairs.needs_teacher,
+    }
+    if (what := next((text for text, is_so in alone.items() if is_so), None)) is not None:
+        raise LimbeckError(
+            f"teacher.where=sharded is passed through by all ranks at the same time, and {what}, so that one rank "
+            "would ask it alone; set teacher.where=in_process, placed or server"
         )
 
 
@@ -227,7 +268,7 @@ def _check_cache_limit(recipe: Recipe) -> None:
 
 
 # Of several teachers each has its own; all else of the section is of the signal that they give together.
-_OWN = ("model", "revision", "dtype", "attn_implementation", "trust_remote_code", "where", "sees")
+_OWN = ("model", "revision", "dtype", "bits", "attn_implementation", "trust_remote_code", "where", "sees")
 
 
 def _check_sees(recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from limbeck.models.few_bits import Bits
 from limbeck.types import Head, LimbeckError, Response, Sampling, Signal, Support, TokenBatch, TokenPrompt
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class TeacherModel:
 
     Attributes:
         name: the model as the recipe names it, where its files are those of another.
+        bits: of the weights of its linear layers, where they are rounded as they are read.
     """
 
     model: str
@@ -36,6 +38,7 @@ class TeacherModel:
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
+    bits: Bits | None = None
 
 
 @dataclass(kw_only=True)
@@ -97,9 +100,14 @@ class Teacher(ABC):
 
     @cached_property
     def _fingerprint_of_files(self) -> str:
+        from limbeck.models.few_bits import FORMATS
         from limbeck.models.fingerprints import model_fingerprint
+        from limbeck.runtime.records import fingerprint
 
-        return model_fingerprint(self._source(weights=True))
+        files, bits = model_fingerprint(self._source(weights=True)), self.model.bits
+        if bits is None:
+            return files
+        return fingerprint({"files": files, "library": FORMATS[bits].library, "format": FORMATS[bits].name})
 
     @cached_property
     def configuration_hash(self) -> str:
@@ -181,6 +189,15 @@ class Teacher(ABC):
     def scorer(self) -> Teacher:
         """The teacher that scores what `reads` gives: itself, where it is not one in front of another."""
         return self
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all ranks of the launch pass through it together, so that none can ask it alone."""
+        return False
+
+    def attend(self) -> None:
+        """Take part, where ranks pass in step, in the passes of the others, until none has anything to score."""
+        return
 
     def reads(self, batch: TokenBatch) -> TokenBatch:
         """The batch as the teacher reads it: with the same responses, maybe behind other prompts."""

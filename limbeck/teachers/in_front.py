@@ -50,6 +50,13 @@ class InFront(Teacher):
     def scorer(self) -> Teacher:
         return self.inner.scorer
 
+    @property
+    def in_step(self) -> bool:
+        return self.inner.in_step
+
+    def attend(self) -> None:
+        self.inner.attend()
+
     def reach(self) -> None:
         self.inner.reach()
 

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from limbeck.fields import NEUTRAL, STRICT, Count
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
-from limbeck.types import Head, Signal, TokenBatch
+from limbeck.types import Head, LimbeckError, Signal, TokenBatch
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,26 @@ class InProcessTeacher(Teacher):
                 bind_images(self._loaded.model, self.images)
         return self._loaded
 
+    def reach(self) -> None:
+        """Check that its weights can be kept in few bits, where they are to be.
+
+        Raises:
+            LimbeckError: the library is not installed, or its file is a GGUF file.
+        """
+        from limbeck.models.few_bits import require_library
+
+        if self.model.bits is not None:
+            require_library(self.model.bits)
+            if self._source().gguf is not None:
+                raise LimbeckError(
+                    f"teacher.bits={self.model.bits} rounds weights as they are read from safetensors files, and "
+                    f"{self.model.model} is a GGUF file, which is unpacked whole; name a folder, or remove teacher.bits"
+                )
+
     def _load(self) -> LoadedModel:
+        if self.model.bits is not None:
+            # What lies in few bits is made on its device.
+            return self._read(device_map={"": str(self.device)}, bits=self.model.bits)
         loaded = self._read()
         loaded.model.to(self.device)  # type: ignore[arg-type]
         return loaded

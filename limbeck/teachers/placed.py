@@ -31,6 +31,16 @@ class Placed:
     """The most that it takes on each device, such as {"cuda:0": 70GiB, cpu: 200GiB}, and nothing on the others; empty
     takes what is free. What has no room is read from its files in every pass."""
 
+    def most(self, device: str) -> int | None:
+        """Bytes that it takes at most on a device; None where that is what is free.
+
+        Raises:
+            LimbeckError: an amount that is none.
+        """
+        from limbeck.models.placing import bytes_of
+
+        return bytes_of(device, self.memory.get(device, "0")) if self.memory else None
+
     def open(self, model: TeacherModel, *, device: torch.device, progress: DownloadProgress | None) -> PlacedTeacher:
         """Open the teacher; nothing is loaded yet."""
         return PlacedTeacher(model=model, device=device, progress=progress, where=self)

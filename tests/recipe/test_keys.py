@@ -42,6 +42,7 @@ MEMBERS: dict[str, tuple[Any, ...]] = {
         {"name": "server", "base_url": "http://localhost:9/v1", "model": "teacher"},
         {"name": "api", "base_url": "http://localhost:9/v1"},
         {"name": "placed", "memory": {"cpu": "1GiB"}},
+        "sharded",
     ),
     "teacher.sees": ("column", {"name": "system", "text": "Be short."}),
     "combine": (

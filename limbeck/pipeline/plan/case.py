@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from limbeck.models.devices import Fleet
+from limbeck.models.few_bits import FORMATS
 from limbeck.models.image_features import vision_tower
 from limbeck.models.loading import source_config
 from limbeck.models.processors import reads_images
@@ -25,6 +26,7 @@ from limbeck.recipe.teacher import ITSELF, WHERE
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, freeze_embeddings, fresh_model
 from limbeck.student.width import width_config
+from limbeck.teachers.placed import Placed
 from limbeck.teachers.store.base import Codec, Frame, bytes_per_token
 from limbeck.teachers.store.dense import Hidden
 
@@ -68,7 +70,7 @@ class Case:
     def codecs(self) -> tuple[Codec, Codec]:
         """Of the signals of training responses, and of held-out ones."""
         codec = exact_codec(self.recipe)
-        says_all = self.teacher is not None and self.where in ("in_process", "server", "store")
+        says_all = self.teacher is not None and (self.here or self.where in ("server", "store"))
         return codec, Hidden(dtype=self.recipe.teacher.kept_dtype) if says_all else codec
 
     @property
@@ -80,7 +82,31 @@ class Case:
     @property
     def teacher_bytes(self) -> int:
         """Bytes of the teacher's weights, as it runs."""
-        return 0 if self.teacher is None else self.teacher.parameters * BYTES[self.recipe.teacher.dtype]
+        teacher, section = self.teacher, self.recipe.teacher
+        if teacher is None:
+            return 0
+        rounded, number = 0 if section.bits is None else teacher.linears, BYTES[section.dtype]
+        few = 0 if section.bits is None else FORMATS[section.bits].bytes
+        return int(rounded * few) + (teacher.parameters - rounded) * number
+
+    @property
+    def here(self) -> bool:
+        """Whether the teacher computes in the processes of the run."""
+        return self.where in ("in_process", "placed", "sharded")
+
+    @property
+    def teacher_held(self) -> int:
+        """Bytes of the teacher's weights on a rank, two blocks that are gathered or read for a while included."""
+        if self.teacher is None or self.where not in ("placed", "sharded"):
+            return self.teacher_bytes if self.here else 0
+        number = BYTES[self.recipe.teacher.dtype]
+        outside, block = self.teacher.outside * number, self.teacher.block * number
+        inside = self.teacher_bytes - outside
+        if self.where == "sharded":
+            return outside + inside // self.ranks + 2 * block * (self.ranks > 1)
+        where = self.recipe.teacher.where
+        given = where.most("cpu" if self.fleet.device.host else "cuda:0") if isinstance(where, Placed) else None
+        return self.teacher_bytes if given is None else outside + min(inside, max(given - outside, 0) + block)
 
     @property
     def head_bytes(self) -> int:
@@ -102,7 +128,7 @@ class Case:
     @property
     def stores_signal(self) -> bool:
         """Whether the run keeps what the teacher says on disk."""
-        return self.recipe.teacher.cache and self.where in ("in_process", "server", "api")
+        return self.recipe.teacher.cache and (self.here or self.where in ("server", "api"))
 
     @property
     def captures(self) -> bool:

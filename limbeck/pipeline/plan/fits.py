@@ -9,6 +9,8 @@ from math import ceil, log2
 from limbeck.pipeline.plan.case import Case
 from limbeck.pipeline.plan.memory import StageMemory, peak, usable
 from limbeck.pipeline.plan.sizes import BYTES
+from limbeck.recipe.load import Recipe
+from limbeck.student.build import PRUNED
 
 # Of a server's memory, what weights may take; the rest is for keys and values.
 SERVER_SHARE = 0.8
@@ -44,15 +46,16 @@ class Change:
 
 
 def ways_of(case: Case) -> list[Way]:
-    """The four ways: all of it on each rank, the student sharded, the teacher behind a server, or in a store."""
+    """The four ways: all of it on each rank, both models sharded, the teacher behind a server, or in a store."""
     hosted = case.where in ("api", "none")
     in_process = "the teacher has no weights here" if hosted else None
     one = "there is one device" if case.ranks == 1 else None
+    apart, teacher = ("sharded", " teacher.where=sharded") if _may_shard_teacher(case.recipe) else ("in_process", "")
     written = "the student writes texts that no store has" if case.recipe.on_policy else None
     server = f"teacher.where={{name: server, base_url: ...}} train.sharding={'full' if case.ranks > 1 else 'none'}"
     ways = [
         ("local", "train.sharding=none", {"where": "in_process", "sharded": False}, in_process),
-        ("sharded", "train.sharding=full", {"where": "in_process", "sharded": True}, in_process or one),
+        ("sharded", f"train.sharding=full{teacher}", {"where": apart, "sharded": True}, in_process or one),
         ("served", server, {"where": "server", "sharded": case.ranks > 1}, in_process),
         (
             "stored",
@@ -67,6 +70,13 @@ def ways_of(case: Case) -> list[Way]:
         worst = None if refused else peak(changed)
         found.append(Way(name=name, keys=keys, case=changed, refused=refused, worst=worst))
     return found
+
+
+def _may_shard_teacher(recipe: Recipe) -> bool:
+    """Whether a teacher that writes nothing and gives no weights will do."""
+    writes = recipe.base_author == "teacher" and recipe.responses.server is None
+    cut = recipe.student.model is None and recipe.student.init in PRUNED
+    return not (recipe.on_policy or writes or cut)
 
 
 def fits(case: Case) -> bool:
@@ -96,8 +106,13 @@ def _changes(case: Case) -> Iterator[Change]:
         yield Change(text=text, case=changed)
     if case.where == "in_process":
         yield Change(text="teacher.where={name: server, base_url: ...}", case=case.at(where="server"))
+        if case.ranks > 1 and _may_shard_teacher(recipe):
+            yield Change(text="teacher.where=sharded", case=case.at(where="sharded"))
     if recipe.teacher.dtype == "float32" and case.where == "in_process":
         yield Change(text="teacher.dtype=bfloat16", case=case.at(recipe__teacher__dtype="bfloat16"))
+    if recipe.teacher.bits is None and case.where == "in_process":
+        for bits in (8, 4):
+            yield Change(text=f"teacher.bits={bits}", case=case.at(recipe__teacher__bits=bits))
     if not case.fleet.device.host:
         for doubled in (2**i * case.ranks for i in range(1, 8)):
             more = case.at(fleet=replace(case.fleet, count=doubled), sharded=True)

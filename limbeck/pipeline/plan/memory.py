@@ -102,8 +102,8 @@ def _respond(case: Case) -> Iterator[tuple[str, float]]:
 def _teach(case: Case) -> Iterator[tuple[str, float]]:
     if not case.stores_signal or case.captures or case.teacher is None:
         return
-    if case.where == "in_process":
-        yield "teacher", case.teacher_bytes
+    if case.here:
+        yield "teacher", case.teacher_held
         positions = SCORING_BATCH_SIZE * max(case.work.train.longest, case.work.heldout.longest)
         yield "activations", _one_block(case.teacher, BYTES[case.recipe.teacher.dtype]) * positions
     elif case.where == "server":
@@ -137,8 +137,8 @@ def _teacher_in_training(case: Case) -> Iterator[tuple[str, float]]:
         return
     if recipe.teacher.model == "ema":
         yield "moving average", case.student.trained * 4
-    if case.asks_teacher and case.where == "in_process":
-        yield "teacher", case.teacher_bytes
+    if case.asks_teacher and case.here:
+        yield "teacher", case.teacher_held
         yield "teacher's activations", _one_block(case.teacher, BYTES[recipe.teacher.dtype]) * batch_positions(case)
     elif recipe.teacher.support == "full":
         yield "teacher's head", case.head_bytes
@@ -154,6 +154,7 @@ def _evaluate(case: Case) -> Iterator[tuple[str, float]]:
         yield "teacher", case.teacher_bytes
         yield from _sampling(case, case.teacher, BYTES[recipe.teacher.dtype], recipe.evaluate.batch_size)
     else:
+        yield "teacher", case.teacher_held
         yield from _sampling(case, student.model, student.number_bytes, recipe.evaluate.batch_size)
     yield "loss", _loss_bytes(case, trained=False)
     yield "kept of the training", _kept(case, first=False)

@@ -146,7 +146,8 @@ def require_memory(context: RunContext, case: Case) -> None:
         if weights > there:
             raise LimbeckError(
                 f"the teacher's weights take {size(weights)} and {what} has {size(there)}; set "
-                "teacher.where={name: server, base_url: ...}, so that a server has them, or a smaller teacher.dtype"
+                "teacher.where={name: server, base_url: ...}, so that a server has them, or a smaller "
+                "teacher.dtype or teacher.bits"
             )
 
 

@@ -48,7 +48,7 @@ def _times(case: Case, rates: Rates, server: int) -> Iterator[StageTime]:
         rate = served_writes(case, max(server, 1)) if served and not rates.probed else alone
         bound = "the server writes" if served else "the ranks write with the teacher"
         yield StageTime(stage="respond", tokens=tokens, seconds=_over(tokens, rate), bound=bound)
-    if case.stores_signal and not case.captures and case.where in ("in_process", "server"):
+    if case.stores_signal and not case.captures and (case.here or case.where == "server"):
         ids = (0 if recipe.on_policy and not recipe.sft_on_responses else work.train.ids) + work.heldout.ids
         served = case.where == "server" and not rates.probed
         rate = served_scores(case, max(server, 1)) if served else rates.teacher_scores * case.ranks
@@ -92,7 +92,7 @@ def _measurements(case: Case) -> int:
 
 def _scoring(case: Case, rates: Rates, server: int) -> float:
     """Seconds that the teacher scores while the student trains."""
-    if not case.asks_teacher or case.where not in ("in_process", "server"):
+    if not case.asks_teacher or not (case.here or case.where == "server"):
         return 0.0
     steps, row = case.steps, case.work.train.mean
     rows = steps.written if case.recipe.teacher.keeps_whole else steps.main * steps.rows

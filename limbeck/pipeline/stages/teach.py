@@ -103,7 +103,7 @@ def _score_each(
     """Every response by its teacher; one of several is in memory at a time."""
     teacher = context.teacher
     # One that is elsewhere is asked by one process, which keeps many questions under way.
-    shared = context.launch.ranks > 1 and "weights" in teacher.provides
+    shared = context.launch.ranks > 1 and ("weights" in teacher.provides or teacher.in_step)
     for number, group in enumerate(rows_by_teacher(context, responses)):
         if number:
             teacher.release()

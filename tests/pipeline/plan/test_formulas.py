@@ -27,6 +27,7 @@ from limbeck.pipeline.plan.workload import Texts, Workload, workload_of
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.console import QuietConsole
+from limbeck.teachers.placed import Placed
 from limbeck.types import LimbeckError
 from tests.pipeline.plan.pairs import CONFIGS, case_of_sizes, model_of
 from tests.tiny_pair import TinyPair, write_model
@@ -143,17 +144,33 @@ class TestFitting:
     def test_ways_of_a_70b_teacher(self, large: dict[str, Any]) -> None:
         case = case_of_sizes(large["70B"], large["8B"], "8xH100", train={"gradient_checkpointing": True})
         ways = {way.name: way for way in ways_of(case)}
-        # 141 GB of weights on a device of 80.
+        # 141 GB of weights on a device of 80, or an eighth of them on each.
         assert {name: way.fits for name, way in ways.items()} == {
             "local": False,
-            "sharded": False,
+            "sharded": True,
             "served": True,
             "stored": True,
         }
+        assert ways["sharded"].keys == "train.sharding=full teacher.where=sharded"
+        sampled = case_of_sizes(large["70B"], large["8B"], "8xH100", responses={"source": "student"})
+        assert next(way.keys for way in ways_of(sampled) if way.name == "sharded") == "train.sharding=full"
         assert not fits(case)
         change = change_of(case)
         assert change is not None and change.text.startswith("teacher.where={name: server") and fits(change.case)
         assert server_devices(case) == 4
+
+    def test_a_teacher_on_a_rank(self, large: dict[str, Any]) -> None:
+        """Whole, in few bits, as a share of its blocks, and as what it is given of a device."""
+        model = large["70B"]
+        case = case_of_sizes(model, large["8B"], "8xH100")
+        assert case.teacher_held == 2 * model.parameters
+        for bits, number in ((8, 1.0), (4, 0.5625)):
+            few = case.at(recipe__teacher__bits=bits).teacher_held
+            assert few == int(number * model.linears) + 2 * (model.parameters - model.linears)
+        blocks, outside = 2 * model.blocks * model.block, 2 * model.outside
+        assert case.at(where="sharded").teacher_held == outside + blocks // 8 + 4 * model.block
+        placed = case.at(where="placed", recipe__teacher__where=Placed(memory={"cuda:0": "40GB", "cpu": "200GB"}))
+        assert placed.teacher_held == pytest.approx(40e9 + 2 * model.block, rel=1e-3)
 
     def test_the_students_texts_are_in_no_store(self, large: dict[str, Any]) -> None:
         case = case_of_sizes(large["8B"], large["8B"], "8xH100", responses={"source": "student"})
