@@ -27,12 +27,14 @@ class EvaluationInTraining:
         responses: by the teacher's number; without any, nothing is measured.
         fidelity: further metrics of the student, by name; None for the loss alone.
         loss_on: mean loss per token on some responses, without gradients.
+        measure: of `fidelity`, the one that takes the place of the loss where it is measured; None for the loss.
         total: optimizer steps of the training.
     """
 
     responses: Mapping[int, Response]
     fidelity: MeasureFidelity | None
     loss_on: Callable[[Mapping[int, Response]], float]
+    measure: str | None
     module: StudentLoss
     settings: TrainSection
     context: LoopContext
@@ -46,17 +48,19 @@ class EvaluationInTraining:
     def before_training(self, progress: Progress) -> None:
         """Measure the student that training starts from."""
         if self.responses and progress.step == 0:
-            progress.first_loss = self._loss(progress)
+            progress.first_loss = self._loss(progress, self._in_place_of_loss())
 
     def metrics(self, progress: Progress) -> dict[str, float | None]:
         """Metrics of the student after a step, all with names that begin with eval_."""
-        loss = self._loss(progress)
+        fidelity = self._in_place_of_loss()
+        loss = self._loss(progress, fidelity)
         found: dict[str, float | None] = {"eval_loss": loss, "eval_loss_before": progress.first_loss}
-        return found | self._fidelity() if math.isfinite(loss) else found
+        return found | (fidelity or self._fidelity()) if math.isfinite(loss) else found
 
-    def _loss(self, progress: Progress) -> float:
+    def _loss(self, progress: Progress, fidelity: Mapping[str, float]) -> float:
         """The loss on the set-aside responses; the weights are kept where it is the lowest so far."""
-        loss = self.loss_on(self.responses)
+        measured = fidelity.get(f"eval_{self.measure}")
+        loss = self.loss_on(self.responses) if measured is None else measured
         least = math.inf if progress.best is None else progress.best.loss - self.settings.early_stopping_threshold
         # NaN is no gain.
         progress.since_gain = 0 if loss < least else progress.since_gain + 1
@@ -64,6 +68,12 @@ class EvaluationInTraining:
             progress.best = Best(step=progress.step, loss=loss)
             checkpoints.save_best(self.context.checkpoints, progress.step, self.module)
         return loss
+
+    def _in_place_of_loss(self) -> dict[str, float]:
+        """The fidelity, where one of it takes the place of the loss; nothing of a student whose numbers are none."""
+        if self.measure is None or not math.isfinite(self.loss_on(self.responses)):
+            return {}
+        return self._fidelity()
 
     def _fidelity(self) -> dict[str, float]:
         if self.fidelity is None:

@@ -102,6 +102,8 @@ class TrainingRun:
             responses=self.development,
             fidelity=self.fidelity,
             loss_on=lambda by_row: self.loss_on([by_row]),
+            # What a policy gradient on sampled tokens estimates, whose value does not measure the fit.
+            measure="reverse_kl" if self.module.loss_plan.pushes_samples else None,
             module=self.module,
             settings=self.settings,
             context=self.context,

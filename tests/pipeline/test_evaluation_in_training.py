@@ -43,6 +43,19 @@ def test_fidelity_is_measured_on_the_way(
     assert "eval_forward_kl" in lines(tmp_path / "apart")[-1]
 
 
+def test_a_policy_gradient_is_measured_by_what_it_estimates(
+    tiny: TinyPair, limbeck: CommandServer, many: dict[str, str], tmp_path: Path
+) -> None:
+    """Its value does not measure the fit: the student of the lowest reverse KL is handed on."""
+    own = {"responses": {"source": "student"}, "objective": {"name": "opd", "temperature": 1.0}, "sft": {}}
+    end = limbeck.run("train", tiny.recipe(tmp_path / "run", prompts=many, train=SIZES, **own))
+    assert end.code == 0, end.stderr
+    found = [line for line in lines(tmp_path / "run") if "eval_loss" in line]
+    assert len(found) == 4 and all(line["eval_loss"] == line["eval_reverse_kl"] for line in found)
+    assert all(line["eval_loss_before"] > 0.01 for line in found)
+    assert found[-1]["eval_loss"] != found[-1]["eval_forward_kl"]
+
+
 def test_it_ends_early_and_the_rest_of_the_run_follows(
     tiny: TinyPair, limbeck: CommandServer, many: dict[str, str], tmp_path: Path
 ) -> None:
