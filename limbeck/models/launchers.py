@@ -19,12 +19,14 @@ class Job:
     Attributes:
         arguments: behind `limbeck run`: the recipe and its changes.
         hours: how long it takes at most; None where that is not known.
+        sharded: whether the student is sharded over the ranks.
     """
 
     name: str
     arguments: tuple[str, ...]
     fleet: Fleet
     hours: float | None = None
+    sharded: bool = False
 
     @property
     def line(self) -> str:
@@ -60,6 +62,34 @@ class Torchrun(Launcher):
             f"# on each of {job.nodes} nodes that share the run directory; FIRST_NODE is the name of the first\n"
             f"{_rendezvous(job, '$FIRST_NODE')}\n"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerate(Launcher):
+    """A configuration for accelerate, and the command that reads it."""
+
+    def text(self, job: Job) -> str:
+        import yaml
+
+        # On any device: for MULTI_CPU accelerate starts one process, whatever it was asked for.
+        config: dict[str, object] = {
+            "compute_environment": "LOCAL_MACHINE",
+            "distributed_type": "FSDP" if job.sharded else "MULTI_GPU",
+            "num_machines": job.nodes,
+            "num_processes": job.fleet.count,
+            "main_process_port": PORT,
+            "mixed_precision": "no",
+        }
+        if job.sharded:
+            config["fsdp_config"] = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+        where = "# saved as accelerate.yaml"
+        node = ""
+        if job.nodes > 1:
+            where += f" on each of {job.nodes} nodes that share the run directory; NODE is its number, the first is 0"
+            node = ' --machine_rank "$NODE" --main_process_ip "$FIRST_NODE"'
+            config["same_network"] = True
+        command = f"# accelerate launch --config_file accelerate.yaml{node} {job.line}"
+        return f"{where}\n{command}\n{yaml.safe_dump(config, sort_keys=False)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +139,7 @@ class Skypilot(Launcher):
 
 LAUNCHERS: Registry[Launcher] = Registry(
     "launcher",
-    {"torchrun": Torchrun, "slurm": Slurm, "skypilot": Skypilot},
+    {"torchrun": Torchrun, "accelerate": Accelerate, "slurm": Slurm, "skypilot": Skypilot},
     entry_points="limbeck.launchers",
 )
 

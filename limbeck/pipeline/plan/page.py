@@ -116,7 +116,10 @@ def commands(plan: Plan, arguments: Sequence[str], launch: str) -> str:
     Raises:
         LimbeckError: there is no such launcher.
     """
-    job = Job(name=plan.case.recipe.name, arguments=tuple(arguments), fleet=plan.case.fleet, hours=plan.hours)
+    case = plan.case
+    job = Job(
+        name=case.recipe.name, arguments=tuple(arguments), fleet=case.fleet, hours=plan.hours, sharded=case.sharded
+    )
     text = LAUNCHERS.build(launch).text(job)
     if plan.case.where == "server" and plan.case.teacher is not None:
         texts = plan.case.work
