@@ -42,7 +42,8 @@ def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
     weights = student.trained * student.number_bytes
     # A new best student, and the moments and weights of a checkpoint, are written before the old ones go.
     checkpoint = weights + int(state_bytes(case))
-    written = case.steps.main // train.save_steps
+    # The last step has a checkpoint only where the student is sharded; else the student itself is there.
+    written = (case.steps.main - 1) // train.save_steps + case.sharded
     saved, meanwhile = (min(written, train.save_total_limit + more) for more in (0, 1))
     parts = [
         Part(name="signal", end=signal_bytes(case), most=signal_bytes(case), known=case.work.exact),

@@ -21,8 +21,8 @@ from limbeck.sampling.local import LocalSampler
 
 # Of a device's memory: what CUDA, its libraries and fragments of freed tensors take.
 RESERVED_SHARE, CONTEXT_BYTES = 0.06, 700 << 20
-# Of a process on a CPU: the libraries of a run once they are imported, and the compiled loss.
-LIBRARY_BYTES, COMPILED_BYTES = 500 << 20, 150 << 20
+# Of a process on a CPU: the libraries of a run, of which each stage imports more.
+LIBRARY_BYTES = {"respond": 570 << 20, "teach": 570 << 20, "train": 650 << 20, "evaluate": 690 << 20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def memory_of(case: Case) -> list[StageMemory]:
     for stage, terms in stages.items():
         kept = [Term(name=name, bytes=int(size)) for name, size in terms if size]
         if kept:
-            found.append(StageMemory(stage=stage, terms=(*_process(case), *kept)))
+            found.append(StageMemory(stage=stage, terms=(_process(case, stage), *kept)))
     return found
 
 
@@ -81,11 +81,10 @@ def state_bytes(case: Case) -> float:
     return case.recipe.train.optim.state_bytes(student.trained, student.number_bytes, student.model.width)
 
 
-def _process(case: Case) -> Iterator[Term]:
+def _process(case: Case, stage: str) -> Term:
     if case.fleet.device.host:
-        yield Term(name="process", bytes=LIBRARY_BYTES)
-    else:
-        yield Term(name="context", bytes=CONTEXT_BYTES)
+        return Term(name="process", bytes=LIBRARY_BYTES[stage])
+    return Term(name="context", bytes=CONTEXT_BYTES)
 
 
 def _respond(case: Case) -> Iterator[tuple[str, float]]:
@@ -126,8 +125,6 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     yield "kept of the first stage", _kept(case, first=True)
     if case.steps.written and isinstance(case.recipe.responses.engine, InProcess):
         yield from _sampling(case, student.model, number, case.steps.rows)
-    if case.fleet.device.host:
-        yield "compiled loss", COMPILED_BYTES if train.compile != "off" else 0
 
 
 def _teacher_in_training(case: Case) -> Iterator[tuple[str, float]]:

@@ -238,7 +238,8 @@ class TestDisk:
         "sections",
         [
             {"train": {"save_total_limit": 1}},
-            {"teacher": {"support": "topk_tail", "support_k": 8}, "student": {"lora": {"r": 4}}},
+            {"teacher": {"support": "topk_tail", "support_k": 8}, "student": {"lora": {"r": 4}},
+             "train": {"save_steps": 6}},
             {"teacher": {"cache_dtype": "bfloat16"}, "sft": {"num_train_epochs": 1}, "student": {"layers": None,
              "init": "teacher"}, "train": {"eval_steps": 6}},
         ],
