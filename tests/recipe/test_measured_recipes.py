@@ -41,5 +41,20 @@ def test_a_measured_recipe_is_so_everywhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_that_loses_to_kd_says_so_first(name: str) -> None:
+    """Of those that begin with the same student and prompts: behind it in all of its measures."""
+    row, kd = cells("results/recipes.md", name), cells("results/recipes.md", "kd")
+    if not row or "forward KL 2.29 ->" not in header(name):
+        return
+    ours, its = ([float(each[n].split()[0]) for n in (1, 2, 3, 4, 5)] for each in (row, kd))
+    behind = all(our > it for our, it in zip(ours[:3], its[:3], strict=True)) and all(
+        our < it for our, it in zip(ours[3:], its[3:], strict=True)
+    )
+    first, _, rest = header(name).partition("Settings:")
+    assert behind == ("worse than kd here" in first)
+    assert not behind or "The right choice all the same where" in rest
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_an_unmeasured_recipe_is_so_everywhere(name: str) -> None:
     assert (NOT_YET in cells("recipes.md", name)[-1]) == bool(re.search(r"Expected: not measured", header(name)))
