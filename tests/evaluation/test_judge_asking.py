@@ -187,9 +187,12 @@ def test_a_judge_that_is_down(judge: Judge) -> None:
         asked(judge)
 
 
-def test_a_pair_that_is_declined_is_a_refusal_of_that_pair(judge: Judge, state: JudgeState) -> None:
-    state.faults = [{"status": 400, "body": {"error": "content policy"}}, None, None, {"status": 422}]
-    found = [judgement.opinion for judgement in asked(judge).values()]
+def test_a_pair_that_is_declined_is_a_refusal_of_that_pair(judge: Judge) -> None:
+    # A server of its own: a late request of the tests before would take one of the two faults.
+    with judging() as (url, state):
+        judge.server = Server(base_url=url, timeout_s=5, retries=1, backoff_s=0.02, section="evaluate.groups.judge")
+        state.faults = [{"status": 400, "body": {"error": "content policy"}}, None, None, {"status": 422}]
+        found = [judgement.opinion for judgement in asked(judge).values()]
     refused = sorted(opinion.text for opinion in found if opinion.unread == "refused")
     assert refused == ["HTTP 400: content policy", "HTTP 422: as ordered"] and len(found) == 20
 

@@ -65,7 +65,7 @@ def alone(model: Path) -> InProcessTeacher:
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of teachers in memory, each time that the weights of one are asked for."""
     counts: list[int] = []
-    original = InProcessTeacher.weights
+    original = InProcessTeacher._model
     held: list[InProcessTeacher] = []
 
     def counted(self: InProcessTeacher) -> loading.LoadedModel:
@@ -74,7 +74,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(sum(one.loaded for one in {id(t): t for t in held}.values()))
         return found
 
-    monkeypatch.setattr(InProcessTeacher, "weights", counted)
+    monkeypatch.setattr(InProcessTeacher, "_model", counted)
     return counts
 
 
