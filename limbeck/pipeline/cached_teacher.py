@@ -55,11 +55,23 @@ class CachedTeacher:
         A batch with a single new response is scored whole: that depends on what is on disk when its step begins, which
         is the same in a run that was interrupted.
         """
-        entries = [self._entry(address) for address in addresses_of(self.teacher.reads(batch))]
-        rows = [entry for entry in entries if entry is not None]
-        if len(rows) < len(entries):
-            signal = self.teacher.signal(batch)
-            return at_temperatures(signal, self.frame.temperatures) if isinstance(signal, TopKSignal) else signal
+        rows = self.stored(addresses_of(self.teacher.reads(batch)))
+        if rows is not None:
+            return self.decoded(rows)
+        signal = self.teacher.signal(batch)
+        return at_temperatures(signal, self.frame.temperatures) if isinstance(signal, TopKSignal) else signal
+
+    def stored(self, addresses: Sequence[bytes]) -> list[Columns] | None:
+        """The stored columns of some addresses; None where one has none."""
+        rows = []
+        for address in addresses:
+            if (entry := self._entry(address)) is None:
+                return None
+            rows.append(entry)
+        return rows
+
+    def decoded(self, rows: Sequence[Columns]) -> Signal:
+        """The signal of the columns of some responses."""
         joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         head = self.teacher.head
         return on_device(self.codec.decode(joined, self.frame, head), head.weight_VD.device)

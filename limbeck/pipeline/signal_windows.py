@@ -28,7 +28,6 @@ from limbeck.teachers.store.addresses import addresses_of, seed_of
 from limbeck.teachers.store.base import bytes_per_token
 from limbeck.teachers.store.estimate import INDEX_BYTES, SHARD_HEADER_BYTES
 from limbeck.teachers.store.shards import OpenShard
-from limbeck.teachers.store.source import on_device
 from limbeck.types import Interrupted, LimbeckError, Response, Signal, TokenBatch
 
 _ASIDE = "aside"
@@ -108,16 +107,15 @@ class SignalWindows:
     def signal(self, batch: TokenBatch) -> Signal:
         """The signal of a batch: as it is on disk, or as it would be there."""
         addresses = addresses_of(self.cached.teacher.reads(batch))
-        if all(address in self.cached.places for address in addresses):
-            return self.cached.signal(batch)
-        codec, frame, head = self.cached.codec, self.cached.frame, self.cached.teacher.head
-        signals = signals_by_row(self.cached.teacher, batch)
-        rows = [
-            codec.encode(signal_for(codec, frame, signal, seed=seed_of(address)), frame, {})
-            for address, signal in zip(addresses, signals, strict=True)
-        ]
-        joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        return on_device(codec.decode(joined, frame, head), head.weight_VD.device)
+        rows = self.cached.stored(addresses)
+        if rows is None:
+            codec, frame = self.cached.codec, self.cached.frame
+            signals = signals_by_row(self.cached.teacher, batch)
+            rows = [
+                codec.encode(signal_for(codec, frame, signal, seed=seed_of(address)), frame, {})
+                for address, signal in zip(addresses, signals, strict=True)
+            ]
+        return self.cached.decoded(rows)
 
     def _open(self, number: int, steps: tuple[int, int], responses: Sequence[Response], world: ProcessGroup) -> None:
         folder = self.folder / f"{number:04d}"

@@ -5,6 +5,7 @@ To add one: write the dataclass and its line of `OPTIMIZERS`. What it keeps of e
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
@@ -35,7 +36,7 @@ class AdamSettings(Protocol):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class Optimizer:
+class Optimizer(ABC):
     """What updates weights by their gradients.
 
     Class attributes:
@@ -48,17 +49,17 @@ class Optimizer:
     shards: ClassVar[bool] = False
     adam: ClassVar[bool] = False
 
+    @abstractmethod
     def build(self, groups: Groups, *, rate: float, settings: AdamSettings) -> torch.optim.Optimizer:
         """The optimizer of some groups of weights, each with its weight decay."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_bytes(self, weights: int, number: int, width: int) -> float:
         """Bytes that it keeps of so many weights in numbers of so many bytes.
 
         Args:
             width: of the student; no matrix is much narrower.
         """
-        raise NotImplementedError
 
 
 def _adam_options(settings: AdamSettings) -> dict[str, Any]:

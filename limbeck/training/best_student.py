@@ -71,7 +71,7 @@ class EvaluationInTraining:
 
     def _in_place_of_loss(self) -> dict[str, float]:
         """The fidelity, where one of it takes the place of the loss; nothing of a student whose numbers are none."""
-        if self.measure is None or not math.isfinite(self.loss_on(self.responses)):
+        if self.measure is None or self.fidelity is None or not math.isfinite(self.loss_on(self.responses)):
             return {}
         return self._fidelity()
 
