@@ -80,6 +80,22 @@ def log_p(signal: DenseSignal) -> torch.Tensor:
     return project(signal.head, signal.hidden_ND).double().log_softmax(-1)
 
 
+def require_local_states(
+    teacher: ServedTeacher, batch: TokenBatch, expected: torch.Tensor, figures: Figures, what: str
+) -> DenseSignal:
+    """What a server gives of a batch, asked twice: the log-probabilities that are expected."""
+    for again in ("", ", asked again"):
+        said = teacher.signal(batch)
+        assert isinstance(said, DenseSignal)
+        kl_N = (expected.exp() * (expected - log_p(said))).sum(1)
+        figures.note(
+            f"{what}: KL to the local signal over {len(kl_N)} tokens{again}",
+            f"mean {kl_N.mean():.1e}, largest {kl_N.max():.1e} nats",
+        )
+        assert kl_N.mean() <= 1e-6
+    return said
+
+
 def test_hidden_states_are_those_of_the_model_here(
     vllm: Vllm, local: LocalTeacher, smollm2_dir: Path, figures: Figures
 ) -> None:
@@ -87,16 +103,7 @@ def test_hidden_states_are_those_of_the_model_here(
     batch = batch_of(texts(smollm2_dir, 4, 40))
     teacher = opened(vllm, smollm2_dir, gives="hidden")
     teacher.reach()
-    expected = log_p(local.signal(batch))
-    for again in ("", ", asked again"):
-        said = teacher.signal(batch)
-        assert isinstance(said, DenseSignal)
-        kl_N = (expected.exp() * (expected - log_p(said))).sum(1)
-        figures.note(
-            f"hidden states: KL to the local signal over {len(kl_N)} tokens{again}",
-            f"mean {kl_N.mean():.1e}, largest {kl_N.max():.1e} nats",
-        )
-        assert kl_N.mean() <= 1e-6
+    require_local_states(teacher, batch, log_p(local.signal(batch)), figures, "hidden states")
     # The comparison at the beginning leaves none of its own either.
     assert not list(vllm.states.iterdir())
 
@@ -247,6 +254,12 @@ def losses_of(
     return Losses(apart=apart, steps=len(losses["local"]), loads=of_teacher)
 
 
+def require_equal_losses(found: Losses) -> None:
+    """The losses of three steps, without loading the teacher beside a server."""
+    assert found.steps == 3 and found.apart <= 1e-4
+    assert found.loads["served"] == 0 < found.loads["local"]
+
+
 @pytest.mark.parametrize("recipe", SOURCES)
 def test_losses_are_those_of_a_teacher_in_this_process(
     vllm: Vllm,
@@ -259,8 +272,7 @@ def test_losses_are_those_of_a_teacher_in_this_process(
 ) -> None:
     found = losses_of(vllm.url, smollm2_dir, student, tmp_path, monkeypatch, recipe)
     found.note(figures, f"`{recipe}`")
-    assert found.steps == 3 and found.apart <= 1e-4
-    assert found.loads["served"] == 0 < found.loads["local"]
+    require_equal_losses(found)
 
 
 def test_it_judges(vllm: Vllm, smollm2_dir: Path, student: Path, tmp_path: Path, figures: Figures) -> None:

@@ -21,7 +21,18 @@ from limbeck.models.loading import load_model
 from limbeck.teachers.local import LocalTeacher
 from limbeck.types import DenseSignal, LimbeckError
 from tests.servers.conftest import Figures, Vllm, serving
-from tests.servers.test_vllm import COMMON, SOURCES, batch_of, log_p, losses_of, opened, prompts, texts
+from tests.servers.test_vllm import (
+    COMMON,
+    SOURCES,
+    batch_of,
+    log_p,
+    losses_of,
+    opened,
+    prompts,
+    require_equal_losses,
+    require_local_states,
+    texts,
+)
 
 POOLING = ("--runner", "pooling", "--convert", "embed")
 EVERY_TOKEN = ("--pooler-config", '{"task": "token_embed"}')
@@ -43,15 +54,7 @@ def test_states_in_answers_are_those_of_the_model_here(pooling: Vllm, smollm2_di
     expected = log_p(LocalTeacher(loaded.model, head_of(loaded.model, len(loaded.tokenizer))).signal(batch))
     teacher = opened(pooling, smollm2_dir, gives="hidden")
     teacher.reach()
-    for again in ("", ", asked again"):
-        said = teacher.signal(batch)
-        assert isinstance(said, DenseSignal)
-        kl_N = (expected.exp() * (expected - log_p(said))).sum(1)
-        figures.note(
-            f"hidden states in answers: KL to the local signal over {len(kl_N)} tokens{again}",
-            f"mean {kl_N.mean():.1e}, largest {kl_N.max():.1e} nats",
-        )
-        assert kl_N.mean() <= 1e-6
+    said = require_local_states(teacher, batch, expected, figures, "hidden states in answers")
     ids = batch.input_ids_BT[0].tolist()
     body = {"model": "teacher", "input": ids, "task": "token_embed", "use_activation": False}
     sizes = [
@@ -77,8 +80,7 @@ def test_losses_are_those_of_a_teacher_in_this_process(
 ) -> None:
     found = losses_of(pooling.url, smollm2_dir, student, tmp_path, monkeypatch, recipe)
     found.note(figures, f"`{recipe}` on hidden states in answers")
-    assert found.steps == 3 and found.apart <= 1e-4
-    assert found.loads["served"] == 0 < found.loads["local"]
+    require_equal_losses(found)
 
 
 def peak_mib(folder: Path, student: Path, teacher: Path, where: str) -> float:

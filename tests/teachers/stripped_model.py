@@ -12,10 +12,22 @@ from safetensors.torch import save_file
 
 from limbeck.models.heads import head_of
 from limbeck.models.loading import load_model
+from limbeck.rollouts.collate import collate
 from limbeck.teachers.local import LocalTeacher
+from limbeck.types import Response, TokenBatch
 from tests.tiny_pair import write_model
 
 NORM, TIED_HEAD = "model.norm.weight", "model.embed_tokens.weight"
+
+
+def rows_of(length: int) -> TokenBatch:
+    """Three rows of so many random ids, of which the first four are the prompt."""
+    ids = torch.randint(3, 300, (3, length), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        Response(prompt_id=f"p{i}", author="data", prompt_ids=tuple(r[:4]), response_ids=tuple(r[4:]), stop="eos")
+        for i, r in enumerate(ids)
+    ]
+    return collate(rows, range(3), pad_id=0)
 
 
 class StrippedModel:

@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 
 from limbeck.models.heads import project
 from limbeck.models.skeleton import final_norm
-from limbeck.rollouts.collate import collate
 from limbeck.teachers.base import TeacherModel
 from limbeck.teachers.served import ServedTeacher
 from limbeck.teachers.served_options import OnServer
-from limbeck.types import DenseSignal, LimbeckError, Response, TokenBatch
+from limbeck.types import DenseSignal, LimbeckError, TokenBatch
 from tests.teachers.scoring_server import ScoringHandler, scoring_server
-from tests.teachers.stripped_model import TIED_HEAD, StrippedModel
+from tests.teachers.stripped_model import TIED_HEAD, StrippedModel, rows_of
 from tests.tiny_pair import write_model
 
 Opened = tuple[ServedTeacher, type[ScoringHandler]]
@@ -32,13 +31,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> StrippedModel:
 
 
 @pytest.fixture(scope="module")
-def batch(pair: StrippedModel) -> TokenBatch:
-    ids = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [
-        Response(prompt_id=f"p{i}", author="data", prompt_ids=tuple(r[:4]), response_ids=tuple(r[4:]), stop="eos")
-        for i, r in enumerate(ids)
-    ]
-    return collate(rows, range(3), pad_id=0)
+def batch() -> TokenBatch:
+    return rows_of(12)
 
 
 @pytest.fixture

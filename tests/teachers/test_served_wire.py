@@ -16,14 +16,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import limbeck.client.http
 from limbeck.models.heads import project
-from limbeck.rollouts.collate import collate
 from limbeck.teachers.base import TeacherModel
 from limbeck.teachers.served import ServedTeacher
 from limbeck.teachers.served_options import OnServer
 from limbeck.teachers.served_wire import sizes_behind
-from limbeck.types import DenseSignal, LimbeckError, Response, TokenBatch
+from limbeck.types import DenseSignal, LimbeckError
 from tests.teachers.scoring_server import ScoringHandler, scoring_server
-from tests.teachers.stripped_model import StrippedModel
+from tests.teachers.stripped_model import StrippedModel, rows_of
 
 Opened = tuple[ServedTeacher, type[ScoringHandler], list[str]]
 
@@ -31,15 +30,6 @@ Opened = tuple[ServedTeacher, type[ScoringHandler], list[str]]
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> StrippedModel:
     return StrippedModel(tmp_path_factory.mktemp("pair"))
-
-
-def rows_of(length: int) -> TokenBatch:
-    ids = torch.randint(3, 300, (3, length), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [
-        Response(prompt_id=f"p{i}", author="data", prompt_ids=tuple(r[:4]), response_ids=tuple(r[4:]), stop="eos")
-        for i, r in enumerate(ids)
-    ]
-    return collate(rows, range(3), pad_id=0)
 
 
 @pytest.fixture
