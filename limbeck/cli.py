@@ -155,6 +155,13 @@ def plan(
         str | None,
         typer.Option("--launch", help="Print the commands instead: torchrun, accelerate, slurm or skypilot."),
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load the models and time the pieces of the recipe on this machine.")
+    ] = False,
+    probe_seconds: Annotated[
+        float | None,
+        typer.Option("--probe-seconds", help="Seconds that the pieces may take together (20)."),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the known devices and stop.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -165,9 +172,10 @@ def plan(
     if list_:
         _list(DEVICES)
         return
-    from limbeck.pipeline.plan.verb import plan_text
+    from limbeck.pipeline.plan.verb import PROBE_SECONDS, plan_text
 
-    print(plan_text(recipe, overrides or (), devices, price, answer, launch=launch), end="")
+    probe_s = PROBE_SECONDS if probe and probe_seconds is None else probe_seconds
+    print(plan_text(recipe, overrides or (), devices, price, answer, launch=launch, probe_s=probe_s), end="")
 
 
 @app.command()

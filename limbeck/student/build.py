@@ -162,17 +162,9 @@ def build_student(
     parameters = _count(model)
     if teacher_parameters is None and teacher is not None:
         teacher_parameters = _count(teacher.model)
-    if spec.freeze_embeddings:
-        freeze_embeddings(model)
-    if reader_of(model) is not None:
-        vision_tower(model).requires_grad_(not spec.freeze_vision)
+    freeze_parts(model, spec)
     quantization = None if spec.quantize is None else quantized(model, spec.quantize, calibration)
-    trained = model
-    if spec.lora is not None:
-        frozen = vision_tower(model) if reader_of(model) is not None and spec.freeze_vision else None
-        trained = with_adapters(model, spec.lora, spec.seed, left_alone=frozen)
-    if spec.gradient_checkpointing:
-        _checkpoint_gradients(model)
+    trained = with_trained_parts(model, spec)
     return Student(
         model=trained.eval(),
         tokenizer=tokenizer,
@@ -184,6 +176,25 @@ def build_student(
         quantization=quantization,
         width=width,
     )
+
+
+def freeze_parts(model: Any, spec: StudentSpec) -> None:
+    """Leave out of training what a spec leaves out of it."""
+    if spec.freeze_embeddings:
+        freeze_embeddings(model)
+    if reader_of(model) is not None:
+        vision_tower(model).requires_grad_(not spec.freeze_vision)
+
+
+def with_trained_parts(model: Any, spec: StudentSpec) -> nn.Module:
+    """A student with the adapters of a spec, if any, that computes activations again where it says so."""
+    trained = model
+    if spec.lora is not None:
+        frozen = vision_tower(model) if reader_of(model) is not None and spec.freeze_vision else None
+        trained = with_adapters(model, spec.lora, spec.seed, left_alone=frozen)
+    if spec.gradient_checkpointing:
+        _checkpoint_gradients(model)
+    return trained
 
 
 def freeze_embeddings(model: Any) -> None:

@@ -75,7 +75,7 @@ def train(
         Interrupted: `context.should_stop` was true; a checkpoint of the finished step is on disk.
         LimbeckError: nothing is held out for a source that needs its loss, or pairs would be cut apart.
     """
-    run = _prepared(
+    run = training_run(
         student,
         author,
         teacher,
@@ -125,7 +125,7 @@ def find_learning_rate(
     A first stage leaves the student where any larger step does harm at first, though it pays later; so the training
     that follows is tried on the student as it was before. The student is left as it is.
     """
-    run = _prepared(
+    run = training_run(
         student,
         author,
         teacher,
@@ -141,7 +141,7 @@ def find_learning_rate(
     student.eval()
 
 
-def _prepared(
+def training_run(
     student: nn.Module,
     author: SourceFactory,
     teacher: SignalSource,
@@ -160,7 +160,7 @@ def _prepared(
     pad_id: int,
     context: LoopContext,
 ) -> TrainingRun:
-    """The parts of a loop, ready to run; see `train`."""
+    """The parts of a training, ready to run; see `train`."""
     accelerator = launch.accelerator(
         settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
     )

@@ -177,12 +177,16 @@ def student_size(context: RunContext) -> StudentSize:
     return student_size_of(source_config(source, trust_remote_code=spec.trust_remote_code), spec)
 
 
-def student_size_of(config: Any, spec: StudentSpec) -> StudentSize:
-    """The size of a student that starts from a model of this configuration."""
+def student_config(config: Any, spec: StudentSpec) -> Any:
+    """The configuration of a student that is cut out of a model of this one."""
     if spec.layers is not None or spec.keep:
         config = pruned_config(config, spec.keep or range(spec.layers or 0))
-    if spec.width is not None:
-        config = width_config(config, spec.width)
+    return config if spec.width is None else width_config(config, spec.width)
+
+
+def student_size_of(config: Any, spec: StudentSpec) -> StudentSize:
+    """The size of a student that starts from a model of this configuration."""
+    config = student_config(config, spec)
     with torch.device("meta"):
         model = fresh_model(config, spec)
     size = size_of(model)

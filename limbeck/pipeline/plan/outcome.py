@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -9,10 +10,13 @@ from typing import Any
 
 from limbeck.models.devices import Fleet
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.plan.budget import Now
 from limbeck.pipeline.plan.case import Case, case_of
 from limbeck.pipeline.plan.disk import Part, disk_of, tokenizer_bytes
 from limbeck.pipeline.plan.fits import Change, Way, change_of, fits, server_devices, ways_of
 from limbeck.pipeline.plan.memory import StageMemory, memory_of
+from limbeck.pipeline.plan.probe import ProbeResult, probe
+from limbeck.pipeline.plan.probed_time import probed_times
 from limbeck.pipeline.plan.rates import Rates, estimated
 from limbeck.pipeline.plan.time import StageTime, times_of
 from limbeck.pipeline.plan.workload import workload_of
@@ -28,6 +32,7 @@ class Plan:
 
     Attributes:
         rates: None where no speed is known.
+        probe: what was timed here; None where nothing was.
         server: devices of a server of the teacher beside the ranks; 0 where there is none.
         hosted_usd: the most that a hosted teacher can cost; None where there is none, or where no price is known.
     """
@@ -36,6 +41,7 @@ class Plan:
     memory: Sequence[StageMemory]
     disk: Sequence[Part]
     rates: Rates | None
+    probe: ProbeResult | None
     times: Sequence[StageTime]
     ways: Sequence[Way]
     change: Change | None
@@ -48,7 +54,7 @@ class Plan:
 
     @property
     def hours(self) -> float | None:
-        return sum(stage.seconds for stage in self.times) / 3600 if self.rates else None
+        return sum(stage.seconds for stage in self.times) / 3600 if self.times else None
 
     @property
     def usd(self) -> float | None:
@@ -60,31 +66,43 @@ class Plan:
         return fleet.usd(self.hours) + server + float(self.hosted_usd or NOTHING)
 
 
-def plan(recipe: Recipe, fleet: Fleet, *, answer: float | None = None, rates: Rates | None = None) -> Plan:
-    """The plan of a recipe; of its models no weights are read.
+def plan(
+    recipe: Recipe,
+    fleet: Fleet,
+    *,
+    answer: float | None = None,
+    probe_s: float | None = None,
+    clock: Now = time.perf_counter,
+) -> Plan:
+    """The plan of a recipe; of its models no weights are read, unless they are timed.
 
     Args:
         answer: mean length of an answer that is not written yet.
-        rates: that a probe has measured.
+        probe_s: seconds for timing the pieces of the recipe on this machine; None times nothing.
+        clock: that it is timed by.
 
     Raises:
-        LimbeckError: a model's configuration or the prompts are not here and cannot be fetched.
+        LimbeckError: a model's configuration or the prompts are not here and cannot be fetched, or there is no time for
+            a probe.
     """
     context = RunContext(recipe, QuietConsole())
     case = case_of(context, workload_of(context, answer=answer), fleet)
-    return plan_of(case, rates=rates, tokenizer=_tokenizer_bytes(context))
+    probed = None if probe_s is None else probe(context, case, probe_s, clock)
+    return plan_of(case, probed=probed, tokenizer=_tokenizer_bytes(context))
 
 
-def plan_of(case: Case, *, rates: Rates | None = None, tokenizer: int = 0) -> Plan:
+def plan_of(case: Case, *, probed: ProbeResult | None = None, tokenizer: int = 0) -> Plan:
     """The plan of a case."""
-    rates = rates or estimated(case)
+    rates = estimated(case)
     server = server_devices(case) if case.where == "server" else 0
+    estimates = times_of(case, rates, server_devices=server) if rates else ()
     return Plan(
         case=case,
         memory=memory_of(case),
         disk=disk_of(case, tokenizer_bytes=tokenizer),
         rates=rates,
-        times=times_of(case, rates, server_devices=server) if rates else (),
+        probe=probed,
+        times=estimates if probed is None else probed_times(case, probed),
         ways=ways_of(case),
         change=None if fits(case) else change_of(case),
         server=server,

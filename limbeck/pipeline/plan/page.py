@@ -57,10 +57,11 @@ def _stages(plan: Plan) -> Iterator[str]:
         bound = time.bound if time else ""
         yield f"{name:<10}{size(held.bytes) if held else '-':>16}{tokens:>18}{seconds:>12}{usd:>12}  {bound}".rstrip()
     if plan.hours is None:
-        yield "no speed of this device is known, so that neither hours nor money are"
+        yield "no speed of this device is known, so that neither hours nor money are; --probe times this machine"
     else:
         total = f"total     {format_seconds(plan.hours * 3600)}"
         yield total + (f", ${plan.usd:,.2f}" if plan.usd else "") + _measured(plan)
+        yield from _probed(plan)
     if plan.hosted_usd is not None:
         yield f"the hosted teacher costs {dollars(plan.hosted_usd)} at most"
     yield ""
@@ -69,8 +70,29 @@ def _stages(plan: Plan) -> Iterator[str]:
 
 
 def _measured(plan: Plan) -> str:
-    assert plan.rates is not None, "there is a time"
-    return ", by the speeds that were measured here" if plan.rates.probed else ", by usual shares of the device's speed"
+    return ", by usual shares of the device's speed" if plan.probe is None else ", by what was timed here"
+
+
+def _probed(plan: Plan) -> Iterator[str]:
+    """What of a plan was timed, and how."""
+    probe = plan.probe
+    if probe is None:
+        return
+    yield ""
+    for stage in plan.times:
+        ordered = sorted(stage.terms.items(), key=lambda term: -term[1])
+        yield f"{stage.stage:<10}" + " + ".join(f"{name} {format_seconds(seconds)}" for name, seconds in ordered)
+    loaded = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in probe.loading.items())
+    yield (
+        f"probe     {format_seconds(probe.spent)} of timed work after loading ({loaded}), with "
+        f"{probe.processor:.2f} s of processor time a second"
+    )
+    yield f"          {probe.alive_from}"
+    if plan.case.ranks > 1:
+        share = f"a rank has 1/{plan.case.ranks} of the work"
+        yield f"          one process was timed; {share}, and what ranks exchange is not counted"
+    for note in probe.notes:
+        yield f"          {note}"
 
 
 def terms(stage: StageMemory) -> str:

@@ -1,6 +1,7 @@
-"""Speeds of a rank: from a device's own figures, or from a probe of the recipe's models on this machine.
+"""Speeds of a rank from a device's own figures.
 
-Without a probe they are assumptions, one constant each: shares of a device's figures that programs usually reach.
+They are assumptions, one constant each: shares of a device's figures that programs usually reach. What this machine
+reaches a probe shows (`limbeck.pipeline.plan.probe`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ class Rates:
         teacher_writes, student_writes: tokens of answers; 0 where it writes none here.
         teacher_scores, student_scores: ids of texts in a forward pass.
         trains: ids of texts in a forward and a backward pass, with the update.
-        probed: whether they were measured.
         exchange_s: seconds that ranks need for each micro-batch to exchange weights and gradients.
         least_s: seconds of a micro-batch however small it is.
     """
@@ -40,7 +40,6 @@ class Rates:
     teacher_scores: float
     student_scores: float
     trains: float
-    probed: bool = False
     exchange_s: float = 0.0
     least_s: float = 0.0
 

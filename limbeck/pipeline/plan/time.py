@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import ceil
 
 from limbeck.pipeline.plan.case import Case
@@ -22,12 +22,14 @@ class StageTime:
     Attributes:
         tokens: that are written, scored or trained on.
         bound: what would have to be faster.
+        terms: what the seconds are made of, where they were timed.
     """
 
     stage: str
     tokens: int
     seconds: float
     bound: str
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 def times_of(case: Case, rates: Rates, *, server_devices: int = 0) -> list[StageTime]:
@@ -45,12 +47,12 @@ def _times(case: Case, rates: Rates, server: int) -> Iterator[StageTime]:
         tokens = (work.train.tokens if case.answers_train else 0) + work.heldout.tokens
         served = recipe.responses.server is not None or case.where == "server"
         alone = rates.teacher_writes * case.ranks
-        rate = served_writes(case, max(server, 1)) if served and not rates.probed else alone
+        rate = served_writes(case, max(server, 1)) if served else alone
         bound = "the server writes" if served else "the ranks write with the teacher"
         yield StageTime(stage="respond", tokens=tokens, seconds=_over(tokens, rate), bound=bound)
     if case.stores_signal and not case.captures and (case.here or case.where == "server"):
         ids = (0 if recipe.on_policy and not recipe.sft_on_responses else work.train.ids) + work.heldout.ids
-        served = case.where == "server" and not rates.probed
+        served = case.where == "server"
         rate = served_scores(case, max(server, 1)) if served else rates.teacher_scores * case.ranks
         bound = "the server scores" if served else "the ranks score with the teacher"
         yield StageTime(stage="teach", tokens=ids, seconds=_over(ids, rate), bound=bound)
@@ -66,7 +68,7 @@ def _training(case: Case, rates: Rates, server: int) -> StageTime:
     exchange = rates.exchange_s * (micros if case.sharded else 1)
     step = max(of_step, exchange)
     trials = steps.searching * TRIAL_STEPS
-    measured = steps.searching * MEASURED_RESPONSES + _measurements(case) * steps.aside
+    measured = steps.searching * MEASURED_RESPONSES + measurements_of(case) * steps.aside
     parts = {
         "the products of the student": (steps.main + steps.first + trials) * step
         + _over(measured * row / case.ranks, rates.student_scores),
@@ -84,7 +86,7 @@ def _training(case: Case, rates: Rates, server: int) -> StageTime:
     )
 
 
-def _measurements(case: Case) -> int:
+def measurements_of(case: Case) -> int:
     """Times that the loss on the responses set aside is measured: at the start, on the way and at the end."""
     every = case.recipe.train.eval_steps
     return 0 if not every or not case.steps.aside else 1 + ceil(case.steps.main / every)
@@ -96,7 +98,7 @@ def _scoring(case: Case, rates: Rates, server: int) -> float:
         return 0.0
     steps, row = case.steps, case.work.train.mean
     rows = steps.written if case.recipe.teacher.keeps_whole else steps.main * steps.rows
-    if case.where == "server" and not rates.probed:
+    if case.where == "server":
         return _over(rows * row, served_scores(case, max(server, 1)))
     return _over(rows * row / case.ranks, rates.teacher_scores)
 
