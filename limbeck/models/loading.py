@@ -26,6 +26,7 @@ from limbeck.models.processors import (
     source_processor,
 )
 from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.models.slices import unread_model
 from limbeck.models.sources import Source, resolve
 from limbeck.types import LimbeckError, is_unicode
 
@@ -84,6 +85,7 @@ def load_model(
     progress: DownloadProgress | None = None,
     device_map: Mapping[str, int | str] | None = None,
     bits: Bits | None = None,
+    unread: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer by asset name, local directory, GGUF file or hub id, on the CPU.
 
@@ -91,6 +93,8 @@ def load_model(
         device_map: the device of each part, or "disk", of a model that is read from safetensors; None is the CPU.
         bits: of the weights of its linear layers, of a model that is read from safetensors; None keeps them as they
             are.
+        unread: leave the weights in their files for `limbeck.models.slices.read_parts`, where they can be read by
+            slices; `limbeck.models.slices.is_unread` says whether.
 
     Raises:
         LimbeckError: one line for everything that is wrong with the name, the files or the options.
@@ -105,10 +109,11 @@ def load_model(
     else:
         placing: dict[str, Any] = {} if device_map is None else {"device_map": dict(device_map)}
         config = without_dropout(config)
+        found = _unread(source, config, kind, attn_implementation, trust_remote_code) if unread else None
         with nullcontext() if bits is None else few_bits.quiet_libraries():
             if bits is not None:
                 placing["quantization_config"] = few_bits.quantization_config(bits, kind)
-            model = _from_safetensors(source, config, kind, attn_implementation, trust_remote_code, **placing)
+            model = found or _from_safetensors(source, config, kind, attn_implementation, trust_remote_code, **placing)
         if bits is not None:
             few_bits.require_whole_head(model, kind)
     silence_dropout(model)
@@ -262,6 +267,16 @@ def _require_usable(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
         if isinstance(token, str) and token not in vocabulary:
             raise LimbeckError(f"{where} names the token {token[:60]!r}, which the vocabulary lacks; correct it")
     tokenizer("A text.")
+
+
+def _unread(
+    source: Source, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool
+) -> PreTrainedModel | None:
+    with _in_one_line(source, "it cannot be loaded"), quiet_transformers():
+        require_fitting(source.directory, config.get_text_config())
+        return unread_model(
+            source, config, dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
 
 
 def _from_safetensors(

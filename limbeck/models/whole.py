@@ -37,10 +37,11 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return part.full_tensor()
 
 
-def keep_copy(model: nn.Module) -> None:
+def keep_copy(model: nn.Module, device: torch.device) -> None:
     """Make the copy that `whole` fills, before the model is sharded: everything of it but its weights."""
     empty = {
-        id(weight): nn.Parameter(weight.new_empty(0), requires_grad=False) for _, weight in model.named_parameters()
+        id(weight): nn.Parameter(torch.empty(0, dtype=weight.dtype, device=device), requires_grad=False)
+        for _, weight in model.named_parameters()
     }
     _COPIES[model] = copy.deepcopy(model, empty).eval()  # type: ignore[arg-type]
 

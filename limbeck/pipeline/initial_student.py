@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from limbeck.models.loading import LoadedModel
+from limbeck.models.slices import is_unread
 from limbeck.models.vision import bind_images
 from limbeck.pipeline.checks import student_spec
 from limbeck.pipeline.context import RunContext
@@ -21,8 +22,12 @@ from limbeck.student.width import read_width
 from limbeck.types import Json, LimbeckError
 
 
-def build_initial_student(context: RunContext) -> Student:
-    """The student before training. What stays of a pruned model is measured once and kept in the run directory."""
+def build_initial_student(context: RunContext, *, unread: bool = False) -> Student:
+    """The student before training. What stays of a pruned model is measured once and kept in the run directory.
+
+    Args:
+        unread: its weights may stay in their files until it is sharded.
+    """
     section, blocks = context.recipe.student, context.run.root / "blocks.json"
     if not blocks.exists() and (before := context.run.blocks_before).exists():
         write_json(blocks, read_json(before))
@@ -30,7 +35,7 @@ def build_initial_student(context: RunContext) -> Student:
         with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
             if not blocks.exists():
                 return _build(context, blocks)
-    return _build(context, blocks)
+    return _build(context, blocks, unread=unread)
 
 
 def student_before_teaching(context: RunContext) -> Student:
@@ -38,7 +43,7 @@ def student_before_teaching(context: RunContext) -> Student:
     return _build(context, context.run.blocks_before)
 
 
-def _build(context: RunContext, blocks: Path) -> Student:
+def _build(context: RunContext, blocks: Path, *, unread: bool = False) -> Student:
     """The student, and in `blocks` what it has of a larger model, where that was measured."""
     spec, weights = _of_teacher(context, student_spec(context))
     if context.rank and context.recipe.student.measured:
@@ -55,11 +60,13 @@ def _build(context: RunContext, blocks: Path) -> Student:
         teacher_parameters=context.teacher.size,
         calibration=calibration,
         progress=context.console.say,
+        unread=unread,
     )
     if context.recipe.student.measured and not blocks.exists():
         write_json(blocks, _choice(student, spec))
     student = with_endings(context, student)
-    student.model.to(context.device)  # type: ignore[arg-type]
+    if not is_unread(student.model):
+        student.model.to(context.device)  # type: ignore[arg-type]
     bind_images(student.model, context.run.images)
     return student
 

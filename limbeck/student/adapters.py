@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from limbeck.models.quiet import one_line
+from limbeck.models.slices import is_unread, stand_ins
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
@@ -82,7 +84,9 @@ def with_adapters(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft would put adapters beside weights without values, and lose what it drew.
+        seen = stand_ins(model) if is_unread(model) else nullcontext()
+        with seen, torch.random.fork_rng(), warnings.catch_warnings():
             # peft asks transformers by names that transformers has renamed; nothing the user could change.
             warnings.simplefilter("ignore", FutureWarning)
             torch.manual_seed(seed)

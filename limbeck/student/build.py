@@ -124,6 +124,7 @@ def build_student(
     teacher_parameters: int | None = None,
     calibration: Sequence[TokenBatch] = (),
     progress: DownloadProgress | None = None,
+    unread: bool = False,
 ) -> Student:
     """Build the student of a spec. The teacher is not changed.
 
@@ -132,6 +133,8 @@ def build_student(
         teacher_parameters: the reference for the parameter share; None counts those of `teacher`, if there is one.
         calibration: batches of responses with their prompts; needed by "depth_prune" unless `spec.keep` is given, by
             "width_prune" unless `spec.stays` is, and by a quantisation whose grids are chosen by importance.
+        unread: leave the weights in their files until the student is sharded, where nothing here reads them (see
+            `limbeck.models.slices`).
 
     Raises:
         LimbeckError: options that contradict each other, an unknown configuration field, a model that cannot be had.
@@ -141,7 +144,7 @@ def build_student(
     if spec.init == "scratch":
         model, tokenizer = _from_scratch(spec, teacher)
     else:
-        start = _start(spec, teacher, progress)
+        start = _start(spec, teacher, progress, unread=unread)
         source, tokenizer, model = start.provenance, start.tokenizer, start.model
         if spec.layers is not None or spec.keep:
             keep: Sequence[int] = spec.keep
@@ -226,7 +229,9 @@ def _check(spec: StudentSpec, teacher: LoadedModel | None) -> None:
         raise LimbeckError(f"student.config belongs to init=scratch, not to init={spec.init}; leave it out")
 
 
-def _start(spec: StudentSpec, teacher: LoadedModel | None, progress: DownloadProgress | None) -> LoadedModel:
+def _start(
+    spec: StudentSpec, teacher: LoadedModel | None, progress: DownloadProgress | None, *, unread: bool
+) -> LoadedModel:
     """The weights to start from. Pruning only reads them, so it can share the teacher's where the precision agrees."""
     if spec.model is None:
         assert teacher is not None
@@ -240,6 +245,7 @@ def _start(spec: StudentSpec, teacher: LoadedModel | None, progress: DownloadPro
         trust_remote_code=spec.trust_remote_code,
         revision=spec.revision if spec.model is not None else _teacher(teacher).provenance.revision,
         progress=progress,
+        unread=unread and spec.init not in PRUNED and spec.quantize is None,
     )
 
 

@@ -88,7 +88,7 @@ class ShardedTeacher(InProcessTeacher):
     def _load(self) -> LoadedModel:
         if not self.in_step:
             return super()._load()
-        loaded = self._read()
+        loaded = self._read(unread=True)
         _shard(loaded.model, self._meeting)
         return loaded
 
@@ -152,15 +152,19 @@ def _shard(model: PreTrainedModel, meeting: _Meeting) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from limbeck.models.heads import decoder_blocks, decoder_of
+    from limbeck.models.slices import read_parts
 
     _, blocks = decoder_blocks(model)
     model.requires_grad_(False)
     inside = {id(weight) for weight in blocks.parameters()}
     outside = {weight for weight in model.parameters() if id(weight) not in inside}
     for weight in outside:
-        weight.data = weight.data.to(meeting.device)
+        # What is still in its file is read to where it belongs.
+        if not weight.is_meta:
+            weight.data = weight.data.to(meeting.device)
     for block in blocks:
         fully_shard(block, mesh=meeting.mesh, reshard_after_forward=True)
     # Of its own it has nothing to gather: it gathers a block while the one before computes.
     fully_shard(decoder_of(model), mesh=meeting.mesh, reshard_after_forward=True, ignored_params=outside)
+    read_parts(model, meeting.device)
     blocks[0].register_forward_pre_hook(lambda block, inputs: meeting.begin(), prepend=True)

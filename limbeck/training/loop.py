@@ -164,15 +164,15 @@ def training_run(
     accelerator = launch.accelerator(
         settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
     )
-    if settings.packing and not sharding.is_sharded(student):
+    if sharding.is_asked(settings):
+        sharding.shard(student, accelerator, bf16=settings.bf16)
+    if settings.packing:
         short, long = (
             Response(prompt_id="", author="data", prompt_ids=(1, 2), response_ids=(3,) * length, stop="length")
             for length in (3, 6)
         )
         rows = collate([long, short], (0, 1), pad_id=pad_id)
-        require_rows_apart(student, rows.to(next(student.parameters()).device))
-    if sharding.is_asked(settings):
-        sharding.shard(student, accelerator, bf16=settings.bf16)
+        sharding.in_root(student, require_rows_apart, student, rows.to(next(student.parameters()).device))
     step_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     response_source = author(
         SourceContext(

@@ -6,6 +6,7 @@ blocks are gathered in the precision of the products and gradients are summed in
 a whole student on each rank (DDP).
 
 The student itself is sharded, once, whatever trains it afterwards; its loss is computed inside of its root (`in_root`).
+One whose weights are still in its files is sharded without them, and each rank then reads its part.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from limbeck.models.heads import decoder_blocks
+from limbeck.models.slices import read_parts
 from limbeck.models.whole import keep_copy
 from limbeck.recipe.sections import TrainSection
 from limbeck.runtime.launcher import launched
@@ -61,7 +63,7 @@ def shard(student: nn.Module, accelerator: Accelerator, *, bf16: bool) -> None:
 
     _, blocks = decoder_blocks(student)
     _require_plain(student)
-    keep_copy(student)
+    keep_copy(student, accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,), mesh_dim_names=(SHARD,))
     narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters())
     # Activations stay in the precision that autocast gives them: what is sharded computes what a whole one does.
@@ -74,6 +76,7 @@ def shard(student: nn.Module, accelerator: Accelerator, *, bf16: bool) -> None:
     setattr(student, _METHOD, _call)
     fully_shard(student, mesh=mesh, mp_policy=root)
     register_fsdp_forward_method(student, _METHOD)
+    read_parts(student, accelerator.device)
 
 
 def in_root(student: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from limbeck.models.slices import is_unread
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.models.whole import whole
 from limbeck.objectives import Temperature
@@ -37,6 +38,7 @@ from limbeck.pipeline.students_choice import choosing
 from limbeck.recipe import load
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.sections import SftSection
+from limbeck.recipe.teacher import ITSELF
 from limbeck.rollouts.account import never_acted, summary
 from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, ids_of_prompts, set_aside
 from limbeck.rollouts.engines import ENGINE_KEY
@@ -51,7 +53,7 @@ from limbeck.student.build import Student
 from limbeck.student.saving import save_student
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.local import NullTeacher
-from limbeck.training import checkpoints
+from limbeck.training import checkpoints, launch, sharding
 from limbeck.training.loop import find_learning_rate, train
 from limbeck.training.metrics import LoopContext
 from limbeck.types import Interrupted, Json, Response, SignalSource
@@ -73,7 +75,7 @@ def _student_inputs(context: RunContext) -> Json:
 
 def _run_student(context: RunContext) -> Json:
     recipe, run = context.recipe, context.run
-    student = build_initial_student(context)
+    student = _begun(context)
     say_endings(context, student)
     asked = training_teacher(context, student)
     # Not beside a student that learns from what is on disk; where the teacher itself is asked, it loads again.
@@ -129,6 +131,19 @@ def _run_student(context: RunContext) -> Json:
             if isinstance(part, Objective)
         },
     }
+
+
+def _begun(context: RunContext) -> Student:
+    """The student before training; one that is sharded is read from its files by slices, where that can be."""
+    recipe = context.recipe
+    # A teacher that is made of the student is made of all its weights.
+    by_slices = sharding.is_asked(recipe.train) and recipe.teacher.model not in ITSELF
+    student = build_initial_student(context, unread=by_slices)
+    if is_unread(student.model):
+        settings = replace(recipe.train, report_to=())
+        made = launch.accelerator(settings, context.run.root, run_name=recipe.name, tracker_config={})
+        sharding.shard(student.model, made, bf16=settings.bf16)
+    return student
 
 
 def _asks_teacher(context: RunContext) -> bool:
