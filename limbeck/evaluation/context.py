@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Part = Literal["before", "distilled", "after"]
 Who = Literal["student", "teacher"]
-Need = Literal["teacher", "teacher_weights", "tokens", "references"]
+Need = Literal["teacher", "teacher_weights", "tokens", "prompts", "references"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +201,11 @@ class EvaluationContext(Protocol):
         ...
 
     @property
+    def reads_documents(self) -> bool:
+        """Whether the held-out responses are plain text."""
+        ...
+
+    @property
     def task(self) -> TaskName | None:
         """The task that the prompts are problems of, where they are some."""
         ...
@@ -325,10 +330,10 @@ class EvaluationGroup(ABC):
     takes_likeliest: ClassVar[bool] = False
 
     def needs(self) -> frozenset[Need]:
-        """What the group needs: a teacher, the same tokens, reference answers.
+        """What the group needs: a teacher, the same tokens, prompts, reference answers.
 
         "teacher": what it says of tokens; "teacher_weights": the model itself, which answers or is timed; "tokens": the
-        same ones in both models; "references": in the data.
+        same ones in both models; "prompts": held-out ones to be answered; "references": in the data.
         """
         return frozenset()
 

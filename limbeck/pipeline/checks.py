@@ -22,6 +22,7 @@ from limbeck.models.sources import resolve
 from limbeck.pipeline.across import check_across
 from limbeck.pipeline.build import check_objectives
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.documents import check_documents
 from limbeck.pipeline.drafted_responses import check_draft
 from limbeck.pipeline.hosted_responses import check_hosted
 from limbeck.pipeline.lm_corpus import check_corpus
@@ -88,6 +89,7 @@ def check_responses(context: RunContext) -> None:
             f"responses.max_new_tokens is {context.recipe.responses.max_new_tokens} and the window of the pair "
             f"{window} tokens, so no prompt fits; lower it"
         )
+    check_documents(context)
     check_template(context, context.teacher.tokenizer)
     check_provisions(context)
     check_sees(context)

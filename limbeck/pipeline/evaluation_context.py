@@ -121,6 +121,10 @@ class RunEvaluation:
         return self.context.recipe.base_author
 
     @property
+    def reads_documents(self) -> bool:
+        return self.context.recipe.documents
+
+    @property
     def task(self) -> TaskName | None:
         return self.context.recipe.prompts.problems_of
 

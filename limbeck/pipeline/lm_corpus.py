@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from limbeck.pipeline.context import RunContext
-from limbeck.prompts.fields import text_in
-from limbeck.prompts.readers import PlacedRow, is_path, rows_of, source_digest
+from limbeck.prompts.documents import TextSource, documents_of
+from limbeck.prompts.readers import is_path, source_digest
 from limbeck.recipe.sections import LmSection
 from limbeck.runtime.files import whole_file
 from limbeck.training.corpus import Corpus
@@ -110,26 +110,23 @@ def _texts(section: LmSection) -> Iterator[str]:
         LimbeckError: a row without the field, no text at all, or what `rows_of` raises.
     """
     empty = True
-    for placed in rows_of(section.source, section.dataset_split, section.dataset_config, keys="train.lm"):
-        if text := _text(placed, section.text_field):
+    source = TextSource(
+        name=section.source,
+        field=section.text_field,
+        dataset_split=section.dataset_split,
+        dataset_config=section.dataset_config,
+        keys="train.lm",
+        field_key="train.lm.text_field",
+    )
+    for document in documents_of(source):
+        if document is not None:
             empty = False
-            yield text
+            yield document.text
     if empty:
         raise LimbeckError(
             f"train.lm.source={section.source} holds no text in the field {section.text_field!r}; "
             "give another source or field"
         )
-
-
-def _text(placed: PlacedRow, field: str) -> str:
-    if field not in placed.row:
-        found = ", ".join(sorted(map(str, placed.row))) or "none"
-        raise LimbeckError(
-            f"{placed.where}: got the fields {found}, expected {field!r}, which holds the text; "
-            "name the right one with train.lm.text_field"
-        )
-    text = text_in(placed.row, field, placed.where)
-    return text if text.strip() else ""
 
 
 def _write(path: Path, blocks_NL: Tensor) -> None:

@@ -11,6 +11,7 @@ from limbeck.models.sources import resolve
 from limbeck.models.untrained_tokens import untrained_tokens
 from limbeck.models.vocabulary import VocabularyCard, compare_vocabularies
 from limbeck.pipeline.context import RunContext
+from limbeck.prompts.documents import RAW_TEXT
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe.load import load_recipe
 from limbeck.student.build import Student
@@ -102,7 +103,7 @@ def foreseen_format(context: RunContext) -> AnswerFormat:
     own = given
     if student.model is not None:
         own = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
-    template = resolve_template(prompts.template, given, ())
+    template = resolve_template(prompts.template, given, RAW_TEXT if context.recipe.documents else ())
     return answer_format(given, template, prompts.chat_options, own=own, window=_window(context))
 
 

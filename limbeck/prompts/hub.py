@@ -6,16 +6,17 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from limbeck.models.sources import HUB_TIMEOUT_S, network_errors
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
+_T = TypeVar("_T")
 _OFFLINE = "HF_HUB_OFFLINE"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -27,6 +28,22 @@ def load_hub(name: str, split: str, config: str | None, *, keys: str = "prompts"
         LimbeckError: neither the hub nor the cache gives it.
     """
     from datasets import load_dataset
+
+    return _loaded(lambda: load_dataset(name, config, split=split), name, keys)
+
+
+def stream_hub(name: str, split: str, config: str | None, *, keys: str = "prompts") -> IterableDataset:
+    """The same row by row as it is fetched, of which nothing is kept.
+
+    Raises:
+        LimbeckError: the hub does not give it.
+    """
+    from datasets import load_dataset
+
+    return _loaded(lambda: load_dataset(name, config, split=split, streaming=True), name, keys)
+
+
+def _loaded(load: Callable[[], _T], name: str, keys: str) -> _T:
     from huggingface_hub import is_offline_mode
 
     if not _HUB_ID.fullmatch(name):
@@ -34,7 +51,7 @@ def load_hub(name: str, split: str, config: str | None, *, keys: str = "prompts"
     away = "" if is_offline_mode() else _why_unreachable(name)
     with _quiet(), _offline() if away else contextlib.nullcontext():
         try:
-            return load_dataset(name, config, split=split)
+            return load()
         except (OSError, ValueError, RuntimeError) as error:
             said = " ".join((away or str(error)).split())
             raise LimbeckError(

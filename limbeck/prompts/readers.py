@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.prompts.fields import quoted
-from limbeck.prompts.hub import load_hub
+from limbeck.prompts.hub import load_hub, stream_hub
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 
@@ -35,18 +35,24 @@ class PlacedRow:
 
 
 def rows_of(
-    source: str, dataset_split: str = "train", dataset_config: str | None = None, *, keys: str = "prompts"
+    source: str,
+    dataset_split: str = "train",
+    dataset_config: str | None = None,
+    *,
+    keys: str = "prompts",
+    streamed: bool = False,
 ) -> Iterator[PlacedRow]:
-    """All rows of a source (see `load_prompts`), lazily.
+    """All rows of a source (see `load_prompts`), lazily: of lines and of tables no more is in memory than a part.
 
     Args:
         keys: the section of the recipe that messages name.
+        streamed: fetch of a hub data set what is read, as it is read, and keep nothing of it.
 
     Raises:
         LimbeckError: nothing there, nothing in it, or not readable, naming file and line.
     """
     empty = True
-    for row in _dispatch(source, dataset_split, dataset_config, keys):
+    for row in _dispatch(source, dataset_split, dataset_config, keys, streamed):
         empty = False
         yield row
     if empty:
@@ -68,8 +74,10 @@ def source_digest(source: str) -> str | None:
     for path in found:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                data = file.read_bytes()
-                digest.update(f"{file.name}\n{len(data)}\n".encode() + data)
+                digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
+                with file.open("rb") as content:
+                    while data := content.read(1 << 20):
+                        digest.update(data)
     return digest.hexdigest()
 
 
@@ -95,9 +103,9 @@ def is_path(source: str) -> bool:
     return spelled or Path(source).exists()
 
 
-def _dispatch(source: str, split: str, config: str | None, keys: str) -> Iterator[PlacedRow]:
+def _dispatch(source: str, split: str, config: str | None, keys: str, streamed: bool) -> Iterator[PlacedRow]:
     if source == "builtin":
-        return _read_json_lines(_builtin(), "the built-in set")
+        return _read_json_lines(_builtin().split(b"\n"), "the built-in set")
     found = _local(source)
     if len(found) == 1 and found[0].is_dir():
         return _read_folder(found[0], split, keys)
@@ -105,6 +113,8 @@ def _dispatch(source: str, split: str, config: str | None, keys: str) -> Iterato
         return _read_files(found)
     if is_path(source):
         raise LimbeckError(f"{source} does not exist; give a file or folder, a hub id, or builtin")
+    if streamed:
+        return _read_stream(stream_hub(source, split, config, keys=keys), source)
     return _read_dataset(load_hub(source, split, config, keys=keys), source)
 
 
@@ -131,15 +141,19 @@ def _read_file(path: Path) -> Iterator[PlacedRow]:
     if path.suffix not in _SUFFIXES:
         raise LimbeckError(f"{path} is not one of {', '.join(_SUFFIXES)}; convert it to one JSON object per line")
     try:
-        data = path.read_bytes()
+        if path.suffix == ".json" and (data := path.read_bytes()).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            yield from _read_json_array(data, str(path), path.parent)
+            return
+        with path.open("rb") as lines:
+            yield from _read_json_lines(lines, str(path), path.parent)
     except OSError as error:
         raise LimbeckError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    is_array = path.suffix == ".json" and data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    yield from (_read_json_array if is_array else _read_json_lines)(data, str(path), path.parent)
 
 
-def _read_json_lines(data: bytes, name: str, folder: Path | None = None) -> Iterator[PlacedRow]:
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+def _read_json_lines(lines: Iterable[bytes], name: str, folder: Path | None = None) -> Iterator[PlacedRow]:
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix(b"\n")
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
             where = f"{name}, line {number}"
             yield _placed(_parse(line, where, 1), where, folder)
@@ -214,6 +228,11 @@ def _read_saved(path: Path, split: str, keys: str) -> Iterator[PlacedRow]:
 def _read_dataset(dataset: Dataset, name: str, folder: Path | None = None) -> Iterator[PlacedRow]:
     for number, row in enumerate(_undecoded(dataset), start=1):
         yield _placed(_without_nulls(row), f"{name}, row {number}", folder)
+
+
+def _read_stream(dataset: IterableDataset, name: str) -> Iterator[PlacedRow]:
+    for number, row in enumerate(dataset, start=1):
+        yield _placed(_without_nulls(row), f"{name}, row {number}")
 
 
 def _undecoded(dataset: Dataset) -> Dataset:

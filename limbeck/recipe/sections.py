@@ -392,6 +392,11 @@ class Recipe:
         return self.responses.source.on_policy
 
     @property
+    def documents(self) -> bool:
+        """Whether the student learns from plain text, so that there are no prompts."""
+        return self.responses.source.documents
+
+    @property
     def base_author(self) -> InitialAuthor:
         """Author of the responses that are written before training."""
         return self.responses.source.initial_author or self.responses.initial_author

@@ -82,6 +82,7 @@ class SourceOptions(ABC):
         paired: a step has two responses to each of its prompts, so that batches must be even.
         pure: the student's responses are drawn from the student alone, as a policy gradient asks.
         replays: they may be used again in a later step.
+        documents: the rows of prompts.source are plain text and not prompts.
         whole_epochs: a round of its responses ends with an epoch, and is one where `refresh` is not set.
         credit: who wrote the responses, in a model card; empty gives the source's name.
     """
@@ -92,6 +93,7 @@ class SourceOptions(ABC):
     paired: ClassVar[bool] = False
     pure: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+    documents: ClassVar[bool] = False
     whole_epochs: ClassVar[bool] = False
     credit: ClassVar[str] = ""
 

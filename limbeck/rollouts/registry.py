@@ -48,6 +48,24 @@ class DataResponses(SourceOptions):
 
 
 @dataclass(config=STRICT, kw_only=True)
+class TextDocuments(SourceOptions):
+    """Plain text: documents in pieces of responses.max_new_tokens tokens, each learnt from as if it were an answer."""
+
+    text_field: str = "text"
+    """The column of prompts.source that holds the text."""
+    max_tokens: Count | None = None
+    """Read no more of prompts.source than this, held-out documents included; a hub data set is then fetched as it is
+    read. Null reads all of it."""
+
+    initial_author: ClassVar[InitialAuthor | None] = "data"
+    documents: ClassVar[bool] = True
+    credit: ClassVar[str] = "plain text of the data"
+
+    def build(self, materials: SourceMaterials) -> ResponseSource:
+        return _offline(materials)
+
+
+@dataclass(config=STRICT, kw_only=True)
 class StudentResponses(OnPolicyOptions):
     """The student's own, written during training: for each step, or for a round of steps."""
 
@@ -227,6 +245,7 @@ SOURCES: Registry[SourceOptions] = Registry(
     {
         "teacher": TeacherResponses,
         "data": DataResponses,
+        "text": TextDocuments,
         "student": StudentResponses,
         "mixed": MixedResponses,
         "replay": ReplayResponses,

@@ -183,6 +183,13 @@ def prompts_of(responses: Sequence[Response]) -> Iterator[str]:
     return responses.prompt_ids if isinstance(responses, ResponseTable) else (r.prompt_id for r in responses)
 
 
+def keep_columns(path: Path, responses: Sequence[Response]) -> None:
+    """Write responses for training alone (`path`, .arrow), whole or not at all."""
+    with whole_file(path) as columns, pa.OSFile(str(columns), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for start in range(0, len(responses), ROWS):
+            writer.write_batch(_batch_of(responses[start : start + ROWS]))
+
+
 def keep_responses(path: Path, responses: Iterable[Response]) -> None:
     """Write responses for people (`path`, .jsonl) and for training (.arrow beside it), each whole or not at all."""
     source = iter(responses)
@@ -200,7 +207,7 @@ def keep_responses(path: Path, responses: Iterable[Response]) -> None:
 
 
 def open_responses(path: Path) -> ResponseTable:
-    """The responses of `keep_responses`.
+    """The responses of `keep_responses` or `keep_columns`.
 
     Raises:
         LimbeckError: a damaged file.

@@ -13,6 +13,7 @@ from limbeck.evaluation.groups.gap import GapGroup
 from limbeck.evaluation.groups.judge import JudgeGroup
 from limbeck.evaluation.groups.likelihood import LikelihoodGroup
 from limbeck.evaluation.groups.nll import NllGroup
+from limbeck.evaluation.groups.perplexity import PerplexityGroup
 from limbeck.evaluation.groups.recovery import RecoveryGroup
 from limbeck.evaluation.groups.rouge import RougeGroup
 from limbeck.evaluation.groups.speculation import SpeculationGroup
@@ -31,6 +32,7 @@ EVALUATION_GROUPS: Registry[EvaluationGroup] = Registry(
         "speculation": SpeculationGroup,
         "cost": CostGroup,
         "nll": NllGroup,
+        "perplexity": PerplexityGroup,
         "recovery": RecoveryGroup,
         "gap": GapGroup,
     },

@@ -36,7 +36,7 @@ class CostGroup(EvaluationGroup):
     parts = ("after",)
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"teacher", "teacher_weights"})
+        return frozenset({"teacher", "teacher_weights", "prompts"})
 
     def check(self, evaluation: EvaluationContext) -> None:
         from limbeck.evaluation.cost import require_window

@@ -71,7 +71,7 @@ class DiversityGroup(EvaluationGroup):
     seed: Seed = 0
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"teacher", "teacher_weights"})
+        return frozenset({"teacher", "teacher_weights", "prompts"})
 
     def check(self, evaluation: EvaluationContext) -> None:
         conditions = {condition(temperature) for temperature in self.temperatures}

@@ -61,7 +61,8 @@ class FidelityGroup(EvaluationGroup):
 
     def needs(self) -> frozenset[Need]:
         more: dict[str, Need] = {"references": "references", "teacher": "teacher_weights"}
-        return frozenset({"teacher", "tokens", *(need for whose, need in more.items() if whose in self.whose)})
+        answers: tuple[Need, ...] = ("prompts",) if self.scores_fresh else ()
+        return frozenset({"teacher", "tokens", *answers, *(more[whose] for whose in self.whose if whose in more)})
 
     @property
     def scores_fresh(self) -> bool:

@@ -64,7 +64,7 @@ class LikelihoodGroup(EvaluationGroup):
 
     def needs(self) -> frozenset[Need]:
         answers: tuple[Need, ...] = ("teacher_weights",) if self.against == "teacher" else ()
-        return frozenset({"teacher", "tokens", *answers})
+        return frozenset({"teacher", "tokens", "prompts", *answers})
 
     @property
     def scores_fresh(self) -> bool:

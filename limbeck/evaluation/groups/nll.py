@@ -30,7 +30,7 @@ class NllGroup(EvaluationGroup):
     references_remedy = "set evaluate.groups.nll.whose=responses"
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"references"} if self.whose == "references" else ())
+        return frozenset({"prompts", "references"} if self.whose == "references" else ())
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         whose = "references" if evaluation.standalone else self.whose
@@ -64,7 +64,7 @@ class NllGroup(EvaluationGroup):
         import torch
 
         responses = _responses(evaluation, of)
-        batches, measure = longest_first(responses, evaluation.scoring_batch_size), _measure_of(evaluation)
+        batches, measure = longest_first(responses, evaluation.scoring_batch_size), likelihood_of(evaluation)
         for number in numbers:
             found = measure(responses, batches[number])
             yield Piece(tensors={"nll": torch.tensor(found, dtype=torch.float64)})
@@ -82,12 +82,12 @@ def _responses(evaluation: EvaluationContext, whose: str) -> Sequence[Response]:
 
 def surprise(evaluation: EvaluationContext, responses: Sequence[Response]) -> Iterator[tuple[Response, float]]:
     """Each response with the sum of -log q over its tokens."""
-    measure = _measure_of(evaluation)
+    measure = likelihood_of(evaluation)
     for rows in longest_first(responses, evaluation.scoring_batch_size):
         yield from ((responses[row], nll) for row, nll in zip(rows, measure(responses, rows), strict=True))
 
 
-def _measure_of(evaluation: EvaluationContext) -> Callable[[Sequence[Response], Sequence[int]], list[float]]:
+def likelihood_of(evaluation: EvaluationContext) -> Callable[[Sequence[Response], Sequence[int]], list[float]]:
     """What gives the sum of -log q over the tokens of each of some responses, in one forward pass of the student."""
     import torch
 

@@ -66,7 +66,7 @@ class RougeGroup(EvaluationGroup):
 
     def needs(self) -> frozenset[Need]:
         needs: dict[str, tuple[Need, ...]] = {"teacher": ("teacher", "teacher_weights"), "references": ("references",)}
-        return frozenset(need for whose in self.against for need in needs[whose])
+        return frozenset({"prompts", *(need for whose in self.against for need in needs[whose])})
 
     def check(self, evaluation: EvaluationContext) -> None:
         if not self.against:

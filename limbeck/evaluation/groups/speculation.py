@@ -50,7 +50,7 @@ class SpeculationGroup(EvaluationGroup):
     parts = ("after",)
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"teacher", "teacher_weights", "tokens"})
+        return frozenset({"teacher", "teacher_weights", "tokens", "prompts"})
 
     def check(self, evaluation: EvaluationContext) -> None:
         del evaluation

@@ -136,6 +136,14 @@ METRICS: dict[str, Metric] = {
         label="Negative log-likelihood", unit=NATS, better="lower",
         meaning="surprise of the student alone at the tokens of the held-out answers, in its own tokens",
     ),
+    **_of_both("perplexity", Metric(
+        label="Perplexity", unit="", better="lower",
+        meaning="exp of the mean negative log-likelihood of the tokens of plain text, in a model's own tokens",
+    )),
+    **_of_both("bits_per_byte", Metric(
+        label="Bits per byte", unit="bits", better="lower",
+        meaning="the surprise at plain text by its bytes, which compares models with different tokens",
+    )),
     "student_ece": Metric(
         label="Calibration error", unit="", better="lower", teacher="teacher_ece",
         meaning="how far the confidence in the likeliest token is from how often that token followed, over 15 bins",

@@ -27,6 +27,13 @@ def ratio(sums_S2: ndarray) -> ndarray:
     return sums_S2[..., 0] / sums_S2[..., 1]
 
 
+def perplexity(sums_S2: ndarray) -> ndarray:
+    """exp of one sum over another: nats over tokens, (S,)."""
+    import numpy as np
+
+    return np.exp(ratio(sums_S2))
+
+
 def speedup(sums_S4: ndarray) -> ndarray:
     """Seconds per token before over seconds per token after, (S,).
 
@@ -56,6 +63,10 @@ POOLED: dict[str, Callable[[ndarray], ndarray]] = {
     "ece_to_teacher": calibration_error,
     "draft_acceptance": ratio,
     "tokens_per_pass": ratio,
+    "perplexity": perplexity,
+    "teacher_perplexity": perplexity,
+    "bits_per_byte": ratio,
+    "teacher_bits_per_byte": ratio,
     "recovered": ratio,
     "gap_recovered": ratio,
     "speculative_speedup": speedup,

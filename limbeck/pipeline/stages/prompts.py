@@ -29,7 +29,7 @@ from limbeck.types import Json, Prompt
 
 def prompt_inputs(context: RunContext) -> Json:
     """Inputs of the prompts: their section, and the content of their files."""
-    section = asdict(context.recipe.prompts)
+    section = asdict(context.recipe.prompts) | ({"documents": True} if context.recipe.documents else {})
     for later in ("template", "chat_options", "too_long", "max_prompt_length", "control_tokens", "loss_on"):
         del section[later]
     for rare in ("ignore_columns", "task", "generate", "heldout", "eval_limit"):
@@ -47,7 +47,7 @@ def prompt_inputs(context: RunContext) -> Json:
 def _content_of(context: RunContext, prompts: PromptsSection) -> Json:
     """Hashes of a source's files and of the images that they name."""
     content: Json = {"content": source_digest(prompts.source)}
-    if content["content"] is not None and reads_images(context):
+    if content["content"] is not None and not context.recipe.documents and reads_images(context):
         ignored = (*prompts.ignore_columns, *_read_by_preference(context))
         digest = digest_of_images(prompts, ignored, context.recipe.kept_columns)
         if digest is not None:
@@ -117,6 +117,10 @@ def _require_known_answers(context: RunContext, prompts: Sequence[Prompt]) -> No
 
 
 def _run_prompts(context: RunContext) -> Json:
+    if context.recipe.documents:
+        # Nothing is asked; the stage respond reads the text.
+        write_prompts(context.run.prompts, ())
+        return {"documents": True}
     loaded = read_prompt_source(context, context.recipe.prompts.eval_fraction)
     if context.recipe.sft_on_data:
         require_answers_for_sft(loaded.of("train"))

@@ -15,6 +15,7 @@ from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.capturing import addresses_as_read, write_signals
 from limbeck.pipeline.checks import check_responses, check_rounds
 from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.documents import document_inputs, help_with_documents, respond_with_documents
 from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_counts, with_draft
 from limbeck.pipeline.hosted_responses import hosted_answers, paid_record
 from limbeck.pipeline.image_prompts import expanded_lengths
@@ -69,6 +70,7 @@ def _response_inputs(context: RunContext) -> Json:
     section |= {"server": fingerprinted(server)} if server else {}
     verify = context.recipe.responses.verify
     section |= {"verify": verification_inputs(verify)} if verify else {}
+    section |= document_inputs(context)
     draft = context.recipe.responses.draft
     section |= {"draft": draft_inputs(draft)} if draft else {}
     chosen: Json = {
@@ -117,6 +119,8 @@ def teacher_inputs(context: RunContext) -> Json:
 
 
 def _run_responses(context: RunContext) -> Json:
+    if context.recipe.documents:
+        return respond_with_documents(context)
     run, section, author = context.run, context.recipe.responses, context.recipe.base_author
     prompts = read_prompts(run.prompts)
     # A server and the data answer without the weights being here; they come with the signal.
@@ -423,5 +427,5 @@ STAGE = Stage(
     working=("responses/batches/*", "responses/attempt-*/*"),
     handed_on=("responses/batches/*.safetensors",),
     hands_on_teacher=True,
-    helped={"respond": _help},
+    helped={"respond": _help, "documents": help_with_documents},
 )
