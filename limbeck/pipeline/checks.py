@@ -83,13 +83,13 @@ def check_responses(context: RunContext) -> None:
         given = context.run_teachers.get(name, context.run_teacher).provides
         resolvable(context.recipe.source_of(section), weights=not given or "weights" in given)
     check_several(context)
+    check_documents(context)
     window = context.window
     if window is not None and window <= context.recipe.responses.max_new_tokens:
         raise LimbeckError(
             f"responses.max_new_tokens is {context.recipe.responses.max_new_tokens} and the window of the pair "
             f"{window} tokens, so no prompt fits; lower it"
         )
-    check_documents(context)
     check_template(context, context.teacher.tokenizer)
     check_provisions(context)
     check_sees(context)

@@ -136,15 +136,15 @@ def write_lots(corpus: Corpus, share: Share) -> int:
 def _write_lot(corpus: Corpus, number: int, lot: Sequence[Document | None], share: Share) -> None:
     section = corpus.context.recipe.prompts
     documents = [document for document in lot if document is not None]
-    for document in documents:
+    for document in documents if corpus.held else ():
         _require_apart(corpus, document)
     share.step()
     numbers: dict[str, int] = {}
     short, every = 0, list[Response]()
     for document, pieces in zip(documents, corpus.pieces(documents), strict=True):
-        own = document.number(section.split_seed)
-        if pieces and section.heldout is None and own < section.eval_fraction * 2**64:
-            numbers[pieces[0].prompt_id] = own
+        if pieces and section.heldout is None:
+            own = document.number(section.split_seed)
+            numbers |= {pieces[0].prompt_id: own} if own < section.eval_fraction * 2**64 else {}
         short += not pieces
         every += pieces
     share.step()

@@ -18,6 +18,7 @@ from limbeck.pipeline.student_endings import same_tokens
 from limbeck.prompts.documents import RAW_TEXT, beginning_of, documents_of, first_text, lots_of
 from limbeck.prompts.readers import is_path
 from limbeck.prompts.templates import resolve_template
+from limbeck.recipe.document_checks import require_no_prompts
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.rollouts.options import SOURCE_KEY
 from limbeck.rollouts.table import ResponseTable, keep_responses, open_responses
@@ -33,13 +34,15 @@ def document_inputs(context: RunContext) -> Json:
 
 
 def check_documents(context: RunContext) -> None:
-    """Check that the sources hold text and that its pieces fit the pair, as far as possible without a network.
+    """Check that the sources hold text, that its pieces fit the pair, and that nothing asks for prompts, as far as
+    possible without a network.
 
     Raises:
         LimbeckError: they do not.
     """
     if not context.recipe.documents:
         return
+    require_no_prompts(context.recipe)
     window, longest = context.window, context.recipe.responses.max_new_tokens
     before = 1 + len(beginning_of(tokenizer_of(context)))
     if window is not None and longest > window - before:
@@ -162,13 +165,14 @@ class _Joined:
         return frozenset(chosen[: self.corpus.context.recipe.prompts.eval_limit])
 
     def _counted(self, responses: Iterable[Response]) -> Iterator[Response]:
-        before = ""
+        # The same text may stand in a source twice in a row.
+        before, ended = "", False
         for response in responses:
             split: Split = "heldout" if response.prompt_id in self._heldout else "train"
             self.counts["pieces", split] += 1
             self.counts["tokens", split] += response.tokens
-            self.counts["documents", split] += response.prompt_id != before
-            before = response.prompt_id
+            self.counts["documents", split] += ended or response.prompt_id != before
+            before, ended = response.prompt_id, response.stop == "eos"
             yield replace(response, split=split)
 
     def _of_heldout_source(self) -> Iterator[Response]:

@@ -70,7 +70,8 @@ def _check_names(overrides: Sequence[str]) -> None:
         if key.strip() not in ("evaluate", "evaluate.groups"):
             continue
         for name in value.strip(" []").replace(",", " ").split():
-            if name in known_metrics():
+            # A group may bear the name of its metric.
+            if name not in groups and name in known_metrics():
                 raise LimbeckError(f"{name} is a metric; name the group that measures it: {', '.join(groups)}")
             if name not in groups:
                 raise LimbeckError(f"no group {name!r}; there are {', '.join(groups)}{suggestion(name, groups)}")

@@ -1,4 +1,4 @@
-"""Documents of plain text: read one by one, told apart by a hash, and cut into responses of a length.
+"""Documents of plain text: read one by one, known by a hash, and cut into responses of a length.
 
 A document is its text and the tokenizer's end of sequence, and becomes one response for each so many tokens. Each is
 learnt from behind the one token before it (and the beginning of sequence, where the tokenizer has one), so that every
@@ -135,6 +135,8 @@ class Tokenized:
 
 def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
     """Documents in tokens. Text that spells a control token is text."""
+    if not texts:
+        return []
     begin = beginning_of(tokenizer)
     end: Any = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded: Any = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)

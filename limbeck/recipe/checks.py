@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from limbeck.recipe.document_checks import check_documents
 from limbeck.recipe.optimizers import OPTIM
 from limbeck.recipe.policy_checks import check_policy
 from limbeck.recipe.preference import SMOOTHED
@@ -31,7 +30,6 @@ def check(recipe: Recipe) -> None:
         raise LimbeckError(f"objective.options holds {reserved[0]!r}; write it as objective.{reserved[0]}")
     check_teachers(recipe)
     check_responses(recipe)
-    check_documents(recipe)
     check_policy(recipe)
     _check_evaluation_while_training(recipe)
     _check_preference(recipe)

@@ -16,10 +16,12 @@ _READ = {
 }  # fmt: skip
 
 
-def check_documents(recipe: Recipe) -> None:
-    """Check the keys of this kind; see `limbeck.recipe.checks`."""
-    if not recipe.documents:
-        return
+def require_no_prompts(recipe: Recipe) -> None:
+    """See that a recipe of plain text asks for no prompts.
+
+    Raises:
+        LimbeckError: it does; names the key to change.
+    """
     named = f"responses.source={source_name(recipe.responses.source)} reads plain text"
     _check_prompt_keys(recipe, named)
     if recipe.preference is not None:

@@ -35,7 +35,7 @@ LEAVES = [key for key in known_keys() if key not in SECTIONS]
 FOUND_ELSEWHERE = {f"{section}.{key}" for section in ("teacher", "student", "responses.draft")
                    for key in ("revision", "trust_remote_code")}  # fmt: skip
 MEMBERS: dict[str, tuple[Any, ...]] = {
-    "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}),
+    "responses.source": ("student", "data", {"name": "mixed", "share": 0.7}, {"name": "text", "max_tokens": 9}),
     "responses.engine": ({"name": "vllm", "base_url": "http://localhost:9/v1"}, "in_process"),
     "teacher.where": (
         "none",

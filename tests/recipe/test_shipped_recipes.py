@@ -85,6 +85,10 @@ def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPai
         questions = write_questions(tmp_path, 16)
         places = (f"output_dir={run}", f"teacher.model={teacher}", f"prompts.source={questions}")
         lab = (f"student.model={student}", "student.init=pretrained", "student.layers=null")
+    if name == "pretrain":
+        rows = [json.loads(line) for line in tiny.prompts.read_text("utf-8").splitlines()]
+        prompts = write_prompts(tmp_path / "text.jsonl", [{"text": row["prompt"]} for row in rows])
+        places = (f"output_dir={run}", f"teacher.model={tiny.teacher}", f"prompts.source={prompts}")
     small = SMALL
     if name in ITSELF:
         # The teacher is the student's start, so that it cannot be cut out of another model.
