@@ -1,7 +1,7 @@
 """The shipped recipes as they are: each run once, and the page with what came of it.
 
     python -m benchmarks.recipes kd csd gkd              # runs those that have not finished, one after another
-    python -m benchmarks.recipes                         # the page alone, from the runs that are there
+    python -m benchmarks.recipes                         # the page alone: the runs that are there renew their rows
     python -m benchmarks.recipes sft --set 'prompts.source=dolly/*.jsonl'      # overrides of the recipes that are run
 
 A row is one run with one seed, its intervals over held-out prompts (95 %). Minutes are the sum of all stages; memory is
@@ -46,26 +46,39 @@ def main() -> None:
     runs = {name: run for name in shipped_recipes() if finished(run := arguments.out / name)}
     text = arguments.page.read_text("utf-8")
     before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    arguments.page.write_text(f"{before}{START}\n\n{table(runs)}\n\n{END}{after}", "utf-8")
-    print(table(runs))
+    there, _, after = rest.partition(END)
+    written = table(runs, kept=rows_of(there))
+    arguments.page.write_text(f"{before}{START}\n\n{written}\n\n{END}{after}", "utf-8")
+    print(written)
 
 
 def finished(run: Path) -> bool:
     return (run / "scores.json").is_file() and "after" in read(run / "scores.json")
 
 
-def table(runs: Mapping[str, Path]) -> str:
+def rows_of(table: str) -> dict[str, str]:
+    """The rows of a table by recipe; they outlive the runs they were made of."""
+    return {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+
+
+def table(runs: Mapping[str, Path], *, kept: Mapping[str, str]) -> str:
+    """The table in the order of names.
+
+    Args:
+        kept: rows of earlier runs, for recipes that have none now.
+    """
     head = ["recipe", *(label for label, _ in FIGURES.values()), "minutes", "MiB"]
-    lines = [row(head), "|---|" + "---|" * len(FIGURES) + "---:|---:|"]
+    rows = {**kept}
     for name, run in runs.items():
         after = read(run / "scores.json")["after"]
         cells = [measured(after.get(metric), ranged) for metric, (_, ranged) in FIGURES.items()]
         stages = [read(path) for path in sorted((run / "stages").glob("*.json"))]
         minutes = sum(stage.get("seconds", 0.0) for stage in stages) / 60
         memory = max(stage.get("peak_memory_mib", 0) for stage in stages)
-        lines.append(row([f"`{name}`", *cells, f"{minutes:.1f}", f"{memory:,.0f}"]))
-    return "\n".join(lines)
+        rows[name] = row([f"`{name}`", *cells, f"{minutes:.1f}", f"{memory:,.0f}"])
+    return "\n".join(
+        [row(head), "|---|" + "---|" * len(FIGURES) + "---:|---:|", *(rows[name] for name in sorted(rows))]
+    )
 
 
 def measured(score: Mapping[str, Any] | None, ranged: bool) -> str:
