@@ -64,7 +64,8 @@ def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPai
     teacher = write_model(tmp_path / "wide", window=512) if name.startswith("lab/") else tiny.teacher
     places = (f"output_dir={run}", f"teacher.model={teacher}", f"prompts.source={prompts}")
     # What the laboratory's students begin as is another run, or far larger than the tiny pair.
-    init = "{init: depth_prune, layers: 2}" if name in ("lab/kd", "lab/task") else "{init: scratch}"
+    pruned = name in ("lab/kd", "lab/task", "lab/smol", "lab/smol-student")
+    init = "{init: depth_prune, layers: 2}" if pruned else "{init: scratch}"
     lab = (f"student={init}", "evaluate.prompts=4") if name.startswith("lab/") else ()
     whole = ("student={init: teacher, quantize: {format: q4_0, grid: importance}}",) if name == "recover" else ()
     if name in PROBLEMS:
@@ -105,6 +106,11 @@ def test_a_shipped_recipe_plays_to_its_end(limbeck: CommandServer, tiny: TinyPai
         lab = ("prompts.generate.count=200", "responses.max_new_tokens=48", "train.per_device_train_batch_size=8")
         if name == "lab/task":
             places, lab = (f"output_dir={run}", f"teacher.model={teacher}"), (f"student={init}", *lab)
+    if name.startswith("lab/smol"):
+        lab += ("prompts.heldout=null",)
+    if name == "lab/smol-teacher":
+        small, lab = tuple(key for key in SMALL if not key.startswith("student.")), ("prompts.heldout=null",)
+        lab += (f"student.model={teacher}", "evaluate.prompts=4")
     finished = limbeck.run("run", name, *places, *small, *lab, *whole)
     assert finished.code == 0, finished.stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]

@@ -1,11 +1,10 @@
-"""The page about the bench with a teacher that is right, built from its sweeps: the same bytes for the same runs.
+"""The pages about the benches with a teacher that is right, built from their sweeps: the same bytes for the same runs.
 
-    limbeck sweep lab/task-temperature      # and the other sweeps named lab/task-*; any that are missing are left out
-    python -m benchmarks.lab_task           # writes docs/results/lab-task.md and its pictures from runs/sweeps
+    limbeck sweep lab/task-temperature           # and the other sweeps named lab/task-*, or lab/smol-*
+    python -m benchmarks.lab_pages task          # writes docs/results/lab-task.md and its pictures from runs/sweeps
+    python -m benchmarks.lab_pages smol          # the same of the bench on text
 
-Each question is one sweep. An arm's accuracy is that of greedy answers to held-out chains, with an interval over seeds
-and chains together; arms that share a letter are not separated, corrected for the number of pairs. What the bench can
-resolve is measured from repeated runs of one arm: its seeds are split into two halves, compared as two arms are.
+A sweep that is not there leaves its part of the page as it was.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import math
 import shutil
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.compare.page import write_comparison
@@ -27,17 +27,6 @@ from limbeck.compare.uncertainty import Resampled, ResampledMetric
 from limbeck.report.read_run import value_at
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAD = "accuracy@heldout"
-# Beside accuracy: by length (a longer chain is judged on more of the student's own tokens), the distance from the
-# teacher on text of both authors, and calibration.
-BESIDE = {
-    "accuracy@heldout,3 steps": "of 3 steps",
-    "accuracy@heldout,4 steps": "of 4",
-    "accuracy@heldout,5 steps": "of 5",
-    "forward_kl": "forward KL",
-    "forward_kl@student": "on its own answers",
-    "student_ece": "calibration error",
-}
 QUESTIONS = {
     "temperature": "Does forward KL overtake reverse KL once the temperature of the loss is tuned?",
     "direction": "The direction of KL beside who wrote the prefix: which of the four?",
@@ -47,31 +36,94 @@ QUESTIONS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One of the laboratory's benches with a sharp teacher.
+
+    Attributes:
+        lead: the metric that arms are ranked by, and what its column is called.
+        beside: further metrics of the table, by what their columns are called.
+        measured: what the page says of the measure.
+    """
+
+    title: str
+    lead: tuple[str, str]
+    beside: Mapping[str, str]
+    measured: str
+
+
+DISTANCE = {"forward_kl": "forward KL", "forward_kl@student": "on its own answers"}
+BENCHES = {
+    "task": Bench(
+        title="A task with a teacher that is right: what the sweeps show",
+        lead=("accuracy@heldout", "accuracy"),
+        # By length: a longer chain is judged on more of the student's own tokens.
+        beside={
+            "accuracy@heldout,3 steps": "of 3 steps",
+            "accuracy@heldout,4 steps": "of 4",
+            "accuracy@heldout,5 steps": "of 5",
+            **DISTANCE,
+            "student_ece": "calibration error",
+        },
+        measured="An arm's accuracy is that of greedy answers to held-out chains",
+    ),
+    "smol": Bench(
+        title="Instructions under a taught SmolLM2: what the sweeps show",
+        lead=("rouge_l_references", "ROUGE-L"),
+        beside={
+            **DISTANCE,
+            "forward_kl@references": "on the references",
+            "answer_logp": "likelihood of its answers",
+            "self_bleu": "self-BLEU",
+            "student_ece": "calibration error",
+        },
+        measured="An arm's ROUGE-L is that of two sampled answers to each of 822 test prompts, beside the references",
+    ),
+}
+RESOLVED = (
+    "with an interval over seeds and prompts together; arms that share a letter are not separated, corrected for the "
+    "number of pairs. What the bench can resolve is measured from repeated runs of one arm: its seeds are split into "
+    "two halves, compared as two arms are."
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--sweeps", type=Path, default=Path("runs/sweeps"))
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "lab-task.md")
+    parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
-    folders = {name: arguments.sweeps / f"lab-task-{name}" for name in QUESTIONS}
-    found = {name: folder for name, folder in folders.items() if (folder / ARMS).is_file()}
+    name: str = arguments.bench
+    page: Path = arguments.page or ROOT / "docs" / "results" / f"lab-{name}.md"
+    folders = {question: arguments.sweeps / f"lab-{name}-{question}" for question in QUESTIONS}
+    found = {question: folder for question, folder in folders.items() if (folder / ARMS).is_file()}
     if not found:
-        raise SystemExit(f"{arguments.sweeps} holds no lab-task-*; run `limbeck sweep lab/task-temperature`")
-    parts = [section(name, folder, arguments.page) for name, folder in found.items()]
-    said = wrapped(f"`python -m benchmarks.lab_task`. {(__doc__ or '').split(chr(10) * 2)[-1]}")
-    head = f"# A task with a teacher that is right: what the sweeps show\n\n{said}\n"
-    arguments.page.write_text("\n".join([head, *parts]).rstrip() + "\n", "utf-8")
-    print(arguments.page)
+        raise SystemExit(f"{arguments.sweeps} holds no lab-{name}-*; run `limbeck sweep lab/{name}-temperature`")
+    parts = sections_of(page) | {question: section(name, question, folder, page) for question, folder in found.items()}
+    bench = BENCHES[name]
+    said = wrapped(f"`python -m benchmarks.lab_pages {name}`. Each question is one sweep. {bench.measured}, {RESOLVED}")
+    body = [parts[question] for question in QUESTIONS if question in parts]
+    page.write_text("\n".join([f"# {bench.title}\n\n{said}\n", *body]).rstrip() + "\n", "utf-8")
+    print(page)
 
 
-def section(name: str, folder: Path, page: Path) -> str:
+def sections_of(page: Path) -> dict[str, str]:
+    """The sections that a page has already, by question: those of sweeps that were run elsewhere."""
+    text = page.read_text("utf-8") if page.is_file() else ""
+    parts = {part.partition("\n")[0]: part.rstrip() + "\n" for part in text.split("\n## ")[1:]}
+    return {question: f"## {parts[title]}" for question, title in QUESTIONS.items() if title in parts}
+
+
+def section(bench: str, question: str, folder: Path, page: Path) -> str:
     """One question: its state, table, what can be resolved, and picture."""
+    (lead, label), wanted, sweep = BENCHES[bench].lead, BENCHES[bench].beside, f"lab-{bench}-{question}"
     comparison = gather([folder], None, folder)
     columns = MetricTables(comparison).columns
-    if LEAD not in columns:
-        return f"## {QUESTIONS[name]}\n\n{wrapped(_state(comparison))} Nothing has been measured yet.\n"
-    ranking = rank(columns[LEAD])
-    wanted = {key: label for key, label in BESIDE.items() if key in columns}
-    head = ["arm", "accuracy", "group", *wanted.values(), "learning rate"]
+    if lead not in columns:
+        return f"## {QUESTIONS[question]}\n\n{wrapped(_state(comparison))} Nothing has been measured yet.\n"
+    ranking = rank(columns[lead])
+    wanted = {key: name for key, name in wanted.items() if key in columns}
+    head = ["arm", label, "group", *wanted.values(), "learning rate"]
     lines = [_row(head), "|---|---:|---|" + "---:|" * (len(wanted) + 1)]
     rates = chosen_rates(comparison)
     for line in ranking.lines:
@@ -79,15 +131,15 @@ def section(name: str, folder: Path, page: Path) -> str:
         lines.append(
             _row([line.arm.name, f"{line.mean} ({line.interval})", line.letters, *beside, rates.get(line.arm.name, "")])
         )
-    picture = page.with_name(f"lab-task-{name}.svg")
-    drawn = write_comparison([folder], folder / "compare.html", title=f"lab-task-{name}", metric=LEAD, replacing=True)
+    picture = page.with_name(f"{sweep}.svg")
+    drawn = write_comparison([folder], folder / "compare.html", title=sweep, metric=lead, replacing=True)
     shutil.copyfile(drawn.with_suffix(".svg"), picture)
     return (
-        f"## {QUESTIONS[name]}\n\n"
-        + wrapped(f"`limbeck sweep lab/task-{name}`. {_state(comparison)} {ranking.verdict}.")
+        f"## {QUESTIONS[question]}\n\n"
+        + wrapped(f"`limbeck sweep lab/{bench}-{question}`. {_state(comparison)} {ranking.verdict}.")
         + "\n\n"
         + "\n".join(lines)
-        + f"\n\n{wrapped(resolved(columns[LEAD]))}\n\n![{QUESTIONS[name]}]({picture.name})\n"
+        + f"\n\n{wrapped(resolved(columns[lead]))}\n\n![{QUESTIONS[question]}]({picture.name})\n"
     )
 
 
