@@ -90,7 +90,7 @@ def load(folder: str, way: str) -> None:
     assert is_unread(student) == (way == "slices")
     sharding.shard(student, accelerator, bf16=False)
     seconds = time.perf_counter() - started
-    weights = [weight for weight in student.parameters()]
+    weights = list(student.parameters())
     share = sum(weight.to_local().numel() for weight in weights) * 4 / 2**20  # type: ignore[operator]
     largest = max(weight.numel() for weight in weights) * 4 / 2**20
     print(share, largest, _resident("VmHWM") - before, seconds)
