@@ -140,6 +140,16 @@ class Case:
         """Whether training prompts are answered before training."""
         return self.recipe.responses.source.trains_on_initial or self.recipe.sft_on_responses
 
+    @property
+    def written_at_once(self) -> int:
+        """Answers that the student writes together on a rank while it trains."""
+        source, steps = self.recipe.responses.source, self.steps
+        round_steps = getattr(source, "round_steps", 1)
+        share = max(round(steps.written / max(steps.main, 1) / self.ranks), 1)
+        # An epoch of answers, where a round is one.
+        rows = self.work.train.count if round_steps is None else share * round_steps
+        return max(min(self.recipe.responses.batch_size, rows), 1)
+
     def at(self, **changes: Any) -> Case:
         """The case with other values; `recipe__section__key` is a key of the recipe."""
         recipe = self.recipe

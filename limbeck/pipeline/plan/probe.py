@@ -199,8 +199,10 @@ class _Prober:
 
     def _write(self, found: dict[str, Written], who: Author, model: Any, tokenizer: Any, asked: Asked) -> None:
         sampler, sampling = self._sampler(who, model, tokenizer, asked), sampling_of(self.context.recipe.responses)
-        captures = who == "teacher" and self.case.captures
-        found[who] = writing(sampler, asked[1], sampling, self.budget, captures=captures)
+        captures, few = who == "teacher" and self.case.captures, max(sampler.batch_size // 4, 1)
+        if who == "student" and self.case.steps.written:
+            few = self.case.written_at_once
+        found[who] = writing(sampler, asked[1], sampling, self.budget, few=few, captures=captures)
 
     def _sampler(self, who: Author, model: Any, tokenizer: Any, asked: Asked) -> LocalSampler:
         rows = self.context.recipe.responses.batch_size

@@ -18,7 +18,7 @@ from limbeck.rollouts.collate import collate
 from limbeck.sampling.local import LocalSampler, SamplingProgress
 from limbeck.types import Response, Sampling, TokenPrompt
 
-# Of its time, what writing with all rows takes; with fewer of them it takes the rest.
+# Of its time, what writing in whole batches takes; the smaller one takes the rest.
 ALL_ROWS = 0.7
 # Batches of answers that are begun at most.
 MOST_BATCHES = 6
@@ -40,12 +40,19 @@ class Written:
 
 
 def writing(
-    sampler: LocalSampler, prompts: Sequence[TokenPrompt], sampling: Sampling, budget: Budget, *, captures: bool
+    sampler: LocalSampler,
+    prompts: Sequence[TokenPrompt],
+    sampling: Sampling,
+    budget: Budget,
+    *,
+    few: int,
+    captures: bool,
 ) -> Written:
-    """Write answers batch by batch, and then to a quarter of a batch, as long as there is time.
+    """Write answers batch by batch, and then some in a smaller batch, as long as there is time.
 
     Args:
         prompts: `sampler.batch_size` of them or more.
+        few: answers of the smaller batch; the cost of a step does not grow in proportion to its rows.
 
     Raises:
         TimeIsUp: not even one step was done.
@@ -64,7 +71,7 @@ def writing(
     mean = sum(len(prompt.ids) for prompt in prompts) / len(prompts)
     firsts = median(batch.first for batch in whole if batch.first)
     prompt = max(firsts - median(step.seconds for step in whole[0].steps or steps), 0.0) / (mean * rows)
-    if (few := max(rows // 4, 1)) < rows:
+    if few < rows:
         steps += _write(sampler, prompts[:few], sampling, budget, began + allowed, captures).steps
     ended, tokens = sum(batch.ended for batch in whole), sum(batch.tokens for batch in whole)
     return Written(cost=WritingCost.of(prompt, steps), ended=ended, tokens=tokens)

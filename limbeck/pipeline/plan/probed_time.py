@@ -86,9 +86,9 @@ def _training(case: Case, probe: ProbeResult) -> Terms:
     aside = measurements_of(case) * steps.aside * row / case.ranks
     terms["measurements on the way"] = aside * passes * (probe.measures or probe.student_scores or 0.0)
     if probe.student_writes is not None and isinstance(recipe.responses.engine, InProcess):
-        at_once = _at_once(case)
+        each = steps.written / case.ranks
         terms["the student writes"] = _written(
-            probe.student_writes, probe, steps.written / case.ranks, _prompt(work.train), case, at_once=at_once
+            probe.student_writes, probe, each, _prompt(work.train), case, at_once=case.written_at_once
         )
     if probe.teacher_writes is not None:
         terms["the teacher writes again"] = _written(
@@ -99,16 +99,6 @@ def _training(case: Case, probe: ProbeResult) -> Terms:
         rows = steps.written if recipe.teacher.keeps_whole and recipe.on_policy else steps.main * steps.rows
         terms["the teacher scores"] = rows * row * probe.teacher_scores / case.ranks
     return terms
-
-
-def _at_once(case: Case) -> int:
-    """Answers that the student writes together while it trains."""
-    source, steps = case.recipe.responses.source, case.steps
-    round_steps = getattr(source, "round_steps", 1)
-    share = max(round(steps.written / max(steps.main, 1) / case.ranks), 1)
-    # An epoch of answers, where a round is one.
-    rows = case.work.train.count if round_steps is None else share * round_steps
-    return max(min(case.recipe.responses.batch_size, rows), 1)
 
 
 def _evaluating(case: Case, probe: ProbeResult) -> Terms:
