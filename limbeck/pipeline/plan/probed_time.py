@@ -112,12 +112,13 @@ def _evaluating(case: Case, probe: ProbeResult) -> Terms:
     limit = held.count if section.prompts is None else min(section.prompts, held.count)
     by_student, by_teacher = _answer_sets(section.groups, limit)
     most = section.max_new_tokens
-    for name, cost, count in (
-        ("the student answers", probe.student_writes, 2 * by_student),
-        ("the teacher answers", probe.teacher_writes, by_teacher),
+    for name, cost, sets, count in (
+        # Before and after the training, which are written apart.
+        ("the student answers", probe.student_writes, 2, by_student),
+        ("the teacher answers", probe.teacher_writes, 1, by_teacher),
     ):
         if cost is not None:
-            terms[name] = _written(
+            terms[name] = sets * _written(
                 cost, probe, count / case.ranks, _prompt(held), case, at_once=section.batch_size, most=most
             )
     return terms

@@ -67,15 +67,17 @@ class WritingCost:
         Args:
             prompt: tokens of a prompt.
             alive: share of the answers that have a token of each place.
-            at_once: answers that are written together; they end one by one.
+            at_once: answers that are written together; the last batch has the rest.
         """
-        if count <= 0:
-            return 0.0
-        rows = min(at_once, count)
-        batch = self.prompt * prompt * rows
+        whole, rest = divmod(max(count, 0.0), at_once)
+        return whole * self._batch(at_once, prompt, alive) + self._batch(rest, prompt, alive)
+
+    def _batch(self, rows: float, prompt: float, alive: Sequence[float]) -> float:
+        """Seconds for answers that are written together; they end one by one."""
+        found = self.prompt * prompt * rows
         for place, share in enumerate(alive):
-            batch += self.step * (1 - (1 - share) ** rows) + rows * share * (self.row + self.key * (prompt + place))
-        return batch * count / rows
+            found += self.step * (1 - (1 - share) ** rows) + rows * share * (self.row + self.key * (prompt + place))
+        return found
 
 
 def alive_of(lengths: Sequence[int]) -> tuple[float, ...]:

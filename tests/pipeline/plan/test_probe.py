@@ -63,6 +63,13 @@ class TestWritingCost:
         every = sum(0.5 + 4 * (0.1 + 0.001 * (7 + place)) for place in range(20))
         assert cost.seconds(12, 7, (1.0,) * 20, at_once=4) == pytest.approx(3 * (0.01 * 7 * 4 + every))
 
+    def test_the_last_batch_takes_all_its_steps_for_few_answers(self) -> None:
+        cost = WritingCost(prompt=0.01, step=0.5, row=0.1, key=0.0)
+        rest = 0.01 * 7 * 2 + 20 * (0.5 + 2 * 0.1)
+        both = cost.seconds(4, 7, (1.0,) * 20, at_once=4) + rest
+        assert cost.seconds(6, 7, (1.0,) * 20, at_once=4) == pytest.approx(both)
+        assert cost.seconds(0, 7, (1.0,) * 20, at_once=4) == 0
+
     def test_answers_that_end_cost_no_more(self) -> None:
         """One answer at a time costs what the lengths say, one by one."""
         cost, lengths = WritingCost(prompt=0.0, step=0.5, row=0.1, key=0.001), (3, 9, 20)
