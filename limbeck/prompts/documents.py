@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from limbeck.prompts.fields import quoted, text_in
@@ -51,7 +51,7 @@ class TextSource:
     streamed: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Document:
     """A text that is not blank.
 
@@ -62,12 +62,12 @@ class Document:
     text: str
     where: str
 
-    @property
+    @cached_property
     def content(self) -> str:
         """What it is known by: the same whatever its white space, as for prompts."""
         return canonical_content(Prompt(id="", text=self.text))
 
-    @property
+    @cached_property
     def id(self) -> str:
         return content_id(self.content)
 
@@ -159,11 +159,10 @@ def pieces_of(
     """
     for document, found in zip(documents, tokenized([d.text for d in documents], tokenizer), strict=True):
         cuts = list(found.cut(longest))
-        name = document.id
         ended = tokenizer.eos_token_id is not None
         yield [
             Response(
-                prompt_id=name,
+                prompt_id=document.id,
                 author="data",
                 prompt_ids=before,
                 response_ids=ids,
@@ -180,5 +179,4 @@ def first_text(source: TextSource) -> None:
     Raises:
         LimbeckError: it does not.
     """
-    for _ in islice(documents_of(source), 1):
-        return
+    next(documents_of(source), None)

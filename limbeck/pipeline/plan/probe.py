@@ -18,7 +18,7 @@ from limbeck.pipeline.plan.budget import Budget, Now
 from limbeck.pipeline.plan.case import Case
 from limbeck.pipeline.plan.probe_models import ProbedModels, out_of_memory
 from limbeck.pipeline.plan.probe_pieces import Written, first_words, pass_seconds, writing
-from limbeck.pipeline.plan.probe_training import StepCost, measuring_seconds, training_seconds
+from limbeck.pipeline.plan.probe_training import StepCost, TextShape, measuring_seconds, training_seconds
 from limbeck.pipeline.plan.writing_cost import WritingCost, alive_by_ends, alive_of
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.stages import prompts as prompts_stage
@@ -130,41 +130,13 @@ class _Prober:
         self._first_words("student", student, tokenizer, prompts)
         self._piece("what the student writes", lambda: self._write(writes, "student", student, tokenizer, prompts))
         self._piece("passes of the student", lambda: self._pass(scores, "student", student))
-        per_token = scores.get("student", 0.0)
+        shape = TextShape(row=self.row, answer=self.answer, per_token=scores.get("student", 0.0))
+        timed = (self.context, case, student, tokenizer, self.budget, shape)
         steps: list[StepCost] = []
         measures: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
-            self._piece(
-                "the training",
-                lambda: steps.append(
-                    training_seconds(
-                        self.context,
-                        case,
-                        student,
-                        tokenizer,
-                        self.budget,
-                        row=self.row,
-                        answer=self.answer,
-                        per_token=per_token,
-                        folder=Path(folder),
-                    )
-                ),
-            )
-        self._piece(
-            "the evaluation",
-            lambda: measures.append(
-                measuring_seconds(
-                    self.context,
-                    case,
-                    student,
-                    tokenizer,
-                    self.budget,
-                    row=self.row,
-                    answer=self.answer,
-                    per_token=per_token,
-                )
-            ),
-        )
+            self._piece("the training", lambda: steps.append(training_seconds(*timed, folder=Path(folder))))
+        self._piece("the evaluation", lambda: measures.append(measuring_seconds(*timed)))
         alive, alive_from = self._alive(writes.get("teacher"))
         took = time.perf_counter() - began
         return ProbeResult(

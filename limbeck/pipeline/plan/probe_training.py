@@ -36,6 +36,32 @@ PASSES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextShape:
+    """The texts that are timed.
+
+    Attributes:
+        row, answer: tokens of a text, and of its answer.
+        per_token: seconds of each token in a forward pass.
+    """
+
+    row: int
+    answer: int
+    per_token: float
+
+    def rows(self, most: int, budget: Budget, *, least: int = 1) -> int:
+        """Texts of a batch, multiples of `least`, of which two passes forward and back fit in the time.
+
+        Raises:
+            TimeIsUp: there is no time for `least` of them.
+        """
+        rows, each = most, PASSES * self.per_token * self.row
+        while rows > least and each * rows > budget.left / 2:
+            rows = max(rows // 2 // least * least, least)
+        budget.check(each * rows)
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepCost:
     """Seconds of an optimizer step: of each token of its texts, and of the update.
 
@@ -102,17 +128,10 @@ def training_seconds(
     student: Any,
     tokenizer: Any,
     budget: Budget,
-    *,
-    row: int,
-    answer: int,
-    per_token: float,
+    shape: TextShape,
     folder: Path,
 ) -> StepCost:
     """Seconds of micro-batches of the recipe's shape, or of fewer rows where there is no time for all.
-
-    Args:
-        row, answer: tokens of a text, and of its answer.
-        per_token: seconds of each token in a forward pass.
 
     Raises:
         TimeIsUp: there is no time for one row.
@@ -121,11 +140,8 @@ def training_seconds(
     if recipe.teacher.across is not None:
         raise LimbeckError("the teacher has other tokens than the student, which the probe does not draw")
     least = 2 if recipe.responses.source.paired else 1
-    rows = recipe.train.per_device_train_batch_size
-    while rows > least and PASSES * per_token * rows * row > budget.left / 2:
-        rows = max(rows // 2 // least * least, least)
-    budget.check(PASSES * per_token * rows * row)
-    run = _prepared(context, case, student, tokenizer, _texts(recipe, rows, row, answer), folder)
+    rows = shape.rows(recipe.train.per_device_train_batch_size, budget, least=least)
+    run = _prepared(context, case, student, tokenizer, _texts(recipe, rows, shape), folder)
     gradients, updates = [], []
     rate = first_guess(case.student.model.width, adapters=case.student.adapters > 0) / 1000
     try:
@@ -143,12 +159,12 @@ def training_seconds(
         run.optimizer.zero_grad()
     usual = median(gradients[1:] or gradients), median(updates[1:] or updates)
     first = max(gradients[0] + updates[0] - sum(usual), 0.0)
-    return StepCost(token=usual[0] / (rows * row), update=usual[1], first=first)
+    return StepCost(token=usual[0] / (rows * shape.row), update=usual[1], first=first)
 
 
-def _texts(recipe: Any, rows: int, row: int, answer: int) -> dict[int, Response]:
+def _texts(recipe: Any, rows: int, shape: TextShape) -> dict[int, Response]:
     """The texts of a step; of pairs, the second by the student."""
-    texts = drawn_texts(rows, row, answer)
+    texts = drawn_texts(rows, shape.row, shape.answer)
     if not recipe.responses.source.paired:
         written = recipe.on_policy
         return {i: replace(text, author="student" if written else text.author) for i, text in enumerate(texts)}
@@ -206,22 +222,16 @@ def measuring_seconds(
     student: Any,
     tokenizer: Any,
     budget: Budget,
-    *,
-    row: int,
-    answer: int,
-    per_token: float,
+    shape: TextShape,
 ) -> float:
     """Seconds of each token in a measurement of fidelity beside a teacher whose signal is there.
 
     Raises:
         TimeIsUp: there is no time for one row.
     """
-    rows = SCORING_BATCH_SIZE
-    while rows > 1 and PASSES * per_token * rows * row > budget.left / 2:
-        rows //= 2
-    budget.check(PASSES * per_token * rows * row)
+    rows = shape.rows(SCORING_BATCH_SIZE, budget)
     vocab_size = real_vocab_size(tokenizer)
-    texts = dict(enumerate(drawn_texts(rows, row, answer)))
+    texts = dict(enumerate(drawn_texts(rows, shape.row, shape.answer)))
     teacher = drawn_teacher(context, case, vocab_size, None)
     head = head_of(student, vocab_size, verify=False)
     times: list[float] = []
@@ -232,7 +242,7 @@ def measuring_seconds(
     except TimeIsUp:
         if not times:
             raise
-    return median(times[1:] or times) / (rows * row)
+    return median(times[1:] or times) / (rows * shape.row)
 
 
 def _until(budget: Budget, times: list[float]) -> Iterator[None]:

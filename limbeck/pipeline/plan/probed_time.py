@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from limbeck.evaluation.groups.diversity import DiversityGroup
@@ -150,8 +151,6 @@ def _problems(group: TasksGroup, held: int) -> int:
 
 
 def _files(group: TasksGroup) -> Sequence[tuple[Any, Any]]:
-    from pathlib import Path
-
     return [(task, Path(path)) for task, path in group.files.items()]
 
 
