@@ -183,7 +183,7 @@ def test_references_that_rouge_cannot_read_leave_the_rest(
 def test_a_student_alone_has_no_teacher_to_be_measured(pair: Tiny, tmp_path: Path) -> None:
     evaluation = pair.evaluation(tmp_path, over(rouge={"against": ["references"], "seeds": [3]}), where="none")
     group = evaluation.settings.groups["rouge"]
-    assert group.needs() == {"references"}
+    assert group.needs() == {"prompts", "references"}
     found = group.measure(evaluation)
     assert {name for row in found.tables[""] for name in row.values} == {"rouge_l_references"}
     assert found.detail["references"]["student"]["standard_deviation"] is None
