@@ -2,7 +2,7 @@
 
     step-000050/  shard-00001-model-....safetensors  shard-00002-model-....safetensors  state.json
 
-torch's `distributed.checkpoint` writes and reads them, in safetensors: each file says where its parts of the weights
+torch's `distributed.checkpoint` plans and reads them, in safetensors: each file says where its parts of the weights
 and moments begin, so that any number of ranks can put them together, one process too. A moment is named by its weight,
 as in the files that rank 0 writes of a whole student, which are read in the same way.
 """
@@ -12,11 +12,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from limbeck.runtime.hashing import sha256_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _PATTERN = "shard-*.safetensors"
 
@@ -26,16 +30,22 @@ def shards_in(folder: Path) -> list[Path]:
     return sorted(folder.glob(_PATTERN))
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write the parts of all ranks into a folder that exists; returns the hash of each file. All ranks call."""
-    from accelerate.utils import gather_object
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None) -> dict[str, str]:
+    """Write the parts of all ranks into a folder that exists; returns the hash of each file. All ranks call.
+
+    Args:
+        group: of the calls between the ranks; None for that of the training.
+    """
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    from limbeck.training.shard_writer import ShardWriter
+
+    save(dict(tensors), storage_writer=ShardWriter(folder), process_group=group)
     rank = torch.distributed.get_rank()
     own = [path for path in shards_in(folder) if path.name.startswith(f"shard-{rank + 1:05d}-")]
-    return dict(sorted(gather_object([(path.name, sha256_of(path)) for path in own])))
+    gathered: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, {path.name: sha256_of(path) for path in own}, group)
+    return dict(sorted((name, digest) for files in gathered for name, digest in files.items()))
 
 
 def shapes_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,9 +37,13 @@ from limbeck.runtime.files import whole_file, whole_folder, write_json
 from limbeck.runtime.folders import remove
 from limbeck.runtime.hashing import sha256_of
 from limbeck.runtime.records import read_sealed, sealed
+from limbeck.training.background import Background, on_host
 from limbeck.training.checkpoint_shards import read_shards, read_whole, shapes_in, shards_in, write_shards
 from limbeck.training.checkpoint_tensors import flat, named_groups, nested, once, parts, put_back
-from limbeck.types import LimbeckError
+from limbeck.types import Json, LimbeckError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
 # Of trainings whose teacher is the moving average of the student.
@@ -101,6 +107,7 @@ def save(
     state: dict[str, Any],
     average: dict[str, Tensor] | None = None,
     keep: int,
+    background: Background | None = None,
 ) -> Path:
     """Write the checkpoint of a finished step, then remove all but the newest `keep`.
 
@@ -108,62 +115,91 @@ def save(
 
     Args:
         average: weights that follow the model's, where any do.
+        background: writes it beside what comes next; without one it is on disk when this returns.
     """
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        return _save_shards(folder, step, model=model, optimizer=optimizer, state=state, average=average, keep=keep)
-    weights = get_model_state_dict(model, options=_GATHERED)
-    moments = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
     target = folder / f"step-{step:06d}"
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return target
-    with whole_folder(target) as partial:
-        save_file(once(weights, model), partial / "model.safetensors")
-        save_file(flat(moments["state"]), partial / "optimizer.safetensors")
-        _save_average(partial, average)
-        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
-        write_json(partial / "state.json", sealed({"step": step, **state, "files": files}))
-    _remove_others(folder, step, keep)
+    on_cpu = _is_on_cpu(model)
+    copies = background is not None and not on_cpu
+    if copies and average is not None:
+        average = on_host(average)
+    # Of objects that change in the next step.
+    state = deepcopy({"step": step, **state})
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        tensors = parts(model, optimizer)
+        group = None if background is None else background.group
+        work = partial(_write_shards, target, on_host(tensors) if copies else tensors, average, state, keep, group)
+    else:
+        gathered = get_model_state_dict(model, options=_GATHERED)
+        updated = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return target
+        weights, moments = once(gathered, model), flat(updated["state"])
+        if copies:
+            # Counts of steps lie on the host before they are gathered there.
+            moments = {name: moment if moment.ndim else moment.clone() for name, moment in moments.items()}
+        work = partial(_write_whole, target, weights, moments, average, state, keep)
+    if background is None:
+        work()
+    else:
+        background.begin(work, reads_weights=on_cpu)
     return target
 
 
-def _save_shards(
-    folder: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    average: dict[str, Tensor] | None,
+def _is_on_cpu(model: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+def _write_whole(
+    target: Path,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    average: Mapping[str, Tensor] | None,
+    state: Json,
     keep: int,
-) -> Path:
-    target, tensors = folder / f"step-{step:06d}", parts(model, optimizer)
+) -> None:
+    with whole_folder(target) as partial_folder:
+        save_file(dict(weights), partial_folder / "model.safetensors")
+        save_file(dict(moments), partial_folder / "optimizer.safetensors")
+        _save_average(partial_folder, average)
+        files = {path.name: sha256_of(path) for path in sorted(partial_folder.iterdir())}
+        write_json(partial_folder / "state.json", sealed({**state, "files": files}))
+    _remove_others(target, keep)
+
+
+def _write_shards(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    average: Mapping[str, Tensor] | None,
+    state: Json,
+    keep: int,
+    group: ProcessGroup | None,
+) -> None:
     first = torch.distributed.get_rank() == 0
-    with whole_folder(target) if first else nullcontext(target.with_name(f".{target.name}.partial")) as partial:
-        torch.distributed.barrier()
-        files = write_shards(partial, tensors)
+    with whole_folder(target) if first else nullcontext(target.with_name(f".{target.name}.partial")) as partial_folder:
+        torch.distributed.barrier(group)
+        files = write_shards(partial_folder, tensors, group)
         if first:
-            if (path := _save_average(partial, average)) is not None:
+            if (path := _save_average(partial_folder, average)) is not None:
                 files[path.name] = sha256_of(path)
-            shards = len(shards_in(partial))
-            write_json(partial / "state.json", sealed({"step": step, **state, "shards": shards, "files": files}))
+            shards = len(shards_in(partial_folder))
+            write_json(partial_folder / "state.json", sealed({**state, "shards": shards, "files": files}))
     if first:
-        _remove_others(folder, step, keep)
+        _remove_others(target, keep)
     # A rank that is ahead would take the one before for the newest.
-    torch.distributed.barrier()
-    return target
+    torch.distributed.barrier(group)
 
 
-def _save_average(folder: Path, average: dict[str, Tensor] | None) -> Path | None:
+def _save_average(folder: Path, average: Mapping[str, Tensor] | None) -> Path | None:
     if average is None:
         return None
     save_file({name: value.contiguous() for name, value in average.items()}, folder / _AVERAGE)
     return folder / _AVERAGE
 
 
-def _remove_others(folder: Path, step: int, keep: int) -> None:
-    """Remove all checkpoints but the newest up to a step; what is further on was passed over."""
-    every = all_in(folder)
-    past = [path for path in every if step_of(path) <= step]
+def _remove_others(newest: Path, keep: int) -> None:
+    """Remove all checkpoints but this one and some before it; what is further on was passed over."""
+    every = all_in(newest.parent)
+    past = [path for path in every if step_of(path) <= step_of(newest)]
     for old in [*past[:-keep], *every[len(past) :]]:
         remove(old)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,7 @@ from limbeck.rollouts.health import health_of
 from limbeck.rollouts.sources import ResponseSource, StepCounter
 from limbeck.runtime.console import Meter
 from limbeck.training import checkpoints, schedules
+from limbeck.training.background import Background
 from limbeck.training.best_student import EvaluationInTraining, MeasureFidelity
 from limbeck.training.gradients import GradientPasses
 from limbeck.training.health_check import HealthCheck
@@ -64,6 +65,7 @@ class TrainingRun:
         development: set-aside responses, by the teacher's number, that the student is evaluated on during training.
         average: weights that follow the student's; None where nothing does.
         total: optimizer steps.
+        background: writes checkpoints beside the steps.
     """
 
     accelerator: Accelerator
@@ -84,6 +86,7 @@ class TrainingRun:
     context: LoopContext
     total: int
     journal: Journal
+    background: Background = field(default_factory=Background)
 
     @property
     def health_check(self) -> HealthCheck:
@@ -123,7 +126,8 @@ class TrainingRun:
 
     def run(self, progress: Progress, rate_of: Callable[[int], float]) -> None:
         """Do all steps that are left, with checkpoints on the way."""
-        with self.context.console.meter(self.context.label, self.total, "steps", progress.step) as meter:
+        meters = self.context.console.meter(self.context.label, self.total, "steps", progress.step)
+        with self.background, meters as meter:
             share = 1.0 if self.context.pause_at is None else self.context.pause_at
             # 0.1 of 30 steps is 3, though a little more than that in binary.
             pause = math.ceil(round(share * self.total, 6))
@@ -140,6 +144,7 @@ class TrainingRun:
                 if ((stop or due) and not last) or (last and is_sharded(self.module.student)):
                     self._save(progress)
                     if stop and not last:
+                        self.background.finish()
                         raise Interrupted(f"stopped after step {progress.step} of {self.total}")
         if progress.step < self.total:
             self.context.console.say(
@@ -159,9 +164,12 @@ class TrainingRun:
             self.response_source.validated(loss)
             progress.heldout_loss = loss
             progress.validations += 1
-        if progress.step > progress.saved and self.response_source.starts_round(self._clock(progress)):
-            self._check_student(progress)
-            self._save(progress)
+        if progress.step and self.response_source.starts_round(self._clock(progress)):
+            if progress.step > progress.saved:
+                self._check_student(progress)
+                self._save(progress)
+            # What a round writes takes the place of what the checkpoint before it goes on with.
+            self.background.finish()
 
     def _step(self, progress: Progress, rate: float, meter: Meter) -> bool:
         """Do one optimizer step and log its metrics; True where any rank was asked to stop."""
@@ -177,6 +185,7 @@ class TrainingRun:
             raise self._not_finite(
                 progress.step + 1, f"loss {loss}, gradient norm {grad_norm}", begun=progress.step > 0
             )
+        self.background.before_update()
         self.passes.update(rate)
         if self.average is not None:
             self.average.follow()
@@ -279,6 +288,7 @@ class TrainingRun:
             raise self._not_finite(progress.step, fault, begun=True)
 
     def _not_finite(self, step: int, what: str, *, begun: bool) -> NonFiniteError:
+        self.background.finish()
         last = checkpoints.newest(self.context.checkpoints)
         remedy = "lower train.learning_rate and add --update" if begun else "look for NaN or inf in the loaded weights"
         return NonFiniteError(
@@ -300,6 +310,7 @@ class TrainingRun:
             state=state,
             average=None if self.average is None else self.average.state(),
             keep=self.settings.save_total_limit,
+            background=self.background,
         )
         progress.saved = progress.step
 
