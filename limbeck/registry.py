@@ -16,6 +16,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 from limbeck.types import LimbeckError
@@ -110,10 +111,7 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
 
     def options(self, name: str) -> dict[str, Option]:
         """The options of a member by name."""
-        found = {}
-        for field in dataclasses.fields(self[name]):  # type: ignore[arg-type]
-            found[field.name] = Option(name=field.name, kind=_kind(self[name], field), default=_default(field))
-        return found
+        return dict(_options_of(self[name]))
 
     def summary(self, name: str) -> str:
         """The first line of a member's docstring."""
@@ -175,11 +173,20 @@ def _validated(what: str, member: type[Any], options: Mapping[str, object]) -> A
         raise LimbeckError(f"{what} {where}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
 
 
-def _kind(member: type[Any], field: dataclasses.Field[Any]) -> str:
-    """Type of an option, without the bounds that are marked on it."""
+@cache
+def _options_of(member: type[Any]) -> Mapping[str, Option]:
+    """Read once: a mistake in a recipe is compared with the options of every member there is."""
     try:
-        hint = get_type_hints(member)[field.name]
+        hints = get_type_hints(member)
     except NameError:
+        hints = {}
+    fields = dataclasses.fields(member)
+    return {f.name: Option(name=f.name, kind=_kind(hints.get(f.name), f), default=_default(f)) for f in fields}
+
+
+def _kind(hint: Any, field: dataclasses.Field[Any]) -> str:
+    """Type of an option, without the bounds that are marked on it."""
+    if hint is None:
         # A name that only type checkers import: as it is written.
         return str(field.type)
     if isinstance(hint, type) and get_origin(hint) is None:
