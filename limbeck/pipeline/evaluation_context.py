@@ -27,10 +27,11 @@ from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.measuring_by_ranks import joined_pieces, write_pieces
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.pipeline.resumable import write_in_batches
+from limbeck.pipeline.sampled_responses import sampler_for, sampling_meter
 from limbeck.pipeline.seen_prompts import as_seen
 from limbeck.pipeline.several import writers
 from limbeck.pipeline.sharing import once
-from limbeck.pipeline.stages.respond import load_responses, sampler_for, sampling_meter
+from limbeck.pipeline.stages.respond import load_responses
 from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.stages.train import build_initial_student
 from limbeck.pipeline.student_endings import same_tokens

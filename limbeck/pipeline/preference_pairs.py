@@ -20,7 +20,7 @@ from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.judged_answers import judge_server, shares_won
 from limbeck.pipeline.resumable import write_in_batches
-from limbeck.pipeline.stages.respond import sampler_for, sampling_meter
+from limbeck.pipeline.sampled_responses import sampler_for, sampling_meter
 from limbeck.pipeline.text_only import text_options
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.labels import prompt_label

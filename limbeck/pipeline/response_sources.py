@@ -9,10 +9,10 @@ from typing import Any, Literal
 from limbeck.models.whole import reader_copy
 from limbeck.pipeline.cached_teacher import CachedTeacher
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.sampled_responses import sampler_for
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.seen_prompts import SeeingSampler
 from limbeck.pipeline.served_responses import round_sampler
-from limbeck.pipeline.stages.respond import sampler_for
 from limbeck.pipeline.student_engine import student_engine
 from limbeck.rollouts.io import read_asked
 from limbeck.rollouts.options import Samplers

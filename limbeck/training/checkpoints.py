@@ -136,7 +136,7 @@ def save(
         weights, moments = once(gathered, model), flat(updated["state"])
         if copies:
             # Counts of steps lie on the host before they are gathered there.
-            moments = {name: moment if moment.ndim else moment.clone() for name, moment in moments.items()}
+            moments = {name: value if value.ndim else value.clone() for name, value in moments.items()}
         work = partial(_write_whole, target, weights, moments, average, state, keep)
     if background is None:
         work()

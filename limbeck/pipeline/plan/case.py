@@ -19,7 +19,7 @@ from limbeck.pipeline.checks import student_spec
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize, StudentSize, adapters_of, size_of
 from limbeck.pipeline.plan.workload import Steps, Workload, steps_of
-from limbeck.pipeline.stages.respond import may_capture
+from limbeck.pipeline.sampled_responses import may_capture
 from limbeck.pipeline.store_identity import exact_codec
 from limbeck.recipe.load import Recipe, signal_temperatures
 from limbeck.recipe.teacher import ITSELF, WHERE

@@ -20,9 +20,10 @@ from limbeck.pipeline.plan.probe_models import ProbedModels, out_of_memory
 from limbeck.pipeline.plan.probe_pieces import Written, first_words, pass_seconds, writing
 from limbeck.pipeline.plan.probe_training import StepCost, TextShape, measuring_seconds, training_seconds
 from limbeck.pipeline.plan.writing_cost import WritingCost, alive_by_ends, alive_of
+from limbeck.pipeline.sampled_responses import sampler_for
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.stages import prompts as prompts_stage
-from limbeck.pipeline.stages.respond import load_responses, sampler_for
+from limbeck.pipeline.stages.respond import load_responses
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.templates import TemplateName, encode_prompts, resolve_template
 from limbeck.sampling.local import LocalSampler

@@ -21,7 +21,7 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.plan.budget import Budget, TimeIsUp
 from limbeck.pipeline.plan.case import Case
 from limbeck.pipeline.plan.probe_pieces import MOST_PASSES, drawn_texts
-from limbeck.pipeline.stages.respond import pad_token_id
+from limbeck.pipeline.sampled_responses import pad_token_id
 from limbeck.rollouts.sources import SourceContext, StatelessSource, StepCounter
 from limbeck.training.learning_rate import first_guess
 from limbeck.training.loop import training_run

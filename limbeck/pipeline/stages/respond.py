@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from limbeck.models.fingerprints import tokenizer_fingerprint
-from limbeck.models.loading import LoadedModel
-from limbeck.models.vocabulary import real_vocab_size
-from limbeck.pipeline.capturing import addresses_as_read, write_signals
 from limbeck.pipeline.checks import check_responses, check_rounds
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.documents import document_inputs, help_with_documents, respond_with_documents
-from limbeck.pipeline.drafted_responses import draft_inputs, draft_record, keep_counts, with_draft
-from limbeck.pipeline.hosted_responses import hosted_answers, paid_record
+from limbeck.pipeline.drafted_responses import draft_inputs
+from limbeck.pipeline.hosted_responses import paid_record
 from limbeck.pipeline.image_prompts import expanded_lengths
-from limbeck.pipeline.resumable import write_in_batches
+from limbeck.pipeline.sampled_responses import captures, folder_of, help_to_sample, sample_all
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.seen_prompts import as_seen, fitting_as_seen, view_inputs
 from limbeck.pipeline.served_responses import ask_server
-from limbeck.pipeline.several import Answering, combination_inputs, writers
-from limbeck.pipeline.store_identity import exact_codec, frame_of
+from limbeck.pipeline.several import combination_inputs
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
 from limbeck.pipeline.verified_responses import check_references, later_sampling, verification_inputs, verified
@@ -36,20 +30,15 @@ from limbeck.prompts.templates import (
     TemplateName,
     encode_prompts,
     encode_responses,
-    end_token_ids,
     resolve_template,
 )
 from limbeck.prompts.turns import has_earlier_answers
 from limbeck.recipe.keys import fingerprinted, fingerprinted_member
 from limbeck.recipe.responses import CACHE_GIB
 from limbeck.recipe.sections import Recipe
-from limbeck.rollouts.io import read_asked, write_asked
+from limbeck.rollouts.io import write_asked
 from limbeck.rollouts.table import NumberedResponses, ResponseTable, keep_responses, open_responses
-from limbeck.runtime.shared_work import Job, Share
-from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
-from limbeck.sampling.speculative import SpeculativeSampler
-from limbeck.teachers.hosted import HostedTeacher
-from limbeck.types import Author, DenseSignal, Json, LimbeckError, Prompt, Response, Split, TokenPrompt
+from limbeck.types import Author, Json, LimbeckError, Prompt, Response, Split, TokenPrompt
 
 # So many answers show which blocks of a teacher matter; more would cost more time than they would change.
 CALIBRATION_RESPONSES = 24
@@ -91,21 +80,6 @@ def _response_inputs(context: RunContext) -> Json:
     return section | chosen | captured | sft | {"teacher": teacher_inputs(context), "window": context.window}
 
 
-def captures(context: RunContext) -> bool:
-    """Whether the teacher signal is stored while the teacher samples, which computes it anyway."""
-    return may_capture(context.recipe) and "weights" in context.teacher.provides
-
-
-def may_capture(recipe: Recipe) -> bool:
-    """Whether the signal of a teacher in this process would be stored while it samples."""
-    here = recipe.base_author == "teacher" and recipe.responses.server is None
-    # Several answers to a prompt have one address: only the one that is kept gets a signal.
-    once = recipe.responses.verify is None or recipe.responses.verify.samples == 1
-    # States of several teachers are put together when all are known; those of its own tokens are of other positions.
-    alone = recipe.combine is None and recipe.teacher.across is None
-    return here and once and alone and recipe.teacher.keeps_whole and recipe.teacher.support == "full"
-
-
 def teacher_inputs(context: RunContext) -> Json:
     section = context.recipe.teacher
     return {
@@ -118,66 +92,132 @@ def teacher_inputs(context: RunContext) -> Json:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """The prompts of a run in the tokens of what answers them and in the student's, where those are others.
+
+    Attributes:
+        own: the student's tokenizer where it has other tokens than the teacher; None where they are the same.
+        tokenizer: of what answers.
+        asked: the prompts in its tokens.
+        reader: tokenizer and template of the student.
+        read: the same prompts in its tokens.
+        dropped: ids of the prompts that are too long for either.
+    """
+
+    own: Any
+    tokenizer: Any
+    template: TemplateName
+    asked: tuple[TokenPrompt, ...]
+    reader: tuple[Any, TemplateName]
+    read: tuple[TokenPrompt, ...]
+    dropped: frozenset[str]
+
+
 def _run_responses(context: RunContext) -> Json:
     if context.recipe.documents:
         return respond_with_documents(context)
     run, section, author = context.run, context.recipe.responses, context.recipe.base_author
     prompts = read_prompts(run.prompts)
-    # A server and the data answer without the weights being here; they come with the signal.
-    writes = section.server is None and author == "teacher"
-    here = writes and context.recipe.combine is None and "weights" in context.teacher.provides
-    teacher = context.teacher.weights() if here else None
-    # Where the two have different tokens, the student reads text in its own.
-    apart = not same_tokens(context)
-    own = load_student_tokenizer(context) if apart else None
-    tokenizer = teacher.tokenizer if teacher else own if own and author == "data" else context.teacher.tokenizer
-    template = resolve_template(context.recipe.prompts.template, tokenizer, prompts)
-    asked, dropped = _token_prompts(context, tokenizer, prompts, template)
-    asked, unseen = fitting_as_seen(context, asked)
-    reader = (own or tokenizer, student_template(context, own, prompts) if own else template)
-    read, more_dropped = _token_prompts(context, reader[0], prompts, reader[1]) if own else (asked, ())
-    if own is not None:
-        # What either model cannot read, neither gets.
-        both = {p.id for p in asked} & {p.id for p in read}
-        asked, read = (tuple(p for p in side if p.id in both) for side in (asked, read))
+    reading = _read(context, prompts)
+    asked, tokenizer, template = reading.asked, reading.tokenizer, reading.template
     if context.recipe.on_policy:
-        train = [p for p in read if p.split == "train"]
+        train = [p for p in reading.read if p.split == "train"]
         check_rounds(context, len(train))
         write_asked(run.responses / "asked.jsonl", train)
-    more: Json = {}
-    if context.recipe.sft_on_data:
-        require_answers_for_sft([p for p in prompts if p.split == "train"])
-        train = [p for p in asked if p.split == "train"]
-        answers = _from_data(context, prompts, train, *reader, loss_on=context.recipe.prompts.loss_on)
-        keep_responses(run.responses / "sft.jsonl", answers)
-        more["sft"] = {"responses": len(answers), "tokens": sum(r.tokens for r in answers)}
+    more = _first_stage_answers(context, prompts, reading) if context.recipe.sft_on_data else {}
     if context.recipe.on_policy:
         asked = _answered(context, asked)
     if author == "data":
         # Pairs are two answers to one prompt.
-        loss_on = "last" if context.recipe.responses.source.paired else context.recipe.prompts.loss_on
+        loss_on = "last" if section.source.paired else context.recipe.prompts.loss_on
         responses = _from_data(context, prompts, asked, tokenizer, template, loss_on=loss_on)
     else:
-        check_references(context, asked)
+        responses, answered = _from_teacher(context, prompts, asked, reading)
+        more |= answered
+    _require_written(responses, author)
+    keep_responses(run.responses / f"{author}.jsonl", responses)
+    return {
+        "template": template,
+        "responses": len(responses),
+        "empty": sum(_is_empty(r) for r in responses),
+        "dropped_too_long": len(reading.dropped),
+        "ended": sum(r.stop != "length" for r in responses),
+        "tokens": sum(r.tokens for r in responses),
+    } | (more | paid_record(context))
+
+
+def _writes(context: RunContext) -> bool:
+    """Whether a teacher answers without a server; a server and the data answer without the weights being here."""
+    return context.recipe.responses.server is None and context.recipe.base_author == "teacher"
+
+
+def _read(context: RunContext, prompts: Sequence[Prompt]) -> _Reading:
+    """The prompts as the run reads them; what either model cannot read, neither gets."""
+    here = _writes(context) and context.recipe.combine is None and "weights" in context.teacher.provides
+    teacher = context.teacher.weights() if here else None
+    # Where the two have different tokens, the student reads text in its own.
+    own = None if same_tokens(context) else load_student_tokenizer(context)
+    by_data = context.recipe.base_author == "data"
+    tokenizer = teacher.tokenizer if teacher else own if own and by_data else context.teacher.tokenizer
+    template = resolve_template(context.recipe.prompts.template, tokenizer, prompts)
+    asked, dropped = _token_prompts(context, tokenizer, prompts, template)
+    asked, unseen = fitting_as_seen(context, asked)
+    reader: tuple[Any, TemplateName] = (tokenizer, template)
+    read, unread = asked, ()
+    if own is not None:
+        reader = (own, student_template(context, own, prompts))
+        read, unread = _token_prompts(context, own, prompts, reader[1])
+        both = {p.id for p in asked} & {p.id for p in read}
+        asked, read = (tuple(p for p in side if p.id in both) for side in (asked, read))
+    return _Reading(
+        own=own,
+        tokenizer=tokenizer,
+        template=template,
+        asked=asked,
+        reader=reader,
+        read=read,
+        dropped=frozenset({*dropped, *unseen, *unread}),
+    )
+
+
+def _first_stage_answers(context: RunContext, prompts: Sequence[Prompt], reading: _Reading) -> Json:
+    """Write the data's answers that a first stage trains on; returns their record."""
+    require_answers_for_sft([p for p in prompts if p.split == "train"])
+    train = [p for p in reading.asked if p.split == "train"]
+    answers = _from_data(context, prompts, train, *reading.reader, loss_on=context.recipe.prompts.loss_on)
+    keep_responses(context.run.responses / "sft.jsonl", answers)
+    return {"sft": {"responses": len(answers), "tokens": sum(r.tokens for r in answers)}}
+
+
+def _from_teacher(
+    context: RunContext, prompts: Sequence[Prompt], asked: Sequence[TokenPrompt], reading: _Reading
+) -> tuple[list[Response], Json]:
+    """Answers of the teacher in the student's tokens, those that must be right judged; and their record."""
+    check_references(context, asked)
+    section, tokenizer, template = context.recipe.responses, reading.tokenizer, reading.template
+    if writes := _writes(context):
+        _say_what_is_answered(context, prompts)
+
+    def write(some: Sequence[TokenPrompt], attempt: int) -> tuple[list[Response], Json]:
         if writes:
-            _say_what_is_answered(context, prompts)
+            return sample_all(context, some, template, attempt)
+        read_by_teacher = prompts if context.seen is None else context.seen.prompts(prompts)
+        how = later_sampling(sampling_of(section), attempt)
+        place = folder_of(attempt)
+        return ask_server(context, tokenizer, read_by_teacher, as_seen(context, some), template, how, place)
 
-        def write(some: Sequence[TokenPrompt], attempt: int) -> tuple[list[Response], Json]:
-            if writes:
-                return _sample_all(context, some, template, attempt)
-            read_by_teacher = prompts if context.seen is None else context.seen.prompts(prompts)
-            how = later_sampling(sampling_of(section), attempt)
-            place = _folder(attempt)
-            return ask_server(context, tokenizer, read_by_teacher, as_seen(context, some), template, how, place)
+    responses, record = write(asked, 0)
+    if section.verify is not None:
+        responses, marked = verified(context, responses, asked, tokenizer, lambda *some: write(*some)[0])
+        record |= marked
+    if reading.own is not None:
+        responses, retokenised = in_the_students_tokens(context, prompts, responses, tokenizer, reading.read)
+        record |= retokenised
+    return responses, record
 
-        responses, served = write(asked, 0)
-        more |= served
-        if section.verify is not None:
-            responses, marked = verified(context, responses, asked, tokenizer, lambda *some: write(*some)[0])
-            more |= marked
-    if own is not None and author == "teacher":
-        responses, retokenised = in_the_students_tokens(context, prompts, responses, tokenizer, read)
-        more |= retokenised
+
+def _require_written(responses: Sequence[Response], author: Author) -> None:
     for split in ("train", "heldout"):
         written = [r for r in responses if r.split == split]
         if written and all(_is_empty(r) for r in written):
@@ -185,20 +225,6 @@ def _run_responses(context: RunContext) -> Json:
                 f"all {split} responses are empty: the {author} ended every answer at once; "
                 "check prompts.template, or the teacher"
             )
-    keep_responses(run.responses / f"{author}.jsonl", responses)
-    return {
-        "template": template,
-        "responses": len(responses),
-        "empty": sum(_is_empty(r) for r in responses),
-        "dropped_too_long": len({*dropped, *unseen, *more_dropped}),
-        "ended": sum(r.stop != "length" for r in responses),
-        "tokens": sum(r.tokens for r in responses),
-    } | (more | paid_record(context))
-
-
-def _folder(attempt: int) -> str:
-    """Name of the folder of the answers of an attempt."""
-    return f"attempt-{attempt}" if attempt else "batches"
 
 
 def _from_data(
@@ -276,138 +302,6 @@ def _token_prompts(
     return fitting.kept, fitting.dropped
 
 
-def _sample_all(
-    context: RunContext, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int = 0
-) -> tuple[list[Response], Json]:
-    """Responses of the teacher, or of each of several to its own prompts, one in memory at a time; see `_sample`."""
-    found: dict[int, Response] = {}
-    record: Json = {}
-    for writer in writers(context, asked):
-        own = [asked[place] for place in writer.places]
-        written, more = _written_by(context, writer, own, template, attempt)
-        found |= dict(zip(writer.places, written, strict=True))
-        if writer.folder:
-            writer.teacher.release()
-            record.setdefault("by_teacher", {})[writer.folder] = {"responses": len(written)} | more
-        else:
-            record |= more
-    return [found[place] for place in range(len(asked))], record
-
-
-def _written_by(
-    context: RunContext, writer: Answering, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int
-) -> tuple[list[Response], Json]:
-    """Responses of one teacher: sampled here, written elsewhere for money, or those that it has written before."""
-    if "weights" in writer.teacher.provides:
-        fields: Json = {"template": template, "attempt": attempt, "folder": writer.folder}
-        with context.work.posted("respond", fields, lambda folder: write_asked(folder / "asked.jsonl", asked)) as share:
-            teacher = writer.teacher.weights()
-            return _sample(context, teacher, asked, template, attempt, folder=writer.folder, share=share)
-    sampling = later_sampling(sampling_of(context.recipe.responses), attempt)
-    if isinstance(hosted := writer.teacher.scorer, HostedTeacher):
-        return hosted_answers(context, hosted, asked, template, sampling)
-    return writer.teacher.answers(asked, sampling), {}
-
-
-def _help(context: RunContext, job: Job) -> None:
-    """Another rank's share of the teacher's responses."""
-    fields, asked = job.fields, read_asked(job.folder / "asked.jsonl")
-    folder: str = fields["folder"]
-    teacher = context.run_teachers[folder] if folder else context.teacher
-    _sample(context, teacher.weights(), asked, fields["template"], fields["attempt"], folder=folder, share=job)
-    if folder:
-        # One of several is in memory at a time.
-        teacher.release()
-
-
-def _sample(
-    context: RunContext,
-    teacher: LoadedModel,
-    asked: Sequence[TokenPrompt],
-    template: TemplateName,
-    attempt: int = 0,
-    *,
-    folder: str = "",
-    share: Share,
-) -> tuple[list[Response], Json]:
-    """Responses of the teacher and their record for the manifest; batches on disk are not sampled again.
-
-    While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.
-
-    Args:
-        attempt: answers that were wrong are written once more, with another seed and in a folder of their own.
-        folder: inside it, of one of several teachers.
-        share: this rank's part of them.
-    """
-    section, place = context.recipe.responses, context.run.responses / _folder(attempt)
-    sampling = later_sampling(sampling_of(section), attempt)
-    if captures(context):
-        # A head that is not understood is refused here, and not after the answers are there.
-        _ = context.teacher.head
-    sampler = sampler_for(context, teacher.model, teacher.tokenizer, template, "teacher", section.batch_size)
-    sampler = with_draft(context, section.draft, sampler) if section.draft else sampler
-
-    def beside(sampler: LocalSampler | SpeculativeSampler, batch: SampledBatch, path: Path) -> None:
-        if batch.hidden is not None:
-            states = [DenseSignal(hidden_ND=hidden_TD, head=context.teacher.head) for hidden_TD in batch.hidden]
-            addresses = addresses_as_read(batch.responses, context.teacher.reads)
-            codec, frame = exact_codec(context.recipe), frame_of(context)
-            write_signals(path.with_suffix(".safetensors"), addresses, batch.responses, states, codec, frame)
-        keep_counts(sampler, path)
-
-    answers, paths = write_in_batches(
-        sampler,
-        as_seen(context, asked),
-        sampling,
-        place / folder,
-        stop=context.stop,
-        watching=lambda done: sampling_meter(context, "respond", len(asked), done),
-        capture_hidden=captures(context),
-        beside=beside,
-        share=share,
-    )
-    return answers, draft_record(section.draft, paths) if share.joins else {}
-
-
-def sampler_for(
-    context: RunContext, model: Any, tokenizer: Any, template: TemplateName, author: Author, batch_size: int
-) -> LocalSampler:
-    """A sampler for any model of the run; answers end where the template ends them."""
-    return LocalSampler(
-        model=model,
-        eos_token_ids=end_token_ids(tokenizer, template, context.recipe.prompts.chat_options),
-        pad_token_id=pad_token_id(tokenizer),
-        vocab_size=real_vocab_size(tokenizer),
-        tokenizer=tokenizer,
-        author=author,
-        batch_size=batch_size,
-        cache_gib=context.recipe.responses.cache_gib,
-    )
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """Id of the padding token; any real token will do, since nothing attends to it or is scored on it."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-@contextmanager
-def sampling_meter(
-    context: RunContext, label: str, responses: int, done: int = 0
-) -> Iterator[Callable[[SamplingProgress], None]]:
-    """Progress bar over answers that also shows tokens per second."""
-    started = time.monotonic()
-    with context.console.meter(label, responses, "answers", done) as meter:
-        ended = 0
-
-        def watch(progress: SamplingProgress) -> None:
-            nonlocal ended
-            rate = progress.tokens / max(time.monotonic() - started, 1e-9)
-            meter.advance(progress.responses_done - ended, f"{rate:,.0f} tokens/s")
-            ended = progress.responses_done
-
-        yield watch
-
-
 def load_responses(context: RunContext, split: Split) -> NumberedResponses:
     """The non-empty responses of a split by their row in the file, where they stay until one is asked for."""
     return open_responses(context.run.responses / f"{context.recipe.base_author}.jsonl").answered(split)
@@ -427,5 +321,5 @@ STAGE = Stage(
     working=("responses/batches/*", "responses/attempt-*/*"),
     handed_on=("responses/batches/*.safetensors",),
     hands_on_teacher=True,
-    helped={"respond": _help, "documents": help_with_documents},
+    helped={"respond": help_to_sample, "documents": help_with_documents},
 )

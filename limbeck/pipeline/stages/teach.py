@@ -11,9 +11,10 @@ from limbeck.pipeline.build import sparse_form
 from limbeck.pipeline.capturing import SHARD_ROWS, batches_of, capture_into
 from limbeck.pipeline.capturing_by_ranks import Chunks, capture_by_ranks, capture_share
 from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.sampled_responses import captures
 from limbeck.pipeline.several import rows_by_teacher
 from limbeck.pipeline.sharing import choice_inputs
-from limbeck.pipeline.stages.respond import captures, load_responses, teacher_inputs
+from limbeck.pipeline.stages.respond import load_responses, teacher_inputs
 from limbeck.pipeline.store_identity import exact_codec, manifest_of
 from limbeck.pipeline.students_choice import capture_with_choice
 from limbeck.runtime.folders import remove

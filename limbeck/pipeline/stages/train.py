@@ -27,10 +27,11 @@ from limbeck.pipeline.fidelity_in_training import fidelity_on
 from limbeck.pipeline.initial_student import build_initial_student, measured_blocks
 from limbeck.pipeline.lm_corpus import corpus_inputs, open_corpus
 from limbeck.pipeline.response_sources import response_source_of
+from limbeck.pipeline.sampled_responses import pad_token_id
 from limbeck.pipeline.self_teaching import TrainingTeacher, self_teaching_inputs, training_teacher
 from limbeck.pipeline.sharing import student_inputs
 from limbeck.pipeline.signal_windows import SignalWindows
-from limbeck.pipeline.stages.respond import load_responses, load_sft_answers, pad_token_id
+from limbeck.pipeline.stages.respond import load_responses, load_sft_answers
 from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.student_endings import endings_record, say_endings
 from limbeck.pipeline.student_engine import engine_folder
