@@ -26,7 +26,7 @@ class Background:
 
         with Background() as background:
             ...
-            background.begin(write, reads_weights=True)   # waits for what was begun before
+            background.begin(write, reads_weights=True)   # waits for what was begun before; calls write(read)
             ...
             background.before_update()                    # of the weights
             ...
@@ -38,7 +38,8 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._reads_weights = False
+        # Set when the weights may change.
+        self._read = threading.Event()
         self._group: ProcessGroup | None = None
 
     @property
@@ -53,27 +54,34 @@ class Background:
             self._group = group
         return self._group
 
-    def begin(self, work: Callable[[], object], *, reads_weights: bool) -> None:
+    def begin(self, work: Callable[[Callable[[], None]], object], *, reads_weights: bool) -> None:
         """Begin a piece of work, once the one before has ended.
 
         Args:
-            reads_weights: it reads what the training updates.
+            work: called with a function that it calls when it has read what the training updates.
+            reads_weights: it reads what the training updates, and no copy.
         """
         self.finish()
-        self._reads_weights = reads_weights
+        self._read.clear()
+        if not reads_weights:
+            self._read.set()
         # Not waited for at the end of the process, which a second signal ends at once.
         self._thread = threading.Thread(target=self._run, args=(work,), name="limbeck-background", daemon=True)
         self._thread.start()
 
-    def _run(self, work: Callable[[], object]) -> None:
+    def _run(self, work: Callable[[Callable[[], None]], object]) -> None:
         try:
-            work()
+            work(self._read.set)
         except BaseException as error:
             self._error = error
+        finally:
+            self._read.set()
 
     def before_update(self) -> None:
         """Wait for work that reads the weights; raise the error of work that has ended with one."""
-        if self._reads_weights or self._error is not None:
+        if self._thread is not None:
+            self._read.wait()
+        if self._error is not None:
             self.finish()
 
     def finish(self) -> None:
@@ -81,7 +89,7 @@ class Background:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        error, self._error, self._reads_weights = self._error, None, False
+        error, self._error = self._error, None
         if error is not None:
             raise error
 

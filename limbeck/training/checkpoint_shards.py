@@ -10,7 +10,7 @@ as in the files that rank 0 writes of a whole student, which are read in the sam
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,17 +30,24 @@ def shards_in(folder: Path) -> list[Path]:
     return sorted(folder.glob(_PATTERN))
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None) -> dict[str, str]:
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    group: ProcessGroup | None = None,
+    read: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
     """Write the parts of all ranks into a folder that exists; returns the hash of each file. All ranks call.
 
     Args:
         group: of the calls between the ranks; None for that of the training.
+        read: called when this rank's tensors are written, before their files are read for the hash.
     """
     from torch.distributed.checkpoint.state_dict_saver import save
 
     from limbeck.training.shard_writer import ShardWriter
 
     save(dict(tensors), storage_writer=ShardWriter(folder), process_group=group)
+    read()
     rank = torch.distributed.get_rank()
     own = [path for path in shards_in(folder) if path.name.startswith(f"shard-{rank + 1:05d}-")]
     gathered: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()

@@ -139,7 +139,7 @@ def save(
             moments = {name: value if value.ndim else value.clone() for name, value in moments.items()}
         work = partial(_write_whole, target, weights, moments, average, state, keep)
     if background is None:
-        work()
+        work(lambda: None)
     else:
         background.begin(work, reads_weights=on_cpu)
     return target
@@ -156,11 +156,13 @@ def _write_whole(
     average: Mapping[str, Tensor] | None,
     state: Json,
     keep: int,
+    read: Callable[[], None],
 ) -> None:
     with whole_folder(target) as partial_folder:
         save_file(dict(weights), partial_folder / "model.safetensors")
         save_file(dict(moments), partial_folder / "optimizer.safetensors")
         _save_average(partial_folder, average)
+        read()
         files = {path.name: sha256_of(path) for path in sorted(partial_folder.iterdir())}
         write_json(partial_folder / "state.json", sealed({**state, "files": files}))
     _remove_others(target, keep)
@@ -173,14 +175,15 @@ def _write_shards(
     state: Json,
     keep: int,
     group: ProcessGroup | None,
+    read: Callable[[], None],
 ) -> None:
     first = torch.distributed.get_rank() == 0
     with whole_folder(target) if first else nullcontext(target.with_name(f".{target.name}.partial")) as partial_folder:
         torch.distributed.barrier(group)
-        files = write_shards(partial_folder, tensors, group)
+        kept = _save_average(partial_folder, average) if first else None
+        files = write_shards(partial_folder, tensors, group, read)
         if first:
-            if (path := _save_average(partial_folder, average)) is not None:
-                files[path.name] = sha256_of(path)
+            files |= {} if kept is None else {kept.name: sha256_of(kept)}
             shards = len(shards_in(partial_folder))
             write_json(partial_folder / "state.json", sealed({**state, "shards": shards, "files": files}))
     if first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -71,24 +72,42 @@ def test_a_disk_that_is_full_ends_the_training_before_the_next_update(tmp_path, 
 
 def test_what_reads_the_weights_ends_before_they_change():
     background, read = Background(), threading.Event()
-    background.begin(lambda: (time.sleep(0.1), read.set()), reads_weights=True)
+    background.begin(lambda _: (time.sleep(0.1), read.set()), reads_weights=True)
     background.before_update()
     assert read.is_set()
 
 
+def test_the_update_waits_for_no_more_than_the_reading():
+    background, leave, order = Background(), threading.Event(), []
+
+    def work(read: Callable[[], None]) -> None:
+        time.sleep(0.1)
+        order.append("read")
+        read()
+        leave.wait(10.0)
+        order.append("hashed")
+
+    background.begin(work, reads_weights=True)
+    background.before_update()
+    assert order == ["read"]
+    leave.set()
+    background.finish()
+    assert order == ["read", "hashed"]
+
+
 def test_what_reads_copies_goes_on_beside_the_update_and_the_next_one_waits():
     background, leave, order = Background(), threading.Event(), []
-    background.begin(lambda: (leave.wait(10.0), order.append("first")), reads_weights=False)
+    background.begin(lambda _: (leave.wait(10.0), order.append("first")), reads_weights=False)
     background.before_update()
     assert not order
     leave.set()
-    background.begin(lambda: order.append("second"), reads_weights=False)
+    background.begin(lambda _: order.append("second"), reads_weights=False)
     background.finish()
     assert order == ["first", "second"]
 
 
 def test_an_error_is_raised_once_and_the_trainings_own_comes_before_it():
-    def fails() -> None:
+    def fails(_: object) -> None:
         raise OSError(5, "Input/output error")
 
     background = Background()
@@ -107,7 +126,7 @@ def test_an_error_is_raised_once_and_the_trainings_own_comes_before_it():
 def test_a_signal_does_not_wait_and_an_error_does():
     leave, ended = threading.Event(), []
 
-    def work() -> None:
+    def work(_: object) -> None:
         leave.wait(10.0)
         ended.append(True)
 
@@ -117,7 +136,7 @@ def test_a_signal_does_not_wait_and_an_error_does():
     assert not ended
     leave.set()
     with pytest.raises(ValueError), Background() as background:
-        background.begin(lambda: (time.sleep(0.1), ended.append(True)), reads_weights=True)
+        background.begin(lambda _: (time.sleep(0.1), ended.append(True)), reads_weights=True)
         raise ValueError
     assert ended
 
