@@ -76,7 +76,7 @@ def steps(folder: str, way: str) -> None:
     from tests.training.play import play, settings, tiny_model, tiny_responses
 
     if way == "foreground":
-        Background.begin = lambda self, work, *, reads_weights: work()  # type: ignore[method-assign]
+        Background.begin = lambda self, work, *, reads_weights: work(lambda: None)  # type: ignore[method-assign]
     sharded = "WORLD_SIZE" in os.environ
     chosen = settings(
         max_steps=STEPS,
