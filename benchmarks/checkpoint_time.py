@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
     asked = parser.parse_args()
-    print("| ranks | checkpoints | s a step | lost for each, s (least to most) | peak beside, MiB |")
+    print("| ranks | checkpoints | s per step | lost for each, s (least to most) | peak beside, MiB |")
     print("|---|---|---|---|---|")
     for ranks in asked.ranks:
         found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
