@@ -60,18 +60,26 @@ def _write(folder: Path, dtype: str) -> None:
 
 def _measured(folder: Path, ranks: int, way: str) -> tuple[float, float, float, float]:
     """Share and largest tensor of a rank, the most that any had, in MiB, and the seconds of the slowest."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in range(ranks):
-        env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-c", f"from benchmarks.sharded_loading import load; load({str(folder)!r}, {way!r})"]
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-    said = [one.communicate(timeout=300)[0].splitlines()[-1].split() for one in started]
+    code = f"from benchmarks.sharded_loading import load; load({str(folder)!r}, {way!r})"
+    said = [line.split() for line in last_lines(code, ranks, timeout_s=300)]
     share, largest, most, seconds = ([float(one[column]) for one in said] for column in range(4))
     return share[0], largest[0], max(most), max(seconds)
+
+
+def last_lines(code: str, ranks: int, *, timeout_s: float) -> list[str]:
+    """The last line that Python code prints on each rank of a launch; one rank is a process alone, with both cores."""
+    shared = {"OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
+    for rank in range(ranks):
+        mine = {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""} if ranks > 1 else {}
+        command = [sys.executable, "-c", code]
+        started.append(subprocess.Popen(command, env=os.environ | shared | mine, stdout=subprocess.PIPE, text=True))
+    return [one.communicate(timeout=timeout_s)[0].splitlines()[-1] for one in started]
 
 
 def load(folder: str, way: str) -> None:
@@ -85,7 +93,7 @@ def load(folder: str, way: str) -> None:
     accelerator = launch.accelerator(settings, Path(folder), run_name="", tracker_config={})
     # What libraries are loaded with is no part of the model.
     build_student(StudentSpec(init="scratch", model=folder, config={"num_hidden_layers": 1, "vocab_size": 512}))
-    before, started = _resident("VmRSS"), time.perf_counter()
+    before, started = resident("VmRSS"), time.perf_counter()
     student = build_student(StudentSpec(model=folder), unread=way == "slices").model
     assert is_unread(student) == (way == "slices")
     sharding.shard(student, accelerator, bf16=False)
@@ -93,11 +101,11 @@ def load(folder: str, way: str) -> None:
     weights = list(student.parameters())
     share = sum(weight.to_local().numel() for weight in weights) * 4 / 2**20  # type: ignore[operator]
     largest = max(weight.numel() for weight in weights) * 4 / 2**20
-    print(share, largest, _resident("VmHWM") - before, seconds)
+    print(share, largest, resident("VmHWM") - before, seconds)
     accelerator.wait_for_everyone()
 
 
-def _resident(which: str) -> float:
+def resident(which: str) -> float:
     """MiB that this process has resident, now or at most until now."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024

@@ -18,7 +18,7 @@ from tests.compare.compare_runs import write_arm_run, write_sweep
 from tests.report.hostile import complaints, mutated
 from tests.report.synthetic import write_on_policy, write_run
 
-MUTANTS, BATCH = 150, 25
+MUTANTS, BATCH = 300, 25
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def rule_of(build: Build, p_1V: Tensor, q_1V: Tensor, sampling: Sampling) -> Ten
 
 
 @EVERY
-@pytest.mark.parametrize("draft_tokens", [1, 4])
+@pytest.mark.parametrize("draft_tokens", [1, 2, 4])
 @pytest.mark.parametrize(
     "sampling", [Sampling(max_new_tokens=3), Sampling(max_new_tokens=3, temperature=0.7, top_p=0.8)]
 )
@@ -113,9 +113,9 @@ def test_three_tokens_follow_the_rule_by_enumeration(build: Build, draft_tokens:
 @pytest.mark.parametrize("family", IN_DOUBLE)
 def test_greedy_is_the_teachers_own_token_for_token(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 24)
-    model, long = tiny_model(family), replace(GREEDY, max_new_tokens=12)
+    model, long = tiny_model(family), replace(GREEDY, max_new_tokens=24)
     alone = sampler_of(model).respond(tiny_prompts(), long)
-    for draft, draft_tokens in ((near(model), 1), (near(model), 16), (tiny_model("llama", seed=9), 3), (model, 3)):
+    for draft, draft_tokens in ((near(model), 1), (near(model), 30), (tiny_model("llama", seed=9), 3), (model, 3)):
         sampler = speculative(model, draft, draft_tokens=draft_tokens)
         assert sampler.respond(tiny_prompts(), long) == alone
     assert skd(model, near(model), top_k=1).respond(tiny_prompts(), PLAIN) == [
@@ -181,7 +181,7 @@ def test_a_response_depends_on_no_neighbour_and_not_on_what_may_follow(build: Bu
     together = written(8, prompts)
     assert together == [written(1, [prompt])[0] for prompt in prompts]
     assert together == written(3, prompts[::-1])[::-1]
-    long = written(8, prompts, replace(WARM, max_new_tokens=24))
+    long = written(8, prompts, replace(WARM, max_new_tokens=40))
     assert all(b[: len(a)] == a for a, b in zip(together, long, strict=True))
     # Gemma's random weights repeat themselves to the end.
     assert family == "gemma3_text" or len({len(ids) for ids in long}) > 2, "the test needs different lengths"
