@@ -3,8 +3,9 @@
     signal-windows/aside/00000.safetensors      of the responses set aside, for all of the training
     signal-windows/0003/00000.safetensors ...   of the window that the training is in
 
-The teacher is in memory while it scores a window, and not beside the training. Ranks take turns with the files of a
-window. What was scored before a kill is read, not scored again.
+The teacher is in memory while it scores a window, and not beside the training. One behind a server scores the next
+window while the training is in this one, each then half as large. Ranks take turns with the files of a window. What was
+scored before a kill is read, not scored again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from limbeck.pipeline.context import RunContext
 from limbeck.rollouts.rounds import ProcessGroup
 from limbeck.rollouts.sources import OfflineSource, SourceContext, SourceFactory
 from limbeck.rollouts.table import answer_lengths_of
-from limbeck.rollouts.windows import WindowedSource
+from limbeck.rollouts.windows import Window, WindowedSource
 from limbeck.runtime.folders import remove
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.store.addresses import addresses_of, seed_of
 from limbeck.teachers.store.base import bytes_per_token
 from limbeck.teachers.store.estimate import INDEX_BYTES, SHARD_HEADER_BYTES
 from limbeck.teachers.store.shards import OpenShard
+from limbeck.training.background import Background
 from limbeck.types import Interrupted, LimbeckError, Response, Signal, TokenBatch
 
 _ASIDE = "aside"
@@ -40,7 +42,8 @@ class SignalWindows:
     Attributes:
         cached: reads what is on disk.
         aside: responses on which the training is measured on the way; their signals are kept for all of it.
-        limit: bytes of a window at most.
+        limit: bytes at most.
+        ahead: where the teacher scores the window that comes next; None where it scores none beside the training.
         should_stop: asked after each file.
         say: called with a line before a window is scored.
     """
@@ -48,6 +51,7 @@ class SignalWindows:
     folder: Path
     cached: CachedTeacher
     limit: int
+    ahead: Background | None = None
     aside: Sequence[Response] = ()
     should_stop: Callable[[], bool] = lambda: False
     say: Callable[[str], object] = lambda line: None
@@ -60,15 +64,21 @@ class SignalWindows:
         asked: Teacher,
         should_stop: Callable[[], bool],
         *,
+        beside: Background | None = None,
         aside: Sequence[Response] = (),
     ) -> SignalWindows:
-        """The windows of a training that asks this teacher."""
+        """The windows of a training that asks this teacher.
+
+        Args:
+            beside: for work beside the training.
+        """
         limit = context.recipe.teacher.cache_limit_gib
         assert limit is not None, "asked for where signals are kept in windows"
         return cls(
             folder=context.run.signal_windows,
             cached=round_teacher(context, (), asked),
             limit=int(limit * 2**30),
+            ahead=beside if asked.elsewhere else None,
             aside=aside,
             should_stop=should_stop,
             say=context.console.say,
@@ -88,8 +98,8 @@ class SignalWindows:
             if self.aside:
                 self._write(self.folder / _ASIDE, self.aside, source_context.world)
 
-            def opened(number: int, steps: tuple[int, int], rows: Sequence[Response]) -> None:
-                self._open(number, steps, rows, source_context.world)
+            def opened(window: Window, then: Window | None) -> None:
+                self._open(window, then, source_context.world)
 
             source = responses(source_context)
             if not isinstance(source, OfflineSource):
@@ -99,7 +109,7 @@ class SignalWindows:
                 )
             bytes_of = answer_lengths_of(source.trained).astype(np.int64) * per_token + per_row
             # The last file of a window is seldom full.
-            limit = self.limit - SHARD_HEADER_BYTES
+            limit = self.limit // (1 if self.ahead is None else 2) - SHARD_HEADER_BYTES
             return WindowedSource(source, opened, bytes_of=bytes_of, limit=limit)
 
         return begin
@@ -117,44 +127,81 @@ class SignalWindows:
             ]
         return self.cached.decoded(rows)
 
-    def _open(self, number: int, steps: tuple[int, int], responses: Sequence[Response], world: ProcessGroup) -> None:
-        folder = self.folder / f"{number:04d}"
+    def _open(self, window: Window, then: Window | None, world: ProcessGroup) -> None:
+        begun = self.ahead is not None and self.ahead.finish()
         # All ranks have read the last of the window before: they met in its last step.
         self.cached.forget(self._held)
         self._held.clear()
         if world.rank == 0:
+            kept = [self._folder(one) for one in (window, then) if one is not None]
             for old in self.folder.glob("[0-9]*"):
-                if old != folder:
+                if old not in kept:
                     remove(old)
         world.wait()
-        if world.rank == 0:
-            self.say(f"teach: the signal of steps {steps[0] + 1} to {steps[1] + 1}, {len(responses)} responses")
-        self._held.extend(self._write(folder, responses, world))
+        responses = window.responses()
+        if world.rank == 0 and not begun:
+            self.say(f"teach: the signal of steps {window.first + 1} to {window.last + 1}, {len(responses)} responses")
+        self._held.extend(self._write(self._folder(window), responses, world))
+        if self.ahead is not None and then is not None:
+            self._begin(then, self.ahead, world)
 
-    def _write(self, folder: Path, responses: Sequence[Response], world: ProcessGroup) -> list[Path]:
-        """Score what a folder lacks of some responses; its files, known to the reader."""
+    def _begin(self, window: Window, ahead: Background, world: ProcessGroup) -> None:
+        """Have the teacher score this rank's part of a window while the training is in the one before."""
+        responses = window.responses()
+        if world.rank == 0:
+            self.say(
+                f"teach: the signal of steps {window.first + 1} to {window.last + 1}, {len(responses)} responses, "
+                "while the steps before are trained"
+            )
+        files = self._files(self._folder(window), responses)
+
+        def score(_: Callable[[], None]) -> None:
+            for path, some in self._lacking(files, world):
+                # What is left is scored when the training goes on.
+                if ahead.ending or self.should_stop():
+                    return
+                self._score(path, some)
+
+        ahead.begin(score, reads_weights=False)
+
+    def _folder(self, window: Window) -> Path:
+        return self.folder / f"{window.number:04d}"
+
+    def _files(self, folder: Path, responses: Sequence[Response]) -> dict[Path, Sequence[Response]]:
+        """The files of some responses in a folder, and the responses of each."""
         folder.mkdir(parents=True, exist_ok=True)
         every = list(by_address(responses, self.cached.teacher.reads).values())
-        files = {
+        return {
             folder / f"{start // SHARD_ROWS:05d}.jsonl": every[start : start + SHARD_ROWS]
             for start in range(0, len(every), SHARD_ROWS)
         }
-        mine = list(files.items())[world.rank :: world.ranks]
-        self._score({path: some for path, some in mine if not self._is_there(path, some)}, alone=world.ranks == 1)
+
+    def _write(self, folder: Path, responses: Sequence[Response], world: ProcessGroup) -> list[Path]:
+        """Score what a folder lacks of some responses; its files, known to the reader."""
+        files = self._files(folder, responses)
+        for path, some in self._lacking(files, world):
+            self._score(path, some)
+            if world.ranks == 1 and self.should_stop():
+                raise Interrupted("stopped while the teacher scored the responses of the next steps")
+        self.cached.teacher.release()
         world.wait()
         for path, some in files.items():
             self.cached.register(path, some)
         return [path.with_suffix(".safetensors") for path in files]
 
-    def _score(self, lacking: Mapping[Path, Sequence[Response]], *, alone: bool) -> None:
+    def _lacking(
+        self, files: Mapping[Path, Sequence[Response]], world: ProcessGroup
+    ) -> list[tuple[Path, Sequence[Response]]]:
+        """The files of this rank's part that are not there."""
+        mine = list(files.items())[world.rank :: world.ranks]
+        return [(path, some) for path, some in mine if not self._is_there(path, some)]
+
+    def _score(self, path: Path, responses: Sequence[Response]) -> None:
+        """Write the signals of a file."""
         teacher = self.cached.teacher
-        for path, some in lacking.items():
-            teacher.fetch_ahead(batches_of(some), lambda tokens: None)
-            self.cached.store(path, some, None)
-            teacher.settled(batches_of(some))
-            if alone and self.should_stop():
-                raise Interrupted("stopped while the teacher scored the responses of the next steps")
-        teacher.release()
+        teacher.fetch_ahead(batches_of(responses), lambda tokens: None)
+        self.cached.store(path, responses, None)
+        teacher.settled(batches_of(responses))
 
     def _is_there(self, path: Path, responses: Sequence[Response]) -> bool:
         """Whether the file of some responses is whole; that of a window of another size is not."""

@@ -9,7 +9,7 @@ after a kill finds itself in the same window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,8 +19,30 @@ from limbeck.rollouts.order import Plan
 from limbeck.rollouts.sources import OfflineSource, StatelessSource, StepCounter
 from limbeck.types import LimbeckError, Response
 
-# Called with the number of a window, its first and last step, and its responses, each once.
-OpenWindow = Callable[[int, tuple[int, int], Sequence[Response]], None]
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A group of steps.
+
+    Attributes:
+        number: its place among all.
+        first, last: its steps.
+        source: has their responses.
+    """
+
+    number: int
+    first: int
+    last: int
+    source: OfflineSource
+
+    def responses(self) -> list[Response]:
+        """The responses of its steps, each once."""
+        rows = {row for step in range(self.first, self.last + 1) for row in self.source.plan.at(step)}
+        return [self.source.trained[row] for row in sorted(rows)]
+
+
+# Called with the window that begins, and the one after it, where there is one.
+OpenWindow = Callable[[Window, Window | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +74,9 @@ class Windows:
                 size, rows, more = 0, set(), self._bytes(new)
             if more > self.limit:
                 raise LimbeckError(
-                    f"teacher.cache_limit_gib is {self.limit / 2**30:.3g}, but the signal of step {step + 1} alone "
-                    f"takes {more / 2**30:.3g} GiB; raise it, or set teacher.support=topk_tail"
+                    f"teacher.cache_limit_gib leaves the steps of a window {self.limit / 2**30:.3g} GiB, but the "
+                    f"signal of step {step + 1} alone takes {more / 2**30:.3g} GiB; raise it, or set "
+                    "teacher.support=topk_tail"
                 )
             size, rows = size + more, rows | new
         return [*firsts, total]
@@ -66,7 +89,8 @@ class WindowedSource(StatelessSource):
     """Responses written before training, whose teacher signals are computed window by window.
 
     Args:
-        open_window: computes the signals of a window; called on all ranks, before the first step in it.
+        open_window: computes the signals of a window; called on all ranks, before the first step in it or, of a
+            training that goes on, in it.
         bytes_of: what the signal of each response takes.
         limit: bytes of a window at most.
     """
@@ -76,7 +100,7 @@ class WindowedSource(StatelessSource):
         self._open_window = open_window
         self._windows = Windows(plan=source.plan, bytes_of=bytes_of, limit=limit)
         self._firsts: list[int] = []
-        self._is_open: int | None = None
+        self._open: int | None = None
 
     @property
     def prompts(self) -> frozenset[str]:
@@ -91,11 +115,13 @@ class WindowedSource(StatelessSource):
             self._firsts = self._windows.of(clock.total)
         bounds = list(pairwise(self._firsts))
         number = next(i for i, (_, end) in enumerate(bounds) if clock.step < end)
-        if number != self._is_open:
-            first, end = bounds[number]
-            rows = {row for step in range(first, end) for row in self.source.plan.at(step)}
-            self._open_window(number, (first, end - 1), [self.source.trained[row] for row in sorted(rows)])
-            self._is_open = number
+        if number != self._open:
+            here, *later = (
+                Window(number=i, first=first, last=end - 1, source=self.source)
+                for i, (first, end) in enumerate(bounds[number : number + 2], start=number)
+            )
+            self._open_window(here, later[0] if later else None)
+            self._open = number
         return self.source.step(clock)
 
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:

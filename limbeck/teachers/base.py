@@ -195,6 +195,11 @@ class Teacher(ABC):
         """Whether all ranks of the launch pass through it together, so that none can ask it alone."""
         return False
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it computes in another process, so that it can be asked in one thread while another one trains."""
+        return False
+
     def attend(self) -> None:
         """Take part, where ranks pass in step, in the passes of the others, until none has anything to score."""
         return

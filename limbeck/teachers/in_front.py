@@ -54,6 +54,10 @@ class InFront(Teacher):
     def in_step(self) -> bool:
         return self.inner.in_step
 
+    @property
+    def elsewhere(self) -> bool:
+        return self.inner.elsewhere
+
     def attend(self) -> None:
         self.inner.attend()
 

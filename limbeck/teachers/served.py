@@ -53,6 +53,10 @@ class ServedTeacher(Teacher):
         return frozenset({self.where.signal_for(self.support)})
 
     @property
+    def elsewhere(self) -> bool:
+        return True
+
+    @property
     def _of_states(self) -> bool:
         return self.where.signal_for(self.support) == "hidden"
 

@@ -1,8 +1,8 @@
-"""Work beside a training: a checkpoint is written while the next steps are computed.
+"""Work beside a training: a checkpoint is written, or a server asked about what comes next, while steps are computed.
 
-On an accelerator the weights and moments are copied to the host first, which is all that the training waits for. On
-CPUs nothing is copied: they change only where an optimizer step ends, and the training waits there for what still
-reads them.
+For a checkpoint on an accelerator the weights and moments are copied to the host first, which is all that the training
+waits for. On CPUs nothing is copied: they change only where an optimizer step ends, and the training waits there for
+what still reads them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ class Background:
             background.finish()                           # where it must be on disk
 
     At the end of the block everything that was begun has ended, but for a block that a signal ends at once.
+
+    Attributes:
+        ending: the block is at its end, which work that prepares what comes next need not do any more.
     """
 
     def __init__(self) -> None:
+        self.ending = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         # Set when the weights may change.
@@ -84,14 +88,20 @@ class Background:
         if self._error is not None:
             self.finish()
 
-    def finish(self) -> None:
-        """Wait for the work that was begun, and raise its error."""
+    def finish(self) -> bool:
+        """Wait for the work that was begun, and raise its error.
+
+        Returns:
+            Whether any was begun since the last time.
+        """
+        begun = self._thread is not None
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error
+        return begun
 
     def __enter__(self) -> Background:
         return self
@@ -100,6 +110,7 @@ class Background:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         del error, traceback
+        self.ending = True
         if kind is None:
             self.finish()
         elif issubclass(kind, Exception) and self._thread is not None:

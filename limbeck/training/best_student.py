@@ -11,6 +11,7 @@ from torch import nn
 from limbeck.models.whole import whole
 from limbeck.recipe.sections import TrainSection
 from limbeck.training import checkpoints
+from limbeck.training.background import Background
 from limbeck.training.loss import StudentLoss
 from limbeck.training.metrics import LoopContext
 from limbeck.training.progress import Best, Progress
@@ -29,6 +30,7 @@ class EvaluationInTraining:
         loss_on: mean loss per token on some responses, without gradients.
         measure: of `fidelity`, the one that takes the place of the loss where it is measured; None for the loss.
         total: optimizer steps of the training.
+        background: writes the best student beside the steps.
     """
 
     responses: Mapping[int, Response]
@@ -39,6 +41,7 @@ class EvaluationInTraining:
     settings: TrainSection
     context: LoopContext
     total: int
+    background: Background
 
     def due_after(self, step: int) -> bool:
         """Whether the student is evaluated after a step."""
@@ -66,7 +69,7 @@ class EvaluationInTraining:
         progress.since_gain = 0 if loss < least else progress.since_gain + 1
         if math.isfinite(loss) and (progress.best is None or loss < progress.best.loss):
             progress.best = Best(step=progress.step, loss=loss)
-            checkpoints.save_best(self.context.checkpoints, progress.step, self.module)
+            checkpoints.save_best(self.context.checkpoints, progress.step, self.module, self.background)
         return loss
 
     def _in_place_of_loss(self) -> dict[str, float]:

@@ -211,9 +211,14 @@ def save_weights(path: Path, model: nn.Module) -> None:
     """Write the trainable weights alone, where a training ended that another one follows. Rank 0 writes."""
     weights = get_model_state_dict(model, options=_GATHERED)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        with whole_file(path) as partial:
-            save_file(once(weights, model), partial)
-        write_json(path.with_suffix(".json"), sealed({"name": path.name, "sha256": sha256_of(path)}))
+        _write_weights(path, once(weights, model), lambda: None)
+
+
+def _write_weights(path: Path, weights: Mapping[str, Tensor], read: Callable[[], None]) -> None:
+    with whole_file(path) as partial_file:
+        save_file(dict(weights), partial_file)
+    read()
+    write_json(path.with_suffix(".json"), sealed({"name": path.name, "sha256": sha256_of(path)}))
 
 
 def has_weights(path: Path) -> bool:
@@ -235,15 +240,26 @@ def restore_weights(path: Path, model: nn.Module) -> None:
     set_model_state_dict(model, weights, options=_SCATTERED)
 
 
-def save_best(folder: Path, step: int, model: nn.Module) -> None:
-    """Keep the trainable weights as the best so far, in place of those that were before."""
-    path = _best(folder, step)
-    save_weights(path, model)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        for other in folder.glob("best-*.safetensors"):
-            if other != path:
-                other.unlink()
-                other.with_suffix(".json").unlink(missing_ok=True)
+def save_best(folder: Path, step: int, model: nn.Module, background: Background) -> None:
+    """Keep the trainable weights as the best so far, in place of those that were before; all ranks call.
+
+    Args:
+        background: writes them beside what comes next.
+    """
+    weights = get_model_state_dict(model, options=_GATHERED)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    # What was gathered, or is on an accelerator, is a copy.
+    reads_weights = _is_on_cpu(model) and not any(is_sharded(parameter) for parameter in model.parameters())
+    background.begin(partial(_write_best, _best(folder, step), once(weights, model)), reads_weights=reads_weights)
+
+
+def _write_best(path: Path, weights: Mapping[str, Tensor], read: Callable[[], None]) -> None:
+    _write_weights(path, weights, read)
+    for other in path.parent.glob("best-*.safetensors"):
+        if other != path:
+            other.unlink()
+            other.with_suffix(".json").unlink(missing_ok=True)
 
 
 def restore_best(folder: Path, step: int, model: nn.Module) -> None:

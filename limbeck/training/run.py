@@ -65,7 +65,7 @@ class TrainingRun:
         development: set-aside responses, by the teacher's number, that the student is evaluated on during training.
         average: weights that follow the student's; None where nothing does.
         total: optimizer steps.
-        background: writes checkpoints beside the steps.
+        background: writes checkpoints and the best student beside the steps.
     """
 
     accelerator: Accelerator
@@ -111,6 +111,7 @@ class TrainingRun:
             settings=self.settings,
             context=self.context,
             total=self.total,
+            background=self.background,
         )
 
     def loss_on(self, steps: Sequence[Mapping[int, Response]]) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,13 @@ import torch
 
 from limbeck.models.loading import load_model
 from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.signal_windows import SignalWindows
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.files import read_json
+from limbeck.runtime.rundir import RunDirectory
 from limbeck.teachers.store.shards import OpenShard
-from limbeck.types import LimbeckError
+from limbeck.types import LimbeckError, Response
 from tests.teachers.scoring_server import ScoringHandler, scoring_server
 from tests.tiny_pair import TinyPair, questions, write_model, write_prompts
 
@@ -50,8 +55,9 @@ def tree_of(served: Served, output: Path, **sections: Any) -> dict[str, Any]:
     teacher = {"support": "topk_tail", "support_k": 16, "where": where} | sections.pop("teacher", {})
     groups = {"rouge": {"against": ["references"]}, "nll": {"whose": "references"}}
     base = {"responses": {"source": "data"}, "student": student, "evaluate": {"groups": groups}}
+    train = {"max_steps": 2} | sections.pop("train", {})
     tree = tiny.tree(output, **base | {"teacher": teacher, "objective": {"temperature": 1.0}} | sections)
-    tree["train"]["max_steps"] = 2
+    tree["train"] |= train
     return tree
 
 
@@ -68,6 +74,63 @@ def test_a_student_learns_from_a_teacher_whose_weights_are_elsewhere(served: Ser
     before = len(handler.state.requests)
     run_pipeline(recipe, stages=STAGES)
     assert len(handler.state.requests) == before, "a finished run needs no server"
+
+
+# A step's signal takes some 4 KiB, and two windows are on disk.
+WINDOWED = {"cache_limit_gib": 20 * 2**10 / 2**30}
+
+
+def losses_of(run: RunDirectory) -> list[float]:
+    return [json.loads(line)["loss"] for line in run.metrics.read_text("utf-8").splitlines()]
+
+
+def test_the_next_steps_are_scored_while_these_are_trained(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses as with the whole signal, never more on disk than was said, and no waiting but for the first."""
+    train = {"train": {"max_steps": 12, "logging_steps": 1}}
+    whole = run_pipeline(load_recipe(tree_of(served, tmp_path / "whole", **train)), stages=STAGES)
+    run = RunDirectory(tmp_path / "windows")
+    scored: list[tuple[str, bool]] = []
+    sizes: list[int] = []
+    score = SignalWindows._score
+
+    def lines() -> int:
+        return len(run.metrics.read_text("utf-8").splitlines()) if run.metrics.exists() else 0
+
+    def watched(self: SignalWindows, path: Path, responses: Sequence[Response]) -> None:
+        here = threading.current_thread() is threading.main_thread()
+        before, until = lines(), time.monotonic() + 30
+        while not here and lines() == before and time.monotonic() < until:
+            time.sleep(0.01)
+        scored.append((path.parent.name, here))
+        score(self, path, responses)
+        sizes.append(sum(file.stat().st_size for file in run.signal_windows.rglob("*.safetensors")))
+        assert here or lines() > before, "a step ended while the server was asked"
+
+    monkeypatch.setattr(SignalWindows, "_score", watched)
+    run_pipeline(load_recipe(tree_of(served, run.root, teacher=WINDOWED, **train)), stages=STAGES)
+    assert len(scored) > 2 and scored == [(f"{i:04d}", i == 0) for i in range(len(scored))]
+    assert max(sizes) <= WINDOWED["cache_limit_gib"] * 2**30
+    assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-6)
+    assert len(losses_of(run)) == 12 and not run.signal_windows.exists() and not run.asked.exists()
+
+
+def test_a_server_that_fails_while_it_scores_ahead_is_asked_for_the_rest(served: Served, tmp_path: Path) -> None:
+    handler = served[2]
+    tree = tree_of(served, tmp_path / "run", teacher=WINDOWED, train={"max_steps": 12, "logging_steps": 1})
+    recipe = load_recipe(tree, ["teacher.where.concurrency=1"])
+    straight = run_pipeline(load_recipe(tree, [f"output_dir={tmp_path / 'straight'}"]), stages=STAGES)
+    handler.state.requests = []
+    # Models, four texts for the tokenizer and the probe; six held-out responses; the windows of the first four steps.
+    handler.state.faults = [None] * (6 + 6 + 16 + 2) + ["hang up"]
+    with pytest.raises(LimbeckError, match="cut the connection off"):
+        run_pipeline(recipe, stages=STAGES)
+    handler.state.faults = []
+    run = RunDirectory(tmp_path / "run")
+    assert losses_of(run) == losses_of(straight)[:4]
+    run_pipeline(recipe, stages=STAGES)
+    assert losses_of(run) == losses_of(straight)
 
 
 def test_a_pass_that_was_cut_off_asks_for_the_rest(served: Served, tmp_path: Path) -> None:

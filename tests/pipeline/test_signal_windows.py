@@ -103,11 +103,11 @@ def test_what_was_scored_before_a_stop_is_not_scored_again(
     first.write_bytes(b"not a shard")
     score = SignalWindows._score
 
-    def counted(self: SignalWindows, lacking: Any, *, alone: bool) -> None:
-        scored.extend(lacking)
+    def counted(self: SignalWindows, path: Path, responses: Sequence[Response]) -> None:
+        scored.append(path)
         kept = [path for path in before if path.exists() and path != first]
         assert [path.stat().st_ino for path in kept] == [before[path] for path in kept]
-        score(self, lacking, alone=alone)
+        score(self, path, responses)
 
     monkeypatch.setattr(SignalWindows, "_score", counted)
     run_pipeline(recipe, stages=STAGES)

@@ -9,7 +9,7 @@ import pytest
 
 from limbeck.rollouts.order import Plan
 from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter
-from limbeck.rollouts.windows import WindowedSource, Windows
+from limbeck.rollouts.windows import Window, WindowedSource, Windows
 from limbeck.types import LimbeckError
 from tests.sampling.writing import base_of, prompts_of
 
@@ -44,14 +44,14 @@ def test_a_step_that_is_too_large_is_named() -> None:
 def test_a_window_is_opened_before_its_first_step_and_again_after_a_restart(begin: int) -> None:
     base = base_of(prompts_of(10))
     context = SourceContext(step_rows=4, seed=11)
-    opened: list[tuple[int, tuple[int, int]]] = []
+    opened: list[tuple[Window, Window | None]] = []
     held: set[str] = set()
 
-    def open_window(number, steps, responses) -> None:
-        opened.append((number, steps))
+    def open_window(window: Window, then: Window | None) -> None:
+        opened.append((window, then))
         held.clear()
-        held.update(r.id for r in responses)
-        assert len(held) == len(responses)
+        held.update(r.id for r in window.responses())
+        assert len(held) == len(window.responses())
 
     source = OfflineSource(base, context)
     windowed = WindowedSource(source, open_window, bytes_of=np.full(10, 10), limit=80)
@@ -60,7 +60,8 @@ def test_a_window_is_opened_before_its_first_step_and_again_after_a_restart(begi
         by_row = windowed.step(StepCounter(step=step, total=9))
         assert by_row == source.step(StepCounter(step=step, total=9))
         assert {r.id for r in by_row.values()} <= held
-    numbers = [number for number, _ in opened]
-    assert numbers == sorted(set(numbers)) and opened[-1][1][1] == 8
-    assert opened[0][1][0] <= begin
-    assert [first for _, (first, _) in opened[1:]] == [last + 1 for _, (_, last) in opened[:-1]]
+    assert opened[0][0].first <= begin and opened[-1][0].last == 8
+    # Each is told of the one that is opened next.
+    assert [then for _, then in opened] == [*(window for window, _ in opened[1:]), None]
+    for window, then in opened[:-1]:
+        assert then is not None and (then.number, then.first) == (window.number + 1, window.last + 1)

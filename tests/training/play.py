@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +25,7 @@ from limbeck.objectives.sums import AnyObjective
 from limbeck.recipe.load import TrainSection
 from limbeck.rollouts.sources import SourceFactory, offline
 from limbeck.teachers.local import LocalTeacher
+from limbeck.training import checkpoints
 from limbeck.training.corpus import Corpus
 from limbeck.training.loop import train
 from limbeck.training.loss import LossPlan
@@ -196,3 +201,16 @@ def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[str]:
+    """Write the files of checkpoints late; returns the threads that wrote."""
+    threads: list[str] = []
+
+    def late(*given: object) -> None:
+        time.sleep(seconds)
+        threads.append(threading.current_thread().name)
+        save_file(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoints, "save_file", late)
+    return threads

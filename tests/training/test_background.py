@@ -8,26 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from limbeck.training import checkpoints
 from limbeck.training.background import Background, on_host
 from limbeck.types import Interrupted
-from tests.training.play import identical, metrics, play, settings, stop_after, tiny_model, weights
+from tests.training.play import identical, metrics, play, settings, slowly, stop_after, tiny_model, weights
 from tests.training.test_checkpoints import trained
-
-
-def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[str]:
-    """Write the files of checkpoints late; returns the threads that wrote."""
-    threads: list[str] = []
-
-    def late(*given: object) -> None:
-        time.sleep(seconds)
-        threads.append(threading.current_thread().name)
-        save_file(*given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(checkpoints, "save_file", late)
-    return threads
 
 
 def test_a_checkpoint_is_of_its_own_step_however_late_it_is_written(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from tests.training.play import (
     metrics,
     play,
     settings,
+    slowly,
     stop_after,
     tiny_model,
     tiny_responses,
@@ -39,10 +40,14 @@ def _evaluated(folder: Path, chosen: dict[str, Any], **how: Any):
     )
 
 
-def test_a_student_that_is_ruined_on_the_way_is_handed_on_as_it_was_best(tmp_path: Path):
+def test_a_student_that_is_ruined_on_the_way_is_handed_on_as_it_was_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # However late it is written beside the steps that ruin it.
+    threads = slowly(monkeypatch, 0.3)
     # So large a rate does harm from the first step on, and leaves every number finite on any processor.
     ruined = _evaluated(tmp_path / "ruined", {"learning_rate": 1.0, "lr_scheduler_type": "constant"})
-    assert identical(weights(ruined), weights(tiny_model(1)))
+    assert identical(weights(ruined), weights(tiny_model(1))) and set(threads) == {"limbeck-background"}
     last = metrics(tmp_path / "ruined")[-1]
     assert last["eval_loss"] > last["eval_loss_before"]
     kept = _evaluated(

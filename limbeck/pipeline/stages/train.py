@@ -55,6 +55,7 @@ from limbeck.student.saving import save_student
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.local import NullTeacher
 from limbeck.training import checkpoints, launch, sharding
+from limbeck.training.background import Background
 from limbeck.training.loop import find_learning_rate, train
 from limbeck.training.metrics import LoopContext
 from limbeck.types import Interrupted, Json, Response, SignalSource
@@ -84,20 +85,20 @@ def _run_student(context: RunContext) -> Json:
         context.teacher.release()
     # Dropout inside adapters draws from torch's own generator.
     torch.manual_seed(recipe.train.seed)
-    with context.stop.deferred() as should_stop:
+    with context.stop.deferred() as should_stop, Background() as beside:
         try:
             if recipe.sft is not None:
                 if checkpoints.usable(run.checkpoints) is None:
                     if recipe.train.learning_rate == "auto":
                         _search_learning_rate(context, student, asked.teacher, should_stop)
-                    _run_sft(context, student, recipe.sft, should_stop)
+                    _run_sft(context, student, recipe.sft, should_stop, beside)
                     if asked.teacher is not context.teacher:
                         context.teacher.release()
                 if not context.rank:
                     # Not asked for again, whether it ended now or in a run that was killed before it came here.
                     for old in checkpoints.all_in(run.checkpoints / "sft"):
                         remove(old)
-            trained = _run_training(context, student, asked, should_stop)
+            trained = _run_training(context, student, asked, should_stop, beside)
         except Interrupted as stopped:
             context.console.say(f"train: {stopped}")
             if context.stop.requested:
@@ -155,7 +156,9 @@ def _asks_teacher(context: RunContext) -> bool:
     return recipe.on_policy or uncached or (recipe.sft_on_data and plans[-1].needs_teacher)
 
 
-def _run_sft(context: RunContext, student: Student, section: SftSection, should_stop: Callable[[], bool]) -> None:
+def _run_sft(
+    context: RunContext, student: Student, section: SftSection, should_stop: Callable[[], bool], beside: Background
+) -> None:
     """Run the first stage, on responses written before training; training starts from its last checkpoint."""
     recipe, run = context.recipe, context.run
     settings = replace(
@@ -173,7 +176,8 @@ def _run_sft(context: RunContext, student: Student, section: SftSection, should_
         return
     if done.exists():
         context.console.warn(f"{done} is not what was written; the first stage is trained again")
-    source, teacher = _sft_responses(context, section, should_stop, vocab_size=real_vocab_size(student.tokenizer))
+    vocab_size = real_vocab_size(student.tokenizer)
+    source, teacher = _sft_responses(context, section, should_stop, beside, vocab_size=vocab_size)
     train(
         student.model,
         source,
@@ -181,7 +185,7 @@ def _run_sft(context: RunContext, student: Student, section: SftSection, should_
         sft_loss_plan(recipe, section),
         temperature=Temperature(),
         settings=settings,
-        vocab_size=real_vocab_size(student.tokenizer),
+        vocab_size=vocab_size,
         pad_id=pad_token_id(student.tokenizer),
         context=_context(context, should_stop, checkpoints=folder, metrics=run.sft_metrics, label="sft"),
     )
@@ -189,7 +193,7 @@ def _run_sft(context: RunContext, student: Student, section: SftSection, should_
 
 
 def _sft_responses(
-    context: RunContext, section: SftSection, should_stop: Callable[[], bool], *, vocab_size: int
+    context: RunContext, section: SftSection, should_stop: Callable[[], bool], beside: Background, *, vocab_size: int
 ) -> tuple[SourceFactory, SignalSource]:
     """Responses of the first stage, and the source of their teacher signals, which are not stored for the data's
     answers."""
@@ -201,7 +205,7 @@ def _sft_responses(
     if not context.recipe.teacher.keeps_whole and not heeded:
         return responses, NullTeacher.of(vocab_size)
     if context.recipe.teacher.cache_limit_gib is not None:
-        windows = SignalWindows.of(context, context.teacher, should_stop)
+        windows = SignalWindows.of(context, context.teacher, should_stop, beside=beside)
         return windows.source(responses), in_shared_tokens(context, windows)
     return responses, in_shared_tokens(context, open_teacher(context))
 
@@ -232,7 +236,11 @@ def _search_learning_rate(
 
 
 def _run_training(
-    context: RunContext, student: Student, asked: TrainingTeacher, should_stop: Callable[[], bool]
+    context: RunContext,
+    student: Student,
+    asked: TrainingTeacher,
+    should_stop: Callable[[], bool],
+    beside: Background,
 ) -> torch.nn.Module:
     """Run the main training."""
     recipe, run = context.recipe, context.run
@@ -249,7 +257,7 @@ def _run_training(
     elif not recipe.teacher.keeps_whole and not loss_plan_of(recipe).needs_teacher:
         teacher = NullTeacher.of(vocab_size)
     elif recipe.teacher.cache_limit_gib is not None:
-        teacher = SignalWindows.of(context, asked.teacher, should_stop, aside=list(aside.values()))
+        teacher = SignalWindows.of(context, asked.teacher, should_stop, beside=beside, aside=list(aside.values()))
     else:
         teacher = open_teacher(context, asked.teacher)
     development = dict(enumerate(aside.values(), start=len(by_row)))
