@@ -15,7 +15,6 @@ import json
 import random
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from statistics import median
 
 from safetensors.torch import load_file
 
-from tests.limbeck_command import Command, CommandServer
+from tests.limbeck_command import Command, CommandServer, all_end
 from tests.tiny_pair import TinyPair
 
 STEPS = 24
@@ -56,7 +55,7 @@ class Bench:
         for ranks in (1, 2):
             self.straight[ranks] = self.begun(f"straight-{ranks}")
             began = time.monotonic()
-            ended(self.launched(self.straight[ranks], ranks))
+            all_end(self.launched(self.straight[ranks], ranks))
             self.seconds[ranks] = time.monotonic() - began
 
     @classmethod
@@ -71,21 +70,9 @@ class Bench:
 
     def launched(self, run: Path, ranks: int) -> list[Command]:
         """The processes of a launch."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         rows = f"train.per_device_train_batch_size={4 // ranks}"
         changes = (f"output_dir={run}", rows, *(("train.sharding=full",) if ranks > 1 else ()))
-        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return [
-            self.limbeck.start(
-                "train",
-                self.recipe,
-                *changes,
-                env={} if ranks == 1 else shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(ranks)
-        ]
+        return self.limbeck.launch("train", self.recipe, *changes, ranks=ranks)
 
     def row(self, sequence: Sequence[int], times: int, dice: random.Random) -> str:
         """What came of so many trainings with kills between launches of these numbers of ranks."""
@@ -94,7 +81,7 @@ class Bench:
             run = self.begun(f"killed-{'-'.join(map(str, sequence))}-{number}")
             for ranks in sequence[:-1]:
                 steps.append(self.killed(run, ranks, dice))
-            ended(self.launched(run, sequence[-1]))
+            all_end(self.launched(run, sequence[-1]))
             logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
             require(logged == list(range(1, STEPS + 1)), f"{run} has each step once")
             one, two = self.student(self.straight[sequence[-1] if len(set(sequence)) == 1 else 1]), self.student(run)
@@ -118,12 +105,6 @@ class Bench:
     @staticmethod
     def student(run: Path) -> Path:
         return run / "student" / "model.safetensors"
-
-
-def ended(processes: Sequence[Command]) -> None:
-    for process in processes:
-        end = process.wait()
-        require(end.code == 0, f"a rank ends: {end.stderr[-2000:]}")
 
 
 def require(met: bool, what: str) -> None:

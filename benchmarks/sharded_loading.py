@@ -2,8 +2,9 @@
 
     python -m benchmarks.sharded_loading --out DIR
 
-A random Llama of 0.9 GB in float32 lies in DIR, in float32 and in bfloat16; each rank makes a student of it and shards
-it, in a process of its own. What is said is the most that a rank ever had resident (VmHWM), less what it had before.
+A random Llama of 0.9 GB in float32 lies in DIR, in float32 and in bfloat16; each rank makes a student of all its blocks
+or of some and shards it, in a process of its own. What is said is the most that a rank ever had resident (VmHWM), less
+what it had before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 WIDTH, BLOCKS, VOCABULARY = 1024, 15, 32_000
@@ -24,17 +26,18 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--out", type=Path, required=True)
     asked.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
+    asked.add_argument("--blocks", type=int, nargs="*", default=[BLOCKS, 8])
     out = asked.parse_args().out
     for stored in ("float32", "bfloat16"):
         if not (out / stored).exists():
             _write(out / stored, stored)
-    print("| files | ranks | way | share, MiB | largest tensor, MiB | most of any rank, MiB | s |")
-    print("|---|---|---|---|---|---|---|")
+    print("| files | blocks | ranks | way | share, MiB | largest tensor, MiB | most of any rank, MiB | s |")
+    print("|---|---|---|---|---|---|---|---|")
     for stored in ("float32", "bfloat16"):
-        for ranks in asked.parse_args().ranks:
-            for way in WAYS:
-                share, largest, most, seconds = _measured(out / stored, ranks, way)
-                print(f"| {stored} | {ranks} | {way} | {share:.0f} | {largest:.0f} | {most:.0f} | {seconds:.1f} |")
+        for blocks, ranks, way in product(asked.parse_args().blocks, asked.parse_args().ranks, WAYS):
+            share, largest, most, seconds = _measured(out / stored, blocks, ranks, way)
+            numbers = f"{share:.0f} | {largest:.0f} | {most:.0f} | {seconds:.1f}"
+            print(f"| {stored} | {blocks} | {ranks} | {way} | {numbers} |", flush=True)
 
 
 def _write(folder: Path, dtype: str) -> None:
@@ -58,9 +61,9 @@ def _write(folder: Path, dtype: str) -> None:
     write_tokenizer(folder)
 
 
-def _measured(folder: Path, ranks: int, way: str) -> tuple[float, float, float, float]:
+def _measured(folder: Path, blocks: int, ranks: int, way: str) -> tuple[float, float, float, float]:
     """Share and largest tensor of a rank, the most that any had, in MiB, and the seconds of the slowest."""
-    code = f"from benchmarks.sharded_loading import load; load({str(folder)!r}, {way!r})"
+    code = f"from benchmarks.sharded_loading import load; load({str(folder)!r}, {blocks}, {way!r})"
     said = [line.split() for line in last_lines(code, ranks, timeout_s=300)]
     share, largest, most, seconds = ([float(one[column]) for one in said] for column in range(4))
     return share[0], largest[0], max(most), max(seconds)
@@ -82,8 +85,8 @@ def last_lines(code: str, ranks: int, *, timeout_s: float) -> list[str]:
     return [one.communicate(timeout=timeout_s)[0].splitlines()[-1] for one in started]
 
 
-def load(folder: str, way: str) -> None:
-    """Load and shard a student in this process, and print what it took."""
+def load(folder: str, blocks: int, way: str) -> None:
+    """Load and shard a student of so many blocks in this process, and print what it took."""
     from limbeck.models.slices import is_unread
     from limbeck.recipe.sections import TrainSection
     from limbeck.student.build import StudentSpec, build_student
@@ -94,7 +97,10 @@ def load(folder: str, way: str) -> None:
     # What libraries are loaded with is no part of the model.
     build_student(StudentSpec(init="scratch", model=folder, config={"num_hidden_layers": 1, "vocab_size": 512}))
     before, started = resident("VmRSS"), time.perf_counter()
-    student = build_student(StudentSpec(model=folder), unread=way == "slices").model
+    spec = StudentSpec(model=folder)
+    if blocks < BLOCKS:
+        spec = StudentSpec(model=folder, init="depth_prune", keep=tuple(i * BLOCKS // blocks for i in range(blocks)))
+    student = build_student(spec, unread=way == "slices").model
     assert is_unread(student) == (way == "slices")
     sharding.shard(student, accelerator, bf16=False)
     seconds = time.perf_counter() - started

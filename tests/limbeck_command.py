@@ -14,13 +14,15 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,11 +179,40 @@ class CommandServer:
         """Run `limbeck ARGS` to its end."""
         return self.start(*args, cwd=cwd, env=env, file_limit=file_limit, killed=killed).wait()
 
+    def launch(
+        self,
+        *args: str | Path,
+        ranks: int = 2,
+        env: Mapping[str, str] | None = None,
+        killed: Mapping[int, KillAt] = MappingProxyType({}),
+    ) -> list[Command]:
+        """Start the ranks of a launch of `limbeck ARGS` on the CPU, where one that dies ends no other."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+        shared |= {"WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+        return [
+            self.start(
+                *args,
+                env=shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+                killed=killed.get(rank),
+            )
+            for rank in range(ranks)
+        ]
+
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(60)
         self.process.stdout.close()
+
+
+def all_end(ranks: Sequence[Command]) -> list[Finished]:
+    """How the ranks of a launch ended, all with exit code 0."""
+    ends = [rank.wait() for rank in ranks]
+    assert not any(end.code for end in ends), "\n".join(end.stderr[-3000:] for end in ends)
+    return ends
 
 
 def serve() -> None:

@@ -26,6 +26,7 @@ from limbeck.compare.tables import Column, MetricTables
 from limbeck.evaluation.scores.bootstrap import CONFIDENCE
 from limbeck.report import format
 from limbeck.report.charts import HEIGHT, WIDTH
+from limbeck.report.environment import environment
 from limbeck.report.read_run import value_at
 from limbeck.runtime.files import write_text
 
@@ -206,20 +207,7 @@ class View:
 
 def _render(template: str, view: View) -> str:
     """A template with everything from the runs escaped: as HTML, or in Markdown as a cell of a table."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("limbeck.report"),
-        autoescape=template.endswith(".html.j2"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(
-        duration=format.duration, memory=format.memory, count=format.count, figure=format.figure, cell=format.markdown
-    )
     templates = files("limbeck.report") / "templates"
     style = "".join((templates / name).read_text(encoding="utf-8") for name in ("style.css", "compare.css"))
-    return environment.get_template(template).render(
-        view=view, style=style, drawing=(WIDTH, HEIGHT), open_rows=OPEN_ROWS
-    )
+    page = environment(escaped=template.endswith(".html.j2")).get_template(template)
+    return page.render(view=view, style=style, drawing=(WIDTH, HEIGHT), open_rows=OPEN_ROWS)

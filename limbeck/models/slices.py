@@ -80,6 +80,17 @@ def unread_model(
     return model
 
 
+def take_places(model: nn.Module, whole: nn.Module, name_of: Callable[[str], str]) -> None:
+    """Let a model on the meta device be read from where some weights of another one are stored, which is unread.
+
+    Args:
+        name_of: the name in `whole` of a module of `model`.
+    """
+    for name, module in model.named_modules():
+        if (places := _UNREAD.get(whole.get_submodule(name_of(name)))) is not None:
+            _UNREAD[module] = dict(places)
+
+
 def _is_converted(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether transformers makes other tensors of those in the files, or keeps some in float32."""
     from transformers.conversion_mapping import get_model_conversion_mapping

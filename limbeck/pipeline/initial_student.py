@@ -31,10 +31,16 @@ def build_initial_student(context: RunContext, *, unread: bool = False) -> Stude
     section, blocks = context.recipe.student, context.run.root / "blocks.json"
     if not blocks.exists() and (before := context.run.blocks_before).exists():
         write_json(blocks, read_json(before))
-    if section.measured and not blocks.exists():
+    # What is cut up is read first.
+    unread = unread and section.init != "width_prune"
+    if section.measured and not blocks.exists() and not (unread and context.rank):
         with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
             if not blocks.exists():
-                return _build(context, blocks)
+                student = _build(context, blocks)
+                if not unread:
+                    return student
+                # Measured whole, and read anew like on the other ranks.
+                del student
     return _build(context, blocks, unread=unread)
 
 
@@ -45,13 +51,14 @@ def student_before_teaching(context: RunContext) -> Student:
 
 def _build(context: RunContext, blocks: Path, *, unread: bool = False) -> Student:
     """The student, and in `blocks` what it has of a larger model, where that was measured."""
-    spec, weights = _of_teacher(context, student_spec(context))
+    spec = student_spec(context)
     if context.rank and context.recipe.student.measured:
         # One rank measures for all: what two machines measure may differ in the last bit and in a block.
         context.wait_until(blocks.exists)
     if blocks.exists():
         found = measured_blocks(blocks)
         spec = replace(spec, keep=tuple(found["keep"]), layers=None, stays=read_width(found.get("width"), blocks))
+    spec, weights = _of_teacher(context, spec, unread=unread)
     responses = in_a_row(load_responses(context, "train"))[:CALIBRATION_RESPONSES]
     calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
     student = build_student(
@@ -78,13 +85,15 @@ def _choice(student: Student, spec: StudentSpec) -> Json:
     return blocks | ({} if student.width is None else {"width": asdict(student.width)})
 
 
-def _of_teacher(context: RunContext, spec: StudentSpec) -> tuple[StudentSpec, LoadedModel | None]:
+def _of_teacher(context: RunContext, spec: StudentSpec, *, unread: bool) -> tuple[StudentSpec, LoadedModel | None]:
     """The spec of a student, and the teacher's weights where it is cut out of them in the precision they have.
 
-    A student that begins otherwise loads its own, or none: then it names the teacher, which is let go of first.
+    A student that begins otherwise, or may stay in its files, loads its own, or none: then it names the teacher, which
+    is let go of first.
     """
     teacher = context.recipe.teacher
-    if spec.model is None and spec.init in PRUNED and spec.dtype == teacher.dtype and teacher.bits is None:
+    same = spec.dtype == teacher.dtype and teacher.bits is None
+    if spec.model is None and spec.init in PRUNED and same and not (unread and spec.init == "depth_prune"):
         return spec, context.teacher.weights()
     context.teacher.release()
     return spec if spec.model is not None else replace(spec, model=teacher.model, revision=teacher.revision), None

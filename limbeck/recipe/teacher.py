@@ -89,8 +89,8 @@ class TeacherSection:
     """Precision of the hidden states on disk; null is the one that the teacher computes in, which loses nothing."""
     cache_limit_gib: Positive | None = None
     """GiB of disk at most for the signals of training responses: the teacher scores those of the next steps, as many as
-    fit, and they go when the training has passed them. One behind a server scores the next ones while the training is in
-    those before, half of the room each. Each epoch is scored anew. Null keeps all of them."""
+    fit, and they go when the training has passed them. One behind a server scores the next ones while those before are
+    trained, with half of the room for each. Each epoch is scored anew. Null keeps all of them."""
 
     def __post_init__(self) -> None:
         if self.cache_dtype is None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from limbeck.recipe.response_source import credit_of, sampled_before
 from limbeck.report.before_after import evidence
+from limbeck.report.environment import environment
 from limbeck.report.format import (
     code,
     count,
@@ -57,16 +57,13 @@ def write_card(
 
 def card(run: Run, *, base_model: str | None = None, license: str | None = None, datasets: Sequence[str] = ()) -> str:
     """The text of the card; see `write_card`."""
-    import jinja2
     import yaml
 
     base = base_model or _hub_id(_origin(run))
     source = _hub_id(value_at(run.recipe, "prompts.source"))
     versions = value_at(run.provenance, "versions")
     front = metadata(run, base_model=base, license=license, datasets=datasets or ([source] if source else ()))
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"cell": markdown, "code": code}
-    template = environment.from_string((files("limbeck.report") / "templates" / "card.md.j2").read_text("utf-8"))
+    template = environment(escaped=False).get_template("card.md.j2")
     body = template.render(
         name=name_of(run),
         headline=headline(run),

@@ -14,6 +14,7 @@ from limbeck.report import format
 from limbeck.report.before_after import evidence
 from limbeck.report.charts import HEIGHT, WIDTH, charts
 from limbeck.report.drafting import drafting
+from limbeck.report.environment import environment
 from limbeck.report.on_policy import account, exchanges, warned
 from limbeck.report.outcome import harm
 from limbeck.report.preference import preference_account
@@ -41,26 +42,11 @@ OF_AN_EVALUATION = ("teacher", "student", "prompts")
 
 def render(run: Run) -> str:
     """The page of a run. Every text from the run is escaped by the template engine."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("limbeck.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(
-        duration=format.duration,
-        memory=format.memory,
-        count=format.count,
-        figure=format.figure,
-        megabytes=format.megabytes,
-    )
     templates = files("limbeck.report") / "templates"
     style, script = ((templates / name).read_text(encoding="utf-8") for name in ("style.css", "hover.js"))
     curves = charts(run) + search_charts(run)
-    return environment.get_template("report.html.j2").render(
+    template = environment(escaped=True).get_template("report.html.j2")
+    return template.render(
         style=style,
         script=script,
         run=run,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from limbeck.models.heads import causal_model, decoder_blocks, decoder_of
 from limbeck.models.loading import without_dropout
 from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.models.slices import is_unread, take_places
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def depth_prune(model: nn.Module, keep: Sequence[int], *, dtype: torch.dtype | N
 
     The configuration follows (number of layers, fields that describe every block), so that the result can be saved and
     loaded like any other model, and generates with a cache. The result is checked against `model` with the other blocks
-    left out.
+    left out; that of a model whose weights are still in its files has its own there, and `blocks_stay_alike` checks it.
 
     Args:
         keep: block numbers, ascending.
@@ -91,6 +92,8 @@ def depth_prune(model: nn.Module, keep: Sequence[int], *, dtype: torch.dtype | N
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(blocks):
         raise LimbeckError(f"blocks to keep are {kept}; expected ascending numbers from 0 to {len(blocks) - 1}")
     config = without_dropout(pruned_config(inner.config, kept))
+    if is_unread(inner):
+        return _cut_unread(inner, config, kept)
     state = {}
     for key, value in inner.state_dict().items():
         if key.startswith(f"{name}."):
@@ -104,6 +107,54 @@ def depth_prune(model: nn.Module, keep: Sequence[int], *, dtype: torch.dtype | N
         pruned.generation_config = copy.deepcopy(inner.generation_config)
     _check_cut(inner, pruned, [i for i in range(len(blocks)) if i not in kept])
     return pruned.eval()
+
+
+def _cut_unread(inner: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int]) -> PreTrainedModel:
+    """The pruned model, with weights that are still in the files of the whole one."""
+    pruned = _on_meta(inner, config)
+    pruned.tie_weights()
+    pruned.generation_config = copy.deepcopy(inner.generation_config)
+    blocks = decoder_blocks(inner)[0]
+
+    def name_of(name: str) -> str:
+        number, dot, rest = name.removeprefix(f"{blocks}.").partition(".")
+        return f"{blocks}.{kept[int(number)]}{dot}{rest}" if name.startswith(f"{blocks}.") else name
+
+    take_places(pruned, inner, name_of)
+    return pruned.eval()
+
+
+def _on_meta(like: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of the class of another one, with another configuration and no weights."""
+    from accelerate import init_empty_weights
+
+    attention = like.config._attn_implementation
+    with quiet_transformers(), torch.random.fork_rng(devices=()), init_empty_weights(include_buffers=False):
+        return type(like)._from_config(config, dtype=like.dtype, attn_implementation=attention)
+
+
+def blocks_stay_alike(model: nn.Module, keep: Sequence[int]) -> bool:
+    """Whether the blocks of a pruned model, of which no weights are read, are built as they are in the whole one.
+
+    What a class makes of a block's place, such as every sixth one with another kind of attention, shows in its
+    attributes. A model with weights is computed with instead.
+    """
+    inner = causal_model(model)
+    pruned = _on_meta(inner, without_dropout(pruned_config(inner.config, keep)))
+    return all(
+        _plain_attributes(decoder_blocks(inner)[1][old]) == _plain_attributes(block)
+        for old, block in zip(keep, decoder_blocks(pruned)[1], strict=True)
+    )
+
+
+def _plain_attributes(block: nn.Module) -> dict[str, Any]:
+    """Numbers and words of a block and its modules, its own number aside."""
+    return {
+        f"{name}.{key}": value
+        for name, module in block.named_modules()
+        for key, value in vars(module).items()
+        if key not in ("layer_idx", "training") and isinstance(value, bool | int | float | str | None)
+    }
 
 
 def assembled(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -24,12 +25,13 @@ from limbeck.models.loading import (
 )
 from limbeck.models.processors import auto_class, reads_images
 from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.models.slices import is_unread
 from limbeck.models.sources import resolve
 from limbeck.models.vision import attach_reader, reader_of
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.ops import onednn
 from limbeck.student.adapters import LoraSpec, with_adapters
-from limbeck.student.blocks import depth_prune, per_layer_fields
+from limbeck.student.blocks import blocks_stay_alike, depth_prune, per_layer_fields
 from limbeck.student.endings import AnswerFormat
 from limbeck.student.pruning import BlockChoice, choose_blocks
 from limbeck.student.quantizing import Quantization, QuantizeSpec, check_quantizing, quantized
@@ -233,20 +235,27 @@ def _start(
     spec: StudentSpec, teacher: LoadedModel | None, progress: DownloadProgress | None, *, unread: bool
 ) -> LoadedModel:
     """The weights to start from. Pruning only reads them, so it can share the teacher's where the precision agrees."""
+    # Blocks that are given can be left out unseen; all else that is cut is measured or cut up.
+    cut = spec.init == "depth_prune" and bool(spec.keep)
+    unread = unread and spec.quantize is None and (cut or spec.init not in PRUNED)
     if spec.model is None:
         assert teacher is not None
         same = teacher.model.dtype == as_dtype(spec.dtype)
         if spec.init in PRUNED and same:
             return teacher
-    return load_model(
+    load = partial(
+        load_model,
         spec.model if spec.model is not None else _teacher(teacher).provenance.name,
         dtype=spec.dtype,
         attn_implementation=spec.attn_implementation,
         trust_remote_code=spec.trust_remote_code,
         revision=spec.revision if spec.model is not None else _teacher(teacher).provenance.revision,
         progress=progress,
-        unread=unread and spec.init not in PRUNED and spec.quantize is None,
     )
+    loaded = load(unread=unread)
+    if cut and is_unread(loaded.model) and not blocks_stay_alike(loaded.model, spec.keep):
+        return load()
+    return loaded
 
 
 def _teacher(teacher: LoadedModel | None) -> LoadedModel:

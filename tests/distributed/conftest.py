@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.tiny_pair import write_model
 
@@ -16,9 +18,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def played(tmp_path_factory) -> Path:
-    """The folder in which two processes have played every scenario of worker.py."""
-    folder = tmp_path_factory.mktemp("two")
+def played(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder in which two processes have played every scenario of worker.py, once for all workers of the tests."""
+    if worker_id == "master":
+        return _play(tmp_path_factory.mktemp("two"))
+    folder = tmp_path_factory.getbasetemp().parent / "two"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "played").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            _play(folder)
+            (folder / "played").touch()
+    return folder
+
+
+def _play(folder: Path) -> Path:
     write_model(folder / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

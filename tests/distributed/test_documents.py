@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.distributed.test_shared_stages import content, done, started
-from tests.limbeck_command import CommandServer, KillAt
+from tests.distributed.test_shared_stages import content
+from tests.limbeck_command import CommandServer, KillAt, all_end
 from tests.tiny_pair import TinyPair
 
 TEXT = ("responses.source=text", "responses.max_new_tokens=6", "evaluate.groups=[fidelity]")
@@ -21,9 +21,9 @@ def test_two_ranks_write_the_pieces_of_one(limbeck: CommandServer, tiny: TinyPai
     end = limbeck.run("respond", recipe, *TEXT)
     assert end.code == 0, end.stderr[-3000:]
     launch = ("respond", recipe, *TEXT, f"output_dir={two}")
-    first, second = started(limbeck, *launch, killed=(None, KillAt(two, "responses/batches/0*.json")))
+    first, second = limbeck.launch(*launch, killed={1: KillAt(two, "responses/batches/0*.json")})
     assert second.wait().code == -9
     first.kill()
-    done([rank.wait() for rank in started(limbeck, *launch)])
+    all_end(limbeck.launch(*launch))
     assert content(two, "responses") == content(one, "responses")
     assert not list(two.rglob("*.partial")) and not list((two / ".ranks").glob("work/*"))

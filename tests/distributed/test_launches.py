@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_command import LAUNCHER, ROOT, ended
+from tests.limbeck_command import CommandServer, all_end
 from tests.tiny_pair import TinyPair
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
@@ -63,7 +64,7 @@ def test_accelerate_starts_ranks_that_know_of_each_other_where_it_is_told_so(tin
     assert (launch["ranks"], launch["wrapper"], launch["launcher"]) == (2, "DDP", "accelerate launch")
 
 
-def test_fewer_ranks_than_a_checkpoint_was_made_with(tiny: TinyPair, tmp_path: Path) -> None:
+def test_fewer_ranks_than_a_checkpoint_was_made_with(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:
     """What the refusals say is so, and both remedies work."""
     run, copy = tmp_path / "run", tmp_path / "copy"
     recipe = str(tiny.recipe(run, train={"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 2}))
@@ -71,17 +72,17 @@ def test_fewer_ranks_than_a_checkpoint_was_made_with(tiny: TinyPair, tmp_path: P
     died = ended(*LAUNCHER, *dying, DIES="0")
     assert died.returncode != 0 and (run / "checkpoints" / "step-000002").exists(), died.stderr[-3000:]
     shutil.copytree(run, copy)
-    alone = (sys.executable, "-m", "limbeck", "train", recipe, f"output_dir={copy}")
-    [line] = own_lines(ended(*alone).stderr)
+    alone = ("train", recipe, f"output_dir={copy}")
+    line = limbeck.run(*alone).error_line
     assert "was made with 4 responses per step and this launch has 2; launch 2 processes again, or delete" in line
     # A step of as many responses is the same training: see test_sharded.py.
     assert line.endswith("or give train.per_device_train_batch_size=4")
-    [other] = own_lines(ended(*alone, "train.per_device_train_batch_size=3").stderr)
+    other = limbeck.run(*alone, "train.per_device_train_batch_size=3").error_line
     assert "was made by another recipe: train.per_device_train_batch_size is 2 there and 3 here" in other
     assert f"or delete {copy / 'checkpoints'} to train from the start" in line
     shutil.rmtree(copy / "checkpoints")
-    for end, folder in ((ended(*LAUNCHER, "limbeck", "train", recipe), run), (ended(*alone), copy)):
-        assert end.returncode == 0, end.stderr[-3000:]
+    for ranks, folder in ((limbeck.launch("train", recipe), run), ([limbeck.start(*alone)], copy)):
+        all_end(ranks)
         steps = [json.loads(text)["step"] for text in (folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3, 4, 5, 6]
 

@@ -22,8 +22,8 @@ from limbeck.teachers.sharded import Sharded
 from limbeck.types import LimbeckError
 from tests.distributed.conftest import ROOT
 from tests.distributed.sharded_teacher import BATCHES
-from tests.distributed.test_shared_stages import content, done, started
-from tests.limbeck_command import CommandServer
+from tests.distributed.test_shared_stages import content
+from tests.limbeck_command import CommandServer, all_end
 from tests.tiny_pair import TinyPair, questions, write_model, write_prompts
 from tests.training.play import tiny_responses
 
@@ -102,7 +102,7 @@ def test_two_ranks_write_signal_and_scores_of_a_whole_teacher(
     one, two = tmp_path / "one", tmp_path / "two"
     end = limbeck.run("run", recipe, *STEPS, f"output_dir={one}")
     assert end.code == 0, end.stderr[-3000:]
-    done([rank.wait() for rank in started(limbeck, "run", recipe, *STEPS, SHARDED, HALF, f"output_dir={two}")])
+    all_end(limbeck.launch("run", recipe, *STEPS, SHARDED, HALF, f"output_dir={two}"))
     assert content(two, "signal") == content(one, "signal")
     before, after = (json.loads((run / "scores.json").read_text()) for run in (one, two))
     assert after["before"] == before["before"], "the student that was not trained yet"
@@ -128,7 +128,7 @@ def test_a_teacher_beside_the_student_gives_the_losses_of_a_whole_one(
         "train.sharding=full",
         f"output_dir={tmp_path / 'two'}",
     )
-    done([rank.wait() for rank in started(limbeck, *launch)])
+    all_end(limbeck.launch(*launch))
     for name in ("whole", "alone", "two"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])

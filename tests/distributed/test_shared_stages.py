@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.limbeck_command import Command, CommandServer, Finished, KillAt
+from tests.limbeck_command import CommandServer, KillAt, all_end
 from tests.recovery.conftest import Sampled
 from tests.tiny_pair import TinyPair, questions, write_prompts
 
@@ -18,24 +16,6 @@ from tests.tiny_pair import TinyPair, questions, write_prompts
 ROWS = [{"prompt": text, "completion": f"It is {text[8:20]}."} for text in questions(150)]
 GROUPS = "evaluate.groups={rouge: {}, fidelity: {whose: [responses, student]}, nll: {}, likelihood: {}}"
 STEPS = ("train.max_steps=2", "responses.batch_size=8", "evaluate.batch_size=4", "evaluate.prompts=20", GROUPS)
-
-
-def started(
-    limbeck: CommandServer, *args: str | Path, killed: tuple[KillAt | None, KillAt | None] = (None, None)
-) -> list[Command]:
-    """The two ranks of a launch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-    return [
-        limbeck.start(*args, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, killed=killed[rank])
-        for rank in range(2)
-    ]
-
-
-def done(ends: Sequence[Finished]) -> None:
-    assert [end.code for end in ends] == [0, 0], "\n".join(end.stderr[-3000:] for end in ends)
 
 
 def content(root: Path, *folders: str) -> dict[str, bytes]:
@@ -62,8 +42,8 @@ def pair(request, tmp_path_factory, limbeck: CommandServer) -> tuple[Path, Path]
 def test_two_ranks_write_the_responses_and_the_signal_of_one(pair, limbeck: CommandServer, tmp_path: Path) -> None:
     recipe, one = pair
     two = tmp_path / "two"
-    ranks = started(limbeck, "teach", recipe, *STEPS, f"output_dir={two}")
-    done([rank.wait() for rank in ranks])
+    ranks = limbeck.launch("teach", recipe, *STEPS, f"output_dir={two}")
+    all_end(ranks)
     assert content(two, "responses", "signal") == content(one, "responses", "signal")
     assert not list(two.rglob("*.partial")) and not list((two / ".ranks").glob("work/*"))
 
@@ -76,8 +56,8 @@ def test_two_ranks_write_the_scores_of_one(pair, limbeck: CommandServer, tmp_pat
         path = two / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     half = "train.per_device_train_batch_size=2"
-    ranks = started(limbeck, "run", recipe, *STEPS, f"output_dir={two}", half)
-    done([rank.wait() for rank in ranks])
+    ranks = limbeck.launch("run", recipe, *STEPS, f"output_dir={two}", half)
+    all_end(ranks)
     assert content(two, "scores") == content(one, "scores")
     assert (two / "scores.json").read_bytes() == (one / "scores.json").read_bytes()
 
@@ -91,14 +71,14 @@ def test_what_two_ranks_have_finished_before_a_kill_is_not_done_again(
     writes = (one / "responses" / "teacher.jsonl").exists()
     name, count = ("responses/batches/0*.jsonl", 2) if writes else ("signal/shares/0*.json", 0)
     launch = ("teach", recipe, *STEPS, f"output_dir={two}")
-    first, second = started(limbeck, *launch, killed=(None, KillAt(two, name, count)))
+    first, second = limbeck.launch(*launch, killed={1: KillAt(two, name, count)})
     assert second.wait().code == -9
     first.kill()
     sampled = Sampled(two)
     sampled.look()
     parts = {path.stat().st_ino for path in two.glob("signal/0*.safetensors")}
     assert len(sampled.seen) >= count
-    done([rank.wait() for rank in started(limbeck, *launch)])
+    all_end(limbeck.launch(*launch))
     sampled.look()
     assert content(two, "responses", "signal") == content(one, "responses", "signal")
     # Those that were whole are the same files.
@@ -115,7 +95,7 @@ def test_two_ranks_share_the_windows_of_a_signal(pair, limbeck: CommandServer, t
     end = limbeck.run("train", recipe, *limit, f"output_dir={one}")
     assert end.code == 0, end.stderr[-3000:]
     half = "train.per_device_train_batch_size=2"
-    done([r.wait() for r in started(limbeck, "train", recipe, *limit, f"output_dir={two}", half)])
+    all_end(limbeck.launch("train", recipe, *limit, f"output_dir={two}", half))
     losses = [
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
     ]

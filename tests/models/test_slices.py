@@ -9,13 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from limbeck.models.loading import load_model
 from limbeck.models.slices import is_unread, read_parts, stand_ins
+from limbeck.rollouts.collate import collate
 from limbeck.student.adapters import LoraSpec
 from limbeck.student.build import StudentSpec, build_student
+from limbeck.student.width import WidthSpec
+from limbeck.types import Response
 from tests.models.tiny import _SIZES, FAMILIES, save_tiny, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -106,9 +110,57 @@ def test_what_slices_do_not_tell_is_read_whole(change: str, tmp_path: Path) -> N
             load_model(tmp_path, unread=True)
 
 
-def test_students_whose_weights_are_looked_at_are_read_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_blocks_that_are_given_are_left_out_unseen(family: str, dtype: str, tmp_path: Path) -> None:
+    """The student is that whose weights were read first, and cut and checked then."""
+    if family in FAMILIES:
+        save_tiny(tmp_path, family)
+    else:
+        AutoModelForCausalLM.from_config(MORE[family]()).save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+    depth = AutoConfig.from_pretrained(tmp_path).num_hidden_layers
+    keep = tuple(range(1, depth))
+    spec = StudentSpec(model=str(tmp_path), init="depth_prune", keep=keep, dtype=dtype, attn_implementation="eager")
+    expected, found = build_student(spec), build_student(spec, unread=True)
+    assert is_unread(found.model) and all(weight.is_meta for weight in found.model.parameters())
+    assert (found.parameters, found.trainable, found.source) == (
+        expected.parameters,
+        expected.trainable,
+        expected.source,
+    )
+    read_parts(found.model, CPU)
+    require_same(found.model, expected.model)
+    ours, theirs = found.model, expected.model
+    assert _without_path(ours) == _without_path(theirs)
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()  # type: ignore[operator, union-attr]
+
+
+def _without_path(model: Any) -> dict[str, Any]:
+    """The configuration, but for where it was read from, which is not saved."""
+    return {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+
+
+def test_blocks_that_a_cut_would_build_otherwise_are_read_and_computed_with(tmp_path: Path) -> None:
+    """Of a class that makes every second block of another kind by its place, as its attributes show."""
     spec = StudentSpec(model=str(save_tiny(tmp_path)), init="depth_prune", keep=(0, 2))
-    assert not is_unread(build_student(spec, unread=True).model)
+    assert is_unread(build_student(spec, unread=True).model)
+    made = LlamaDecoderLayer.__init__
+
+    def by_its_place(self: LlamaDecoderLayer, config: LlamaConfig, layer_idx: int) -> None:
+        made(self, config, layer_idx)
+        self.kind = ("full", "sliding")[layer_idx % 2]  # type: ignore[assignment]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaDecoderLayer, "__init__", by_its_place)
+        assert not is_unread(build_student(spec, unread=True).model)
+
+
+def test_students_whose_weights_are_measured_are_read_at_once(tmp_path: Path) -> None:
+    spec = StudentSpec(model=str(save_tiny(tmp_path)), init="width_prune", width=WidthSpec(intermediate_size=32))
+    answer = Response(prompt_id="", author="data", prompt_ids=(1, 5), response_ids=(3, 4, 5, 2), stop="eos")
+    batch = collate([answer], [0], pad_id=0)
+    assert not is_unread(build_student(spec, unread=True, calibration=[batch]).model)
 
 
 def test_a_stand_in_is_no_number_and_leaves_nothing_behind(tmp_path: Path) -> None:
