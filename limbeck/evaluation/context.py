@@ -321,12 +321,14 @@ class EvaluationGroup(ABC):
         parts: students it looks at: before training, after, or both. Evaluating a student on its own is "after".
         metrics: what its metrics mean, where `limbeck.evaluation.scores.metrics` does not have them.
         references_remedy: what to change where data has no reference answers.
+        teacher_remedy: what to change where the teacher cannot give what the group asks of it.
         takes_likeliest: whether a teacher will do that says no more of a token than the likeliest ones.
     """
 
     parts: ClassVar[tuple[Part, ...]] = ("before", "after")
     metrics: ClassVar[Mapping[str, Metric]] = {}
     references_remedy: ClassVar[str] = "leave the group out of evaluate.groups"
+    teacher_remedy: ClassVar[str] = "leave it out"
     takes_likeliest: ClassVar[bool] = False
 
     def needs(self) -> frozenset[Need]:

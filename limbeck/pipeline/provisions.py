@@ -122,5 +122,4 @@ def _by_groups(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
             if need in group.needs():
                 provision: Provision = "hidden" if group.scores_fresh and least == "captured" else least
                 provision = "topk" if likeliest and least == "captured" else provision
-                remedy = "set evaluate.groups.rouge.against=[references]" if name == "rouge" else "leave it out"
-                yield f"evaluate.groups.{name}", provision, remedy
+                yield f"evaluate.groups.{name}", provision, group.teacher_remedy

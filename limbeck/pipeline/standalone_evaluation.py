@@ -80,8 +80,9 @@ def _check_names(overrides: Sequence[str]) -> None:
 def _require_teacher(recipe: Recipe) -> None:
     for name, group in recipe.evaluate.groups.items():
         if "teacher" in group.needs():
-            other = "; or evaluate.groups.rouge.against=[references]" if name == "rouge" else "; or leave the group out"
-            raise LimbeckError(f"group {name} needs a teacher and none is given; name one with --teacher{other}")
+            raise LimbeckError(
+                f"group {name} needs a teacher and none is given; name one with --teacher, or {group.teacher_remedy}"
+            )
 
 
 def _run_prompts(context: RunContext) -> Json:

@@ -136,6 +136,22 @@ def test_a_teacher_beside_the_student_gives_the_losses_of_a_whole_one(
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_plain_text_is_scored_by_a_sharded_teacher(recipe: Path, limbeck: CommandServer, tmp_path: Path) -> None:
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": f"Salt and moss {i}. " * 4}) + "\n" for i in range(60)), "utf-8")
+    text = (f"prompts.source={source}", "responses.source=text", "responses.max_new_tokens=20")
+    more = (*text, "train.max_steps=3", "train.logging_steps=1", "evaluate.groups=[fidelity]")
+    one, two = tmp_path / "one", tmp_path / "two"
+    end = limbeck.run("run", recipe, *more, f"output_dir={one}")
+    assert end.code == 0, end.stderr[-3000:]
+    all_end(limbeck.launch("run", recipe, *more, SHARDED, HALF, "train.sharding=full", f"output_dir={two}"))
+    assert content(two, "signal") == content(one, "signal")
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -133,6 +133,25 @@ def test_a_server_that_fails_while_it_scores_ahead_is_asked_for_the_rest(served:
     assert losses_of(run) == losses_of(straight)
 
 
+def test_plain_text_is_scored_by_a_server(served: Served, tmp_path: Path) -> None:
+    """With nearly the losses of the same teacher in this process."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Salt and moss {i}. " * 4}) + "\n" for i in range(30)), "utf-8")
+    sections: dict[str, Any] = {
+        "prompts": {"source": str(text)},
+        "responses": {"source": "text", "max_new_tokens": 20},
+        "evaluate": {"groups": {"perplexity": {"teacher": False}}},
+        "train": {"max_steps": 4, "logging_steps": 1},
+    }
+    asked = run_pipeline(load_recipe(tree_of(served, tmp_path / "asked", **sections)), stages=STAGES)
+    tree = tree_of(served, tmp_path / "here", **sections)
+    tree["teacher"] |= {"where": "in_process", "model": str(write_model(tmp_path / "teacher"))}
+    here = run_pipeline(load_recipe(tree), stages=STAGES)
+    # The server's tokens have the one that followed among them.
+    assert losses_of(asked) == pytest.approx(losses_of(here), rel=0.03) and len(losses_of(asked)) == 4
+    assert not asked.asked.exists()
+
+
 def test_a_pass_that_was_cut_off_asks_for_the_rest(served: Served, tmp_path: Path) -> None:
     handler = served[2]
     handler.state.requests = []

@@ -47,6 +47,8 @@ class PerplexityGroup(EvaluationGroup):
     teacher: bool = True
     """Measure the teacher too."""
 
+    teacher_remedy = "set evaluate.groups.perplexity.teacher=false"
+
     def needs(self) -> frozenset[Need]:
         return frozenset({"teacher", "tokens"} if self.teacher else ())
 

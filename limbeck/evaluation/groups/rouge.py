@@ -63,6 +63,7 @@ class RougeGroup(EvaluationGroup):
     """references: of the sampled answers."""
 
     references_remedy = "set evaluate.groups.rouge.against to [teacher]"
+    teacher_remedy = "set evaluate.groups.rouge.against=[references]"
 
     def needs(self) -> frozenset[Need]:
         needs: dict[str, tuple[Need, ...]] = {"teacher": ("teacher", "teacher_weights"), "references": ("references",)}

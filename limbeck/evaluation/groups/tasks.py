@@ -81,6 +81,8 @@ class TasksGroup(EvaluationGroup):
     lm_eval: Strings = ()
     """Tasks of lm-evaluation-harness, where it is installed."""
 
+    teacher_remedy = "set evaluate.groups.tasks.teacher=false"
+
     def needs(self) -> frozenset[Need]:
         return frozenset({"teacher", "teacher_weights"} if self.teacher else ())
 
