@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from limbeck.models.vocabulary import VocabularyCard
+    from limbeck.pipeline.plan.sizes import StudentSize
     from limbeck.pipeline.seen_prompts import SeenPrompts
     from limbeck.recipe.teacher import TeacherSection
     from limbeck.runtime.shared_work import Job
@@ -142,6 +143,13 @@ class RunContext:
         """Each of several teachers by name, reading the student's prompts."""
         return {name: self._opened(section, name) for name, section in self.recipe.teachers.items()}
 
+    @cached_property
+    def student_size(self) -> StudentSize:
+        """The size of its student, known without weights."""
+        from limbeck.pipeline.plan.case import student_size
+
+        return student_size(self)
+
     def member_of(self, prompt_id: str) -> str:
         """Name of the teacher of a prompt, where there are several."""
         routing = self.recipe.routing
@@ -179,6 +187,7 @@ class RunContext:
     @cached_property
     def seen(self) -> SeenPrompts | None:
         """The prompts as the teacher sees them; None where it sees the student's."""
+    from limbeck.pipeline.plan.sizes import StudentSize
         from limbeck.pipeline.seen_prompts import SeenPrompts
         from limbeck.teachers.sees import StudentsPrompt
 

@@ -169,7 +169,7 @@ def case_of(context: RunContext, work: Workload, fleet: Fleet) -> Case:
     where = WHERE.name_of(recipe.teacher.where)
     return Case(
         recipe=recipe,
-        student=student_size(context),
+        student=context.student_size,
         teacher=largest_teacher(context),
         work=work,
         fleet=fleet,
@@ -213,6 +213,6 @@ def largest_teacher(context: RunContext) -> ModelSize | None:
     """The size of the largest of a run's teachers; None where nothing is known of them."""
     members = context.run_teachers.values() if context.run_teachers else (context.run_teacher,)
     if context.recipe.teacher.model in ITSELF:
-        return student_size(context).model
+        return context.student_size.model
     known = [member.skeleton for member in members if member.size is not None]
     return max((size_of(model) for model in known), key=lambda size: size.parameters, default=None)
