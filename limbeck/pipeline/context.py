@@ -187,7 +187,6 @@ class RunContext:
     @cached_property
     def seen(self) -> SeenPrompts | None:
         """The prompts as the teacher sees them; None where it sees the student's."""
-    from limbeck.pipeline.plan.sizes import StudentSize
         from limbeck.pipeline.seen_prompts import SeenPrompts
         from limbeck.teachers.sees import StudentsPrompt
 

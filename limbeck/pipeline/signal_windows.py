@@ -11,6 +11,7 @@ scored before a kill is read, not scored again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,10 +158,11 @@ class SignalWindows:
 
         def score(_: Callable[[], None]) -> None:
             for path, some in self._lacking(files, world):
-                # What is left is scored when the training goes on.
+                # What is left is asked for when the training comes to it; a server that fails is heard of then.
                 if ahead.ending or self.should_stop():
                     return
-                self._score(path, some)
+                with suppress(LimbeckError):
+                    self._score(path, some)
 
         ahead.begin(score, reads_weights=False)
 
