@@ -251,6 +251,10 @@ class EvaluationContext(Protocol):
         """
         ...
 
+    def release_student(self) -> None:
+        """Free the student's weights; the next use loads them again."""
+        ...
+
     def release_teacher(self) -> None:
         """Free the teacher's weights; the next use loads them again."""
         ...

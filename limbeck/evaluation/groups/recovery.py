@@ -72,9 +72,14 @@ class RecoveryGroup(EvaluationGroup):
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         quantized = evaluation.quantized_weights()
         assert quantized is not None, "a recipe without student.quantize is refused"
+        sizes = _sizes(evaluation.student.model, quantized)
         healed = fidelity_rows(evaluation, evaluation.student.model)
+        # One model in memory at a time: the student before training is built of the teacher's weights anew.
+        evaluation.release_student()
+        evaluation.release_teacher()
         before = evaluation.before()
         rounded = fidelity_rows(before, before.student.model)
+        before.release_student()
         tables: dict[str, Sequence[ScoredRow]] = {"": closed_share(rounded, healed, "recovered")}
         for condition, model in self._quantised(evaluation, quantized.formats):
             rows = fidelity_rows(evaluation, model)
@@ -82,7 +87,6 @@ class RecoveryGroup(EvaluationGroup):
                 replace(row, values={name: row.values[name] for name in _MEASURED}, sums=shared.sums)
                 for row, shared in zip(rows, closed_share(rows, healed, "recovered"), strict=True)
             ]
-        sizes = _sizes(evaluation.student.model, quantized)
         tables["file"] = [ScoredRow(id="model", weight=1.0, values=sizes)]
         return GroupResult(tables=tables, detail={"formats": dict(Counter(quantized.formats.values())), **sizes})
 
