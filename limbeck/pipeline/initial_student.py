@@ -8,6 +8,7 @@ from pathlib import Path
 from limbeck.models.loading import LoadedModel
 from limbeck.models.slices import is_unread
 from limbeck.models.vision import bind_images
+from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.checks import student_spec
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.sharing import initial_student, once
@@ -60,7 +61,11 @@ def _build(context: RunContext, blocks: Path, *, unread: bool = False) -> Studen
         spec = replace(spec, keep=tuple(found["keep"]), layers=None, stays=read_width(found.get("width"), blocks))
     spec, weights = _of_teacher(context, spec, unread=unread)
     responses = in_a_row(load_responses(context, "train"))[:CALIBRATION_RESPONSES]
-    calibration = [collate(responses, range(len(responses)), pad_id=0)] if responses else []
+    # A few at a time: what is measured on them is a sum, and a batch of all takes a gigabyte.
+    rows = range(len(responses))
+    calibration = [
+        collate(responses, rows[first : first + SCORING_BATCH_SIZE], pad_id=0) for first in rows[::SCORING_BATCH_SIZE]
+    ]
     student = build_student(
         spec,
         teacher=weights,
