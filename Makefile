@@ -12,8 +12,9 @@ VLLM := .vllm
 quickstart: $(VENV)/.installed
 	$(BIN)/limbeck run quickstart
 
+# Files in their order: by the number of their tests, as xdist has it, the longest would begin last.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # A real vLLM on this machine's cores; the table that it writes, runs/servers.md, is that of docs/results/servers.md.
 test-servers: $(VENV)/.installed-dev $(VLLM)/.installed
