@@ -57,15 +57,14 @@ def all_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=step_of)
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"step-{step:06d}"
+
+
 def step_of(path: Path) -> int:
     """The step that a checkpoint was written after."""
     return int(path.name.removeprefix("step-"))
-
-
-def newest(folder: Path) -> Path | None:
-    """The last whole checkpoint."""
-    found = all_in(folder)
-    return found[-1] if found else None
 
 
 def usable(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path | None:
@@ -117,7 +116,7 @@ def save(
         average: weights that follow the model's, where any do.
         background: writes it beside what comes next; without one it is on disk when this returns.
     """
-    target = folder / f"step-{step:06d}"
+    target = path_of(folder, step)
     on_cpu = _is_on_cpu(model)
     copies = background is not None and not on_cpu
     if copies and average is not None:

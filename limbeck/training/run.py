@@ -183,9 +183,7 @@ class TrainingRun:
         loss = means["loss"]
         grad_norm = self.passes.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise self._not_finite(
-                progress.step + 1, f"loss {loss}, gradient norm {grad_norm}", begun=progress.step > 0
-            )
+            raise self._not_finite(progress, progress.step + 1, f"loss {loss}, gradient norm {grad_norm}")
         self.background.before_update()
         self.passes.update(rate)
         if self.average is not None:
@@ -286,14 +284,17 @@ class TrainingRun:
         """Refuse to keep or hand on a student that the last update ruined."""
         fault = self.health_check.fault(list(progress.now[1].values())[-1])
         if fault is not None:
-            raise self._not_finite(progress.step, fault, begun=True)
+            raise self._not_finite(progress, progress.step, fault)
 
-    def _not_finite(self, step: int, what: str, *, begun: bool) -> NonFiniteError:
+    def _not_finite(self, progress: Progress, step: int, what: str) -> NonFiniteError:
         self.background.finish()
-        last = checkpoints.newest(self.context.checkpoints)
-        remedy = "lower train.learning_rate and add --update" if begun else "look for NaN or inf in the loaded weights"
+        # By the step and not by what is on disk, which another rank may still be writing.
+        last = checkpoints.path_of(self.context.checkpoints, progress.saved) if progress.saved else "the start"
+        remedy = "lower train.learning_rate and add --update"
+        if not progress.step:
+            remedy = "look for NaN or inf in the loaded weights"
         return NonFiniteError(
-            f"step {step}: {what}; expected finite numbers. The last good checkpoint is {last or 'the start'}; "
+            f"step {step}: {what}; expected finite numbers. The last good checkpoint is {last}; "
             f"{remedy}, or use float32"
         )
 

@@ -125,7 +125,7 @@ def test_a_damaged_average_is_passed_over_with_its_checkpoint(tiny: TinyPair, tm
     tree = tree_of(tiny, tmp_path / "run", "ema", train={"save_steps": 2})
     root, _ = played(tree)
     folder = root / "checkpoints"
-    newest = checkpoints.newest(folder)
+    newest = checkpoints.usable(folder)
     assert newest is not None and checkpoints.usable(folder) == newest
     path = newest / "average.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")

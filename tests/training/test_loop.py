@@ -129,7 +129,7 @@ def test_a_learned_projection_is_part_of_the_checkpoint(tmp_path):
     straight = play(tiny_model(1), tmp_path / "straight", chosen, objective=objective)
     with pytest.raises(Interrupted):
         play(tiny_model(1), tmp_path / "broken", chosen, objective=objective, should_stop=stop_after(3))
-    newest = checkpoints.newest(tmp_path / "broken" / "checkpoints")
+    newest = checkpoints.usable(tmp_path / "broken" / "checkpoints")
     assert newest is not None
     stored = load_file(newest / "model.safetensors")
     assert stored["projection_ED"].shape == (48, 32)
@@ -211,7 +211,7 @@ def test_checkpoints_are_pruned_and_partial_ones_ignored(tmp_path):
     folder = tmp_path / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-000003", "step-000004"]
     (folder / ".step-000005.partial").mkdir()
-    newest = checkpoints.newest(folder)
+    newest = checkpoints.usable(folder)
     assert newest is not None and newest.name == "step-000004"
 
 
@@ -281,7 +281,7 @@ def test_a_step_that_ruins_the_student_is_neither_kept_nor_handed_on(tmp_path, l
     beyond = settings(learning_rate=1e30, warmup_steps=0, save_steps=1, max_steps=last, max_grad_norm=0.0)
     with pytest.raises(NonFiniteError, match=r"step 1: after the update .*the start.*--update"):
         play(tiny_model(1), tmp_path, beyond)
-    assert checkpoints.newest(tmp_path / "checkpoints") is None
+    assert checkpoints.usable(tmp_path / "checkpoints") is None
 
 
 def test_another_number_of_ranks_does_not_continue_in_another_place(tmp_path):
