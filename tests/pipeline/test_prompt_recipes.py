@@ -84,13 +84,13 @@ def test_without_a_network_a_hub_id_is_refused_at_once_and_quietly(tiny: TinyPai
     recipe = tiny.recipe(tmp_path / "run", prompts={"source": "nobody/nothing"})
     command = [sys.executable, "-m", "limbeck", "prompts", str(recipe)]
     away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
-    took = []
+    took: list[float] = []
     for source, said in (
         ("nobody/nothing", ("nobody/nothing is neither", "the hub cannot be reached")),
         (str(tmp_path / "none.jsonl"), ("does not exist",)),
     ):
         began = time.monotonic()
-        each = [*command, f"prompts.source={source}"]
+        each = [*command, f"prompts.source={source}", f"output_dir={tmp_path / str(len(took))}"]
         done = subprocess.run(each, env=os.environ | away, capture_output=True, text=True, check=False)
         took.append(time.monotonic() - began)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
