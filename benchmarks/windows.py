@@ -42,6 +42,8 @@ def main() -> None:
     server = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while not address.exists():
+            if server.poll() is not None:
+                raise SystemExit(f"the server has ended with exit code {server.returncode}; its reason is above")
             time.sleep(0.1)
         print("| the teacher scores the next steps | s, training in all | s, its steps alone |\n|---|---:|---:|")
         for way, elsewhere in (("before them", False), ("beside the steps before", True)):

@@ -183,14 +183,13 @@ class CommandServer:
         self,
         *args: str | Path,
         ranks: int = 2,
-        env: Mapping[str, str] | None = None,
         killed: Mapping[int, KillAt] = MappingProxyType({}),
     ) -> list[Command]:
         """Start the ranks of a launch of `limbeck ARGS` on the CPU, where one that dies ends no other."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
         shared |= {"WORLD_SIZE": str(ranks)} if ranks > 1 else {}
         return [
             self.start(

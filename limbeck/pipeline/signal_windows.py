@@ -141,7 +141,7 @@ class SignalWindows:
         world.wait()
         responses = window.responses()
         if world.rank == 0 and not begun:
-            self.say(f"teach: the signal of steps {window.first + 1} to {window.last + 1}, {len(responses)} responses")
+            self._say(window, responses)
         self._held.extend(self._write(self._folder(window), responses, world))
         if self.ahead is not None and then is not None:
             self._begin(then, self.ahead, world)
@@ -150,10 +150,7 @@ class SignalWindows:
         """Have the teacher score this rank's part of a window while the training is in the one before."""
         responses = window.responses()
         if world.rank == 0:
-            self.say(
-                f"teach: the signal of steps {window.first + 1} to {window.last + 1}, {len(responses)} responses, "
-                "while the steps before are trained"
-            )
+            self._say(window, responses, ", while the steps before are trained")
         files = self._files(self._folder(window), responses)
 
         def score(_: Callable[[], None]) -> None:
@@ -165,6 +162,10 @@ class SignalWindows:
                     self._score(path, some)
 
         ahead.begin(score, reads_weights=False)
+
+    def _say(self, window: Window, responses: Sequence[Response], when: str = "") -> None:
+        steps = f"{window.first + 1} to {window.last + 1}"
+        self.say(f"teach: the signal of steps {steps}, {len(responses)} responses{when}")
 
     def _folder(self, window: Window) -> Path:
         return self.folder / f"{window.number:04d}"

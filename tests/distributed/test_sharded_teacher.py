@@ -24,6 +24,7 @@ from tests.distributed.conftest import ROOT
 from tests.distributed.sharded_teacher import BATCHES
 from tests.distributed.test_shared_stages import content
 from tests.limbeck_command import CommandServer, all_end
+from tests.pipeline.test_text import corpus
 from tests.tiny_pair import TinyPair, questions, write_model, write_prompts
 from tests.training.play import tiny_responses
 
@@ -137,8 +138,7 @@ def test_a_teacher_beside_the_student_gives_the_losses_of_a_whole_one(
 
 
 def test_plain_text_is_scored_by_a_sharded_teacher(recipe: Path, limbeck: CommandServer, tmp_path: Path) -> None:
-    source = tmp_path / "text.jsonl"
-    source.write_text("".join(json.dumps({"text": f"Salt and moss {i}. " * 4}) + "\n" for i in range(60)), "utf-8")
+    source = corpus(tmp_path, [f"Salt and moss {i}. " * 4 for i in range(60)])
     text = (f"prompts.source={source}", "responses.source=text", "responses.max_new_tokens=20")
     more = (*text, "train.max_steps=3", "train.logging_steps=1", "evaluate.groups=[fidelity]")
     one, two = tmp_path / "one", tmp_path / "two"

@@ -43,14 +43,19 @@ def require_same(found: nn.Module, expected: nn.Module) -> None:
     assert len(list(found.parameters())) == len(list(expected.parameters()))
 
 
+def save_family(folder: Path, family: str) -> None:
+    """A model of a family and its tokenizer."""
+    if family in FAMILIES:
+        save_tiny(folder, family)
+    else:
+        AutoModelForCausalLM.from_config(MORE[family]()).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_it_is_what_from_pretrained_makes(family: str, dtype: str, tmp_path: Path) -> None:
-    if family in FAMILIES:
-        save_tiny(tmp_path, family)
-    else:
-        AutoModelForCausalLM.from_config(MORE[family]()).save_pretrained(tmp_path)
-        tiny_tokenizer().save_pretrained(tmp_path)
+    save_family(tmp_path, family)
     expected = load_model(tmp_path, dtype=dtype, attn_implementation="eager")
     found = load_model(tmp_path, dtype=dtype, attn_implementation="eager", unread=True)
     assert is_unread(found.model) and all(weight.is_meta for weight in found.model.parameters())
@@ -114,11 +119,7 @@ def test_what_slices_do_not_tell_is_read_whole(change: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_blocks_that_are_given_are_left_out_unseen(family: str, dtype: str, tmp_path: Path) -> None:
     """The student is that whose weights were read first, and cut and checked then."""
-    if family in FAMILIES:
-        save_tiny(tmp_path, family)
-    else:
-        AutoModelForCausalLM.from_config(MORE[family]()).save_pretrained(tmp_path)
-        tiny_tokenizer().save_pretrained(tmp_path)
+    save_family(tmp_path, family)
     depth = AutoConfig.from_pretrained(tmp_path).num_hidden_layers
     keep = tuple(range(1, depth))
     spec = StudentSpec(model=str(tmp_path), init="depth_prune", keep=keep, dtype=dtype, attn_implementation="eager")

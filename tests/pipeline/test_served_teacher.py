@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from limbeck.runtime.files import read_json
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.teachers.store.shards import OpenShard
 from limbeck.types import LimbeckError, Response
+from tests.pipeline.test_text import corpus, losses
 from tests.teachers.scoring_server import ScoringHandler, scoring_server
 from tests.tiny_pair import TinyPair, questions, write_model, write_prompts
 
@@ -80,10 +80,6 @@ def test_a_student_learns_from_a_teacher_whose_weights_are_elsewhere(served: Ser
 WINDOWED = {"cache_limit_gib": 20 * 2**10 / 2**30}
 
 
-def losses_of(run: RunDirectory) -> list[float]:
-    return [json.loads(line)["loss"] for line in run.metrics.read_text("utf-8").splitlines()]
-
-
 def test_the_next_steps_are_scored_while_these_are_trained(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,8 +108,8 @@ def test_the_next_steps_are_scored_while_these_are_trained(
     run_pipeline(load_recipe(tree_of(served, run.root, teacher=WINDOWED, **train)), stages=STAGES)
     assert len(scored) > 2 and scored == [(f"{i:04d}", i == 0) for i in range(len(scored))]
     assert max(sizes) <= WINDOWED["cache_limit_gib"] * 2**30
-    assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-6)
-    assert len(losses_of(run)) == 12 and not run.signal_windows.exists() and not run.asked.exists()
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+    assert len(losses(run)) == 12 and not run.signal_windows.exists() and not run.asked.exists()
 
 
 def test_a_server_that_fails_while_it_scores_ahead_is_asked_for_the_rest(served: Served, tmp_path: Path) -> None:
@@ -128,17 +124,15 @@ def test_a_server_that_fails_while_it_scores_ahead_is_asked_for_the_rest(served:
         run_pipeline(recipe, stages=STAGES)
     handler.state.faults = []
     run = RunDirectory(tmp_path / "run")
-    assert losses_of(run) == losses_of(straight)[:4]
+    assert losses(run) == losses(straight)[:4]
     run_pipeline(recipe, stages=STAGES)
-    assert losses_of(run) == losses_of(straight)
+    assert losses(run) == losses(straight)
 
 
 def test_plain_text_is_scored_by_a_server(served: Served, tmp_path: Path) -> None:
     """With nearly the losses of the same teacher in this process."""
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"Salt and moss {i}. " * 4}) + "\n" for i in range(30)), "utf-8")
     sections: dict[str, Any] = {
-        "prompts": {"source": str(text)},
+        "prompts": {"source": corpus(tmp_path, [f"Salt and moss {i}. " * 4 for i in range(30)])},
         "responses": {"source": "text", "max_new_tokens": 20},
         "evaluate": {"groups": {"perplexity": {"teacher": False}}},
         "train": {"max_steps": 4, "logging_steps": 1},
@@ -148,7 +142,7 @@ def test_plain_text_is_scored_by_a_server(served: Served, tmp_path: Path) -> Non
     tree["teacher"] |= {"where": "in_process", "model": str(write_model(tmp_path / "teacher"))}
     here = run_pipeline(load_recipe(tree), stages=STAGES)
     # The server's tokens have the one that followed among them.
-    assert losses_of(asked) == pytest.approx(losses_of(here), rel=0.03) and len(losses_of(asked)) == 4
+    assert losses(asked) == pytest.approx(losses(here), rel=0.03) and len(losses(asked)) == 4
     assert not asked.asked.exists()
 
 
