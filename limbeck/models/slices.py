@@ -44,6 +44,15 @@ def is_unread(model: nn.Module) -> bool:
     return any(module in _UNREAD for module in model.modules())
 
 
+@contextmanager
+def no_weights() -> Iterator[None]:
+    """A block in which models are made without weights: on the meta device, buffers aside; random numbers stay."""
+    from accelerate import init_empty_weights
+
+    with torch.random.fork_rng(devices=()), init_empty_weights(include_buffers=False):
+        yield
+
+
 def unread_model(
     source: Source,
     config: PretrainedConfig,
@@ -58,12 +67,11 @@ def unread_model(
         None where they cannot be read by slices: files of another kind, tensors that transformers renames, fuses or
         keeps in another precision on reading, or images.
     """
-    from accelerate import init_empty_weights
     from transformers import GenerationConfig
 
     if source.gguf is not None or reads_images(config):
         return None
-    with torch.random.fork_rng(devices=()), init_empty_weights(include_buffers=False):
+    with no_weights():
         model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from limbeck.models.heads import causal_model, decoder_blocks, decoder_of
 from limbeck.models.loading import without_dropout
 from limbeck.models.quiet import one_line, quiet_transformers
-from limbeck.models.slices import is_unread, take_places
+from limbeck.models.slices import is_unread, no_weights, take_places
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
@@ -126,10 +126,8 @@ def _cut_unread(inner: PreTrainedModel, config: PretrainedConfig, kept: Sequence
 
 def _on_meta(like: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """A model of the class of another one, with another configuration and no weights."""
-    from accelerate import init_empty_weights
-
     attention = like.config._attn_implementation
-    with quiet_transformers(), torch.random.fork_rng(devices=()), init_empty_weights(include_buffers=False):
+    with quiet_transformers(), no_weights():
         return type(like)._from_config(config, dtype=like.dtype, attn_implementation=attention)
 
 
