@@ -10,7 +10,7 @@ from torch import nn
 
 from limbeck.models.whole import whole
 from limbeck.recipe.sections import TrainSection
-from limbeck.training import checkpoints
+from limbeck.training import trained_weights
 from limbeck.training.background import Background
 from limbeck.training.loss import StudentLoss
 from limbeck.training.metrics import LoopContext
@@ -69,7 +69,7 @@ class EvaluationInTraining:
         progress.since_gain = 0 if loss < least else progress.since_gain + 1
         if math.isfinite(loss) and (progress.best is None or loss < progress.best.loss):
             progress.best = Best(step=progress.step, loss=loss)
-            checkpoints.save_best(self.context.checkpoints, progress.step, self.module, self.background)
+            trained_weights.save_best(self.context.checkpoints, progress.step, self.module, self.background)
         return loss
 
     def _in_place_of_loss(self) -> dict[str, float]:
@@ -97,7 +97,7 @@ class EvaluationInTraining:
         best = progress.best
         if best is None or not self.settings.load_best_model_at_end or best.step == progress.step:
             return
-        checkpoints.restore_best(self.context.checkpoints, best.step, self.module)
+        trained_weights.restore_best(self.context.checkpoints, best.step, self.module)
         where = f"after step {best.step}" if best.step else "before training"
         self.context.console.warn(
             f"{self.context.label}: the loss on the set-aside prompts was lowest {where} ({best.loss:.4g}): that "

@@ -15,13 +15,26 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+# Whole, on rank 0; of what is trained.
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+SCATTERED = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+# As each rank keeps it.
 _KEPT = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def weight_parts(model: nn.Module) -> dict[str, Tensor]:
+    """The trained weights by name, as this rank keeps them: the tensors themselves."""
+    return once(get_model_state_dict(model, options=_KEPT), model)
+
+
+def put_weights_back(kept: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Put what `weight_parts` gave back, with other values in it."""
+    set_model_state_dict(model, dict(kept), options=_KEPT)
 
 
 def parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The trained weights and their moments by name, as this rank keeps them: the tensors themselves."""
-    weights = once(get_model_state_dict(model, options=_KEPT), model)
-    return weights | flat(get_optimizer_state_dict(model, optimizer, options=_KEPT)["state"])
+    return weight_parts(model) | flat(get_optimizer_state_dict(model, optimizer, options=_KEPT)["state"])
 
 
 def put_back(kept: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -29,7 +42,7 @@ def put_back(kept: Mapping[str, Tensor], model: nn.Module, optimizer: torch.opti
     names = {name for name, _ in model.named_parameters()}
     moments: dict[str, Any] = {"state": nested({name: part for name, part in kept.items() if name not in names})}
     moments["param_groups"] = named_groups(model, optimizer)
-    set_model_state_dict(model, {name: part for name, part in kept.items() if name in names}, options=_KEPT)
+    put_weights_back({name: part for name, part in kept.items() if name in names}, model)
     set_optimizer_state_dict(model, optimizer, moments, options=_KEPT)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from limbeck.training.learning_rate import TRIAL_STEPS, trial_factors
 from limbeck.types import Response
@@ -23,14 +22,14 @@ class RateTrials:
     """Trials over the first steps of a training.
 
     Attributes:
-        module: what is trained; its trainable weights are put back after each trial.
+        put_back: gives the student the weights that it began with.
         steps: responses of the steps of a trial, begun anew when they are used up.
         measured: responses of the steps that a trial is measured on.
         update: makes one update with the gradients of a step at a rate, and says whether they were finite.
         loss_on: mean loss per token on the responses of some steps, without gradients.
     """
 
-    module: nn.Module
+    put_back: Callable[[], None]
     optimizer: torch.optim.Optimizer
     steps: Sequence[Step]
     measured: Sequence[Step]
@@ -42,7 +41,7 @@ class RateTrials:
         cls,
         previews: Sequence[Step],
         *,
-        module: nn.Module,
+        put_back: Callable[[], None],
         optimizer: torch.optim.Optimizer,
         update: Callable[[int, Step, float], bool],
         loss_on: Callable[[Sequence[Step]], float],
@@ -50,7 +49,7 @@ class RateTrials:
         """The last of the previewed steps are measured, the others trained on; a single one is both."""
         last = min(_steps_to_measure(previews), max(1, len(previews) // 3))
         return cls(
-            module=module,
+            put_back=put_back,
             optimizer=optimizer,
             steps=previews[:-last] or previews,
             measured=previews[-last:],
@@ -64,7 +63,6 @@ class RateTrials:
 
     def try_rate(self, rate: float) -> float:
         """The loss after a trial; infinite where it left the finite numbers."""
-        weights = self._weights()
         try:
             for i, factor in enumerate(trial_factors()):
                 if not self.update(i, self.steps[i % len(self.steps)], rate * factor):
@@ -72,18 +70,10 @@ class RateTrials:
             loss = self.loss_on(self.measured)
             return loss if math.isfinite(loss) else math.inf
         finally:
-            self._put_back(weights)
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def _put_back(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.module.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
-        self.optimizer.zero_grad()
-        self.optimizer.state.clear()
+            # Before the weights are read, which would lie beside them.
+            self.optimizer.zero_grad()
+            self.optimizer.state.clear()
+            self.put_back()
 
 
 def previews_wanted(step_rows: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from limbeck.training import checkpoints
+from limbeck.training import checkpoints, trained_weights
 from limbeck.training.checkpoint_shards import read_whole, shards_in
 from tests.distributed.authors import SCENARIOS
 from tests.distributed.recipes import NAMES, play_recipe
@@ -22,7 +22,7 @@ from tests.distributed.test_two_processes import ended
 from tests.distributed.updates import SHARDED, kept_bytes, play_update
 from tests.limbeck_command import CommandServer, KillAt, all_end
 from tests.tiny_pair import TinyPair
-from tests.training.play import identical, largest_gap, metrics, tiny_lora, weights
+from tests.training.play import identical, largest_gap, metrics, tiny_lora, tiny_model, weights
 
 FSDP2 = """
 compute_environment: LOCAL_MACHINE
@@ -107,6 +107,17 @@ def test_each_rank_writes_its_half_alone_and_one_that_is_damaged_is_seen(played:
     assert checkpoints.usable(folder) == folder / "step-000003"
     shards_in(folder / "step-000003")[0].unlink()
     assert checkpoints.usable(folder) is None
+
+
+def test_each_rank_keeps_its_half_of_the_best_student_alone(played: Path) -> None:
+    start = weights(tiny_model(1))
+    for kind in (played, played / "sharded"):
+        assert identical(ended(kind, "ruined"), start)
+    best = played / "sharded" / "ruined" / "checkpoints" / "best-000000"
+    sizes = [file.stat().st_size for file in shards_in(best)]
+    assert trained_weights.has(best) and len(sizes) == 2 and max(sizes) <= 0.6 * sum(sizes)
+    whole = {f"student.{name}": weight for name, weight in start.items()}
+    assert identical(read_whole(best, whole), whole)
 
 
 def test_weights_on_a_grid_cannot_be_sharded(played: Path) -> None:

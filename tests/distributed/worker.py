@@ -22,7 +22,17 @@ from limbeck.training.run import NonFiniteError
 from limbeck.types import Interrupted, LimbeckError
 from tests.distributed.authors import SCENARIOS, play_author
 from tests.distributed.updates import EXACT, SHARDED, UPDATES, kept_bytes, play_update
-from tests.training.play import FailingTeacher, play, settings, stop_after, tiny_lora, tiny_model, tiny_teacher, weights
+from tests.training.play import (
+    FailingTeacher,
+    play,
+    settings,
+    stop_after,
+    tiny_lora,
+    tiny_model,
+    tiny_responses,
+    tiny_teacher,
+    weights,
+)
 
 RANK = int(os.environ["RANK"])
 
@@ -50,6 +60,16 @@ def poisoned(folder: Path, **changes: Any) -> str:
     raise AssertionError("NaN went through")
 
 
+def ruined(folder: Path, **changes: Any) -> nn.Module:
+    """A rate at which every step does harm: the student as it was before, of which each rank kept its part, is put
+    back."""
+    responses = tiny_responses()
+    harm = {"learning_rate": 1.0, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    chosen = settings(per_device_train_batch_size=4, eval_steps=2, **harm, **changes)
+    aside = dict(enumerate(responses[-4:], start=len(responses) - 4))
+    return play(tiny_model(1), folder, chosen, responses=responses[:-4], temperature=1.0, development=aside)
+
+
 def made(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return folder
@@ -71,6 +91,7 @@ def play_all(folder: Path, model: Path, names: Iterable[str], **changes: Any) ->
     ends["continued"] = interrupted(made(folder / "continued"), dropout, **changes)
     narrow = settings(per_device_train_batch_size=4, bf16=True, **changes)
     ends["bf16"] = play(tiny_model(1), made(folder / "bf16"), narrow)
+    ends["ruined"] = ruined(made(folder / "ruined"), **changes)
     wider = tiny_teacher(width=64, dtype=EXACT)
     hidden = build_objective("sum", parts=["fkl", "hidden"])
     chosen = settings(per_device_train_batch_size=4, **changes)

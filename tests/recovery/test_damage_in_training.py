@@ -60,7 +60,7 @@ def test_nothing_but_the_first_stage_is_left(
         for checkpoint in run.glob("checkpoints/step-*"):
             (checkpoint / "state.json").write_text("null")
         if name == "damaged":
-            save_file({"zzz": torch.zeros(2)}, run / "checkpoints/sft/done.safetensors")
+            save_file({"zzz": torch.zeros(2)}, run / "checkpoints/sft/done/model.safetensors")
         finished = limbeck.run("run", run)
         assert finished.code == 0, finished.stderr
         assert ("the first stage is trained again" in finished.stderr) == (name == "damaged")
@@ -78,7 +78,7 @@ def test_a_first_stage_that_had_just_ended(
     left = run / "checkpoints/sft/step-000002"
     shutil.copytree(max(at for at in whole.root.glob("checkpoints/step-*")), left)
     assert limbeck.run("run", recipe).code == 0
-    assert [path.name for path in (run / "checkpoints/sft").iterdir() if path.is_dir()] == []
+    assert [path.name for path in (run / "checkpoints/sft").iterdir()] == ["done"]
     whole.check(run)
 
 

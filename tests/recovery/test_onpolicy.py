@@ -30,7 +30,7 @@ MOMENTS = (
     # The first stage.
     ("metrics.sft.jsonl", 1),
     ("checkpoints/sft/step-000002", 0),
-    ("checkpoints/sft/done.safetensors", 0),
+    ("checkpoints/sft/done", 0),
     # The first round, whose weights are those of the first stage; the teacher's part of it was there before.
     ("rounds/000/student/00000.jsonl", 0),
     ("rounds/000/student/00003.jsonl", 0),

@@ -25,7 +25,7 @@ from limbeck.objectives.sums import AnyObjective
 from limbeck.recipe.load import TrainSection
 from limbeck.rollouts.sources import SourceFactory, offline
 from limbeck.teachers.local import LocalTeacher
-from limbeck.training import checkpoints
+from limbeck.training import checkpoint_files
 from limbeck.training.corpus import Corpus
 from limbeck.training.loop import train
 from limbeck.training.loss import LossPlan
@@ -212,5 +212,5 @@ def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[str]:
         threads.append(threading.current_thread().name)
         save_file(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoints, "save_file", late)
+    monkeypatch.setattr(checkpoint_files, "save_file", late)
     return threads

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from limbeck.training import checkpoints
+from limbeck.training import checkpoint_files, checkpoints
 from limbeck.training.background import Background, on_host
 from limbeck.types import Interrupted
 from tests.training.play import identical, metrics, play, settings, slowly, stop_after, tiny_model, weights
@@ -49,7 +49,7 @@ def test_a_disk_that_is_full_ends_the_training_before_the_next_update(tmp_path, 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoint_files, "save_file", full)
     with pytest.raises(OSError, match="No space") as failed:
         play(tiny_model(1), tmp_path, settings(save_steps=2))
     assert failed.value.filename == str(tmp_path / "checkpoints" / "step-000002")
@@ -143,7 +143,7 @@ def test_copies_on_the_host_are_copies():
 def test_counts_on_the_host_are_copied_where_the_weights_lie_elsewhere(tmp_path, monkeypatch):
     """Weights and moments of an accelerator come to the host as copies; what lies there already would not."""
     slowly(monkeypatch, 0.2)
-    monkeypatch.setattr(checkpoints, "_is_on_cpu", lambda model: False)
+    monkeypatch.setattr(checkpoints, "is_on_cpu", lambda model: False)
     model = tiny_model(1)
     optimizer = trained(model, steps=3)
     with Background() as background:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from limbeck.runtime.files import read_json
-from limbeck.training import checkpoints
+from limbeck.training import checkpoint_files, checkpoints
 from tests.training.play import identical, play, settings, tiny_lora, tiny_model, weights
 
 
@@ -114,7 +114,7 @@ def test_a_write_that_fails_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "write_json", full)
+    monkeypatch.setattr(checkpoint_files, "write_json", full)
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(tmp_path, 2, model=model, optimizer=optimizer, state={}, keep=1)
     assert checkpoints.usable(tmp_path) == first

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from limbeck.training import checkpoints
+from limbeck.training import checkpoints, trained_weights
 from limbeck.types import LimbeckError
 from tests.training.play import identical, tiny_model, weights
 from tests.training.test_checkpoints import trained
@@ -116,17 +116,16 @@ def test_moments_of_another_student(tmp_path: Path) -> None:
 
 
 def test_weights_alone(tmp_path: Path) -> None:
-    model, path = tiny_model(1), tmp_path / "done.safetensors"
-    assert not checkpoints.has_weights(path)
-    checkpoints.save_weights(path, model)
-    assert checkpoints.has_weights(path)
-    shutil.copy(path, tmp_path / "best-000001.safetensors")
-    shutil.copy(path.with_suffix(".json"), tmp_path / "best-000001.json")
-    assert not checkpoints.has_weights(tmp_path / "best-000001.safetensors")
-    tensors = load_file(path)
+    model, folder = tiny_model(1), tmp_path / "done"
+    assert not trained_weights.has(folder)
+    trained_weights.save(folder, model)
+    assert trained_weights.has(folder)
+    shutil.copytree(folder, tmp_path / "best-000001")
+    assert not trained_weights.has(tmp_path / "best-000001")
+    tensors = load_file(folder / "model.safetensors")
     name = next(iter(tensors))
     tensors[name].view(-1)[0] += 1
-    save_file(tensors, path)
-    assert not checkpoints.has_weights(path)
-    with pytest.raises(LimbeckError, match=r"best-000001\.safetensors, the best student .* delete .*from the start"):
-        checkpoints.restore_best(tmp_path, 1, model)
+    save_file(tensors, folder / "model.safetensors")
+    assert not trained_weights.has(folder)
+    with pytest.raises(LimbeckError, match=r"best-000001, the best student .* delete .*from the start"):
+        trained_weights.restore_best(tmp_path, 1, model)

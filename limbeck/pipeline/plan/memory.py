@@ -110,7 +110,7 @@ def _teach(case: Case) -> Iterator[tuple[str, float]]:
 
 
 def _train(case: Case) -> Iterator[tuple[str, float]]:
-    student, train = case.student, case.recipe.train
+    student = case.student
     shards = case.ranks if case.sharded else 1
     number = student.number_bytes
     yield "parameters", student.held * number / shards
@@ -119,8 +119,6 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     yield "gathered", _gathered(case)
     yield "activations", activation_bytes(case, batch_positions(case))
     yield "loss", _loss_bytes(case)
-    if train.learning_rate == "auto" and not case.sharded:
-        yield "weights of a trial", student.trained * number
     yield from _teacher_in_training(case)
     yield "kept of the first stage", _kept(case, first=True)
     if case.steps.written and isinstance(case.recipe.responses.engine, InProcess):
@@ -160,15 +158,14 @@ def _evaluate(case: Case) -> Iterator[tuple[str, float]]:
 def _kept(case: Case, *, first: bool) -> float:
     """What the allocator of a process on a CPU keeps of a training that is over, though it was freed.
 
-    The moments of a first stage; of the whole training, also gradients, moments and the weights of a trial.
+    The moments of a first stage; of the whole training, also gradients and moments.
     """
     if not case.fleet.device.host:
         return 0
     weights = case.student.trained * case.student.number_bytes / (case.ranks if case.sharded else 1)
     moments = state_bytes(case) / (case.ranks if case.sharded else 1)
     of_first = moments if case.steps.first else 0
-    searched = case.recipe.train.learning_rate == "auto" and not case.sharded
-    return of_first if first else of_first + (1 + searched) * weights + moments
+    return of_first if first else of_first + weights + moments
 
 
 def batch_positions(case: Case) -> int:

@@ -54,7 +54,7 @@ from limbeck.student.build import Student
 from limbeck.student.saving import save_student
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.local import NullTeacher
-from limbeck.training import checkpoints, launch, sharding
+from limbeck.training import checkpoints, launch, sharding, trained_weights
 from limbeck.training.background import Background
 from limbeck.training.loop import find_learning_rate, train
 from limbeck.training.metrics import LoopContext
@@ -170,9 +170,9 @@ def _run_sft(
         report_to=(),
     )
     folder = run.checkpoints / "sft"
-    done = folder / "done.safetensors"
-    if checkpoints.has_weights(done):
-        checkpoints.restore_weights(done, student.model)
+    done = folder / "done"
+    if trained_weights.has(done):
+        trained_weights.restore(done, student.model)
         return
     if done.exists():
         context.console.warn(f"{done} is not what was written; the first stage is trained again")
@@ -189,7 +189,7 @@ def _run_sft(
         pad_id=pad_token_id(student.tokenizer),
         context=_context(context, should_stop, checkpoints=folder, metrics=run.sft_metrics, label="sft"),
     )
-    checkpoints.save_weights(done, student.model)
+    trained_weights.save(done, student.model)
 
 
 def _sft_responses(

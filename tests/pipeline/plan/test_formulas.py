@@ -256,7 +256,7 @@ class TestDisk:
         work = workload_of(context)
         assert work.exact
         parts = {part.name: part for part in disk_of(case_of(context, work, CPU))}
-        best = sum(path.stat().st_size for path in run.checkpoints.glob("best-*"))
+        best = sum(measured_bytes(path) for path in run.checkpoints.glob("best-*"))
         done = measured_bytes(run.checkpoints / "sft") if recipe.sft else 0
         found = {
             "signal": measured_bytes(run.signal),
