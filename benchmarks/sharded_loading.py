@@ -30,7 +30,7 @@ def main() -> None:
     out = asked.parse_args().out
     for stored in ("float32", "bfloat16"):
         if not (out / stored).exists():
-            _write(out / stored, stored)
+            write_model(out / stored, stored)
     print("| files | blocks | ranks | way | share, MiB | largest tensor, MiB | most of any rank, MiB | s |")
     print("|---|---|---|---|---|---|---|---|")
     for stored in ("float32", "bfloat16"):
@@ -40,7 +40,8 @@ def main() -> None:
             print(f"| {stored} | {blocks} | {ranks} | {way} | {numbers} |", flush=True)
 
 
-def _write(folder: Path, dtype: str) -> None:
+def write_model(folder: Path, dtype: str) -> None:
+    """Write the random Llama in a precision."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -6,13 +6,18 @@ The copy has the model's structure and no weights until it is filled, one weight
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from limbeck.runtime.files import naming
+from limbeck.runtime.folders import remove
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -55,12 +60,13 @@ def reader_copy(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def whole(model: nn.Module, *, here: bool = True, device: torch.device | None = None) -> Iterator[nn.Module]:
+def whole(model: nn.Module, *, here: bool = True, folder: Path | None = None) -> Iterator[nn.Module]:
     """The model with its whole weights, as they are now. Where it is sharded, all ranks enter at the same time.
 
     Args:
         here: fill this rank's copy too; the others need its parts in any case.
-        device: where the copy's weights are put; None leaves them where the model is.
+        folder: where the copy's weights lie in files that are mapped into memory, until the end; None puts them into
+            memory where the model is.
     """
     if model not in _COPIES:
         yield model
@@ -68,11 +74,27 @@ def whole(model: nn.Module, *, here: bool = True, device: torch.device | None = 
     filled = _COPIES[model]
     places = dict(filled.named_parameters())
     try:
-        for name, weight in model.named_parameters():
+        for number, (name, weight) in enumerate(model.named_parameters()):
             tensor = whole_tensor(weight)
             if here:
-                places[name].data = tensor if device is None else tensor.to(device)
+                places[name].data = tensor if folder is None else _mapped(tensor, folder / f"{number:06d}")
         yield filled
     finally:
         for place in places.values():
             place.data = place.new_empty(0)
+        if folder is not None and here:
+            remove(folder)
+
+
+def _mapped(tensor: Tensor, file: Path) -> Tensor:
+    """A copy of a tensor in a file: the system takes its memory back where it wants it for something else.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A disk that turns out to be full while mapped memory is written would end the process without a word.
+    with naming(file), file.open("wb") as opened:
+        os.posix_fallocate(opened.fileno(), 0, tensor.nbytes)
+    copied = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    return copied.copy_(tensor)

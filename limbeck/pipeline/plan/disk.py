@@ -45,14 +45,18 @@ def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
     # The last step has a checkpoint only where the student is sharded; else the student itself is there.
     written = (case.steps.main - 1) // train.save_steps + case.sharded
     saved, meanwhile = (min(written, train.save_total_limit + more) for more in (0, 1))
+    # The start of a trial is there before any checkpoint is.
+    tried = weights * (train.learning_rate == "auto")
+    # One that is sharded is gathered in files before it is saved.
+    gathered, saved_student = student_bytes(case) * case.sharded, student_bytes(case) + tokenizer_bytes
     parts = [
         Part(name="signal", end=signal_bytes(case), most=signal_bytes(case), known=case.work.exact),
         Part(name="signal windows", end=0, most=window_bytes(case), known=False),
-        Part(name="checkpoints", end=saved * checkpoint, most=meanwhile * checkpoint),
+        Part(name="checkpoints", end=saved * checkpoint, most=max(meanwhile * checkpoint, tried)),
         Part(name="best student", end=weights if _keeps_best(case) else 0, most=2 * weights * _keeps_best(case)),
         Part(name="first stage", end=weights * (case.steps.first > 0), most=weights * (case.steps.first > 0)),
         Part(name="rounds", end=0, most=round_bytes(case), known=False),
-        Part(name="student", end=student_bytes(case) + tokenizer_bytes, most=student_bytes(case) + tokenizer_bytes),
+        Part(name="student", end=saved_student, most=saved_student + gathered),
         Part(name="other files", end=small_bytes(case), most=small_bytes(case), known=False),
     ]
     return [part for part in parts if part.most]

@@ -104,7 +104,8 @@ def _run_student(context: RunContext) -> Json:
             if context.stop.requested:
                 raise KeyboardInterrupt(context.stop.number) from stopped
             raise
-    with whole(trained, here=context.rank == 0, device=torch.device("cpu")) as trained:
+    # One that is sharded need not fit into the memory of the first rank.
+    with whole(trained, here=context.rank == 0, folder=run.checkpoints / ".whole.partial") as trained:
         if context.rank:
             return {}
         save_student(trained, student.tokenizer, run.student, quantization=student.quantization)
