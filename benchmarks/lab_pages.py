@@ -24,7 +24,7 @@ from limbeck.compare.runs import ARMS, ComparedArm, Comparison, gather
 from limbeck.compare.student_t import quantile
 from limbeck.compare.tables import Column, MetricTables
 from limbeck.compare.uncertainty import Resampled, ResampledMetric
-from limbeck.report.read_run import value_at
+from limbeck.report.read_run import score, value_at
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = {
@@ -134,9 +134,10 @@ def section(bench: str, question: str, folder: Path, page: Path) -> str:
     picture = page.with_name(f"{sweep}.svg")
     drawn = write_comparison([folder], folder / "compare.html", title=sweep, metric=lead, replacing=True)
     shutil.copyfile(drawn.with_suffix(".svg"), picture)
+    said = f"{_state(comparison)} {began(comparison, lead)} {ranking.verdict}."
     return (
         f"## {QUESTIONS[question]}\n\n"
-        + wrapped(f"`limbeck sweep lab/{bench}-{question}`. {_state(comparison)} {ranking.verdict}.")
+        + wrapped(f"`limbeck sweep lab/{bench}-{question}`. {said}")
         + "\n\n"
         + "\n".join(lines)
         + f"\n\n{wrapped(resolved(columns[lead]))}\n\n![{QUESTIONS[question]}]({picture.name})\n"
@@ -178,6 +179,13 @@ def halves(whole: ResampledMetric, arm: int) -> float | None:
         share=whole.share,
     )
     return Resampled(sheet=sheet).pairs[0, 1].half_width
+
+
+def began(comparison: Comparison, lead: str) -> str:
+    """Where the students of a sweep begin, which a training of the start on another machine may move."""
+    runs = [member.run for arm in comparison.arms for member in arm.done if member.run]
+    means = sorted({found["mean"] for run in runs if (found := score(run, "before", lead))})
+    return f"All begin at {' or '.join(f'{mean:.3f}' for mean in means)}." if means else ""
 
 
 def chosen_rates(comparison: Comparison) -> dict[str, str]:

@@ -15,7 +15,7 @@ STRETCHES = 80
 MAX_CURVES = 40
 SHOWN_METRICS = (
     ("forward_kl", "Forward KL while training", "nats/token at temperature 1"),
-    ("loss", "Training loss", "per token; of different objectives or temperatures it cannot be compared"),
+    ("loss", "Training loss", "per token, of each arm on its own scale"),
 )
 
 
@@ -62,7 +62,7 @@ def _curve(arm: ComparedArm, key: str, tone: int) -> Curve | None:
     means = [_stretched(one, first, width) for one in series]
     points, band = [], []
     for stretch in sorted({s for one in means for s in one}):
-        here = [one[stretch] for one in means if stretch in one]
+        here = [value for one in means if (value := _between(one, stretch)) is not None]
         step = min(last, first + (stretch + 0.5) * width - 0.5)
         points.append(Point(x=step, y=sum(here) / len(here)))
         if len(here) > 1:
@@ -85,3 +85,14 @@ def _stretched(series: Sequence[tuple[float, float]], first: float, width: float
     for step, value in series:
         found.setdefault(int((step - first) // width), []).append(value)
     return {stretch: sum(values) / len(values) for stretch, values in found.items()}
+
+
+def _between(means: Mapping[int, float], stretch: int) -> float | None:
+    """The mean of a stretch, on a line between its neighbours where nothing was logged in it: a run that was stopped
+    logged a step that others did not, and its value alone would be a spike. None before the first and after the last.
+    """
+    if not min(means) <= stretch <= max(means):
+        return None
+    before, after = max(one for one in means if one <= stretch), min(one for one in means if one >= stretch)
+    share = (stretch - before) / max(after - before, 1)
+    return (1 - share) * means[before] + share * means[after]

@@ -18,6 +18,7 @@ from limbeck.compare.files import page_of, require_free
 from limbeck.compare.frontier import frontier
 from limbeck.compare.labels import extra, short_value, value_of
 from limbeck.compare.learning_curves import learning
+from limbeck.compare.ranked_chart import ranked_chart
 from limbeck.compare.ranking import Ranking, interval, main_columns, rank
 from limbeck.compare.runs import ComparedArm, ComparedRun, Comparison, gather
 from limbeck.compare.samples import Sample, samples
@@ -161,10 +162,12 @@ class View:
 
     @property
     def pictured(self) -> list[Figure]:
-        """The charts of the picture: curves over the first swept setting, the frontier, or how the arms learned."""
+        """The charts of the picture: curves over the first swept setting, the frontier, the ranking where there is
+        neither, or how the arms learned."""
         swept = list(self.panels[0].plates) if self.panels else []
         frontier = [self.frontier] if self.frontier else []
-        return [*swept[:1], *frontier, *swept[1:], *self.learning][:2]
+        ranked = [ranked_chart(self.lead, self.tones)] if self.lead and not swept and not frontier else []
+        return [*swept[:1], *frontier, *swept[1:], *ranked, *self.learning][:2]
 
     @cached_property
     def samples(self) -> list[Sample]:

@@ -16,8 +16,8 @@ _GREY = "#b9bcc2"
 # One chart with its margins: edges of the drawing area inside it, and the whole.
 _LEFT, _TOP, _WIDE, _HIGH = 72.0, 92.0, 380.0, 250.0
 _CELL, _TALL = 640.0, 430.0
-# Letters of a label that fit beside the drawing area.
-_LETTERS = 26
+# Letters of a label that fit beside the drawing area, and of title and unit above it.
+_LETTERS, _HEADING = 26, 66
 
 
 def svg_figure(title: str, headline: str, plates: Sequence[Figure], *, columns: int | None = None) -> str:
@@ -45,7 +45,8 @@ def svg_figure(title: str, headline: str, plates: Sequence[Figure], *, columns: 
 
 
 def _chart(plate: Figure) -> list[str]:
-    unit = f'<tspan fill="{SOFT}" font-weight="400">  {escape(plate.unit)}</tspan>' if plate.unit else ""
+    said = short_value(plate.unit, max(4, _HEADING - len(plate.title)))
+    unit = f'<tspan fill="{SOFT}" font-weight="400">  {escape(said)}</tspan>' if said else ""
     parts = [
         f'<text x="36" y="44" font-size="17" font-weight="600" fill="{INK}" xml:space="preserve">'
         f"{escape(plate.title)}{unit}</text>"

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,8 +16,10 @@ from limbeck.compare.charts import spread
 from limbeck.compare.costs import bill
 from limbeck.compare.frontier import _front
 from limbeck.compare.labels import arm_label, titled
+from limbeck.compare.learning_curves import _between
 from limbeck.compare.page import View
 from limbeck.compare.runs import gather
+from limbeck.compare.svg import svg_figure
 from limbeck.compare.tables import MetricTables
 from limbeck.evaluation.scores.bootstrap import summarise
 from limbeck.evaluation.scores.files import read_rows
@@ -78,6 +81,32 @@ def test_its_first_charts_are_a_picture(sweep):
     circles = sum(element.tag.endswith("circle") for element in picture.iter())
     assert circles >= sum(len(curve.dots) for plate in view.pictured for curve in plate.curves) > 0
     assert not any(word in (root / "compare.svg").read_text("utf-8") for word in ("<script", "http://w3", "NaN"))
+
+
+def test_arms_without_a_setting_to_draw_over_are_drawn_by_rank(pair, tmp_path):
+    view = view_of(pair)
+    assert not view.panels and view.frontier is None
+    ranked = view.pictured[0]
+    assert ranked.title == "Forward KL" and "lower is better" in ranked.unit
+    dots = {curve.name: curve.dots[0] for curve in ranked.curves}
+    # The best on top, and at the left.
+    assert dots["fkl"].y < dots["rkl"].y and dots["fkl"].x < dots["rkl"].x
+    assert dots["fkl"].mark == "best" and dots["rkl"].mark == ""
+    assert all(curve.bars and curve.label_at for curve in ranked.curves)
+
+
+def test_a_step_that_one_run_alone_logged_is_no_spike():
+    whole = dict.fromkeys(range(0, 10, 2), 1.0)
+    other = {**dict.fromkeys(range(0, 10, 2), 3.0), 3: 3.0}
+    assert [_between(one, 3) for one in (whole, other)] == [1.0, 3.0]
+    assert _between(whole, 9) is None and _between(whole, -1) is None
+
+
+def test_a_unit_that_is_too_long_for_its_chart_is_cut(sweep):
+    long = replace(view_of([sweep[0]]).pictured[0], title="Loss", unit="nats " * 40)
+    drawn = ElementTree.fromstring(svg_figure("x", "y", [long]))
+    heading = next("".join(one.itertext()) for one in drawn.iter() if one.get("font-size") == "17")
+    assert heading.startswith("Loss") and heading.endswith("…") and len(heading) <= 70
 
 
 def test_it_asks_the_network_for_nothing_and_runs_no_script(sweep):
