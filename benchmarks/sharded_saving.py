@@ -63,7 +63,8 @@ def save(folder: str, out: str, way: str) -> None:
 @contextmanager
 def most_resident() -> Iterator[dict[str, float]]:
     """MiB of each kind that this process had at most inside the block, less what it had before."""
-    before, most, over = {kind: resident(kind) for kind in KINDS}, dict.fromkeys(KINDS, 0.0), threading.Event()
+    before, over = {kind: resident(kind) for kind in KINDS}, threading.Event()
+    most: dict[str, float] = dict.fromkeys(KINDS, 0.0)
 
     def watch() -> None:
         while not over.wait(0.005):
