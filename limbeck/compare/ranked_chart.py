@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from limbeck.compare.charts import GREY, Curve, Figure, Point, Scale, lay_out, linear
+from limbeck.compare.charts import Curve, Figure, Point, Scale, lay_out, linear
 from limbeck.compare.ranking import Ranking
 from limbeck.report.curves import Axis
 
@@ -21,7 +21,7 @@ def ranked_chart(ranking: Ranking, tones: Mapping[str, int]) -> Figure:
         found, mark = line.estimate, "best" if row == 0 else "with" if line.best else ""
         point = Point(x=found.mean, y=-row, x_low=found.low, x_high=found.high, mark=mark)
         values += [value for value in (found.low, found.mean, found.high) if value is not None]
-        curves.append(Curve(name=line.arm.name, tone=tones.get(line.arm.name, GREY), points=[point], dotted=True))
+        curves.append(Curve(name=line.arm.name, tone=tones[line.arm.name], points=[point], dotted=True))
     return lay_out(
         name=f"ranked-{ranking.name}",
         title=ranking.label,
@@ -30,5 +30,4 @@ def ranked_chart(ranking: Ranking, tones: Mapping[str, int]) -> Figure:
         curves=curves,
         x=linear(values),
         y=Scale(axis=Axis(low=-len(lines) + 0.5, high=0.5, marks=())),
-        remark="",
     )

@@ -38,14 +38,10 @@ from limbeck.types import LimbeckError
 _FILE = "model.safetensors"
 
 
-def save(folder: Path, model: nn.Module, *, background: Background | None = None) -> None:
-    """Write the trained weights into a folder, in place of what is there; all ranks call, and wait for one another.
-
-    Args:
-        background: writes them beside what comes next; without one they are on disk when this returns.
-    """
-    _save(folder, model, background, lambda: None)
-    if background is None and torch.distributed.is_initialized():
+def save(folder: Path, model: nn.Module) -> None:
+    """Write the trained weights into a folder, in place of what is there; all ranks call, and wait for one another."""
+    _save(folder, model, None, lambda: None)
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
