@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import fnmatch
+import importlib
 import json
 import os
 import resource
@@ -28,6 +29,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 300.0
 _PR_SET_PDEATHSIG = 1
+_OF_EVERY_RUN = (
+    "accelerate",
+    "datasets",
+    "limbeck.api",
+    "limbeck.cli",
+    "limbeck.pipeline.engine",
+    "limbeck.pipeline.plan.room",
+    "limbeck.pipeline.stage_order",
+    "limbeck.report",
+    "peft",
+    "rouge_score.rouge_scorer",
+    "safetensors.numpy",
+    "safetensors.torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.optimization",
+)
 
 
 @dataclass(frozen=True)
@@ -237,28 +256,17 @@ def serve() -> None:
 
 
 def _import_all() -> None:
-    """Everything a command would import, and nothing that starts a thread."""
-    import accelerate
-    import datasets
-    import peft
-    import safetensors.torch
+    """Everything that every run would import or prepare, and nothing that starts a thread."""
+    for name in _OF_EVERY_RUN:
+        importlib.import_module(name)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.models.llama import modeling_llama
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import limbeck.cli
-    import limbeck.pipeline.stage_order
-    import limbeck.report
+    from limbeck.report.environment import environment
 
-    used = (accelerate, datasets, peft, safetensors.torch, modeling_llama)
-    assert (
-        all(used)
-        and AutoModelForCausalLM
-        and AutoTokenizer
-        and limbeck.cli
-        and limbeck.pipeline.stage_order
-        and limbeck.report
-    )
+    # Both compile hundreds of expressions, once a process.
+    get_checkpoint_conversion_mapping("llama")
+    environment(escaped=True).get_template("report.html.j2")
     torch.set_num_threads(1)
 
 

@@ -33,18 +33,21 @@ def cleaned(value: Any, depth: int = 0) -> Any:
 
     A number that is not finite, or too large, becomes None, as does what is nested too deeply; a tiny one becomes 0.
     """
+    # Most of a run's values are numbers: they are asked for first.
+    if isinstance(value, int):
+        return None if abs(value) > LARGEST else value
+    if isinstance(value, float):
+        within = math.isfinite(value) and abs(value) <= LARGEST
+        return (value if abs(value) >= SMALLEST else 0.0) if within else None
+    if isinstance(value, str):
+        return shown(value)
     if isinstance(value, Mapping | list | tuple) and depth == DEEPEST:
         return None
     if isinstance(value, Mapping):
         return {shown(str(key)): cleaned(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [cleaned(inner, depth + 1) for inner in value]
-    if isinstance(value, str):
-        return shown(value)
-    if isinstance(value, float):
-        within = math.isfinite(value) and abs(value) <= LARGEST
-        return (value if abs(value) >= SMALLEST else 0.0) if within else None
-    return None if isinstance(value, int) and abs(value) > LARGEST else value
+    return value
 
 
 def shown(text: str) -> str:
