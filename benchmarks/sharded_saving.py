@@ -40,7 +40,7 @@ def main() -> None:
 
 def save(folder: str, out: str, way: str) -> None:
     """Load, shard, gather and save a student, and print what the last two took."""
-    from limbeck.models.whole import whole
+    from limbeck.models.whole import whole, whole_on_first_rank
     from limbeck.recipe.sections import TrainSection
     from limbeck.student.build import StudentSpec, build_student
     from limbeck.student.saving import save_student
@@ -51,9 +51,10 @@ def save(folder: str, out: str, way: str) -> None:
     student = build_student(StudentSpec(model=folder), unread=True)
     sharding.shard(student.model, accelerator, bf16=False)
     accelerator.wait_for_everyone()
-    first, files = accelerator.process_index == 0, Path(out) / ".whole.partial" if way == "files" else None
+    first, files = accelerator.process_index == 0, Path(out) / ".whole.partial"
+    gathered = whole(student.model) if way == "memory" else whole_on_first_rank(student.model, files)
     started = time.perf_counter()
-    with most_resident() as most, whole(student.model, here=first, folder=files) as model:
+    with most_resident() as most, gathered as model:
         if first:
             save_student(model, student.tokenizer, Path(out) / "student")
     print(*(f"{most[kind]:.0f}" for kind in KINDS), f"{time.perf_counter() - started:.1f}")

@@ -118,6 +118,16 @@ class Background:
             self._thread.join(_LAST_WAIT_S)
 
 
+def begin_or_do(
+    work: Callable[[Callable[[], None]], object], background: Background | None, *, reads_weights: bool
+) -> None:
+    """Begin a piece of work in the background, where there is one; else do it before this returns."""
+    if background is None:
+        work(lambda: None)
+    else:
+        background.begin(work, reads_weights=reads_weights)
+
+
 def on_host(tensors: dict[str, Any]) -> dict[str, Any]:
     """Copies of tensors on the host, of sharded ones this rank's part."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from limbeck.runtime.folders import remove
-from limbeck.training.background import Background, on_host
+from limbeck.training.background import Background, begin_or_do, on_host
 from limbeck.training.checkpoint_files import (
     fault_of,
     is_on_cpu,
@@ -128,10 +128,7 @@ def save(
             # Counts of steps lie on the host before they are gathered there.
             moments = {name: value if value.ndim else value.clone() for name, value in moments.items()}
         work = partial(write_whole, target, dict(zip(_FILES, (weights, moments), strict=True)) | files, state, after)
-    if background is None:
-        work(lambda: None)
-    else:
-        background.begin(work, reads_weights=on_cpu)
+    begin_or_do(work, background, reads_weights=on_cpu)
     return target
 
 

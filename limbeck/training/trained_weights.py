@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from limbeck.runtime.folders import remove
-from limbeck.training.background import Background, on_host
+from limbeck.training.background import Background, begin_or_do, on_host
 from limbeck.training.checkpoint_files import (
     fault_of,
     is_on_cpu,
@@ -59,10 +59,7 @@ def _save(folder: Path, model: nn.Module, background: Background | None, after: 
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return
         work = partial(write_whole, folder, {_FILE: once(gathered, model)}, state, after)
-    if background is None:
-        work(lambda: None)
-    else:
-        background.begin(work, reads_weights=on_cpu)
+    begin_or_do(work, background, reads_weights=on_cpu)
 
 
 def has(folder: Path) -> bool:

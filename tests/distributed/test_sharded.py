@@ -19,7 +19,7 @@ from tests.distributed.test_command import LAUNCHER, play
 from tests.distributed.test_command import ended as end_of
 from tests.distributed.test_launches import ACCELERATE
 from tests.distributed.test_two_processes import ended
-from tests.distributed.updates import SHARDED, kept_bytes, play_update
+from tests.distributed.updates import SHARDED, kept_bytes, play_update, uneven
 from tests.limbeck_command import CommandServer, KillAt, all_end
 from tests.tiny_pair import TinyPair
 from tests.training.play import identical, largest_gap, metrics, tiny_lora, tiny_model, weights
@@ -118,6 +118,12 @@ def test_each_rank_keeps_its_half_of_the_best_student_alone(played: Path) -> Non
     assert trained_weights.has(best) and len(sizes) == 2 and max(sizes) <= 0.6 * sum(sizes)
     whole = {f"student.{name}": weight for name, weight in start.items()}
     assert identical(read_whole(best, whole), whole)
+
+
+def test_the_first_rank_alone_gathers_the_whole_weights_in_files(played: Path) -> None:
+    gathered = played / "gathered"
+    assert identical(load_file(gathered / "model.safetensors"), weights(uneven()))
+    assert not (gathered / "files").exists()
 
 
 def test_weights_on_a_grid_cannot_be_sharded(played: Path) -> None:

@@ -74,6 +74,12 @@ def _quantised(model: PreTrainedModel) -> nn.Module:
     return model.double()
 
 
+def uneven() -> nn.Module:
+    """Tensors whose rows two ranks cannot share evenly, and some of a single row."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 1))
+
+
 @contextmanager
 def kept_bytes() -> Iterator[list[int]]:
     """Bytes of weights, gradients and moments that this process has after each update inside the block."""

@@ -13,23 +13,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from limbeck.models.whole import whole
+from limbeck.models.whole import keep_copy, whole, whole_on_first_rank
 from limbeck.objectives import build_objective
 from limbeck.training.run import NonFiniteError
 from limbeck.types import Interrupted, LimbeckError
 from tests.distributed.authors import SCENARIOS, play_author
-from tests.distributed.updates import EXACT, SHARDED, UPDATES, kept_bytes, play_update
+from tests.distributed.updates import EXACT, SHARDED, UPDATES, kept_bytes, play_update, uneven
 from tests.training.play import (
     FailingTeacher,
     play,
+    play_evaluated,
     settings,
     stop_after,
     tiny_lora,
     tiny_model,
-    tiny_responses,
     tiny_teacher,
     weights,
 )
@@ -63,16 +66,26 @@ def poisoned(folder: Path, **changes: Any) -> str:
 def ruined(folder: Path, **changes: Any) -> nn.Module:
     """A rate at which every step does harm: the student as it was before, of which each rank kept its part, is put
     back."""
-    responses = tiny_responses()
     harm = {"learning_rate": 1.0, "warmup_steps": 0, "lr_scheduler_type": "constant"}
-    chosen = settings(per_device_train_batch_size=4, eval_steps=2, **harm, **changes)
-    aside = dict(enumerate(responses[-4:], start=len(responses) - 4))
-    return play(tiny_model(1), folder, chosen, responses=responses[:-4], temperature=1.0, development=aside)
+    return play_evaluated(folder, settings(per_device_train_batch_size=4, eval_steps=2, **harm, **changes))
 
 
 def made(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def gathered(folder: Path) -> None:
+    """The first rank alone gets the whole weights of a sharded model, in files."""
+    model = uneven()
+    keep_copy(model, torch.device("cpu"))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with whole_on_first_rank(model, folder / "files") as copied:
+        if RANK:
+            assert not any(weight.numel() for weight in copied.parameters())
+        else:
+            assert len([*folder.glob("files/*")]) == len([*model.parameters()])
+            save_file(weights(copied), folder / "model.safetensors")
 
 
 def keep(student: nn.Module, folder: Path) -> None:
@@ -111,6 +124,7 @@ def main(folder: Path) -> None:
     play_all(folder, model, UPDATES)
     with kept_bytes() as kept:
         play_all(made(folder / "sharded"), model, SHARDED, sharding="full")
+    gathered(made(folder / "gathered"))
     refused = made(folder / "refused")
     try:
         play_update("quantised", refused, model, ranks=2, sharding="full")

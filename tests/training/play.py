@@ -158,6 +158,13 @@ def play(
     )
 
 
+def play_evaluated(folder: Path, chosen: TrainSection, **how: Any) -> nn.Module:
+    """Train on all responses but the last four, which are set aside to choose the best student by."""
+    responses = tiny_responses()
+    aside = dict(enumerate(responses[-4:], start=len(responses) - 4))
+    return play(tiny_model(1), folder, chosen, responses=responses[:-4], temperature=1.0, development=aside, **how)
+
+
 class FailingTeacher:
     """Judges like the tiny teacher until its `last` call is over; then raises, or says NaN."""
 

@@ -15,29 +15,19 @@ from limbeck.types import Interrupted, Response
 from tests.training.play import (
     identical,
     metrics,
-    play,
+    play_evaluated,
     settings,
     slowly,
     stop_after,
     tiny_model,
-    tiny_responses,
     weights,
 )
 
 
 def _evaluated(folder: Path, chosen: dict[str, Any], **how: Any):
-    """A training of which the last four responses are set aside."""
-    responses = tiny_responses()
-    aside = dict(enumerate(responses[-4:], start=len(responses) - 4))
-    return play(
-        tiny_model(1),
-        folder,
-        settings(**{"max_steps": 12, "eval_steps": 4, "warmup_steps": 0, **chosen}),
-        responses=responses[:-4],
-        temperature=1.0,
-        development=aside,
-        **how,
-    )
+    """A training that measures the responses that were set aside after every fourth step."""
+    evaluated = settings(**{"max_steps": 12, "eval_steps": 4, "warmup_steps": 0, **chosen})
+    return play_evaluated(folder, evaluated, **how)
 
 
 def test_a_student_that_is_ruined_on_the_way_is_handed_on_as_it_was_best(

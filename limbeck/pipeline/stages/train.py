@@ -13,7 +13,7 @@ import torch
 
 from limbeck.models.slices import is_unread
 from limbeck.models.vocabulary import real_vocab_size
-from limbeck.models.whole import whole
+from limbeck.models.whole import whole_on_first_rank
 from limbeck.objectives import Temperature
 from limbeck.objectives.base import Objective
 from limbeck.objectives.sums import nested
@@ -105,7 +105,7 @@ def _run_student(context: RunContext) -> Json:
                 raise KeyboardInterrupt(context.stop.number) from stopped
             raise
     # One that is sharded need not fit into the memory of the first rank.
-    with whole(trained, here=context.rank == 0, folder=run.checkpoints / ".whole.partial") as trained:
+    with whole_on_first_rank(trained, run.checkpoints / ".whole.partial") as trained:
         if context.rank:
             return {}
         save_student(trained, student.tokenizer, run.student, quantization=student.quantization)
