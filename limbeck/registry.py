@@ -17,9 +17,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, Generic, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_origin, get_type_hints
 
 from limbeck.types import LimbeckError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint, EntryPoints
 
 Member = TypeVar("Member")
 ReadOption = Callable[[str, dataclasses.Field[Any], object], object]
@@ -36,6 +39,19 @@ class Option:
     name: str
     kind: str
     default: str | None
+
+
+def installed(group: str) -> Iterable[EntryPoint]:
+    """Entry points of a group in the packages that are installed."""
+    return _every_entry_point().select(group=group)
+
+
+@cache
+def _every_entry_point() -> EntryPoints:
+    """Read once for all registries: it takes 20 ms."""
+    from importlib.metadata import entry_points
+
+    return entry_points()
 
 
 class Registry(Mapping[str, type[Member]], Generic[Member]):
@@ -103,10 +119,8 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         """Members that installed packages bring, looked for once, when a name is not among our own."""
         if self._discovered:
             return
-        from importlib.metadata import entry_points
-
         self._discovered = True
-        for point in entry_points(group=self._group):
+        for point in installed(self._group):
             self.register(point.name, point.load())
 
     def options(self, name: str) -> dict[str, Option]:

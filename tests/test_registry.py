@@ -95,11 +95,11 @@ def test_entry_points_are_looked_for_once_and_when_needed(
 ) -> None:
     asked: list[str] = []
 
-    def entry_points(group: str) -> Iterator[EntryPoint]:
+    def installed(group: str) -> Iterator[EntryPoint]:
         asked.append(group)
         yield EntryPoint("theirs", f"{__name__}:Plain", group)
 
-    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
+    monkeypatch.setattr("limbeck.registry.installed", installed)
     assert registry.build("plain") and not asked, "our own need no look"
     assert registry.build("theirs", size=1) == Plain(size=1)
     assert "unknown" not in registry and asked == ["limbeck.tests"]

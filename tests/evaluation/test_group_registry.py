@@ -171,11 +171,11 @@ def test_a_group_from_outside_is_measured_reported_and_listed(
 
 
 def test_a_group_of_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    def entry_points(group: str) -> list[EntryPoint]:
+    def installed(group: str) -> list[EntryPoint]:
         assert group == "limbeck.evaluation_groups"
         return [EntryPoint("installed", f"{__name__}:LetterShare", group)]
 
-    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
+    monkeypatch.setattr("limbeck.registry.installed", installed)
     monkeypatch.setattr(EVALUATION_GROUPS, "_discovered", False)
     assert groups(groups={"installed": {}}) == {"installed": {"letters": ["e"]}}
     EVALUATION_GROUPS.unregister("installed")

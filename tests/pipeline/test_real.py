@@ -23,6 +23,8 @@ def test_quickstart_in_small(smollm2_dir: Path, tmp_path: Path) -> None:
     changes = [
         "student.layers=null", f"student.keep={KEEP}", "prompts.limit=30", "prompts.eval_fraction=0.2",
         "responses.max_new_tokens=12", "train.max_steps=8", "train.warmup_steps=0", "train.compile=off",
+        # The search takes as long as all the rest; the whole quickstart, which follows the tests, has it.
+        "train.learning_rate=1e-4",
         "evaluate.max_new_tokens=6", "evaluate.prompts=2",
     ]  # fmt: skip
     done = subprocess.run([*command, *changes], capture_output=True, text=True, timeout=600, check=False)
