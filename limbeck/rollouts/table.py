@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -185,7 +186,7 @@ def prompts_of(responses: Sequence[Response]) -> Iterator[str]:
 
 def keep_columns(path: Path, responses: Sequence[Response]) -> None:
     """Write responses for training alone (`path`, .arrow), whole or not at all."""
-    with whole_file(path) as columns, pa.OSFile(str(columns), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with _columns(path) as writer:
         for start in range(0, len(responses), ROWS):
             writer.write_batch(_batch_of(responses[start : start + ROWS]))
 
@@ -196,14 +197,19 @@ def keep_responses(path: Path, responses: Iterable[Response]) -> None:
     with (
         whole_file(path) as lines,
         lines.open("w", encoding="utf-8", newline="\n") as file,
-        whole_file(path.with_suffix(".arrow")) as columns,
-        pa.OSFile(str(columns), "wb") as sink,
-        pa.ipc.new_file(sink, SCHEMA) as writer,
+        _columns(path.with_suffix(".arrow")) as writer,
     ):
         while some := list(islice(source, ROWS)):
             batch = _batch_of(some)
             writer.write_batch(batch)
             file.writelines(_lines_of(some, batch))
+
+
+@contextmanager
+def _columns(path: Path) -> Iterator[pa.RecordBatchWriter]:
+    """A file of columns that is written batch by batch, whole or not at all."""
+    with whole_file(path) as columns, pa.OSFile(str(columns), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        yield writer
 
 
 def open_responses(path: Path) -> ResponseTable:
