@@ -25,7 +25,7 @@ from limbeck.pipeline.text_only import text_options
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.lengths import check_lengths
-from limbeck.prompts.preferences import Preferences, read_preferences
+from limbeck.prompts.preferences import ANSWERS, Preferences, read_preferences, while_reading
 from limbeck.prompts.templates import encode_prompts, encode_responses
 from limbeck.rollouts.preference.options import PAIRS_KEY, Answers, DataPairs, JudgePairs, SampledPairs
 from limbeck.rollouts.preference.pairs import PairSet, PreferencePair
@@ -155,61 +155,83 @@ class RunMaterials:
         return shares_won(self.context, judge, judge_server(judge, PAIRS_KEY), texts, requests, stage="prefer")
 
     def of_data(self, data: DataPairs) -> PairSet:
-        context, found = self.context, preferences_of(self.context, data)
-        tokenizer = load_distilled(context).tokenizer
-        most = data.max_new_tokens or context.recipe.responses.max_new_tokens
-        fitting = {p.id for p in self._fitting([chosen for chosen, _ in found.rows], tokenizer, most)}
-        rows = [row for row in found.rows if row[0].id in fitting]
-        left_out = Counter(
-            rows_heldout=found.heldout, rows_identical=found.identical, rows_too_long=len(found.rows) - len(rows)
-        )
-        chosen, rejected = (
-            encode_responses(
-                [row[place] for row in rows],
-                tokenizer,
-                self.template,
-                max_new_tokens=most,
-                control_tokens=context.recipe.prompts.control_tokens,
-                chat_options=text_options(context, tokenizer),
-                loss_on="last",
-            )
-            for place in (0, 1)
-        )
-        pairs: list[PreferencePair] = []
-        answers_of: Counter[str] = Counter()
-        for better, worse in zip(chosen, rejected, strict=True):
-            if better.response_ids == worse.response_ids:
-                # Their difference was beyond the limit.
-                left_out["rows_identical"] += 1
-                continue
-            number = answers_of[better.prompt_id]
-            answers_of[better.prompt_id] += 2
-            pairs.append(
-                PreferencePair(chosen=replace(better, round=number), rejected=replace(worse, round=number + 1))
-            )
-        if not pairs:
-            raise LimbeckError(
-                f"{PAIRS_KEY}: the two answers of all {len(rows)} rows are the same in their first {most} tokens; "
-                f"raise {PAIRS_KEY}.max_new_tokens"
-            )
-        every = len(found.rows) + found.heldout + found.identical
-        return PairSet(pairs=tuple(pairs), left_out=dict(left_out), prompts=every, answers=2 * every)
+        return pairs_of_data(self.context, data, load_distilled(self.context).tokenizer, self.template)
 
     def _fitting(self, prompts: Sequence[Prompt], tokenizer: Any, most: int) -> Sequence[TokenPrompt]:
-        """Prompts as the student reads them, those that leave room for an answer."""
-        section = self.context.recipe.prompts
-        encoded = encode_prompts(
-            prompts,
-            tokenizer,
-            self.template,
-            control_tokens=section.control_tokens,
-            chat_options=text_options(self.context, tokenizer),
+        return _fitting(self.context, prompts, tokenizer, self.template, most)
+
+
+def pairs_of_data(context: RunContext, data: DataPairs, tokenizer: Any, template: Any) -> PairSet:
+    """The pairs of preference data, in the student's tokens.
+
+    Args:
+        template: how the student's prompts become text.
+
+    Raises:
+        LimbeckError: a row that is no pair, or cannot be read by the student, naming its place; no pair is left.
+    """
+    found, most = preferences_of(context, data), data.max_new_tokens or context.recipe.responses.max_new_tokens
+    fitting = {p.id for p in _fitting(context, [chosen for chosen, _ in found.rows], tokenizer, template, most)}
+    rows = [row for row in found.rows if row[0].id in fitting]
+    left_out = Counter(
+        rows_heldout=found.heldout, rows_identical=found.identical, rows_too_long=len(found.rows) - len(rows)
+    )
+    pairs: list[PreferencePair] = []
+    answers_of: Counter[str] = Counter()
+    for better, worse in zip(*_answers_of_data(context, rows, tokenizer, template, most), strict=True):
+        if better.response_ids == worse.response_ids:
+            # Their difference was beyond the limit.
+            left_out["rows_identical"] += 1
+            continue
+        number = answers_of[better.prompt_id]
+        answers_of[better.prompt_id] += 2
+        pairs.append(PreferencePair(chosen=replace(better, round=number), rejected=replace(worse, round=number + 1)))
+    if not pairs:
+        raise LimbeckError(
+            f"{PAIRS_KEY}: the two answers of all {len(rows)} rows are the same in their first {most} tokens; "
+            f"raise {PAIRS_KEY}.max_new_tokens"
         )
-        window = self.context.window or 2**31
-        return check_lengths(
-            encoded,
-            window=window,
-            max_new_tokens=most,
-            too_long=section.too_long,
-            longest=section.max_prompt_length,
-        ).kept
+    every = len(found.rows) + found.heldout + found.identical
+    return PairSet(pairs=tuple(pairs), left_out=dict(left_out), prompts=every, answers=2 * every)
+
+
+def _answers_of_data(
+    context: RunContext, rows: Sequence[tuple[Prompt, Prompt]], tokenizer: Any, template: Any, most: int
+) -> list[list[Response]]:
+    """The chosen answers of rows, and the rejected ones."""
+    answers = []
+    for place, name in enumerate(ANSWERS):
+        with while_reading(name):
+            answers.append(
+                encode_responses(
+                    [row[place] for row in rows],
+                    tokenizer,
+                    template,
+                    max_new_tokens=most,
+                    control_tokens=context.recipe.prompts.control_tokens,
+                    chat_options=text_options(context, tokenizer),
+                    loss_on="last",
+                )
+            )
+    return answers
+
+
+def _fitting(
+    context: RunContext, prompts: Sequence[Prompt], tokenizer: Any, template: Any, most: int
+) -> Sequence[TokenPrompt]:
+    """Prompts as the student reads them, those that leave room for an answer."""
+    section = context.recipe.prompts
+    encoded = encode_prompts(
+        prompts,
+        tokenizer,
+        template,
+        control_tokens=section.control_tokens,
+        chat_options=text_options(context, tokenizer),
+    )
+    return check_lengths(
+        encoded,
+        window=context.window or 2**31,
+        max_new_tokens=most,
+        too_long=section.too_long,
+        longest=section.max_prompt_length,
+    ).kept

@@ -7,11 +7,12 @@ instruction [input | context] chosen rejected; question chosen rejected; problem
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from limbeck.prompts.fields import quoted
+from limbeck.prompts.fields import quoted, shown_value
 from limbeck.prompts.formats import Example, family_of, read_row
 from limbeck.prompts.readers import PlacedRow, rows_of
 from limbeck.prompts.sources import canonical_content, content_id, split_of
@@ -87,6 +88,15 @@ def read_preferences(
     return Preferences(rows=tuple(rows), heldout=heldout, identical=same)
 
 
+@contextmanager
+def while_reading(answer: str) -> Iterator[None]:
+    """Let an error in the block, which knows of one answer alone, say which of the two it was."""
+    try:
+        yield
+    except LimbeckError as error:
+        raise LimbeckError(f"{error} (the answer in {answer!r})") from None
+
+
 def _said(example: Example) -> tuple[str, Message | None]:
     return (example.completion or "").strip(), example.answer
 
@@ -102,8 +112,14 @@ def _answers_of(placed: PlacedRow) -> tuple[Example, Example]:
         )
     found: list[Example] = []
     for name in ANSWERS:
+        if not isinstance(row[name], str | list):
+            raise LimbeckError(
+                f"{placed.where}: got {shown_value(row[name])} in {name!r}, expected text or a list of messages; "
+                "repair the row"
+            )
         plain = _with_answer(row, row[name])
-        (example,) = read_row(plain, family_of(plain, placed.where), placed.where)
+        with while_reading(name):
+            (example,) = read_row(plain, family_of(plain, placed.where), placed.where)
         if example.completion is None and example.answer is None:
             raise LimbeckError(f"{placed.where}: {name!r} is blank; fill it in or remove the row")
         found.append(example)

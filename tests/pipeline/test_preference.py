@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -155,6 +156,37 @@ def test_data_prefers(limbeck: CommandServer, recipe: Path, distilled: Path, tmp
     read = read_pairs(run / "preferences" / "pairs.jsonl")
     assert held and not held & {pair.chosen.prompt_id for pair in read}
     assert all(pair.scores is None and pair.chosen.id != pair.rejected.id for pair in read)
+
+
+BAD_ROWS: tuple[tuple[dict[str, str], str], ...] = (
+    ({"chosen": "So.", "rejected": "No <|im_end|> more."}, r"line \d+.*<\|im_end\|>.*\(the answer in 'rejected'\)"),
+    (
+        {"chosen": "So it is good.", "rejected": "So it is bad."},
+        r"same in their first 1 tokens; raise .*max_new_tokens",
+    ),
+)
+
+
+@pytest.mark.parametrize(("row", "said"), BAD_ROWS)
+def test_data_that_the_student_cannot_be_tuned_on_is_refused_before_the_teacher_writes(
+    limbeck: CommandServer, recipe: Path, tiny: TinyPair, tmp_path: Path, row: dict[str, str], said: str
+) -> None:
+    asked = [json.loads(line)["prompt"] for line in tiny.prompts.read_text().splitlines()]
+    source = write_prompts(tmp_path / "pairs.jsonl", [{"prompt": prompt} | row for prompt in asked])
+    pairs = f"{{name: data, source: {source}, max_new_tokens: 1}}"
+    changes = (f"output_dir={tmp_path / 'run'}", f"preference.pairs={pairs}")
+    refused = limbeck.run("run", recipe, *changes)
+    assert refused.code == 2 and re.search(said, refused.error_line), refused.stderr
+    assert not (tmp_path / "run" / "responses").exists()
+
+
+def test_a_judge_that_is_not_there_is_missed_before_the_teacher_writes(
+    limbeck: CommandServer, recipe: Path, tmp_path: Path
+) -> None:
+    pairs = "{name: judge, base_url: 'http://127.0.0.1:9/v1', retries: 0, timeout_s: 2}"
+    refused = limbeck.run("run", recipe, f"output_dir={tmp_path / 'run'}", f"preference.pairs={pairs}")
+    assert refused.code == 2 and "http://127.0.0.1:9" in refused.error_line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_judge_prefers(limbeck: CommandServer, recipe: Path, distilled: Path, tmp_path: Path) -> None:

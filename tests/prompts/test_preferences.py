@@ -48,7 +48,11 @@ def test_a_row_of_each_format(tmp_path: Path, row: dict[str, Any]) -> None:
         ({"prompt": "a", "completion": "b"}, r"line 2: nothing in 'chosen'.*preference\.pairs=teacher"),
         ({"prompt": "a", "chosen": "b", "rejected": " b "}, r"line 2: .* one answer twice; .*identical=drop"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, r"line 2: 'rejected' is blank"),
-        ({"prompt": "a", "chosen": "b", "rejected": 3}, r"line 2: "),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, r"line 2: got 3 in 'rejected', expected text or a list"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": 3}]},
+            r"line 2: .*\(the answer in 'rejected'\)",
+        ),
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "Who?"}, BAD]}, "line 2: .*different prompts"),
         ({"chosen": "b", "rejected": "c"}, "line 2: "),
     ),

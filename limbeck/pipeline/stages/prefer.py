@@ -35,7 +35,7 @@ def _section(context: RunContext) -> PreferenceSection:
 
 
 def check_preference(context: RunContext) -> None:
-    """TRL is there, one process trains, and the data or the judge's key is there.
+    """TRL is there, one process trains, and the data or the judge is there.
 
     Raises:
         LimbeckError: one of them is not.
@@ -56,7 +56,10 @@ def check_preference(context: RunContext) -> None:
     if isinstance(section.pairs, DataPairs):
         preferences_of(context, section.pairs)
     elif isinstance(section.pairs, JudgePairs) and not context.run.done("prefer"):
-        judge_server(section.pairs, PAIRS_KEY).check_key()
+        server = judge_server(section.pairs, PAIRS_KEY)
+        server.check_key()
+        if context.wanted is None or "prefer" in context.wanted:
+            server.hurried.model(section.pairs.model)
 
 
 def _preference_inputs(context: RunContext) -> Json:

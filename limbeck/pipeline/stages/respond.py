@@ -14,6 +14,7 @@ from limbeck.pipeline.documents import document_inputs, help_with_documents, res
 from limbeck.pipeline.drafted_responses import draft_inputs
 from limbeck.pipeline.hosted_responses import paid_record
 from limbeck.pipeline.image_prompts import expanded_lengths
+from limbeck.pipeline.preference_pairs import pairs_of_data
 from limbeck.pipeline.sampled_responses import captures, folder_of, help_to_sample, sample_all
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.seen_prompts import as_seen, fitting_as_seen, view_inputs
@@ -37,6 +38,7 @@ from limbeck.recipe.keys import fingerprinted, fingerprinted_member
 from limbeck.recipe.responses import CACHE_GIB
 from limbeck.recipe.sections import Recipe
 from limbeck.rollouts.io import write_asked
+from limbeck.rollouts.preference.options import DataPairs
 from limbeck.rollouts.table import NumberedResponses, ResponseTable, keep_responses, open_responses
 from limbeck.types import Author, Json, LimbeckError, Prompt, Response, Split, TokenPrompt
 
@@ -121,6 +123,10 @@ def _run_responses(context: RunContext) -> Json:
     prompts = read_prompts(run.prompts)
     reading = _read(context, prompts)
     asked, tokenizer, template = reading.asked, reading.tokenizer, reading.template
+    preference = context.recipe.preference
+    if preference is not None and isinstance(preference.pairs, DataPairs):
+        # What the student cannot read comes to light before anything is written.
+        pairs_of_data(context, preference.pairs, *reading.reader)
     if context.recipe.on_policy:
         train = [p for p in reading.read if p.split == "train"]
         check_rounds(context, len(train))
