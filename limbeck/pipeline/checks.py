@@ -210,6 +210,7 @@ def _check_anatomy(context: RunContext) -> None:
             formats = formats_of(model, spec.quantize)
             _check_baselines(context, formats)
             _say_replaced(context, spec.quantize, formats)
+            _say_no_gguf(context, formats, there)
         if spec.lora is not None:
             check_adapters(model, spec.lora)
 
@@ -236,6 +237,18 @@ def _say_replaced(context: RunContext, quantize: QuantizeSpec, formats: Mapping[
             f"student.quantize: {len(names)} of {len(formats)} matrices are kept in {chosen}, since their rows are no "
             f"multiple of the block of {quantize.format} ({names[0]}, ...)"
         )
+
+
+def _say_no_gguf(context: RunContext, formats: Mapping[str, str], config: Any) -> None:
+    """Say that weights on the grid of a GGUF file will not become one, where the export does not know the model."""
+    from limbeck.export.gguf_model import require_known
+
+    if all(FORMATS[name].gguf is None for name in formats.values()):
+        return
+    try:
+        require_known(config)
+    except LimbeckError as error:
+        context.console.warn(f"student.quantize: the student will not become a GGUF file: {error}")
 
 
 def _say_unbalanced(context: RunContext, config: Any) -> None:

@@ -23,7 +23,8 @@ from limbeck.recipe.keys import fingerprinted
 from limbeck.recipe.responses import VerifySection
 from limbeck.types import Json, LimbeckError, Response, Sampling, TokenPrompt
 
-JUDGE_KEY = "responses.verify.judge"
+VERIFY_KEY = "responses.verify"
+JUDGE_KEY = f"{VERIFY_KEY}.judge"
 WriteAgain = Callable[[Sequence[TokenPrompt], int], list[Response]]
 
 
@@ -42,7 +43,8 @@ def check_verification(context: RunContext) -> None:
     if section.by != "task" or context.recipe.prompts.problems_of not in CODE:
         return
     with tempfile.TemporaryDirectory() as scratch:
-        require_sandbox(Path(scratch), _limits(section))
+        without = f"leave {VERIFY_KEY} out, and learn from programs that nobody ran"
+        require_sandbox(Path(scratch), _limits(section), section=VERIFY_KEY, otherwise=without)
 
 
 def later_sampling(sampling: Sampling, attempt: int) -> Sampling:
@@ -73,7 +75,9 @@ def _math_problems(context: RunContext, section: VerifySection, asked: Sequence[
     problems = {}
     for prompt in (context.known_prompts[one.id] for one in asked if one.split == "train"):
         given = prompt.completion if section.column is None else prompt.columns[section.column]
-        answer = extract(given or "").answer or (given or "").strip()
+        found = extract(given or "")
+        # A box with nothing in it is no answer in words.
+        answer = found.answer or ("" if found.where == "boxed" else (given or "").strip())
         if not answer:
             where = "no reference answer" if section.column is None else f"nothing in the column {section.column!r}"
             raise LimbeckError(
@@ -111,9 +115,9 @@ def verified(
     chosen, prompts = found.chosen, len(waiting)
     if prompts and not chosen and section.unverified == "drop":
         raise LimbeckError(
-            f"responses.verify: none of {prompts} training prompts got a right answer in {section.samples} "
-            f"(failures: {dict(found.failures)}); raise responses.verify.samples, set "
-            "responses.verify.unverified=keep, or choose a better teacher"
+            f"{VERIFY_KEY}: none of {prompts} training prompts got a right answer in {section.samples}, such as "
+            f"{prompt_label(context.known_prompts[waiting[0].id])} (failures: {dict(found.failures)}); "
+            f"{_more_for(context, found.failures)}, set {VERIFY_KEY}.unverified=keep, or choose a better teacher"
         )
     without = prompts - len(chosen)
     left_out = without if section.unverified == "drop" else 0
@@ -128,6 +132,16 @@ def verified(
     record: Json = {"prompts": prompts, "right": len(chosen), "left_out": left_out, "by_attempt": found.by_attempt}
     record |= {} if section.by == "task" else {"by": section.by}
     return kept, {"verified": record | {"failures": dict(found.failures)}}
+
+
+def _more_for(context: RunContext, failures: Counter[str]) -> str:
+    """What to give more of, by the reason why most answers failed."""
+    programs = context.recipe.prompts.problems_of in CODE
+    limits = {"timeout": "timeout_s", "memory": "memory_mb"} if programs else {}
+    (reason, _), *_ = failures.most_common(1) or [("wrong", 0)]
+    if reason == "no verdict":
+        return f"take a judge that gives its verdict as it is asked to ({JUDGE_KEY}.model)"
+    return f"raise {VERIFY_KEY}.{limits.get(reason, 'samples')}"
 
 
 # What a chosen answer is called.

@@ -135,8 +135,8 @@ def _seen_text(placed: PlacedRow, name: str) -> str:
         return require_unicode(value, name, placed.where)
     got = f"holds {shown_value(value)}" if name in placed.row else "is missing"
     raise LimbeckError(
-        f"{placed.where}: the column {quoted(name)!r}, which the recipe reads (teacher.sees, combine), {got}; expected "
-        "text: fill it in, drop the row, or let the recipe read another"
+        f"{placed.where}: the column {quoted(name)!r}, which the recipe reads (teacher.sees, combine, "
+        f"responses.verify), {got}; expected text: fill it in, drop the row, or let the recipe read another"
     )
 
 

@@ -98,7 +98,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         found = next((value for key in keys if (value := value_at(run.recipe, key)) is not None), None)
         if found is not None and not isinstance(found, Mapping | list) and (label, found) not in _USUAL:
             facts.append((label, format.setting(found) if isinstance(found, float) else str(found)))
-    return facts + _aligned(run) + _verified(run) + _paid(run)
+    return facts + _aligned(run) + _left_out(run) + _verified(run) + _paid(run)
 
 
 def _aligned(run: Run) -> list[tuple[str, str]]:
@@ -108,8 +108,23 @@ def _aligned(run: Run) -> list[tuple[str, str]]:
     return [] if found is None else [("compared across tokenizers", f"{found:.1%} of the student's tokens")]
 
 
+# Rows of the data that the run did without: the stage that left them out, its count, and why.
+_WITHOUT = (
+    ("prompts", "duplicates", "ask what an earlier row asks"),
+    ("respond", "dropped_too_long", "are too long"),
+)
+
+
+def _left_out(run: Run) -> list[tuple[str, str]]:
+    """How many rows of the data were left out, and why."""
+    records = {stage["stage"]: stage for stage in run.stages}
+    counts = [(number(records.get(stage, {}), name), why) for stage, name, why in _WITHOUT]
+    said = ", ".join(f"{count:,.0f} {why}" for count, why in counts if count)
+    return [("rows left out", said)] if said else []
+
+
 def _verified(run: Run) -> list[tuple[str, str]]:
-    """How many training prompts got a right answer, where answers were checked."""
+    """How many training prompts got a right answer, where answers were checked, and why answers failed."""
     record = next((stage.get("verified") for stage in run.stages if stage["stage"] == "respond"), None)
     if not isinstance(record, Mapping):
         return []
@@ -118,7 +133,11 @@ def _verified(run: Run) -> list[tuple[str, str]]:
         return []
     rest = f", {left_out:.0f} left out" if left_out else ""
     label = "chosen by a judge" if record.get("by") == "judge" else "right answers"
-    return [(label, f"for {right:.0f} of {prompts:.0f} training prompts{rest}")]
+    failures = record.get("failures")
+    counts = {why: number(failures, why) for why in failures} if isinstance(failures, Mapping) else {}
+    said = ", ".join(f"{count:,.0f} {why}" for why, count in counts.items() if count)
+    failed = f"; answers that failed: {said}" if said else ""
+    return [(label, f"for {right:.0f} of {prompts:.0f} training prompts{rest}{failed}")]
 
 
 def _paid(run: Run) -> list[tuple[str, str]]:

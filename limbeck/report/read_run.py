@@ -11,16 +11,17 @@ from limbeck.report.values import LARGEST, cleaned, of_mappings, parsed, shown
 from limbeck.runtime.json_lines import json_lines
 from limbeck.types import LimbeckError
 
+SAMPLES = "samples.jsonl"
 # In the order of the stages, each with what its absence means to the reader.
 FILES = {
     "recipe.resolved.yaml": "the recipe was not written down",
     "provenance.json": "versions, seeds and fingerprints are not recorded",
     "student/student.json": "there is no finished student",
     "metrics.jsonl": "training has not logged a step",
-    "samples.jsonl": "there are no sample answers",
+    SAMPLES: "there are no sample answers",
     "scores.json": "the student has not been evaluated",
 }
-OF_TRAINING = ("student/student.json", "metrics.jsonl", "samples.jsonl")
+OF_TRAINING = ("student/student.json", "metrics.jsonl", SAMPLES)
 # Absent where the student wrote none of what it was trained on, and not missed then.
 WRITTEN = "rounds/examples.jsonl"
 # Absent without preference tuning.
@@ -80,7 +81,12 @@ def read_run(run_dir: Path) -> Run:
         )
     recipe_text = text_field(run_dir, RECIPE, broken)
     alone = any(row["stage"] == "evaluate" and row.get("alone") is True for row in stages)
-    expected = {name: what for name, what in FILES.items() if not (alone and name in OF_TRAINING)}
+    scores = _scores(run_dir, broken)
+    unmissed = set(OF_TRAINING) if alone else set()
+    if (after := scores.get("after")) and "rouge_l" not in after:
+        # Answers are written to be compared with the teacher's, and shown then.
+        unmissed.add(SAMPLES)
+    expected = {name: what for name, what in FILES.items() if name not in unmissed}
     return Run(
         directory=run_dir,
         alone=alone,
@@ -97,8 +103,8 @@ def read_run(run_dir: Path) -> Run:
             if (found := _object(run_dir, f"learning_rate/{path.name}", broken))
         },
         written=tuple(lines_of(run_dir, WRITTEN, broken)),
-        samples=tuple(lines_of(run_dir, "samples.jsonl", broken)),
-        scores=_scores(run_dir, broken),
+        samples=tuple(lines_of(run_dir, SAMPLES, broken)),
+        scores=scores,
         drafting=_drafting(run_dir, broken),
         missing={name: what for name, what in expected.items() if not (run_dir / name).is_file()},
         broken=tuple(broken),

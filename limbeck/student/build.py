@@ -296,7 +296,8 @@ def fresh_model(config: PretrainedConfig, spec: StudentSpec) -> PreTrainedModel:
                 trust_remote_code=spec.trust_remote_code,
             )
     except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError, ImportError) as error:
-        if "attention implementation" in str(error):
+        # What is not installed is a kernel of attention.
+        if "attention implementation" in str(error) or isinstance(error, ImportError):
             raise LimbeckError(f"{one_line(error).split('. ')[0]}; set student.attn_implementation=eager") from error
         raise LimbeckError(
             f"no model can be built from student.config={dict(spec.config)}: {one_line(error)}; make the sizes fit"

@@ -60,7 +60,7 @@ def test_a_box_gives_back_what_was_put_in_where_its_braces_close(text):
         ("18", r"\$18", "equal"), ("70000", "$70,000", "equal"), ("1,234.5", "1234.5", "equal"),
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)", "equal"), (r"\text{Evelyn}", "Evelyn", "equal"),
         ("x+1", "1+x", "equal"), ("2", "3", "different"), ("3", "", "different"), ("3", "}{", "different"),
-        (r"\frac{1}{3}", "0.3", "different"), ("5", r"10^{10^{10}}", "different"),
+        (r"\frac{1}{3}", "0.3", "different"), ("5", r"10^{10^{10}}", "timeout"),
     ],
 )  # fmt: skip
 def test_equality(checker, reference, answer, verdict):

@@ -48,6 +48,7 @@ def test_limit_and_blank_lines(tmp_path):
         ("gsm8k", {"question": ""}, r"gsm8k.jsonl:1: got the fields answer, question; expected question"),
         ("gsm8k", {"answer": "4"}, r":1: .*####"),
         ("math", {"solution": "no box"}, r":1: .*boxed"),
+        ("math", {"solution": "is \\boxed{ }"}, r":1: .*boxed"),
         ("math", {"problem": None}, r":1: .*expected problem"),
         ("humaneval", {"entry_point": "sub"}, r":1: prompt does not begin the function 'sub'"),
         ("humaneval", {"prompt": "def add(:"}, r":1: prompt is no Python"),

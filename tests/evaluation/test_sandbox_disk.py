@@ -27,6 +27,7 @@ mounting = pytest.mark.skipif(
 )
 
 PATIENT = Limits(timeout_s=20.0, memory_mb=256)
+SECTION = "evaluate.groups.tasks"
 WRITES = "def add(a, b):\n    with open('x', 'w') as f: f.write(str(a + b))\n    return int(open('x').read())\n"
 MIB = 1 << 20
 
@@ -88,7 +89,8 @@ def test_where_nothing_bounds_a_directory_no_program_writes(tmp_path: Path, monk
     assert passed() == [files_possible(), True]
     for module in ("host", "log"):
         monkeypatch.setattr(f"limbeck.evaluation.sandbox.{module}.files_possible", lambda: False)
-    assert "nothing to write: this machine lets no process mount" in require_sandbox(tmp_path, PATIENT)["file_system"]
+    found = require_sandbox(tmp_path, PATIENT, section=SECTION, otherwise="leave them out")
+    assert "nothing to write: this machine lets no process mount" in found["file_system"]
     assert passed() == [False, True], "a verdict of a machine where programs write files is none of this one"
     for attack in (
         "unlinked files held by a native page *",
@@ -113,7 +115,7 @@ def test_a_directory_that_is_not_bounded_as_it_should_be_fails_the_trial(
 
     monkeypatch.setattr(host, "_start", larger)
     with pytest.raises(LimbeckError, match=r"failed its trial \(wrong: AssertionError: more on disk than allowed"):
-        require_sandbox(tmp_path, PATIENT)
+        require_sandbox(tmp_path, PATIENT, section=SECTION, otherwise="leave them out")
 
 
 @confined
@@ -145,7 +147,8 @@ for name, number in zip(("uid_map", "gid_map"), outside):
     Path("/proc/self", name).write_text(f"{user} {number} 1")
 if namespaces == "no":
     Path("/proc/sys/user/max_user_namespaces").write_text("0")
-print(os.geteuid(), files_possible(), require_sandbox(Path(scratch), Limits(timeout_s=20.0))["file_system"])
+found = require_sandbox(Path(scratch), Limits(timeout_s=20.0), section="tasks", otherwise="leave them out")
+print(os.geteuid(), files_possible(), found["file_system"])
 """
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from limbeck.evaluation.context import text_behind
 from limbeck.evaluation.sandbox import jail
+from limbeck.evaluation.tasks import marking
 from limbeck.evaluation.tasks.math_answers import extract
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.problems import read_prompt_problems
@@ -19,7 +20,7 @@ from limbeck.recipe.load import load_recipe
 from limbeck.rollouts.io import read_responses
 from limbeck.runtime.files import read_json
 from limbeck.runtime.rundir import RunDirectory
-from limbeck.types import LimbeckError
+from limbeck.types import Json, LimbeckError
 from tests.evaluation.few_problems import write
 from tests.limbeck_command import CommandServer, KillAt
 from tests.tiny_pair import TinyPair, questions, write_model
@@ -101,6 +102,7 @@ def test_only_right_answers_are_learnt_from(teacher: Path, problems: Path, tmp_p
     after = read_json(run.root / "scores.json")["after"]
     assert after["accuracy@heldout"]["n"] == after["teacher_accuracy@heldout"]["n"] == len(first) - len(train)
     report = (run.root / "report.html").read_text("utf-8")
+    assert f"answers that failed: {record['failures']['wrong']} wrong" in report
     assert f"for {record['right']} of {len(train)} training prompts" in report and "Accuracy (heldout)" in report
 
 
@@ -143,11 +145,39 @@ def test_programs_are_run_and_none_that_is_right_ends_the_run(teacher: Path, tmp
     tree = tree_of(teacher, write(tmp_path, "mbpp", given), tmp_path / "run")
     tree["prompts"] |= {"task": "mbpp", "eval_fraction": 0.4}
     tree["responses"]["verify"] = {"timeout_s": 5.0, "memory_mb": 256}
-    with pytest.raises(LimbeckError, match=r"none of \d training prompts got a right answer.*verify.unverified=keep"):
+    said = r"none of \d training prompts got a right answer in 1, such as .*raise responses\.verify\.samples, .*=keep"
+    with pytest.raises(LimbeckError, match=said):
         run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
     assert (tmp_path / "run/responses/program_verdicts.jsonl").exists()
     completion = next(iter(read_prompt_problems(tmp_path / "run/problems.jsonl").values())).solution
     assert completion == "```python\ndef f():\n    return 1\n```"
+
+
+@pytest.mark.skipif(bool(jail.missing()), reason=f"this machine has no {jail.missing()}")
+@pytest.mark.parametrize(
+    ("code", "limits", "said"),
+    (
+        ("    while True: pass", {}, r"\(failures: \{'timeout': \d+\}\); raise responses\.verify\.timeout_s, set"),
+        (
+            "    return 1",
+            {"memory_mb": 1},
+            r"failed its trial.*raise responses\.verify\.memory_mb or .*leave resp",
+        ),
+    ),
+)
+def test_a_limit_of_programs_is_named_by_its_key(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, limits: Json, said: str
+) -> None:
+    monkeypatch.setattr(marking, "program_of", lambda *_, **__: (f"def f():\n{code}\n", "block"))
+    given = [
+        {"task_id": i, "text": f"Write {text}", "code": "def f():\n    return 1\n", "test_list": ["assert f() == 1"]}
+        for i, text in enumerate(questions(3))
+    ]
+    tree = tree_of(teacher, write(tmp_path, "mbpp", given), tmp_path / "run")
+    tree["prompts"] |= {"task": "mbpp", "eval_fraction": 0.4}
+    tree["responses"]["verify"] = {"timeout_s": 1.0, "memory_mb": 256} | limits
+    with pytest.raises(LimbeckError, match=said):
+        run_pipeline(load_recipe(tree), stages=STAGES, until="respond")
 
 
 @pytest.mark.parametrize(

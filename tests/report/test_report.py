@@ -173,6 +173,25 @@ def test_files_cut_short_are_said_to_be_so(tmp_path):
     assert len(read_run(run_dir).steps) == 30
 
 
+def test_rows_that_were_left_out_are_counted(tmp_path):
+    run_dir = write_run(tmp_path / "run", steps=3)
+    for stage, counts in (("prompts", {"duplicates": 2}), ("respond", {"dropped_too_long": 5})):
+        path = run_dir / "stages" / f"{stage}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | counts))
+    said = words(parse(write_report(run_dir).read_text(encoding="utf-8")))
+    assert "rows left out" in said and "2 ask what an earlier row asks, 5 are too long" in said
+
+
+def test_answers_are_missed_only_where_they_are_compared(tmp_path):
+    run_dir = write_run(tmp_path / "run", steps=3)
+    (run_dir / "samples.jsonl").unlink()
+    assert "samples.jsonl" in read_run(run_dir).missing
+    scores = json.loads((run_dir / "scores.json").read_text())
+    del scores["after"]["rouge_l"]
+    (run_dir / "scores.json").write_text(json.dumps(scores))
+    assert not read_run(run_dir).missing
+
+
 def test_values_of_wrong_kinds_do_not_break_the_page(tmp_path):
     run_dir = write_run(tmp_path / "run", steps=30)
     (run_dir / "student" / "student.json").write_text(

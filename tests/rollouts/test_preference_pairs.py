@@ -140,6 +140,8 @@ def test_nothing_but_ties_is_refused_with_the_row_and_the_remedy() -> None:
     scores: dict[str, float | None] = {response.id: -1.0 for response in answers["p"]}
     with pytest.raises(LimbeckError, match=r"data\.jsonl, line 7.*1 prompts whose answers are all ties.*samples"):
         TeacherPairs().build(Given(answers, scores))
+    with pytest.raises(LimbeckError, match=r"; lower preference\.pairs\.margin, raise preference\.pairs\.samples"):
+        TeacherPairs(margin=1e6).build(Given(answers, dict(zip(scores, (-1.0, -2.0), strict=True))))
     same = {"p": [replace(answers["p"][0], round=n) for n in (1, 2)]}
     with pytest.raises(LimbeckError, match=r"line 7.*without two different answers"):
         TeacherPairs().build(Given(same, {}))

@@ -116,7 +116,7 @@ class TasksGroup(EvaluationGroup):
                 )
         if any(task in CODE for task in self._tasks(evaluation)):
             with tempfile.TemporaryDirectory() as scratch:
-                require_sandbox(Path(scratch), self._limits())
+                self._require_sandbox(Path(scratch))
         if self.lm_eval:
             require_lm_eval()
 
@@ -129,7 +129,7 @@ class TasksGroup(EvaluationGroup):
         detail: Json = {}
         scratch = evaluation.root / ".sandbox.partial"
         if any(task in CODE for task in self._tasks(evaluation)):
-            detail["sandbox"] = require_sandbox(scratch, self._limits())
+            detail["sandbox"] = self._require_sandbox(scratch)
             if not files_possible():
                 evaluation.console.warn(
                     f"tasks: programs have {NO_FILES}; an answer that writes a file counts as wrong"
@@ -250,6 +250,10 @@ class TasksGroup(EvaluationGroup):
 
     def _limits(self) -> Limits:
         return Limits(timeout_s=self.timeout_s, memory_mb=self.memory_mb)
+
+    def _require_sandbox(self, scratch: Path) -> Json:
+        without = "take humaneval and mbpp out of evaluate.groups.tasks.files"
+        return require_sandbox(scratch, self._limits(), section="evaluate.groups.tasks", otherwise=without)
 
 
 def _size(category: str) -> tuple[int, str]:

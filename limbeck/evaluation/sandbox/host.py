@@ -107,8 +107,12 @@ class ProgramOutcome:
         return self.kind == "passed"
 
 
-def require_sandbox(scratch: Path, limits: Limits) -> Json:
+def require_sandbox(scratch: Path, limits: Limits, *, section: str, otherwise: str) -> Json:
     """Check that programs can be confined here, and say how they are.
+
+    Args:
+        section: of the recipe, which has the limits.
+        otherwise: what to do without a sandbox, for messages.
 
     Raises:
         LimbeckError: this machine cannot, or a trial shows that it does not.
@@ -117,16 +121,15 @@ def require_sandbox(scratch: Path, limits: Limits) -> Json:
     if lacking:
         raise LimbeckError(
             f"programs that a model wrote are run in a sandbox only, and this machine has no {lacking}; "
-            "evaluate on a machine that has, or take humaneval and mbpp out of evaluate.groups.tasks.files"
+            f"go on where there is one, or {otherwise}"
         )
     files = files_possible()
     tests = trial.tests(limits.disk_mb << 20 if files else 0)
     found = run_program(Job(program=trial.PROGRAM, setup="", names=trial.NAMES, tests=tests), limits, scratch)
     if not found.passed:
         raise LimbeckError(
-            f"the sandbox for programs failed its trial ({found.kind}: {found.text}); raise "
-            "evaluate.groups.tasks.memory_mb or evaluate.groups.tasks.timeout_s, or take humaneval and mbpp out of "
-            "evaluate.groups.tasks.files"
+            f"the sandbox for programs failed its trial ({found.kind}: {found.text}); raise {section}.memory_mb or "
+            f"{section}.timeout_s, or {otherwise}"
         )
     return {
         "system_calls": f"seccomp allows {len(syscalls.ALLOWED_SYSCALLS) + 4}, none that makes a process, a thread "

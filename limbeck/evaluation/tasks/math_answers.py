@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Where = Literal["boxed", "hashes", "last number", "none"]
+Verdict = Literal["equal", "different", "timeout"]
 
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 # The beginning of a box, a brace; a brace after a backslash is one of a set, and closes nothing.
@@ -95,7 +96,7 @@ class MathChecker:
     def __exit__(self, *exception: object) -> None:
         self._end()
 
-    def check(self, reference: str, answer: str) -> Literal["equal", "different", "timeout"]:
+    def check(self, reference: str, answer: str) -> Verdict:
         """Compare an answer with the reference; "timeout" where that took too long or too much memory."""
         known = settled(reference, answer)
         if known is not None:
@@ -109,7 +110,7 @@ class MathChecker:
         if not said.endswith(b"\n"):
             self._end()
             return "timeout"
-        return "equal" if json.loads(said)["equal"] else "different"
+        return json.loads(said)["verdict"]
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:

@@ -212,7 +212,7 @@ def _chain(row: _Row, where: str, number: int) -> Problem:
 def _math(row: _Row, where: str, number: int) -> Problem:
     given = _text(row, where, "answer", "solution")
     answer = given if isinstance(row.get("answer"), str) and row["answer"].strip() else last_boxed(given)
-    if answer is None:
+    if answer is None or not answer.strip():
         raise LimbeckError(f"{where}: the solution holds no \\boxed answer; expected one, or a field answer: add it")
     name, solution = f"math/{_id(row, where, 'unique_id', number)}", row.get("solution")
     return _maths("math", name, _text(row, where, "problem"), answer, solution if isinstance(solution, str) else given)

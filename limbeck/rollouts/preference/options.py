@@ -96,9 +96,10 @@ class SampledPairs(PairOptions):
         left_out += more
         if not pairs:
             first = materials.name_of(next(iter(answers)))
+            nearer = f"lower {PAIRS_KEY}.margin, " if self.margin else ""
             raise LimbeckError(
                 f"{PAIRS_KEY}: none of {len(answers)} training prompts, such as {first}, gives a pair "
-                f"({in_words(left_out)}), so there is nothing to prefer; raise {PAIRS_KEY}.samples or "
+                f"({in_words(left_out)}), so there is nothing to prefer; {nearer}raise {PAIRS_KEY}.samples or "
                 f"{PAIRS_KEY}.temperature, or give other prompts"
             )
         return PairSet(
