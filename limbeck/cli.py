@@ -49,7 +49,8 @@ def main() -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except _USAGE_ERROR as error:
-        _fail(_usage_line(error))
+        # Each rank of a launch has the same.
+        _fail(_usage_line(error) if os.environ.get("LOCAL_RANK", "0") == "0" else None)
     except KeyboardInterrupt as interrupt:
         if "--debug" in sys.argv:
             raise
@@ -60,10 +61,12 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
+        from limbeck.types import SaidElsewhere
+
         line = None if "--debug" in sys.argv else _line_of(error)
         if line is None:
             raise
-        _fail(line)
+        _fail(None if isinstance(error, SaidElsewhere) else line)
 
 
 def _line_of(error: Exception) -> str | None:
@@ -83,18 +86,23 @@ def _usage_line(error: Any) -> str:
     return f"{said[0].lower()}{said[1:].rstrip('.')}; see `{where} --help`"
 
 
-def _fail(message: str) -> None:
+def _fail(message: str | None) -> None:
+    """End with exit code 2, and a line where no other rank says it."""
     from limbeck.runtime.console import printable
 
-    print(f"limbeck: {printable(' '.join(message.split()))}", file=sys.stderr)
+    if message is not None:
+        print(f"limbeck: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 
 def _run_until(recipe: str, overrides: list[str] | None, verb: str, update: bool) -> None:
     from limbeck.api import load
     from limbeck.pipeline.stage_order import STAGES
+    from limbeck.runtime.launcher import said_once_a_machine
 
-    run = _ran(load(recipe, *(overrides or [])), STAGES, verb, update)
+    with said_once_a_machine():
+        loaded = load(recipe, *(overrides or []))
+    run = _ran(loaded, STAGES, verb, update)
     if not int(os.environ.get("RANK", "0")):
         print(run.report if verb == "report" else run.root)
 

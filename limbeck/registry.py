@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_origin, get_type_hi
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint, EntryPoints
+    from importlib.metadata import EntryPoint
 
 Member = TypeVar("Member")
 ReadOption = Callable[[str, dataclasses.Field[Any], object], object]
@@ -47,7 +47,7 @@ def installed(group: str) -> Iterable[EntryPoint]:
 
 
 @cache
-def _every_entry_point() -> EntryPoints:
+def _every_entry_point() -> Any:
     """Read once for all registries: it takes 20 ms."""
     from importlib.metadata import entry_points
 

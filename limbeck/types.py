@@ -42,6 +42,10 @@ class LimbeckError(ValueError):
     """An error that the caller can correct. Its message is one line: what was got, what was expected, the remedy."""
 
 
+class SaidElsewhere(LimbeckError):
+    """An error that another rank of the launch says, so that this one ends without a line of its own."""
+
+
 class Interrupted(Exception):
     """A stage that stopped on request; everything it finished is on disk."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from limbeck.recipe.load import Recipe
 from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, QuietConsole
-from limbeck.runtime.heartbeat import wait_until
+from limbeck.runtime.heartbeat import LastWord, wait_until
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.launcher import Launch, launched
 from limbeck.runtime.records import fingerprint
@@ -234,13 +234,18 @@ class RunContext:
     def teacher_fingerprint(self) -> str:
         return self.teacher.fingerprint
 
+    @cached_property
+    def last_word(self) -> LastWord:
+        """The error that the first rank ends with, as another one sees it."""
+        return LastWord(self.run.last_word)
+
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Wait, on a rank other than the first, for files that the first rank writes, while its process is alive.
 
         Raises:
             LimbeckError: the first rank has ended, or writes to another folder than this rank reads.
         """
-        wait_until(ready, sign=self.run.lock, rank=self.rank)
+        wait_until(ready, sign=self.run.lock, word=self.last_word, rank=self.rank)
 
     def fingerprints(self, stages: Sequence[Stage]) -> dict[str, str]:
         """The fingerprint of every stage of the recipe: its own inputs and, through the chain, those of all before."""

@@ -7,8 +7,8 @@ to date on request; what is superseded is moved aside, never deleted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.console import Console, QuietConsole, default_console, format_seconds
 from limbeck.runtime.errors import in_one_line
 from limbeck.runtime.files import read_json, write_json, write_text
-from limbeck.runtime.heartbeat import beating, wait_for_signs
+from limbeck.runtime.heartbeat import beating, leaving_word, said_by_the_first_rank, wait_for_signs
+from limbeck.runtime.launcher import require_meeting_place, said_once_a_machine
 from limbeck.runtime.memory import peak_device_memory_mib, peak_memory_mib, reset_peak_memory
 from limbeck.runtime.outputs import written_below
 from limbeck.runtime.rundir import RunDirectory
@@ -66,17 +67,24 @@ def run_pipeline(
         names = frozenset(stage.name for stage in wanted)
         context = RunContext(recipe, console, artifacts=artifacts, pause_at=pause_at, wanted=names)
         # Reading it refuses a launch that cannot train, before anything else.
-        launch = context.launch
+        with said_once_a_machine():
+            launch = context.launch
         if launch.ranks > 1:
             root = context.run.sign_of(context.rank).parent
             context = replace(context, work=SharedWork(root=root, rank=context.rank, signs=context.signs))
         if isinstance(work := context.work, SharedWork) and context.rank:
-            with beating(context.run.sign_of(context.rank), below=context.run.root, text=work.name):
-                return _follow(replace(context, console=QuietConsole()), work, wanted)
+            context = replace(context, console=QuietConsole())
+            sign = context.run.sign_of(context.rank)
+            with (
+                beating(sign, below=context.run.root, text=work.name),
+                said_by_the_first_rank(context.last_word),
+            ):
+                require_meeting_place()
+                return _follow(context, work, wanted)
         run = context.run
         check_directory(run)
         # Before anything that may take long, so that the other ranks see this one live.
-        with beating(run.lock) if launch.ranks > 1 else nullcontext():
+        with _seen_by_other_ranks(run) if launch.ranks > 1 else nullcontext():
             if update or any(not run.done(stage.name) for stage in wanted):
                 for stage in stages:
                     stage.check(context)
@@ -90,6 +98,14 @@ def run_pipeline(
                     publish(context)
         _warn_of_harm(run, console)
     return run
+
+
+@contextmanager
+def _seen_by_other_ranks(run: RunDirectory) -> Iterator[None]:
+    """Show the other ranks of a launch, from the first one, that it is alive, or what it ends with."""
+    with beating(run.lock), leaving_word(run.last_word):
+        require_meeting_place()
+        yield
 
 
 def _wanted(recipe: Recipe, stages: Sequence[Stage], until: str) -> Sequence[Stage]:

@@ -206,7 +206,7 @@ def keep_responses(path: Path, responses: Iterable[Response]) -> None:
 
 
 @contextmanager
-def _columns(path: Path) -> Iterator[pa.RecordBatchWriter]:
+def _columns(path: Path) -> Iterator[pa.ipc.RecordBatchFileWriter]:
     """A file of columns that is written batch by batch, whole or not at all."""
     with whole_file(path) as columns, pa.OSFile(str(columns), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         yield writer

@@ -14,13 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from limbeck.types import LimbeckError
+from limbeck.types import LimbeckError, SaidElsewhere
 
 INTERVAL_S = 2.0
 # Without a sign. Network file systems show a change after some seconds.
 LIMIT_S = 60.0
 # The age of the last sign tells whether the first rank has died or works in another folder.
 RECENT_S = 60.0
+# A note of the first rank's end is young, of this launch perhaps, and believed if it is still there.
+YOUNG_S, BELIEVED_S = 30.0, 15.0
+# In which the first rank has said the same.
+SAME_S = 10.0
 _POLL_S = 0.2
 
 
@@ -59,20 +63,78 @@ def beating(path: Path, *, below: Path | None = None, text: str = "") -> Iterato
         thread.join()
 
 
-def wait_until(ready: Callable[[], bool], *, sign: Path, rank: int) -> None:
+@contextmanager
+def leaving_word(note: Path) -> Iterator[None]:
+    """Leave the error that the first rank ends with in a file, so that the others wait for no further sign of it."""
+    note.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            note.parent.mkdir(exist_ok=True)
+            note.write_text(str(error))
+        raise
+
+
+class LastWord:
+    """The last word of the first rank (`leaving_word`), as another one sees it from its own start on.
+
+    One that is there at the start may be of an earlier launch: the first rank removes it when it comes, and one that
+    stays is believed after a while, if it is not an old one.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._first, self._began = path, touched(path), time.monotonic()
+        self._young = self._first is not None and abs(time.time() - self._first / 1e9) < YOUNG_S
+
+    def left(self) -> bool:
+        """Whether the first rank of this launch has ended with an error."""
+        now = touched(self._path)
+        if now != self._first:
+            self._first, self._young = None, False
+            return now is not None
+        return now is not None and self._young and time.monotonic() - self._began > BELIEVED_S
+
+    def text(self) -> str:
+        with suppress(OSError, UnicodeDecodeError):
+            return self._path.read_text()
+        return ""
+
+
+@contextmanager
+def said_by_the_first_rank(word: LastWord) -> Iterator[None]:
+    """Keep silent, on another rank, about an error that the first one ends with as well."""
+    try:
+        yield
+    except SaidElsewhere:
+        raise
+    except LimbeckError as error:
+        until = time.monotonic() + SAME_S
+        while not word.left() and time.monotonic() < until:
+            time.sleep(_POLL_S)
+        if word.text() == str(error):
+            raise SaidElsewhere(str(error)) from error
+        raise
+
+
+def wait_until(ready: Callable[[], bool], *, sign: Path, word: LastWord, rank: int) -> None:
     """Wait until the first rank has done its work, as long as its heartbeat goes on.
 
     Args:
         sign: the file that it touches.
+        word: its last one.
 
     Raises:
         LimbeckError: there is no such file, or nothing has touched it for long.
+        SaidElsewhere: the first rank has ended with an error.
     """
     last, since = touched(sign), time.monotonic()
     # Touched just before this rank came to look: the first one was here, and may have died since.
     seen = last is not None and abs(time.time() - last / 1e9) < RECENT_S
     while not ready():
         time.sleep(_POLL_S)
+        if word.left():
+            raise SaidElsewhere(f"rank 0 has ended: {word.text()}")
         sees, now = touched(sign), time.monotonic()
         if sees != last:
             last, since, seen = sees, now, True

@@ -7,12 +7,15 @@ something else, hang or fail at the end, so it is refused before any work.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from limbeck.types import LimbeckError
+from limbeck.types import LimbeckError, SaidElsewhere
 
 Sharding = Literal["auto", "none", "full"]
 FSDP = "ACCELERATE_USE_FSDP"
@@ -138,6 +141,55 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
             f"sees one device; {_remedy(asked)}, or ask for 1 (--num_processes 1)"
         )
     return Launch(launcher="accelerate launch" if by_accelerate else None, fsdp2=fsdp2)
+
+
+@contextmanager
+def said_once_a_machine() -> Iterator[None]:
+    """Let errors in the block, which all ranks of a machine meet, be said by the first of them alone."""
+    try:
+        yield
+    except LimbeckError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        raise SaidElsewhere(str(error)) from error
+
+
+def require_meeting_place(environment: Mapping[str, str] = os.environ) -> None:
+    """See that the machine of the first rank is known here, and on it, that the port where ranks meet is free.
+
+    Raises:
+        LimbeckError: without which the ranks would wait for one another.
+    """
+    address, port = _meeting_place(environment)
+    try:
+        socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise LimbeckError(
+            f"MASTER_ADDR is {address!r}, which this machine cannot resolve ({error}); give a name or an address of "
+            "the machine of rank 0 that all others know"
+        ) from None
+    # torchrun itself listens there, for its ranks.
+    if environment["RANK"] != "0" or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise LimbeckError(
+            f"MASTER_PORT is {port}, where another process of this machine listens; give all ranks another port, or "
+            "end that process"
+        ) from None
+
+
+def _meeting_place(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Address and port at which the ranks of a launch meet."""
+    address, port = environment.get("MASTER_ADDR", ""), _number("MASTER_PORT", environment)
+    if not address:
+        raise LimbeckError(f"RANK is set and MASTER_ADDR is not; expected the machine of rank 0: {_remedy()}")
+    if not 0 < port < 1 << 16:
+        raise LimbeckError(f"MASTER_PORT is {port}; expected 1 to 65535: {_remedy()}")
+    return address, port
 
 
 def require_trained_by(kind: str, ranks: int, launch: Launch) -> None:

@@ -156,6 +156,11 @@ class RunDirectory:
         """Touched by another rank of a launch while it is alive."""
         return self.root / ".ranks" / str(rank)
 
+    @property
+    def last_word(self) -> Path:
+        """What the first rank of a launch ended with, where that was an error."""
+        return self.root / ".ranks" / "ended"
+
     def manifest_path(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
 

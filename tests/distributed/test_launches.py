@@ -8,10 +8,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from limbeck.runtime.heartbeat import LIMIT_S
 from tests.distributed.test_command import LAUNCHER, ROOT, ended
 from tests.limbeck_command import CommandServer, all_end
 from tests.tiny_pair import TinyPair
@@ -107,6 +109,26 @@ def two_ranks(runs: tuple[Path, Path], recipe: Path, dies_at: str) -> list[subpr
     return [
         subprocess.CompletedProcess(rank.args, rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["student.layers=99"], "student.layers is 99"),
+        (["teacher.model=/nowhere"], "/nowhere"),
+        (["train.max_stepz=1"], "train.max_stepz"),
+        (["--updat"], "no such option"),
+    ],
+)
+def test_what_is_refused_is_said_by_one_rank_and_all_end(
+    limbeck: CommandServer, tiny: TinyPair, tmp_path: Path, changes: list[str], said: str
+) -> None:
+    recipe = str(tiny.recipe(tmp_path / "run"))
+    began = time.monotonic()
+    first, other = (rank.wait() for rank in limbeck.launch("run", recipe, *changes))
+    assert first.code == other.code == 2 and said in first.error_line.lower()
+    # And sooner than a rank misses the signs of another.
+    assert not own_lines(other.stderr) and time.monotonic() - began < LIMIT_S
 
 
 def test_a_rank_without_the_first_ones_directory_gives_up(tiny: TinyPair, tmp_path: Path) -> None:

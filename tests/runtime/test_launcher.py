@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from limbeck.runtime import launcher as module
 from limbeck.runtime.errors import explain
-from limbeck.runtime.launcher import Launch, launched, require_trained_by
+from limbeck.runtime.launcher import Launch, launched, require_meeting_place, require_trained_by
 from limbeck.training import launch as student_launch
 from limbeck.types import LimbeckError
 from tests.limbeck_command import CommandServer
@@ -88,6 +89,41 @@ def test_launches_that_would_train_something_else(environment: dict[str, str], s
     with pytest.raises(LimbeckError, match=said) as caught:
         launched(environment)
     assert "\n" not in str(caught.value)
+
+
+MEETING = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'; expected a number"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999; expected 1 to 65535"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not; expected the machine of rank 0"),
+        (
+            {"MASTER_ADDR": "no.such.host.invalid"},
+            r"is 'no\.such\.host\.invalid', which this machine cannot",
+        ),
+        ({"MASTER_ADDR": "a" * 70 + ".example"}, "which this machine cannot resolve"),
+    ],
+)
+def test_ranks_that_could_not_meet_are_told(changes: dict[str, str], said: str) -> None:
+    with pytest.raises(LimbeckError, match=said) as caught:
+        require_meeting_place(MEETING | changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_port_that_another_process_listens_on_is_named_by_the_first_rank() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        there = MEETING | {"MASTER_PORT": str(other.getsockname()[1])}
+        with pytest.raises(LimbeckError, match="where another process of this machine listens; give all ranks another"):
+            require_meeting_place(there)
+        # It is that of torchrun, or of the first rank itself.
+        require_meeting_place(there | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+        require_meeting_place(there | {"RANK": "1"})
+    require_meeting_place(there)
 
 
 @pytest.mark.parametrize(
