@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from limbeck.export.gguf_model import ARCHITECTURES, in_pairs, llama_cpp_name, rotated_heads
+from limbeck.export.gguf_model import in_pairs, llama_cpp_name, rotated_heads
+from limbeck.models.gguf_architectures import ARCHITECTURES
 from limbeck.models.quantization import FORMATS, dequantise
 from limbeck.types import LimbeckError
 

@@ -17,8 +17,9 @@ from limbeck.export.cards import exported_card, front_matter
 from limbeck.export.checks import BOUNDS, LogitProbe, compare_logits, digests, probe, require_equal
 from limbeck.export.encoding import GGUF_FORMATS, Encoding, differing, most_of, put_back
 from limbeck.export.gguf_adapter import Adapters, read_adapters, require_merged, write_gguf_adapter
-from limbeck.export.gguf_model import require_known, write_gguf
+from limbeck.export.gguf_model import write_gguf
 from limbeck.export.source import Exportable, find
+from limbeck.models.gguf_architectures import require_known
 from limbeck.models.loading import DTYPES, load_model
 from limbeck.runtime.files import whole_folder, write_text
 from limbeck.student.saving import save_student

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from limbeck.models.folders import EXPERT_COUNTS
+from limbeck.models.gguf_architectures import require_known
 from limbeck.models.loading import source_config
 from limbeck.models.processors import reads_images
 from limbeck.models.quantization import FORMATS
@@ -241,8 +242,6 @@ def _say_replaced(context: RunContext, quantize: QuantizeSpec, formats: Mapping[
 
 def _say_no_gguf(context: RunContext, formats: Mapping[str, str], config: Any) -> None:
     """Say that weights on the grid of a GGUF file will not become one, where the export does not know the model."""
-    from limbeck.export.gguf_model import require_known
-
     if all(FORMATS[name].gguf is None for name in formats.values()):
         return
     try:

@@ -43,7 +43,7 @@ def check_verification(context: RunContext) -> None:
     if section.by != "task" or context.recipe.prompts.problems_of not in CODE:
         return
     with tempfile.TemporaryDirectory() as scratch:
-        without = f"leave {VERIFY_KEY} out, and learn from programs that nobody ran"
+        without = f"leave {VERIFY_KEY} out, and learn from programs that were not run"
         require_sandbox(Path(scratch), _limits(section), section=VERIFY_KEY, otherwise=without)
 
 

@@ -27,6 +27,7 @@ from limbeck import run as play
 from limbeck.export import checks, export_model, gguf_model
 from limbeck.export.cards import exported_card, front_matter
 from limbeck.export.gguf_tokens import Vocabulary
+from limbeck.models.gguf_architectures import require_known
 from limbeck.models.loading import load_model
 from limbeck.types import LimbeckError
 from tests.models.tiny import save_tiny
@@ -194,7 +195,7 @@ class TestRefusals:
             from transformers import LlamaConfig
 
             with pytest.raises(LimbeckError, match=what):
-                gguf_model.require_known(LlamaConfig(**(config | change)))
+                require_known(LlamaConfig(**(config | change)))
 
     def test_tokenizers_that_gguf_cannot_say(self, models: dict[str, Path], tmp_path: Path) -> None:
         said = self.refused(save_tiny(tmp_path / "words"), tmp_path / "out", format="gguf")
