@@ -211,7 +211,7 @@ def _check_anatomy(context: RunContext) -> None:
             formats = formats_of(model, spec.quantize)
             _check_baselines(context, formats)
             _say_replaced(context, spec.quantize, formats)
-            _say_no_gguf(context, formats, there)
+            _say_no_gguf(context, spec.quantize.format, there)
         if spec.lora is not None:
             check_adapters(model, spec.lora)
 
@@ -240,9 +240,9 @@ def _say_replaced(context: RunContext, quantize: QuantizeSpec, formats: Mapping[
         )
 
 
-def _say_no_gguf(context: RunContext, formats: Mapping[str, str], config: Any) -> None:
+def _say_no_gguf(context: RunContext, format: str, config: Any) -> None:
     """Say that weights on the grid of a GGUF file will not become one, where the export does not know the model."""
-    if all(FORMATS[name].gguf is None for name in formats.values()):
+    if FORMATS[format].gguf is None:
         return
     try:
         require_known(config)
