@@ -20,6 +20,8 @@ from limbeck.types import LimbeckError
 if TYPE_CHECKING:
     from PIL import Image
 
+# Formats of pixels alone, by Pillow's names: of the others one (EPS) is a program that another program would run.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Pillow's own limit: what is larger it takes for a decompression bomb.
 MOST_PIXELS = 89_478_485
 _LARGEST_FILE = 256 * 2**20
@@ -60,11 +62,12 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         # Pillow warns above its limit and raises above twice of it; the limit here is the same, and an error.
         warnings.simplefilter("ignore")
         try:
-            picture = Image.open(io.BytesIO(data))
+            picture = Image.open(io.BytesIO(data), formats=_formats())
             (width, height), frames = picture.size, getattr(picture, "n_frames", 1)
         except UnidentifiedImageError:
             raise LimbeckError(
-                f"{where} is no image that Pillow reads ({_beginning(data)}); give a PNG, JPEG or WebP file"
+                f"{where} is no image of a format that is read here ({_beginning(data)}), expected one of "
+                f"{', '.join(_formats())}; save it as one of these"
             ) from None
         except Image.DecompressionBombError as error:
             raise _too_large(where, str(error).partition(" pixels")[0].rpartition("(")[2]) from None
@@ -82,6 +85,14 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             return ImageOps.exif_transpose(picture).convert("RGB")
         except Exception as error:  # as above, of the pixels
             raise _unreadable(where, error) from None
+
+
+def _formats() -> list[str]:
+    """The formats that are read, without those that this Pillow does not know."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _too_large(where: str, size: str) -> LimbeckError:
@@ -112,6 +123,8 @@ def read_image_file(path: Path, where: str) -> bytes:
         if status.st_size > _LARGEST_FILE:
             raise LimbeckError(f"{where} has {status.st_size >> 20} MiB, expected an image file; scale it down")
         return path.read_bytes()
+    except LimbeckError:
+        raise
     except FileNotFoundError:
         raise LimbeckError(
             f"{where} does not exist; paths are relative to the file of prompts: correct the path, or put it there"

@@ -44,7 +44,8 @@ def _part(block: Mapping[str, Any], column: str, where: str) -> str | ImageRef:
     if kind in ("image", "image_url"):
         found = next((block[name] for name in _SOURCES if block.get(name) is not None), None)
         return UnreadImage(source=found.get("url") if isinstance(found, Mapping) and "url" in found else found)
+    without = " without a text" if kind == "text" else ""
     raise LimbeckError(
-        f"{where}: got a block of type {kind[:40]!r} in {column!r}, expected {{'type': 'text', 'text': '...'}} or "
-        "{'type': 'image'}; only texts and images are read: change or drop the row"
+        f"{where}: got a block of type {kind[:40]!r}{without} in {column!r}, expected {{'type': 'text', "
+        "'text': '...'} or {'type': 'image'}; only texts and images are read: change or drop the row"
     )

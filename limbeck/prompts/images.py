@@ -164,17 +164,17 @@ def images_digest(rows: Iterable[tuple[Mapping[str, Any], PlacedRow]]) -> str | 
     """
     digest, count = hashlib.sha256(), 0
     for row, placed in rows:
-        for number, source in enumerate((*_sources(row, placed.where), *_in_blocks(row)), start=1):
+        for number, source in enumerate((*_sources(row, placed.where), *_in_blocks(row, placed.where)), start=1):
             digest.update(image_id(_bytes_of(source, placed, f"image {number}")[0]).encode())
             count += 1
     return digest.hexdigest() if count else None
 
 
-def _in_blocks(row: Mapping[str, Any]) -> Iterator[Any]:
+def _in_blocks(row: Mapping[str, Any], where: str) -> Iterator[Any]:
     """The images that blocks of a row's turns hold themselves."""
-    for value in row.values():
+    for column, value in row.items():
         for turn in value if isinstance(value, list | tuple) else ():
             content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
-            for part in blocks_in(content, "", "") or ():
+            for part in blocks_in(content, column, where) or ():
                 if isinstance(part, UnreadImage) and part.source is not None:
                     yield part.source

@@ -15,7 +15,7 @@ pytest.importorskip("PIL", reason="images need Pillow: pip install 'limbeck[visi
 
 from PIL import Image
 
-from limbeck.models.images import ImageFolder, image_id
+from limbeck.models.images import ImageFolder, decode_image, image_id
 from limbeck.models.loading import load_tokenizer
 from limbeck.prompts.images import RowImages, images_digest
 from limbeck.prompts.io import read_prompts, write_prompts
@@ -158,10 +158,15 @@ def test_bytes_of_parquet_and_of_datasets(folder: Path) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"prompt": "x", "images": ["gone.png"]}, r"image 1 \('gone.png'\) does not exist"),
     "cut_off": ({"prompt": "x", "images": ["cut.png"]}, "cannot be decoded .* cut off or damaged"),
-    "text": ({"prompt": "x", "images": ["text.png"]}, "is no image that Pillow reads"),
-    "empty": ({"prompt": "x", "images": ["empty.png"]}, "is no image that Pillow reads .it is empty"),
-    "folder": ({"prompt": "x", "images": ["inner"]}, "is a folder, pipe or device"),
-    "pipe": ({"prompt": "x", "images": ["pipe"]}, "is a folder, pipe or device"),
+    "text": ({"prompt": "x", "images": ["text.png"]}, "is no image of a format that is read here"),
+    "empty": ({"prompt": "x", "images": ["empty.png"]}, "is no image of a format that is read here .it is empty"),
+    "program": (
+        {"prompt": "x", "images": ["program.png"]},
+        r"is no image of a format that is read here \(it begins with b'%!PS-Adobe.*expected one of PNG, JPEG, .*; "
+        "save it as one of these",
+    ),
+    "folder": ({"prompt": "x", "images": ["inner"]}, r"image 1 \('inner'\) is a folder, pipe or device"),
+    "pipe": ({"prompt": "x", "images": ["pipe"]}, r"image 1 \('pipe'\) is a folder, pipe or device"),
     "animated": ({"prompt": "x", "images": ["moving.gif"]}, "has 2 frames"),
     "bomb": ({"prompt": "x", "images": ["bomb.png"]}, "pixels, expected at most 89,478,485"),
     "large": ({"prompt": "x", "images": ["large.png"]}, "has 10000 x 10000 pixels, expected at most 89,478,485"),
@@ -211,6 +216,7 @@ def test_a_bad_image_is_one_line_with_its_row(folder: Path, name: str) -> None:
     (folder / "cut.png").write_bytes(png(side=64)[:-60])
     (folder / "text.png").write_text("not an image")
     (folder / "empty.png").touch()
+    (folder / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n%%EOF\n")
     (folder / "inner").mkdir()
     os.mkfifo(folder / "pipe")
     (folder / "moving.gif").write_bytes(animation())
@@ -219,7 +225,7 @@ def test_a_bad_image_is_one_line_with_its_row(folder: Path, name: str) -> None:
     row, message = BAD[name]
     with pytest.raises(LimbeckError, match=f"rows.jsonl, line 2: .*(?:{message})") as caught:
         read(folder, {"prompt": "first", "image": "a.png"} if "prompt" in row else FORMS["blocks"][0], row)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).count("line 2") == 1
 
 
 def test_images_are_refused_where_only_text_is_read(folder: Path) -> None:
@@ -241,6 +247,30 @@ def test_a_changed_image_changes_the_digest(folder: Path) -> None:
     assert before is not None and digest() == before
     (folder / "a.png").write_bytes(png("green"))
     assert digest() != before
+
+
+BLOCKS = {
+    "video": ({"type": "video"}, "got a block of type 'video' in 'messages'"),
+    "audio": ({"type": "audio", "path": "a.wav"}, "got a block of type 'audio' in 'messages'"),
+    "text": ({"type": "text", "text": 5}, "got a block of type 'text' without a text in 'messages'"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_of_another_kind_is_named_with_its_row_where_images_are_hashed(folder: Path, name: str) -> None:
+    block, message = BLOCKS[name]
+    row = {"messages": [{"role": "user", "content": [block, {"type": "image", "path": "a.png"}]}]}
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (FORMS["blocks"][0], row)), "utf-8")
+    with pytest.raises(LimbeckError, match=f"rows.jsonl, line 2: {message}"):
+        images_digest((placed.row, placed) for placed in rows_of(str(path)))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_formats_of_pixels_are_read(format: str) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(data, format)
+    assert decode_image(data.getvalue(), "image").size == (8, 8)
 
 
 def test_a_damaged_copy_is_seen(folder: Path) -> None:
