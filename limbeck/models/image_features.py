@@ -68,25 +68,32 @@ class ImageReader:
         """A reader of the same images for another model with the same processor."""
         return ImageReader(processor=self.processor, placeholder=self.placeholder, files=self.files, folder=self.folder)
 
-    def input(self, name: str) -> ImageInput:
-        """An image as the model is given it."""
+    def input(self, name: str, where: str = "") -> ImageInput:
+        """An image as the model is given it.
+
+        Args:
+            where: names its place in messages.
+        """
         found = self._inputs.get(name)
         if found is None:
             assert self.folder is not None, "bind_images comes before any image"
-            found = image_input(self.processor, self.placeholder, self.folder.open(name), f"image {name}")
+            found = image_input(self.processor, self.placeholder, self.folder.open(name), where or f"image {name}")
             self._inputs.put(name, found, found.bytes)
             self._ids[name] = found.ids
         return found
 
-    def ids_of(self, name: str) -> tuple[int, ...]:
+    def ids_of(self, name: str, where: str = "") -> tuple[int, ...]:
         """The tokens that stand for an image."""
-        return self._ids[name] if name in self._ids else self.input(name).ids
+        return self._ids[name] if name in self._ids else self.input(name, where).ids
 
-    def expand(self, ids: Sequence[int], images: Sequence[str], written: Sequence[bool] = ()) -> ExpandedRow:
+    def expand(
+        self, ids: Sequence[int], images: Sequence[str], written: Sequence[bool] = (), *, where: str = "a prompt"
+    ) -> ExpandedRow:
         """A row with its placeholders replaced.
 
         Args:
             written: for each id whether the answer's author wrote it: what a model writes is never an image.
+            where: names the row in messages.
 
         Raises:
             LimbeckError: another number of placeholders than of images.
@@ -94,15 +101,15 @@ class ImageReader:
         places = [i == self.placeholder.id and not (written and written[t]) for t, i in enumerate(ids)]
         if sum(places) != len(images):
             raise LimbeckError(
-                f"a prompt has {sum(places)} placeholders {self.placeholder.token} for {len(images)} images; "
+                f"{where} has {sum(places)} placeholders {self.placeholder.token} for {len(images)} images; "
                 "its chat template changes their number: use the model's own"
             )
         out: list[int] = []
         marks: list[bool] = []
         last: list[int] = []
-        left = iter(images)
+        left = ((name, f"{where}: image {number} ({name})") for number, name in enumerate(images, start=1))
         for index, placed in zip(ids, places, strict=True):
-            own = self.ids_of(next(left)) if placed else (index,)
+            own = self.ids_of(*next(left)) if placed else (index,)
             out += own
             marks += [placed and i == self.placeholder.id for i in own]
             last.append(len(out) - 1)

@@ -24,6 +24,8 @@ _FILES = ("preprocessor_config.json", "processor_config.json", "image_processor_
 # What a processor needs beside the tokenizer's files; copied as they are when a student is saved.
 PROCESSOR_FILES = (*_FILES, "video_preprocessor_config.json")
 _PLACEHOLDER = "limbeck_placeholder"
+# Of a picture that every processor reads, also one that takes it as it is: a multiple of 28 and of 32.
+_PLAIN_SIDE = 224
 # The same quantity in a processor and in the configuration of the vision tower.
 _SHARED = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
 _OF_THE_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -127,6 +129,19 @@ def has_processor(source: Source) -> bool:
     return any((source.directory / name).is_file() for name in _FILES)
 
 
+def require_processor(source: Source, config: PretrainedConfig) -> None:
+    """See that a model that reads images has a processor; without one it cannot be loaded.
+
+    Raises:
+        LimbeckError: it has none.
+    """
+    if reads_images(config) and not has_processor(source):
+        raise LimbeckError(
+            f"{source.name} has no processor (preprocessor_config.json is missing); save one there with "
+            "processor.save_pretrained"
+        )
+
+
 def source_processor(source: Source, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The processor that lies beside an image-text model, with the tokenizer that is given.
 
@@ -136,11 +151,7 @@ def source_processor(source: Source, config: PretrainedConfig, tokenizer: PreTra
     from limbeck.models.images import require_pillow
 
     require_pillow()
-    if not has_processor(source):
-        raise LimbeckError(
-            f"{source.name} has no processor (preprocessor_config.json is missing); save one there with "
-            "processor.save_pretrained"
-        )
+    require_processor(source, config)
     try:
         with quiet_transformers():
             processor = _load(source, config, tokenizer)
@@ -151,7 +162,8 @@ def source_processor(source: Source, config: PretrainedConfig, tokenizer: PreTra
             f"{source.name}: its processor cannot be read: {one_line(error)[:300]}; check its files, or install what "
             "it needs: pip install 'limbeck[vision]'"
         ) from error
-    _require_belonging(source, config, processor, placeholder_of(tokenizer))
+    placeholder = _require_belonging(source, config, processor, placeholder_of(tokenizer))
+    _require_reading(source, processor, placeholder)
     return processor
 
 
@@ -199,8 +211,8 @@ def _without_videos(cls: Any) -> Any:
 
 def _require_belonging(
     source: Source, config: PretrainedConfig, processor: Any, placeholder: Placeholder | None
-) -> None:
-    """See that processor and model take the same token for an image and cut it into the same patches."""
+) -> Placeholder:
+    """See that processor and model take the same token for an image and cut it into the same patches; returns it."""
     token = getattr(processor, "image_token", None)
     if placeholder is None or str(token) != placeholder.token:
         raise LimbeckError(
@@ -217,6 +229,28 @@ def _require_belonging(
                 f"{source.name}: its processor has {own} {said} and its vision tower {there}; they do not belong "
                 "together: download both again"
             )
+    return placeholder
+
+
+def _require_reading(source: Source, processor: Any, placeholder: Placeholder) -> None:
+    """See that a processor reads a plain picture, so that what it refuses later is the fault of an image."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (_PLAIN_SIDE, _PLAIN_SIDE), "grey")
+    try:
+        with quiet_transformers():
+            plain_inputs(processor, [placeholder.token], [picture])
+    except ImportError as error:
+        raise LimbeckError(
+            f"{source.name}: its processor cannot be used: {one_line(error)[:300]}; install what it needs: "
+            "pip install 'limbeck[vision]'"
+        ) from error
+    except Exception as error:  # each processor has its own
+        raise LimbeckError(
+            f"{source.name}: its {type(processor).__name__} with {type(processor.image_processor).__name__} "
+            f"(preprocessor_config.json) reads no picture at all ({one_line(error)[:200]}): the file belongs to "
+            "another model or is damaged; download the processor's files again"
+        ) from error
 
 
 def image_input(processor: Any, placeholder: Placeholder, picture: Any, where: str) -> ImageInput:

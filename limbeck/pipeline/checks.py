@@ -16,7 +16,7 @@ import torch
 from limbeck.models.folders import EXPERT_COUNTS
 from limbeck.models.gguf_architectures import require_known
 from limbeck.models.loading import source_config
-from limbeck.models.processors import reads_images
+from limbeck.models.processors import reads_images, require_processor
 from limbeck.models.quantization import FORMATS
 from limbeck.models.quantization.layout import replaced
 from limbeck.models.sources import resolve
@@ -165,19 +165,21 @@ def resolvable(section: TeacherSection | StudentSection, *, weights: bool = True
     """Check that a model can be found.
 
     Args:
-        weights: with its weights, where it is a folder of this machine.
+        weights: with its weights, where it is a folder of this machine, and the processor that they are loaded with.
 
     Raises:
         LimbeckError: it is not.
     """
     assert section.model is not None
     # Of a model that is not here yet only the small files: the weights are fetched when a stage needs them.
-    resolve(
+    source = resolve(
         section.model,
         revision=section.revision,
         weights=weights and Path(section.model).expanduser().exists(),
         trust_remote_code=section.trust_remote_code,
     )
+    if weights:
+        require_processor(source, source_config(source, trust_remote_code=section.trust_remote_code))
 
 
 def _check_anatomy(context: RunContext) -> None:
@@ -189,6 +191,7 @@ def _check_anatomy(context: RunContext) -> None:
     assert section.model is not None
     source = resolve(section.model, revision=section.revision, weights=False, trust_remote_code=spec.trust_remote_code)
     there = source_config(source, trust_remote_code=spec.trust_remote_code)
+    require_processor(source, there)
     if spec.lora is None:
         _say_unbalanced(context, there.get_text_config())
     if spec.init == "scratch" and spec.freeze_vision and reads_images(there):

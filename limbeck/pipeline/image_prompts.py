@@ -73,13 +73,20 @@ def _blind(context: RunContext) -> Iterator[tuple[str, str]]:
         yield "a judge (evaluate.groups.judge)", "leave it out of evaluate.groups"
     if not same_tokens(context):
         yield "a pair with different tokens", "choose a pair of one model family"
+    teacher, student = context.teacher_card, context.student_card
+    if student is not None and student.image_token != teacher.image_token:
+        yield (
+            f"a pair of two families (the teacher {teacher.name} writes {teacher.image_token} for one, the student "
+            f"{student.name} {student.image_token})",
+            "choose a student of the teacher's family",
+        )
 
 
 def expanded_lengths(context: RunContext, prompts: Sequence[TokenPrompt]) -> dict[str, int]:
     """Tokens of prompts by id, in whichever of the two models an image takes more of them.
 
     Raises:
-        LimbeckError: a processor refuses an image.
+        LimbeckError: a processor refuses an image; names its row.
     """
     if not any(prompt.images for prompt in prompts):
         return {}
@@ -87,7 +94,11 @@ def expanded_lengths(context: RunContext, prompts: Sequence[TokenPrompt]) -> dic
     for section in (recipe.teacher_source, *([recipe.student] if recipe.student.model is not None else [])):
         readers.append(_reader(context, section))
     return {
-        prompt.id: max(len(reader.expand(prompt.ids, prompt.images).ids) for reader in readers) for prompt in prompts
+        prompt.id: max(
+            len(reader.expand(prompt.ids, prompt.images, where=f"prompt {prompt.label or prompt.id}").ids)
+            for reader in readers
+        )
+        for prompt in prompts
     }
 
 

@@ -251,6 +251,27 @@ def test_a_processor_of_another_model_is_refused(tmp_path: Path, family: Family,
     assert "\n" not in str(caught.value)
 
 
+OTHER_PIXELS: dict[str, dict[str, Any]] = {
+    "class_of_another": {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 64}},
+    "size_as_text": {"patch_size": "8"},
+    "grey": {"image_mean": [0.5], "image_std": [0.5]},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PIXELS)
+def test_a_processor_that_reads_no_picture_is_blamed_itself(tmp_path: Path, name: str) -> None:
+    """Before any image of the data is."""
+    folder = write_vision_model(tmp_path / "model", "qwen2_vl")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | OTHER_PIXELS[name]))
+    message = (
+        rf"model: its Qwen2VLProcessor with \w+ \({path.name}\) reads no picture at all .*belongs to another model"
+    )
+    with pytest.raises(LimbeckError, match=message) as caught:
+        describe_vocabulary(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_processor_with_another_token_is_refused(tmp_path: Path) -> None:
     folder = write_vision_model(tmp_path / "model", "llava")
     config = json.loads((folder / "config.json").read_text())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +145,40 @@ def test_what_does_not_read_images_is_refused(
     refused = limbeck.run("run", seeing.recipe(tmp_path / "run", **sections))
     assert refused.code == 2 and message in refused.error_line
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_a_model_without_its_processor_is_named(
+    limbeck: CommandServer, seeing: VisionRun, tmp_path: Path, who: str
+) -> None:
+    folder = tmp_path / "blind"
+    shutil.copytree(seeing.folder / who, folder, ignore=shutil.ignore_patterns("*processor_config.json"))
+    refused = limbeck.run("run", seeing.recipe(tmp_path / "run", **{who: {"model": str(folder)}}))
+    assert refused.code == 2 and not (tmp_path / "run").exists()
+    assert f"{folder} has no processor (preprocessor_config.json is missing)" in refused.error_line
+
+
+def test_a_student_of_another_family_is_named(limbeck: CommandServer, seeing: VisionRun, tmp_path: Path) -> None:
+    other = write_vision_model(tmp_path / "llava", "llava", layers=1)
+    refused = limbeck.run("run", seeing.recipe(tmp_path / "run", student={"model": str(other)}))
+    assert refused.code == 2 and f"writes <|image_pad|> for one, the student {other} <image>)" in refused.error_line
+    assert "questions.jsonl, line " in refused.error_line and "a student of the teacher's family" in refused.error_line
+
+
+def test_an_image_that_a_processor_refuses_is_named_with_its_row(
+    limbeck: CommandServer, seeing: VisionRun, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    source = write_questions(tmp_path / "data", 12, seed=5)
+    Image.new("RGB", (500, 2)).save(tmp_path / "data" / "pictures" / "5-7.png")
+    refused = limbeck.run("run", seeing.recipe(tmp_path / "run", prompts={"source": str(source)}))
+    assert refused.code == 2
+    assert re.search(
+        r"questions\.jsonl, line 8: 'What shape\?'\): image 1 \(\w{32}\): Qwen2VLProcessor refuses the image",
+        refused.error_line,
+    )
+    assert not (tmp_path / "run" / "responses").exists()
 
 
 @pytest.mark.parametrize("source", ["data", "student", "pairs"])
