@@ -7,7 +7,8 @@ a frozen tower is trained, it is the tower's output that is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,18 @@ from torch import Tensor, nn
 
 from limbeck.models.images import ImageFolder
 from limbeck.models.processors import ImageInput, Placeholder, image_input
+from limbeck.models.quiet import one_line
 from limbeck.models.tower_outputs import Kept, answering, tensors_in, with_tensors
+from limbeck.runtime.errors import explain
 from limbeck.types import LimbeckError
 
 TrainedPart = Literal["tower", "projector", "nothing"]
 
 KEPT_BYTES = 2 * 2**30
+_MISFIT = (
+    "they do not belong together: download the processor's files again (preprocessor_config.json, "
+    "processor_config.json)"
+)
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
 
 
@@ -165,21 +172,35 @@ class ImageReader:
         weight = next(vision_tower(model).parameters())
         every = [self.input(name).inputs for name in names]
         inputs = {key: torch.cat([inputs[key] for inputs in every]) for key in every[0]}
-        made = model.get_image_features(
-            **{
-                key: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-                for key, value in inputs.items()
-            }
-        )
+        given = {k: v.to(weight.device, weight.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+        with self.fitting():
+            made = model.get_image_features(**given)
         pooled = getattr(made, "pooler_output", made)
         found = torch.cat([part.flatten(0, -2) for part in ([pooled] if isinstance(pooled, Tensor) else pooled)])
         expected = sum(self._tokens_of(name) for name in names)
         if len(found) != expected:
             raise LimbeckError(
-                f"the processor of {type(model).__name__} makes {expected} tokens of {len(names)} images and its "
-                f"vision tower {len(found)} features; they do not belong together: download both again"
+                f"{self.files}: its processor makes {expected} tokens of {len(names)} images and its vision tower "
+                f"{len(found)} features; {_MISFIT}"
             )
         return found
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Let what a model says to inputs of its processor be one line.
+
+        Raises:
+            LimbeckError: it fails over them.
+        """
+        try:
+            yield
+        except Exception as error:  # each architecture has its own
+            if explain(error) is not None:
+                raise
+            raise LimbeckError(
+                f"{self.files}: its model fails on what its processor makes of an image ({one_line(error)[:200]}); "
+                f"{_MISFIT}"
+            ) from error
 
     def _tower_output(self, model: Any, name: str) -> Any:
         """What the vision tower gives for an image, without the parts of it that nothing reads."""

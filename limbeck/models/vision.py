@@ -65,9 +65,7 @@ def embedded(model: nn.Module, ids_BT: Tensor, from_image_BT: Tensor, images: Se
     embeddings_BTD = inner.get_input_embeddings()(ids_BT)
     if not images:
         return embeddings_BTD
-    if not reader.verified:
-        reader.verified = True
-        verify_images(inner, reader, images[0])
+    see_first(model, images[0])
     features_ID = reader.features(inner, images).to(embeddings_BTD.device, embeddings_BTD.dtype)
     return embeddings_BTD.masked_scatter(from_image_BT[..., None], features_ID)
 
@@ -122,19 +120,40 @@ def image_hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     return output.last_hidden_state[loss_mask_BT.to(device)]
 
 
+def see_first(model: nn.Module, name: str, where: str = "") -> None:
+    """Verify the images of a model on the first that it reads.
+
+    Args:
+        where: names its place in messages.
+
+    Raises:
+        LimbeckError: as `verify_images`.
+    """
+    reader = require_reader(model)
+    if not reader.verified:
+        reader.verified = True
+        # What the processor refuses is refused here, by its place.
+        reader.input(name, where)
+        verify_images(causal_model(model), reader, name)
+
+
 @torch.no_grad()
 def verify_images(model: Any, reader: ImageReader, name: str) -> None:
     """Compare the hidden states of an image with those of the model's own forward pass on what its processor makes.
 
     Raises:
-        LimbeckError: they are others: the model does something with images that is not known here.
+        LimbeckError: they are others: the model does something with images that is not known here. Or it takes others
+            than its processor makes.
     """
     assert reader.folder is not None
+    # As many as there are tokens for: the model's own pass would say so in its own words.
+    reader.features(model, [name])
     base, device = model.base_model, model.get_input_embeddings().weight.device
     made = plain_inputs(reader.processor, [reader.placeholder.token], [reader.folder.open(name)])
     weight = next(vision_tower(model).parameters())
     given = {key: v.to(device, weight.dtype if v.is_floating_point() else None) for key, v in made.items()}
-    expected_TD = base(**given, use_cache=False).last_hidden_state[0].float()
+    with reader.fitting():
+        expected_TD = base(**given, use_cache=False).last_hidden_state[0].float()
     if getattr(base, "rope_deltas", None) is not None:
         base.rope_deltas = None
     row = reader.expand((reader.placeholder.id,), (name,))

@@ -10,6 +10,8 @@ from limbeck.models.images import ImageFolder
 from limbeck.models.loading import source_config, source_tokenizer
 from limbeck.models.processors import placeholder_of, source_processor
 from limbeck.models.sources import resolve
+from limbeck.models.vision import bind_images, see_first
+from limbeck.pipeline.checks import student_spec
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.prompts.columns import ColumnTally
@@ -18,6 +20,7 @@ from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.readers import rows_of
 from limbeck.recipe.sections import PromptsSection
 from limbeck.recipe.teacher import TeacherSection
+from limbeck.student.build import build_student
 from limbeck.types import LimbeckError, Prompt, TokenPrompt
 
 
@@ -100,6 +103,30 @@ def expanded_lengths(context: RunContext, prompts: Sequence[TokenPrompt]) -> dic
         )
         for prompt in prompts
     }
+
+
+def check_student_sees(context: RunContext, prompts: Sequence[Prompt]) -> None:
+    """See that the student reads the first image of its prompts, before anybody answers them; it is not kept.
+
+    Raises:
+        LimbeckError: it and its processor do not belong together, or the processor refuses the image.
+    """
+    if not any(prompt.images for prompt in prompts) or (spec := student_spec(context)).model is None:
+        return
+    student = build_student(spec, progress=context.console.say)
+    student.model.to(context.device)
+    bind_images(student.model, context.run.images)
+    check_sees_first(student.model, prompts)
+
+
+def check_sees_first(model: Any, prompts: Sequence[Prompt]) -> None:
+    """See that a model reads the first image of some prompts.
+
+    Raises:
+        LimbeckError: as `check_student_sees`.
+    """
+    if (first := next((prompt for prompt in prompts if prompt.images), None)) is not None:
+        see_first(model, first.images[0], f"prompt {prompt_label(first)}: image 1 ({first.images[0]})")
 
 
 def _reader(context: RunContext, section: Any) -> ImageReader:

@@ -19,7 +19,7 @@ from limbeck.models.heads import head_of, project
 from limbeck.models.image_features import vision_tower
 from limbeck.models.loading import load_model
 from limbeck.models.tower_outputs import Kept
-from limbeck.models.vision import bind_images, require_reader
+from limbeck.models.vision import bind_images, require_reader, see_first
 from limbeck.models.vocabulary import describe_vocabulary, real_vocab_size
 from limbeck.objectives import OBJECTIVES, Temperature
 from limbeck.rollouts.collate import collate
@@ -269,6 +269,39 @@ def test_a_processor_that_reads_no_picture_is_blamed_itself(tmp_path: Path, name
     )
     with pytest.raises(LimbeckError, match=message) as caught:
         describe_vocabulary(folder)
+    assert "\n" not in str(caught.value)
+
+
+LARGER = {"crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}}
+MISFITS: dict[str, tuple[Family, str, dict[str, Any], str]] = {
+    "larger": ("llava", "preprocessor_config.json", LARGER, r"its model fails on .* \(The size of tensor a \(64\)"),
+    "one_more": ("llava", "processor_config.json", {"num_additional_image_tokens": 1}, "17 tokens .* 16 features"),
+    "one_less": (
+        "llava",
+        "processor_config.json",
+        {"vision_feature_select_strategy": "default"},
+        "15 tokens of 1 images and its vision tower 16 features",
+    ),
+    "shorter": ("smolvlm", "processor_config.json", {"image_seq_len": 3}, "tokens of 1 images and its vision tower"),
+    "tiles": (
+        "smolvlm",
+        "preprocessor_config.json",
+        {"max_image_size": {"longest_edge": 64}},
+        "tokens of 1 images and its vision tower|its model fails",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_processor_of_other_sizes_is_refused_at_the_first_image(tmp_path: Path, name: str) -> None:
+    family, file, changes, message = MISFITS[name]
+    pair = VisionPair(tmp_path, family)
+    path = write_vision_model(tmp_path / "student", family, layers=1) / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    loaded = pair.load("student")
+    together = "they do not belong together: download the processor's files again"
+    with pytest.raises(LimbeckError, match=f"student: .*({message}).*; {together}") as caught:
+        see_first(loaded.model, pair.picture(0), "prompt x: image 1")
     assert "\n" not in str(caught.value)
 
 

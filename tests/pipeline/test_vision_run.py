@@ -165,6 +165,20 @@ def test_a_student_of_another_family_is_named(limbeck: CommandServer, seeing: Vi
     assert "questions.jsonl, line " in refused.error_line and "a student of the teacher's family" in refused.error_line
 
 
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_a_processor_of_another_size_is_refused_before_anybody_answers(
+    limbeck: CommandServer, seeing: VisionRun, tmp_path: Path, who: str
+) -> None:
+    folders = {one: write_vision_model(tmp_path / one, "llava", layers=1) for one in ("teacher", "student")}
+    path = folders[who] / "preprocessor_config.json"
+    larger = {"crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | larger))
+    sections: dict[str, dict[str, Any]] = {one: {"model": str(folder)} for one, folder in folders.items()}
+    refused = limbeck.run("run", seeing.recipe(tmp_path / "run", **sections))
+    assert refused.code == 2 and f"{folders[who]}: its model fails on what its processor makes" in refused.error_line
+    assert "do not belong together" in refused.error_line and not (tmp_path / "run" / "responses").exists()
+
+
 def test_an_image_that_a_processor_refuses_is_named_with_its_row(
     limbeck: CommandServer, seeing: VisionRun, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.documents import document_inputs, help_with_documents, respond_with_documents
 from limbeck.pipeline.drafted_responses import draft_inputs
 from limbeck.pipeline.hosted_responses import paid_record
-from limbeck.pipeline.image_prompts import expanded_lengths
+from limbeck.pipeline.image_prompts import check_sees_first, check_student_sees, expanded_lengths
 from limbeck.pipeline.preference_pairs import pairs_of_data
 from limbeck.pipeline.sampled_responses import captures, folder_of, help_to_sample, sample_all
 from limbeck.pipeline.sampling import sampling_of
@@ -121,6 +121,8 @@ def _run_responses(context: RunContext) -> Json:
         return respond_with_documents(context)
     run, section, author = context.run, context.recipe.responses, context.recipe.base_author
     prompts = read_prompts(run.prompts)
+    # Before the teacher's weights take their memory.
+    check_student_sees(context, prompts)
     reading = _read(context, prompts)
     asked, tokenizer, template = reading.asked, reading.tokenizer, reading.template
     preference = context.recipe.preference
@@ -162,6 +164,8 @@ def _read(context: RunContext, prompts: Sequence[Prompt]) -> _Reading:
     """The prompts as the run reads them; what either model cannot read, neither gets."""
     here = _writes(context) and context.recipe.combine is None and "weights" in context.teacher.provides
     teacher = context.teacher.weights() if here else None
+    if teacher is not None:
+        check_sees_first(teacher.model, prompts)
     # Where the two have different tokens, the student reads text in its own.
     own = None if same_tokens(context) else load_student_tokenizer(context)
     by_data = context.recipe.base_author == "data"
