@@ -80,6 +80,8 @@ BENCHES = {
         measured="An arm's ROUGE-L is that of two sampled answers to each of 822 test prompts, beside the references",
     ),
 }
+# Seeds of each half of an arm that is compared with itself: one has no spread.
+FEWEST = 2
 RESOLVED = (
     "with an interval over seeds and prompts together; arms that share a letter are not separated, corrected for the "
     "number of pairs. What the bench can resolve is measured from repeated runs of one arm: its seeds are split into "
@@ -140,17 +142,18 @@ def section(bench: str, question: str, folder: Path, page: Path) -> str:
         + wrapped(f"`limbeck sweep lab/{bench}-{question}`. {said}")
         + "\n\n"
         + "\n".join(lines)
-        + f"\n\n{wrapped(resolved(columns[lead]))}\n\n![{QUESTIONS[question]}]({picture.name})\n"
+        + f"\n\n{wrapped(resolved(columns[lead].resampled.sheet))}\n\n![{QUESTIONS[question]}]({picture.name})\n"
     )
 
 
-def resolved(column: Column) -> str:
+def resolved(whole: ResampledMetric) -> str:
     """The smallest difference that seeds separate, from arms compared with themselves."""
-    whole = column.resampled.sheet
-    widths = [width for arm in range(whole.arms) if (width := halves(whole, arm)) is not None]
-    if not widths:
+    split = [arm for arm in range(whole.arms) if len(whole.runs[arm]) >= 2 * FEWEST]
+    if not split:
         return "Too few seeds to say what can be resolved."
-    half = min(len(runs) for runs in whole.runs) // 2
+    # As many of every arm that is split, for one number of seeds in the sentence.
+    half = min(len(whole.runs[arm]) for arm in split) // 2
+    widths = [halves(whole, arm, half) for arm in split]
     # Both halves' error falls with the root of the number of seeds, and Student's t with it.
     scale = {n: quantile(0.05, 2 * n - 2) / math.sqrt(n) for n in (3, half, 10)}
     middle = statistics.median(widths)
@@ -162,12 +165,9 @@ def resolved(column: Column) -> str:
     )
 
 
-def halves(whole: ResampledMetric, arm: int) -> float | None:
-    """Half the width of the interval of the difference between two halves of an arm's seeds."""
+def halves(whole: ResampledMetric, arm: int, half: int) -> float:
+    """Half the width of the interval of the difference between two groups of an arm's seeds, of `half` seeds each."""
     seeds = sorted(whole.runs[arm])
-    if len(seeds) < 4:
-        return None
-    half = len(seeds) // 2
     sides = [seeds[:half], seeds[half : 2 * half]]
     rows = [(side, seed, whole.runs[arm][seed]) for side, group in enumerate(sides) for seed in group]
     sheet = ResampledMetric(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.lab_pages import halves, resolved
 from limbeck.compare.pairwise import ComparedPair, Difference, holm, letters
 from limbeck.compare.student_t import quantile, tail
 from limbeck.compare.uncertainty import Resampled, ResampledMetric, arm_means, draws
@@ -168,3 +169,22 @@ def test_arms_share_a_letter_exactly_when_they_are_not_separated(arms, data):
     for (a, b), pair in pairs.items():
         assert bool(set(marks[a]) & set(marks[b])) != pair.separated
     assert "a" in marks[order[0]]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        ([5, 1], "2 seeds against 2 others"),
+        ([5, 3], "2 seeds against 2 others"),
+        ([7, 1, 6], "3 seeds against 3 others"),
+        ([3, 1], "Too few seeds"),
+    ],
+)
+def test_what_a_bench_resolves_is_said_of_the_arms_with_seeds_to_split(seeds, said):
+    """An arm that is finished stands beside one whose runs have just begun."""
+    sheet = sheet_of(noise(arms=len(seeds), seeds=max(seeds)), [list(range(count)) for count in seeds])
+    text = resolved(sheet)
+    assert said in text
+    if half := [count // 2 for count in seeds if count >= 4]:
+        assert f"median of {len(half)} arms" in text
+        assert f"{halves(sheet, 0, min(half)):.3f}" in text
