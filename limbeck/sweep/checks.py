@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.integrity import Look, intact
 from limbeck.pipeline.same_inputs import require_same_inputs
 from limbeck.recipe.load import Recipe, as_tree, at
 from limbeck.runtime.launcher import launched
@@ -109,6 +110,20 @@ def check_recipe(recipe: Recipe, *, update: bool) -> None:
         stage.check(context)
     if not update:
         require_same_inputs(context, STAGES, context.fingerprints(STAGES))
+
+
+def has_student(recipe: Recipe) -> bool:
+    """Whether the run of a recipe has made the student that it hands on, and still has it as it was written.
+
+    What is gone or damaged the run makes again from its other stages.
+    """
+    from limbeck.pipeline.stage_order import STAGES
+
+    context, maker = RunContext(recipe), "train" if recipe.preference is None else "prefer"
+    if not context.run.done(maker):
+        return False
+    (stage,) = (stage for stage in STAGES if stage.name == maker)
+    return intact(context.run, stage, context.fingerprints(STAGES)[maker], Look("time", handed_on=False))
 
 
 def refuse_launcher() -> None:

@@ -20,7 +20,7 @@ from limbeck.runtime.files import write_text
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.sweep.arms import Models, arms_of, final_runs, first_recipes, first_values, tuning_runs
-from limbeck.sweep.checks import RunChecker, check_recipe, refuse_launcher, refuse_other_files
+from limbeck.sweep.checks import RunChecker, check_recipe, has_student, refuse_launcher, refuse_other_files
 from limbeck.sweep.executor import Executor
 from limbeck.sweep.selection import halve, tune
 from limbeck.sweep.sending import command_pool, discard_sent, require_program
@@ -119,7 +119,7 @@ class SweepRunner:
         for key, recipe in recipes.items():
             with at(f"first.{key}"):
                 check_recipe(recipe, update=self.checker.update)
-        if all(RunDirectory(recipe.directory).done("train") for recipe in recipes.values()):
+        if all(has_student(recipe) for recipe in recipes.values()):
             self._inspect(self.models)
             return
         # What will be trained has the tokens and the anatomy of what it begins as, unless that is cut or made anew.
@@ -149,26 +149,30 @@ class SweepRunner:
                 for run in (RunDirectory(directory) for directory in near):
                     if run.finished(stage, fingerprint_):
                         self.artifacts.publish(stage, fingerprint_, run)
-            if self.sweep.command is not None:
-                self._send_first(key, recipe, pool)
-                continue
-            run_pipeline(
-                recipe, stages=STAGES, console=self.console, update=self.checker.update, artifacts=self.artifacts
-            )
+            # The changes of a sweep are the arms', so what one says is to be changed says whose key it is.
+            with at(f"first.{key}"):
+                self._make_first(recipe, pool)
         if recipes:
             self._inspect(self.models)
 
-    def _send_first(self, key: str, recipe: Recipe, pool: WorkerPool) -> None:
-        """Have a command make a run whose student all arms need.
+    def _make_first(self, recipe: Recipe, pool: WorkerPool) -> None:
+        """Do a run whose student all arms need, here or by a command.
 
         Raises:
             LimbeckError: it failed.
         """
+        from limbeck.pipeline.stage_order import STAGES
+
+        if self.sweep.command is None:
+            run_pipeline(
+                recipe, stages=STAGES, console=self.console, update=self.checker.update, artifacts=self.artifacts
+            )
+            return
         outcomes: list[Outcome] = []
         task = Task(recipe=as_tree(recipe), artifacts=str(self.artifacts.root), update=self.checker.update)
         pool.run([task], lambda _: None, lambda _, outcome: outcomes.append(outcome))
         if outcomes[0].state != "done":
-            raise LimbeckError(f"first.{key}: {outcomes[0].error}")
+            raise LimbeckError(str(outcomes[0].error))
 
     def run(self) -> SweepEnd:
         import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from limbeck.prompts.io import read_prompts
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.files import read_json
+from limbeck.sweep.checks import has_student
 from limbeck.types import LimbeckError
 from tests.sweep.conftest import Play, Tree, made_here, recipe_tree
 from tests.tiny_pair import TinyPair, write_model
@@ -95,6 +97,26 @@ class TestFirst:
         # Another sweep nearby takes it over.
         played(tmp_path / "sweeps" / "t", "prompts.limit=16", **keys)
         assert made_here(tmp_path / "sweeps" / "t" / "teacher") == {"report"}
+
+    def test_a_student_that_is_gone_or_damaged_is_made_again(
+        self, played: Play, tiny: TinyPair, tmp_path: Path
+    ) -> None:
+        first = recipe_tree(tiny, student={"init": "pretrained", "layers": None, "model": str(tiny.teacher)})
+        done = played(tmp_path / "s", first={"teacher.model": first})
+        student = done.root / "teacher" / "student"
+        weights = (student / "model.safetensors").read_bytes()
+        (student / "model.safetensors").write_bytes(weights[:5000])
+        assert not has_student(load_recipe(done.root / "teacher" / "recipe.resolved.yaml"))
+        shutil.rmtree(student)
+        again = played(tmp_path / "s", first={"teacher.model": first})
+        assert again.lines == done.lines
+        assert (student / "model.safetensors").read_bytes() == weights
+
+    def test_what_fails_in_it_is_said_to_be_its_own(self, played: Play, tiny: TinyPair, tmp_path: Path) -> None:
+        student = {"init": "pretrained", "layers": None, "model": str(tiny.teacher)}
+        first = recipe_tree(tiny, student=student, train={"learning_rate": 1e30})
+        with pytest.raises(LimbeckError, match=r"^first\.teacher\.model: step \d+: .* lower train\.learning_rate"):
+            played(tmp_path / "s", first={"teacher.model": first})
 
     def test_a_mistake_in_an_arm_is_seen_before_it(self, played: Play, tiny: TinyPair, tmp_path: Path) -> None:
         for init in ({"init": "scratch", "layers": None}, {"init": "pretrained", "layers": None}):
