@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.compare.labels import arm_label, differing, titled
+from limbeck.compare.left_out import left_out
 from limbeck.recipe.keys import same_arm_keys
 from limbeck.report.format import name_of
 from limbeck.report.read_run import Run, number, read_run, value_at
@@ -102,16 +103,20 @@ def gather(folders: Sequence[Path], lines: Sequence[Mapping[str, Any]] | None, h
         if not lines:
             raise LimbeckError(f"{home} is a sweep without runs; expected at least one: start it with `limbeck sweep`")
         found = [_from_line(line, folders, home) for line in lines]
-        return _compared(found, swept=True)
-    found = []
+        said = left_out(home, [member.place for member in found])
+        return _compared(found, [said] if said else [], swept=True)
+    found, notes = [], []
     for folder in folders:
         if (folder / ARMS).is_file():
-            found += [_from_line(line, (), folder) for line in read_arms(folder / ARMS)]
+            members = [_from_line(line, (), folder) for line in read_arms(folder / ARMS)]
+            found += members
+            if said := left_out(folder, [member.place for member in members]):
+                notes.append(f"{folder}: {said}")
         else:
             found.append(_from_folder(folder))
     if len({member.place for member in found}) < 2:
         raise LimbeckError(f"got one run, {folders[0]}; expected at least two, or a sweep directory: add another run")
-    return _compared(_derived(found), swept=False)
+    return _compared(_derived(found), notes, swept=False)
 
 
 def read_arms(path: Path) -> list[Mapping[str, Any]]:
@@ -237,9 +242,9 @@ def _by_recipe(members: Sequence[ComparedRun]) -> list[ComparedRun]:
     return [replace(member, arm=recipes.get(member.arm, member.arm)) for member in members]
 
 
-def _compared(found: Sequence[ComparedRun], *, swept: bool) -> Comparison:
+def _compared(found: Sequence[ComparedRun], notes: Sequence[str], *, swept: bool) -> Comparison:
     arms: dict[str, list[ComparedRun]] = {}
-    notes, seen = [], dict[tuple[str, int], str]()
+    notes, seen = [*notes], dict[tuple[str, int], str]()
     for member in found:
         if member.tuning:
             continue

@@ -203,6 +203,8 @@ class SweepRunner:
         return table
 
     def _announce(self, table: RunTable, threads: int) -> None:
+        from limbeck.compare.left_out import left_out
+
         sweep, runs = self.sweep, [line.run for line in table.lines.values()]
         tuning = sum(run.tuning for run in runs)
         train, limit = runs[0].recipe.train, runs[0].recipe.prompts.limit
@@ -218,6 +220,8 @@ class SweepRunner:
                 else f"by {sweep.command}"
             )
         )
+        if others := left_out(table.root, [record["directory"] for record in table.records()]):
+            self.console.say(others)
 
     def _end(self, table: RunTable) -> SweepEnd:
         from limbeck.compare import write_comparison

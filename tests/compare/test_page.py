@@ -311,6 +311,26 @@ def test_writing_twice_gives_the_same_bytes(pair, tmp_path):
     assert pages[0] == pages[1]
 
 
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (["arms/csd/seed=0"], "1 run in arms/ is not part of this sweep: arms/csd/seed=0;"),
+        ([f"arms/csd/seed={n}" for n in range(9)], "9 runs in arms/ are not part of this sweep: .*seed=3 and 5 more;"),
+    ],
+)
+def test_runs_that_a_sweep_no_longer_names_are_said(tmp_path, lost, said):
+    """A grid or seeds that were changed leave finished runs behind."""
+    for place in ("arms/fkl/seed=0", *lost):
+        write_arm_run(tmp_path / place)
+    line = {"arm": "fkl", "seed": 0, "keys": {}, "tuning": False, "state": "done", "directory": "arms/fkl/seed=0"}
+    (tmp_path / "arms.jsonl").write_text(json.dumps(line) + "\n")
+    page = write_comparison([tmp_path], tmp_path / "compare.html", title="x")
+    for text in (text_of(page), page.with_suffix(".md").read_text("utf-8")):
+        assert re.search(said, text)
+    note = gather([tmp_path, tmp_path / lost[0]], None, tmp_path).notes[0]
+    assert note.startswith(f"{tmp_path}: ") and re.search(said, note)
+
+
 def test_lines_of_the_arms_may_be_handed_in(sweep, tmp_path):
     root, _ = sweep
     lines = [json.loads(line) for line in (root / "arms.jsonl").read_text().splitlines()]

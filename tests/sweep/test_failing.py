@@ -23,8 +23,12 @@ class TestFailing:
         assert "step" in bad["error"] and "lower train.learning_rate" in bad["error"]
         assert (done.end.runs, done.end.failed) == (2, 1)
         assert done.said[-1] == "sweep small: 2 runs, 1 done, 1 failed"
+        assert not any("not part of this sweep" in line for line in done.said)
         log = (done.root / "arms" / "learning_rate=1e+30" / "seed=0.log").read_text()
         assert f"failed: {bad['error']}" in log and "respond: the same as that of" in log
+        fewer = played(tmp_path / "s", grid={"train.learning_rate": [1e-3]})
+        said = "1 run in arms/ is not part of this sweep: arms/learning_rate=1e+30/seed=0"
+        assert any(line.startswith(said) for line in fewer.said) and said in fewer.end.page.read_text("utf-8")
 
     @pytest.mark.parametrize(
         ("keys", "said"),
