@@ -27,6 +27,7 @@ from limbeck.pipeline.documents import check_documents
 from limbeck.pipeline.drafted_responses import check_draft
 from limbeck.pipeline.hosted_responses import check_hosted
 from limbeck.pipeline.lm_corpus import check_corpus
+from limbeck.pipeline.made_first import require_made
 from limbeck.pipeline.provisions import check_provisions
 from limbeck.pipeline.seen_prompts import check_sees
 from limbeck.pipeline.self_teaching import check_self_teaching
@@ -78,8 +79,9 @@ def check_responses(context: RunContext) -> None:
     """Check that the teacher is a model, and that its tokenizer has the template.
 
     Raises:
-        LimbeckError: no such teacher, or no such template.
+        LimbeckError: a model that is to be made first, no such teacher, or no such template.
     """
+    require_made(context.recipe)
     for name, section in context.recipe.every_teacher.items():
         given = context.run_teachers.get(name, context.run_teacher).provides
         resolvable(context.recipe.source_of(section), weights=not given or "weights" in given)
@@ -200,7 +202,7 @@ def _check_anatomy(context: RunContext) -> None:
             "set student.freeze_vision=false, or begin with a student that sees (student.init=pretrained)"
         )
     if spec.layers is not None or spec.keep:
-        kept = _kept_blocks(spec, section.model, there.get_text_config().num_hidden_layers)
+        kept = kept_blocks(spec, section.model, there.get_text_config().num_hidden_layers)
         there = pruned_config(there, kept)
     if spec.width is not None:
         with torch.device("meta"):
@@ -264,8 +266,16 @@ def _say_unbalanced(context: RunContext, config: Any) -> None:
         )
 
 
-def _kept_blocks(spec: StudentSpec, name: str, depth: int) -> Sequence[int]:
-    """Numbers of the blocks to keep; any as many where they are still to be measured."""
+def kept_blocks(spec: StudentSpec, name: str, depth: int) -> Sequence[int]:
+    """Numbers of the blocks to keep; any as many where they are still to be measured.
+
+    Args:
+        name: of the model that they are blocks of, for messages.
+        depth: how many it has.
+
+    Raises:
+        LimbeckError: it has no such blocks, or too few.
+    """
     if spec.layers is not None and not 2 <= spec.layers < depth:
         raise LimbeckError(f"student.layers is {spec.layers}; {name} has {depth} blocks, so expected 2 to {depth - 1}")
     if spec.keep and list(spec.keep) != sorted(set(spec.keep) & set(range(depth))):

@@ -15,7 +15,7 @@ from limbeck.models.loading import source_config
 from limbeck.models.processors import reads_images
 from limbeck.models.sources import resolve
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
-from limbeck.pipeline.checks import student_spec
+from limbeck.pipeline.checks import kept_blocks, student_spec
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize, StudentSize, adapters_of, size_of
 from limbeck.pipeline.plan.workload import Steps, Workload, steps_of
@@ -184,19 +184,26 @@ def student_size(context: RunContext) -> StudentSize:
     section = context.recipe.student if spec.model is not None else context.recipe.teacher
     assert section.model is not None, "a teacher has a model"
     source = resolve(section.model, revision=section.revision, weights=False, trust_remote_code=spec.trust_remote_code)
-    return student_size_of(source_config(source, trust_remote_code=spec.trust_remote_code), spec)
+    return student_size_of(source_config(source, trust_remote_code=spec.trust_remote_code), spec, section.model)
 
 
-def student_config(config: Any, spec: StudentSpec) -> Any:
-    """The configuration of a student that is cut out of a model of this one."""
+def student_config(config: Any, spec: StudentSpec, name: str) -> Any:
+    """The configuration of a student that is cut out of a model of this one.
+
+    Args:
+        name: of that model, for messages.
+
+    Raises:
+        LimbeckError: it has no such blocks, or too few.
+    """
     if spec.layers is not None or spec.keep:
-        config = pruned_config(config, spec.keep or range(spec.layers or 0))
+        config = pruned_config(config, kept_blocks(spec, name, config.get_text_config().num_hidden_layers))
     return config if spec.width is None else width_config(config, spec.width)
 
 
-def student_size_of(config: Any, spec: StudentSpec) -> StudentSize:
-    """The size of a student that starts from a model of this configuration."""
-    config = student_config(config, spec)
+def student_size_of(config: Any, spec: StudentSpec, name: str) -> StudentSize:
+    """The size of a student that starts from a model of this configuration and name."""
+    config = student_config(config, spec, name)
     with torch.device("meta"):
         model = fresh_model(config, spec)
     size = size_of(model)

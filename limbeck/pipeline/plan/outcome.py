@@ -10,6 +10,7 @@ from typing import Any
 
 from limbeck.models.devices import Fleet
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.made_first import require_made
 from limbeck.pipeline.plan.budget import Now
 from limbeck.pipeline.plan.case import Case, case_of
 from limbeck.pipeline.plan.disk import Part, disk_of, tokenizer_bytes
@@ -85,6 +86,7 @@ def plan(
         LimbeckError: a model's configuration or the prompts are not here and cannot be fetched, or there is no time for
             a probe.
     """
+    require_made(recipe)
     context = RunContext(recipe, QuietConsole())
     case = case_of(context, workload_of(context, answer=answer), fleet)
     probed = None if probe_s is None else probe(context, case, probe_s, clock)

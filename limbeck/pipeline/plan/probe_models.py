@@ -86,7 +86,7 @@ class ProbedModels:
         assert section.model is not None, "a teacher has a model"
         source = resolve(section.model, revision=section.revision, weights=False)
         trusted = spec.trust_remote_code
-        model = fresh_model(student_config(source_config(source, trust_remote_code=trusted), spec), spec)
+        model = fresh_model(student_config(source_config(source, trust_remote_code=trusted), spec, section.model), spec)
         freeze_parts(model, spec)
         if spec.quantize is not None:
             quantized(model, replace(spec.quantize, grid="nearest"), ())
