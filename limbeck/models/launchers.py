@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from limbeck.models.devices import Fleet
 from limbeck.registry import Registry
+from limbeck.types import LimbeckError
 
 PORT = 29500
 
@@ -18,6 +19,7 @@ class Job:
 
     Attributes:
         arguments: behind `limbeck run`: the recipe and its changes.
+        fleet: one that nodes can share evenly (`require_even`).
         hours: how long it takes at most; None where that is not known.
         sharded: whether the student is sharded over the ranks.
     """
@@ -35,11 +37,34 @@ class Job:
 
     @property
     def per_node(self) -> int:
-        return min(self.fleet.count, -(-self.fleet.count // self.nodes))
+        return self.fleet.count // self.nodes
 
     @property
     def nodes(self) -> int:
-        return 1 if self.fleet.device.host else self.fleet.nodes
+        return nodes_of(self.fleet)
+
+
+def nodes_of(fleet: Fleet) -> int:
+    """How many machines have the devices; a processor's ranks are all on one."""
+    return 1 if fleet.device.host else fleet.nodes
+
+
+def require_even(fleet: Fleet) -> None:
+    """See that all nodes of some devices have as many: a launcher starts as many ranks on each.
+
+    Raises:
+        LimbeckError: names the nearest numbers of devices that can be shared evenly.
+    """
+    if fleet.count % nodes_of(fleet) == 0:
+        return
+    usual = fleet.device.per_node
+    # Full nodes are even, so neither way is long.
+    around = [range(fleet.count - 1, 0, -1), range(fleet.count + 1, fleet.count + usual + 1)]
+    near = [next(n for n in numbers if n % -(-n // usual) == 0) for numbers in around]
+    raise LimbeckError(
+        f"--devices is {fleet}, which {nodes_of(fleet)} nodes of at most {usual} cannot share evenly, and a launcher "
+        f"starts as many ranks on each; expected devices such as {near[0]}x{fleet.name} or {near[1]}x{fleet.name}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

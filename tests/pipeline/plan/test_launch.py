@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from limbeck.models.devices import fleet_of
-from limbeck.models.launchers import LAUNCHERS, Job, vllm_command
+from limbeck.models.launchers import LAUNCHERS, Job, require_even, vllm_command
 from limbeck.pipeline.plan.verb import plan_text
 from limbeck.types import LimbeckError
 from tests.limbeck_command import CommandServer
@@ -38,6 +38,27 @@ def test_torchrun(devices: str, nodes: str, each: str) -> None:
     text = LAUNCHERS.build("torchrun").text(job(devices))
     line = text.strip().splitlines()[-1]
     assert launched(line) == [nodes, each, "run", "my recipe.yaml", "objective={name: js, beta: 0.5}"]
+
+
+@pytest.mark.parametrize("launch", sorted(LAUNCHERS))
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        ("9xH100", "9xH100, which 2 nodes of at most 8 cannot share evenly, .* devices such as 8xH100 or 10xH100"),
+        ("23xH100", "23xH100, which 3 nodes of at most 8 .* devices such as 21xH100 or 24xH100"),
+    ],
+)
+def test_nodes_that_cannot_have_as_many_ranks_each(launch: str, devices: str, said: str) -> None:
+    """Before anything is read of the recipe: the plan would count other ranks than are started."""
+    with pytest.raises(LimbeckError, match=said):
+        plan_text("nowhere.yaml", (), devices, None, None, launch=launch)
+
+
+@pytest.mark.parametrize("devices", ["1xH100", "7xH100", "14xH100", "24xH100", "9xcpu"])
+def test_as_many_ranks_as_devices(devices: str) -> None:
+    planned = job(devices)
+    require_even(planned.fleet)
+    assert planned.nodes * planned.per_node == planned.fleet.count
 
 
 def test_slurm(tmp_path: Path) -> None:
