@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_origin, get_type_hints
 
-from limbeck.types import LimbeckError
+from limbeck.types import LimbeckError, short_repr
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -156,7 +156,7 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         # A recipe may give anything in a name's place, such as a list.
         if not isinstance(name, str) or name not in self:  # pyright: ignore[reportUnnecessaryIsInstance]
             near = nearest(str(name), self)
-            raise LimbeckError(f"{self.kind} {name!r} is unknown{near}: choose from {', '.join(self)}")
+            raise LimbeckError(f"{self.kind} {short_repr(name)} is unknown{near}: choose from {', '.join(self)}")
         return self[name]
 
 

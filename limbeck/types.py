@@ -50,6 +50,12 @@ class Interrupted(Exception):
     """A stage that stopped on request; everything it finished is on disk."""
 
 
+def short_repr(value: object) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
+
+
 def is_unicode(text: str) -> bool:
     """False for half a surrogate pair, which JSON can spell and no tokenizer and no UTF-8 file can hold."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)

@@ -6,14 +6,17 @@ option --price takes another.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 
 from limbeck.registry import Registry
 from limbeck.runtime.memory import machine_memory
-from limbeck.types import LimbeckError
+from limbeck.types import LimbeckError, short_repr
 
 GIB = 2**30
+# Devices of a fleet.
+MOST = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,12 +216,19 @@ def fleet_of(text: str, *, usd_per_hour: float | None = None) -> Fleet:
         usd_per_hour: another price of one device.
 
     Raises:
-        LimbeckError: no such text, or an unknown device; names the nearest known one.
+        LimbeckError: no such text or price, or an unknown device; names the nearest known one.
     """
+    if usd_per_hour is not None and not 0 <= usd_per_hour < math.inf:
+        raise LimbeckError(f"--price is {usd_per_hour}; expected dollars per hour of one device, such as 2.5")
     match = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?(\S+)", text.strip())
-    count = int(match[1] or 1) if match else 0
-    if match is None or not 1 <= count <= 1_000_000:
-        raise LimbeckError(f"--devices is {text!r}; expected a number of devices and their name, such as 8xH100")
+    digits = "0" if match is None else match[1] or "1"
+    # Python reads no number of thousands of digits.
+    count = int(digits) if len(digits) <= len(str(MOST)) else 0
+    if match is None or not 1 <= count <= MOST:
+        raise LimbeckError(
+            f"--devices is {short_repr(text)}; expected a number of devices and their name, such as 8xH100, the number "
+            f"from 1 to {MOST:,}"
+        )
     known = {name.lower(): name for name in DEVICES}
     name = known.get(match[2].lower(), match[2])
     DEVICES.require(name)

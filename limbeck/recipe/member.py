@@ -10,9 +10,9 @@ from typing import Any, Generic
 from pydantic import TypeAdapter
 from pydantic_core import PydanticCustomError
 
-from limbeck.recipe.messages import short_repr, suggestion
+from limbeck.recipe.messages import suggestion
 from limbeck.registry import Member, Registry
-from limbeck.types import LimbeckError
+from limbeck.types import LimbeckError, short_repr
 
 # Type of pydantic's error for a wrong member: its message is whole as it stands.
 MISTAKE = "registry_member"

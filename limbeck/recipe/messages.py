@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from limbeck.types import short_repr
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -44,12 +46,6 @@ def _as_list(path: str, value: object) -> str:
     inner = json.dumps(value, ensure_ascii=False)
     bare = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w.-]*", value)
     return f", such as {path}=[{value if bare else inner}]"
-
-
-def short_repr(value: object) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
 
 
 def _lower(message: str) -> str:

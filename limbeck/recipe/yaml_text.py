@@ -17,8 +17,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 from yaml.nodes import Node
 
-from limbeck.recipe.messages import short_repr
-from limbeck.types import LimbeckError
+from limbeck.types import LimbeckError, short_repr
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBER = r"[0-9][0-9_]*"

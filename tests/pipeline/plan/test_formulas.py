@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from pathlib import Path
@@ -52,11 +53,20 @@ class TestDevices:
             ("8xH10", r"device 'H10' is unknown \(nearest: 'H100'\): choose from cpu, H100"),
             ("0xH100", "expected a number of devices and their name, such as 8xH100"),
             ("8 of H100", "expected a number of devices and their name"),
+            ("0xH100", "the number from 1 to 1,000,000"),
+            ("1000001xH100", "the number from 1 to 1,000,000"),
+            ("9" * 5000 + "xH100", r"^--devices is '9{59} \.\.\. \(5007 characters\); .* the number from 1 to 1,"),
+            ("8x" + "H" * 100_000, r"^device 'H{59} \.\.\. \(100002 characters\) is unknown: choose from cpu"),
         ],
     )
     def test_unknown(self, text: str, said: str) -> None:
         with pytest.raises(LimbeckError, match=said):
             fleet_of(text)
+
+    @pytest.mark.parametrize("price", [math.inf, math.nan, -1.0])
+    def test_a_price_is_a_number_of_dollars(self, price: float) -> None:
+        with pytest.raises(LimbeckError, match=f"--price is {price}; expected dollars per hour of one device, such as"):
+            fleet_of("H100", usd_per_hour=price)
 
     def test_each_has_what_a_plan_needs(self) -> None:
         for name in DEVICES:
