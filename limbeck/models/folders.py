@@ -28,7 +28,10 @@ _SIZES = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 2**31 - 1),
     **dict.fromkeys(("vocab_size", *EXPERT_COUNTS), 100_000_000),
 }
-_TEXTS = ("model_type", "_attn_implementation", "hidden_act", "hidden_activation", "activation_function")
+_TEXTS = (
+    *("model_type", "dtype", "torch_dtype", "_attn_implementation"),
+    *("hidden_act", "hidden_activation", "activation_function"),
+)
 _BLOCK = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
 
 

@@ -28,7 +28,8 @@ from limbeck.models.processors import (
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.slices import unread_model
 from limbeck.models.sources import Source, resolve
-from limbeck.types import LimbeckError, is_unicode
+from limbeck.runtime.records import flatten
+from limbeck.types import LimbeckError, is_unicode, short_repr
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -239,9 +240,15 @@ def source_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreT
             f"{source.name} has no tokenizer ({source.directory / 'tokenizer.json'} is missing); "
             "save one there with tokenizer.save_pretrained"
         )
-    with _in_one_line(source, "its tokenizer cannot be read"), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
-        _require_usable(source, tokenizer)
+    try:
+        with _in_one_line(source, "its tokenizer cannot be read"), quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+            _require_usable(source, tokenizer)
+    except LimbeckError:
+        # transformers reads the configuration, too, to find the tokenizer's class.
+        if (source.directory / "config.json").is_file():
+            source_config(source, trust_remote_code=trust_remote_code)
+        raise
     give_placeholder(tokenizer, source)
     return tokenizer
 
@@ -346,6 +353,18 @@ def _explained(source: Source, error: BaseException, what: str) -> LimbeckError:
             f"{source.name}: {what}: {said}; install what is missing or choose attn_implementation=sdpa"
         )
     return LimbeckError(f"{source.name}: {what}: {said}; check the files or download them again")
+
+
+def unbuildable(config: PretrainedConfig, error: BaseException) -> LimbeckError:
+    """The line for a configuration that no model can be built from, with its file where that is known."""
+    folder, said = config.name_or_path, one_line(error)
+    if isinstance(error, KeyError) and error.args:
+        # A table of activations or the like, which says no more than the name that it lacks.
+        key = next((key for key, value in flatten(config.to_dict()).items() if value == error.args[0]), None)
+        said = said if key is None else f"{key} is {short_repr(error.args[0])}, which transformers does not know"
+    path = Path(folder) / "config.json" if folder else None
+    where = str(path) if path is not None and path.is_file() else "the model's config.json"
+    return LimbeckError(f"no model can be built from {where}: {said}; correct it, or download the file again")
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:

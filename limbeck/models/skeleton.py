@@ -14,7 +14,7 @@ from torch import nn
 from limbeck.models.fingerprints import weight_files
 from limbeck.models.gguf import gguf_tensors
 from limbeck.models.heads import decoder_of, head_of
-from limbeck.models.loading import source_config, without_dropout
+from limbeck.models.loading import source_config, unbuildable, without_dropout
 from limbeck.models.processors import auto_class
 from limbeck.models.quiet import quiet_transformers
 from limbeck.models.sources import Source, fetch_weights
@@ -29,13 +29,17 @@ def skeleton_of(source: Source, *, trust_remote_code: bool = False) -> PreTraine
     """The modules of a model on torch's meta device, with its configuration and its settings of generation.
 
     Raises:
-        LimbeckError: as `limbeck.models.loading.load_model`, of the configuration.
+        LimbeckError: as `limbeck.models.loading.load_model`, of the configuration; or no model can be built from it.
     """
     from transformers import GenerationConfig
 
     config = without_dropout(source_config(source, trust_remote_code=trust_remote_code))
+    kind = auto_class(config)
     with quiet_transformers(), torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+            raise unbuildable(config, error) from error
         model.tie_weights()
         if source.gguf is None:
             # As from_pretrained: a model without the file has what its configuration says.

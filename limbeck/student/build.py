@@ -21,6 +21,7 @@ from limbeck.models.loading import (
     load_model,
     source_config,
     source_tokenizer,
+    unbuildable,
     without_dropout,
 )
 from limbeck.models.processors import auto_class, reads_images
@@ -299,6 +300,8 @@ def fresh_model(config: PretrainedConfig, spec: StudentSpec) -> PreTrainedModel:
         # What is not installed is a kernel of attention.
         if "attention implementation" in str(error) or isinstance(error, ImportError):
             raise LimbeckError(f"{one_line(error).split('. ')[0]}; set student.attn_implementation=eager") from error
+        if not spec.config and spec.width is None:
+            raise unbuildable(config, error) from error
         raise LimbeckError(
             f"no model can be built from student.config={dict(spec.config)}: {one_line(error)}; make the sizes fit"
         ) from error

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from limbeck.models.loading import load_model, load_tokenizer
+from limbeck.models.loading import load_model, load_tokenizer, source_config
+from limbeck.models.skeleton import skeleton_of
+from limbeck.models.sources import Source, resolve
 from limbeck.models.vocabulary import describe_vocabulary
 from limbeck.prompts.templates import end_token_ids
+from limbeck.student.build import StudentSpec, fresh_model
 from limbeck.types import LimbeckError
 from tests.tiny_pair import write_model
+
+FRESH = StudentSpec(init="scratch")
 
 
 @pytest.fixture
@@ -48,12 +54,41 @@ def refused(folder: Path) -> str:
         ({"hidden_size": "wide"}, "config.json cannot be read"),
         ({"max_position_embeddings": -5}, "max_position_embeddings is '-5', expected a whole number from 1"),
         ({"model_type": 3}, "model_type is '3', expected a text"),
+        ({"dtype": 5}, "dtype is '5', expected a text"),
+        ({"torch_dtype": [1]}, "torch_dtype is '[1]', expected a text"),
         ({"architectures": ["é\n"]}, "is a é, not a causal language model"),
     ],
 )
 def test_sizes_that_no_model_has(folder: Path, fields: dict[str, Any], said: str) -> None:
     change(folder / "config.json", **fields)
     assert said in refused(folder)
+
+
+@pytest.mark.parametrize("value", ["32", None, 33])
+def test_a_size_that_the_tokenizer_stumbles_over_is_one_of_the_configuration(folder: Path, value: Any) -> None:
+    change(folder / "config.json", hidden_size=value)
+    with pytest.raises(LimbeckError, match=r"its config\.json cannot be read: .*hidden.size"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("door", [skeleton_of, lambda source: fresh_model(source_config(source), FRESH)])
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"hidden_act": "zzz"}, "hidden_act"),
+        ({"rope_parameters": {"rope_type": "zzz", "rope_theta": 1}}, "rope_parameters.rope_type"),
+    ],
+)
+def test_a_name_that_no_library_knows_is_said_with_its_key_and_file(
+    folder: Path, door: Callable[[Source], object], fields: dict[str, Any], key: str
+) -> None:
+    change(folder / "config.json", **fields)
+    with pytest.raises(LimbeckError) as caught:
+        door(resolve(folder))
+    assert str(caught.value) == (
+        f"no model can be built from {folder / 'config.json'}: {key} is 'zzz', which transformers does not know; "
+        "correct it, or download the file again"
+    )
 
 
 @pytest.mark.parametrize(
