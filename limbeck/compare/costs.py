@@ -77,13 +77,13 @@ def _counted(members: Sequence[ComparedRun]) -> list[ComparedRun]:
 
 
 def _seconds(run: Run, name: str) -> float | None:
-    seconds = next((number(stage, "seconds") for stage in run.stages if stage["stage"] == name), None)
+    seconds = number(run.record(name), "seconds")
     # A clock that was set back meanwhile has measured nothing.
     return None if seconds is None or seconds < 0 else seconds
 
 
 def _speed(run: Run) -> float | None:
-    return next((number(stage, "tokens_per_s") for stage in run.stages if stage["stage"] == "train"), None)
+    return number(run.record("train"), "tokens_per_s")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

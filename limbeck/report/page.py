@@ -101,14 +101,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts + _aligned(run) + _left_out(run) + _verified(run) + _paid(run)
 
 
-def _record(run: Run, name: str) -> Mapping[str, Any]:
-    """What a stage has recorded; empty where it has not."""
-    return next((stage for stage in run.stages if stage["stage"] == name), {})
-
-
 def _aligned(run: Run) -> list[tuple[str, str]]:
     """Share of the student's tokens that were compared with those of a teacher with other tokens."""
-    found = number(_record(run, "train"), "aligned")
+    found = number(run.record("train"), "aligned")
     return [] if found is None else [("compared across tokenizers", f"{found:.1%} of the student's tokens")]
 
 
@@ -121,14 +116,14 @@ _WITHOUT = (
 
 def _left_out(run: Run) -> list[tuple[str, str]]:
     """How many rows of the data were left out, and why."""
-    counts = [(number(_record(run, stage), name), why) for stage, name, why in _WITHOUT]
+    counts = [(number(run.record(stage), name), why) for stage, name, why in _WITHOUT]
     said = ", ".join(f"{count:,.0f} {why}" for count, why in counts if count)
     return [("rows left out", said)] if said else []
 
 
 def _verified(run: Run) -> list[tuple[str, str]]:
     """How many training prompts got a right answer, where answers were checked, and why answers failed."""
-    record = _record(run, "respond").get("verified")
+    record = run.record("respond").get("verified")
     if not isinstance(record, Mapping):
         return []
     right, prompts, left_out = (number(record, name) for name in ("right", "prompts", "left_out"))
@@ -145,7 +140,7 @@ def _verified(run: Run) -> list[tuple[str, str]]:
 
 def _paid(run: Run) -> list[tuple[str, str]]:
     """What the answers of hosted teachers cost."""
-    record = _record(run, "respond").get("paid")
+    record = run.record("respond").get("paid")
     facts = []
     for model, paid in record.items() if isinstance(record, Mapping) else ():
         usd, replies = (number(paid, name) if isinstance(paid, Mapping) else None for name in ("usd", "replies"))

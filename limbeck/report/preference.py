@@ -14,7 +14,7 @@ _BY = {"teacher": "the teacher", "judge": "a judge", "data": "the data"}
 
 def preference_account(run: Run) -> list[str]:
     """A sentence each for the pairs, the tuning and the students that are compared; none without preference tuning."""
-    record = next((stage for stage in run.stages if stage["stage"] == "prefer"), {})
+    record = run.record("prefer")
     pairs, prompts, steps = (number(record, key) for key in ("pairs", "prompts", "steps"))
     if pairs is None or prompts is None or steps is None:
         return []

@@ -64,6 +64,10 @@ class Run:
     missing: Mapping[str, str] = field(default_factory=dict)
     broken: tuple[str, ...] = ()
 
+    def record(self, stage: str) -> Mapping[str, Any]:
+        """What a stage has recorded; empty where it has not."""
+        return next((record for record in self.stages if record["stage"] == stage), {})
+
 
 def read_run(run_dir: Path) -> Run:
     """Read the files of a run that exist.
