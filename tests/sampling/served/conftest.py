@@ -40,7 +40,8 @@ def mortal(tiny: TinyPair) -> Iterator[FakeServer]:
 def sampler(server: FakeServer, tiny: TinyPair) -> ServedSampler:
     tokenizer = load_tokenizer(str(tiny.teacher))
     return ServedSampler(
-        server=Server(base_url=server.url, timeout_s=5, retries=2, backoff_s=0.02),
+        # On a busy machine a server that answers takes seconds; one that is asked again answers twice.
+        server=Server(base_url=server.url, timeout_s=60, retries=2, backoff_s=0.02),
         model=MODEL,
         tokenizer=tokenizer,
         eos_token_ids=(END,),
