@@ -49,8 +49,10 @@ def main() -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except _USAGE_ERROR as error:
+        from limbeck.runtime.launcher import is_first_of_machine
+
         # Each rank of a launch has the same.
-        _fail(_usage_line(error) if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+        _fail(_usage_line(error) if is_first_of_machine() else None)
     except KeyboardInterrupt as interrupt:
         if "--debug" in sys.argv:
             raise

@@ -106,6 +106,10 @@ class RunContext:
         """This process's number under a launcher; the first, 0, does what its stages do not share with the others."""
         return int(os.environ.get("RANK", "0"))
 
+    def wants(self, stage: str) -> bool:
+        """Whether a stage is among those that are to be done."""
+        return self.wanted is None or stage in self.wanted
+
     @property
     def signs(self) -> dict[int, Path]:
         """The files that the other ranks touch while they are alive; that of the first one is the lock."""

@@ -50,8 +50,7 @@ def check_hosted(context: RunContext) -> None:
     for name, teacher in hosted.items():
         if teacher.where.top_logprobs:
             _check_logprobs(context, f"teachers.{name}" if name else "teacher", teacher.where)
-    wanted = context.wanted is None or "respond" in context.wanted
-    if wanted and not context.run.done("respond"):
+    if context.wants("respond") and not context.run.done("respond"):
         for teacher in hosted.values():
             teacher.check_service()
 

@@ -18,20 +18,20 @@ from limbeck.evaluation.likelihood import mean_logp
 from limbeck.models.loading import LoadedModel, load_model
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.fitting_prompts import fitting_prompts
 from limbeck.pipeline.judged_answers import judge_server, shares_won
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sampled_responses import sampler_for, sampling_meter
 from limbeck.pipeline.text_only import text_options
 from limbeck.prompts.io import read_prompts
 from limbeck.prompts.labels import prompt_label
-from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.preferences import ANSWERS, Preferences, read_preferences, while_reading
-from limbeck.prompts.templates import encode_prompts, encode_responses
+from limbeck.prompts.templates import encode_responses
 from limbeck.rollouts.preference.options import PAIRS_KEY, Answers, DataPairs, JudgePairs, SampledPairs
 from limbeck.rollouts.preference.pairs import PairSet, PreferencePair
 from limbeck.runtime.files import write_json
 from limbeck.runtime.records import read_fields, read_object
-from limbeck.types import LimbeckError, Prompt, Response, Sampling, TokenPrompt
+from limbeck.types import LimbeckError, Prompt, Response, Sampling
 
 
 def load_distilled(context: RunContext) -> LoadedModel:
@@ -91,7 +91,7 @@ class RunMaterials:
         student = load_distilled(context)
         most = how.max_new_tokens or context.recipe.responses.max_new_tokens
         chosen = list(self.prompts.values())[: how.prompts]
-        asked = self._fitting(chosen, student.tokenizer, most)
+        asked = fitting_prompts(context, chosen, student.tokenizer, self.template, max_new_tokens=most).kept
         sampler = sampler_for(
             context,
             student.model,
@@ -157,9 +157,6 @@ class RunMaterials:
     def of_data(self, data: DataPairs) -> PairSet:
         return pairs_of_data(self.context, data, load_distilled(self.context).tokenizer, self.template)
 
-    def _fitting(self, prompts: Sequence[Prompt], tokenizer: Any, most: int) -> Sequence[TokenPrompt]:
-        return _fitting(self.context, prompts, tokenizer, self.template, most)
-
 
 def pairs_of_data(context: RunContext, data: DataPairs, tokenizer: Any, template: Any) -> PairSet:
     """The pairs of preference data, in the student's tokens.
@@ -171,7 +168,8 @@ def pairs_of_data(context: RunContext, data: DataPairs, tokenizer: Any, template
         LimbeckError: a row that is no pair, or cannot be read by the student, naming its place; no pair is left.
     """
     found, most = preferences_of(context, data), data.max_new_tokens or context.recipe.responses.max_new_tokens
-    fitting = {p.id for p in _fitting(context, [chosen for chosen, _ in found.rows], tokenizer, template, most)}
+    asked = [chosen for chosen, _ in found.rows]
+    fitting = {p.id for p in fitting_prompts(context, asked, tokenizer, template, max_new_tokens=most).kept}
     rows = [row for row in found.rows if row[0].id in fitting]
     left_out = Counter(
         rows_heldout=found.heldout, rows_identical=found.identical, rows_too_long=len(found.rows) - len(rows)
@@ -214,24 +212,3 @@ def _answers_of_data(
                 )
             )
     return answers
-
-
-def _fitting(
-    context: RunContext, prompts: Sequence[Prompt], tokenizer: Any, template: Any, most: int
-) -> Sequence[TokenPrompt]:
-    """Prompts as the student reads them, those that leave room for an answer."""
-    section = context.recipe.prompts
-    encoded = encode_prompts(
-        prompts,
-        tokenizer,
-        template,
-        control_tokens=section.control_tokens,
-        chat_options=text_options(context, tokenizer),
-    )
-    return check_lengths(
-        encoded,
-        window=context.window or 2**31,
-        max_new_tokens=most,
-        too_long=section.too_long,
-        longest=section.max_prompt_length,
-    ).kept

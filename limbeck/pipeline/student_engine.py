@@ -69,7 +69,7 @@ def check_engine(context: RunContext) -> None:
     engine = context.recipe.responses.engine
     if not isinstance(engine, Vllm) or context.run.done("train"):
         return
-    if context.wanted is not None and "train" not in context.wanted:
+    if not context.wants("train"):
         return
     tokenizer = load_student_tokenizer(context) if context.recipe.student.model else context.teacher.tokenizer
     down: list[LimbeckError] = []

@@ -35,10 +35,9 @@ def check_verification(context: RunContext) -> None:
         LimbeckError: this machine has no sandbox, or the judge is down or has another model.
     """
     section = context.recipe.responses.verify
-    wanted = context.wanted is None or "respond" in context.wanted
     if section is None or context.run.done("respond"):
         return
-    if section.judge is not None and wanted:
+    if section.judge is not None and context.wants("respond"):
         judge_server(section.judge, JUDGE_KEY).hurried.model(section.judge.model)
     if section.by != "task" or context.recipe.prompts.problems_of not in CODE:
         return

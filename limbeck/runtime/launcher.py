@@ -143,13 +143,18 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(launcher="accelerate launch" if by_accelerate else None, fsdp2=fsdp2)
 
 
+def is_first_of_machine() -> bool:
+    """Whether this is the first rank of its machine, or no rank."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def said_once_a_machine() -> Iterator[None]:
     """Let errors in the block, which all ranks of a machine meet, be said by the first of them alone."""
     try:
         yield
     except LimbeckError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_of_machine():
             raise
         raise SaidElsewhere(str(error)) from error
 

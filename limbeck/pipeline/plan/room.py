@@ -50,7 +50,7 @@ def require_room(context: RunContext, *, reading: bool = True) -> None:
 
 def _known_case(context: RunContext, reading: bool) -> Case | None:
     """The run by what is on disk of it; None where nothing is left to train, or nothing is known of its models."""
-    if context.run.done("train") or (context.wanted is not None and "train" not in context.wanted):
+    if context.run.done("train") or not context.wants("train"):
         return None
     nothing = Texts(count=0, tokens=0, ids=0, longest=0)
     work = _known_work(context) if reading else Workload(train=nothing, heldout=nothing, exact=False)

@@ -58,7 +58,7 @@ def check_preference(context: RunContext) -> None:
     elif isinstance(section.pairs, JudgePairs) and not context.run.done("prefer"):
         server = judge_server(section.pairs, PAIRS_KEY)
         server.check_key()
-        if context.wanted is None or "prefer" in context.wanted:
+        if context.wants("prefer"):
             server.hurried.model(section.pairs.model)
 
 

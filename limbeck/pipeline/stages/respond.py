@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,8 +11,9 @@ from limbeck.pipeline.checks import check_responses, check_rounds
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.documents import document_inputs, help_with_documents, respond_with_documents
 from limbeck.pipeline.drafted_responses import draft_inputs
+from limbeck.pipeline.fitting_prompts import fitting_prompts
 from limbeck.pipeline.hosted_responses import paid_record
-from limbeck.pipeline.image_prompts import check_sees_first, check_student_sees, expanded_lengths
+from limbeck.pipeline.image_prompts import check_sees_first, check_student_sees
 from limbeck.pipeline.preference_pairs import pairs_of_data
 from limbeck.pipeline.sampled_responses import captures, folder_of, help_to_sample, sample_all
 from limbeck.pipeline.sampling import sampling_of
@@ -24,12 +24,10 @@ from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
 from limbeck.pipeline.verified_responses import check_references, later_sampling, verification_inputs, verified
 from limbeck.prompts.io import read_prompts
-from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.references import require_answers_for_sft
 from limbeck.prompts.templates import (
     LossOn,
     TemplateName,
-    encode_prompts,
     encode_responses,
     resolve_template,
 )
@@ -290,23 +288,8 @@ def _is_empty(response: Response) -> bool:
 def _token_prompts(
     context: RunContext, tokenizer: Any, prompts: Sequence[Any], template: TemplateName
 ) -> tuple[tuple[TokenPrompt, ...], tuple[str, ...]]:
-
-    section = context.recipe.prompts
-    encoded = encode_prompts(
-        prompts,
-        tokenizer,
-        template,
-        control_tokens=section.control_tokens,
-        chat_options=text_options(context, tokenizer),
-    )
-    fitting = check_lengths(
-        encoded,
-        window=context.window or sys.maxsize,
-        max_new_tokens=context.recipe.responses.max_new_tokens,
-        too_long=section.too_long,
-        longest=section.max_prompt_length,
-        lengths=expanded_lengths(context, encoded),
-    )
+    most = context.recipe.responses.max_new_tokens
+    fitting = fitting_prompts(context, prompts, tokenizer, template, max_new_tokens=most)
     if fitting.dropped:
         context.console.warn(f"{len(fitting.dropped)} prompts are longer than {fitting.limit} tokens and were dropped")
     return fitting.kept, fitting.dropped
