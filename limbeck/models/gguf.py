@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MAGIC = b"GGUF"
+_State = tuple[Path, int, int]
 
 
 def is_gguf(path: Path) -> bool:
@@ -25,17 +28,39 @@ def is_gguf(path: Path) -> bool:
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer a GGUF file carries."""
-    from transformers import AutoTokenizer
-
-    return _converted(path, lambda: AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name))
+    return copy.deepcopy(_tokenizer(_state(path)))
 
 
 def gguf_config(path: Path) -> PretrainedConfig:
     """The configuration a GGUF file carries, without the mark of its quantisation. Reads no weights."""
+    return copy.deepcopy(_config(_state(path)))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(state: _State) -> PreTrainedTokenizerBase:
+    """The tokenizer of a file, read once: the lists of a vocabulary of 150,000 tokens take transformers 15 seconds."""
+    from transformers import AutoTokenizer
+
+    path = state[0]
+    return _converted(path, lambda: AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name))
+
+
+@lru_cache(maxsize=4)
+def _config(state: _State) -> PretrainedConfig:
+    """The configuration of a file, read once: transformers reads the tokenizer's lists for it too."""
     from transformers import AutoConfig
 
-    config = _converted(path, lambda: AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name))
-    return _unmarked(config)
+    path = state[0]
+    return _unmarked(_converted(path, lambda: AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)))
+
+
+def _state(path: Path) -> _State:
+    """A file as it is now: another one may be written there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path, 0, 0  # said where it is opened
+    return path, found.st_mtime_ns, found.st_size
 
 
 def gguf_model(path: Path, *, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
@@ -44,11 +69,12 @@ def gguf_model(path: Path, *, dtype: torch.dtype, attn_implementation: str) -> P
     Raises:
         LimbeckError: broken file, or an architecture transformers cannot convert.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    # Handing the configuration in spares transformers a second parse of the file's long token lists.
+    config = gguf_config(path)
 
     def load() -> PreTrainedModel:
-        # Handing the configuration in spares transformers a second parse of the file's long token lists.
-        config = _unmarked(AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name))
         model = AutoModelForCausalLM.from_pretrained(
             str(path.parent),
             config=config,

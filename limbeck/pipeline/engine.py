@@ -28,7 +28,7 @@ from limbeck.runtime.errors import in_one_line
 from limbeck.runtime.files import read_json, write_json, write_text
 from limbeck.runtime.heartbeat import beating, leaving_word, said_by_the_first_rank, wait_for_signs
 from limbeck.runtime.launcher import require_meeting_place, said_once_a_machine
-from limbeck.runtime.memory import peak_device_memory_mib, peak_memory_mib, reset_peak_memory
+from limbeck.runtime.memory import give_back_freed, peak_device_memory_mib, peak_memory_mib, reset_peak_memory
 from limbeck.runtime.outputs import written_below
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.runtime.shared_work import Job, SharedWork
@@ -210,6 +210,7 @@ def _make_stage(context: RunContext, stages: Sequence[Stage], stage: Stage, fing
     record["ranks"] = context.launch.ranks
     _require_room(context, reading=True)
     run.write_manifest(stage.name, record)
+    give_back_freed()
     reset_peak_memory()
     try:
         if stage.name == "train":

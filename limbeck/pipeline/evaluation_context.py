@@ -50,6 +50,7 @@ from limbeck.recipe.responses import CACHE_GIB
 from limbeck.rollouts.io import read_asked, read_responses, write_asked, write_responses
 from limbeck.runtime.console import Console
 from limbeck.runtime.interrupts import GracefulStop
+from limbeck.runtime.memory import give_back_freed
 from limbeck.runtime.records import fingerprint
 from limbeck.runtime.shared_work import Job, Share
 from limbeck.sampling.local import LocalSampler
@@ -204,6 +205,7 @@ class RunEvaluation:
     def release_student(self) -> None:
         """Free the student; the next use loads it again. The teacher stays for the other part of the stage."""
         self.__dict__.pop("student", None)
+        give_back_freed()
 
     def release_teacher(self) -> None:
         """Free the teacher's weights; the next use loads them again."""

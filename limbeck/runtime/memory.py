@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ def resident_memory() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+def give_back_freed() -> None:
+    """Give the system the memory of freed tensors, of which glibc keeps gigabytes: all up to 32 MiB, once it freed one.
+
+    Called where something large is over (a stage, a first training, a model): what is used again is faulted in anew.
+    Other C libraries have no such call.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cuda() -> Any:

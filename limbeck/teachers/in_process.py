@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic.dataclasses import dataclass
 
 from limbeck.fields import NEUTRAL, STRICT, Count
+from limbeck.runtime.memory import give_back_freed
 from limbeck.teachers.base import Provision, Teacher, TeacherModel
 from limbeck.types import Head, LimbeckError, Signal, TokenBatch
 
@@ -132,8 +133,11 @@ class InProcessTeacher(Teacher):
         return self._scorer().signal(batch)
 
     def release(self) -> None:
+        held = self._loaded is not None
         self._loaded = self._local = None
         vars(self).pop("_stored_head", None)
+        if held:
+            give_back_freed()
 
     def _scorer(self) -> LocalTeacher:
         from limbeck.models.heads import head_of

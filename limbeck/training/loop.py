@@ -23,6 +23,7 @@ from limbeck.objectives import Temperature, TemperatureSchedule
 from limbeck.recipe.sections import TrainSection
 from limbeck.rollouts.collate import collate
 from limbeck.rollouts.sources import SourceContext, SourceFactory
+from limbeck.runtime.memory import give_back_freed
 from limbeck.training import launch, schedules, sharding
 from limbeck.training.best_student import MeasureFidelity
 from limbeck.training.corpus import Corpus
@@ -161,6 +162,7 @@ def training_run(
     context: LoopContext,
 ) -> TrainingRun:
     """The parts of a training, ready to run; see `train`."""
+    give_back_freed()  # moments of a first stage or of a search
     accelerator = launch.accelerator(
         settings, context.checkpoints.parent, run_name=context.run_name, tracker_config=context.tracker_config
     )

@@ -15,7 +15,7 @@ from limbeck.objectives import (
     fused_distillation_loss,
     logit_tiles,
 )
-from limbeck.objectives.fused.body import compiler_available
+from limbeck.objectives.fused.body import compiled_body, compiler_available
 from limbeck.types import DenseSignal, Head, LimbeckError
 from tests.objectives.cases import CASES, DEFAULTS
 from tests.objectives.pairs import Pair
@@ -221,6 +221,35 @@ def test_compiled_and_plain_agree_on_sparse_signals_with_measures_and_options(su
         return compiled_equals_plain(pair, DEFAULTS["fkl"], signal=signal)
     options = {"token_options": {"alpha": torch.linspace(0.05, 0.9, 75)}, "measure": True}
     return compiled_equals_plain(pair, DEFAULTS["skl"], signal=signal, support=support, **options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own imports
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_compiler_that_fails_is_asked_once_more_and_then_named(failures, monkeypatch):
+    from torch._inductor import compile_fx
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    told = "body.h:1: warning: overflow\nbody.cpp:3: error: killed by a signal\n" + 300 * "more\n"
+    calls = []
+
+    def fails(graph, examples):
+        calls.append(graph)
+        if len(calls) <= failures:
+            raise InductorError(CppCompileError(["g++"], told), None)
+        return lambda *tensors: list(graph(*tensors))
+
+    monkeypatch.setattr(compile_fx, "compile_fx", fails)
+    layout = (("x", (2, 3), torch.float64, torch.device("cpu")),)
+
+    def build():
+        return compiled_body(lambda block, kept: 2 * block["x"], layout)([torch.ones(2, 3, dtype=torch.float64)])
+
+    if failures == 1:
+        assert build().eq(2).all()
+    else:
+        with pytest.raises(LimbeckError, match=r"the loss \(body.cpp:3: error: killed by a signal\): mend"):
+            build()
+    assert len(calls) == 2
 
 
 def test_logit_tiles_cover_every_token_once():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sysconfig
@@ -237,12 +238,32 @@ def compiled_body(body: Work, layout: tuple[tuple, ...]) -> Callable[[list[Tenso
     with torch.no_grad(), warnings.catch_warnings():
         # Inductor's own imports use what torch deprecates elsewhere: nothing a user could act on.
         warnings.simplefilter("ignore", DeprecationWarning)
-        from torch._inductor.compile_fx import compile_fx
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        kernel: Callable[..., list[Tensor]] = compile_fx(make_fx(flat)(*examples), examples)  # pyright: ignore
+        kernel = _built(flat, examples)
 
     def call(tensors: list[Tensor]) -> Tensor:
         return kernel(*tensors)[0]
 
     return call
+
+
+def _built(flat: Callable[..., tuple[Tensor, ...]], examples: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """A function of tensors like these, built by Inductor.
+
+    Raises:
+        LimbeckError: the compiler fails, also when it is asked again: Ctrl-C ends the first of a whole process group.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.exc import InductorError
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with contextlib.suppress(InductorError):
+        return compile_fx(make_fx(flat)(*examples), examples)  # pyright: ignore
+    try:
+        return compile_fx(make_fx(flat)(*examples), examples)  # pyright: ignore
+    except InductorError as error:
+        lines = str(error).splitlines()
+        said = next((line.strip() for line in lines if "error:" in line), lines[0] if lines else "it says nothing")
+        raise LimbeckError(
+            f"the compiler cannot build the loss ({said[:300]}): mend {os.environ.get('CXX', 'g++')} and its headers, "
+            "or work without it: train.compile=auto, and CXX=none in the environment"
+        ) from error

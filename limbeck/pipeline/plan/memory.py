@@ -120,7 +120,6 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     yield "activations", activation_bytes(case, batch_positions(case))
     yield "loss", _loss_bytes(case)
     yield from _teacher_in_training(case)
-    yield "kept of the first stage", _kept(case, first=True)
     if case.steps.written and isinstance(case.recipe.responses.engine, InProcess):
         yield from _sampling(case, student.model, number, case.steps.rows)
 
@@ -152,20 +151,6 @@ def _evaluate(case: Case) -> Iterator[tuple[str, float]]:
         yield "teacher", case.teacher_held
         yield from _sampling(case, student.model, student.number_bytes, recipe.evaluate.batch_size)
     yield "loss", _loss_bytes(case, trained=False)
-    yield "kept of the training", _kept(case, first=False)
-
-
-def _kept(case: Case, *, first: bool) -> float:
-    """What the allocator of a process on a CPU keeps of a training that is over, though it was freed.
-
-    The moments of a first stage; of the whole training, also gradients and moments.
-    """
-    if not case.fleet.device.host:
-        return 0
-    weights = case.student.trained * case.student.number_bytes / (case.ranks if case.sharded else 1)
-    moments = state_bytes(case) / (case.ranks if case.sharded else 1)
-    of_first = moments if case.steps.first else 0
-    return of_first if first else of_first + weights + moments
 
 
 def batch_positions(case: Case) -> int:
