@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
-from limbeck.models.gguf import gguf_tensors
+from limbeck.models.gguf import gguf_config, gguf_tensors, gguf_tokenizer
 from limbeck.models.heads import head_of
 from limbeck.models.loading import load_model, load_tokenizer
 from limbeck.models.skeleton import skeleton_of, stored_ending
@@ -101,6 +101,19 @@ def test_a_gguf_file_equals_the_model_it_was_made_from_and_can_be_saved(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     with torch.no_grad():
         assert torch.equal(again(IDS_BT).logits, loaded.model(IDS_BT).logits)
+
+
+def test_what_a_gguf_file_says_is_read_once_and_again_where_it_was_written_anew(tmp_path: Path) -> None:
+    model = tiny_model()
+    file = save_gguf(tmp_path / "tiny.gguf", model)
+    tokenizer, config = gguf_tokenizer(file), gguf_config(file)
+    tokenizer.eos_token = "<s>"
+    config.num_hidden_layers = 7
+    assert gguf_tokenizer(file).eos_token == "</s>"
+    assert gguf_config(file).num_hidden_layers == DEPTH
+    model.config.rms_norm_eps = 0.25
+    save_gguf(file, model)
+    assert gguf_config(file).rms_norm_eps == 0.25
 
 
 def refused(name: str | Path, expected: str) -> None:
