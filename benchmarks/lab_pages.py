@@ -157,11 +157,12 @@ def resolved(whole: ResampledMetric) -> str:
     # Both halves' error falls with the root of the number of seeds, and Student's t with it.
     scale = {n: quantile(0.05, 2 * n - 2) / math.sqrt(n) for n in (3, half, 10)}
     middle = statistics.median(widths)
+    of_arms = f" (median of {len(widths)} arms, {min(widths):.3f} to {max(widths):.3f})" if len(widths) > 1 else ""
     said = " and ".join(f"{middle * scale[n] / scale[half]:.3f} with {n}" for n in (3, 10))
     return (
         f"Compared with itself, {half} seeds against {half} others, the difference of an arm has an interval of "
-        f"{middle:.3f} to each side (median of {len(widths)} arms, {min(widths):.3f} to {max(widths):.3f}): the "
-        f"smallest difference of two arms that is separated is {said} seeds each."
+        f"{middle:.3f} to each side{of_arms}: the smallest difference of two arms that is separated is "
+        f"{said} seeds each."
     )
 
 

@@ -26,6 +26,7 @@ class PromptSet:
     Attributes:
         rows: rows of the source.
         duplicates: examples dropped because their prompt had been read before.
+        contradicted: those among them with another reference answer than the one that was kept.
         limited: prompts left out by `limit`, and held-out ones by a cap.
         unread: number of rows in which a column that is not read holds a value, by its name.
     """
@@ -34,6 +35,7 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     rows: int
     duplicates: int
+    contradicted: int
     limited: int
     unread: Mapping[str, int] = field(default_factory=dict)
 
@@ -52,6 +54,7 @@ class PromptSet:
         return {
             "rows": self.rows,
             "duplicates": self.duplicates,
+            "contradicted": self.contradicted,
             "limited": self.limited,
             "train": split["train"],
             "heldout": split["heldout"],
@@ -115,13 +118,14 @@ def load_prompts(
             (replace(instruction_example(one.text or "", category=one.category), columns=one.columns), where)
             for one, where in examples
         ]
-    unique = _unique(examples, heldout_fraction or 0.0, split_seed)
+    unique, contradicted = _unique(examples, heldout_fraction or 0.0, split_seed)
     prompts = tuple(sorted(unique, key=lambda prompt: prompt.id))[:limit]
     loaded = PromptSet(
         source=source,
         prompts=prompts,
         rows=count,
         duplicates=len(examples) - len(unique),
+        contradicted=contradicted,
         limited=len(unique) - len(prompts),
         unread=dict(columns.unread),
     )
@@ -153,6 +157,7 @@ def with_heldout(training: PromptSet, heldout: PromptSet) -> PromptSet:
         prompts=tuple(sorted((*training.prompts, *heldout.prompts), key=lambda prompt: prompt.id)),
         rows=training.rows + heldout.rows,
         duplicates=training.duplicates + heldout.duplicates,
+        contradicted=training.contradicted + heldout.contradicted,
         limited=training.limited,
         unread=dict(unread),
     )
@@ -195,26 +200,34 @@ def _read(
     return count, examples
 
 
-def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_seed: int) -> list[Prompt]:
+def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_seed: int) -> tuple[list[Prompt], int]:
+    """One prompt of each content, and the number of further ones that another answer was given to."""
     prompts: dict[str, Prompt] = {}
+    contradicted = 0
     for example, where in examples:
         content = canonical_content(example)
-        if content not in prompts:
-            prompts[content] = Prompt(
-                id=content_id(content),
-                messages=example.messages,
-                text=example.text,
-                instruction=example.instruction,
-                completion=example.completion,
-                references=example.references,
-                answer=example.answer,
-                tools=example.tools,
-                columns=example.columns,
-                split=split_of(content, heldout_fraction, split_seed),
-                category=example.category,
-                where=where,
-            )
-    return list(prompts.values())
+        if content in prompts:
+            contradicted += _answers(example) != _answers(prompts[content])
+            continue
+        prompts[content] = Prompt(
+            id=content_id(content),
+            messages=example.messages,
+            text=example.text,
+            instruction=example.instruction,
+            completion=example.completion,
+            references=example.references,
+            answer=example.answer,
+            tools=example.tools,
+            columns=example.columns,
+            split=split_of(content, heldout_fraction, split_seed),
+            category=example.category,
+            where=where,
+        )
+    return list(prompts.values()), contradicted
+
+
+def _answers(one: Example | Prompt) -> tuple[str | None, tuple[str, ...], Message | None]:
+    return one.completion, one.references, one.answer
 
 
 def canonical_content(prompt: Example | Prompt) -> str:

@@ -110,6 +110,7 @@ def _aligned(run: Run) -> list[tuple[str, str]]:
 # Rows of the data that the run did without: the stage that left them out, its count, and why.
 _WITHOUT = (
     ("prompts", "duplicates", "ask what an earlier row asks"),
+    ("prompts", "contradicted", "of them with another answer"),
     ("respond", "dropped_too_long", "are too long"),
 )
 

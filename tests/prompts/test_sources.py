@@ -50,7 +50,7 @@ def test_jsonl_with_blank_lines_bom_and_crlf(tmp_path: Path) -> None:
     loaded = load(path)
     assert asked(loaded) == TWENTY_TEXTS
     assert loaded.counts() | {"train": 0, "heldout": 0} == {
-        "rows": 20, "duplicates": 0, "limited": 0, "train": 0, "heldout": 0, "with_completion": 0,
+        "rows": 20, "duplicates": 0, "contradicted": 0, "limited": 0, "train": 0, "heldout": 0, "with_completion": 0,
     }  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def test_duplicates_are_kept_once_and_counted(tmp_path: Path) -> None:
         {"prompt": [{"role": "user", "content": "New"}]},
     ]
     loaded = load(write_rows(tmp_path / "rows.jsonl", TWENTY + TWENTY[:5] + more))
-    assert (loaded.rows, loaded.duplicates, len(loaded.prompts)) == (27, 6, 21)
+    assert (loaded.rows, loaded.duplicates, loaded.contradicted, len(loaded.prompts)) == (27, 6, 1, 21)
     assert loaded.with_completion == 0
 
 

@@ -175,11 +175,12 @@ def test_files_cut_short_are_said_to_be_so(tmp_path):
 
 def test_rows_that_were_left_out_are_counted(tmp_path):
     run_dir = write_run(tmp_path / "run", steps=3)
-    for stage, counts in (("prompts", {"duplicates": 2}), ("respond", {"dropped_too_long": 5})):
+    for stage, counts in (("prompts", {"duplicates": 2, "contradicted": 1}), ("respond", {"dropped_too_long": 5})):
         path = run_dir / "stages" / f"{stage}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | counts))
     said = words(parse(write_report(run_dir).read_text(encoding="utf-8")))
-    assert "rows left out" in said and "2 ask what an earlier row asks, 5 are too long" in said
+    assert "rows left out" in said
+    assert "2 ask what an earlier row asks, 1 of them with another answer, 5 are too long" in said
 
 
 def test_answers_are_missed_only_where_they_are_compared(tmp_path):

@@ -89,7 +89,8 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
     if loaded.unread:
         context.console.say(unread_line(loaded.unread, loaded.rows))
     if loaded.duplicates:
-        context.console.say(f"prompts: {loaded.duplicates} rows ask what an earlier row asks, and are left out")
+        others = f"; {loaded.contradicted} of them have another answer" if loaded.contradicted else ""
+        context.console.say(f"prompts: {loaded.duplicates} rows ask what an earlier row asks, and are left out{others}")
     _require_known_answers(context, loaded.prompts)
     if problems:
         problems.write(context.run.problems, loaded.prompts)
