@@ -13,6 +13,7 @@ from torch import nn
 
 from limbeck.models.fingerprints import weight_files
 from limbeck.models.gguf import gguf_tensors
+from limbeck.models.headers import safetensors_header
 from limbeck.models.heads import decoder_of, head_of
 from limbeck.models.loading import source_config, unbuildable, without_dropout
 from limbeck.models.processors import auto_class
@@ -45,7 +46,24 @@ def skeleton_of(source: Source, *, trust_remote_code: bool = False) -> PreTraine
             # As from_pretrained: a model without the file has what its configuration says.
             with suppress(OSError):
                 model.generation_config = GenerationConfig.from_pretrained(source.directory)
+    _require_stored_shapes(source, model)
     return model
+
+
+def _require_stored_shapes(source: Source, model: PreTrainedModel) -> None:
+    """Refuse a configuration whose weight files, as far as they are at hand, hold tensors of other shapes."""
+    if source.gguf is not None or "quantization_config" in model.config.to_dict():
+        return  # of packed weights names are kept, not shapes
+    shapes = {name: list(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
+    for path in weight_files(source):
+        if path.suffix != ".safetensors" or not path.is_file():
+            continue
+        for name, entry in safetensors_header(path).items():
+            if shapes.get(name, entry["shape"]) != entry["shape"]:
+                raise LimbeckError(
+                    f"{source.name}: its config.json makes {name} {shapes[name]}, and {path.name} has "
+                    f"{entry['shape']} (hidden_size, number of heads, ...); give both files of one model"
+                )
 
 
 def stored_head(source: Source, skeleton: PreTrainedModel, vocab_size: int, dtype: torch.dtype) -> Head | None:

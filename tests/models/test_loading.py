@@ -154,6 +154,13 @@ def test_no_weights(llama: Path) -> None:
     refused(llama, "no .safetensors weights")
 
 
+def test_a_configuration_of_another_model_is_found_without_weights(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] * 2}))
+    with pytest.raises(LimbeckError, match=r"config.json makes \S*mlp\S* \[.*model.safetensors has \[.*of one model"):
+        skeleton_of(resolve(str(llama)))
+
+
 def test_weights_cut_short(llama: Path) -> None:
     weights = llama / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
