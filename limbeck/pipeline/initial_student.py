@@ -7,6 +7,7 @@ from pathlib import Path
 
 from limbeck.models.loading import LoadedModel
 from limbeck.models.slices import is_unread
+from limbeck.models.sources import resolve
 from limbeck.models.vision import bind_images
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.checks import student_spec
@@ -17,8 +18,10 @@ from limbeck.pipeline.student_endings import with_endings
 from limbeck.rollouts.collate import collate
 from limbeck.rollouts.table import in_a_row
 from limbeck.runtime.files import read_json, write_json
-from limbeck.runtime.records import read_fields
+from limbeck.runtime.memory import give_back_freed
+from limbeck.runtime.records import fingerprint, read_fields
 from limbeck.student.build import PRUNED, Student, StudentSpec, build_student
+from limbeck.student.saving import save_student
 from limbeck.student.width import read_width
 from limbeck.types import Json, LimbeckError
 
@@ -27,32 +30,93 @@ def build_initial_student(context: RunContext, *, unread: bool = False) -> Stude
     """The student before training. What stays of a pruned model is measured once and kept in the run directory.
 
     Args:
-        unread: its weights may stay in their files until it is sharded.
+        unread: its weights may stay in files until it is sharded: those it comes from, or those that the first rank
+            writes where the former do not hold it as it begins.
     """
-    section, blocks = context.recipe.student, context.run.root / "blocks.json"
+    blocks = context.run.root / "blocks.json"
     if not blocks.exists() and (before := context.run.blocks_before).exists():
         write_json(blocks, read_json(before))
-    # What is cut up is read first.
-    unread = unread and section.init != "width_prune"
-    if section.measured and not blocks.exists() and not (unread and context.rank):
-        with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
-            if not blocks.exists():
-                student = _build(context, blocks)
-                if not unread:
-                    return student
-                # Measured whole, and read anew like on the other ranks.
-                del student
-    return _build(context, blocks, unread=unread)
+    if unread and is_written_first(context):
+        return _ready(context, _of_files(context, _written(context, blocks)))
+    # Measured whole on one rank; one that is unread is read anew like on the others.
+    if not (unread and context.rank) and (student := _measured(context, blocks)) is not None and not unread:
+        return _ready(context, student)
+    return _ready(context, _build(context, blocks, unread=unread))
 
 
 def student_before_teaching(context: RunContext) -> Student:
     """The same student, where the stage before it asks for its choice of tokens."""
-    return _build(context, context.run.blocks_before)
+    return _ready(context, _build(context, context.run.blocks_before))
 
 
-def _build(context: RunContext, blocks: Path, *, unread: bool = False) -> Student:
-    """The student, and in `blocks` what it has of a larger model, where that was measured."""
+def is_written_first(context: RunContext) -> bool:
+    """Whether a student that is to be read by slices is in no files as it begins: drawn, narrowed, or dequantised."""
+    section = context.recipe.student
+    if section.quantize is not None or context.student_trusted or context.reads_images:
+        return False
+    name = section.model or context.recipe.teacher.model
+    if section.init in ("scratch", "width_prune"):
+        return True
+    return name is not None and resolve(name, revision=section.revision, weights=False).gguf is not None
+
+
+def _written(context: RunContext, blocks: Path) -> Path:
+    """The folder of the student before training, without adapters, which the first rank writes unless it is there."""
+    run = context.run
+    stages = {name: (run.manifest(name) or {}).get("fingerprint") for name in ("respond", "teach")}
+    made_from = fingerprint({"stages": stages, **initial_student(context)})
+
+    def is_there() -> bool:
+        record = run.start / "made_from.json"
+        return record.exists() and read_json(record) == made_from
+
+    if context.rank:
+        context.wait_until(is_there)
+    elif not is_there():
+        student = _measured(context, blocks, plain=True) or _build(context, blocks, plain=True)
+        save_student(student.model, student.tokenizer, run.start)
+        write_json(run.start / "made_from.json", made_from)
+        del student
+        context.teacher.release()
+        give_back_freed()
+    return run.start
+
+
+def _of_files(context: RunContext, folder: Path) -> Student:
+    """The student whose weights before training, without adapters, are in a folder and stay there for now."""
+    spec = replace(
+        student_spec(context), init="pretrained", model=str(folder), revision=None, layers=None, keep=(), width=None,
+        stays=None, config={},
+    )  # fmt: skip
+    return build_student(spec, teacher_parameters=context.teacher.size, unread=True)
+
+
+def _measured(context: RunContext, blocks: Path, *, plain: bool = False) -> Student | None:
+    """The whole student where measuring what stays of it has just built it; None where `blocks` are there already."""
+    if not context.recipe.student.measured or blocks.exists():
+        return None
+    with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
+        return None if blocks.exists() else _build(context, blocks, plain=plain)
+
+
+def _ready(context: RunContext, student: Student) -> Student:
+    """The student as it is trained: it ends its answers where the teacher does, and is where it computes."""
+    student = with_endings(context, student)
+    if not is_unread(student.model):
+        student.model.to(context.device)  # type: ignore[arg-type]
+    bind_images(student.model, context.run.images)
+    return student
+
+
+def _build(context: RunContext, blocks: Path, *, unread: bool = False, plain: bool = False) -> Student:
+    """The student, and in `blocks` what it has of a larger model, where that was measured.
+
+    Args:
+        plain: without adapters.
+    """
     spec = student_spec(context)
+    if plain:
+        spec = replace(spec, lora=None, gradient_checkpointing=False)
     if context.rank and context.recipe.student.measured:
         # One rank measures for all: what two machines measure may differ in the last bit and in a block.
         context.wait_until(blocks.exists)
@@ -76,10 +140,6 @@ def _build(context: RunContext, blocks: Path, *, unread: bool = False) -> Studen
     )
     if context.recipe.student.measured and not blocks.exists():
         write_json(blocks, _choice(student, spec))
-    student = with_endings(context, student)
-    if not is_unread(student.model):
-        student.model.to(context.device)  # type: ignore[arg-type]
-    bind_images(student.model, context.run.images)
     return student
 
 

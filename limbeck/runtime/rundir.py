@@ -78,6 +78,11 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def start(self) -> Path:
+        """The student before training, where ranks read their parts of it and no other files hold it."""
+        return self.checkpoints / "start"
+
+    @property
     def rounds(self) -> Path:
         return self.root / "rounds"
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from limbeck.models.loading import load_model
 from limbeck.training import checkpoints, trained_weights
 from limbeck.training.checkpoint_shards import read_whole, shards_in
 from tests.distributed.authors import SCENARIOS
+from tests.distributed.drawn import STUDENTS, play_student
 from tests.distributed.recipes import NAMES, play_recipe
 from tests.distributed.test_command import LAUNCHER, play
 from tests.distributed.test_command import ended as end_of
@@ -21,6 +23,7 @@ from tests.distributed.test_launches import ACCELERATE
 from tests.distributed.test_two_processes import ended
 from tests.distributed.updates import SHARDED, kept_bytes, play_update, uneven
 from tests.limbeck_command import CommandServer, KillAt, all_end
+from tests.models.tiny import save_gguf
 from tests.tiny_pair import TinyPair
 from tests.training.play import identical, largest_gap, metrics, tiny_lora, tiny_model, weights
 
@@ -141,6 +144,23 @@ def test_shipped_recipes_end_with_the_student_of_one_process(tiny: TinyPair, tmp
         assert one.keys() == two.keys()
         for key, tensor in one.items():
             torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_students_that_no_files_hold_are_written_once_and_read_by_slices(tiny: TinyPair, tmp_path: Path) -> None:
+    """Fresh weights, narrower ones, and those of a GGUF file; on each rank, as `drawn` itself checks."""
+    pair = shutil.copytree(tiny.teacher.parent, tmp_path / "pair")
+    teacher = load_model(pair / "teacher")
+    save_gguf(pair / "student.gguf", teacher.model, tokenizer=teacher.tokenizer, tied=True)
+    halved = ("train.per_device_train_batch_size=2", "train.sharding=full")
+    play(*LAUNCHER, "tests.distributed.drawn", str(pair), str(tmp_path / "two"), *halved)
+    for name in STUDENTS:
+        one = load_file(play_student(name, pair, tmp_path / "one") / "student" / "model.safetensors")
+        two = load_file(tmp_path / "two" / name / "kd" / "student" / "model.safetensors")
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(
+                two[key], tensor, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
+            )
 
 
 def test_a_training_goes_on_with_another_number_of_ranks(

@@ -17,6 +17,7 @@ from limbeck.models.sources import resolve
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
 from limbeck.pipeline.checks import kept_blocks, student_spec
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.initial_student import is_written_first
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize, StudentSize, adapters_of, size_of
 from limbeck.pipeline.plan.workload import Steps, Workload, steps_of
 from limbeck.pipeline.sampled_responses import may_capture
@@ -39,6 +40,7 @@ class Case:
         teacher: the largest one; None where nothing of it is known, as of a hosted one.
         where: name of its location.
         sharded: whether the student is sharded over the ranks.
+        written_first: whether ranks read their parts of a sharded student from files that the first rank writes.
     """
 
     recipe: Recipe
@@ -48,6 +50,7 @@ class Case:
     fleet: Fleet
     where: str
     sharded: bool
+    written_first: bool = False
 
     @property
     def ranks(self) -> int:
@@ -175,6 +178,7 @@ def case_of(context: RunContext, work: Workload, fleet: Fleet) -> Case:
         fleet=fleet,
         where=where,
         sharded=fleet.count > 1 and (recipe.train.sharding == "full" or context.launch.fsdp2),
+        written_first=is_written_first(context),
     )
 
 

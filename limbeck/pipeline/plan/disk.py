@@ -49,12 +49,14 @@ def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
     tried = weights * (train.learning_rate == "auto")
     # One that is sharded is gathered in files before it is saved.
     gathered, saved_student = student_bytes(case) * case.sharded, student_bytes(case) + tokenizer_bytes
+    start = student_bytes(case) * (case.sharded and case.written_first)
     parts = [
         Part(name="signal", end=signal_bytes(case), most=signal_bytes(case), known=case.work.exact),
         Part(name="signal windows", end=0, most=window_bytes(case), known=False),
         Part(name="checkpoints", end=saved * checkpoint, most=max(meanwhile * checkpoint, tried)),
         Part(name="best student", end=weights if _keeps_best(case) else 0, most=2 * weights * _keeps_best(case)),
         Part(name="first stage", end=weights * (case.steps.first > 0), most=weights * (case.steps.first > 0)),
+        Part(name="start of the student", end=0, most=start),
         Part(name="rounds", end=0, most=round_bytes(case), known=False),
         Part(name="student", end=saved_student, most=saved_student + gathered),
         Part(name="other files", end=small_bytes(case), most=small_bytes(case), known=False),

@@ -109,7 +109,8 @@ def _run_student(context: RunContext) -> Json:
         if context.rank:
             return {}
         save_student(trained, student.tokenizer, run.student, quantization=student.quantization)
-    # What servers loaded for the last round, and what the teacher said of the last steps.
+    # What ranks read at the beginning, what servers loaded for the last round, what the teacher said of the last steps.
+    remove(run.start)
     remove(engine_folder(context))
     remove(run.signal_windows)
     write_json(run.student / "student.json", _student_record(context, student))

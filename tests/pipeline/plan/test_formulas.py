@@ -280,6 +280,18 @@ class TestDisk:
             # Headers and state.json are some kilobytes whatever the size of the model.
             assert parts[name].end == pytest.approx(bytes_, rel=0.01, abs=40_000), name
 
+    @pytest.mark.parametrize("init", ["scratch", "teacher"])
+    def test_a_sharded_student_of_no_files_is_written_first(self, tiny: TinyPair, tmp_path: Path, init: str) -> None:
+        tree = tiny.tree(tmp_path / "run", student={"init": init, "layers": None}, train={"sharding": "full"})
+        run_pipeline(load_recipe(tree), stages=STAGES, until="prompts", console=QuietConsole())
+        context = RunContext(load_recipe(tree), QuietConsole())
+        case = case_of(context, workload_of(context), fleet_of("2xH100"))
+        parts = {part.name: part for part in disk_of(case)}
+        assert ("start of the student" in parts) == (init == "scratch")
+        if init == "scratch":
+            start = parts["start of the student"]
+            assert (start.end, start.most) == (0, case.student.model.parameters * 4)
+
     def test_answers_that_are_not_written_count_as_long_as_they_may_become(
         self, tiny: TinyPair, tmp_path: Path
     ) -> None:
