@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_shipped_recipes_end_with_the_student_of_one_process(tiny: TinyPair, tmp
 def test_students_that_no_files_hold_are_written_once_and_read_by_slices(tiny: TinyPair, tmp_path: Path) -> None:
     """Fresh weights, narrower ones, and those of a GGUF file; on each rank, as `drawn` itself checks."""
     pair = shutil.copytree(tiny.teacher.parent, tmp_path / "pair")
-    teacher = load_model(pair / "teacher")
+    teacher: Any = load_model(pair / "teacher")
     save_gguf(pair / "student.gguf", teacher.model, tokenizer=teacher.tokenizer, tied=True)
     halved = ("train.per_device_train_batch_size=2", "train.sharding=full")
     play(*LAUNCHER, "tests.distributed.drawn", str(pair), str(tmp_path / "two"), *halved)
