@@ -123,6 +123,11 @@ def _require_fields(path: Path, fields: Mapping[str, Any]) -> None:
                     _refuse(path, key, value, f"a whole number from {least} to {_SIZES[key]}")
         elif key in _TEXTS and value is not None and not isinstance(value, str):
             _refuse(path, key, value, "a text")
+        elif key in ("dtype", "torch_dtype") and value is not None:
+            import torch
+
+            if not isinstance(getattr(torch, value, None), torch.dtype):
+                _refuse(path, key, value, "a type of torch, such as float32")
         elif key == "architectures" and value is not None:
             if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
                 _refuse(path, key, value, "a list of class names")

@@ -55,6 +55,7 @@ def refused(folder: Path) -> str:
         ({"max_position_embeddings": -5}, "max_position_embeddings is '-5', expected a whole number from 1"),
         ({"model_type": 3}, "model_type is '3', expected a text"),
         ({"dtype": 5}, "dtype is '5', expected a text"),
+        ({"dtype": "zzz"}, "config.json: dtype is 'zzz', expected a type of torch, such as float32"),
         ({"torch_dtype": [1]}, "torch_dtype is '[1]', expected a text"),
         ({"architectures": ["é\n"]}, "is a é, not a causal language model"),
     ],
