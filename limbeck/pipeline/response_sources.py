@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,6 +25,8 @@ from limbeck.sampling.speculative import MixtureSampler, SkdSampler
 from limbeck.student.build import Student
 from limbeck.types import Author as AuthorName
 from limbeck.types import Response, Sampling, SignalSource, TokenPrompt
+
+REPORTED_EVERY_S = 10.0
 
 
 def response_source_of(
@@ -143,7 +147,13 @@ class _Samplers:
         }
 
     def reporter(self) -> Callable[[AuthorName, int, int], None]:
+        """What says how far a round is: at its end, and of each author every few seconds."""
+        said: dict[AuthorName, float] = {}
+
         def report(author: AuthorName, done: int, total: int) -> None:
+            if done < total and time.monotonic() - said.get(author, -math.inf) < REPORTED_EVERY_S:
+                return
+            said[author] = time.monotonic()
             self.context.console.say(f"write: {author}, {done} of {total} answers")
 
         return report
