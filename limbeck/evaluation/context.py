@@ -305,7 +305,7 @@ class EvaluationContext(Protocol):
         """Texts of `answers` without special tokens, by prompt id."""
         ...
 
-    def pieces(self, group: EvaluationGroup, of: str, count: int) -> Iterator[Piece]:
+    def pieces(self, group: GroupInPieces, of: str, count: int) -> Iterator[Piece]:
         """The first `count` of a group's pieces, in order; the ranks of a launch share them."""
         ...
 
@@ -360,16 +360,21 @@ class EvaluationGroup(ABC):
         del evaluation
         return {}
 
+    @abstractmethod
+    def measure(self, evaluation: EvaluationContext) -> GroupResult:
+        """Rows of metrics, one row per example."""
+
+
+class GroupInPieces(EvaluationGroup):
+    """A group whose work falls into pieces, which the ranks of a launch share; its `measure` asks for them by
+    `EvaluationContext.pieces`."""
+
+    @abstractmethod
     def pieces(self, evaluation: EvaluationContext, of: str, numbers: Iterable[int]) -> Iterator[Piece]:
-        """The pieces of some numbers, one as each number is taken; for groups whose work ranks share.
+        """The pieces of some numbers, one as each number is taken.
 
         Answers that it asks for are on disk. It may run on any rank, so it writes nothing.
 
         Args:
             of: which of several series of pieces, as the group names it.
         """
-        raise NotImplementedError(f"{type(self).__name__} asks for pieces and makes none")
-
-    @abstractmethod
-    def measure(self, evaluation: EvaluationContext) -> GroupResult:
-        """Rows of metrics, one row per example."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from limbeck.evaluation.context import ChatModel, EvaluationGroup, ModelSource, Part, Who, response_text
+from limbeck.evaluation.context import ChatModel, EvaluationGroup, GroupInPieces, ModelSource, Part, Who, response_text
 from limbeck.evaluation.pieces import Piece
 from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.models.loading import load_model, load_tokenizer
@@ -369,7 +369,7 @@ class RunEvaluation:
         answers, tokenizer = self.answers(who, sampling, prompts), self.tokenizer(who)
         return {r.prompt_id: response_text(r, tokenizer) for r in answers}
 
-    def pieces(self, group: EvaluationGroup, of: str, count: int) -> Iterator[Piece]:
+    def pieces(self, group: GroupInPieces, of: str, count: int) -> Iterator[Piece]:
         """The first `count` of a group's pieces, in order; the ranks of a launch share them."""
         # A teacher that is elsewhere is asked by one process.
         teacher = self.context.teacher
@@ -440,6 +440,7 @@ def help_measure(context: RunContext, job: Job) -> None:
     fields, evaluation = job.fields, evaluation_of(context, job.fields["part"])
     folder = evaluation.pieces_folder(fields["group"], fields["of"])
     group = evaluation.settings.groups[fields["group"]]
+    assert isinstance(group, GroupInPieces), "no other group asks for pieces"
     # pyright takes no cached_property for what a protocol has as a property.
     of, count, attend = fields["of"], fields["count"], partial(evaluation.attend, group)
     write_pieces(evaluation, group, of, count, folder, job, attend=attend)  # type: ignore[arg-type]

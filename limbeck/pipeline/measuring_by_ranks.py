@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup
+from limbeck.evaluation.context import EvaluationContext, GroupInPieces
 from limbeck.evaluation.pieces import Piece, read_piece, write_piece
 from limbeck.runtime.folders import remove
 from limbeck.runtime.shared_work import Share
@@ -13,7 +13,7 @@ from limbeck.runtime.shared_work import Share
 
 def write_pieces(
     evaluation: EvaluationContext,
-    group: EvaluationGroup,
+    group: GroupInPieces,
     of: str,
     count: int,
     folder: Path,
@@ -42,7 +42,7 @@ def write_pieces(
 
 def joined_pieces(
     evaluation: EvaluationContext,
-    group: EvaluationGroup,
+    group: GroupInPieces,
     of: str,
     count: int,
     folder: Path,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who
+from limbeck.evaluation.context import EvaluationContext, GroupInPieces, GroupResult, Need, Who
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT, NonNegative, Seed
 from limbeck.prompts.references import require_references
@@ -44,7 +44,7 @@ class _Answers:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class FidelityGroup(EvaluationGroup):
+class FidelityGroup(GroupInPieces):
     """Next-token distributions of both models on the same answers, over the whole vocabulary."""
 
     whose: tuple[Whose, ...] = ("responses",)

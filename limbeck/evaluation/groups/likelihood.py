@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who
+from limbeck.evaluation.context import EvaluationContext, GroupInPieces, GroupResult, Need, Who
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.evaluation.scores.metrics import NATS, Metric
 from limbeck.fields import STRICT, NonNegative, Seed
@@ -43,7 +43,7 @@ def _win_rate(against: Against) -> Metric:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class LikelihoodGroup(EvaluationGroup):
+class LikelihoodGroup(GroupInPieces):
     """How likely the teacher finds the student's answers, and how often likelier than others."""
 
     against: Against = "teacher"

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
+from limbeck.evaluation.context import EvaluationContext, GroupInPieces, GroupResult, Need
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT
 from limbeck.prompts.references import require_references
@@ -21,7 +21,7 @@ from limbeck.types import Response, ScoredRow
 
 
 @dataclass(config=STRICT, kw_only=True)
-class NllGroup(EvaluationGroup):
+class NllGroup(GroupInPieces):
     """Negative log-likelihood of the held-out answers under the student, in its own tokens."""
 
     whose: Literal["responses", "references"] = "responses"

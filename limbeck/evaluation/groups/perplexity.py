@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who
+from limbeck.evaluation.context import EvaluationContext, GroupInPieces, GroupResult, Need, Who
 from limbeck.evaluation.groups.nll import likelihood_of
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT, Count
@@ -31,7 +31,7 @@ _BEFORE = 2
 
 
 @dataclass(config=STRICT, kw_only=True)
-class PerplexityGroup(EvaluationGroup):
+class PerplexityGroup(GroupInPieces):
     """Perplexity of student and teacher on text, and bits per byte."""
 
     source: str | None = None
