@@ -60,9 +60,9 @@ def give_back_freed() -> None:
     """Give the system the memory of freed tensors, of which glibc keeps gigabytes: all up to 32 MiB, once it freed one.
 
     Called where something large is over (a stage, a first training, a model): what is used again is faulted in anew.
-    Other C libraries have no such call.
+    Other C libraries have no such call, and Windows no such library.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
