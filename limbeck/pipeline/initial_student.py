@@ -12,7 +12,7 @@ from limbeck.models.vision import bind_images
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.checks import student_spec
 from limbeck.pipeline.context import RunContext
-from limbeck.pipeline.sharing import initial_student, once
+from limbeck.pipeline.sharing import initial_student, once, stages_before
 from limbeck.pipeline.stages.respond import CALIBRATION_RESPONSES, load_responses
 from limbeck.pipeline.student_endings import with_endings
 from limbeck.rollouts.collate import collate
@@ -38,9 +38,12 @@ def build_initial_student(context: RunContext, *, unread: bool = False) -> Stude
         write_json(blocks, read_json(before))
     if unread and is_written_first(context):
         return _ready(context, _of_files(context, _written(context, blocks)))
-    # Measured whole on one rank; one that is unread is read anew like on the others.
-    if not (unread and context.rank) and (student := _measured(context, blocks)) is not None and not unread:
-        return _ready(context, student)
+    if not (unread and context.rank):
+        student = _measured(context, blocks)
+        if student is not None and not unread:
+            return _ready(context, student)
+        # Measured whole, and read anew like on the other ranks.
+        del student
     return _ready(context, _build(context, blocks, unread=unread))
 
 
@@ -54,17 +57,16 @@ def is_written_first(context: RunContext) -> bool:
     section = context.recipe.student
     if section.quantize is not None or context.student_trusted or context.reads_images:
         return False
-    name = section.model or context.recipe.teacher.model
     if section.init in ("scratch", "width_prune"):
         return True
+    name = section.model or context.recipe.teacher.model
     return name is not None and resolve(name, revision=section.revision, weights=False).gguf is not None
 
 
 def _written(context: RunContext, blocks: Path) -> Path:
     """The folder of the student before training, without adapters, which the first rank writes unless it is there."""
     run = context.run
-    stages = {name: (run.manifest(name) or {}).get("fingerprint") for name in ("respond", "teach")}
-    made_from = fingerprint({"stages": stages, **initial_student(context)})
+    made_from = fingerprint({"stages": stages_before(context), **initial_student(context)})
 
     def is_there() -> bool:
         record = run.start / "made_from.json"

@@ -28,12 +28,16 @@ def once(context: RunContext, made_from: Json, folder: Path, patterns: Sequence[
     if context.artifacts is None:
         yield
         return
-    stages = {name: (context.run.manifest(name) or {}).get("fingerprint") for name in ("respond", "teach")}
-    key = fingerprint({"stages": stages, **made_from})
+    key = fingerprint({"stages": stages_before(context), **made_from})
     with context.artifacts.lock(key):
         context.artifacts.restore(key, folder)
         yield
         context.artifacts.store(key, folder, [path for pattern in patterns for path in sorted(folder.glob(pattern))])
+
+
+def stages_before(context: RunContext) -> Json:
+    """Fingerprints of the stages before the student's, whose files decide what it begins as."""
+    return {name: (context.run.manifest(name) or {}).get("fingerprint") for name in ("respond", "teach")}
 
 
 def student_inputs(context: RunContext) -> Json:
