@@ -15,7 +15,7 @@ from typing import Any, Literal
 from limbeck.prompts.fields import quoted, shown_value
 from limbeck.prompts.formats import Example, family_of, read_row
 from limbeck.prompts.readers import PlacedRow, rows_of
-from limbeck.prompts.sources import canonical_content, content_id, split_of
+from limbeck.prompts.sources import canonical_content, content_id, prompt_of, split_of
 from limbeck.types import LimbeckError, Message, Prompt
 
 ANSWERS = ("chosen", "rejected")
@@ -79,7 +79,7 @@ def read_preferences(
         elif content_id(content) in heldout_ids or split_of(content, heldout_fraction, split_seed) == "heldout":
             heldout += 1
         else:
-            rows.append((_prompt(chosen, content, placed.where), _prompt(rejected, content, placed.where)))
+            rows.append((prompt_of(chosen, content, placed.where), prompt_of(rejected, content, placed.where)))
     if not rows:
         raise LimbeckError(
             f"{source}: none of {every} rows gives a pair ({heldout} have a held-out prompt, {same} one answer twice); "
@@ -134,16 +134,3 @@ def _with_answer(row: Mapping[str, Any], answer: Any) -> dict[str, Any]:
     if conversation or field is None:
         return kept | {"messages": answer}
     return kept | {name: row[name] for name in _OF_PROMPTS if row.get(name) is not None} | {_BESIDE[field]: answer}
-
-
-def _prompt(example: Example, content: str, where: str) -> Prompt:
-    return Prompt(
-        id=content_id(content),
-        messages=example.messages,
-        text=example.text,
-        instruction=example.instruction,
-        completion=example.completion,
-        answer=example.answer,
-        tools=example.tools,
-        where=where,
-    )

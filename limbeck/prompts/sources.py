@@ -206,24 +206,29 @@ def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_se
     contradicted = 0
     for example, where in examples:
         content = canonical_content(example)
-        if content in prompts:
-            contradicted += _answers(example) != _answers(prompts[content])
-            continue
-        prompts[content] = Prompt(
-            id=content_id(content),
-            messages=example.messages,
-            text=example.text,
-            instruction=example.instruction,
-            completion=example.completion,
-            references=example.references,
-            answer=example.answer,
-            tools=example.tools,
-            columns=example.columns,
-            split=split_of(content, heldout_fraction, split_seed),
-            category=example.category,
-            where=where,
-        )
+        if content not in prompts:
+            prompts[content] = prompt_of(example, content, where, split=split_of(content, heldout_fraction, split_seed))
+        elif _answers(example) != _answers(prompts[content]):
+            contradicted += 1
     return list(prompts.values()), contradicted
+
+
+def prompt_of(example: Example, content: str, where: str, *, split: Split = "train") -> Prompt:
+    """The prompt of an example whose canonical content is known."""
+    return Prompt(
+        id=content_id(content),
+        messages=example.messages,
+        text=example.text,
+        instruction=example.instruction,
+        completion=example.completion,
+        references=example.references,
+        answer=example.answer,
+        tools=example.tools,
+        columns=example.columns,
+        split=split,
+        category=example.category,
+        where=where,
+    )
 
 
 def _answers(one: Example | Prompt) -> tuple[str | None, tuple[str, ...], Message | None]:
