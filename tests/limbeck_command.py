@@ -250,6 +250,8 @@ def serve() -> None:
             answer = os.fork()
             if answer == 0:
                 _become(question)
+            # The system gives numbers of processes again: an earlier one's code is not this one's.
+            codes.pop(answer, None)
         print(json.dumps(answer), flush=True)
     # Nothing here needs the seconds that an orderly end of torch takes.
     os._exit(0)

@@ -17,11 +17,12 @@ from limbeck.types import Prompt, Response, ScoredRow
 
 SEPARATORS = "\u0085\u2028\u2029\x0b\x0c\x1c\x1d\x1e"
 PACKAGE = Path(limbeck.__file__).parent
-# What is no JSON: a docstring, what programs and the kernel say; and bytes, which end at a line feed.
+# What is no JSON: a docstring, what programs, a compiler and the kernel say; and bytes, which end at a line feed.
 OTHER_TEXT = {
     "registry.py",
     "cli.py",
     "ops/onednn.py",
+    "objectives/fused/body.py",
     "runtime/memory.py",
     "models/assets.py",
     "models/quiet.py",
