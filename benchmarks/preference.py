@@ -2,6 +2,7 @@
 
     python -m benchmarks.preference                              # about four hours on two free cores
     python -m benchmarks.preference prompts.limit=64             # any change of the recipe of all arms
+    python -m benchmarks.preference evaluate.groups.judge.base_url=ADDRESS   # a judge beside the teacher's likelihood
     python -m benchmarks.preference sweep.seeds=[0] --page ""    # a look
 
 Three starts are trained on as many responses of the same teacher: `sft` (cross-entropy), `kd` (forward KL) and
@@ -46,12 +47,13 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 PREFERENCE: dict[str, Any] = {
     "pairs": {"name": "teacher", "samples": 4, "temperature": 0.8, "top_p": 0.95},
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
     "learning_rate": 5.0e-6,
     "beta": 0.1,
     "save_steps": 8,
 }
-METRICS = ("answer_logp", "likelihood_win_rate", "forward_kl", "rouge_l")
+METRICS = ("answer_logp", "likelihood_win_rate", "win_rate", "forward_kl", "rouge_l")
 ROWS = "after.likelihood.jsonl"
 
 

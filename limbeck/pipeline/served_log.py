@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.rollouts.io import fields_of, response_from_json
-from limbeck.runtime.jsonl import append_to_log, damaged, read_log
+from limbeck.runtime.append_log import append_to_log, damaged, read_log
 from limbeck.sampling.served import Served
 from limbeck.types import LimbeckError, Response
 

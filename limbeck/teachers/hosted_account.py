@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from limbeck.runtime.jsonl import append_to_log, damaged, read_log
+from limbeck.runtime.append_log import append_to_log, damaged, read_log
 from limbeck.types import Json, LimbeckError
 
 _MILLION = 1_000_000

@@ -26,7 +26,7 @@ OTHER_TEXT = {
     "runtime/memory.py",
     "models/assets.py",
     "models/quiet.py",
-    "runtime/jsonl.py",
+    "runtime/append_log.py",
 }
 
 

@@ -22,7 +22,7 @@ from limbeck.prompts.io import read_prompts
 from limbeck.recipe.load import load_recipe
 from limbeck.rollouts.collate import collate
 from limbeck.rollouts.io import read_responses
-from limbeck.runtime.jsonl import read_log
+from limbeck.runtime.append_log import read_log
 from limbeck.runtime.rundir import RunDirectory
 from limbeck.teachers.base import TeacherModel
 from limbeck.teachers.local import LocalTeacher

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from limbeck.evaluation.judge.verdicts import Opinion, without_garbled
-from limbeck.runtime.jsonl import append_to_log, damaged, read_log
+from limbeck.runtime.append_log import append_to_log, damaged, read_log
 from limbeck.types import Json
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from limbeck.evaluation.sandbox.host import Job, Limits, OutcomeKind, ProgramOutcome, files_possible, run_programs
-from limbeck.runtime.jsonl import append_to_log, damaged, read_log
+from limbeck.runtime.append_log import append_to_log, damaged, read_log
 from limbeck.runtime.records import fingerprint
 
 
