@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from limbeck.fields import NEUTRAL, STRICT
@@ -27,7 +26,7 @@ class Placed:
     It says what the whole model says, and writes nothing.
     """
 
-    memory: Annotated[dict[str, str], NEUTRAL] = Field(default_factory=dict)
+    memory: Annotated[dict[str, str], NEUTRAL] = dataclasses.field(default_factory=dict)
     """The most that it takes on each device, such as {"cuda:0": 70GiB, cpu: 200GiB}, and nothing on the others; empty
     takes what is free. What has no room is read from its files in every pass."""
 
