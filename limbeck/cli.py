@@ -35,7 +35,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. train.max_steps=20.")
 ]
 Update = Annotated[
-    bool, typer.Option("--update", help="Redo what other inputs made in this directory; the old moves aside.")
+    bool,
+    typer.Option(
+        "--update", help="Redo what other inputs made in this directory; the old results move to superseded/."
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -163,7 +166,9 @@ def plan(
     ] = None,
     launch: Annotated[
         str | None,
-        typer.Option("--launch", help="Print the commands instead: torchrun, accelerate, slurm or skypilot."),
+        typer.Option(
+            "--launch", help="Print the commands that start the run: torchrun, accelerate, slurm or skypilot."
+        ),
     ] = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Load the models and time the pieces of the recipe on this machine.")
@@ -197,28 +202,28 @@ def prompts(recipe: RecipeArgument, overrides: Overrides = None, update: Update 
 
 @app.command()
 def respond(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
-    """Up to the responses: sample them from the teacher, or take those of the data."""
+    """Run the stages up to the responses: sample them from the teacher, or take those of the data."""
     del debug
     _run_until(recipe, overrides, "respond", update)
 
 
 @app.command()
 def teach(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
-    """Up to the teacher's signal on every response token."""
+    """Run the stages up to the teacher's signal on every response token."""
     del debug
     _run_until(recipe, overrides, "teach", update)
 
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
-    """Up to the trained student."""
+    """Run the stages up to the trained student."""
     del debug
     _run_until(recipe, overrides, "train", update)
 
 
 @app.command()
 def prefer(recipe: RecipeArgument, overrides: Overrides = None, update: Update = False, debug: Debug = False) -> None:
-    """Up to the student after preference tuning, where the recipe has a section preference."""
+    """Run the stages up to the student after preference tuning, where the recipe has a section preference."""
     del debug
     _run_until(recipe, overrides, "prefer", update)
 
@@ -233,7 +238,9 @@ def evaluate(
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="Evaluate a model on this file or data set, without a run.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="With --prompts: the model beside it.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="With --prompts: the model it is compared with.")
+    ] = None,
     groups: Annotated[
         str | None, typer.Option("--groups", help="What is measured, e.g. fidelity,diversity (evaluate.groups).")
     ] = None,
