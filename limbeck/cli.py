@@ -155,6 +155,14 @@ def run(
     _run_until(recipe, overrides, "report", update)
 
 
+def _list_devices(wanted: bool) -> None:
+    if wanted:
+        from limbeck.models.devices import DEVICES
+
+        _list(DEVICES)
+        raise typer.Exit
+
+
 @app.command()
 def plan(
     recipe: RecipeArgument,
@@ -177,16 +185,14 @@ def plan(
         float | None,
         typer.Option("--probe-seconds", help="Seconds that the pieces may take together (20)."),
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the known devices and stop.")] = False,
+    list_: Annotated[
+        bool,
+        typer.Option("--list", help="List the known devices and stop.", is_eager=True, callback=_list_devices),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Say what a run will take: memory per rank, disk, tokens, hours, money, and what would make it fit."""
-    del debug
-    from limbeck.models.devices import DEVICES
-
-    if list_:
-        _list(DEVICES)
-        return
+    del list_, debug
     from limbeck.pipeline.plan.verb import PROBE_SECONDS, plan_text
 
     probe_s = PROBE_SECONDS if probe and probe_seconds is None else probe_seconds

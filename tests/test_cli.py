@@ -40,6 +40,10 @@ class TestLookingUp:
         listed = [line.split()[0] for line in finished.stdout.splitlines() if not line.startswith(" ")]
         assert listed == list(OBJECTIVES)
 
+    def test_devices_need_no_recipe(self, limbeck: CommandServer) -> None:
+        found = limbeck.run("plan", "--list")
+        assert found.code == 0 and "H100" in found.stdout and found.stderr == ""
+
     def test_schema(self, limbeck: CommandServer) -> None:
         finished = limbeck.run("schema")
         schema = json.loads(finished.stdout)

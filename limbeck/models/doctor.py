@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 _VERDICTS = {
     "same": "yes: the same tokens, heads without padding",
     "same_padded": "yes: the same tokens; padded head rows get no mass",
-    "different": "not yet: different tokens. From text alone, yes: sft, and seqkd with teacher.cache=false",
+    "different": "not as it is: different tokens. With teacher.across where these coincide, or from text alone",
 }
 
 _TEXT_ONLY = (
-    "- from text the student learns with the objective ce, in its own template and tokens, on the teacher's answers or "
-    "the data's; the teacher's distributions (all other objectives, signal, fidelity, speculation) need the same "
-    "tokens; rouge, diversity, judge, tasks, cost and nll measure such a pair"
+    "- from text alone (sft, and seqkd with teacher.cache=false) the student learns with the objective ce, in its own "
+    "template and tokens, on the teacher's answers or the data's; rouge, diversity, judge, tasks, cost and nll measure "
+    "such a pair"
 )
 
 

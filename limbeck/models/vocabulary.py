@@ -15,7 +15,6 @@ from limbeck.models.fingerprints import backend_rules
 from limbeck.models.headers import EMBEDDINGS, safetensors_header
 from limbeck.models.processors import placeholder_of, source_processor
 from limbeck.models.sources import Source, resolve
-from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -173,22 +172,6 @@ def compare_vocabularies(teacher: VocabularyCard, student: VocabularyCard) -> Vo
         differences=tuple(differences),
         notes=(*lacking, *_notes(teacher, student)),
     )
-
-
-def require_same_vocabulary(teacher: VocabularyCard, student: VocabularyCard) -> int:
-    """The number of ids objectives run over.
-
-    Raises:
-        LimbeckError: the vocabularies differ; names what differs.
-    """
-    report = compare_vocabularies(teacher, student)
-    if report.verdict == "different":
-        raise LimbeckError(
-            f"teacher {teacher.name} and student {student.name} have different tokens: "
-            f"{'; '.join(report.differences)}. Distilling across tokenizers is not supported yet; "
-            "choose a pair of one model family"
-        )
-    return report.vocab_size
 
 
 def _token_differences(teacher: VocabularyCard, student: VocabularyCard) -> tuple[list[str], list[str]]:

@@ -130,8 +130,9 @@ class SkewReverseKL(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaMixture(Divergence):
-    """KL between the teacher or the student and an assistant r between them, r normalised over the vocabulary:
-    r ~ [l p^c + (1 - l) q^c]^(1/c) with c = (1 - a)/2, and r ~ p^l q^(1 - l) at a = 1.
+    """KL between the teacher or the student and an assistant r between them, a generalised mean of the two.
+
+    r ~ [l p^c + (1 - l) q^c]^(1/c) with c = (1 - a)/2, and r ~ p^l q^(1 - l) at a = 1, normalised over the vocabulary.
 
     AMiD, arXiv 2510.15982 (its KL member). a = -1 is the arithmetic mean (skew KLs), 1 the geometric, 3 the harmonic:
     the definition, where the authors' code takes the geometric mean for every a >= 1.

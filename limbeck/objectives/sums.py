@@ -42,7 +42,7 @@ class CrossEntropy:
 
 def labels_of(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Of labels: which count (bool), an index for each (0 where it does not count), and 1 at the index, 0 elsewhere."""
-    assert rows.label_N is not None, "the doors check that labels are there"
+    assert rows.label_N is not None, "checked where the loss is called: labels are there"
     logits_NV = rows.student_logits_NK
     counts_N1 = (rows.label_N != IGNORED).unsqueeze(-1)
     label_N1 = torch.where(counts_N1, rows.label_N.unsqueeze(-1), 0)
@@ -89,7 +89,7 @@ class WeightedSum:
         return ""
 
     def value_and_grad(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        assert "hidden" not in self.reads, "the doors keep objectives on hidden states apart"
+        assert "hidden" not in self.reads, "objectives on hidden states are computed elsewhere"
         scaled_parts = [(weight, *scaled(part, rows)) for weight, part in row_leaves(self)]
         value_N = torch.stack([weight * value_N for weight, value_N, _ in scaled_parts]).sum(0)
         grad_NK = reduce(torch.add, (weight * grad_NK for weight, _, grad_NK in scaled_parts))

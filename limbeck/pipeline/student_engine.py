@@ -36,7 +36,7 @@ from limbeck.runtime.records import fingerprint, read_sealed, sealed
 from limbeck.sampling.engine import EngineSampler
 from limbeck.sampling.in_batches import InBatches
 from limbeck.sampling.served import ServedSampler
-from limbeck.sampling.weights import dtype_of, require_doors
+from limbeck.sampling.weights import dtype_of, require_endpoints
 from limbeck.student.saving import save_student
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.served_dialects import ScoredText, VllmScoring
@@ -79,7 +79,7 @@ def check_engine(context: RunContext) -> None:
         except LimbeckError as error:
             down.append(error)
             continue
-        require_doors(server.hurried)
+        require_endpoints(server.hurried)
         check_tokenizer(server.hurried, server.hurried.model(engine.model), tokenizer, named="the student")
     if len(down) == len(engine.addresses):
         raise down[0]

@@ -25,7 +25,7 @@ class ServerSection:
     model: str | None = None
     """The server's name of the teacher; null takes the only model it offers."""
     api: Literal["auto", "completions", "chat"] = "auto"
-    """Which of its two doors to use; auto takes the one that keeps tokens exact, where it is open."""
+    """Which of its two endpoints to use; auto takes the one that keeps tokens exact, where the server has it."""
     concurrency: Annotated[Count, NEUTRAL] = 8
     """Prompts asked at a time."""
     timeout_s: Annotated[Positive, NEUTRAL] = 120.0

@@ -132,7 +132,7 @@ class StudentSection:
 @dataclass(config=STRICT, kw_only=True)
 class PromptsSection:
     source: str = "builtin"
-    """builtin, a JSONL file, or a datasets directory or hub id."""
+    """builtin, a JSONL, JSON or parquet file, a glob or folder of them, or a datasets directory or hub id."""
     eval_fraction: Fraction = 0.1
     """Share held out for evaluation, decided by a hash of each prompt."""
     eval_limit: Count | None = None

@@ -32,7 +32,7 @@ class Served:
 
     Attributes:
         index: where its prompt stands in the list the sampler was given.
-        api: which of the server's two doors it came through.
+        api: which of the server's two endpoints it came from.
         reencoded: the server gave text alone; the ids are the tokenizer's of that text, not those that were drawn.
         prompt_differs: the server read the prompt as other tokens than `prompt_ids` (its chat template, not ours).
     """

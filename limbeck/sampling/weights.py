@@ -1,4 +1,4 @@
-"""New weights for a running vLLM, and the version that it has, over the doors that it opens in developer mode.
+"""New weights for a running vLLM, and the version that it has, over the endpoints of its developer mode.
 
     POST /collective_rpc         {"method": "reload_weights", "kwargs": {"weights_path": FOLDER}}
     POST /reset_prefix_cache     what it has cached of the old weights goes
@@ -23,11 +23,11 @@ _START = "start vLLM 0.32 or newer in developer mode (VLLM_SERVER_DEV_MODE=1)"
 _RESETS, _PAUSE_S = 20, 0.5
 
 
-def require_doors(server: Server) -> None:
+def require_endpoints(server: Server) -> None:
     """Check that a server can be given weights; it keeps those that it has.
 
     Raises:
-        LimbeckError: it is down, or has not all of the doors.
+        LimbeckError: it is down, or lacks one of the endpoints.
     """
     version_of(server)
     # Without a method it says that one is missing.
