@@ -5,10 +5,11 @@
     python -m benchmarks.drafts train.max_steps=2 teacher.model=MODEL student.layers=2 --out DIR --page FILE --seeds 0
 
 A sweep around the recipe `draft`: seven of the teacher's blocks, the teacher's samples at temperature 1, the same steps
-of the same number of responses, each arm at the better of two learning rates by total variation with the first seed.
-Measured is the share of drafts that the teacher keeps at temperature 1 with four drafts per pass. Its interval, and
-that of the change from forward KL, resamples prompts, with the drafts of all seeds of a prompt together; an arm counts
-as separated where that interval leaves out zero and every seed agrees in the sign.
+of the same number of responses, each arm at the best of some learning rates by total variation with the first seed.
+Measured is the share of drafts that the teacher keeps at temperature 1 with four drafts per pass; and, on more text,
+that of a first draft, which is 1 less the total variation to the teacher on its held-out answers. Intervals, those of
+a change from forward KL too, resample prompts, with all seeds of a prompt together; an arm counts as separated where
+that interval leaves out zero and every seed agrees in the sign.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from limbeck.types import LimbeckError, Score, ScoredRow
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "fkl"
-CONDITION, ACCEPTANCE = "draft=4", "draft_acceptance"
+CONDITION, ACCEPTANCE, FIRST = "draft=4", "draft_acceptance", "acceptance"
+TITLES = {"Drafts that the teacher keeps": ACCEPTANCE, "A first draft, on the teacher's own text": FIRST}
 DISTILLM2 = {
     # A batch counts responses: half of them are the teacher's, half the student's, so a step has as many tokens.
     "responses.source": {"name": "pairs", "refresh": "epoch"},
@@ -56,18 +58,47 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A metric of an arm.
+
+    Attributes:
+        rows: one per prompt, all seeds together.
+        by_seed: the metric of each seed.
+    """
+
+    name: str
+    rows: Sequence[ScoredRow]
+    by_seed: Mapping[int, float]
+
+    @property
+    def score(self) -> Score:
+        return summarise(self.rows)[self.name]
+
+    def change(self, base: Measure) -> Score:
+        """This less the base, on the prompts that both have."""
+        names = {row.id for row in base.rows} & {row.id for row in self.rows}
+        before, after = ([row for row in one.rows if row.id in names] for one in (base, self))
+        return paired_change(before, after)[self.name]
+
+    def separated(self, base: Measure) -> bool:
+        moved = self.change(base)
+        if moved.low is None or moved.high is None or moved.low <= 0 <= moved.high:
+            return False
+        gaps = [self.by_seed[seed] - base.by_seed[seed] for seed in self.by_seed.keys() & base.by_seed.keys()]
+        return all((gap > 0) == (moved.mean > 0) for gap in gaps)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArmScores:
     """The finished runs of an arm.
 
     Attributes:
-        rows: a row per prompt, its drafts of all seeds together.
-        by_seed: acceptance of each seed.
+        measures: by the name of a metric, a row per prompt with all seeds together, and the metric of each seed.
         seconds: of the stages of a run, the mean.
         tokens: of the responses that entered the loss, the mean.
     """
 
-    rows: Sequence[ScoredRow]
-    by_seed: Mapping[int, float]
+    measures: Mapping[str, Measure]
     rate: str
     seconds: float
     tokens: float
@@ -133,11 +164,23 @@ def scores_of(folder: Path, arm: str) -> ArmScores | None:
         return None
     runs = {line["seed"]: folder / line["directory"] for line in lines}
     after = {seed: json.loads((run / "scores.json").read_text("utf-8"))["after"] for seed, run in runs.items()}
-    tables = [read_rows(run / f"scores/after.speculation@{CONDITION}.jsonl") for run in runs.values()]
-    names = ("acceptance", "forward_kl", f"tokens_per_pass@{CONDITION}")
+    drafted = [read_rows(run / f"scores/after.speculation@{CONDITION}.jsonl") for run in runs.values()]
+    compared = [read_rows(run / "scores/after.fidelity.jsonl") for run in runs.values()]
+    key = f"{ACCEPTANCE}@{CONDITION}"
+    names = ("forward_kl", f"tokens_per_pass@{CONDITION}")
     return ArmScores(
-        rows=together(tables),
-        by_seed={seed: scores[f"{ACCEPTANCE}@{CONDITION}"]["mean"] for seed, scores in after.items()},
+        measures={
+            ACCEPTANCE: Measure(
+                name=ACCEPTANCE,
+                rows=summed(drafted),
+                by_seed={seed: scores[key]["mean"] for seed, scores in after.items()},
+            ),
+            FIRST: Measure(
+                name=FIRST,
+                rows=averaged(compared),
+                by_seed={seed: scores[FIRST]["mean"] for seed, scores in after.items()},
+            ),
+        },
         rate=f"{lines[0]['keys']['train.learning_rate']:g}",
         seconds=statistics.mean(map(seconds, runs.values())),
         tokens=statistics.mean(map(tokens, runs.values())),
@@ -145,19 +188,37 @@ def scores_of(folder: Path, arm: str) -> ArmScores | None:
     )
 
 
-def together(tables: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
+def summed(tables: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
     """A row per prompt with the drafts of all seeds; prompts that not all have are left out."""
-    by_id = [{row.id: row.sums[ACCEPTANCE] for row in table} for table in tables]
-    shared = [row.id for row in tables[0] if all(row.id in rows for rows in by_id)]
     return [
         ScoredRow(
             id=name,
             weight=1.0,
             values={},
-            sums={ACCEPTANCE: tuple(map(sum, zip(*(rows[name] for rows in by_id), strict=True)))},
+            sums={ACCEPTANCE: tuple(map(sum, zip(*(row.sums[ACCEPTANCE] for row in rows), strict=True)))},
         )
-        for name in shared
+        for name, rows in by_prompt(tables)
     ]
+
+
+def averaged(tables: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
+    """A row per prompt with the mean of all seeds, of the same tokens; prompts that not all have are left out."""
+    return [
+        ScoredRow(
+            id=name,
+            weight=rows[0].weight,
+            values={FIRST: statistics.mean(row.values[FIRST] for row in rows)},
+        )
+        for name, rows in by_prompt(tables)
+    ]
+
+
+def by_prompt(tables: Sequence[Sequence[ScoredRow]]) -> Iterator[tuple[str, list[ScoredRow]]]:
+    """The rows of each prompt that all tables have."""
+    by_id = [{row.id: row for row in table} for table in tables]
+    for row in tables[0]:
+        if all(row.id in rows for rows in by_id):
+            yield row.id, [rows[row.id] for rows in by_id]
 
 
 def tokens(run: Path) -> float:
@@ -172,41 +233,41 @@ def seconds(run: Path) -> float:
 
 
 def page(found: Mapping[str, ArmScores], arguments: argparse.Namespace) -> str:
-    base = found[BASE]
-    lines = [
-        "| arm | rate | tokens | acceptance | each seed | change from fkl | separated | tokens per pass | 1 - TV "
-        "| forward KL |",
-        "|---|---:|---:|---:|---|---:|---|---:|---:|---:|",
-    ]
-    for arm, scores in found.items():
-        moved = None if arm == BASE else change(base, scores)
-        seeds = ", ".join(f"{value:.3f}" for value in scores.by_seed.values())
-        lines.append(
-            f"| `{arm}` | {scores.rate} | {scores.tokens:,.0f} | {interval(summarise(scores.rows)[ACCEPTANCE])} "
-            f"| {seeds} | {'' if moved is None else interval(moved, sign='+')} "
-            f"| {'' if moved is None else 'yes' if separated(base, scores, moved) else 'no'} "
-            f"| {scores.means[f'tokens_per_pass@{CONDITION}']:.2f} | {scores.means['acceptance']:.3f} "
-            f"| {scores.means['forward_kl']:.3f} |"
-        )
     command = " ".join(["python -m benchmarks.drafts", *arguments.overrides])
     said = (__doc__ or "").split("\n\n")[-1].strip()
-    seeds = ", ".join(map(str, arguments.seeds))
-    head = f"# Drafts by objective\n\n`{command}`, seeds {seeds}.\n\n{said}\n\n"
-    return head + "\n".join(lines) + "\n\n" + verdict(found) + "\n"
+    seeds, rates = (", ".join(map(str, some)) for some in (arguments.seeds, arguments.rates))
+    lines = [
+        "# Drafts by objective",
+        "",
+        f"`{command}`; seeds {seeds}; rates {rates}.",
+        "",
+        said,
+        "",
+        "| arm | rate | tokens | tokens per pass | forward KL |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| `{arm}` | {scores.rate} | {scores.tokens:,.0f} | {scores.means[f'tokens_per_pass@{CONDITION}']:.2f} "
+            f"| {scores.means['forward_kl']:.3f} |"
+            for arm, scores in found.items()
+        ),
+        "",
+    ]
+    for title, measured in TITLES.items():
+        lines += [f"## {title}", "", *table(found, measured), "", verdict(found, measured), ""]
+    return "\n".join(lines)
 
 
-def change(base: ArmScores, scores: ArmScores) -> Score:
-    """Acceptance less that of the base, on the prompts that both have."""
-    names = {row.id for row in base.rows} & {row.id for row in scores.rows}
-    before, after = ([row for row in one.rows if row.id in names] for one in (base, scores))
-    return paired_change(before, after)[ACCEPTANCE]
-
-
-def separated(base: ArmScores, scores: ArmScores, moved: Score) -> bool:
-    if moved.low is None or moved.high is None or moved.low <= 0 <= moved.high:
-        return False
-    gaps = [scores.by_seed[seed] - base.by_seed[seed] for seed in scores.by_seed.keys() & base.by_seed.keys()]
-    return all((gap > 0) == (moved.mean > 0) for gap in gaps)
+def table(found: Mapping[str, ArmScores], measured: str) -> list[str]:
+    base = found[BASE].measures[measured]
+    lines = ["| arm | share | each seed | change from fkl | separated |", "|---|---:|---|---:|---|"]
+    for arm, scores in found.items():
+        one = scores.measures[measured]
+        seeds = ", ".join(f"{value:.3f}" for value in one.by_seed.values())
+        moved = (
+            " | " if arm == BASE else f"{interval(one.change(base), '+')} | {'yes' if one.separated(base) else 'no'}"
+        )
+        lines.append(f"| `{arm}` | {interval(one.score)} | {seeds} | {moved} |")
+    return lines
 
 
 def interval(score: Score, sign: str = "") -> str:
@@ -214,14 +275,15 @@ def interval(score: Score, sign: str = "") -> str:
     return f"{score.mean:{sign}.3f}{ends}"
 
 
-def verdict(found: Mapping[str, ArmScores]) -> str:
-    """The sentence under the table."""
-    best = max(found, key=lambda arm: summarise(found[arm].rows)[ACCEPTANCE].mean)
+def verdict(found: Mapping[str, ArmScores], measured: str) -> str:
+    """The sentence under a table."""
+    base = found[BASE].measures[measured]
+    best = max(found, key=lambda arm: found[arm].measures[measured].score.mean)
     if best == BASE:
         return "No arm is accepted more than forward KL."
-    moved = change(found[BASE], found[best])
-    how = "by a separated interval" if separated(found[BASE], found[best], moved) else "not separated from it"
-    return f"`{best}` is accepted most: {interval(moved, sign='+')} over forward KL, {how}."
+    one = found[best].measures[measured]
+    how = "by a separated interval" if one.separated(base) else "not separated from it"
+    return f"`{best}` is accepted most: {interval(one.change(base), '+')} over forward KL, {how}."
 
 
 def estimate(folder: Path, runs: int) -> str:
