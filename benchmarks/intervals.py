@@ -70,12 +70,13 @@ def main() -> None:
 
 def page(trials: int) -> str:
     parts = (__doc__ or "").strip().split("\n\n")
+    kinds = ("normal", "skewed")
     scores = [
-        f"| {examples} | {held('normal', examples, 5 * trials):.1%} | {held('skewed', examples, 5 * trials):.1%} |"
+        f"| {examples} | {' | '.join(percent(held(kind, examples, 5 * trials)) for kind in kinds)} |"
         for examples in EXAMPLES
     ]
     shares = {name: compare(noise, trials) for name, noise in NOISE.items()}
-    compared = [f"| {name} | {' | '.join(f'{share:.1%}' for share in found)} |" for name, found in shares.items()]
+    compared = [f"| {name} | {' | '.join(map(percent, found))} |" for name, found in shares.items()]
     return "\n".join(
         [
             "# What intervals hold",
@@ -106,6 +107,10 @@ def page(trials: int) -> str:
             "",
         ]
     )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def held(kind: str, examples: int, trials: int) -> float:
