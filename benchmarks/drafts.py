@@ -139,7 +139,10 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
             "train.eval_steps": None,
             "train.warmup_steps": 20,
             "responses.max_new_tokens": 64,
-            "evaluate.groups": {"fidelity": {}, "speculation": {"draft_tokens": [4], "prompts": 48, "temperatures": []}},
+            "evaluate.groups": {
+                "fidelity": {},
+                "speculation": {"draft_tokens": [4], "prompts": 48, "temperatures": []},
+            },
         },
         "arms": ARMS,
         "tune": {"train.learning_rate": arguments.rates},
