@@ -58,17 +58,19 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of a model's blocks, and its name inside the model.
+    """The list of a model's blocks, and its name inside the model; of an image-text model those of its language model.
 
     Raises:
         LimbeckError: the model has no list of as many modules as its configuration has layers.
     """
     inner = causal_model(model)
     depth = inner.config.get_text_config().num_hidden_layers
+    # A vision tower may be as deep.
+    of_text = set((inner.get_decoder() or inner).modules())
     found = [
         (name, module)
         for name, module in inner.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+        if isinstance(module, nn.ModuleList) and module in of_text and len(module) == depth > 0
     ]
     if not found:
         raise LimbeckError(

@@ -184,6 +184,12 @@ def assembled(
             f"{type(inner).__name__} cannot be {how}: its blocks differ from what its configuration says "
             f"after the cut ({strange[0]})"
         )
+    # Made of tensors as they are in memory, it is saved as the files are that `inner` comes from: experts one by one,
+    # under the names that other programs know.
+    if (conversions := vars(inner).get("_weight_conversions")) is None:
+        vars(pruned).pop("_weight_conversions", None)
+    else:
+        pruned._weight_conversions = conversions
     return pruned
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("PIL", reason="images need Pillow: pip install 'limbeck[visi
 
 from limbeck.models.doctor import doctor, doctor_rows
 from limbeck.models.forward import hidden_states
-from limbeck.models.heads import head_of, project
+from limbeck.models.heads import decoder_blocks, head_of, project
 from limbeck.models.image_features import vision_tower
 from limbeck.models.loading import load_model
 from limbeck.models.tower_outputs import Kept
@@ -200,6 +200,15 @@ def test_a_student_is_saved_with_its_processor(pair: VisionPair, tmp_path: Path)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     plain = AutoModelForImageTextToText.from_pretrained(folder)
     assert plain.state_dict().keys() == loaded.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_those_of_the_language_model(family: Family, tmp_path: Path) -> None:
+    """Though its tower has as many: what is pruned, sharded and placed are the language model's."""
+    model = load_model(write_vision_model(tmp_path, family, layers=2)).model
+    name, blocks = decoder_blocks(model)
+    assert model.get_submodule(name) is blocks and len(blocks) == 2
+    assert not set(blocks) & set(vision_tower(model).modules())
 
 
 def test_doctor_says_who_reads_images(llava: VisionPair, tmp_path: Path) -> None:
