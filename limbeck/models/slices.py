@@ -7,6 +7,7 @@ has more than its part and the pages of the tensor in hand.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class _Stored:
     name: str
 
 
+# In the metadata of files: their tensors are those of the model in memory, whatever transformers saves such a model as.
+_AS_IN_MEMORY = {"format": "pt", "tensors": "as in memory"}
 # By the module that has them: a module stays the same one when it is sharded, or when adapters are put around it.
 _UNREAD: WeakKeyDictionary[nn.Module, dict[str, _Stored]] = WeakKeyDictionary()
 
@@ -64,19 +67,20 @@ def unread_model(
     """A model as `from_pretrained` makes it, whose weights are still in its safetensors files.
 
     Returns:
-        None where they cannot be read by slices: files of another kind, tensors that transformers renames, fuses or
-        keeps in another precision on reading, or images.
+        None where they cannot be read by slices: files of another kind, precisions that transformers mixes, or files
+        that `write_slices` has not written of images or of tensors that transformers renames or fuses on reading.
     """
     from transformers import GenerationConfig
 
-    if source.gguf is not None or reads_images(config):
+    if source.gguf is not None:
         return None
     with no_weights():
         model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
     model.tie_weights()
-    places = None if _is_converted(model, dtype) else _places(source, model)
+    foreign = not _is_as_in_memory(source) and (reads_images(config) or _is_converted(model))
+    places = None if foreign or _mixes_precisions(model, dtype) else _places(source, model)
     if places is None:
         return None
     # As from_pretrained: a model without the file has what its configuration says.
@@ -99,15 +103,49 @@ def take_places(model: nn.Module, whole: nn.Module, name_of: Callable[[str], str
             _UNREAD[module] = dict(places)
 
 
-def _is_converted(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Whether transformers makes other tensors of those in the files, or keeps some in float32."""
+def is_converted(config: PretrainedConfig) -> bool:
+    """Whether transformers makes other tensors of those in the files of a model."""
+    with no_weights():
+        return _is_converted(auto_class(config).from_config(config))
+
+
+def _is_converted(model: PreTrainedModel) -> bool:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    kept = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
-    if kept and dtype in (torch.float16, torch.bfloat16):
-        return True
     return any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(model))
+
+
+def _mixes_precisions(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps some tensors of a model in float32."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    return bool(kept) and dtype in (torch.float16, torch.bfloat16)
+
+
+def write_slices(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a model, its weights with the names and shapes that they have in memory, for `unread_model`.
+
+    Args:
+        state: the weights, by these names.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    save_torch_state_dict(dict(state), folder, metadata=dict(_AS_IN_MEMORY))
+
+
+def _is_as_in_memory(source: Source) -> bool:
+    from safetensors import safe_open
+
+    files = [path for path in weight_files(source) if path.suffix == ".safetensors"]
+    if not files:
+        return False
+    with safe_open(files[0], "pt") as file:
+        return (file.metadata() or {}).get("tensors") == _AS_IN_MEMORY["tensors"]
 
 
 def _places(source: Source, model: PreTrainedModel) -> dict[str, _Stored] | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from limbeck.models.loading import LoadedModel
-from limbeck.models.slices import is_unread
+from limbeck.models.loading import LoadedModel, source_config
+from limbeck.models.slices import is_converted, is_unread
 from limbeck.models.sources import resolve
 from limbeck.models.vision import bind_images
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
@@ -53,14 +53,22 @@ def student_before_teaching(context: RunContext) -> Student:
 
 
 def is_written_first(context: RunContext) -> bool:
-    """Whether a student that is to be read by slices is in no files as it begins: drawn, narrowed, or dequantised."""
+    """Whether no files hold a student as it begins, tensor by tensor, so that the first rank writes such for all.
+
+    It is drawn or narrowed, comes from a GGUF file, reads images, or transformers makes other tensors of those in its
+    files.
+    """
     section = context.recipe.student
-    if section.quantize is not None or context.student_trusted or context.reads_images:
+    if section.quantize is not None or context.student_trusted:
         return False
-    if section.init in ("scratch", "width_prune"):
+    card = context.student_card or context.teacher_card
+    if section.init in ("scratch", "width_prune") or card.image_token is not None:
         return True
     name = section.model or context.recipe.teacher.model
-    return name is not None and resolve(name, revision=section.revision, weights=False).gguf is not None
+    if name is None:
+        return False
+    source = resolve(name, revision=section.revision, weights=False)
+    return source.gguf is not None or is_converted(source_config(source))
 
 
 def _written(context: RunContext, blocks: Path) -> Path:
@@ -76,7 +84,7 @@ def _written(context: RunContext, blocks: Path) -> Path:
         context.wait_until(is_there)
     elif not is_there():
         student = _measured(context, blocks, plain=True) or _build(context, blocks, plain=True)
-        save_student(student.model, student.tokenizer, run.start)
+        save_student(student.model, student.tokenizer, run.start, for_slices=True)
         write_json(run.start / "made_from.json", made_from)
         del student
         context.teacher.release()

@@ -15,6 +15,7 @@ from limbeck.models.heads import causal_model
 from limbeck.models.processors import PROCESSOR_FILES
 from limbeck.models.quantization.files import save_blocks
 from limbeck.models.quiet import one_line, quiet_transformers
+from limbeck.models.slices import write_slices
 from limbeck.models.vision import reader_of
 from limbeck.runtime.files import whole_folder
 from limbeck.types import LimbeckError
@@ -31,6 +32,7 @@ def save_student(
     directory: str | Path,
     *,
     quantization: Quantization | None = None,
+    for_slices: bool = False,
 ) -> Path:
     """Write a directory that plain `AutoModelForCausalLM.from_pretrained(directory)` loads. The model is not changed.
 
@@ -38,13 +40,19 @@ def save_student(
     `quantization` lie below, and with them the adapters that a merged weight no longer shows. The directory appears
     whole: what stood there before is replaced at the end.
 
+    Args:
+        for_slices: write the weights as they are in memory, so that each rank can read its part of every architecture.
+
     Raises:
         LimbeckError: the disk is full or not writable, or the adapter cannot be merged.
     """
     directory = Path(directory)
     try:
         with whole_folder(directory) as work, quiet_transformers():
-            causal_model(model).save_pretrained(work, state_dict=merged_state(model))
+            if for_slices:
+                write_slices(causal_model(model), merged_state(model), work)
+            else:
+                causal_model(model).save_pretrained(work, state_dict=merged_state(model))
             _plain(tokenizer).save_pretrained(work)
             _copy_processor(model, work)
             if quantization is not None:

@@ -1,4 +1,4 @@
-"""Students that no files hold as they begin: played by the launcher with two ranks, and by one process without it."""
+"""Students that no files hold, tensor by tensor, as they begin: played by two ranks of a launch, and by one process."""
 
 from __future__ import annotations
 
@@ -24,13 +24,21 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
         LORA,
     ),
     "narrowed": ("student.init=width_prune", "student.width={intermediate_size: 32}"),
-    "gguf": ("student.model={gguf}", LORA),
+    "gguf": ("student.model={pair}/student.gguf", LORA),
+    "experts": ("student.model={pair}/experts",),
+    "images": (
+        "teacher.model={pair}/seeing/teacher",
+        "student.init=pretrained",
+        "student.layers=null",
+        "student.model={pair}/seeing/student",
+        "prompts.source={pair}/seeing/questions.jsonl",
+    ),
 }
 
 
 def play_student(name: str, pair: Path, folder: Path, *changes: str) -> Path:
     """Run the recipe `kd` with one of the students; returns the run directory."""
-    own = [change.replace("{gguf}", str(pair / "student.gguf")) for change in STUDENTS[name]]
+    own = [change.replace("{pair}", str(pair)) for change in STUDENTS[name]]
     return play_recipe("kd", pair, folder / name, *own, *changes)
 
 

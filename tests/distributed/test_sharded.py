@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from limbeck.models.loading import load_model
 from limbeck.training import checkpoints, trained_weights
@@ -26,6 +27,7 @@ from tests.distributed.updates import SHARDED, kept_bytes, play_update, uneven
 from tests.limbeck_command import CommandServer, KillAt, all_end
 from tests.models.tiny import save_gguf
 from tests.tiny_pair import TinyPair
+from tests.tiny_vision import write_questions, write_vision_model
 from tests.training.play import identical, largest_gap, metrics, tiny_lora, tiny_model, weights
 
 FSDP2 = """
@@ -147,11 +149,35 @@ def test_shipped_recipes_end_with_the_student_of_one_process(tiny: TinyPair, tmp
             torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
 
 
+def write_experts(folder: Path, teacher: Any) -> None:
+    """A mixture of experts with the teacher's tokens, which files hold one by one and memory in one tensor."""
+    own = teacher.model.config
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=own.vocab_size,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=own.max_position_embeddings,
+        eos_token_id=own.eos_token_id,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+
+
 def test_students_that_no_files_hold_are_written_once_and_read_by_slices(tiny: TinyPair, tmp_path: Path) -> None:
-    """Fresh weights, narrower ones, and those of a GGUF file; on each rank, as `drawn` itself checks."""
+    """Fresh weights, narrower ones, those of a GGUF file, fused experts, a model that reads images; as `drawn` itself
+    checks, by slices on each rank."""
     pair = shutil.copytree(tiny.teacher.parent, tmp_path / "pair")
     teacher: Any = load_model(pair / "teacher")
     save_gguf(pair / "student.gguf", teacher.model, tokenizer=teacher.tokenizer, tied=True)
+    write_experts(pair / "experts", teacher)
+    for who, seed in (("teacher", 1), ("student", 2)):
+        write_vision_model(pair / "seeing" / who, "qwen2_vl", seed=seed)
+    write_questions(pair / "seeing", 24)
     halved = ("train.per_device_train_batch_size=2", "train.sharding=full")
     play(*LAUNCHER, "tests.distributed.drawn", str(pair), str(tmp_path / "two"), *halved)
     for name in STUDENTS:

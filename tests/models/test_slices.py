@@ -9,18 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, MixtralConfig
 from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from limbeck.models.loading import load_model
 from limbeck.models.slices import is_unread, read_parts, stand_ins
+from limbeck.models.vision import reader_of
 from limbeck.rollouts.collate import collate
 from limbeck.student.adapters import LoraSpec
 from limbeck.student.build import StudentSpec, build_student
+from limbeck.student.saving import save_student
 from limbeck.student.width import WidthSpec
 from limbeck.types import Response
 from tests.models.tiny import _SIZES, FAMILIES, save_tiny, tiny_tokenizer
+from tests.tiny_vision import FAMILIES as VISION
+from tests.tiny_vision import write_vision_model
 
 CPU = torch.device("cpu")
 MORE: dict[str, Any] = {
@@ -79,6 +83,43 @@ def test_adapters_on_it_are_those_on_the_whole_model(family: str, dtype: str, tm
     assert drawn and not any(weight.is_meta for weight in drawn.values())
     read_parts(found.model, CPU)
     require_same(found.model, expected.model)
+
+
+def write_other(folder: Path, family: str) -> None:
+    """A model that transformers saves otherwise than it is in memory."""
+    if family == "mixtral":
+        sizes = {**_SIZES, "num_local_experts": 4}
+        AutoModelForCausalLM.from_config(MixtralConfig(**sizes)).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+    else:
+        write_vision_model(folder, family)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["mixtral", *VISION])
+def test_what_transformers_saves_otherwise_is_written_for_slices(family: str, tmp_path: Path) -> None:
+    """Experts that it fuses on reading, and models that read images: as they are in memory."""
+    original, written = tmp_path / "original", tmp_path / "written"
+    write_other(original, family)
+    expected = load_model(original)
+    assert not is_unread(load_model(original, unread=True).model)
+    save_student(expected.model, expected.tokenizer, written, for_slices=True)
+    found = load_model(written, unread=True).model
+    assert is_unread(found) and all(weight.is_meta for weight in found.parameters())
+    read_parts(found, CPU)
+    require_same(found, expected.model)
+    require_same(load_model(written).model, expected.model)
+    assert (reader_of(found) is None) == (reader_of(expected.model) is None)
+
+
+def test_a_cut_student_is_saved_under_the_names_of_the_files_it_comes_from(tmp_path: Path) -> None:
+    """Experts one by one, and not as one tensor."""
+    write_other(tmp_path / "original", "mixtral")
+    spec = StudentSpec(model=str(tmp_path / "original"), init="depth_prune", keep=(1,))
+    student = build_student(spec)
+    save_student(student.model, student.tokenizer, tmp_path / "cut")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("original", "cut"))
+    assert len(cut) < len(whole) and cut.keys() <= whole.keys()
+    require_same(load_model(tmp_path / "cut").model, student.model)
 
 
 def test_a_decoder_alone_is_read_by_the_names_of_the_model(tmp_path: Path) -> None:
