@@ -21,6 +21,7 @@ from limbeck.pipeline.initial_student import is_written_first
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize, StudentSize, adapters_of, size_of
 from limbeck.pipeline.plan.workload import Steps, Workload, steps_of
 from limbeck.pipeline.sampled_responses import may_capture
+from limbeck.pipeline.stages.respond import answered_before_training
 from limbeck.pipeline.store_identity import exact_codec
 from limbeck.recipe.load import Recipe, signal_temperatures
 from limbeck.recipe.teacher import ITSELF, WHERE
@@ -139,9 +140,9 @@ class Case:
         return self.where == "in_process" and may_capture(self.recipe)
 
     @property
-    def answers_train(self) -> bool:
-        """Whether training prompts are answered before training."""
-        return self.recipe.responses.source.trains_on_initial or self.recipe.sft_on_responses
+    def answered(self) -> int:
+        """Training prompts that are answered before training."""
+        return answered_before_training(self.recipe, self.work.train.count)
 
     @property
     def written_at_once(self) -> int:

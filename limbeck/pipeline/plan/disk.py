@@ -43,7 +43,7 @@ def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
     # A new best student, and the moments and weights of a checkpoint, are written before the old ones go.
     checkpoint = weights + int(state_bytes(case))
     # The last step has a checkpoint only where the student is sharded; else the student itself is there.
-    written = (case.steps.main - 1) // train.save_steps + case.sharded
+    written = len(_steps_saved(case)) + case.sharded
     saved, meanwhile = (min(written, train.save_total_limit + more) for more in (0, 1))
     # The start of a trial is there before any checkpoint is.
     tried = weights * (train.learning_rate == "auto")
@@ -57,7 +57,7 @@ def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
         Part(name="best student", end=weights if _keeps_best(case) else 0, most=2 * weights * _keeps_best(case)),
         Part(name="first stage", end=weights * (case.steps.first > 0), most=weights * (case.steps.first > 0)),
         Part(name="start of the student", end=0, most=start),
-        Part(name="rounds", end=0, most=round_bytes(case), known=False),
+        Part(name="rounds", end=round_bytes(case), most=round_bytes(case), known=False),
         Part(name="student", end=saved_student, most=saved_student + gathered),
         Part(name="other files", end=small_bytes(case), most=small_bytes(case), known=False),
     ]
@@ -78,7 +78,8 @@ def signal_bytes(case: Case) -> int:
         return 0
     before = not case.recipe.on_policy or case.recipe.sft_on_responses
     scored = case.captures or (before and case.recipe.teacher.keeps_whole)
-    train = _lengths(case.work.train.tokens, case.work.train.count if scored and case.answers_train else 0)
+    texts = case.answered if scored else 0
+    train = _lengths(round(texts * case.work.train.answer), texts)
     held = _lengths(case.work.heldout.tokens, case.work.heldout.count)
     codec, heldout = case.codecs
     return total_bytes(estimate(codec, heldout, case.frame, train, held, number_bytes=BYTES[case.recipe.teacher.dtype]))
@@ -106,21 +107,36 @@ def student_bytes(case: Case) -> int:
 
 def round_bytes(case: Case) -> int:
     """Signals of the responses of a round, which are kept until the next one is written."""
-    source = case.recipe.responses.source
-    if not source.on_policy or not case.stores_signal:
-        return 0
-    steps = source.round_steps or -(-case.steps.trained // max(case.steps.rows, 1))  # type: ignore[attr-defined]
-    # Between one step and the next nothing is read again.
-    if steps <= 1:
+    steps = round_steps(case)
+    if steps is None or not case.stores_signal:
         return 0
     tokens = min(steps, case.steps.main) * case.steps.rows * case.work.train.answer
     return round(tokens * case.signal_bytes[0])
 
 
+def round_steps(case: Case) -> int | None:
+    """Optimizer steps that share a round of responses on disk; None where each has its own, or the student none."""
+    source = case.recipe.responses.source
+    if not source.on_policy:
+        return None
+    steps: int = source.round_steps or case.steps.per_epoch  # type: ignore[attr-defined]
+    # Between one step and the next nothing is read again.
+    return steps if steps > 1 else None
+
+
+def _steps_saved(case: Case) -> set[int]:
+    """The steps before the last one that have a checkpoint: where it is due, and where a round begins."""
+    main, every = case.steps.main, case.recipe.train.save_steps
+    found = set(range(every, main, every))
+    if (steps := round_steps(case)) is not None:
+        found |= set(range(steps, main, steps))
+    return found
+
+
 def small_bytes(case: Case) -> int:
     """Text files of a run, roughly: all grow with texts and steps, and none of them with the models."""
     steps, work = case.steps, case.work
-    answered = work.ids if case.answers_train else work.heldout.ids
+    answered = round(case.answered * work.train.mean) + work.heldout.ids
     texts = work.count * _OF_TEXT + work.heldout.count * _OF_HELDOUT + answered * _OF_ID
     return _SMALL + _OF_STEP * (steps.main + steps.first) + texts
 

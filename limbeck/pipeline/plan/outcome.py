@@ -119,7 +119,7 @@ def hosted_usd(case: Case) -> Decimal | None:
     hosted = [one.where for one in case.recipe.every_teacher.values() if isinstance(one.where, OnApi)]
     if not hosted or case.recipe.base_author != "teacher":
         return None
-    count = case.work.count if case.answers_train else case.work.heldout.count
+    count = case.answered + case.work.heldout.count
     written = count * case.recipe.responses.max_new_tokens
     prices = []
     for where in hosted:

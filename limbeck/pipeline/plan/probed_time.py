@@ -50,7 +50,7 @@ def _responding(case: Case, probe: ProbeResult) -> Terms:
     recipe, work = case.recipe, case.work
     if recipe.base_author != "teacher" or probe.teacher_writes is None or recipe.responses.server is not None:
         return {}
-    count = (work.train.count if case.answers_train else 0) + work.heldout.count
+    count = case.answered + work.heldout.count
     attempts = 1 if recipe.responses.verify is None else recipe.responses.verify.samples
     written = _written(probe.teacher_writes, probe, count * attempts / case.ranks, _prompt(work.train), case)
     return {"the teacher loads": probe.loading.get("teacher", 0.0), "the teacher writes": written}

@@ -44,7 +44,7 @@ def times_of(case: Case, rates: Rates, *, server_devices: int = 0) -> list[Stage
 def _times(case: Case, rates: Rates, server: int) -> Iterator[StageTime]:
     recipe, work = case.recipe, case.work
     if recipe.base_author == "teacher" and case.where in ("in_process", "server"):
-        tokens = (work.train.tokens if case.answers_train else 0) + work.heldout.tokens
+        tokens = round(case.answered * work.train.answer) + work.heldout.tokens
         served = recipe.responses.server is not None or case.where == "server"
         alone = rates.teacher_writes * case.ranks
         rate = served_writes(case, max(server, 1)) if served else alone

@@ -102,7 +102,7 @@ class Steps:
 
     Attributes:
         rows: responses of a step over all ranks.
-        trained: responses that are trained on, without those set aside.
+        per_epoch: steps of an epoch over the prompts that are not set aside.
         aside: those that the loss is measured on meanwhile.
         main: of the training; `first` of a first stage, `searching` of the search for the learning rate.
         written: responses that the student writes while it trains.
@@ -110,7 +110,7 @@ class Steps:
     """
 
     rows: int
-    trained: int
+    per_epoch: int
     aside: int
     main: int
     first: int
@@ -219,7 +219,7 @@ def steps_of(recipe: Recipe, work: Workload, ranks: int) -> Steps:
     searches = (train.learning_rate == "auto") + (recipe.sft is not None and _first_rate(recipe) == "auto")
     return Steps(
         rows=rows,
-        trained=count - aside,
+        per_epoch=per_epoch,
         aside=aside,
         main=main,
         first=first,

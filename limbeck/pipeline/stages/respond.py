@@ -273,10 +273,15 @@ def _answers_train(recipe: Recipe) -> Literal["all", "some", "none"]:
     return "some" if recipe.student.measured or weighed else "none"
 
 
+def answered_before_training(recipe: Recipe, prompts: int) -> int:
+    """How many of so many training prompts are answered before training."""
+    return min({"all": prompts, "some": CALIBRATION_RESPONSES, "none": 0}[_answers_train(recipe)], prompts)
+
+
 def _answered(context: RunContext, asked: Sequence[TokenPrompt]) -> tuple[TokenPrompt, ...]:
     """The prompts that are answered before training: held-out ones, and training prompts whose responses are used."""
-    most = {"all": len(asked), "some": CALIBRATION_RESPONSES, "none": 0}[_answers_train(context.recipe)]
-    train = [p for p in asked if p.split == "train"][:most]
+    train = [p for p in asked if p.split == "train"]
+    train = train[: answered_before_training(context.recipe, len(train))]
     return (*train, *(p for p in asked if p.split == "heldout"))
 
 
