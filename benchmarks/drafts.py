@@ -112,19 +112,22 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "drafts.md")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="some of the arms, fkl among them")
     parser.add_argument("--estimate", action="store_true", help="only say what the runs that are done have taken")
     arguments = parser.parse_args()
     if arguments.estimate:
-        print(estimate(arguments.out, len(arguments.seeds) + len(arguments.rates) - 1))
+        print(estimate(arguments.out, len(arguments.arms), len(arguments.seeds) + len(arguments.rates) - 1))
         return
     ended = run_sweep(sweep(arguments), *arguments.overrides)
-    found = {arm: scores for arm in ARMS if (scores := scores_of(ended.directory, arm)) is not None}
+    found = {arm: scores for arm in arguments.arms if (scores := scores_of(ended.directory, arm)) is not None}
     if BASE not in found:
         raise SystemExit(f"no run of {BASE} has finished; {ended.directory / 'arms.jsonl'} says why")
     text = page(found, arguments)
     arguments.page.write_text(text, "utf-8")
     print(text)
-    print(estimate(arguments.out, len(arguments.seeds) + len(arguments.rates) - 1), file=sys.stderr)
+    print(
+        estimate(arguments.out, len(arguments.arms), len(arguments.seeds) + len(arguments.rates) - 1), file=sys.stderr
+    )
 
 
 def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
                 "speculation": {"draft_tokens": [4], "prompts": 48, "temperatures": []},
             },
         },
-        "arms": ARMS,
+        "arms": {arm: ARMS[arm] for arm in arguments.arms},
         "tune": {"train.learning_rate": arguments.rates},
         "tune_metric": "total_variation",
         "seeds": arguments.seeds,
@@ -289,19 +292,19 @@ def verdict(found: Mapping[str, ArmScores], measured: str) -> str:
     return f"`{best}` is accepted most: {interval(one.change(base), '+')} over forward KL, {how}."
 
 
-def estimate(folder: Path, runs: int) -> str:
+def estimate(folder: Path, arms: int, runs: int) -> str:
     """What a run of each arm has taken, and what the whole would: in seconds of this machine as it was then."""
     taken: dict[str, list[float]] = {}
     for line in finished(folder):
         taken.setdefault(line["arm"], []).append(seconds(folder / line["directory"]))
     means = {arm: statistics.mean(some) for arm, some in taken.items()}
     each = [f"{arm}: {mean:,.0f} s a run, {len(taken[arm])} done" for arm, mean in means.items()]
-    return "\n".join([*each, f"all {len(ARMS)} arms, {runs} runs each: {total(means.values(), runs):,.0f} s"])
+    return "\n".join([*each, f"all {arms} arms, {runs} runs each: {total(means.values(), arms * runs):,.0f} s"])
 
 
 def total(means: Iterable[float], runs: int) -> float:
     known = list(means)
-    return len(ARMS) * runs * statistics.mean(known) if known else float("nan")
+    return runs * statistics.mean(known) if known else float("nan")
 
 
 if __name__ == "__main__":
