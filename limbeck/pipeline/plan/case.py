@@ -179,7 +179,7 @@ def case_of(context: RunContext, work: Workload, fleet: Fleet) -> Case:
         fleet=fleet,
         where=where,
         sharded=fleet.count > 1 and (recipe.train.sharding == "full" or context.launch.fsdp2),
-        written_first=is_written_first(context),
+        written_first=fleet.count > 1 and is_written_first(context),
     )
 
 
