@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Measure:
     """A metric of an arm.
 
     Attributes:
+        name: of the metric.
         rows: one per prompt, all seeds together.
         by_seed: the metric of each seed.
     """
@@ -93,7 +94,7 @@ class ArmScores:
     """The finished runs of an arm.
 
     Attributes:
-        measures: by the name of a metric, a row per prompt with all seeds together, and the metric of each seed.
+        measures: of each metric, by its name.
         seconds: of the stages of a run, the mean.
         tokens: of the responses that entered the loss, the mean.
     """
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--estimate", action="store_true", help="only say what the runs that are done have taken")
     arguments = parser.parse_args()
     if arguments.estimate:
-        print(estimate(arguments.out, len(arguments.arms), len(arguments.seeds) + len(arguments.rates) - 1))
+        print(estimate(arguments))
         return
     ended = run_sweep(sweep(arguments), *arguments.overrides)
     found = {arm: scores for arm in arguments.arms if (scores := scores_of(ended.directory, arm)) is not None}
@@ -125,9 +126,7 @@ def main() -> None:
     text = page(found, arguments)
     arguments.page.write_text(text, "utf-8")
     print(text)
-    print(
-        estimate(arguments.out, len(arguments.arms), len(arguments.seeds) + len(arguments.rates) - 1), file=sys.stderr
-    )
+    print(estimate(arguments), file=sys.stderr)
 
 
 def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -292,19 +291,16 @@ def verdict(found: Mapping[str, ArmScores], measured: str) -> str:
     return f"`{best}` is accepted most: {interval(one.change(base), '+')} over forward KL, {how}."
 
 
-def estimate(folder: Path, arms: int, runs: int) -> str:
+def estimate(arguments: argparse.Namespace) -> str:
     """What a run of each arm has taken, and what the whole would: in seconds of this machine as it was then."""
     taken: dict[str, list[float]] = {}
-    for line in finished(folder):
-        taken.setdefault(line["arm"], []).append(seconds(folder / line["directory"]))
+    for line in finished(arguments.out):
+        taken.setdefault(line["arm"], []).append(seconds(arguments.out / line["directory"]))
     means = {arm: statistics.mean(some) for arm, some in taken.items()}
     each = [f"{arm}: {mean:,.0f} s a run, {len(taken[arm])} done" for arm, mean in means.items()]
-    return "\n".join([*each, f"all {arms} arms, {runs} runs each: {total(means.values(), arms * runs):,.0f} s"])
-
-
-def total(means: Iterable[float], runs: int) -> float:
-    known = list(means)
-    return runs * statistics.mean(known) if known else float("nan")
+    arms, runs = len(arguments.arms), len(arguments.seeds) + len(arguments.rates) - 1
+    whole = arms * runs * statistics.mean(means.values()) if means else float("nan")
+    return "\n".join([*each, f"all {arms} arms, {runs} runs each: {whole:,.0f} s"])
 
 
 if __name__ == "__main__":
