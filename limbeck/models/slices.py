@@ -72,15 +72,16 @@ def unread_model(
     """
     from transformers import GenerationConfig
 
-    if source.gguf is not None:
+    written_here = source.gguf is None and _is_as_in_memory(source)
+    if source.gguf is not None or (reads_images(config) and not written_here):
         return None
     with no_weights():
         model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
     model.tie_weights()
-    foreign = not _is_as_in_memory(source) and (reads_images(config) or _is_converted(model))
-    places = None if foreign or _mixes_precisions(model, dtype) else _places(source, model)
+    unlike = _mixes_precisions(model, dtype) or (not written_here and _is_converted(model))
+    places = None if unlike else _places(source, model)
     if places is None:
         return None
     # As from_pretrained: a model without the file has what its configuration says.
