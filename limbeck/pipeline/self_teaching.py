@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from limbeck.objectives.sums import leaves
 from limbeck.pipeline.build import loss_plan_of
 from limbeck.pipeline.context import RunContext
+from limbeck.recipe.sections import Recipe
 from limbeck.student.build import Student
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.of_student import MovingAverage, OfStudent, base_under_adapters
@@ -38,7 +39,7 @@ def training_teacher(context: RunContext, student: Student) -> TrainingTeacher:
     elif name == "ema":
         average = MovingAverage.of(student.model, context.recipe.teacher.decay)
         network = average.network
-    elif name == "base" and under_adapters(context):
+    elif under_adapters(context.recipe):
         network = base_under_adapters(student.model)
         context.console.say("train: the teacher is the base under the student's adapters, without a second copy")
     else:
@@ -47,9 +48,9 @@ def training_teacher(context: RunContext, student: Student) -> TrainingTeacher:
     return TrainingTeacher(teacher=teacher if context.seen is None else context.seen.teacher(teacher), average=average)
 
 
-def under_adapters(context: RunContext) -> bool:
+def under_adapters(recipe: Recipe) -> bool:
     """Whether a training finds the weights of its teacher `base` under the adapters of the student."""
-    teacher, student = context.recipe.teacher, context.recipe.student
+    teacher, student = recipe.teacher, recipe.student
     same = (teacher.dtype, teacher.attn_implementation) == (student.dtype, student.attn_implementation)
     return teacher.model == "base" and student.lora is not None and student.quantize is None and same
 

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from limbeck.rollouts.sources import MAX_PREVIEW_STEPS, OfflineSource, StatelessSource, StepCounter, die, first_steps
 from limbeck.rollouts.student import StudentSource
 from limbeck.types import LimbeckError, Response
+
+@dataclass(frozen=True, kw_only=True)
+class SharePath:
+    """The share of the student's steps from the start of a training to its end.
+
+    Attributes:
+        shape: "linear", or "exponential": the share of the fixed responses falls by one factor from step to step, as in
+            ImitKD (arXiv 2009.07253, r^i).
+    """
+
+    start: float
+    end: float
+    shape: Literal["linear", "exponential"] = "linear"
+
+    def __post_init__(self) -> None:
+        for value in (self.start, self.end):
+            if not 0 <= value <= 1:
+                raise LimbeckError(f"share is {value}: expected a probability from 0 (fixed) to 1 (the student's own)")
+
+    def at(self, fraction: float) -> float:
+        """The share after this fraction of the training."""
+        if self.shape == "linear":
+            return self.start + (self.end - self.start) * fraction
+        return 1 - (1 - self.start) ** (1 - fraction) * (1 - self.end) ** fraction
 
 
 class MixedSource(StatelessSource):
     """Each step trains on the student's responses with probability lambda, else on fixed ones; all ranks alike.
 
-    Lambda changes linearly over training. ImitKD (arXiv 2010.07859) lets the fixed share fall exponentially instead;
-    other papers call the student's responses alone, through a buffer, ImitKD.
+    ImitKD's lambda grows over training; other papers call the student's responses alone, through a buffer, ImitKD.
     """
 
-    def __init__(self, own: StudentSource, base: OfflineSource, *, share: tuple[float, float], seed: int):
-        for value in share:
-            if not 0 <= value <= 1:
-                raise LimbeckError(f"share is {value}: expected a probability from 0 (fixed) to 1 (the student's own)")
+    def __init__(self, own: StudentSource, base: OfflineSource, *, share: SharePath, seed: int):
         self.own, self.base, self.share, self.seed = own, base, share, seed
         self.prompts = own.prompts | base.prompts
 
@@ -38,8 +61,7 @@ class MixedSource(StatelessSource):
         return die(self.seed, clock.step).random() < self._share(clock)
 
     def _share(self, clock: StepCounter) -> float:
-        start, end = self.share
-        return start + (end - start) * clock.schedule_fraction
+        return self.share.at(clock.schedule_fraction)
 
     def starts_round(self, clock: StepCounter) -> bool:
         return self.own.starts_round(clock)

@@ -179,6 +179,11 @@ class OnPolicyOptions(SourceOptions):
     def samples_teacher(self) -> bool:
         return self.by_teacher
 
+    @property
+    def expected_share(self) -> float:
+        """Share of the responses of a training that the student will write, for what is planned beforehand."""
+        return 1.0
+
     def sampling(self, sampling: Sampling) -> Sampling:
         """Sampling settings of the student's responses, from those of the teacher's."""
         from dataclasses import replace

@@ -20,6 +20,7 @@ from limbeck.rollouts.options import (
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
+    from limbeck.rollouts.mixed import SharePath
     from limbeck.rollouts.rounds import BatchSampler
     from limbeck.rollouts.sources import OfflineSource, ResponseSource
     from limbeck.rollouts.student import StudentSource
@@ -98,16 +99,38 @@ class MixedResponses(OnPolicyOptions):
     share: Share = 0.5
     """Of the steps on the student's own responses (lambda of GKD)."""
     share_end: Share | None = None
-    """Where the share arrives at the end, in a line; null leaves it where it is."""
+    """Where the share arrives at the end; null leaves it where it is."""
+    share_shape: Literal["linear", "exponential"] = "linear"
+    """How it gets there: in a line, or the rest falls by the same factor in every step (ImitKD, arXiv 2009.07253; its
+    authors' code: share 0, share_end 0.995)."""
 
     credit: ClassVar[str] = "by the student in some steps, written before training in the others"
+
+    @property
+    def expected_share(self) -> float:
+        path = self._path()
+        return sum(path.at(n / 100) for n in range(101)) / 101
 
     def build(self, materials: SourceMaterials) -> ResponseSource:
         from limbeck.rollouts.mixed import MixedSource
 
-        end = self.share if self.share_end is None else self.share_end
         own, initial = _student(self, materials), _offline(materials)
-        return MixedSource(own, initial, share=(self.share, end), seed=materials.context.seed)
+        return MixedSource(own, initial, share=self._path(), seed=materials.context.seed)
+
+    def check(self, *, max_new_tokens: int, per_device_train_batch_size: int) -> None:
+        end = self.share if self.share_end is None else self.share_end
+        if self.share_shape == "exponential" and 1 in (self.share, end):
+            raise LimbeckError(
+                f"{SOURCE_KEY}.share_shape is exponential, and by a factor in every step no share gets to 1 or away "
+                f"from it (share {self.share}, share_end {end}); set share and share_end below 1, such as 0 and 0.995"
+            )
+        super().check(max_new_tokens=max_new_tokens, per_device_train_batch_size=per_device_train_batch_size)
+
+    def _path(self) -> SharePath:
+        from limbeck.rollouts.mixed import SharePath
+
+        end = self.share if self.share_end is None else self.share_end
+        return SharePath(start=self.share, end=end, shape=self.share_shape)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -131,6 +154,11 @@ class ReplayResponses(OnPolicyOptions):
 
     replays: ClassVar[bool] = True
     credit: ClassVar[str] = "by the student through a buffer in some steps, written before training in the others"
+
+    @property
+    def expected_share(self) -> float:
+        # As it begins: how far it grows depends on the held-out loss.
+        return self.share
 
     def build(self, materials: SourceMaterials) -> ResponseSource:
         from limbeck.rollouts.replay import ReplaySettings, ReplaySource

@@ -117,9 +117,16 @@ class MovingAverage:
 
     def begin(self) -> None:
         """Begin as the student is now."""
+        import torch
+
         from limbeck.models.whole import whole_tensor
 
-        self._mean = {name: whole_tensor(weight).float().clone() for name, weight in self._trained(self.student)}
+        theirs = dict(self.network.named_parameters())
+        for name, weight in self._trained(self.student):
+            shown = theirs[name].detach()
+            # In float32 the model's own tensor is the average.
+            kept = shown if shown.dtype == torch.float32 else torch.empty_like(shown, dtype=torch.float32)
+            self._mean[name] = kept.copy_(whole_tensor(weight))
         self._show()
 
     def follow(self) -> None:
@@ -149,12 +156,9 @@ class MovingAverage:
 
     def _show(self) -> None:
         """Put the average into the model, in the precision of its weights."""
-        import torch
-
-        theirs = dict(self.network.named_parameters())
-        with torch.no_grad():
-            for name, value in self._mean.items():
-                theirs[name].copy_(value)
+        for name, shown in self.network.named_parameters():
+            if name in self._mean and shown.dtype != self._mean[name].dtype:
+                shown.detach().copy_(self._mean[name])
 
     def _trained(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)

@@ -47,6 +47,14 @@ def test_the_average_is_that_of_torch(decay: float) -> None:
         assert torch.equal(logits(average.network), logits(student))
 
 
+def test_an_average_in_float32_is_the_teachers_own_memory() -> None:
+    student = tiny_teacher().model
+    average = MovingAverage.of(student, 0.9)
+    own = {weight.data_ptr() for weight in average.network.parameters()}
+    assert {value.data_ptr() for value in average.state().values()} <= own
+    assert not own & {weight.data_ptr() for weight in student.parameters()}
+
+
 def test_an_average_goes_on_from_its_state_bit_for_bit() -> None:
     student = tiny_teacher().model
     average = MovingAverage.of(student, 0.9)

@@ -16,6 +16,7 @@ from limbeck.objectives.fused.tiles import plan_tiles
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.plan.case import Case
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize
+from limbeck.pipeline.self_teaching import under_adapters
 from limbeck.rollouts.engines import InProcess
 from limbeck.sampling.local import LocalSampler
 
@@ -129,16 +130,25 @@ def _teacher_in_training(case: Case) -> Iterator[tuple[str, float]]:
     recipe = case.recipe
     if not case.reads_teacher or case.teacher is None:
         return
-    if recipe.teacher.model == "ema":
-        yield "moving average", case.student.trained * 4
     if case.asks_teacher and case.here:
-        yield "teacher", case.teacher_held
+        yield "teacher", _beside_student(case)
         yield "teacher's activations", _one_block(case.teacher, BYTES[recipe.teacher.dtype]) * batch_positions(case)
     elif recipe.teacher.support == "full":
         yield "teacher's head", case.head_bytes
     if case.fleet.device.host and case.stores_signal:
         # Shards are read through the page cache, which counts for the process.
         yield "pages of the signal", case.work.tokens * case.signal_bytes[0]
+
+
+def _beside_student(case: Case) -> int:
+    """Bytes of the teacher's weights beside those of the student that trains; a teacher made of the student shares."""
+    student, recipe = case.student, case.recipe
+    if recipe.teacher.model == "live" or under_adapters(recipe):
+        return 0
+    if recipe.teacher.model == "ema":
+        # The average is in float32: the teacher's own weights where they are that, beside them where they are not.
+        return student.trained * (4 if student.number_bytes == 4 else 4 + student.number_bytes)
+    return case.teacher_held
 
 
 def _evaluate(case: Case) -> Iterator[tuple[str, float]]:

@@ -241,7 +241,4 @@ def _written(source: Any, steps: int, rows: int) -> tuple[int, int]:
     if source.paired:
         half = rows // 2 * steps
         return half, half if source.samples_teacher else 0
-    start = getattr(source, "share", 1.0)
-    end = getattr(source, "share_end", None)
-    share = (start + (start if end is None else end)) / 2
-    return round(share * steps * rows), 0
+    return round(source.expected_share * steps * rows), 0
