@@ -37,7 +37,8 @@ class SharePath:
 class MixedSource(StatelessSource):
     """Each step trains on the student's responses with probability lambda, else on fixed ones; all ranks alike.
 
-    ImitKD's lambda grows over training; other papers call the student's responses alone, through a buffer, ImitKD.
+    ImitKD's lambda grows over training (its authors throw the die for each response, not for each step); other papers call
+    the student's responses alone, through a buffer, ImitKD.
     """
 
     def __init__(self, own: StudentSource, base: OfflineSource, *, share: SharePath, seed: int):

@@ -109,7 +109,7 @@ class MixedResponses(OnPolicyOptions):
     @property
     def expected_share(self) -> float:
         path = self._path()
-        return sum(path.at(n / 100) for n in range(101)) / 101
+        return sum(path.at((n + 0.5) / 100) for n in range(100)) / 100
 
     def build(self, materials: SourceMaterials) -> ResponseSource:
         from limbeck.rollouts.mixed import MixedSource

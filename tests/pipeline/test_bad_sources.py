@@ -24,6 +24,10 @@ PUSHED = "contrast.student={name: srkl}"
         (("responses.source=mixed", "responses.source.share=1.5"), ("responses.source.share", "1.5")),
         (("responses.source=mixed", "responses.source.share=-0.1"), ("responses.source.share", "-0.1")),
         (("responses.source=mixed", "responses.source.share_end=2"), ("responses.source.share_end", "2")),
+        (
+            ("responses.source=mixed", "responses.source.share_shape=exponential", "responses.source.share_end=1.0"),
+            ("responses.source.share_shape is exponential", "share_end 1.0", "below 1", "0.995"),
+        ),
         ((*STUDENT, "responses.source.teacher_share=1.0"), ("responses.source.teacher_share", "1.0")),
         ((*STUDENT, "responses.source.lambda=0.5"), ("'responses.source.lambda'",)),
         ((*STUDENT, "responses.source.refresh=0"), ("responses.source.refresh", "0")),

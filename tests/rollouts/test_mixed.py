@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.rollouts.mixed import MixedSource
+from limbeck.rollouts.mixed import MixedSource, SharePath
+from limbeck.rollouts.registry import SOURCES, MixedResponses
 from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter, die
 from limbeck.types import LimbeckError
 from tests.sampling.writing import FakeSampler, base_of, own_of, played, prompts_of
@@ -17,7 +18,7 @@ SHIFT = SourceContext(step_rows=4, seed=11)
 def mixed_of(folder: Path, share: tuple[float, float], *, seed: int = 3, refresh: int | None = 1) -> MixedSource:
     base = base_of(prompts_of(10))
     return MixedSource(
-        own_of(FakeSampler(), folder, refresh=refresh), OfflineSource(base, SHIFT), share=share, seed=seed
+        own_of(FakeSampler(), folder, refresh=refresh), OfflineSource(base, SHIFT), share=SharePath(start=share[0], end=share[1]), seed=seed
     )
 
 
@@ -48,6 +49,30 @@ def test_the_share_moves_in_a_line(tmp_path):
     assert not own[0] and own[-1]
     # Expected are 12.5 and 87.5 of a hundred.
     assert sum(own[:50]) < 25 < 75 < 2 * sum(own[150:])
+
+
+@pytest.mark.parametrize("base", [200, 10])
+def test_the_exponential_share_is_that_of_imitkds_authors(base):
+    """Their `get_beta` is the share of the data's responses: base ** (-step / steps)."""
+    path = SharePath(start=0.0, end=1 - 1 / base, shape="exponential")
+    for step in range(11):
+        assert path.at(step / 10) == pytest.approx(1 - base ** (-step / 10), abs=1e-12)
+
+
+def test_a_path_has_its_ends_whatever_its_shape():
+    for shape in ("linear", "exponential"):
+        path = SharePath(start=0.2, end=0.9, shape=shape)
+        assert (path.at(0), path.at(1)) == pytest.approx((0.2, 0.9))
+        assert all(path.at(n / 20) < path.at((n + 1) / 20) for n in range(20))
+
+
+def test_what_the_student_will_write_is_expected_by_the_path():
+    options = {"share": 0.0, "share_end": 0.995}
+    assert MixedResponses(**options).expected_share == pytest.approx(0.4975)
+    # The integral of 1 - 200 ** -f.
+    assert MixedResponses(**options, share_shape="exponential").expected_share == pytest.approx(0.812, abs=2e-3)
+    assert MixedResponses(share=0.3).expected_share == pytest.approx(0.3)
+    assert [SOURCES[name]().expected_share for name in ("student", "replay", "pairs")] == [1.0, 0.2, 1.0]  # type: ignore[attr-defined]
 
 
 def test_mixed_steps_follow_the_seed_and_read_their_rounds(tmp_path):

@@ -40,6 +40,7 @@ OTHER: dict[str, Any] = {
     "teacher_share": 0.3,
     "share": 0.9,
     "share_end": 0.9,
+    "share_shape": "exponential",
     "capacity": 7,
     "decay": "constant",
     "tolerance": 0.3,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from limbeck.objectives import build_objective
 from limbeck.objectives.sequence.distillm2 import Beta
 from limbeck.objectives.sequence.rules import AlphaByGap
-from limbeck.rollouts.mixed import MixedSource
+from limbeck.rollouts.mixed import MixedSource, SharePath
 from limbeck.rollouts.pairs import PairedSource
 from limbeck.rollouts.replay import ReplaySettings, ReplaySource
 from limbeck.rollouts.rounds import Rounds
@@ -69,7 +69,7 @@ def author_of(kind: str, student: nn.Module, folder: Path) -> SourceFactory:
             return PairedSource(BASE, PROMPTS, rollout, source_context, teacher=teacher, teacher_sampling=sampling)
         own, base = StudentSource(PROMPTS, rollout, source_context), OfflineSource(BASE, source_context)
         if kind.startswith("mixed"):
-            return MixedSource(own, base, share=(0.4, 0.9), seed=source_context.seed)
+            return MixedSource(own, base, share=SharePath(start=0.4, end=0.9), seed=source_context.seed)
         if kind == "replay":
             replay = ReplaySettings(share=0.8, capacity=8, tolerance=-10.0, bump=0.05)
             return ReplaySource(own, base, replay, step_rows=source_context.step_rows, seed=source_context.seed)
