@@ -27,12 +27,53 @@ from limbeck.compare.uncertainty import Resampled, ResampledMetric
 from limbeck.report.read_run import score, value_at
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question of the laboratory, a sweep of each bench.
+
+    Attributes:
+        asks: the heading of its section.
+        would_change: what would change the answer that is found.
+    """
+
+    asks: str
+    would_change: str
+
+
 QUESTIONS = {
-    "temperature": "Does forward KL overtake reverse KL once the temperature of the loss is tuned?",
-    "direction": "The direction of KL beside who wrote the prefix: which of the four?",
-    "refresh": "The student's answers anew at each step, in rounds, or never: what does it matter?",
-    "distillm": "From skew KL to DistiLLM-2, one part at a time: which part helps?",
-    "objectives": "CSD's pairs of weights beside the KL family: which are separated?",
+    "temperature": Question(
+        asks="Does forward KL overtake reverse KL once the temperature of the loss is tuned?",
+        would_change="a teacher that is unsure, so that its distribution says more than its answer does; a larger gap "
+        "between the models, so that the two directions want different students",
+    ),
+    "temperature-family": Question(
+        asks="Does a temperature help Jensen-Shannon, skew KL, skew reverse KL and CSD?",
+        would_change="what would change the answer for forward and reverse KL; other skews, and other weights of CSD",
+    ),
+    "temperature-onpolicy": Question(
+        asks="Does forward KL overtake reverse KL on what the student writes?",
+        would_change="a student that strays further from the teacher's answers; answers that are sampled at another "
+        "temperature than 1",
+    ),
+    "direction": Question(
+        asks="The direction of KL beside who wrote the prefix: which of the four?",
+        would_change="answers so long that errors add up; a teacher whose answers do not cover what is asked",
+    ),
+    "refresh": Question(
+        asks="The student's answers anew at each step, in rounds, or never: what does it matter?",
+        would_change="more steps, after which the answers of the start are those of another student; longer answers",
+    ),
+    "distillm": Question(
+        asks="From skew KL to DistiLLM-2, one part at a time: which part helps?",
+        would_change="longer answers and more epochs, over which beta grows and the student's answers change; equal time "
+        "in the place of equal steps, as writing costs",
+    ),
+    "objectives": Question(
+        asks="CSD's pairs of weights beside the KL family: which are separated?",
+        would_change="a task with many right answers, on which diversity counts; a temperature for each objective",
+    ),
 }
 
 
@@ -113,36 +154,37 @@ def sections_of(page: Path) -> dict[str, str]:
     """The sections that a page has already, by question: those of sweeps that were run elsewhere."""
     text = page.read_text("utf-8") if page.is_file() else ""
     parts = {part.partition("\n")[0]: part.rstrip() + "\n" for part in text.split("\n## ")[1:]}
-    return {question: f"## {parts[title]}" for question, title in QUESTIONS.items() if title in parts}
+    return {name: f"## {parts[question.asks]}" for name, question in QUESTIONS.items() if question.asks in parts}
 
 
 def section(bench: str, question: str, folder: Path, page: Path) -> str:
-    """One question: its state, table, what can be resolved, and picture."""
+    """One question: its state, table, what can be resolved, what would change the answer, and picture."""
+    asked = QUESTIONS[question]
     (lead, label), wanted, sweep = BENCHES[bench].lead, BENCHES[bench].beside, f"lab-{bench}-{question}"
     comparison = gather([folder], None, folder)
     columns = MetricTables(comparison).columns
     if lead not in columns:
-        return f"## {QUESTIONS[question]}\n\n{wrapped(_state(comparison))} Nothing has been measured yet.\n"
+        return f"## {asked.asks}\n\n{wrapped(_state(comparison))} Nothing has been measured yet.\n"
     ranking = rank(columns[lead])
     wanted = {key: name for key, name in wanted.items() if key in columns}
-    head = ["arm", label, "group", *wanted.values(), "learning rate"]
-    lines = [_row(head), "|---|---:|---|" + "---:|" * (len(wanted) + 1)]
-    rates = chosen_rates(comparison)
+    head = ["arm", label, "group", *wanted.values(), "learning rate", "training, s"]
+    lines = [_row(head), "|---|---:|---|" + "---:|" * (len(wanted) + 2)]
+    rates, seconds = chosen_rates(comparison), training_seconds(comparison)
     for line in ranking.lines:
-        beside = [_value(columns[key], line.arm) for key in wanted]
-        lines.append(
-            _row([line.arm.name, f"{line.mean} ({line.interval})", line.letters, *beside, rates.get(line.arm.name, "")])
-        )
+        name, beside = line.arm.name, [_value(columns[key], line.arm) for key in wanted]
+        cost = [rates.get(name, ""), seconds.get(name, "")]
+        lines.append(_row([name, f"{line.mean} ({line.interval})", line.letters, *beside, *cost]))
     picture = page.with_name(f"{sweep}.svg")
     drawn = write_comparison([folder], folder / "compare.html", title=sweep, metric=lead, replacing=True)
     shutil.copyfile(drawn.with_suffix(".svg"), picture)
     said = f"{_state(comparison)} {began(comparison, lead)} {ranking.verdict}."
     return (
-        f"## {QUESTIONS[question]}\n\n"
+        f"## {asked.asks}\n\n"
         + wrapped(f"`limbeck sweep lab/{bench}-{question}`. {said}")
         + "\n\n"
         + "\n".join(lines)
-        + f"\n\n{wrapped(resolved(columns[lead].resampled.sheet))}\n\n![{QUESTIONS[question]}]({picture.name})\n"
+        + f"\n\n{wrapped(resolved(columns[lead].resampled.sheet))}"
+        + f"\n\n{wrapped(f'What would change it: {asked.would_change}.')}\n\n![{asked.asks}]({picture.name})\n"
     )
 
 
@@ -196,6 +238,17 @@ def chosen_rates(comparison: Comparison) -> dict[str, str]:
         for member in arm.done:
             rate = value_at(member.run.recipe, "train.learning_rate") if member.run else None
             found[arm.name] = f"{rate:.0e}" if isinstance(rate, float) else str(rate)
+    return found
+
+
+def training_seconds(comparison: Comparison) -> dict[str, str]:
+    """The median time of an arm's trainings, student's and teacher's writing included, by the arm's name."""
+    found = {}
+    for arm in comparison.arms:
+        stages = [stage for member in arm.done if member.run for stage in member.run.stages]
+        spent = [stage["seconds"] for stage in stages if stage["stage"] == "train"]
+        if spent:
+            found[arm.name] = f"{statistics.median(spent):.0f}"
     return found
 
 

@@ -9,6 +9,7 @@ from limbeck.rollouts.sources import MAX_PREVIEW_STEPS, OfflineSource, Stateless
 from limbeck.rollouts.student import StudentSource
 from limbeck.types import LimbeckError, Response
 
+
 @dataclass(frozen=True, kw_only=True)
 class SharePath:
     """The share of the student's steps from the start of a training to its end.
@@ -37,8 +38,8 @@ class SharePath:
 class MixedSource(StatelessSource):
     """Each step trains on the student's responses with probability lambda, else on fixed ones; all ranks alike.
 
-    ImitKD's lambda grows over training (its authors throw the die for each response, not for each step); other papers call
-    the student's responses alone, through a buffer, ImitKD.
+    ImitKD's lambda grows over training (its authors throw the die for each response, not for each step). Other papers
+    call the student's responses alone, through a buffer, ImitKD.
     """
 
     def __init__(self, own: StudentSource, base: OfflineSource, *, share: SharePath, seed: int):

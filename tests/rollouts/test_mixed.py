@@ -18,7 +18,10 @@ SHIFT = SourceContext(step_rows=4, seed=11)
 def mixed_of(folder: Path, share: tuple[float, float], *, seed: int = 3, refresh: int | None = 1) -> MixedSource:
     base = base_of(prompts_of(10))
     return MixedSource(
-        own_of(FakeSampler(), folder, refresh=refresh), OfflineSource(base, SHIFT), share=SharePath(start=share[0], end=share[1]), seed=seed
+        own_of(FakeSampler(), folder, refresh=refresh),
+        OfflineSource(base, SHIFT),
+        share=SharePath(start=share[0], end=share[1]),
+        seed=seed,
     )
 
 
