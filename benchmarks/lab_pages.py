@@ -67,7 +67,7 @@ QUESTIONS = {
     ),
     "distillm": Question(
         asks="From skew KL to DistiLLM-2, one part at a time: which part helps?",
-        would_change="longer answers and more epochs, over which beta grows and the student's answers change; equal time "
+        would_change="longer answers and more epochs, over which beta grows and the student changes; equal time "
         "in the place of equal steps, as writing costs",
     ),
     "objectives": Question(

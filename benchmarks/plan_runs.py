@@ -6,15 +6,20 @@
 A process plans, with a probe of 20 seconds, and writes the plan down; another one runs. Disk is planned once more when
 the run is over, since it depends on how long the answers became. Most are of a random pair of 6 and 4 blocks, width
 256, 192 prompts, 80 steps of 4, answers of at most 48 tokens; two of SmolLM2 with 18 of its blocks, 48 prompts and 16
-steps. Seconds are those of the clock, and of the processor: on a machine with other work the second can be compared.
+steps. Two have their teacher elsewhere, and train on answers of the data: its signals in a store, or its states from a
+server, which is another process. Seconds are those of the clock, and of the processor: on a machine with other work the
+second can be compared.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +29,12 @@ from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.plan.disk import end_bytes, measured_bytes
 from limbeck.pipeline.plan.outcome import plan
 from limbeck.pipeline.stage_order import STAGES
-from limbeck.recipe.load import load_recipe
+from limbeck.pipeline.store_capture import capture
+from limbeck.recipe.load import Recipe, load_recipe
 from limbeck.runtime.console import QuietConsole
 from limbeck.runtime.files import read_json, write_json
+from tests.teachers.scoring_server import scoring_server
+from tests.teachers.stripped_model import StrippedModel
 from tests.tiny_pair import questions, write_model, write_prompts
 
 OUT = Path("runs/plan-runs")
@@ -37,6 +45,12 @@ SMOLLM2: dict[str, Any] = {
     "student": {"layers": 18},
     "prompts": {"source": "builtin", "limit": 48},
     "train": {"max_steps": 16},
+}
+SHAPE = {"layers": 6, "width": 256, "window": 256, "seed": 1}
+ELSEWHERE: dict[str, Any] = {
+    "student": {"init": "pretrained", "layers": None},
+    "responses": {"source": "data"},
+    "evaluate": {"groups": ["fidelity"]},
 }
 CONFIGURATIONS: Mapping[str, dict[str, Any]] = {
     "offline": {},
@@ -52,6 +66,8 @@ CONFIGURATIONS: Mapping[str, dict[str, Any]] = {
         "responses": {"source": {"name": "pairs", "refresh": "epoch"}},
         "contrast": {"student": {"name": "rkl"}},
     },
+    "stored teacher": ELSEWHERE,
+    "served teacher": ELSEWHERE,
     "SmolLM2": SMOLLM2,
     "SmolLM2, adapters": SMOLLM2 | {"student": {"layers": 18, "lora": {"r": 16}}},
 }
@@ -59,8 +75,9 @@ CONFIGURATIONS: Mapping[str, dict[str, Any]] = {
 
 def tree_of(name: str, folder: Path) -> dict[str, Any]:
     """The recipe of a configuration, with its models and prompts written to a folder."""
-    teacher = write_model(folder / "teacher", layers=6, width=256, window=256, seed=1)
-    write_prompts(folder / "prompts.jsonl", [{"prompt": text} for text in questions(192)])
+    teacher = write_model(folder / "teacher", **SHAPE)
+    rows = [{"prompt": text, "completion": f"{text} Here is what is known of it."} for text in questions(192)]
+    write_prompts(folder / "prompts.jsonl", rows)
     tree: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "teacher": {"model": str(teacher)},
@@ -80,14 +97,53 @@ def tree_of(name: str, folder: Path) -> dict[str, Any]:
     }
     for section, changes in CONFIGURATIONS[name].items():
         tree[section] = {**tree[section], **changes} if section in tree else changes
-    if tree["student"]["init"] == "pretrained":
+    if CONFIGURATIONS[name] is ELSEWHERE:
+        tree["student"]["model"] = str(write_model(folder / "student", **SHAPE | {"layers": 4}))
+    elif tree["student"]["init"] == "pretrained":
         tree["student"] = {"init": "teacher"}
     return tree
 
 
+@contextmanager
+def recipe_of(name: str, folder: Path) -> Iterator[Recipe]:
+    """The recipe of a configuration, its teacher in place, wherever that is."""
+    tree = tree_of(name, folder)
+    if name == "stored teacher":
+        store = folder / "store"
+        capture(load_recipe(tree | {"output_dir": str(folder / "capture")}), store, None, console=QuietConsole())
+        tree["teacher"]["where"] = {"name": "store", "path": str(store)}
+    if name != "served teacher":
+        yield load_recipe(tree)
+        return
+    command = [sys.executable, "-m", "benchmarks.plan_runs", "serve", name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None, "it is a pipe"
+        here, url = server.stdout.readline().split()
+        tree["teacher"] = {"model": here, "where": {"name": "server", "base_url": url}}
+        try:
+            yield load_recipe(tree)
+        finally:
+            server.terminate()
+
+
+def serve(name: str) -> None:
+    """Serve the states of a teacher, whose last norm and head alone are in the folder that is printed, until killed."""
+    from tokenizers import Tokenizer
+
+    folder = folder_of(name)
+    (folder / "states").mkdir(exist_ok=True)
+    shutil.rmtree(folder / "served", ignore_errors=True)
+    model = StrippedModel(folder / "served", **SHAPE)
+    with scoring_server(Tokenizer.from_file(str(model.folder / "tokenizer.json")), model.scores) as (handler, url, _):
+        handler.states, handler.folder = staticmethod(model.states), folder / "states"
+        print(model.folder, url, flush=True)
+        threading.Event().wait()
+
+
 def planned(name: str, folder: Path) -> dict[str, Any]:
     """The plan of a configuration: of each stage memory, and seconds of clock and processor."""
-    made = plan(load_recipe(tree_of(name, folder)), fleet_of("cpu"), probe_s=SECONDS)
+    with recipe_of(name, folder) as recipe:
+        made = plan(recipe, fleet_of("cpu"), probe_s=SECONDS)
     processor = 1.0 if made.probe is None else made.probe.processor
     return {
         "mib": {stage.stage: stage.bytes >> 20 for stage in made.memory},
@@ -98,14 +154,16 @@ def planned(name: str, folder: Path) -> dict[str, Any]:
 
 def measured(name: str, folder: Path) -> dict[str, Any]:
     """The same of its run, and bytes of disk, planned and there."""
-    recipe, found = load_recipe(tree_of(name, folder)), dict[str, Any]({"clock": {}, "cpu": {}})
+    found: dict[str, Any] = {"clock": {}, "cpu": {}}
     stages = [replace(stage, run=_timed(stage.run, found, stage.name)) for stage in STAGES]
-    run = run_pipeline(recipe, stages=stages, console=QuietConsole())
+    with recipe_of(name, folder) as recipe:
+        run = run_pipeline(recipe, stages=stages, console=QuietConsole())
+        foreseen = end_bytes(plan(recipe, fleet_of("cpu")).disk)
     records = {path.stem: read_json(path) for path in (run.root / "stages").glob("*.json")}
     found["mib"] = {
         stage: record["peak_memory_mib"] for stage, record in records.items() if "peak_memory_mib" in record
     }
-    return found | {"disk": (end_bytes(plan(recipe, fleet_of("cpu")).disk), measured_bytes(run.root))}
+    return found | {"disk": (foreseen, measured_bytes(run.root))}
 
 
 def _timed(run: Callable[[Any], Any], found: dict[str, Any], name: str) -> Callable[[Any], Any]:
@@ -121,6 +179,9 @@ def _timed(run: Callable[[Any], Any], found: dict[str, Any], name: str) -> Calla
 
 def main() -> None:
     names = sys.argv[1:] or list(CONFIGURATIONS)
+    if names[0] == "serve":
+        serve(names[1])
+        return
     if names[0] in PARTS:
         part, name = names
         folder = folder_of(name)

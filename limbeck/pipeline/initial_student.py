@@ -26,12 +26,14 @@ from limbeck.student.width import read_width
 from limbeck.types import Json, LimbeckError
 
 
-def build_initial_student(context: RunContext, *, unread: bool = False) -> Student:
+def build_initial_student(context: RunContext, *, unread: bool = False, take: bool = False) -> Student:
     """The student before training. What stays of a pruned model is measured once and kept in the run directory.
 
     Args:
         unread: its weights may stay in files until it is sharded: those it comes from, or those that the first rank
             writes where the former do not hold it as it begins.
+        take: what stays of a teacher in memory becomes the student's, and the teacher is let go of: no other use of it
+            sees what the training changes.
     """
     blocks = context.run.root / "blocks.json"
     if not blocks.exists() and (before := context.run.blocks_before).exists():
@@ -39,12 +41,12 @@ def build_initial_student(context: RunContext, *, unread: bool = False) -> Stude
     if unread and is_written_first(context):
         return _ready(context, _of_files(context, _written(context, blocks)))
     if not (unread and context.rank):
-        student = _measured(context, blocks)
+        student = _measured(context, blocks, take=take)
         if student is not None and not unread:
             return _ready(context, student)
         # Measured whole, and read anew like on the other ranks.
         del student
-    return _ready(context, _build(context, blocks, unread=unread))
+    return _ready(context, _build(context, blocks, unread=unread, take=take))
 
 
 def student_before_teaching(context: RunContext) -> Student:
@@ -101,12 +103,12 @@ def _of_files(context: RunContext, folder: Path) -> Student:
     return build_student(spec, teacher_parameters=context.teacher.size, unread=True)
 
 
-def _measured(context: RunContext, blocks: Path, *, plain: bool = False) -> Student | None:
+def _measured(context: RunContext, blocks: Path, *, plain: bool = False, take: bool = False) -> Student | None:
     """The whole student where measuring what stays of it has just built it; None where `blocks` are there already."""
     if not context.recipe.student.measured or blocks.exists():
         return None
     with once(context, {"blocks": initial_student(context)}, context.run.root, (blocks.name,)):
-        return None if blocks.exists() else _build(context, blocks, plain=plain)
+        return None if blocks.exists() else _build(context, blocks, plain=plain, take=take)
 
 
 def _ready(context: RunContext, student: Student) -> Student:
@@ -118,11 +120,14 @@ def _ready(context: RunContext, student: Student) -> Student:
     return student
 
 
-def _build(context: RunContext, blocks: Path, *, unread: bool = False, plain: bool = False) -> Student:
+def _build(
+    context: RunContext, blocks: Path, *, unread: bool = False, plain: bool = False, take: bool = False
+) -> Student:
     """The student, and in `blocks` what it has of a larger model, where that was measured.
 
     Args:
         plain: without adapters.
+        take: have what stays of the teacher, which is let go of.
     """
     spec = student_spec(context)
     if plain:
@@ -147,7 +152,11 @@ def _build(context: RunContext, blocks: Path, *, unread: bool = False, plain: bo
         calibration=calibration,
         progress=context.console.say,
         unread=unread,
+        take=take,
     )
+    if take:
+        del weights
+        context.teacher.release()
     if context.recipe.student.measured and not blocks.exists():
         write_json(blocks, _choice(student, spec))
     return student

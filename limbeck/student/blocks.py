@@ -72,8 +72,10 @@ def last_block_output(blocks: Sequence[nn.Module], run: Callable[[], object]) ->
     return outs[0]
 
 
-def depth_prune(model: nn.Module, keep: Sequence[int], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A new model on the CPU with copies of the blocks in `keep` and of everything else. `model` is left untouched.
+def depth_prune(
+    model: nn.Module, keep: Sequence[int], *, dtype: torch.dtype | None = None, take: bool = False
+) -> PreTrainedModel:
+    """A new model on the CPU with the blocks in `keep` and everything else. `model` is left untouched.
 
     The configuration follows (number of layers, fields that describe every block), so that the result can be saved and
     loaded like any other model, and generates with a cache. The result is checked against `model` with the other blocks
@@ -82,6 +84,8 @@ def depth_prune(model: nn.Module, keep: Sequence[int], *, dtype: torch.dtype | N
     Args:
         keep: block numbers, ascending.
         dtype: of the new model; None keeps the old one's.
+        take: have the tensors of `model` itself, where precision and place agree, and not copies of them: for a model
+            that is not used any more once the new one is changed.
 
     Raises:
         LimbeckError: `keep` is not a list of ascending block numbers, or the architecture does not survive the cut.
@@ -101,7 +105,7 @@ def depth_prune(model: nn.Module, keep: Sequence[int], *, dtype: torch.dtype | N
             if int(number) not in kept:
                 continue
             key = f"{name}.{kept.index(int(number))}.{rest}"
-        state[key] = value.detach().to("cpu", copy=True)
+        state[key] = value.detach().to("cpu", copy=not take)
     pruned = assembled(inner, config, state, dtype or inner.dtype, "depth-pruned")
     if pruned.generation_config is not None and inner.generation_config is not None:
         pruned.generation_config = copy.deepcopy(inner.generation_config)

@@ -128,6 +128,7 @@ def build_student(
     calibration: Sequence[TokenBatch] = (),
     progress: DownloadProgress | None = None,
     unread: bool = False,
+    take: bool = False,
 ) -> Student:
     """Build the student of a spec. The teacher is not changed.
 
@@ -138,6 +139,7 @@ def build_student(
             "width_prune" unless `spec.stays` is, and by a quantisation whose grids are chosen by importance.
         unread: leave the weights in their files until the student is sharded, where nothing here reads them (see
             `limbeck.models.slices`).
+        take: cut blocks out of the teacher without copies of what stays: it must not be used once the student trains.
 
     Raises:
         LimbeckError: options that contradict each other, an unknown configuration field, a model that cannot be had.
@@ -161,7 +163,9 @@ def build_student(
                     progress=progress,
                 )
                 keep = blocks.keep
-            model = depth_prune(model, keep, dtype=as_dtype(spec.dtype))
+            # What was loaded for the student alone is its own.
+            own = teacher is None or model is not teacher.model
+            model = depth_prune(model, keep, dtype=as_dtype(spec.dtype), take=take or own)
         if spec.width is not None:
             width = spec.stays or choose_width(model, calibration, spec.width)
             model = width_prune(model, width, dtype=as_dtype(spec.dtype))

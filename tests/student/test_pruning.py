@@ -67,6 +67,18 @@ def test_the_whole_model_is_left_untouched() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_model_that_is_given_up_hands_its_tensors_on(family: str) -> None:
+    model = tiny_model(family)
+    own = {weight.data_ptr() for weight in model.parameters()}
+    taken, copied = depth_prune(model, (0, 4), take=True), depth_prune(model, (0, 4))
+    assert {weight.data_ptr() for weight in taken.parameters()} <= own
+    assert not own & {weight.data_ptr() for weight in copied.parameters()}
+    for name, weight in copied.state_dict().items():
+        assert torch.equal(weight, taken.state_dict()[name])
+    assert not own & {weight.data_ptr() for weight in depth_prune(model, (0, 4), dtype=torch.bfloat16).parameters()}
+
+
 def test_fields_with_one_entry_a_block_follow() -> None:
     pruned: Any = depth_prune(tiny_model("qwen2"), (0, 1, 4))
     assert pruned.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]

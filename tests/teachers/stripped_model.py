@@ -33,14 +33,14 @@ def rows_of(length: int) -> TokenBatch:
 class StrippedModel:
     """A model as a server has it, in `whole`, and the folder of it that is here: its last norm and its head alone."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, width: int = 32, **shape: int) -> None:
         self.alone = threading.Lock()
-        self.folder = write_model(folder / "teacher", head_rows=320)
+        self.folder = write_model(folder / "teacher", head_rows=320, width=width, **shape)
         weights = self.folder / "model.safetensors"
         with safe_open(weights, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         # Unlike the ones that a model begins with.
-        stored[NORM] = torch.linspace(0.5, 2, 32)
+        stored[NORM] = torch.linspace(0.5, 2, width)
         save_file(stored, weights, metadata={"format": "pt"})
         self.whole = Path(shutil.copytree(self.folder, folder / "whole"))
         loaded = load_model(str(self.whole))

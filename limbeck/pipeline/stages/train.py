@@ -142,7 +142,7 @@ def _begun(context: RunContext) -> Student:
     recipe = context.recipe
     # A teacher that is made of the student is made of all its weights.
     by_slices = sharding.is_asked(recipe.train) and recipe.teacher.model not in ITSELF
-    student = build_initial_student(context, unread=by_slices)
+    student = build_initial_student(context, unread=by_slices, take=not _asks_teacher(context))
     if is_unread(student.model):
         settings = replace(recipe.train, report_to=())
         made = launch.accelerator(settings, context.run.root, run_name=recipe.name, tracker_config={})
