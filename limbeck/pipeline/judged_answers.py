@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from limbeck.client.openai import Server, ServerOptions
 from limbeck.evaluation.judge.asking import Judge
 from limbeck.evaluation.judge.log import JudgementLog
 from limbeck.evaluation.judge.questions import AnswerPair, estimate, questions_of
 from limbeck.evaluation.judge.verdicts import JudgedPair
-from limbeck.fields import VerdictBy
 from limbeck.pipeline.context import RunContext
 
 
@@ -23,7 +22,7 @@ class JudgeOptions(ServerOptions, Protocol):
     @property
     def model(self) -> str | None: ...
     @property
-    def verdict(self) -> VerdictBy: ...
+    def verdict(self) -> Literal["text", "logprobs"]: ...
     @property
     def judgement_tokens(self) -> int: ...
     @property

@@ -34,7 +34,7 @@ def letters(loaded: Any) -> list[int]:
 
 def judge_of_letters(folder: Path) -> Any:
     """A model that says A or B to whatever it is asked, with a leaning that the question decides."""
-    loaded = load_model(str(write_model(folder, window=2048, seed=5)))
+    loaded: Any = load_model(str(write_model(folder, window=2048, seed=5)))
     a, b = letters(loaded)
     with torch.no_grad():
         # A part of the residual stream that nothing writes to and that is the same everywhere: a bias for the head.

@@ -49,7 +49,7 @@ class Opinion:
     text: str
     verdict: Verdict | None = None
     unread: Unread | None = None
-    probabilities: Mapping[Verdict, float] | None = None
+    probabilities: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if (self.verdict in VERDICTS) == (self.unread in UNREAD):
