@@ -3,6 +3,7 @@
     python -m benchmarks.preference                              # about four hours on two free cores
     python -m benchmarks.preference prompts.limit=64             # any change of the recipe of all arms
     python -m benchmarks.preference evaluate.groups.judge.base_url=ADDRESS   # a judge beside the teacher's likelihood
+    python -m benchmarks.preference --judge http://localhost:8000/v1         # the DPO'd starts beside each other by it
     python -m benchmarks.preference sweep.seeds=[0] --page ""    # a look
 
 Three starts are trained on as many responses of the same teacher: `sft` (cross-entropy), `kd` (forward KL) and
@@ -16,17 +17,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.head_to_head import JUDGEMENTS, judge_at, judge_section, judged_arms, win_rate_cells
 from limbeck.compare.runs import Comparison, gather
 from limbeck.compare.tables import Column, MetricTables
-from limbeck.compare.uncertainty import Estimate, Resampled, ResampledMetric, draws
-from limbeck.evaluation.scores.bootstrap import RESAMPLES
 from limbeck.evaluation.scores.files import read_rows
 from limbeck.report.read_run import number
+from limbeck.runtime.console import default_console
 from limbeck.runtime.files import write_text
 from limbeck.sweep.runner import run_sweep
 
@@ -53,6 +53,7 @@ PREFERENCE: dict[str, Any] = {
     "beta": 0.1,
     "save_steps": 8,
 }
+TUNED = tuple(f"{name}-dpo" for name in STARTS)
 METRICS = ("answer_logp", "likelihood_win_rate", "win_rate", "forward_kl", "rouge_l")
 ROWS = "after.likelihood.jsonl"
 
@@ -74,8 +75,12 @@ def tree(out: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def page(comparison: Comparison, command: str) -> str:
-    """What came out, as Markdown."""
+def page(comparison: Comparison, command: str, judged: Sequence[str] = ()) -> str:
+    """What came out, as Markdown.
+
+    Args:
+        judged: lines of the judge's section, where one was asked.
+    """
     columns = MetricTables(comparison).columns
     shown = [columns[name] for name in METRICS if name in columns]
     lines = [
@@ -100,6 +105,7 @@ def page(comparison: Comparison, command: str) -> str:
         "",
         *_head_to_head(comparison),
         "",
+        *((*judged, "") if judged else ()),
         "## Preference tuning itself",
         "",
         *_tuning(comparison),
@@ -155,38 +161,16 @@ def _likelihoods(comparison: Comparison, arm: str) -> dict[int, Mapping[str, flo
 
 def _head_to_head(comparison: Comparison) -> list[str]:
     rows = ["| starts | win rates by seed | mean | interval |", "|---|---|---:|---|"]
-    names = [f"{name}-dpo" for name in STARTS]
-    for n, second in enumerate(names):
-        for first in names[n + 1 :]:
-            ours, theirs = _likelihoods(comparison, first), _likelihoods(comparison, second)
-            wins = {seed: _wins(ours[seed], theirs[seed]) for seed in ours if seed in theirs}
-            found = _over_prompts_and_seeds(wins)
-            shown = ", ".join(f"{sum(won) / len(won):.3f}" for won in wins.values())
-            spread = "" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
-            rows.append(f"| {first} over {second} | {shown} | {found.mean:.3f} | {spread} |")
+    for second, first in combinations(TUNED, 2):
+        ours, theirs = _likelihoods(comparison, first), _likelihoods(comparison, second)
+        wins = {seed: _wins(ours[seed], theirs[seed]) for seed in ours if seed in theirs}
+        rows.append(f"| {first} over {second} | {win_rate_cells(wins)} |")
     return rows
 
 
 def _wins(ours: Mapping[str, float], theirs: Mapping[str, float]) -> list[float]:
     """1, 1/2 or 0 for each prompt."""
     return [0.5 if own == theirs[name] else float(own > theirs[name]) for name, own in ours.items()]
-
-
-def _over_prompts_and_seeds(wins: Mapping[int, Sequence[float]]) -> Estimate:
-    """The mean of rows of wins by seed, with the interval that a comparison gives an arm."""
-    won_RE = np.array(list(wins.values()))
-    examples = won_RE.shape[1]
-    counts_BE = draws(examples, RESAMPLES, f"{examples} examples")
-    sheet = ResampledMetric(
-        arm_R=(0,) * len(wins),
-        seed_R=tuple(wins),
-        value_R=won_RE.mean(1),
-        drawn_BR=counts_BE @ won_RE.T / examples,
-        examples=examples,
-        pivotal=False,
-        share=True,
-    )
-    return Resampled(sheet=sheet).estimate(0)
 
 
 def _tuning(comparison: Comparison) -> list[str]:
@@ -214,12 +198,19 @@ def main() -> None:
     parser.add_argument("--dpo-steps", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("runs/sweeps/preference"), help="directory of the sweep")
     parser.add_argument("--page", default="docs/results/preference.md", help="page to write; empty only prints it")
+    parser.add_argument("--judge", metavar="BASE_URL", help="server that judges the starts after DPO by logprobs")
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge's name there; without it the only model")
     arguments = parser.parse_args()
     end = run_sweep(tree(arguments.out, arguments.dpo_steps), *arguments.overrides)
     if end.failed:
         raise SystemExit(f"{end.failed} of {end.runs} runs failed; see {end.page}, and run the same command again")
     command = " ".join(["python -m benchmarks.preference", *sys.argv[1:]])
-    text = page(gather([arguments.out], None, arguments.out), command)
+    comparison, judged = gather([arguments.out], None, arguments.out), list[str]()
+    if arguments.judge:
+        judge = judge_at(arguments.judge, arguments.judge_model)
+        sides = judged_arms(comparison, TUNED, judge, arguments.out / JUDGEMENTS, default_console())
+        judged = judge_section(sides, judge.model)
+    text = page(comparison, command, judged)
     print(text)
     if arguments.page:
         write_text(Path(arguments.page), text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -16,6 +16,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Strings = tuple[str, ...]
+# How a judge's verdict is read: as [[A]] in its prose, or by the probabilities of one letter.
+VerdictBy = Literal["text", "logprobs"]
 
 
 @dataclass(frozen=True)
@@ -29,3 +31,5 @@ class Effect:
 NEUTRAL = Effect("neutral")
 # What is written depends on such a key, but a comparison takes runs that differ in it alone for one arm.
 SAME_ARM = Effect("same arm")
+# No fingerprint holds such a key while it has its default: it came later, and what was made before it stays made.
+LATER = Effect("later")

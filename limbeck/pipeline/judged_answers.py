@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from limbeck.client.openai import Server, ServerOptions
-from limbeck.evaluation.judge.asking import AnswerPair, Judge, estimate, questions_of
+from limbeck.evaluation.judge.asking import Judge
 from limbeck.evaluation.judge.log import JudgementLog
+from limbeck.evaluation.judge.questions import AnswerPair, estimate, questions_of
 from limbeck.evaluation.judge.verdicts import JudgedPair
 from limbeck.pipeline.context import RunContext
 
@@ -20,6 +21,8 @@ class JudgeOptions(ServerOptions, Protocol):
     def base_url(self) -> str | None: ...
     @property
     def model(self) -> str | None: ...
+    @property
+    def verdict(self) -> Literal["text", "logprobs"]: ...
     @property
     def judgement_tokens(self) -> int: ...
     @property
@@ -36,6 +39,18 @@ def judge_server(judge: JudgeOptions, section: str) -> Server:
     return Server.at(judge.base_url, judge, section)
 
 
+def require_judge(judge: JudgeOptions, section: str) -> None:
+    """Check that a judge is there, and that it can be read as it is to be.
+
+    Raises:
+        LimbeckError: it is down, has another model, or gives no log-probabilities where they are read.
+    """
+    server = judge_server(judge, section).hurried
+    model = server.model(judge.model)
+    if judge.verdict == "logprobs":
+        _asking(judge, server, model).require_logprobs()
+
+
 def shares_won(
     context: RunContext,
     judge: JudgeOptions,
@@ -46,6 +61,8 @@ def shares_won(
     stage: str,
 ) -> dict[str, float | None]:
     """Share of its comparisons that each answer wins, ties half; None where one was unread.
+
+    Where the judge is read by log-probabilities, its mean probability of being the better one.
 
     Judgements are kept in judgements.jsonl of the run, which outlives its stages: no question is asked twice.
 
@@ -59,17 +76,12 @@ def shares_won(
         AnswerPair(id=f"{first}-{second}", request=requests[prompt], student=text, other=other)
         for prompt, (first, text), (second, other) in compared
     ]
-    asked = questions_of(pairs, judge.model or server.model(None))
+    asked = questions_of(pairs, judge.model or server.model(None), judge.verdict)
     log = JudgementLog.open(context.run.root / "judgements.jsonl")
     every = list({question.key: question for orders in asked for question in orders}.values())
     left = [question for question in every if not log.holds(question.key, judge.judgement_tokens)]
     if left:
-        asking = Judge(
-            server=server,
-            model=server.model(judge.model),
-            max_new_tokens=judge.judgement_tokens,
-            concurrency=judge.concurrency,
-        )
+        asking = _asking(judge, server, server.model(judge.model))
         guess = estimate(left, judge.judgement_tokens)
         context.console.say(
             f"{stage}: {guess.requests} requests to the judge {asking.model} ({len(every) - len(left)} judged "
@@ -87,6 +99,10 @@ def shares_won(
         won[first].append(value)
         won[second].append(None if value is None else 1.0 - value)
     return {name: _mean(values) for name, values in won.items()}
+
+
+def _asking(judge: JudgeOptions, server: Server, model: str) -> Judge:
+    return Judge(server=server, model=model, max_new_tokens=judge.judgement_tokens, concurrency=judge.concurrency)
 
 
 def _value(pair: AnswerPair, first: Any, second: Any) -> float | None:

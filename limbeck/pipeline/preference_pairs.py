@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from limbeck.evaluation.context import response_text
-from limbeck.evaluation.judge.asking import request_text
+from limbeck.evaluation.judge.questions import request_text
 from limbeck.evaluation.likelihood import mean_logp
 from limbeck.models.loading import LoadedModel, load_model
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE, SHARD_ROWS

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.evaluation.context import response_text, text_behind
-from limbeck.evaluation.judge.asking import request_text
+from limbeck.evaluation.judge.questions import request_text
 from limbeck.evaluation.sandbox.host import Limits, require_sandbox
 from limbeck.evaluation.tasks.marking import AnswerMark, mark_answers
 from limbeck.evaluation.tasks.math_answers import extract
 from limbeck.evaluation.tasks.problems import CODE, Problem
 from limbeck.pipeline.context import RunContext
-from limbeck.pipeline.judged_answers import judge_server, shares_won
+from limbeck.pipeline.judged_answers import judge_server, require_judge, shares_won
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.prompts.labels import prompt_label
 from limbeck.recipe.keys import fingerprinted
@@ -38,7 +38,7 @@ def check_verification(context: RunContext) -> None:
     if section is None or context.run.done("respond"):
         return
     if section.judge is not None and context.wants("respond"):
-        judge_server(section.judge, JUDGE_KEY).hurried.model(section.judge.model)
+        require_judge(section.judge, JUDGE_KEY)
     if section.by != "task" or context.recipe.prompts.problems_of not in CODE:
         return
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from limbeck.fields import NEUTRAL, SAME_ARM, Effect
+from limbeck.fields import LATER, NEUTRAL, SAME_ARM, Effect
 from limbeck.recipe.sections import MEMBER_KEYS, Recipe, sections_under
 
 
@@ -27,8 +27,9 @@ def fingerprinted_member(key: str, member: Any) -> dict[str, Any]:
 
 
 def fingerprinted(section: Any) -> dict[str, Any]:
-    """A section as plain values, sections inside it too, without its neutral keys."""
-    left_out = _own(type(section), (NEUTRAL,))
+    """A section as plain values, sections inside it too, without its neutral keys and later ones at their defaults."""
+    left_out, later = _own(type(section), (NEUTRAL,)), _own(type(section), (LATER,))
+    left_out |= {f.name for f in fields(section) if f.name in later and getattr(section, f.name) == f.default}
     return {f.name: _plain(getattr(section, f.name)) for f in fields(section) if f.name not in left_out}
 
 

@@ -8,7 +8,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.fields import NEUTRAL, SAME_ARM, STRICT, Count, NonNegative, Positive, Probability, Seed, Strings
+from limbeck.fields import (
+    LATER,
+    NEUTRAL,
+    SAME_ARM,
+    STRICT,
+    Count,
+    NonNegative,
+    Positive,
+    Probability,
+    Seed,
+    Strings,
+    VerdictBy,
+)
 from limbeck.recipe.response_engine import EngineSetting
 from limbeck.recipe.response_source import SourceSetting
 from limbeck.rollouts.engines import InProcess
@@ -54,8 +66,10 @@ class VerifyJudgeSection:
     """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
     model: str | None = None
     """The judge's name there; null takes the only model it offers."""
+    verdict: Annotated[VerdictBy, LATER] = "text"
+    """How the judge is read: as [[A]] in its reasons, or by the log-probabilities of one letter."""
     judgement_tokens: Count = 512
-    """Length of a judgement."""
+    """Length of a judgement in text."""
     concurrency: Annotated[Count, NEUTRAL] = 8
     timeout_s: Annotated[Positive, NEUTRAL] = 120.0
     retries: Annotated[int, Field(ge=0), NEUTRAL] = 5

@@ -1,7 +1,8 @@
-"""A judge to order: the fault-injecting server, whose chat completions are verdicts by a rule."""
+"""A judge to order: the fault-injecting server, whose replies are verdicts by a rule, or letters by another."""
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -37,9 +38,24 @@ def always_a(a: str, b: str) -> str:
     return "**Verdict:** [[A]]"
 
 
+def lengths(a: str, b: str) -> dict[str, float]:
+    """Probabilities of tokens, of which the longer answer's letter has most and the first one's a little more."""
+    share_a = 0.5 if len(a) == len(b) else 0.75 if len(a) > len(b) else 0.15
+    return {"A": 0.7 * share_a, " A": 0.2 * share_a, "B": 0.9 * (1 - share_a), "The": 0.05, " Answer": 0.05}
+
+
 @dataclass
 class JudgeState(State):
+    """Of the judge.
+
+    Attributes:
+        letters: probabilities of tokens by the two answers, for who asks for them; None: it has none to give.
+        most_top: how many of them it gives at most, where vLLM's --max-logprobs says so.
+    """
+
     rule: Rule = longer
+    letters: Callable[[str, str], dict[str, float]] | None = lengths
+    most_top: int = 20
     finish: str = "stop"
     counts: bool = True
     judged: list[str] = field(default_factory=list)
@@ -61,12 +77,38 @@ class JudgeHandler(Handler):
     def said(self, body: dict[str, Any]) -> tuple[int, Any]:
         state, text = self.state, body["messages"][-1]["content"]
         assert isinstance(state, JudgeState)
+        if state.letters is not None and body.get("logprobs"):
+            if (wanted := body["top_logprobs"]) > state.most_top:
+                said = f"Requested sample logprobs of {wanted}, which is greater than max allowed: {state.most_top}"
+                return 400, {"object": "error", "message": said}
+            return 200, self.letter(body["top_logprobs"], text)
         with state.lock:
             state.judged.append(text)
-        verdict = state.rule(*answers_in(text))
+        verdict = state.rule(*answers_in(text)) if ANSWERS.search(text) else "A"
         choice = {"index": 0, "finish_reason": state.finish, "message": {"role": "assistant", "content": verdict}}
         usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 10}} if state.counts else {}
         return 200, {"choices": [choice]} | usage
+
+    def letter(self, top: int, text: str) -> dict[str, Any]:
+        """One token with the likeliest others, as vLLM and llama.cpp give them."""
+        state = self.state
+        assert isinstance(state, JudgeState) and state.letters is not None
+        if ANSWERS.search(text):
+            with state.lock:
+                state.judged.append(text)
+            found = state.letters(*answers_in(text))
+        else:
+            found = {"A": 1.0}
+        ranked = sorted(found.items(), key=lambda one: -one[1])
+        shown = [{"token": token, "logprob": math.log(p) if p else -9999.0} for token, p in ranked[:top]]
+        choice = {
+            "index": 0,
+            "finish_reason": "length",
+            "message": {"role": "assistant", "content": ranked[0][0]},
+            "logprobs": {"content": [shown[0] | {"top_logprobs": shown}]},
+        }
+        usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 1}} if state.counts else {}
+        return {"choices": [choice]} | usage
 
 
 @contextmanager

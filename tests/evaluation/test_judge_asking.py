@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from limbeck.client.openai import Server
-from limbeck.evaluation.judge.asking import AnswerPair, Judge, estimate, questions_of
+from limbeck.evaluation.judge.asking import Judge
 from limbeck.evaluation.judge.log import Judgement, JudgementLog, used
+from limbeck.evaluation.judge.questions import AnswerPair, estimate, questions_of
 from limbeck.types import LimbeckError
 from tests.evaluation.judge_server import JUDGE, JudgeState, always_a, answers_in, judging
 from tests.evaluation.odd_replies import HALF, ODD, completion

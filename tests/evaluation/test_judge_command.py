@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.evaluation.judge_server import JUDGE, JudgeState, always_a, answers_in, judging, longer
+from tests.evaluation.judge_server import JUDGE, JudgeState, always_a, answers_in, judging, lengths, longer
 from tests.evaluation.odd_replies import ODD
 from tests.limbeck_command import CommandServer, Finished
 from tests.tiny_pair import TinyPair, write_model, write_prompts
@@ -287,3 +287,44 @@ def test_odd_replies_among_good_ones_are_counted_and_end_nothing(part: int, benc
     assert 0 < told["counted"] < PROMPTS
     report = bench.limbeck.run("report", str(tmp_path / "run"))
     assert "Traceback" not in report.stderr
+
+
+LOGPROBS = "evaluate.groups.judge.verdict=logprobs"
+
+
+def test_by_letters_the_win_rate_is_the_mean_probability(bench: Bench, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    end = bench.evaluate(output, LOGPROBS)
+    assert end.code == 0, end.stderr
+    asked = len(bench.state.judged)
+    # One token each, and one more question before all.
+    assert f"at most {asked} to write" in end.stderr and len(bench.state.requests) == asked + 1
+    pairs = lines(output / "scores/after.judge.pairs.jsonl")
+    expected = []
+    for pair in pairs:
+        own, other = pair["answer_1"], pair["answer_2"]
+        one, two = (
+            (p["A"] + p[" A"]) / (p["A"] + p[" A"] + p["B"]) for p in (lengths(own, other), lengths(other, own))
+        )
+        expected.append((one + 1 - two) / 2)
+        assert pair["g1_probabilities"]["A"] == pytest.approx(0.9 * one)
+        assert pair["g1_winner"] == ("model_1" if one > 0.5 else "model_2") or one == pytest.approx(0.5)
+    found = scores(output)
+    assert found["win_rate"] == pytest.approx(sum(expected) / PROMPTS) and 0.0 < found["win_rate"] < 1.0
+    told = detail(output)
+    assert told["verdict"] == "logprobs" and told["letters"]["mass"] == pytest.approx(0.9)
+    # Its record serves another evaluation without a server, and none that reads verdicts in text.
+    bench.state.judged = []
+    away = ("evaluate.groups.judge.base_url=http://127.0.0.1:9/v1", f"evaluate.groups.judge.model={JUDGE}", "--update")
+    end = bench.evaluate(output, LOGPROBS, "evaluate.groups=[rouge, judge]", *away)
+    assert end.code == 0 and not bench.state.judged and scores(output)["win_rate"] == found["win_rate"]
+    end = bench.evaluate(output, "evaluate.groups=[rouge, judge]", "--update")
+    assert end.code == 0 and len(bench.state.judged) == asked
+    assert len(lines(output / "judgements.jsonl")) == 2 * asked and "verdict" not in detail(output)
+
+
+def test_a_server_without_log_probabilities_is_refused_before_anything_is_made(bench: Bench, tmp_path: Path) -> None:
+    bench.state.letters = None
+    line = bench.evaluate(tmp_path / "run", LOGPROBS).error_line
+    assert "gives no log-probabilities" in line and "or set evaluate.groups.judge.verdict=text" in line
+    assert not (tmp_path / "run").exists()

@@ -9,19 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.evaluation.judge.verdicts import (
-    JudgedPair,
-    Opinion,
-    Verdict,
-    read_opinion,
-    score_pairs,
-    summarise_pairs,
-    unread_warning,
-)
+from limbeck.evaluation.judge.opinions import VERDICTS, Opinion, Verdict, read_opinion
+from limbeck.evaluation.judge.verdicts import JudgedPair, score_pairs, summarise_pairs, unread_warning
 from limbeck.evaluation.scores.metrics import METRICS
 from limbeck.types import LimbeckError
-
-VERDICTS: tuple[Verdict, ...] = ("A", "B", "C")
 
 
 def reply(text: str | None, finish: str = "stop", **message: Any) -> dict[str, Any]:

@@ -189,13 +189,16 @@ def test_a_judge_that_is_not_there_is_missed_before_the_teacher_writes(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_judge_prefers(limbeck: CommandServer, recipe: Path, distilled: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("verdict", "score"), [("text", 1.0), ("logprobs", 0.8)])
+def test_a_judge_prefers(
+    limbeck: CommandServer, recipe: Path, distilled: Path, tmp_path: Path, verdict: str, score: float
+) -> None:
     run = shutil.copytree(distilled, tmp_path / "run")
     with judging() as (url, state):
         changes = (
             f"output_dir={run}",
-            f"preference.pairs={{name: judge, base_url: '{url}', prompts: 6}}",
-            f"evaluate.groups={{judge: {{base_url: '{url}', against: distilled}}}}",
+            f"preference.pairs={{name: judge, base_url: '{url}', prompts: 6, verdict: {verdict}, margin: 0.01}}",
+            f"evaluate.groups={{judge: {{base_url: '{url}', against: distilled, verdict: {verdict}}}}}",
         )
         finished = limbeck.run("prefer", recipe, *changes)
         assert finished.code == 0, finished.stderr
@@ -210,7 +213,8 @@ def test_a_judge_prefers(limbeck: CommandServer, recipe: Path, distilled: Path, 
         texts = [
             tokenizer.decode(r.response_ids, skip_special_tokens=True).strip() for r in (pair.chosen, pair.rejected)
         ]
-        assert pair.scores == (1.0, 0.0) and len(texts[0]) > len(texts[1])
+        assert pair.scores == pytest.approx((score, 1 - score))
+        assert len(texts[0]) > len(texts[1])
     scores = json.loads((run / "scores.json").read_text())
     assert 0.0 <= scores["after"]["win_rate_distilled"]["mean"] <= 1.0
 

@@ -14,8 +14,9 @@ import torch
 
 import limbeck.models.loading
 from limbeck.client.concurrency import concurrently
+from limbeck.evaluation.judge.questions import AnswerPair, questions_of
 from limbeck.models.heads import head_of, project
-from limbeck.models.loading import load_model
+from limbeck.models.loading import LoadedModel, load_model
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.prompts.io import read_prompts
@@ -28,7 +29,7 @@ from limbeck.teachers.base import TeacherModel
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.served import ServedTeacher
 from limbeck.teachers.served_options import OnServer
-from limbeck.types import DenseSignal, LimbeckError, Response, TokenBatch, TopKSignal
+from limbeck.types import DenseSignal, Response, TokenBatch, TopKSignal
 from tests.servers.conftest import Figures, Vllm
 from tests.tiny_pair import questions, write_prompts
 
@@ -275,26 +276,45 @@ def test_losses_are_those_of_a_teacher_in_this_process(
     require_equal_losses(found)
 
 
+def p_of_letters(loaded: LoadedModel, question: str) -> dict[str, float]:
+    """Probabilities of A and B as the first token of an answer; tokens with a space among them, as a judge is read."""
+    tokenizer: Any = loaded.tokenizer
+    turns = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    with torch.no_grad():
+        top = loaded.model(torch.tensor([ids])).logits[0, -1].double().softmax(0).topk(20)
+    said = [(tokenizer.decode([place]).strip(), p) for p, place in zip(*map(torch.Tensor.tolist, top), strict=True)]
+    return {letter: sum(p for text, p in said if text == letter) for letter in "AB"}
+
+
 def test_it_judges(vllm: Vllm, smollm2_dir: Path, student: Path, tmp_path: Path, figures: Figures) -> None:
-    """All is asked and answered; a model of this size gives no verdict, which the run says."""
-    judge = json.dumps({"base_url": vllm.url, "against": "references", "max_new_tokens": 16, "timeout_s": 600.0})
+    """By its letters, as a model of this size ends no reasons with a verdict: a verdict on every pair."""
+    judge = json.dumps({"base_url": vllm.url, "against": "references", "verdict": "logprobs", "timeout_s": 600.0})
     overrides = [*COMMON, *SOURCES["kd"], f"student.model={student}", f"teacher.model={smollm2_dir}"]
     overrides += [f"output_dir={tmp_path / 'run'}", "teacher.where=none", "objective={name: ce}", "train.max_steps=1"]
     overrides += [f"evaluate.groups={{judge: {judge}}}", "teacher.cache=false"]
     overrides += [f"prompts={{source: {prompts(tmp_path)}, eval_fraction: 0.2}}"]
-    said = "a verdict on every pair"
-    try:
-        run_pipeline(load_recipe("kd", overrides), stages=STAGES)
-    except LimbeckError as error:
-        assert "gave a verdict in both orders for none of" in str(error)
-        said = "no verdict, which the run says"
-    heldout = [row for row in read_prompts(tmp_path / "run" / "prompts.jsonl") if row.split == "heldout"]
-    judged = list(read_log(tmp_path / "run" / "judgements.jsonl"))
+    run = run_pipeline(load_recipe("kd", overrides), stages=STAGES)
+    heldout = [row for row in read_prompts(run.prompts) if row.split == "heldout"]
+    judged = {entry["key"]: entry["opinion"] for _, entry in read_log(run.root / "judgements.jsonl")}
+    loaded, gaps = load_model(str(smollm2_dir)), list[float]()
+    lines = [json.loads(line) for line in (run.scores / "after.judge.pairs.jsonl").read_text("utf-8").splitlines()]
+    for line in lines:
+        pair = AnswerPair(
+            id=line["question_id"], request=line["prompt"], student=line["answer_1"], other=line["answer_2"]
+        )
+        for question in questions_of([pair], "teacher", "logprobs")[0]:
+            found = judged[question.key]["probabilities"]
+            gaps += [abs(found[letter] - p) for letter, p in p_of_letters(loaded, question.text).items()]
+    read = [opinion for opinion in judged.values() if opinion["verdict"]]
     figures.note(
-        f"judge: replies to questions about {len(heldout)} pairs in both orders",
-        f"{len(judged)} of {2 * len(heldout)}; {said}",
+        f"judge: verdicts by log-probabilities on {len(heldout)} pairs in both orders",
+        f"{len(read)} of {len(judged)}; largest difference of a letter's probability from the local one "
+        f"{max(gaps):.1e}",
     )
-    assert len(judged) == 2 * len(heldout) > 0
+    assert len(lines) == len(heldout) > 0 and len(read) == len(judged)
+    assert json.loads((run.root / "scores.json").read_text("utf-8"))["after"]["win_rate_references"]["n"] == len(lines)
+    assert max(gaps) < 1e-2
 
 
 def test_new_weights_are_what_it_scores_with(

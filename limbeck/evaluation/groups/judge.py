@@ -13,18 +13,14 @@ from pydantic.dataclasses import dataclass
 from limbeck.client.keys import without_key
 from limbeck.client.openai import Server
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, greedy
-from limbeck.evaluation.judge.asking import AnswerPair, Judge, JudgeQuestion, estimate, questions_of, request_text
+from limbeck.evaluation.judge.asking import Judge, NoLogprobsError
 from limbeck.evaluation.judge.log import Judgement, JudgementLog, used
-from limbeck.evaluation.judge.verdicts import (
-    JudgedPair,
-    printable_judgement,
-    score_pairs,
-    summarise_pairs,
-    unread_warning,
-)
-from limbeck.fields import NEUTRAL, STRICT, Count, NonNegative, Positive
+from limbeck.evaluation.judge.opinions import printable_judgement
+from limbeck.evaluation.judge.questions import AnswerPair, JudgeQuestion, estimate, questions_of, request_text
+from limbeck.evaluation.judge.verdicts import JudgedPair, score_pairs, summarise_pairs, unread_warning
+from limbeck.fields import LATER, NEUTRAL, STRICT, Count, NonNegative, Positive, VerdictBy
 from limbeck.runtime.files import write_text
-from limbeck.types import LimbeckError, Prompt
+from limbeck.types import Json, LimbeckError, Prompt
 
 # The win rate's name by whose answers the student's are set beside.
 _METRIC = {
@@ -47,13 +43,15 @@ class JudgeGroup(EvaluationGroup):
     """The judge's name there; null takes the only model it offers."""
     against: Literal["teacher", "references", "before", "distilled"] = "teacher"
     """Whose answers the student's are set beside: distilled is the student before preference tuning."""
+    verdict: Annotated[VerdictBy, LATER] = "text"
+    """How the judge is read: as [[A]] in its reasons, or by the log-probabilities of one letter."""
     concurrency: Annotated[Count, NEUTRAL] = 8
     timeout_s: Annotated[Positive, NEUTRAL] = 120.0
     retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
     api_key_env: Annotated[str | None, NEUTRAL] = None
     """Environment variable that holds the key; never the key itself."""
     max_new_tokens: Count = 512
-    """Length of a judgement."""
+    """Length of a judgement in text."""
     price_per_million: Annotated[tuple[NonNegative, NonNegative] | None, NEUTRAL] = None
     """Of input and output tokens, in any currency, for the estimate."""
 
@@ -72,8 +70,20 @@ class JudgeGroup(EvaluationGroup):
                 "OpenAI-compatible server, such as http://localhost:8000/v1, or leave judge out of evaluate.groups"
             )
         server = self._server()
-        if not evaluation.evaluated:
-            server.check_key()
+        if evaluation.evaluated:
+            return
+        server.check_key()
+        if self.verdict == "logprobs":
+            self._check_logprobs(server.hurried)
+
+    def _check_logprobs(self, server: Server) -> None:
+        try:
+            self._judge(server).require_logprobs()
+        except NoLogprobsError:
+            raise
+        except LimbeckError:
+            # A server that is down now may be up when it is needed, and if it is not, that is said then.
+            return
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         pairs = _pairs(evaluation, self.against)
@@ -81,27 +91,22 @@ class JudgeGroup(EvaluationGroup):
         server = self._server()
         # A server is only needed while something is left to ask.
         model = self.model or server.model(None)
-        asked = questions_of(pairs, model)
+        asked = questions_of(pairs, model, self.verdict)
         # Beside the scores, not among them: those are set aside when another group is added, and this cost money.
         log = JudgementLog.open(evaluation.root / "judgements.jsonl")
         every = list({question.key: question for orders in asked for question in orders}.values())
         left = [question for question in every if not log.holds(question.key, self.max_new_tokens)]
         if left:
-            judge = Judge(
-                server=server,
-                model=server.model(self.model),
-                max_new_tokens=self.max_new_tokens,
-                concurrency=self.concurrency,
-            )
-            self._ask(evaluation, judge, log, left, known=len(every) - len(left))
+            self._ask(evaluation, self._judge(server), log, left, known=len(every) - len(left))
         judged = [_judged(pair, orders, log, server) for pair, orders in zip(pairs, asked, strict=True)]
-        rows = score_pairs(judged, _METRIC[self.against])
+        rows = score_pairs(judged, _METRIC[self.against], self.verdict)
         if (warning := unread_warning(judged)) is not None:
             evaluation.console.warn(warning)
         judgements = [log.known[question.key] for question in every]
         self._write_pairs(evaluation, model, pairs, judged)
         own = sum(not judgement.greedy for judgement in judgements)
-        detail = {"model": model, "against": self.against} | summarise_pairs(judged)
+        detail: Json = {"model": model, "against": self.against}
+        detail |= ({} if self.verdict == "text" else {"verdict": self.verdict}) | summarise_pairs(judged)
         return GroupResult(
             tables={"": rows}, detail=detail | {"used": used(judgements), "at_the_judges_own_temperature": own}
         )
@@ -109,6 +114,10 @@ class JudgeGroup(EvaluationGroup):
     def _server(self) -> Server:
         assert self.base_url is not None
         return Server.at(self.base_url, self, "evaluate.groups.judge")
+
+    def _judge(self, server: Server) -> Judge:
+        model = server.model(self.model)
+        return Judge(server=server, model=model, max_new_tokens=self.max_new_tokens, concurrency=self.concurrency)
 
     def _ask(
         self,
@@ -172,6 +181,7 @@ class JudgeGroup(EvaluationGroup):
             ):
                 line[f"g{game}_winner"] = winner[opinion.verdict] if opinion.verdict else "error"
                 line[f"g{game}_judgment"] = opinion.text
+                line |= {f"g{game}_probabilities": opinion.probabilities} if opinion.probabilities else {}
             line |= {"turn": 1, "prompt": pair.request, "answer_1": pair.student, "answer_2": pair.other}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_text(evaluation.folder / f"{evaluation.part}.judge.pairs.jsonl", "".join(lines))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from limbeck.evaluation.judge.verdicts import Opinion, without_garbled
+from limbeck.evaluation.judge.opinions import NO_USE, Opinion, without_garbled
 from limbeck.runtime.append_log import append_to_log, damaged, read_log
 from limbeck.types import Json
 
@@ -16,7 +16,7 @@ class Judgement:
     """A judge's reply to one question.
 
     Attributes:
-        key: of the question (`limbeck.evaluation.judge.asking.Question`).
+        key: of the question (`limbeck.evaluation.judge.questions.JudgeQuestion`).
         max_new_tokens: the reply's limit.
         greedy: whether temperature 0 was asked for; some models take their own alone.
         prompt_tokens, completion_tokens: as the server counts them; None where it does not.
@@ -70,20 +70,24 @@ class JudgementLog:
 
     def add(self, judgement: Judgement) -> None:
         """Append a judgement; it is on disk when this returns."""
-        append_to_log(self.path, asdict(judgement))
+        entry = asdict(judgement)
+        if judgement.opinion.probabilities is None:
+            # As lines of verdicts in text always were.
+            del entry["opinion"]["probabilities"]
+        append_to_log(self.path, entry)
         self.known[judgement.key] = judgement
 
     def holds(self, key: str, max_new_tokens: int) -> bool:
         """Whether a question has a usable reply that was not cut off at a lower limit."""
         known = self.known.get(key)
-        if known is None or known.opinion.unread == "odd":
+        if known is None or known.opinion.unread in NO_USE:
             return False
         return not (known.opinion.unread == "truncated" and known.max_new_tokens < max_new_tokens)
 
     def has_verdict_of(self, model: str) -> bool:
         """Whether a judge of this name answered before."""
         return any(
-            known.model == model and known.opinion.unread not in ("refused", "odd") for known in self.known.values()
+            known.model == model and known.opinion.unread not in ("refused", *NO_USE) for known in self.known.values()
         )
 
 

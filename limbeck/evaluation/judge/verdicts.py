@@ -1,55 +1,38 @@
-"""Verdicts of a judge on two answers, read from its replies, and the score of a pair in both orders.
+"""Verdicts of a judge on two answers in both orders, and the score of a pair.
 
 Each pair is shown twice, with the student's answer first and second, since judges lean towards a place. The rule is the
 conservative one of Zheng et al. (2023, section 3.4): a win counts where both orders agree on it; two ties, and orders
 that disagree, count half. The win rate is the mean over pairs, and 0.5 is par.
 
-A reply counts where it holds exactly one distinct verdict, [[A]], [[B]] or [[C]] (a tie), in whatever prose. Every
-other reply is unread, for one of the reasons in `UNREAD`; its pair is left out of the rates and counted.
+A pair with an unread reply is left out of the rates and counted.
+
+Where a judge is read by the probabilities of its letters (`limbeck.evaluation.judge.letters`), a pair counts the mean
+over both orders of the probability that the student's answer is better, and the likelier letter is the verdict.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from limbeck.client.replies import short_json
-from limbeck.types import Json, LimbeckError, ScoredRow, is_unicode
+from limbeck.evaluation.judge.opinions import UNREAD, Opinion, Verdict
+from limbeck.fields import VerdictBy
+from limbeck.types import Json, LimbeckError, ScoredRow
 
-Verdict = Literal["A", "B", "C"]
-Unread = Literal["none", "contradictory", "truncated", "empty", "refused", "garbled", "odd"]
-
-UNREAD: dict[str, str] = {
-    "none": "no verdict in it",
-    "contradictory": "more than one verdict",
-    "truncated": "cut off at evaluate.groups.judge.max_new_tokens",
-    "empty": "nothing said",
-    "refused": "refused to judge",
-    "garbled": "half of a surrogate pair in it, which is no text",
-    "odd": "no chat completion",
-}
-_VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
-_THOUGHT_ENDS = "</think>"
 _STUDENT_FIRST: dict[Verdict, float] = {"A": 1.0, "B": 0.0, "C": 0.5}
 _STUDENT_SECOND: dict[Verdict, float] = {"A": 0.0, "B": 1.0, "C": 0.5}
+# What a judge that was not understood should have said, and what may help.
+_EXPECTED: dict[VerdictBy, tuple[str, str]] = {
+    "text": (
+        "one of [[A]], [[B]], [[C]]",
+        "raise evaluate.groups.judge.max_new_tokens, or set evaluate.groups.judge.verdict=logprobs",
+    ),
+    "logprobs": ("A or B as its first token", "set evaluate.groups.judge.verdict=text"),
+}
 _EXAMPLES = 2
 _SHOWN = 300
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opinion:
-    """A parsed reply. Exactly one of `verdict` and `unread` is set."""
-
-    text: str
-    verdict: Verdict | None = None
-    unread: Unread | None = None
-
-    def __post_init__(self) -> None:
-        if (self.verdict in _STUDENT_FIRST) == (self.unread in UNREAD):
-            raise ValueError(f"verdict {self.verdict!r} and unread {self.unread!r}, expected one of them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,66 +59,24 @@ class JudgedPair:
 
     @property
     def value(self) -> float | None:
-        """Value of the pair: 1 or 0 where both orders say so, else 1/2; None where one of them is unread."""
-        orders = self.for_student
-        return None if orders is None else orders[0] if orders[0] == orders[1] else 0.5
+        """Value of the pair: 1 or 0 where both orders say so, else 1/2; None where one of them is unread.
+
+        By probabilities: the mean over both orders of the student's answer being the better one.
+        """
+        orders, first, second = self.for_student, self.first.leaning, self.second.leaning
+        if orders is None:
+            return None
+        if first is not None and second is not None:
+            return (first + (1.0 - second)) / 2
+        return orders[0] if orders[0] == orders[1] else 0.5
 
 
-def read_opinion(reply: Json) -> Opinion:
-    """The text of a chat completion, without anything before a closing </think>.
-
-    Raises:
-        LimbeckError: the reply is no chat completion.
-    """
-    return without_garbled(_read(reply))
-
-
-def without_garbled(opinion: Opinion) -> Opinion:
-    """An opinion whose verdict does not count where its text is none."""
-    if is_unicode(opinion.text) or opinion.unread in ("refused", "truncated", "odd"):
-        return opinion
-    return Opinion(text=opinion.text, unread="garbled")
-
-
-def printable_judgement(opinion: Opinion) -> Opinion:
-    """An opinion as files of UTF-8 can hold it: halves of surrogate pairs are spelled out."""
-    return replace(opinion, text=opinion.text.encode("utf-8", "backslashreplace").decode("utf-8"))
-
-
-def no_completion(shown: str) -> LimbeckError:
-    """The error for a reply that is no chat completion."""
-    return LimbeckError(
-        f"the judge answers {shown}, expected a chat completion; check that evaluate.groups.judge.base_url is that of "
-        "an OpenAI-compatible server"
-    )
-
-
-def _read(reply: Json) -> Opinion:
-    choices = reply.get("choices")
-    choice: Any = choices[0] if isinstance(choices, list) and choices else None
-    message: Any = choice.get("message") if isinstance(choice, dict) else None
-    content = message.get("content") if isinstance(message, dict) else 0
-    if not (content is None or isinstance(content, str)):
-        raise no_completion(short_json(reply))
-    said, finish = content or "", choice.get("finish_reason")
-    if finish == "content_filter" or message.get("refusal"):
-        return Opinion(text=str(message.get("refusal") or said), unread="refused")
-    if finish == "length":
-        return Opinion(text=said, unread="truncated")
-    spoken = said.rpartition(_THOUGHT_ENDS)[2]
-    if not spoken.strip():
-        return Opinion(text=said, unread="empty")
-    found: set[Any] = set(_VERDICT.findall(spoken))
-    if len(found) != 1:
-        return Opinion(text=said, unread="contradictory" if found else "none")
-    return Opinion(text=said, verdict=found.pop())
-
-
-def score_pairs(pairs: Sequence[JudgedPair], metric: str) -> list[ScoredRow]:
+def score_pairs(pairs: Sequence[JudgedPair], metric: str, verdict: VerdictBy = "text") -> list[ScoredRow]:
     """One row for each pair whose orders were both read.
 
     Args:
         metric: what the win rate is called.
+        verdict: how the judge was read.
 
     Raises:
         LimbeckError: none was, with what was heard instead.
@@ -153,10 +94,10 @@ def score_pairs(pairs: Sequence[JudgedPair], metric: str) -> list[ScoredRow]:
     if not rows:
         opinions = [opinion for pair in pairs for opinion in (pair.first, pair.second) if opinion.unread]
         heard = " ".join(opinions[0].text.split()) or "nothing" if opinions else "nothing"
+        expected, remedy = _EXPECTED[verdict]
         raise LimbeckError(
             f"the judge gave a verdict in both orders for none of {len(pairs)} pairs ({_listed(pairs)}); heard "
-            f"{heard[:120]!r}, expected one of [[A]], [[B]], [[C]]: name another judge with "
-            "evaluate.groups.judge.model, or raise evaluate.groups.judge.max_new_tokens"
+            f"{heard[:120]!r}, expected {expected}: name another judge with evaluate.groups.judge.model, or {remedy}"
         )
     return rows
 
@@ -180,22 +121,32 @@ def summarise_pairs(pairs: Sequence[JudgedPair]) -> Json:
     return {
         "pairs": len(pairs),
         "counted": len(read),
-        "wins": sum(pair.value == 1.0 for pair in read),
-        "losses": sum(pair.value == 0.0 for pair in read),
-        "ties_in_both_orders": sum(order == (0.5, 0.5) for order in orders),
+        "wins": orders.count((1.0, 1.0)),
+        "losses": orders.count((0.0, 0.0)),
+        "ties_in_both_orders": orders.count((0.5, 0.5)),
         "orders_disagree": sum(a != b for a, b in orders),
         # The rule of DistiLLM-2 and others, for comparison: each order counts on its own.
         "win_rate_by_mean_of_orders": sum(a + b for a, b in orders) / (2 * len(orders)) if orders else None,
         "place": {"first": verdicts["A"], "second": verdicts["B"], "tie": verdicts["C"]},
         "length": _lengths(read),
         "unread": _unread(pairs),
-    }
+    } | _letters(read)
+
+
+def _letters(read: Sequence[JudgedPair]) -> Json:
+    """Of a judge that was read by probabilities: that of A, which is 1/2 where places do not sway it, and of both."""
+    opinions = [opinion for pair in read for opinion in (pair.first, pair.second)]
+    leanings = [leaning for opinion in opinions if (leaning := opinion.leaning) is not None]
+    if not leanings:
+        return {}
+    masses = [mass for opinion in opinions if (mass := opinion.mass) is not None]
+    return {"letters": {"first_place": sum(leanings) / len(leanings), "mass": sum(masses) / len(masses)}}
 
 
 def _lengths(read: Sequence[JudgedPair]) -> Json:
     """Share of wins of the longer answer, among the pairs with a winner and answers of different lengths."""
     uneven = [pair for pair in read if pair.value != 0.5 and pair.lengths[0] != pair.lengths[1]]
-    longer = sum((pair.value == 1.0) == (pair.lengths[0] > pair.lengths[1]) for pair in uneven)
+    longer = sum(((pair.value or 0.0) > 0.5) == (pair.lengths[0] > pair.lengths[1]) for pair in uneven)
     return {
         "longer_answer_wins": longer / len(uneven) if uneven else None,
         "of": len(uneven),

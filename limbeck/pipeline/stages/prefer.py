@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from limbeck.pipeline.context import RunContext, Stage
-from limbeck.pipeline.judged_answers import judge_server
+from limbeck.pipeline.judged_answers import judge_server, require_judge
 from limbeck.pipeline.preference_pairs import RunMaterials, load_distilled, preferences_of
 from limbeck.pipeline.stages.respond import teacher_inputs
 from limbeck.prompts.readers import source_digest
@@ -56,10 +56,9 @@ def check_preference(context: RunContext) -> None:
     if isinstance(section.pairs, DataPairs):
         preferences_of(context, section.pairs)
     elif isinstance(section.pairs, JudgePairs) and not context.run.done("prefer"):
-        server = judge_server(section.pairs, PAIRS_KEY)
-        server.check_key()
+        judge_server(section.pairs, PAIRS_KEY).check_key()
         if context.wants("prefer"):
-            server.hurried.model(section.pairs.model)
+            require_judge(section.pairs, PAIRS_KEY)
 
 
 def _preference_inputs(context: RunContext) -> Json:

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, Protocol
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.fields import NEUTRAL, STRICT, Count, NonNegative, Positive, Probability, Seed
+from limbeck.fields import LATER, NEUTRAL, STRICT, Count, NonNegative, Positive, Probability, Seed, VerdictBy
 from limbeck.rollouts.preference.pairs import PairSet, best_and_worst, in_words, rankable
 from limbeck.types import LimbeckError, Response
 
@@ -130,8 +130,10 @@ class JudgePairs(SampledPairs):
     """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
     model: str | None = None
     """The judge's name there; null takes the only model it offers."""
+    verdict: Annotated[VerdictBy, LATER] = "text"
+    """How the judge is read: as [[A]] in its reasons, or by the log-probabilities of one letter."""
     judgement_tokens: Count = 512
-    """Length of a judgement."""
+    """Length of a judgement in text."""
     concurrency: Annotated[Count, NEUTRAL] = 8
     timeout_s: Annotated[Positive, NEUTRAL] = 120.0
     retries: Annotated[int, Field(ge=0), NEUTRAL] = 5

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,23 +22,12 @@ from limbeck.types import Response, Sampling, TokenPrompt, TopKSignal
 from tests.limbeck_command import CommandServer
 from tests.models.tiny import save_gguf
 from tests.sampling.served.asking import at_url, prompts_of
+from tests.sampling.served.llama_cpp import llama_cpp
 from tests.tiny_pair import TinyPair
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp's server comes with xllamacpp: see extra dev"
 )
-
-SERVE = """
-import sys, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.model_alias, params.hostnames, params.port = sys.argv[1], {"tiny"}, ["127.0.0.1"], 0
-params.n_ctx, params.n_parallel = 1024, 4
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-server = xllamacpp.Server(params)
-print("listening at", server.listening_address, flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +38,8 @@ def loaded(tiny: TinyPair) -> Any:
 @pytest.fixture(scope="module")
 def url(loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", loaded.model, tokenizer=loaded.tokenizer)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdin is not None
-    told = next((line for line in process.stdout if line.startswith("listening at")), None)
-    assert told is not None, "the server did not start"
-    yield told.split()[-1] + "/v1"
-    process.kill()
-    process.wait(10)
-    process.stdin.close()
-    process.stdout.close()
+    with llama_cpp(path) as url:
+        yield url
 
 
 @pytest.fixture
