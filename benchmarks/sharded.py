@@ -50,6 +50,7 @@ PROMPTS = {
     "math": "gsm8k",
     "opsd": "gsm8k",
     "code": "mbpp",
+    "pretrain": "text",
 }
 # Both models of such a recipe read images.
 SEES = "vision"
@@ -135,6 +136,7 @@ def write_pair(folder: Path) -> None:
     rows: dict[str, list[dict[str, Any]]] = {
         "plain": [{"prompt": text, "completion": text[::-1]} for text in asked],
         "context": [{"prompt": text, "privileged_context": text.upper()} for text in asked],
+        "text": [{"text": " ".join([text] * 3)} for text in asked],
         "gsm8k": [{"question": text, "answer": f"#### {i}"} for i, text in enumerate(asked)],
         "mbpp": [
             {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.fields import STRICT, Count, NonNegative, Probability, Share
+from limbeck.fields import LATER, STRICT, Count, NonNegative, Probability, Share
 from limbeck.registry import Registry
 from limbeck.rollouts.options import (
     SOURCE_KEY,
@@ -100,7 +100,7 @@ class MixedResponses(OnPolicyOptions):
     """Of the steps on the student's own responses (lambda of GKD)."""
     share_end: Share | None = None
     """Where the share arrives at the end; null leaves it where it is."""
-    share_shape: Literal["linear", "exponential"] = "linear"
+    share_shape: Annotated[Literal["linear", "exponential"], LATER] = "linear"
     """How it gets there: in a line, or the rest falls by the same factor in every step (ImitKD, arXiv 2009.07253; its
     authors' code: share 0, share_end 0.995)."""
 
