@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from limbeck.client.keys import without_key
 from limbeck.client.openai import Server
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, greedy
+from limbeck.evaluation.context import AskedAnswers, EvaluationContext, EvaluationGroup, GroupResult, Need, greedy
 from limbeck.evaluation.judge.asking import AnswerPair, Judge, JudgeQuestion, estimate, questions_of, request_text
 from limbeck.evaluation.judge.log import Judgement, JudgementLog, used
 from limbeck.evaluation.judge.verdicts import (
@@ -74,6 +74,16 @@ class JudgeGroup(EvaluationGroup):
         server = self._server()
         if not evaluation.evaluated:
             server.check_key()
+
+    def asks(self, evaluation: EvaluationContext) -> Iterator[AskedAnswers]:
+        sampling = greedy(evaluation.settings)
+        if self.against == "references":
+            prompts = evaluation.prompts[: evaluation.settings.prompts]
+            yield AskedAnswers(who="student", sampling=sampling, prompts=[p for p in prompts if p.known_answers])
+            return
+        yield AskedAnswers(who="student", sampling=sampling)
+        if self.against == "teacher":
+            yield AskedAnswers(who="teacher", sampling=sampling)
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         pairs = _pairs(evaluation, self.against)
