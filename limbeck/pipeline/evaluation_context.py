@@ -226,6 +226,8 @@ class RunEvaluation(EvaluatedModels):
         """
         # pyright takes no cached_property for what a protocol has as a property.
         asked = [one for group in groups for one in group.asks(self)]  # type: ignore[arg-type]
+        # A group that asks of no prompts says itself what it lacks.
+        asked = [one for one in asked if one.prompts is None or one.prompts]
         for who in ("teacher", "student"):
             for one in (one for one in asked if one.who == who):
                 self.answers(who, one.sampling, one.prompts, keep_logp=one.keep_logp)
