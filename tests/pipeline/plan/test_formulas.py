@@ -149,7 +149,6 @@ class TestMemory:
         assert terms["64xH100"]["parameters"] == share / 8
         assert terms["64xH100"]["gathered"] == terms["8xH100"]["gathered"] > 4 * large["8B"].embeddings
 
-
     @pytest.mark.parametrize(
         ("groups", "sections", "there"),
         [
