@@ -41,6 +41,16 @@ class ChatModel:
     template: TemplateName
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskedAnswers:
+    """Answers that a group asks for, see `EvaluationContext.answers`."""
+
+    who: Who
+    sampling: Sampling
+    prompts: Sequence[Prompt] | None = None
+    keep_logp: bool = False
+
+
 class ModelSource(NamedTuple):
     """Arguments for loading a model or its tokenizer."""
 
@@ -160,7 +170,9 @@ class EvaluationContext(Protocol):
         ...
 
     @property
-    def student(self) -> ChatModel: ...
+    def student(self) -> ChatModel:
+        """The student, loaded; of all students of a run one is in memory at a time."""
+        ...
 
     @property
     def teacher(self) -> ChatModel: ...
@@ -224,6 +236,14 @@ class EvaluationContext(Protocol):
         """The student or the teacher, loaded."""
         ...
 
+    def alone(self, who: Who) -> ChatModel:
+        """The student or the teacher, loaded, with the other one let go of."""
+        ...
+
+    def template(self, who: Who) -> TemplateName:
+        """Template of the prompts for the student or the teacher; no weights are loaded for it."""
+        ...
+
     def tokenizer(self, who: Who) -> Any:
         """Tokenizer of the student or the teacher; no weights are loaded for it."""
         ...
@@ -283,8 +303,12 @@ class EvaluationContext(Protocol):
         """The blocks that the student was trained as; None where it is not quantised."""
         ...
 
-    def scoring_teacher(self, *, stored: bool) -> SignalSource:
-        """The source of teacher signals: for responses of the run, which may be stored, or for any responses."""
+    def scoring_teacher(self, *, stored: bool, alone: bool = False) -> SignalSource:
+        """The source of teacher signals: for responses of the run, which may be stored, or for any responses.
+
+        Args:
+            alone: let go of the student where the teacher itself is asked.
+        """
         ...
 
     def sampler(self, who: Who, batch_size: int) -> LocalSampler:
@@ -348,6 +372,11 @@ class EvaluationGroup(ABC):
         """Whether the teacher has to score texts that the run has not stored."""
         return False
 
+    @property
+    def takes_both(self) -> bool:
+        """Whether it has both models in memory at once, whatever the run has stored."""
+        return False
+
     def check(self, evaluation: EvaluationContext) -> None:  # noqa: B027 (most groups have nothing to refuse)
         """Refuse what can be known to fail before any stage begins.
 
@@ -359,6 +388,15 @@ class EvaluationGroup(ABC):
         """Inputs of its scores beside its options and the models, for the fingerprint."""
         del evaluation
         return {}
+
+    def asks(self, evaluation: EvaluationContext) -> Iterable[AskedAnswers]:
+        """The answers of the evaluation's two models that it will ask for.
+
+        They are written before anything is measured, so that no model is loaded twice; what is not named here is
+        written when it is asked for.
+        """
+        del evaluation
+        return ()
 
     @abstractmethod
     def measure(self, evaluation: EvaluationContext) -> GroupResult:

@@ -1,28 +1,25 @@
 """The evaluation of a run, as an `EvaluationContext`: one student and one teacher on held-out prompts.
 
-The same for all evaluation groups: models are loaded when they are first needed, answers are written batch by batch so
-that none is written twice, rows and details are kept on disk.
+The same for all evaluation groups: answers are written batch by batch so that none is written twice, rows and details
+are kept on disk. See `limbeck.pipeline.evaluation_models` for which model is in memory when.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
-
-from limbeck.evaluation.context import ChatModel, EvaluationGroup, GroupInPieces, ModelSource, Part, Who, response_text
+from limbeck.evaluation.context import EvaluationGroup, GroupInPieces, Part, Who, response_text
 from limbeck.evaluation.pieces import Piece
 from limbeck.evaluation.tasks.problems import Problem, TaskName
-from limbeck.models.loading import load_model, load_tokenizer
 from limbeck.models.quantization.files import QuantizedWeights, read_blocks
-from limbeck.models.vision import bind_images
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.evaluation_models import EvaluatedModels
 from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.measuring_by_ranks import joined_pieces, write_pieces
 from limbeck.pipeline.problems import read_prompt_problems
@@ -33,24 +30,14 @@ from limbeck.pipeline.several import writers
 from limbeck.pipeline.sharing import once
 from limbeck.pipeline.stages.respond import load_responses
 from limbeck.pipeline.stages.teach import open_teacher
-from limbeck.pipeline.stages.train import build_initial_student
-from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import text_options
-from limbeck.prompts.io import read_prompts
 from limbeck.prompts.lengths import check_lengths
-from limbeck.prompts.templates import (
-    LossOn,
-    TemplateName,
-    encode_prompts,
-    encode_responses,
-    resolve_template,
-)
+from limbeck.prompts.templates import LossOn, encode_prompts, encode_responses
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.responses import CACHE_GIB
 from limbeck.rollouts.io import read_asked, read_responses, write_asked, write_responses
 from limbeck.runtime.console import Console
 from limbeck.runtime.interrupts import GracefulStop
-from limbeck.runtime.memory import give_back_freed
 from limbeck.runtime.records import fingerprint
 from limbeck.runtime.shared_work import Job, Share
 from limbeck.sampling.local import LocalSampler
@@ -61,11 +48,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class RunEvaluation:
+class RunEvaluation(EvaluatedModels):
     """One student on the held-out prompts of a run. Models load on first use."""
-
-    context: RunContext
-    part: Part
 
     @property
     def settings(self) -> EvaluateSection:
@@ -91,11 +75,6 @@ class RunEvaluation:
     @property
     def device(self) -> torch.device:
         return self.context.device
-
-    @property
-    def trained(self) -> bool:
-        """Whether the student was trained by this run."""
-        return self.context.run.manifest("train") is not None
 
     @property
     def standalone(self) -> bool:
@@ -156,62 +135,6 @@ class RunEvaluation:
                 f"add it, or set {key}=teacher"
             )
 
-    @cached_property
-    def prompts(self) -> list[Prompt]:
-        """The held-out prompts, in the order of the file, without those that were too long for the pair."""
-        held = [p for p in read_prompts(self.context.run.prompts) if p.split == "heldout"]
-        if self.context.run.manifest("respond") is not None:
-            answered = {r.prompt_id for r in load_responses(self.context, "heldout").values()}
-            held = [p for p in held if p.id in answered]
-        return held
-
-    @cached_property
-    def student(self) -> ChatModel:
-        """The student before or after training, loaded."""
-        if self.part == "before":
-            built = build_initial_student(self.context)
-            return self._speaker("student", built.model.eval(), built.tokenizer)
-        section, source = self.context.recipe.student, self.source("student")
-        loaded = load_model(
-            source.model,
-            revision=source.revision,
-            dtype=section.dtype,
-            attn_implementation=section.attn_implementation,
-            trust_remote_code=source.trust_remote_code,
-        )
-        loaded.model.to(self.context.device)  # type: ignore[arg-type]
-        bind_images(loaded.model, self.context.run.images)
-        return self._speaker("student", loaded.model, loaded.tokenizer)
-
-    @cached_property
-    def teacher(self) -> ChatModel:
-        loaded = self.context.teacher.weights()
-        return self._speaker("teacher", loaded.model, loaded.tokenizer)
-
-    def speaker(self, who: Who) -> ChatModel:
-        return self.student if who == "student" else self.teacher
-
-    def tokenizer(self, who: Who) -> Any:
-        """Tokenizer of the student or the teacher; no weights are loaded for it."""
-        if who in self.__dict__:
-            return self.speaker(who).tokenizer
-        # Before training it is built with the teacher's, where the two have the same tokens.
-        built = who == "student" and self.part == "before" and same_tokens(self.context)
-        if built or who == "teacher":
-            return self.context.teacher.tokenizer
-        source = self.source(who)
-        return load_tokenizer(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
-
-    def release_student(self) -> None:
-        """Free the student; the next use loads it again. The teacher stays for the other part of the stage."""
-        self.__dict__.pop("student", None)
-        give_back_freed()
-
-    def release_teacher(self) -> None:
-        """Free the teacher's weights; the next use loads them again."""
-        self.__dict__.pop("teacher", None)
-        self.context.teacher.release()
-
     def encode(self, who: Who, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[TokenPrompt]:
         """Token ids of prompts for the student or the teacher, which may see another prompt.
 
@@ -222,7 +145,7 @@ class RunEvaluation:
         encoded = encode_prompts(
             prompts,
             tokenizer,
-            self._template(who, tokenizer),
+            self.template(who),
             control_tokens=section.control_tokens,
             chat_options=text_options(self.context, tokenizer),
         )
@@ -234,7 +157,7 @@ class RunEvaluation:
             encoded = list(as_seen(self.context, encoded))
         fitting = check_lengths(
             encoded,
-            window=self._window(who),
+            window=self.window_of(who),
             max_new_tokens=max_new_tokens,
             too_long=section.too_long,
             # The limit is for the prompts of the data, not for what the teacher sees beside them.
@@ -249,7 +172,7 @@ class RunEvaluation:
         return encode_responses(
             prompts,
             tokenizer,
-            self._template(who, tokenizer),
+            self.template(who),
             max_new_tokens=self.settings.max_new_tokens,
             control_tokens=section.control_tokens,
             chat_options=text_options(self.context, tokenizer),
@@ -275,14 +198,39 @@ class RunEvaluation:
         """The blocks that the student was trained as; None where it is not quantised."""
         return read_blocks(self.context.run.student)
 
-    def scoring_teacher(self, *, stored: bool) -> SignalSource:
-        """The source of teacher signals: for responses of the run, which may be stored, or for any responses."""
-        return open_teacher(self.context) if stored else self.context.teacher
+    def scoring_teacher(self, *, stored: bool, alone: bool = False) -> SignalSource:
+        """The source of teacher signals: for responses of the run, which may be stored, or for any responses.
+
+        Args:
+            alone: let go of the student where the teacher itself is asked.
+        """
+        source = open_teacher(self.context) if stored else self.context.teacher
+        if source is not self.context.teacher:
+            # What is on disk takes none of its weights.
+            self.release_teacher()
+        elif alone:
+            self.release_student()
+        return source
 
     def sampler(self, who: Who, batch_size: int) -> LocalSampler:
         """Sampler of the student or the teacher; answers end where its template ends them."""
         speaker = self.speaker(who)
         return sampler_for(self.context, speaker.model, speaker.tokenizer, speaker.template, who, batch_size)
+
+    def write_ahead(self, groups: Iterable[EvaluationGroup]) -> None:
+        """Write the answers that groups will ask for, those of the teacher first.
+
+        One model is in memory at a time while answers are written. Group by group the two would be loaded in turns; so
+        each is loaded once for all of its answers. The teacher comes first: a student that is cut out of it is built of
+        the weights that are still there, and it is the student that is measured afterwards.
+        """
+        # pyright takes no cached_property for what a protocol has as a property.
+        asked = [one for group in groups for one in group.asks(self)]  # type: ignore[arg-type]
+        # A group that asks of no prompts says itself what it lacks.
+        asked = [one for one in asked if one.prompts is None or one.prompts]
+        for who in ("teacher", "student"):
+            for one in (one for one in asked if one.who == who):
+                self.answers(who, one.sampling, one.prompts, keep_logp=one.keep_logp)
 
     def answers(
         self, who: Who, sampling: Sampling, prompts: Sequence[Prompt] | None = None, *, keep_logp: bool = False
@@ -335,11 +283,8 @@ class RunEvaluation:
             fields: of the job: who answers, how, and where.
         """
         who, folder, name = fields["who"], fields["folder"], fields["path"]
-        loaded = self.context.run_teachers[folder].weights() if folder else None
-        template = self._template(who, loaded.tokenizer) if loaded else self.speaker(who).template
-        speaker = loaded or self.speaker(who)
-        rows = self.settings.batch_size
-        sampler = sampler_for(self.context, speaker.model, speaker.tokenizer, template, who, rows)
+        writer, rows = self.writer(who, folder), self.settings.batch_size
+        sampler = sampler_for(self.context, writer.model, writer.tokenizer, writer.template, who, rows)
         written, _ = write_in_batches(
             replace(sampler, keep_logp=fields["keep_logp"]),
             asked,
@@ -398,35 +343,6 @@ class RunEvaluation:
     def meter(self, label: str, total: int, unit: str) -> Any:
         """Progress bar on the console (a context manager with `advance`)."""
         return self.context.console.meter(f"{label} {self.part}", total, unit)
-
-    def source(self, who: Who) -> ModelSource:
-        """Location of a model and its tokenizer: the trained student's folder, or the recipe's model."""
-        recipe = self.context.recipe
-        if who == "student" and self.part != "before" and self.trained:
-            run = self.context.run
-            folder = run.student if self.part == "distilled" else run.finished_student
-            return ModelSource(folder, None, self.context.student_trusted)
-        section = recipe.teacher_source if who == "teacher" or recipe.student.model is None else recipe.student
-        assert section.model is not None
-        return ModelSource(section.model, section.revision, section.trust_remote_code)
-
-    def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> ChatModel:
-        return ChatModel(who=who, model=model, tokenizer=tokenizer, template=self._template(who, tokenizer))
-
-    def _template(self, who: Who, tokenizer: Any) -> TemplateName:
-        """Template of the prompts for the student or the teacher."""
-        record = self.context.run.manifest("respond") or {}
-        # Where the two have different tokens, the responses are the student's way of writing.
-        apart = who == "teacher" and record.get("tokens_of") == "student"
-        template = None if apart else record.get("template")
-        return template or resolve_template(self.context.recipe.prompts.template, tokenizer, self.prompts)
-
-    def _window(self, who: Who) -> int:
-        """The most tokens that the student or the teacher can read; known without weights."""
-        if who == "teacher":
-            return self.context.teacher.window or 2**31
-        config: Any = self.student.model.config
-        return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def help_answer(context: RunContext, job: Job) -> None:

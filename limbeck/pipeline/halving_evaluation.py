@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from limbeck.evaluation.context import ChatModel
@@ -37,10 +36,13 @@ class _PausedEvaluation(RunEvaluation):
     def trained(self) -> bool:
         return self.context.run.done("train")
 
-    @cached_property
-    def student(self) -> ChatModel:
+    @property
+    def built(self) -> bool:
+        return not self.trained
+
+    def _load_student(self) -> ChatModel:
         if self.trained:
-            return super().student
+            return super()._load_student()
         checkpoint = checkpoints.usable(self.context.run.checkpoints, self.context.console.warn)
         if checkpoint is None:
             raise LimbeckError(
@@ -65,11 +67,13 @@ def measure_paused(context: RunContext, metric: str) -> RungMeans:
     found: dict[str, Sequence[ScoredRow]] = {}
     means: RungMeans = {}
     for name, group in context.recipe.evaluate.groups.items():
+        evaluation.write_ahead([group])
         measured = group.measure(evaluation)
         evaluation.release_teacher()
         found |= measured.named(name)
         means = {measured_as: score.mean for measured_as, score in assemble({}, found).after.items()}
         if metric in means:
+            evaluation.release_student()
             write_json(path, {"after": means})
             return means
     raise LimbeckError(

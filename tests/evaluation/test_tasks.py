@@ -50,7 +50,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, template: str) -> list[tuple[Sampling
     """Let the student answer as GIVEN says; what it was asked, in order."""
     asked = []
 
-    def answers(self: RunEvaluation, who: str, sampling: Sampling, prompts: Sequence[Prompt]) -> list[Response]:
+    def answers(
+        self: RunEvaluation, who: str, sampling: Sampling, prompts: Sequence[Prompt], *, keep_logp: bool = False
+    ) -> list[Response]:
         asked.append((sampling, tuple(p.text for p in prompts)))
         tokenizer = self.tokenizer("student")
         return [
@@ -65,7 +67,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, template: str) -> list[tuple[Sampling
         ]
 
     monkeypatch.setattr(RunEvaluation, "answers", answers)
-    monkeypatch.setattr(RunEvaluation, "student", SimpleNamespace(template=template))
+    monkeypatch.setattr(RunEvaluation, "template", lambda self, who: template)
     return asked
 
 
@@ -85,7 +87,8 @@ def test_the_group_on_answers_that_are_known(tiny: Tiny, tmp_path, monkeypatch):
         "tasks@humaneval,k=1": [0.5], "tasks@humaneval,k=2": [1.0],
         "tasks@mbpp,k=1": [0.5], "tasks@mbpp,k=2": [1.0],
     }  # fmt: skip
-    assert [sampling.seed for sampling, _ in asked] == [3, 4] * 4 and all(not s.stop for s, _ in asked)
+    # Ahead of everything, and where they are marked.
+    assert [sampling.seed for sampling, _ in asked] == [3, 4] * 8 and all(not s.stop for s, _ in asked)
     assert all("\\boxed{}" in text for _, texts in asked[:4] for text in texts if text)
     detail = read_json(evaluation.folder / "after.tasks.json")["detail"]
     assert detail["gsm8k"] == {
@@ -176,7 +179,8 @@ def test_lm_eval(tiny: Tiny, tmp_path, monkeypatch):
     asked: list[dict[str, Any]] = []
 
     def simple_evaluate(model: Any, **options: Any) -> dict[str, Any]:
-        asked.append(options | {"model": model})
+        held = evaluation.context.kept.get("student")
+        asked.append(options | {"student": held is not None and model["pretrained"] is held[1].model})
         samples = [
             {"doc_id": i, "filter": name, "exact_match": right, "metrics": ["exact_match"]}
             for name, marks in (("strict", (1.0, 0.0)), ("flexible", (1.0, 1.0)))
@@ -208,7 +212,7 @@ def test_lm_eval(tiny: Tiny, tmp_path, monkeypatch):
     assert found["student"]["ppl"] == {"bits,none": 1.0}
     assert [options["apply_chat_template"] for options in asked] == [False, True], "each with its own template"
     assert all(options["limit"] == 2 and options["random_seed"] == 7 for options in asked)
-    assert asked[0]["model"]["pretrained"] is evaluation.student.model
+    assert [options["student"] for options in asked] == [True, False], "and alone in memory"
     other = tiny.evaluation(tmp_path / "other", {"groups": {"tasks": {"lm_eval": ["y"]}}})
     with pytest.raises(LimbeckError, match=r"0\.4\.13 has no task 'y'"):
         other.settings.groups["tasks"].measure(other)

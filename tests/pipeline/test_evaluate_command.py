@@ -130,7 +130,7 @@ def test_killed_while_answering(limbeck: CommandServer, pair: tuple[Path, Path],
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = ("evaluate", student, "--teacher", teacher, "--prompts", data, "--groups", "rouge")
     assert limbeck.run(*command, *options(whole, "evaluate.batch_size=2")).code == 0
-    for name in ("scores/answers/after-*/00001.jsonl", "scores/answers/teacher-*.jsonl", "scores/after.rouge.json"):
+    for name in ("scores/answers/teacher-*.jsonl", "scores/answers/after-*/00001.jsonl", "scores/after.rouge.json"):
         killed = limbeck.run(*command, *options(out, "evaluate.batch_size=2"), killed=KillAt(out, name))
         assert killed.code == -signal.SIGKILL, name
     assert limbeck.run(*command, *options(out, "evaluate.batch_size=2")).code == 0

@@ -38,6 +38,11 @@ class CostGroup(EvaluationGroup):
     def needs(self) -> frozenset[Need]:
         return frozenset({"teacher", "teacher_weights", "prompts"})
 
+    @property
+    def takes_both(self) -> bool:
+        # They are timed in turns.
+        return True
+
     def check(self, evaluation: EvaluationContext) -> None:
         from limbeck.evaluation.cost import require_window
 

@@ -15,7 +15,7 @@ shows whether different prompts get the same answer, is in the detail.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Annotated
 
@@ -23,6 +23,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import (
+    AskedAnswers,
     EvaluationContext,
     EvaluationGroup,
     GroupResult,
@@ -37,6 +38,7 @@ from limbeck.fields import STRICT, Count, NonNegative, Seed
 from limbeck.types import Json, LimbeckError, Prompt, Sampling, ScoredRow
 
 References = Mapping[str, Sequence[str]]
+_BOTH: tuple[Who, Who] = ("student", "teacher")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,13 +83,22 @@ class DiversityGroup(EvaluationGroup):
                 "differ in their first six digits, such as [0.7, 1.0]"
             )
 
+    def asks(self, evaluation: EvaluationContext) -> Iterator[AskedAnswers]:
+        prompts = self._prompts(evaluation)
+        for temperature in self.temperatures:
+            for sampling in self._samplings(evaluation, temperature):
+                for who in _BOTH:
+                    yield AskedAnswers(who=who, sampling=sampling, prompts=prompts, keep_logp=True)
+        if not all(prompt.known_answers for prompt in prompts):
+            yield AskedAnswers(who="teacher", sampling=greedy(evaluation.settings), prompts=prompts)
+
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
-        prompts = evaluation.prompts[: evaluation.settings.prompts][: self.prompts]
+        prompts = self._prompts(evaluation)
         beside, references = _references(evaluation, prompts)
         tables: dict[str, Sequence[ScoredRow]] = {}
         detail: Json = {"samples": self.samples, "prompts": len(prompts), "rouge_beside": beside, "corpus": {}}
         for temperature in self.temperatures:
-            student, teacher = (self._sampled(evaluation, who, temperature, prompts) for who in ("student", "teacher"))
+            student, teacher = (self._sampled(evaluation, who, temperature, prompts) for who in _BOTH)
             shared = [name for name in student if name in teacher]
             name_of = condition(temperature)
             tables[name_of] = [_row(name, student[name], teacher[name], references.get(name)) for name in shared]
@@ -104,15 +115,21 @@ class DiversityGroup(EvaluationGroup):
         tokenizer = evaluation.tokenizer(who)
         texts: dict[str, list[str]] = {}
         logps: dict[str, list[Sequence[float]]] = {}
-        for number in range(self.samples):
-            # Greedy answers do not depend on the seed, and are written once.
-            seed = self.seed + (number if temperature > 0 else 0)
-            sampling = Sampling(max_new_tokens=evaluation.settings.max_new_tokens, temperature=temperature, seed=seed)
+        for sampling in self._samplings(evaluation, temperature):
             for response in evaluation.answers(who, sampling, prompts, keep_logp=True):
                 assert response.logp is not None
                 texts.setdefault(response.prompt_id, []).append(response_text(response, tokenizer))
                 logps.setdefault(response.prompt_id, []).append(response.logp)
         return {name: _Samples(texts=texts[name], logps=logps[name]) for name in texts}
+
+    def _prompts(self, evaluation: EvaluationContext) -> Sequence[Prompt]:
+        return evaluation.prompts[: evaluation.settings.prompts][: self.prompts]
+
+    def _samplings(self, evaluation: EvaluationContext, temperature: float) -> list[Sampling]:
+        most = evaluation.settings.max_new_tokens
+        # Greedy answers do not depend on the seed, and are written once.
+        seeds = [self.seed + (number if temperature > 0 else 0) for number in range(self.samples)]
+        return [Sampling(max_new_tokens=most, temperature=temperature, seed=seed) for seed in seeds]
 
 
 def _row(name: str, student: _Samples, teacher: _Samples, references: Sequence[str] | None) -> ScoredRow:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, GroupInPieces, GroupResult, Need, Who
+from limbeck.evaluation.context import AskedAnswers, EvaluationContext, GroupInPieces, GroupResult, Need, Who
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT, NonNegative, Seed
 from limbeck.prompts.references import require_references
@@ -68,6 +68,10 @@ class FidelityGroup(GroupInPieces):
     def scores_fresh(self) -> bool:
         return bool({*self.whose} - {"responses"})
 
+    @property
+    def takes_both(self) -> bool:
+        return self.scores_fresh
+
     def check(self, evaluation: EvaluationContext) -> None:
         if not self.whose or len(set(self.whose)) < len(self.whose):
             raise LimbeckError(
@@ -77,6 +81,11 @@ class FidelityGroup(GroupInPieces):
 
     def inputs(self, evaluation: EvaluationContext) -> Json:
         return {"loss_on": evaluation.loss_on} if "references" in self.whose else {}
+
+    def asks(self, evaluation: EvaluationContext) -> Iterator[AskedAnswers]:
+        for source in dict.fromkeys(_source(evaluation, whose) for whose in self.whose):
+            if source == "teacher" or source == "student":
+                yield AskedAnswers(who=source, sampling=self._sampling(evaluation), prompts=_fitting(evaluation))
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         found: dict[Whose, Fidelity] = {}
@@ -131,9 +140,12 @@ class FidelityGroup(GroupInPieces):
             require_references(evaluation.prompts[: settings.prompts], remedy)
             responses = evaluation.encode_references("teacher", _fitting(evaluation))
         else:
-            sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=self.temperature, seed=self.seed)
-            responses = evaluation.answers(source, sampling, _fitting(evaluation))
+            responses = evaluation.answers(source, self._sampling(evaluation), _fitting(evaluation))
         return _Answers(responses=[response for response in responses if response.response_ids])
+
+    def _sampling(self, evaluation: EvaluationContext) -> Sampling:
+        most = evaluation.settings.max_new_tokens
+        return Sampling(max_new_tokens=most, temperature=self.temperature, seed=self.seed)
 
 
 def _by_teacher(

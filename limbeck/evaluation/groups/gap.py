@@ -61,12 +61,14 @@ class GapGroup(EvaluationGroup):
         return {} if self.others is None else {"others_content": source_digest(self.others)}
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
-        before = evaluation.before()
-        gap, left = (fidelity_rows(one, one.student.model) for one in (before, evaluation))
+        others = None if self.others is None else self._others()
+        # One student is in memory at a time: all of the one before training is measured before the other is loaded.
+        (gap, then), (left, now) = (
+            (fidelity_rows(one, one.student.model), None if others is None else _nll(one, others))
+            for one in (evaluation.before(), evaluation)
+        )
         tables: dict[str, Sequence[ScoredRow]] = {"": closed_share(gap, left, "gap_recovered")}
-        if self.others is not None:
-            prompts = self._others()
-            then, now = (_nll(one, prompts) for one in (before, evaluation))
+        if then is not None and now is not None:
             assert then.keys() == now.keys(), "both read the same answers in the same tokens"
             tables["others"] = [
                 ScoredRow(id=name, weight=tokens, values={"nll_lost": (now[name][0] - total) / tokens})

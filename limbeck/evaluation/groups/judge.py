@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from limbeck.client.keys import without_key
 from limbeck.client.openai import Server
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, greedy
+from limbeck.evaluation.context import AskedAnswers, EvaluationContext, EvaluationGroup, GroupResult, Need, greedy
 from limbeck.evaluation.judge.asking import Judge, NoLogprobsError
 from limbeck.evaluation.judge.log import Judgement, JudgementLog, used
 from limbeck.evaluation.judge.opinions import printable_judgement
@@ -84,6 +84,16 @@ class JudgeGroup(EvaluationGroup):
         except LimbeckError:
             # A server that is down now may be up when it is needed, and if it is not, that is said then.
             return
+
+    def asks(self, evaluation: EvaluationContext) -> Iterator[AskedAnswers]:
+        sampling = greedy(evaluation.settings)
+        if self.against == "references":
+            prompts = evaluation.prompts[: evaluation.settings.prompts]
+            yield AskedAnswers(who="student", sampling=sampling, prompts=[p for p in prompts if p.known_answers])
+            return
+        yield AskedAnswers(who="student", sampling=sampling)
+        if self.against == "teacher":
+            yield AskedAnswers(who="teacher", sampling=sampling)
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         pairs = _pairs(evaluation, self.against)

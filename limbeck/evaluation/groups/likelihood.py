@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, GroupInPieces, GroupResult, Need, Who
+from limbeck.evaluation.context import AskedAnswers, EvaluationContext, GroupInPieces, GroupResult, Need, Who
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.evaluation.scores.metrics import NATS, Metric
 from limbeck.fields import STRICT, NonNegative, Seed
@@ -74,6 +74,11 @@ class LikelihoodGroup(GroupInPieces):
         if self.against == "distilled":
             evaluation.require_preferred("evaluate.groups.likelihood.against")
 
+    def asks(self, evaluation: EvaluationContext) -> Iterator[AskedAnswers]:
+        writers: tuple[Who, ...] = ("student", "teacher") if self.against == "teacher" else ("student",)
+        sampling, prompts = self._sampling(evaluation), _fitting(evaluation)
+        yield from (AskedAnswers(who=who, sampling=sampling, prompts=prompts) for who in writers)
+
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         prompts, pairs = self._pairs(evaluation)
         if not pairs:
@@ -103,7 +108,7 @@ class LikelihoodGroup(GroupInPieces):
 
         responses = _both(self._pairs(evaluation)[1])
         batches = longest_first(responses, evaluation.scoring_batch_size)
-        teacher = evaluation.scoring_teacher(stored=False)
+        teacher = evaluation.scoring_teacher(stored=False, alone=True)
         for number in numbers:
             found = token_logp_of(teacher, responses, batches[number], device=evaluation.device)
             yield Piece(tensors={"logp": torch.stack([logp_T.mean() for logp_T in found])})
@@ -120,10 +125,11 @@ class LikelihoodGroup(GroupInPieces):
     def _sampled(
         self, evaluation: EvaluationContext, prompts: Sequence[Prompt], who: Who = "student"
     ) -> dict[str, Response]:
-        sampling = Sampling(
-            max_new_tokens=evaluation.settings.max_new_tokens, temperature=self.temperature, seed=self.seed
-        )
-        return _by_prompt(evaluation.answers(who, sampling, prompts))
+        return _by_prompt(evaluation.answers(who, self._sampling(evaluation), prompts))
+
+    def _sampling(self, evaluation: EvaluationContext) -> Sampling:
+        most = evaluation.settings.max_new_tokens
+        return Sampling(max_new_tokens=most, temperature=self.temperature, seed=self.seed)
 
     def _others(self, evaluation: EvaluationContext, prompts: Sequence[Prompt]) -> dict[str, Response]:
         if self.against == "references":

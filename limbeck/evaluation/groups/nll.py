@@ -35,7 +35,7 @@ class NllGroup(GroupInPieces):
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         whose = "references" if evaluation.standalone else self.whose
         responses = _responses(evaluation, whose)
-        tokenizer = evaluation.student.tokenizer
+        tokenizer = evaluation.tokenizer("student")
         sums: dict[str, list[float]] = {}
         size = 0
         with evaluation.meter("likelihood", sum(r.tokens for r in responses), "tokens") as meter:
@@ -97,8 +97,8 @@ def likelihood_of(evaluation: EvaluationContext) -> Callable[[Sequence[Response]
     from limbeck.objectives import model_logit_tiles
     from limbeck.rollouts.collate import collate
 
-    model = evaluation.student.model
-    head = head_of(model, real_vocab_size(evaluation.student.tokenizer))
+    student = evaluation.alone("student")
+    model, head = student.model, head_of(student.model, real_vocab_size(student.tokenizer))
 
     def measure(responses: Sequence[Response], rows: Sequence[int]) -> list[float]:
         batch = collate(responses, rows, pad_id=0).to(evaluation.device)

@@ -119,7 +119,7 @@ class PerplexityGroup(GroupInPieces):
     def _of_teacher(self, evaluation: EvaluationContext) -> Callable[[Sequence[Response], Sequence[int]], list[float]]:
         from limbeck.evaluation.likelihood import token_logp_of
 
-        teacher = evaluation.scoring_teacher(stored=self.source is None)
+        teacher = evaluation.scoring_teacher(stored=self.source is None, alone=True)
 
         def measure(responses: Sequence[Response], rows: Sequence[int]) -> list[float]:
             found = token_logp_of(teacher, responses, rows, device=evaluation.device)

@@ -21,19 +21,28 @@ To come near the papers' figures, which are 100 times these:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who, greedy
+from limbeck.evaluation.context import (
+    AskedAnswers,
+    EvaluationContext,
+    EvaluationGroup,
+    GroupResult,
+    Need,
+    Who,
+    greedy,
+)
 from limbeck.evaluation.rouge import best_rouge_l, rouge_l
 from limbeck.fields import STRICT, NonNegative, Seed
 from limbeck.prompts.references import require_references
 from limbeck.types import Json, LimbeckError, Sampling, ScoredRow
 
 RougeValues = dict[str, dict[str, float]]
+_BOTH: tuple[Who, Who] = ("student", "teacher")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +97,14 @@ class RougeGroup(EvaluationGroup):
                 "expected one seed (evaluate.groups.rouge.seeds=[0]) or a temperature above 0"
             )
 
+    def asks(self, evaluation: EvaluationContext) -> Iterator[AskedAnswers]:
+        if "teacher" in self.against:
+            for who in _BOTH:
+                yield AskedAnswers(who=who, sampling=greedy(evaluation.settings))
+        if "references" in self.against:
+            for who in _speaking(evaluation):
+                yield from (AskedAnswers(who=who, sampling=sampling) for sampling in self._samplings(evaluation))
+
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         found: list[RougeValues] = []
         detail: Json = {}
@@ -108,7 +125,7 @@ class RougeGroup(EvaluationGroup):
             evaluation.prompts[: evaluation.settings.prompts],
             "give data with answers, or set evaluate.groups.rouge.against=[teacher]",
         )
-        speaking: tuple[Who, ...] = ("student", "teacher") if evaluation.has_teacher else ("student",)
+        speaking = _speaking(evaluation)
         found = {who: self._by_seed(evaluation, who, references) for who in speaking}
         names = [name for name in found["student"].scores[0] if all(name in one.scores[0] for one in found.values())]
         called: dict[Who, str] = {"student": "rouge_l_references", "teacher": "teacher_rouge_l_references"}
@@ -121,16 +138,25 @@ class RougeGroup(EvaluationGroup):
         }
 
     def _by_seed(self, evaluation: EvaluationContext, who: Who, references: Mapping[str, Sequence[str]]) -> _BySeed:
-        most, scores = evaluation.settings.max_new_tokens, []
-        for seed in self.seeds:
-            texts = evaluation.texts(who, Sampling(max_new_tokens=most, temperature=self.temperature, seed=seed))
+        scores = []
+        for sampling in self._samplings(evaluation):
+            texts = evaluation.texts(who, sampling)
             f1 = best_rouge_l(list(texts.values()), [references[name] for name in texts])
             scores.append(dict(zip(texts, f1, strict=True)))
         return _BySeed(scores=scores)
 
+    def _samplings(self, evaluation: EvaluationContext) -> list[Sampling]:
+        most = evaluation.settings.max_new_tokens
+        return [Sampling(max_new_tokens=most, temperature=self.temperature, seed=seed) for seed in self.seeds]
+
+
+def _speaking(evaluation: EvaluationContext) -> tuple[Who, ...]:
+    """Whose answers are set beside the references."""
+    return _BOTH if evaluation.has_teacher else ("student",)
+
 
 def _beside_teacher(evaluation: EvaluationContext) -> RougeValues:
-    student, teacher = (evaluation.texts(who, greedy(evaluation.settings)) for who in ("student", "teacher"))
+    student, teacher = (evaluation.texts(who, greedy(evaluation.settings)) for who in _BOTH)
     shared = [name for name in student if name in teacher]
     rows = rouge_l(shared, candidates=[student[name] for name in shared], references=[teacher[name] for name in shared])
     return {row.id: dict(row.values) for row in rows}

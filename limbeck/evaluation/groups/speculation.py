@@ -52,6 +52,11 @@ class SpeculationGroup(EvaluationGroup):
     def needs(self) -> frozenset[Need]:
         return frozenset({"teacher", "teacher_weights", "tokens", "prompts"})
 
+    @property
+    def takes_both(self) -> bool:
+        # One drafts for the other.
+        return True
+
     def check(self, evaluation: EvaluationContext) -> None:
         del evaluation
         if not self.draft_tokens:

@@ -8,48 +8,29 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who, text_behind
+from limbeck.evaluation.context import (
+    AskedAnswers,
+    EvaluationContext,
+    EvaluationGroup,
+    GroupResult,
+    Need,
+    Who,
+    text_behind,
+)
 from limbeck.evaluation.sandbox.host import NO_FILES, Limits, files_possible, require_sandbox
-from limbeck.evaluation.tasks.lm_eval import require_lm_eval, run_lm_eval
+from limbeck.evaluation.tasks.grades import Graded, tables_of
+from limbeck.evaluation.tasks.lm_eval import HarnessResult, require_lm_eval, run_lm_eval
 from limbeck.evaluation.tasks.marking import mark_answers
-from limbeck.evaluation.tasks.passk import pass_at_k
 from limbeck.evaluation.tasks.problems import CODE, STOPS, Problem, TaskName, read_problems
 from limbeck.fields import STRICT, Count, NonNegative, Positive, Seed, Strings
 from limbeck.prompts.readers import source_digest
 from limbeck.types import Json, LimbeckError, Prompt, Sampling, ScoredRow
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Graded:
-    """One task: which answers to each problem are right, and what was wrong with the others."""
-
-    right: Mapping[str, Sequence[bool]]
-    failures: Counter[str]
-    extraction: Counter[str]
-
-    def of(self, ids: Set[str]) -> Graded:
-        """The same of some problems."""
-        return dataclasses.replace(self, right={id: marks for id, marks in self.right.items() if id in ids})
-
-    def record(self, problems: int) -> Json:
-        """What the details of the group say.
-
-        Args:
-            problems: how many there were, some of them too long.
-        """
-        return {
-            "too_long": problems - len(self.right),
-            "answers": sum(len(marks) for marks in self.right.values()),
-            "right": sum(sum(marks) for marks in self.right.values()),
-            "failures": dict(self.failures),
-            "extraction": dict(self.extraction),
-        }
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -124,6 +105,11 @@ class TasksGroup(EvaluationGroup):
         content: Json = {task: source_digest(path) for task, path in self.files.items()}
         return {"content": content} | ({"heldout": evaluation.task} if self.heldout else {})
 
+    def asks(self, evaluation: EvaluationContext) -> Iterator[AskedAnswers]:
+        for _, problems in self._problems(evaluation):
+            for who in self._writers:
+                yield from self._asked(evaluation, who, problems)
+
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         tables: dict[str, Sequence[ScoredRow]] = {}
         detail: Json = {}
@@ -135,11 +121,10 @@ class TasksGroup(EvaluationGroup):
                     f"tasks: programs have {NO_FILES}; an answer that writes a file counts as wrong"
                 )
         for name, problems in self._problems(evaluation):
-            writers: tuple[Who, ...] = ("student", "teacher") if self.teacher else ("student",)
-            graded = self._graded_of_all(evaluation, name, problems, writers)
-            tables |= _tables(name, problems[0].task, graded, self.pass_at)
+            graded = self._graded_of_all(evaluation, name, problems)
+            tables |= tables_of(name, problems[0].task, graded, self.pass_at)
             for category, some in self._by_category(problems, graded).items():
-                tables |= _tables(f"{name},{category}", problems[0].task, some, self.pass_at)
+                tables |= tables_of(f"{name},{category}", problems[0].task, some, self.pass_at)
             detail[name] = {"problems": len(problems)} | graded["student"].record(len(problems))
             if self.teacher:
                 detail[name]["teacher"] = graded["teacher"].record(len(problems))
@@ -148,6 +133,10 @@ class TasksGroup(EvaluationGroup):
         if scratch.exists():
             scratch.rmdir()
         return GroupResult(tables=tables, detail=detail)
+
+    @property
+    def _writers(self) -> tuple[Who, ...]:
+        return ("student", "teacher") if self.teacher else ("student",)
 
     def _tasks(self, evaluation: EvaluationContext) -> list[TaskName]:
         return [*self.files, *([evaluation.task] if self.heldout and evaluation.task else [])]
@@ -172,34 +161,38 @@ class TasksGroup(EvaluationGroup):
         }
 
     def _graded_of_all(
-        self, evaluation: EvaluationContext, name: str, problems: Sequence[Problem], writers: Sequence[Who]
+        self, evaluation: EvaluationContext, name: str, problems: Sequence[Problem]
     ) -> dict[Who, Graded]:
         """Marks of each writer, on the problems that fit the windows of all."""
-        answers = {who: self._answers(evaluation, who, problems) for who in writers}
+        answers = {who: self._answers(evaluation, who, problems) for who in self._writers}
         answered = [problem for problem in problems if all(problem.id in found for found in answers.values())]
         if not answered:
             raise LimbeckError(
                 f"none of the {len(problems)} problems of {name} fits the student's window beside "
                 f"{self.max_new_tokens} new tokens; lower evaluate.groups.tasks.max_new_tokens or leave {name} out"
             )
-        return {who: self._graded(evaluation, who, answered, answers[who]) for who in writers}
+        return {who: self._graded(evaluation, who, answered, answers[who]) for who in self._writers}
 
     def _answers(self, evaluation: EvaluationContext, who: Who, problems: Sequence[Problem]) -> dict[str, list[str]]:
-        """The texts of the student or the teacher, by problem; every sample has a seed of its own."""
-        task = problems[0].task
+        """The texts of the student or the teacher, by problem."""
+        texts: dict[str, list[str]] = {}
+        for asked in self._asked(evaluation, who, problems):
+            for response in evaluation.answers(who, asked.sampling, asked.prompts):
+                texts.setdefault(response.prompt_id, []).append(text_behind(response, evaluation.tokenizer(who)))
+        return texts
+
+    def _asked(self, evaluation: EvaluationContext, who: Who, problems: Sequence[Problem]) -> Iterator[AskedAnswers]:
+        """The answers of the student or the teacher; every sample has a seed of its own."""
         continues = _continues(evaluation, who)
         prompts = [Prompt(id=p.id, text=p.plain if continues else p.request, split="heldout") for p in problems]
-        texts: dict[str, list[str]] = {}
         for number in range(self.samples):
             sampling = Sampling(
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
-                stop=STOPS[task] if continues else (),
+                stop=STOPS[problems[0].task] if continues else (),
                 seed=self.seed + number,
             )
-            for response in evaluation.answers(who, sampling, prompts):
-                texts.setdefault(response.prompt_id, []).append(text_behind(response, evaluation.tokenizer(who)))
-        return texts
+            yield AskedAnswers(who=who, sampling=sampling, prompts=prompts)
 
     def _graded(
         self, evaluation: EvaluationContext, who: Who, problems: Sequence[Problem], answers: Mapping[str, Sequence[str]]
@@ -234,19 +227,22 @@ class TasksGroup(EvaluationGroup):
         if evaluation.part == "after" and evaluation.has_teacher:
             who.append("teacher")
         for one in who:
-            speaker = evaluation.speaker(one)
-            found = run_lm_eval(
-                self.lm_eval,
-                speaker.model,
-                speaker.tokenizer,
-                chat=speaker.template == "chat",
-                batch_size=evaluation.settings.batch_size,
-                limit=self.limit,
-                seed=self.seed,
-            )
+            found = self._by_lm_eval(evaluation, one)
             detail.setdefault("lm_eval", {"version": found.version})[one] = found.results
             if one == "student":
                 tables |= {f"lm_eval,{task}": rows for task, rows in found.tables.items()}
+
+    def _by_lm_eval(self, evaluation: EvaluationContext, who: Who) -> HarnessResult:
+        speaker = evaluation.alone(who)
+        return run_lm_eval(
+            self.lm_eval,
+            speaker.model,
+            speaker.tokenizer,
+            chat=speaker.template == "chat",
+            batch_size=evaluation.settings.batch_size,
+            limit=self.limit,
+            seed=self.seed,
+        )
 
     def _limits(self) -> Limits:
         return Limits(timeout_s=self.timeout_s, memory_mb=self.memory_mb)
@@ -264,30 +260,4 @@ def _size(category: str) -> tuple[int, str]:
 
 def _continues(evaluation: EvaluationContext, who: Who) -> bool:
     """Whether a model gets a text to continue, rather than a request."""
-    return evaluation.speaker(who).template == "plain"
-
-
-def _tables(
-    name: str, task: TaskName, graded: Mapping[Who, Graded], pass_at: Sequence[int]
-) -> dict[str, list[ScoredRow]]:
-    """The accuracy of maths is the mean over the answers, which is pass@1; k above 1 is estimated for all tasks."""
-    prefix: dict[Who, str] = {"student": "", "teacher": "teacher_"}
-    ids = list(graded["student"].right)
-
-    def rows(metric: str, value: Callable[[Sequence[bool]], float]) -> list[ScoredRow]:
-        return [
-            ScoredRow(
-                id=id,
-                weight=1.0,
-                values={f"{prefix[who]}{metric}": value(one.right[id]) for who, one in graded.items()},
-            )
-            for id in ids
-        ]
-
-    tables: dict[str, list[ScoredRow]] = {}
-    if task not in CODE:
-        tables[name] = rows("accuracy", lambda marks: sum(marks) / len(marks))
-    for k in pass_at:
-        if task in CODE or k > 1:
-            tables[f"{name},k={k}"] = rows("pass_at_k", lambda marks, k=k: pass_at_k(len(marks), sum(marks), k))
-    return tables
+    return evaluation.template(who) == "plain"

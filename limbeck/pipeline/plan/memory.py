@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
-from limbeck.models.devices import GIB
-from limbeck.objectives.fused.tiles import plan_tiles
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.plan.case import Case
+from limbeck.pipeline.plan.evaluation_memory import evaluation_terms
+from limbeck.pipeline.plan.shared_terms import loss_bytes, sampling_terms
 from limbeck.pipeline.plan.sizes import BYTES, ModelSize
 from limbeck.pipeline.self_teaching import under_adapters
 from limbeck.rollouts.engines import InProcess
-from limbeck.sampling.local import LocalSampler
 
 # Of a device's memory: what CUDA, its libraries and fragments of freed tensors take.
 RESERVED_SHARE, CONTEXT_BYTES = 0.06, 700 << 20
@@ -48,7 +45,12 @@ class StageMemory:
 
 def memory_of(case: Case) -> list[StageMemory]:
     """Memory of a rank in each stage that loads a model."""
-    stages = {"respond": _respond(case), "teach": _teach(case), "train": _train(case), "evaluate": _evaluate(case)}
+    stages = {
+        "respond": _respond(case),
+        "teach": _teach(case),
+        "train": _train(case),
+        "evaluate": evaluation_terms(case),
+    }
     found = []
     for stage, terms in stages.items():
         kept = [Term(name=name, bytes=int(size)) for name, size in terms if size]
@@ -94,7 +96,7 @@ def _respond(case: Case) -> Iterator[tuple[str, float]]:
         return
     assert case.teacher is not None, "a teacher in this process has a configuration"
     yield "teacher", case.teacher_bytes
-    yield from _sampling(case, case.teacher, BYTES[recipe.teacher.dtype], recipe.responses.batch_size)
+    yield from sampling_terms(case, case.teacher, BYTES[recipe.teacher.dtype], recipe.responses.batch_size)
     if case.fleet.device.host:
         yield "file of weights", case.teacher.parameters * 2
 
@@ -119,10 +121,10 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     yield "optimizer", state_bytes(case) / shards
     yield "gathered", _gathered(case)
     yield "activations", activation_bytes(case, batch_positions(case))
-    yield "loss", _loss_bytes(case)
+    yield "loss", loss_bytes(case)
     yield from _teacher_in_training(case)
     if case.steps.written and isinstance(case.recipe.responses.engine, InProcess):
-        yield from _sampling(case, student.model, number, case.steps.rows)
+        yield from sampling_terms(case, student.model, number, case.steps.rows)
 
 
 def _teacher_in_training(case: Case) -> Iterator[tuple[str, float]]:
@@ -149,18 +151,6 @@ def _beside_student(case: Case) -> int:
         # The average is in float32: the teacher's own weights where they are that, beside them where they are not.
         return student.trained * (4 if student.number_bytes == 4 else 4 + student.number_bytes)
     return case.teacher_held
-
-
-def _evaluate(case: Case) -> Iterator[tuple[str, float]]:
-    recipe, student = case.recipe, case.student
-    yield "student", student.model.parameters * student.number_bytes
-    if case.teacher is not None and case.where == "in_process":
-        yield "teacher", case.teacher_bytes
-        yield from _sampling(case, case.teacher, BYTES[recipe.teacher.dtype], recipe.evaluate.batch_size)
-    else:
-        yield "teacher", case.teacher_held
-        yield from _sampling(case, student.model, student.number_bytes, recipe.evaluate.batch_size)
-    yield "loss", _loss_bytes(case, trained=False)
 
 
 def batch_positions(case: Case) -> int:
@@ -212,29 +202,3 @@ def _kept_of_block(model: ModelSize, number: int, inside: int) -> float:
 def _one_block(model: ModelSize, number: int) -> int:
     """Bytes of each position in the largest block of a forward pass that keeps nothing."""
     return number * (4 * model.width + 2 * model.query + 3 * model.mlp)
-
-
-def _loss_bytes(case: Case, *, trained: bool = True) -> int:
-    """The tiles of logits of student and teacher, and the gradients of head and hidden states."""
-    model, train = case.student.model, case.recipe.train
-    device = torch.device("cpu" if case.fleet.device.host else "cuda")
-    rows = train.per_device_train_batch_size if trained else SCORING_BATCH_SIZE
-    tokens = max(round(rows * min(case.work.train.answer * 1.5, case.recipe.responses.max_new_tokens)), 1)
-    numbers = [torch.float32] * (1 + (case.reads_teacher and case.recipe.teacher.support == "full"))
-    vocabulary = max(model.vocabulary, 1)
-    tiling = plan_tiles(tokens, vocabulary, numbers, device, None)
-    tiles = tiling.tile_rows * vocabulary * 4 * len(numbers)
-    if not trained:
-        return tiles
-    head = model.head * 4 if case.student.head_trained else 0
-    return tiles + head + 2 * tokens * model.width * 4
-
-
-def _sampling(case: Case, model: ModelSize, number: int, rows: int) -> Iterator[tuple[str, float]]:
-    """Keys and values of a batch, and on a CPU the weights that are laid out for it."""
-    texts = case.work.train if case.work.train.count else case.work.heldout
-    slots = texts.longest - texts.answer + case.recipe.responses.max_new_tokens
-    most = case.recipe.responses.cache_gib * GIB
-    yield "keys and values", min(rows * slots * model.kv_bytes(number), max(most, slots * model.kv_bytes(number)))
-    if case.fleet.device.host and number == 4:
-        yield "packed weights", min(model.linears * number, LocalSampler.packed_gib * GIB)

@@ -59,10 +59,11 @@ def examine(context: RunContext, parts: Sequence[Part]) -> dict[Part, ScoreTable
     found: dict[Part, ScoreTables] = {"before": {}, "after": {}}
     for part in parts:
         evaluation = RunEvaluation(context=context, part=part)
+        groups = {name: group for name, group in context.recipe.evaluate.groups.items() if part in group.parts}
         with _once_a_sweep(evaluation):
-            for name, group in context.recipe.evaluate.groups.items():
-                if part in group.parts:
-                    found[part] |= _rows_of(evaluation, name, group)
+            evaluation.write_ahead(group for name, group in groups.items() if not _record(evaluation, name).exists())
+            for name, group in groups.items():
+                found[part] |= _rows_of(evaluation, name, group)
         evaluation.release_student()
     write_scores(context.run.root, before=found["before"], after=found["after"], seed=0)
     return found
@@ -81,7 +82,7 @@ def _rows_of(evaluation: RunEvaluation, name: str, group: EvaluationGroup) -> Sc
 
     The record of a group is written last and names its tables: without it nothing of the group counts as measured.
     """
-    record = evaluation.folder / f"{evaluation.part}.{name}.json"
+    record = _record(evaluation, name)
     if not record.exists():
         # pyright takes no cached_property for what a protocol has as a property.
         measured = group.measure(evaluation)  # type: ignore[arg-type]
@@ -90,6 +91,11 @@ def _rows_of(evaluation: RunEvaluation, name: str, group: EvaluationGroup) -> Sc
         write_json(record, {"conditions": list(measured.tables), "detail": measured.detail})
     tables = [table_name(name, condition) for condition in read_fields(record, {"conditions": list})["conditions"]]
     return {table: read_rows(evaluation.folder / f"{evaluation.part}.{table}.jsonl") for table in tables}
+
+
+def _record(evaluation: RunEvaluation, name: str) -> Path:
+    """File of the record of a group."""
+    return evaluation.folder / f"{evaluation.part}.{name}.json"
 
 
 def _origin(context: RunContext) -> tuple[str | None, str | None]:

@@ -149,6 +149,28 @@ class TestMemory:
         assert terms["64xH100"]["parameters"] == share / 8
         assert terms["64xH100"]["gathered"] == terms["8xH100"]["gathered"] > 4 * large["8B"].embeddings
 
+    @pytest.mark.parametrize(
+        ("groups", "sections", "there"),
+        [
+            (["nll"], {}, {"student", "keys and values"}),
+            (["fidelity"], {}, {"student", "teacher's head", "loss"}),
+            (["fidelity", "rouge"], {}, {"teacher", "keys and values"}),
+            ({"rouge": {"against": ["references"]}}, {}, {"teacher", "keys and values"}),
+            ({"fidelity": {"whose": ["student"]}}, {}, {"student", "teacher", "loss"}),
+            (["fidelity"], {"teacher": {"cache": False}}, {"student", "teacher", "loss"}),
+            (["speculation"], {}, {"student", "teacher", "keys and values"}),
+            (["fidelity"], {"student": {"model": None, "init": "depth_prune", "layers": 9}}, {"student", "teacher"}),
+        ],
+    )
+    def test_the_evaluation_has_one_model_wherever_it_can(
+        self, large: dict[str, Any], groups: Any, sections: dict[str, Any], there: set[str]
+    ) -> None:
+        case = case_of_sizes(large["32B"], large["8B"], "1xH100", evaluate={"groups": groups}, **sections)
+        terms = {term.name: term.bytes for term in memory_of(case)[-1].terms}
+        assert terms.keys() - {"context"} == there
+        assert terms.get("teacher", case.teacher_bytes) == 2 * large["32B"].parameters
+        assert terms.get("student", 4 * large["8B"].parameters) == 4 * large["8B"].parameters
+
 
 class TestFitting:
     def test_ways_of_a_70b_teacher(self, large: dict[str, Any]) -> None:
