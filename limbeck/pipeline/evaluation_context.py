@@ -36,7 +36,7 @@ from limbeck.pipeline.stages.teach import open_teacher
 from limbeck.pipeline.stages.train import build_initial_student
 from limbeck.pipeline.student_endings import same_tokens
 from limbeck.pipeline.text_only import text_options
-from limbeck.prompts.io import read_prompts
+from limbeck.prompts.io import StoredPrompts
 from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.templates import (
     LossOn,
@@ -159,7 +159,7 @@ class RunEvaluation:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The held-out prompts, in the order of the file, without those that were too long for the pair."""
-        held = [p for p in read_prompts(self.context.run.prompts) if p.split == "heldout"]
+        held = [p for p in StoredPrompts(self.context.run.prompts) if p.split == "heldout"]
         if self.context.run.manifest("respond") is not None:
             answered = {r.prompt_id for r in load_responses(self.context, "heldout").values()}
             held = [p for p in held if p.id in answered]

@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -251,7 +251,7 @@ def _batch_of(responses: Sequence[Response]) -> pa.RecordBatch:
 
 def _ids(rows: Sequence[Sequence[int]]) -> pa.ListArray:
     ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    ids = np.concatenate([np.empty(0, np.int32), *(np.fromiter(row, np.int32, len(row)) for row in rows)])
+    ids = np.fromiter(chain.from_iterable(rows), np.int32, int(ends[-1]))
     return pa.ListArray.from_arrays(ends, ids)
 
 
