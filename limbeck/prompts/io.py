@@ -15,8 +15,13 @@ from limbeck.types import ImageRef, Message, Prompt
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     """Write one JSON object per line, without absent fields. The file appears only when it is whole and on disk."""
+    write_lines(path, map(line_of, prompts))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write the lines of `line_of`, likewise."""
     with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(line_of(prompt) for prompt in prompts)
+        file.writelines(lines)
 
 
 def line_of(prompt: Prompt) -> str:

@@ -26,6 +26,8 @@ from limbeck.types import LimbeckError, Response, Sampling, Split
 
 # Rows of a record batch; all but the last have as many, so that a row is found by division.
 ROWS = 4096
+# Rows that become text at a time.
+_WRITTEN = 256
 IDS = ("prompt_ids", "response_ids")
 NUMBERS = ("logp", "sampled_logp")
 _JSON = json.JSONEncoder(ensure_ascii=False)
@@ -202,7 +204,9 @@ def keep_responses(path: Path, responses: Iterable[Response]) -> None:
         while some := list(islice(source, ROWS)):
             batch = _batch_of(some)
             writer.write_batch(batch)
-            file.writelines(_lines_of(some, batch))
+            # As text a batch takes ten times its room.
+            for start in range(0, len(some), _WRITTEN):
+                file.writelines(_lines_of(some[start : start + _WRITTEN], batch.slice(start, _WRITTEN)))
 
 
 @contextmanager

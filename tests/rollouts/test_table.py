@@ -66,6 +66,7 @@ def some(count: int) -> list[Response]:
 def test_what_is_written_is_read_and_the_lines_are_those_of_json(folder, responses, rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "ROWS", rows)
+        patch.setattr(table, "_WRITTEN", 2)
         keep_responses(folder / "teacher.jsonl", responses)
         found = open_responses(folder / "teacher.jsonl")
         assert list(found) == responses
