@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Self, overload
-
-import numpy as np
 
 from limbeck.prompts.io import line_of, prompt_of_line
 from limbeck.types import Prompt, Split
@@ -61,8 +60,8 @@ class Shelf:
 
     def since(self, first: int) -> ShelvedPrompts:
         """The prompts from a place on, in the order of their ids."""
-        order = np.argsort(np.asarray(self.ids, np.uint64)[first:], kind="stable")
-        return ShelvedPrompts(self, (order + first).astype(np.int64))
+        places = array("q", sorted(range(first, len(self)), key=self.ids.__getitem__))
+        return ShelvedPrompts(self, places, array("b", map(self.heldout.__getitem__, places)))
 
 
 class ShelvedPrompts(Sequence[Prompt]):
@@ -70,12 +69,11 @@ class ShelvedPrompts(Sequence[Prompt]):
 
     Args:
         places: on the shelf.
-        heldout: whether each is held out; None for what the shelf says.
+        heldout: for each, 1 where it is held out, whatever the shelf says.
     """
 
-    def __init__(self, shelf: Shelf, places: np.ndarray, heldout: np.ndarray | None = None):
-        self.shelf, self.places = shelf, places
-        self.heldout = np.asarray(shelf.heldout, bool)[places] if heldout is None else heldout
+    def __init__(self, shelf: Shelf, places: array[int], heldout: array[int]):
+        self.shelf, self.places, self.heldout = shelf, places, heldout
 
     def __len__(self) -> int:
         return len(self.places)
@@ -86,8 +84,8 @@ class ShelvedPrompts(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> ShelvedPrompts: ...
     def __getitem__(self, index: int | slice) -> Prompt | ShelvedPrompts:
         if isinstance(index, slice):
-            return self._chosen(index)
-        prompt = self.shelf[int(self.places[index])]
+            return ShelvedPrompts(self.shelf, self.places[index], self.heldout[index])
+        prompt = self.shelf[self.places[index]]
         split: Split = "heldout" if self.heldout[index] else "train"
         return prompt if prompt.split == split else replace(prompt, split=split)
 
@@ -102,38 +100,38 @@ class ShelvedPrompts(Sequence[Prompt]):
     @property
     def answered(self) -> int:
         """Number of the prompts with a reference answer."""
-        return int(np.asarray(self.shelf.answered)[self.places].sum())
+        return sum(map(self.shelf.answered.__getitem__, self.places))
 
     @property
     def lines(self) -> Iterator[str]:
         """The lines of the prompts in a file of them."""
         for index, place in enumerate(self.places):
-            same = bool(self.shelf.heldout[place]) == bool(self.heldout[index])
+            same = self.shelf.heldout[place] == self.heldout[index]
             yield self.shelf.line(place) if same else line_of(self[index])
 
     def of(self, split: Split) -> ShelvedPrompts:
-        return self._chosen(self.heldout == (split == "heldout"))
+        return self._chosen(held == (split == "heldout") for held in self.heldout)
 
-    def without(self, ids: Collection[str]) -> ShelvedPrompts:
+    def without(self, ids: Set[str]) -> ShelvedPrompts:
         """All but some prompts."""
-        return self._chosen(~self._among(ids))
+        return self._chosen(name not in ids for name in self.ids)
 
-    def trained_on(self, ids: Collection[str]) -> ShelvedPrompts:
+    def trained_on(self, ids: Set[str]) -> ShelvedPrompts:
         """The same prompts, of which some are no longer held out."""
-        return ShelvedPrompts(self.shelf, self.places, self.heldout & ~self._among(ids))
+        heldout = (held and name not in ids for held, name in zip(self.heldout, self.ids, strict=True))
+        return ShelvedPrompts(self.shelf, self.places, array("b", heldout))
 
     def merged(self, others: ShelvedPrompts) -> ShelvedPrompts:
         """These and other prompts of the same shelf, in the order of their ids."""
-        places = np.concatenate([self.places, others.places])
-        order = np.argsort(np.asarray(self.shelf.ids, np.uint64)[places], kind="stable")
-        return ShelvedPrompts(self.shelf, places[order], np.concatenate([self.heldout, others.heldout])[order])
+        places, heldout = self.places + others.places, self.heldout + others.heldout
+        order = sorted(range(len(places)), key=lambda index: self.shelf.ids[places[index]])
+        chosen = array("q", map(places.__getitem__, order))
+        return ShelvedPrompts(self.shelf, chosen, array("b", map(heldout.__getitem__, order)))
 
-    def _chosen(self, which: slice | np.ndarray) -> ShelvedPrompts:
-        return ShelvedPrompts(self.shelf, self.places[which], self.heldout[which])
-
-    def _among(self, ids: Collection[str]) -> np.ndarray:
-        wanted = np.fromiter((int(name, 16) for name in ids), np.uint64, len(ids))
-        return np.isin(np.asarray(self.shelf.ids, np.uint64)[self.places], wanted)
+    def _chosen(self, which: Iterable[bool]) -> ShelvedPrompts:
+        kept = array("b", which)
+        places, heldout = (array(column.typecode, compress(column, kept)) for column in (self.places, self.heldout))
+        return ShelvedPrompts(self.shelf, places, heldout)
 
 
 def lines_of(prompts: Iterable[Prompt]) -> Iterator[str]:

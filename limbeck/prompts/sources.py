@@ -197,6 +197,7 @@ def _unique(
             continue
         repeated += 1
         contradicted += _answers(example) != _answers(kept[place])
+    places.clear()  # before sorting takes its room
     if isinstance(kept, Shelf):
         return kept.since(first), repeated, contradicted
     return tuple(sorted(kept, key=lambda prompt: prompt.id)), repeated, contradicted
