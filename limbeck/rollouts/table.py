@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,8 +26,8 @@ from limbeck.types import LimbeckError, Response, Sampling, Split
 
 # Rows of a record batch; all but the last have as many, so that a row is found by division.
 ROWS = 4096
-# Rows that become text at a time.
-_WRITTEN = 256
+# Rows that become text, or Python's own objects, at a time.
+_AT_A_TIME = 256
 IDS = ("prompt_ids", "response_ids")
 NUMBERS = ("logp", "sampled_logp")
 _JSON = json.JSONEncoder(ensure_ascii=False)
@@ -76,6 +76,15 @@ class ResponseTable(Sequence[Response]):
         if isinstance(index, slice):
             return ResponseTable(self._batches, self.places[index])
         return self.at(int(self.places[index]))
+
+    def __iter__(self) -> Iterator[Response]:
+        for start in range(0, len(self), _AT_A_TIME):
+            numbers, rows = np.divmod(self.places[start : start + _AT_A_TIME], self._rows)
+            # Places of a split lie in few batches, one behind the other.
+            ends = [0, *(np.flatnonzero(np.diff(numbers)) + 1), len(rows)]
+            for begin, end in pairwise(ends):
+                if begin < end:
+                    yield from _responses(self._batches[numbers[begin]], rows[begin:end])
 
     def at(self, place: int) -> Response:
         """The response at a place of the file."""
@@ -205,8 +214,8 @@ def keep_responses(path: Path, responses: Iterable[Response]) -> None:
             batch = _batch_of(some)
             writer.write_batch(batch)
             # As text a batch takes ten times its room.
-            for start in range(0, len(some), _WRITTEN):
-                file.writelines(_lines_of(some[start : start + _WRITTEN], batch.slice(start, _WRITTEN)))
+            for start in range(0, len(some), _AT_A_TIME):
+                file.writelines(_lines_of(some[start : start + _AT_A_TIME], batch.slice(start, _AT_A_TIME)))
 
 
 @contextmanager
@@ -291,18 +300,32 @@ def _lengths(batch: pa.RecordBatch, name: str) -> np.ndarray:
     return np.diff(batch.column(name).offsets.to_numpy())
 
 
+def _responses(batch: pa.RecordBatch, rows: np.ndarray) -> Iterator[Response]:
+    """Some rows of a batch, all columns of each at once."""
+    some = batch.take(pa.array(rows))
+    columns = [_ids_in(some.column(name)) if name in IDS else some.column(name).to_pylist() for name in SCHEMA.names]
+    for values in zip(*columns, strict=True):
+        yield Response(**{name: _as_field(name, value) for name, value in zip(SCHEMA.names, values, strict=True)})
+
+
+def _ids_in(column: pa.ListArray) -> Iterator[tuple[int, ...]]:
+    ids = column.values.to_numpy()
+    return (tuple(ids[start:end].tolist()) for start, end in pairwise(column.offsets.to_pylist()))
+
+
 def _response(batch: pa.RecordBatch, row: int) -> Response:
     plain: dict[str, Any] = {}
     for name, column in zip(SCHEMA.names, batch.columns, strict=True):
         value = column[row]
-        if name in IDS:
-            plain[name] = tuple(value.values.to_numpy().tolist())
-        elif name == "spans":
-            ends = value.as_py()
-            plain[name] = tuple(zip(ends[::2], ends[1::2], strict=True))
-        elif name == "sampling":
-            plain[name] = None if value.as_py() is None else _read(value.as_py())
-        else:
-            found = value.as_py()
-            plain[name] = tuple(found) if isinstance(found, list) else found
+        found = tuple(value.values.to_numpy().tolist()) if name in IDS else value.as_py()
+        plain[name] = _as_field(name, found)
     return Response(**plain)
+
+
+def _as_field(name: str, value: Any) -> Any:
+    """A value of a column as `Response` has it."""
+    if name == "spans":
+        return tuple(zip(value[::2], value[1::2], strict=True))
+    if name == "sampling":
+        return None if value is None else _read(value)
+    return tuple(value) if isinstance(value, list) else value
