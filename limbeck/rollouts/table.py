@@ -81,10 +81,9 @@ class ResponseTable(Sequence[Response]):
         for start in range(0, len(self), _AT_A_TIME):
             numbers, rows = np.divmod(self.places[start : start + _AT_A_TIME], self._rows)
             # Places of a split lie in few batches, one behind the other.
-            ends = [0, *(np.flatnonzero(np.diff(numbers)) + 1), len(rows)]
-            for begin, end in pairwise(ends):
-                if begin < end:
-                    yield from _responses(self._batches[numbers[begin]], rows[begin:end])
+            ends = (np.flatnonzero(np.diff(numbers)) + 1).tolist()
+            for begin, end in pairwise([0, *ends, len(rows)]):
+                yield from _responses(self._batches[int(numbers[begin])], rows[begin:end])
 
     def at(self, place: int) -> Response:
         """The response at a place of the file."""
