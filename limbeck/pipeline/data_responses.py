@@ -21,9 +21,9 @@ LOT, LOT_CHARACTERS = 2048, 1 << 23
 
 
 def by_data_alone(context: RunContext) -> bool:
-    """Whether the data's answers are all that is written, and nobody is asked the prompts themselves.
+    """Whether the data's answers are all that is written, and no model is asked the prompts themselves.
 
-    A student that answers later is asked them out of memory, and what the teacher sees of each is kept there.
+    A student that answers later is asked them from memory, and what the teacher sees of each is kept there.
     """
     return context.recipe.base_author == "data" and not context.recipe.on_policy and context.seen is None
 

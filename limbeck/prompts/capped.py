@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from limbeck.prompts.shelf import ShelvedPrompts
+from limbeck.prompts.scratch import FiledPrompts
 from limbeck.prompts.sources import PromptSet, canonical_content, split_number
 from limbeck.types import Prompt, Split
 
@@ -24,7 +24,7 @@ def at_most_heldout(
 
     heldout = sorted((split_number(canonical_content(p), split_seed), p.id) for p in loaded.of("heldout"))
     surplus = {name for _, name in heldout[most:]}
-    if isinstance(loaded.prompts, ShelvedPrompts):
+    if isinstance(loaded.prompts, FiledPrompts):
         if others == "left_out":
             return replace(loaded, prompts=loaded.prompts.without(surplus), limited=loaded.limited + len(surplus))
         return replace(loaded, prompts=loaded.prompts.trained_on(surplus))

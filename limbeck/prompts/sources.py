@@ -14,11 +14,11 @@ from limbeck.prompts.examples import ExampleReader, PlacedExample
 from limbeck.prompts.formats import Example, Mapped, instruction_example
 from limbeck.prompts.images import RowImages
 from limbeck.prompts.readers import PlacedRow, rows_of
-from limbeck.prompts.shelf import Shelf, ShelvedPrompts, ids_of
+from limbeck.prompts.scratch import FiledPrompts, ScratchFile, ids_of
 from limbeck.types import LimbeckError, Message, Prompt, Split
 
 BUILTIN = "builtin"
-Prompts = tuple[Prompt, ...] | ShelvedPrompts
+Prompts = tuple[Prompt, ...] | FiledPrompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +43,14 @@ class PromptSet:
 
     def of(self, split: Split) -> Prompts:
         """The prompts of one split."""
-        if isinstance(self.prompts, ShelvedPrompts):
+        if isinstance(self.prompts, FiledPrompts):
             return self.prompts.of(split)
         return tuple(prompt for prompt in self.prompts if prompt.split == split)
 
     @property
     def with_completion(self) -> int:
         """Prompts that carry a reference answer."""
-        if isinstance(self.prompts, ShelvedPrompts):
+        if isinstance(self.prompts, FiledPrompts):
             return self.prompts.answered
         return sum(prompt.completion is not None for prompt in self.prompts)
 
@@ -81,7 +81,7 @@ def load_prompts(
     rewrite: Callable[[PlacedRow], Mapping[str, Any]] | None = None,
     images: RowImages | None = None,
     seen_columns: Sequence[str] = (),
-    shelf: Shelf | None = None,
+    scratch: ScratchFile | None = None,
 ) -> PromptSet:
     """Read a source and split it into training and held-out prompts.
 
@@ -103,7 +103,7 @@ def load_prompts(
         rewrite: makes a row of one of the known formats of each row of the source.
         images: reads the images of rows; None refuses rows with any.
         seen_columns: columns that the teacher sees beside the prompt; every row must have them.
-        shelf: where the prompts are put, so that they are not in memory; None keeps them there.
+        scratch: where the prompts are put, so that they are not in memory; None keeps them there.
 
     Raises:
         LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
@@ -126,7 +126,7 @@ def load_prompts(
             (replace(instruction_example(one.text or "", category=one.category), columns=one.columns), where)
             for one, where in examples
         )
-    unique, repeated, contradicted = _unique(examples, heldout_fraction or 0.0, split_seed, shelf)
+    unique, repeated, contradicted = _unique(examples, heldout_fraction or 0.0, split_seed, scratch)
     prompts = unique[:limit]
     loaded = PromptSet(
         source=source,
@@ -174,17 +174,17 @@ def with_heldout(training: PromptSet, heldout: PromptSet) -> PromptSet:
 
 
 def _merged(training: Prompts, heldout: Prompts) -> Prompts:
-    if isinstance(training, ShelvedPrompts) and isinstance(heldout, ShelvedPrompts):
+    if isinstance(training, FiledPrompts) and isinstance(heldout, FiledPrompts):
         return training.merged(heldout)
     return tuple(sorted((*training, *heldout), key=lambda prompt: prompt.id))
 
 
 def _unique(
-    examples: Iterable[PlacedExample], heldout_fraction: float, split_seed: int, shelf: Shelf | None
+    examples: Iterable[PlacedExample], heldout_fraction: float, split_seed: int, scratch: ScratchFile | None
 ) -> tuple[Prompts, int, int]:
     """One prompt of each content in the order of their ids, the number of further ones, and that of those among them
     that another answer was given to."""
-    kept: list[Prompt] | Shelf = [] if shelf is None else shelf
+    kept: list[Prompt] | ScratchFile = [] if scratch is None else scratch
     first = len(kept)
     # By half a hash, which is smaller than most prompts.
     places: dict[bytes, int] = {}
@@ -198,7 +198,7 @@ def _unique(
         repeated += 1
         contradicted += _answers(example) != _answers(kept[place])
     places.clear()  # before sorting takes its room
-    if isinstance(kept, Shelf):
+    if isinstance(kept, ScratchFile):
         return kept.since(first), repeated, contradicted
     return tuple(sorted(kept, key=lambda prompt: prompt.id)), repeated, contradicted
 

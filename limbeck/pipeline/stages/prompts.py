@@ -21,7 +21,7 @@ from limbeck.prompts.io import write_lines
 from limbeck.prompts.preferences import ANSWERS
 from limbeck.prompts.readers import source_digest
 from limbeck.prompts.references import require_answers_for_sft, require_references
-from limbeck.prompts.shelf import Shelf, lines_of
+from limbeck.prompts.scratch import ScratchFile, lines_of
 from limbeck.prompts.sources import PromptSet, load_prompts, with_heldout
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.sections import GENERATE, PromptsSection
@@ -61,13 +61,13 @@ def _content_of(context: RunContext, prompts: PromptsSection) -> Json:
 def read_prompt_source(context: RunContext, heldout_fraction: float) -> Iterator[PromptSet]:
     """Read the prompts of a recipe and write them, with a check for the reference answers that groups need.
 
-    Those that it gives are on a shelf, which is there inside the block.
+    Those that it gives are in a scratch file, which is there inside the block.
     """
-    with Shelf(context.run.root) as shelf:
-        yield _read_onto(shelf, context, heldout_fraction)
+    with ScratchFile(context.run.root) as scratch:
+        yield _read_into(scratch, context, heldout_fraction)
 
 
-def _read_onto(shelf: Shelf, context: RunContext, heldout_fraction: float) -> PromptSet:
+def _read_into(scratch: ScratchFile, context: RunContext, heldout_fraction: float) -> PromptSet:
     section = context.recipe.prompts
     problems = ProblemReader(section.problems_of) if section.problems_of else None
     options: dict[str, Any] = {
@@ -79,7 +79,7 @@ def _read_onto(shelf: Shelf, context: RunContext, heldout_fraction: float) -> Pr
         "rewrite": problems.as_prompt if problems else None,
         "images": RowImages(ImageFolder(context.run.images)) if reads_images(context) else None,
         "seen_columns": context.recipe.kept_columns,
-        "shelf": shelf,
+        "scratch": scratch,
     }
     loaded = load_prompts(
         section.source if section.generate is None else GENERATE.name_of(section.generate),

@@ -10,7 +10,7 @@ import pytest
 
 from limbeck.prompts.capped import at_most_heldout
 from limbeck.prompts.io import line_of
-from limbeck.prompts.shelf import Shelf, ShelvedPrompts, ids_of, lines_of
+from limbeck.prompts.scratch import FiledPrompts, ScratchFile, ids_of, lines_of
 from limbeck.prompts.sources import PromptSet, load_prompts, with_heldout
 from limbeck.types import LimbeckError
 
@@ -30,32 +30,32 @@ def rows() -> list[dict[str, Any]]:
     return [*every, *every[10:17], *again]
 
 
-def same(shelved: PromptSet, held: PromptSet) -> None:
-    assert isinstance(shelved.prompts, ShelvedPrompts) and isinstance(held.prompts, tuple)
-    assert list(shelved.prompts) == list(held.prompts)
-    assert [prompt.where for prompt in shelved.prompts] == [prompt.where for prompt in held.prompts]
-    assert list(ids_of(shelved.prompts)) == [prompt.id for prompt in held.prompts]
-    assert list(lines_of(shelved.prompts)) == list(map(line_of, held.prompts))
-    assert shelved.counts() == held.counts()
+def same(filed: PromptSet, held: PromptSet) -> None:
+    assert isinstance(filed.prompts, FiledPrompts) and isinstance(held.prompts, tuple)
+    assert list(filed.prompts) == list(held.prompts)
+    assert [prompt.where for prompt in filed.prompts] == [prompt.where for prompt in held.prompts]
+    assert list(ids_of(filed.prompts)) == [prompt.id for prompt in held.prompts]
+    assert list(lines_of(filed.prompts)) == list(map(line_of, held.prompts))
+    assert filed.counts() == held.counts()
     for split in ("train", "heldout"):
-        assert list(shelved.of(split)) == list(held.of(split))
+        assert list(filed.of(split)) == list(held.of(split))
 
 
 @pytest.mark.parametrize("limit", [None, 20])
-def test_a_shelf_holds_what_memory_would(tmp_path: Path, limit: int | None) -> None:
+def test_a_scratch_file_holds_what_memory_would(tmp_path: Path, limit: int | None) -> None:
     source = write_rows(tmp_path / "rows.jsonl", rows())
     options: dict[str, Any] = {"heldout_fraction": 0.4, "limit": limit}
     caps: tuple[Literal["train", "left_out"], ...] = ("train", "left_out")
-    with Shelf(tmp_path) as shelf:
-        shelved, held = load_prompts(source, **options, shelf=shelf), load_prompts(source, **options)
+    with ScratchFile(tmp_path) as scratch:
+        filed, held = load_prompts(source, **options, scratch=scratch), load_prompts(source, **options)
         assert (held.duplicates, held.contradicted) == (9, 2)
-        same(shelved, held)
+        same(filed, held)
         for others in caps:
-            same(*(at_most_heldout(loaded, 3, split_seed=0, others=others) for loaded in (shelved, held)))
+            same(*(at_most_heldout(loaded, 3, split_seed=0, others=others) for loaded in (filed, held)))
     assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"], "the scratch file has no name"
 
 
-def test_two_sources_on_one_shelf(tmp_path: Path) -> None:
+def test_two_sources_in_one_file(tmp_path: Path) -> None:
     training = write_rows(tmp_path / "rows.jsonl", rows())
 
     def both(heldout: str, **options: Any) -> PromptSet:
@@ -63,12 +63,12 @@ def test_two_sources_on_one_shelf(tmp_path: Path) -> None:
         return with_heldout(trained, load_prompts(heldout, heldout_fraction=1.0, **options))
 
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": f"And {i}?"} for i in range(9)])
-    with Shelf(tmp_path) as shelf:
-        same(both(other, shelf=shelf), both(other))
+    with ScratchFile(tmp_path) as scratch:
+        same(both(other, scratch=scratch), both(other))
     overlapping = write_rows(tmp_path / "both.jsonl", [*rows()[7:9], {"messages": [{"role": "user", "content": "?"}]}])
     messages = []
-    with Shelf(tmp_path) as shelf:
-        for options in ({}, {"shelf": shelf}):
+    with ScratchFile(tmp_path) as scratch:
+        for options in ({}, {"scratch": scratch}):
             with pytest.raises(LimbeckError, match=r"both.*, line \d asks what .*rows.*, line .*, so 2 of 3") as caught:
                 both(overlapping, **options)
             messages.append(str(caught.value))

@@ -14,7 +14,7 @@ from limbeck.prompts.io import line_of, prompt_of_line
 from limbeck.types import Prompt, Split
 
 
-class Shelf:
+class ScratchFile:
     """A scratch file of prompts that has no name and is gone at the end of its block, or of the process.
 
     Attributes:
@@ -58,22 +58,22 @@ class Shelf:
         self._file.seek(start)
         return self._file.read(self._starts[place + 1] - start).decode()
 
-    def since(self, first: int) -> ShelvedPrompts:
+    def since(self, first: int) -> FiledPrompts:
         """The prompts from a place on, in the order of their ids."""
         places = array("q", sorted(range(first, len(self)), key=self.ids.__getitem__))
-        return ShelvedPrompts(self, places, array("b", map(self.heldout.__getitem__, places)))
+        return FiledPrompts(self, places, array("b", map(self.heldout.__getitem__, places)))
 
 
-class ShelvedPrompts(Sequence[Prompt]):
-    """Prompts of a shelf, made when they are asked for.
+class FiledPrompts(Sequence[Prompt]):
+    """Prompts of a scratch file, made when they are asked for.
 
     Args:
-        places: on the shelf.
-        heldout: for each, 1 where it is held out, whatever the shelf says.
+        places: in the file.
+        heldout: for each, 1 where it is held out, whatever the file says.
     """
 
-    def __init__(self, shelf: Shelf, places: array[int], heldout: array[int]):
-        self.shelf, self.places, self.heldout = shelf, places, heldout
+    def __init__(self, scratch: ScratchFile, places: array[int], heldout: array[int]):
+        self.scratch, self.places, self.heldout = scratch, places, heldout
 
     def __len__(self) -> int:
         return len(self.places)
@@ -81,11 +81,11 @@ class ShelvedPrompts(Sequence[Prompt]):
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
     @overload
-    def __getitem__(self, index: slice) -> ShelvedPrompts: ...
-    def __getitem__(self, index: int | slice) -> Prompt | ShelvedPrompts:
+    def __getitem__(self, index: slice) -> FiledPrompts: ...
+    def __getitem__(self, index: int | slice) -> Prompt | FiledPrompts:
         if isinstance(index, slice):
-            return ShelvedPrompts(self.shelf, self.places[index], self.heldout[index])
-        prompt = self.shelf[self.places[index]]
+            return FiledPrompts(self.scratch, self.places[index], self.heldout[index])
+        prompt = self.scratch[self.places[index]]
         split: Split = "heldout" if self.heldout[index] else "train"
         return prompt if prompt.split == split else replace(prompt, split=split)
 
@@ -95,50 +95,50 @@ class ShelvedPrompts(Sequence[Prompt]):
     @property
     def ids(self) -> Iterator[str]:
         """The ids of the prompts."""
-        return (f"{self.shelf.ids[place]:016x}" for place in self.places)
+        return (f"{self.scratch.ids[place]:016x}" for place in self.places)
 
     @property
     def answered(self) -> int:
         """Number of the prompts with a reference answer."""
-        return sum(map(self.shelf.answered.__getitem__, self.places))
+        return sum(map(self.scratch.answered.__getitem__, self.places))
 
     @property
     def lines(self) -> Iterator[str]:
         """The lines of the prompts in a file of them."""
         for index, place in enumerate(self.places):
-            same = self.shelf.heldout[place] == self.heldout[index]
-            yield self.shelf.line(place) if same else line_of(self[index])
+            same = self.scratch.heldout[place] == self.heldout[index]
+            yield self.scratch.line(place) if same else line_of(self[index])
 
-    def of(self, split: Split) -> ShelvedPrompts:
+    def of(self, split: Split) -> FiledPrompts:
         return self._chosen(held == (split == "heldout") for held in self.heldout)
 
-    def without(self, ids: Set[str]) -> ShelvedPrompts:
+    def without(self, ids: Set[str]) -> FiledPrompts:
         """All but some prompts."""
         return self._chosen(name not in ids for name in self.ids)
 
-    def trained_on(self, ids: Set[str]) -> ShelvedPrompts:
+    def trained_on(self, ids: Set[str]) -> FiledPrompts:
         """The same prompts, of which some are no longer held out."""
         heldout = (held and name not in ids for held, name in zip(self.heldout, self.ids, strict=True))
-        return ShelvedPrompts(self.shelf, self.places, array("b", heldout))
+        return FiledPrompts(self.scratch, self.places, array("b", heldout))
 
-    def merged(self, others: ShelvedPrompts) -> ShelvedPrompts:
-        """These and other prompts of the same shelf, in the order of their ids."""
+    def merged(self, others: FiledPrompts) -> FiledPrompts:
+        """These and other prompts of the same file, in the order of their ids."""
         places, heldout = self.places + others.places, self.heldout + others.heldout
-        order = sorted(range(len(places)), key=lambda index: self.shelf.ids[places[index]])
+        order = sorted(range(len(places)), key=lambda index: self.scratch.ids[places[index]])
         chosen = array("q", map(places.__getitem__, order))
-        return ShelvedPrompts(self.shelf, chosen, array("b", map(heldout.__getitem__, order)))
+        return FiledPrompts(self.scratch, chosen, array("b", map(heldout.__getitem__, order)))
 
-    def _chosen(self, which: Iterable[bool]) -> ShelvedPrompts:
+    def _chosen(self, which: Iterable[bool]) -> FiledPrompts:
         kept = array("b", which)
         places, heldout = (array(column.typecode, compress(column, kept)) for column in (self.places, self.heldout))
-        return ShelvedPrompts(self.shelf, places, heldout)
+        return FiledPrompts(self.scratch, places, heldout)
 
 
 def lines_of(prompts: Iterable[Prompt]) -> Iterator[str]:
     """The lines of prompts in a file of them."""
-    return prompts.lines if isinstance(prompts, ShelvedPrompts) else map(line_of, prompts)
+    return prompts.lines if isinstance(prompts, FiledPrompts) else map(line_of, prompts)
 
 
 def ids_of(prompts: Sequence[Prompt]) -> Iterator[str]:
     """The ids of prompts, which are not made for it."""
-    return prompts.ids if isinstance(prompts, ShelvedPrompts) else (prompt.id for prompt in prompts)
+    return prompts.ids if isinstance(prompts, FiledPrompts) else (prompt.id for prompt in prompts)
