@@ -163,9 +163,9 @@ class RunContext:
     @cached_property
     def known_prompts(self) -> dict[str, Prompt]:
         """The prompts of the run by id, and those that an evaluation adds, such as problems."""
-        from limbeck.prompts.io import read_prompts
+        from limbeck.prompts.io import StoredPrompts
 
-        return {prompt.id: prompt for prompt in read_prompts(self.run.prompts)}
+        return {prompt.id: prompt for prompt in StoredPrompts(self.run.prompts)}
 
     def _opened(self, section: TeacherSection, name: str) -> Teacher:
         """A teacher of a section; its weights load when they are first needed."""

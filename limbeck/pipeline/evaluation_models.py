@@ -21,7 +21,7 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.initial_student import build_initial_student
 from limbeck.pipeline.stages.respond import load_responses
 from limbeck.pipeline.student_endings import same_tokens
-from limbeck.prompts.io import read_prompts
+from limbeck.prompts.io import StoredPrompts
 from limbeck.prompts.templates import TemplateName, resolve_template
 from limbeck.runtime.memory import give_back_freed
 from limbeck.types import Prompt
@@ -47,7 +47,7 @@ class EvaluatedModels:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The held-out prompts, in the order of the file, without those that were too long for the pair."""
-        held = [p for p in read_prompts(self.context.run.prompts) if p.split == "heldout"]
+        held = [p for p in StoredPrompts(self.context.run.prompts) if p.split == "heldout"]
         if self.context.run.manifest("respond") is not None:
             answered = {r.prompt_id for r in load_responses(self.context, "heldout").values()}
             held = [p for p in held if p.id in answered]

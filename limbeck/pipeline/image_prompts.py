@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from limbeck.models.image_features import ImageReader
@@ -105,7 +105,7 @@ def expanded_lengths(context: RunContext, prompts: Sequence[TokenPrompt]) -> dic
     }
 
 
-def check_student_sees(context: RunContext, prompts: Sequence[Prompt]) -> None:
+def check_student_sees(context: RunContext, prompts: Iterable[Prompt]) -> None:
     """See that the student reads the first image of its prompts, before anybody answers them; it is not kept.
 
     Raises:
@@ -119,7 +119,7 @@ def check_student_sees(context: RunContext, prompts: Sequence[Prompt]) -> None:
     check_sees_first(student.model, prompts)
 
 
-def check_sees_first(model: Any, prompts: Sequence[Prompt]) -> None:
+def check_sees_first(model: Any, prompts: Iterable[Prompt]) -> None:
     """See that a model reads the first image of some prompts.
 
     Raises:

@@ -23,7 +23,7 @@ from limbeck.pipeline.judged_answers import judge_server, shares_won
 from limbeck.pipeline.resumable import write_in_batches
 from limbeck.pipeline.sampled_responses import sampler_for, sampling_meter
 from limbeck.pipeline.text_only import text_options
-from limbeck.prompts.io import read_prompts
+from limbeck.prompts.io import StoredPrompts
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.preferences import ANSWERS, Preferences, read_preferences, while_reading
 from limbeck.prompts.templates import encode_responses
@@ -55,7 +55,7 @@ def preferences_of(context: RunContext, data: DataPairs) -> Preferences:
     """
     prompts, known = context.recipe.prompts, context.run.prompts
     # Checked before the prompts are read, too: then rows of held-out prompts are still among the rest.
-    asked = read_prompts(known) if prompts.heldout and known.exists() else []
+    asked = StoredPrompts(known) if prompts.heldout and known.exists() else ()
     return read_preferences(
         data.source or prompts.source,
         heldout_fraction=0.0 if prompts.heldout else prompts.eval_fraction,
@@ -76,7 +76,7 @@ class RunMaterials:
     @cached_property
     def prompts(self) -> dict[str, Prompt]:
         """The training prompts by id, in the order of their hashes."""
-        return {p.id: p for p in read_prompts(self.context.run.prompts) if p.split == "train"}
+        return {p.id: p for p in StoredPrompts(self.context.run.prompts) if p.split == "train"}
 
     @cached_property
     def template(self) -> Any:

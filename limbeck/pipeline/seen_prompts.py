@@ -10,7 +10,7 @@ from typing import Any
 from limbeck.evaluation.groups.tasks import TasksGroup
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.text_only import text_options
-from limbeck.prompts.io import read_prompts
+from limbeck.prompts.io import StoredPrompts
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.templates import TemplateName, encode_prompts, resolve_template
@@ -76,7 +76,7 @@ class SeenPrompts:
     @cached_property
     def _template(self) -> TemplateName:
         tokenizer, recipe = self.context.teacher.tokenizer, self.context.recipe
-        template = resolve_template(recipe.prompts.template, tokenizer, read_prompts(self.context.run.prompts))
+        template = resolve_template(recipe.prompts.template, tokenizer, StoredPrompts(self.context.run.prompts))
         turning = next((one.sees for one in recipe.every_teacher.values() if one.sees.needs_turns), None)
         if turning is not None and template != "chat":
             raise LimbeckError(

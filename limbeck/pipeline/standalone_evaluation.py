@@ -86,9 +86,9 @@ def _require_teacher(recipe: Recipe) -> None:
 
 
 def _run_prompts(context: RunContext) -> Json:
-    loaded = read_prompt_source(context, heldout_fraction=1.0)
-    context.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
-    return {**loaded.counts(), "unread_columns": dict(loaded.unread)}
+    with read_prompt_source(context, heldout_fraction=1.0) as loaded:
+        context.console.say(f"prompts: {len(loaded.prompts)}, {loaded.with_completion} with a reference answer")
+        return {**loaded.counts(), "unread_columns": dict(loaded.unread)}
 
 
 def _check_exam(context: RunContext) -> None:

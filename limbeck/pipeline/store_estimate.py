@@ -79,7 +79,12 @@ def _longest(prompt: Prompt, most: int) -> Length:
 
 def _written(context: RunContext) -> dict[Split, list[Length]]:
     found: dict[Split, list[Length]] = {}
+    # One object for each: of a million texts there are a few hundred.
+    known: dict[Length, Length] = {}
     for split in _SPLITS:
-        texts = {address_of(response): response for response in load_responses(context, split).values()}
-        found[split] = sorted((Length(loss=r.tokens, ids=r.length) for r in texts.values()), reverse=True)
+        texts: dict[bytes, Length] = {}
+        for response in load_responses(context, split).responses:
+            length = Length(loss=response.tokens, ids=response.length)
+            texts[address_of(response)] = known.setdefault(length, length)
+        found[split] = sorted(texts.values(), reverse=True)
     return found

@@ -8,7 +8,7 @@ never comes here: its responses are the very ids that were sampled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,6 +195,6 @@ def _cut(new: Response, cut: bool, ends: frozenset[int], most: int) -> Response:
     return replace(new, response_ids=ids[:most], stop=stop)
 
 
-def student_template(context: RunContext, tokenizer: Any, prompts: Sequence[Prompt]) -> TemplateName:
+def student_template(context: RunContext, tokenizer: Any, prompts: Iterable[Prompt]) -> TemplateName:
     """The template of the student's prompts."""
     return resolve_template(context.recipe.prompts.template, tokenizer, prompts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from limbeck.prompts.scratch import FiledPrompts
 from limbeck.prompts.sources import PromptSet, canonical_content, split_number
 from limbeck.types import Prompt, Split
 
@@ -21,11 +22,12 @@ def at_most_heldout(
             from a source of their own.
     """
 
-    def number(prompt: Prompt) -> tuple[int, str]:
-        return split_number(canonical_content(prompt), split_seed), prompt.id
-
-    heldout = sorted(loaded.of("heldout"), key=number)
-    surplus = {prompt.id for prompt in heldout[most:]}
+    heldout = sorted((split_number(canonical_content(p), split_seed), p.id) for p in loaded.of("heldout"))
+    surplus = {name for _, name in heldout[most:]}
+    if isinstance(loaded.prompts, FiledPrompts):
+        if others == "left_out":
+            return replace(loaded, prompts=loaded.prompts.without(surplus), limited=loaded.limited + len(surplus))
+        return replace(loaded, prompts=loaded.prompts.trained_on(surplus))
     if others == "left_out":
         kept = tuple(prompt for prompt in loaded.prompts if prompt.id not in surplus)
         return replace(loaded, prompts=kept, limited=loaded.limited + len(surplus))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,20 @@ from limbeck.runtime.records import parsed_lines
 from limbeck.types import ImageRef, Message, Prompt
 
 
-def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     """Write one JSON object per line, without absent fields. The file appears only when it is whole and on disk."""
+    write_lines(path, map(line_of, prompts))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write the lines of `line_of`, likewise."""
     with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
+        file.writelines(lines)
+
+
+def line_of(prompt: Prompt) -> str:
+    """The line of a prompt in a file of them."""
+    return json.dumps(_row(prompt), ensure_ascii=False) + "\n"
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:
@@ -34,10 +44,25 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         LimbeckError: the file is absent or damaged, naming the line.
     """
-    return parsed_lines(path, _parse)
+    return list(StoredPrompts(path))
 
 
-def _parse(line: str) -> Prompt:
+@dataclass(frozen=True)
+class StoredPrompts(Iterable[Prompt]):
+    """The prompts that `write_prompts` wrote, read each time they are iterated over: one is in memory and not all.
+
+    Raises:
+        LimbeckError: as `read_prompts`, once the damaged line is reached.
+    """
+
+    path: Path
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return parsed_lines(self.path, prompt_of_line)
+
+
+def prompt_of_line(line: str) -> Prompt:
+    """The prompt of a line of `line_of`."""
     row: dict[str, Any] = json.loads(line)
     if "messages" in row:
         row["messages"] = tuple(_turn(turn) for turn in row["messages"])

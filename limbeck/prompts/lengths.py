@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-from limbeck.types import LimbeckError, TokenPrompt
+from limbeck.types import LimbeckError, Split, TokenPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,30 +44,80 @@ def check_lengths(
         LimbeckError: a prompt that is too long (naming it, its length, the limit and the remedy), a window with no room
             for any prompt, or a split that had prompts and lost them all.
     """
-    if too_long not in ("error", "drop"):
-        raise LimbeckError(f"prompts.too_long is {too_long!r}, expected error or drop")
-    limit = window - max_new_tokens
-    why = f"window {window} - responses.max_new_tokens {max_new_tokens}"
-    if limit < 1:
-        raise LimbeckError(
-            f"responses.max_new_tokens is {max_new_tokens} and the window {window} tokens, so no prompt fits; lower it"
-        )
-    if longest is not None and longest < limit:
-        limit, why = longest, "prompts.max_prompt_length"
-    remedy = "raise prompts.max_prompt_length" if limit == longest else "lower responses.max_new_tokens"
-    tokens = {prompt.id: lengths.get(prompt.id, len(prompt.ids)) for prompt in prompts}
-    long = [prompt for prompt in prompts if tokens[prompt.id] > limit]
-    if long and too_long == "error":
-        more = f", and {len(long) - 1} more are too long" if len(long) > 1 else ""
-        raise LimbeckError(
-            f"prompt {long[0].label or long[0].id} has {tokens[long[0].id]} tokens, expected at most {limit} "
-            f"({why}){more}; "
-            f"{remedy}, shorten the prompts, or set prompts.too_long to drop"
-        )
-    kept = tuple(prompt for prompt in prompts if tokens[prompt.id] <= limit)
-    for split in sorted({prompt.split for prompt in prompts} - {prompt.split for prompt in kept}):
-        raise LimbeckError(
-            f"every {split} prompt has more than {limit} tokens, so dropping the long ones leaves none; "
-            f"{remedy} or give shorter prompts"
-        )
-    return Fitting(kept=kept, dropped=tuple(prompt.id for prompt in long), limit=limit)
+    check = LengthCheck(window=window, max_new_tokens=max_new_tokens, too_long=too_long, longest=longest)
+    kept = check.kept(prompts, lengths)
+    check.finish()
+    return Fitting(kept=kept, dropped=tuple(check.dropped), limit=check.limit)
+
+
+@dataclass(kw_only=True)
+class LengthCheck:
+    """The check of `check_lengths` for prompts that come in lots.
+
+    Attributes:
+        dropped: ids of the prompts that are too long, as they come.
+    """
+
+    window: int
+    max_new_tokens: int
+    too_long: Literal["error", "drop"] = "error"
+    longest: int | None = None
+    dropped: list[str] = field(default_factory=list)
+    _first: tuple[str, int] | None = None
+    _met: set[Split] = field(default_factory=set)
+    _left: set[Split] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.too_long not in ("error", "drop"):
+            raise LimbeckError(f"prompts.too_long is {self.too_long!r}, expected error or drop")
+        if self._room < 1:
+            raise LimbeckError(
+                f"responses.max_new_tokens is {self.max_new_tokens} and the window {self.window} tokens, so no prompt "
+                "fits; lower it"
+            )
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that a prompt may have."""
+        return self._room if self.longest is None else min(self._room, self.longest)
+
+    @property
+    def _room(self) -> int:
+        return self.window - self.max_new_tokens
+
+    def kept(
+        self, prompts: Sequence[TokenPrompt], lengths: Mapping[str, int] = MappingProxyType({})
+    ) -> tuple[TokenPrompt, ...]:
+        """The prompts of a lot that fit."""
+        kept = []
+        for prompt in prompts:
+            self._met.add(prompt.split)
+            if (tokens := lengths.get(prompt.id, len(prompt.ids))) <= self.limit:
+                self._left.add(prompt.split)
+                kept.append(prompt)
+                continue
+            self._first = self._first or (prompt.label or prompt.id, tokens)
+            self.dropped.append(prompt.id)
+        return tuple(kept)
+
+    def finish(self) -> None:
+        """Refuse what is only known of all lots together.
+
+        Raises:
+            LimbeckError: as `check_lengths`.
+        """
+        remedy = "raise prompts.max_prompt_length" if self.limit == self.longest else "lower responses.max_new_tokens"
+        if self._first is not None and self.too_long == "error":
+            why = f"window {self.window} - responses.max_new_tokens {self.max_new_tokens}"
+            why = "prompts.max_prompt_length" if self.limit < self._room else why
+            name, tokens = self._first
+            more = f", and {len(self.dropped) - 1} more are too long" if len(self.dropped) > 1 else ""
+            raise LimbeckError(
+                f"prompt {name} has {tokens} tokens, expected at most {self.limit} ({why}){more}; "
+                f"{remedy}, shorten the prompts, or set prompts.too_long to drop"
+            )
+        for split in sorted(self._met - self._left):
+            raise LimbeckError(
+                f"every {split} prompt has more than {self.limit} tokens, so dropping the long ones leaves none; "
+                f"{remedy} or give shorter prompts"
+            )

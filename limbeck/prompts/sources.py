@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from limbeck.prompts.columns import ColumnTally
-from limbeck.prompts.formats import Example, Mapped, family_of, instruction_example, read_row, rename_fields
+from limbeck.prompts.examples import ExampleReader, PlacedExample
+from limbeck.prompts.formats import Example, Mapped, instruction_example
 from limbeck.prompts.images import RowImages
 from limbeck.prompts.readers import PlacedRow, rows_of
+from limbeck.prompts.scratch import FiledPrompts, ScratchFile, ids_of
 from limbeck.types import LimbeckError, Message, Prompt, Split
 
 BUILTIN = "builtin"
-PlacedExample = tuple[Example, str]
+Prompts = tuple[Prompt, ...] | FiledPrompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,32 +34,35 @@ class PromptSet:
     """
 
     source: str
-    prompts: tuple[Prompt, ...]
+    prompts: Prompts
     rows: int
     duplicates: int
     contradicted: int
     limited: int
     unread: Mapping[str, int] = field(default_factory=dict)
 
-    def of(self, split: Split) -> tuple[Prompt, ...]:
+    def of(self, split: Split) -> Prompts:
         """The prompts of one split."""
+        if isinstance(self.prompts, FiledPrompts):
+            return self.prompts.of(split)
         return tuple(prompt for prompt in self.prompts if prompt.split == split)
 
     @property
     def with_completion(self) -> int:
         """Prompts that carry a reference answer."""
+        if isinstance(self.prompts, FiledPrompts):
+            return self.prompts.answered
         return sum(prompt.completion is not None for prompt in self.prompts)
 
     def counts(self) -> dict[str, int]:
         """Counts for the run's record and the console."""
-        split = Counter(prompt.split for prompt in self.prompts)
         return {
             "rows": self.rows,
             "duplicates": self.duplicates,
             "contradicted": self.contradicted,
             "limited": self.limited,
-            "train": split["train"],
-            "heldout": split["heldout"],
+            "train": len(self.of("train")),
+            "heldout": len(self.of("heldout")),
             "with_completion": self.with_completion,
         }
 
@@ -76,6 +81,7 @@ def load_prompts(
     rewrite: Callable[[PlacedRow], Mapping[str, Any]] | None = None,
     images: RowImages | None = None,
     seen_columns: Sequence[str] = (),
+    scratch: ScratchFile | None = None,
 ) -> PromptSet:
     """Read a source and split it into training and held-out prompts.
 
@@ -97,6 +103,7 @@ def load_prompts(
         rewrite: makes a row of one of the known formats of each row of the source.
         images: reads the images of rows; None refuses rows with any.
         seen_columns: columns that the teacher sees beside the prompt; every row must have them.
+        scratch: where the prompts are put, so that they are not in memory; None keeps them there.
 
     Raises:
         LimbeckError: a source that is absent, empty or malformed (naming file and line), rows of unknown or of several
@@ -112,19 +119,20 @@ def load_prompts(
         raise LimbeckError("prompts.fields names no field for 'prompt'; add prompt: NAME OF THE FIELD")
     columns = ColumnTally(ignore=ignore_columns, images=images is not None, seen=seen_columns)
     placed = rows_of(source, dataset_split, dataset_config) if rows is None else rows
-    count, examples = _read(placed, fields, columns, images, rewrite)
+    reading = ExampleReader(placed, fields, columns, images, rewrite)
+    examples: Iterator[PlacedExample] = reading.examples()
     if source == BUILTIN:
-        examples = [
+        examples = (
             (replace(instruction_example(one.text or "", category=one.category), columns=one.columns), where)
             for one, where in examples
-        ]
-    unique, contradicted = _unique(examples, heldout_fraction or 0.0, split_seed)
-    prompts = tuple(sorted(unique, key=lambda prompt: prompt.id))[:limit]
+        )
+    unique, repeated, contradicted = _unique(examples, heldout_fraction or 0.0, split_seed, scratch)
+    prompts = unique[:limit]
     loaded = PromptSet(
         source=source,
         prompts=prompts,
-        rows=count,
-        duplicates=len(examples) - len(unique),
+        rows=reading.rows,
+        duplicates=repeated,
         contradicted=contradicted,
         limited=len(unique) - len(prompts),
         unread=dict(columns.unread),
@@ -143,18 +151,20 @@ def with_heldout(training: PromptSet, heldout: PromptSet) -> PromptSet:
     for loaded in (training, heldout):
         if not loaded.prompts:
             raise LimbeckError(f"{loaded.source}: no prompts; give a source with some")
-    places = {prompt.id: prompt.where for prompt in training.prompts}
-    both = [prompt for prompt in heldout.prompts if prompt.id in places]
+    asked = set(ids_of(heldout.prompts))
+    both = {name: place for place, name in enumerate(ids_of(training.prompts)) if name in asked}
     if both:
+        first = next(prompt for prompt in heldout.prompts if prompt.id in both)
         raise LimbeckError(
-            f"{both[0].where} asks what {places[both[0].id]} asks, so {len(both)} of {len(heldout.prompts)} held-out "
-            "prompts would be trained on; remove them from prompts.source or from prompts.heldout"
+            f"{first.where} asks what {training.prompts[both[first.id]].where} asks, so {len(both)} of "
+            f"{len(heldout.prompts)} held-out prompts would be trained on; remove them from prompts.source or from "
+            "prompts.heldout"
         )
     unread = Counter(training.unread)
     unread.update(heldout.unread)
     return PromptSet(
         source=training.source,
-        prompts=tuple(sorted((*training.prompts, *heldout.prompts), key=lambda prompt: prompt.id)),
+        prompts=_merged(training.prompts, heldout.prompts),
         rows=training.rows + heldout.rows,
         duplicates=training.duplicates + heldout.duplicates,
         contradicted=training.contradicted + heldout.contradicted,
@@ -163,54 +173,34 @@ def with_heldout(training: PromptSet, heldout: PromptSet) -> PromptSet:
     )
 
 
-def _read(
-    rows: Iterable[PlacedRow],
-    fields: Mapping[Mapped, str] | None,
-    columns: ColumnTally,
-    images: RowImages | None = None,
-    rewrite: Callable[[PlacedRow], Mapping[str, Any]] | None = None,
-) -> tuple[int, list[PlacedExample]]:
-    examples: list[PlacedExample] = []
-    first: PlacedRow | None = None
-    expected = ""
-    count = 0
-    for placed in rows:
-        seen = columns.seen_in(placed)
-        if rewrite is not None:
-            placed = PlacedRow(rewrite(placed), placed.where, placed.folder)
-        given = columns.kept(placed)
-        row = given if fields is None else rename_fields(given, fields, placed.where)
-        family = family_of(row, placed.where)
-        if first is None:
-            first, expected = placed, family
-        elif family != expected:
-            raise LimbeckError(
-                f"{placed.where}: got the format {family!r} after {expected!r} in {first.where}; "
-                "put rows of different formats into different sources"
-            )
-        found = read_row(row, family, placed.where, images=images is not None)
-        if images is not None:
-            found = images.placed(found, given, placed)
-        if seen:
-            found = [replace(example, columns=seen) for example in found]
-        examples.extend((example, placed.where) for example in found)
-        columns.count(given)
-        count += 1
-    columns.finish()
-    return count, examples
+def _merged(training: Prompts, heldout: Prompts) -> Prompts:
+    if isinstance(training, FiledPrompts) and isinstance(heldout, FiledPrompts):
+        return training.merged(heldout)
+    return tuple(sorted((*training, *heldout), key=lambda prompt: prompt.id))
 
 
-def _unique(examples: Iterable[PlacedExample], heldout_fraction: float, split_seed: int) -> tuple[list[Prompt], int]:
-    """One prompt of each content, and the number of further ones that another answer was given to."""
-    prompts: dict[str, Prompt] = {}
-    contradicted = 0
+def _unique(
+    examples: Iterable[PlacedExample], heldout_fraction: float, split_seed: int, scratch: ScratchFile | None
+) -> tuple[Prompts, int, int]:
+    """One prompt of each content in the order of their ids, the number of further ones, and that of those among them
+    that another answer was given to."""
+    kept: list[Prompt] | ScratchFile = [] if scratch is None else scratch
+    first = len(kept)
+    # By half a hash, which is smaller than most prompts.
+    places: dict[bytes, int] = {}
+    repeated = contradicted = 0
     for example, where in examples:
         content = canonical_content(example)
-        if content not in prompts:
-            prompts[content] = prompt_of(example, content, where, split=split_of(content, heldout_fraction, split_seed))
-        elif _answers(example) != _answers(prompts[content]):
-            contradicted += 1
-    return list(prompts.values()), contradicted
+        place = places.setdefault(hashlib.sha256(content.encode()).digest()[:16], len(kept))
+        if place == len(kept):
+            kept.append(prompt_of(example, content, where, split=split_of(content, heldout_fraction, split_seed)))
+            continue
+        repeated += 1
+        contradicted += _answers(example) != _answers(kept[place])
+    places.clear()  # before sorting takes its room
+    if isinstance(kept, ScratchFile):
+        return kept.since(first), repeated, contradicted
+    return tuple(sorted(kept, key=lambda prompt: prompt.id)), repeated, contradicted
 
 
 def prompt_of(example: Example, content: str, where: str, *, split: Split = "train") -> Prompt:

@@ -13,7 +13,7 @@ use. That is refused, unless the caller asks for it with control_tokens="parse".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -39,7 +39,7 @@ LossOn = Literal["all", "last"]
 _CONVERSATIONS = 512
 
 
-def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> TemplateName:
+def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> TemplateName:
     """The template that `choice` means for this tokenizer and these prompts, to be recorded with the run.
 
     "auto" is the tokenizer's chat template where it has one; where that is the one that a student of the Alpaca wording
@@ -182,7 +182,7 @@ def _chat_responses(prompts: Sequence[Prompt], rendering: Rendering, author: Aut
         asked = rendering.text(prompt_label(prompt), turns_of(prompt), prompt.tools, ask=True)
         require_asked(prompt_label(prompt), rendering, prompt, asked)
         several = loss_on == "all" and has_earlier_answers(prompt)
-        every += [(prompt, one) for one in marked_texts(prompt, rendering, every_turn=several)]
+        every += [(prompt, one) for one in marked_texts(prompt, rendering, asked, every_turn=several)]
     ids = marked_tokens([(prompt_label(prompt), one) for prompt, one in every], rendering)
     return [
         _response(prompt, *found, author, images_among(prompt, found[0], rendering.tokenizer))

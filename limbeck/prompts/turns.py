@@ -54,19 +54,23 @@ def has_earlier_answers(prompt: Prompt) -> bool:
     return any(turn.role == "assistant" for turn in prompt.messages or ())
 
 
-def marked_texts(prompt: Prompt, rendering: Rendering, *, every_turn: bool) -> list[MarkedText]:
-    """The conversation of a prompt and its answer with every turn of the assistant marked, or the last one alone."""
-    return _every_turn(prompt, rendering) if every_turn else [_last_turn(prompt, rendering)]
+def marked_texts(prompt: Prompt, rendering: Rendering, asked: str, *, every_turn: bool) -> list[MarkedText]:
+    """The conversation of a prompt and its answer with every turn of the assistant marked, or the last one alone.
+
+    Args:
+        asked: the text of the prompt.
+    """
+    return _every_turn(prompt, rendering) if every_turn else [_last_turn(prompt, rendering, asked)]
 
 
-def _last_turn(prompt: Prompt, rendering: Rendering) -> MarkedText:
+def _last_turn(prompt: Prompt, rendering: Rendering, asked: str) -> MarkedText:
     """The conversation with its last turn marked, as far as the model would write it.
 
     Raises:
         LimbeckError: a template that changes or does not end what the assistant says, without marks of its own.
     """
     try:
-        return one_turn(prompt_label(prompt), [*turns_of(prompt), answer_of(prompt)], prompt, rendering)
+        return _one_turn(prompt_label(prompt), [*turns_of(prompt), answer_of(prompt)], prompt, rendering, asked)
     except LimbeckError:
         if not marks_answers(rendering.tokenizer):
             raise
@@ -90,7 +94,10 @@ def _every_turn(prompt: Prompt, rendering: Rendering) -> list[MarkedText]:
             )
     if marks_answers(rendering.tokenizer):
         return [marked(prompt, rendering)]
-    single = [one_turn(name, turns[: place + 1], prompt, rendering) for place in places]
+    single = []
+    for place in places:
+        asked = rendering.text(name, turns[:place], prompt.tools, ask=True)
+        single.append(_one_turn(name, turns[: place + 1], prompt, rendering, asked))
     whole = rendering.text(name, turns, prompt.tools, ask=False)
     spans = tuple(one.spans[0] for one in single)
     if all(whole.startswith(one.text[: one.spans[0][1]]) for one in single):
@@ -98,9 +105,12 @@ def _every_turn(prompt: Prompt, rendering: Rendering) -> list[MarkedText]:
     return single
 
 
-def one_turn(name: str, turns: Turns, prompt: Prompt, rendering: Rendering) -> MarkedText:
-    """A conversation whose last turn alone is marked, exactly as far as the model would write it."""
-    asked = rendering.text(name, turns[:-1], prompt.tools, ask=True)
+def _one_turn(name: str, turns: Turns, prompt: Prompt, rendering: Rendering, asked: str) -> MarkedText:
+    """A conversation whose last turn alone is marked, exactly as far as the model would write it.
+
+    Args:
+        asked: the text of the turns before it.
+    """
     whole = rendering.text(name, turns, prompt.tools, ask=False)
     ending = text_after_answer(name, rendering, asked, whole, turns[-1])
     stop = len(whole) - len(ending) + end_of_text(f"prompt {name}: {rendering.where}", ending, rendering.control)

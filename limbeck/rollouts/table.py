@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,6 +26,8 @@ from limbeck.types import LimbeckError, Response, Sampling, Split
 
 # Rows of a record batch; all but the last have as many, so that a row is found by division.
 ROWS = 4096
+# Rows that become text, or Python's own objects, at a time.
+_AT_A_TIME = 256
 IDS = ("prompt_ids", "response_ids")
 NUMBERS = ("logp", "sampled_logp")
 _JSON = json.JSONEncoder(ensure_ascii=False)
@@ -74,6 +76,14 @@ class ResponseTable(Sequence[Response]):
         if isinstance(index, slice):
             return ResponseTable(self._batches, self.places[index])
         return self.at(int(self.places[index]))
+
+    def __iter__(self) -> Iterator[Response]:
+        for start in range(0, len(self), _AT_A_TIME):
+            numbers, rows = np.divmod(self.places[start : start + _AT_A_TIME], self._rows)
+            # Places of a split lie in few batches, one behind the other.
+            ends = (np.flatnonzero(np.diff(numbers)) + 1).tolist()
+            for begin, end in pairwise([0, *ends, len(rows)]):
+                yield from _responses(self._batches[int(numbers[begin])], rows[begin:end])
 
     def at(self, place: int) -> Response:
         """The response at a place of the file."""
@@ -202,7 +212,9 @@ def keep_responses(path: Path, responses: Iterable[Response]) -> None:
         while some := list(islice(source, ROWS)):
             batch = _batch_of(some)
             writer.write_batch(batch)
-            file.writelines(_lines_of(some, batch))
+            # As text a batch takes ten times its room.
+            for start in range(0, len(some), _AT_A_TIME):
+                file.writelines(_lines_of(some[start : start + _AT_A_TIME], batch.slice(start, _AT_A_TIME)))
 
 
 @contextmanager
@@ -251,7 +263,7 @@ def _batch_of(responses: Sequence[Response]) -> pa.RecordBatch:
 
 def _ids(rows: Sequence[Sequence[int]]) -> pa.ListArray:
     ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    ids = np.concatenate([np.empty(0, np.int32), *(np.fromiter(row, np.int32, len(row)) for row in rows)])
+    ids = np.fromiter(chain.from_iterable(rows), np.int32, int(ends[-1]))
     return pa.ListArray.from_arrays(ends, ids)
 
 
@@ -287,18 +299,32 @@ def _lengths(batch: pa.RecordBatch, name: str) -> np.ndarray:
     return np.diff(batch.column(name).offsets.to_numpy())
 
 
+def _responses(batch: pa.RecordBatch, rows: np.ndarray) -> Iterator[Response]:
+    """Some rows of a batch, all columns of each at once."""
+    some = batch.take(pa.array(rows))
+    columns = [_ids_in(some.column(name)) if name in IDS else some.column(name).to_pylist() for name in SCHEMA.names]
+    for values in zip(*columns, strict=True):
+        yield Response(**{name: _as_field(name, value) for name, value in zip(SCHEMA.names, values, strict=True)})
+
+
+def _ids_in(column: pa.ListArray) -> Iterator[tuple[int, ...]]:
+    ids = column.values.to_numpy()
+    return (tuple(ids[start:end].tolist()) for start, end in pairwise(column.offsets.to_pylist()))
+
+
 def _response(batch: pa.RecordBatch, row: int) -> Response:
     plain: dict[str, Any] = {}
     for name, column in zip(SCHEMA.names, batch.columns, strict=True):
         value = column[row]
-        if name in IDS:
-            plain[name] = tuple(value.values.to_numpy().tolist())
-        elif name == "spans":
-            ends = value.as_py()
-            plain[name] = tuple(zip(ends[::2], ends[1::2], strict=True))
-        elif name == "sampling":
-            plain[name] = None if value.as_py() is None else _read(value.as_py())
-        else:
-            found = value.as_py()
-            plain[name] = tuple(found) if isinstance(found, list) else found
+        found = tuple(value.values.to_numpy().tolist()) if name in IDS else value.as_py()
+        plain[name] = _as_field(name, found)
     return Response(**plain)
+
+
+def _as_field(name: str, value: Any) -> Any:
+    """A value of a column as `Response` has it."""
+    if name == "spans":
+        return tuple(zip(value[::2], value[1::2], strict=True))
+    if name == "sampling":
+        return None if value is None else _read(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from limbeck.runtime.files import read_json
-from limbeck.runtime.json_lines import json_lines
 from limbeck.types import Json, LimbeckError
 
 _Parsed = TypeVar("_Parsed")
@@ -78,24 +77,27 @@ def read_sealed(path: Path) -> Json:
     return {key: value for key, value in record.items() if key != "check"}
 
 
-def parsed_lines(path: Path, parse: Callable[[str], _Parsed]) -> list[_Parsed]:
-    """What `parse` makes of each line of a file of JSON lines that a stage wrote whole.
+def parsed_lines(path: Path, parse: Callable[[str], _Parsed]) -> Iterator[_Parsed]:
+    """What `parse` makes of each line of a file of JSON lines that a stage wrote whole, one at a time.
 
     Raises:
         LimbeckError: the file is absent or damaged, naming the line.
     """
     try:
-        text = path.read_text("utf-8")
+        lines = path.open("rb")
     except FileNotFoundError:
         raise LimbeckError(f"{path} does not exist; run the same command again") from None
-    except UnicodeDecodeError:
-        raise LimbeckError(f"{path} is damaged (not UTF-8); delete it and run the same command again") from None
-    rows = []
-    for number, line in json_lines(text):
-        try:
-            rows.append(parse(line))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise LimbeckError(
-                f"{path}, line {number} is damaged ({error}); delete the file and run the same command again"
-            ) from None
-    return rows
+    with lines:
+        # Bytes: lines of text would also end where JSON does not end them.
+        for number, line in enumerate(lines, start=1):
+            if line.isspace():
+                continue
+            try:
+                parsed = parse(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise LimbeckError(f"{path} is damaged (not UTF-8); delete it and run the same command again") from None
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise LimbeckError(
+                    f"{path}, line {number} is damaged ({error}); delete the file and run the same command again"
+                ) from None
+            yield parsed

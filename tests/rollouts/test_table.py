@@ -66,9 +66,11 @@ def some(count: int) -> list[Response]:
 def test_what_is_written_is_read_and_the_lines_are_those_of_json(folder, responses, rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "ROWS", rows)
+        patch.setattr(table, "_AT_A_TIME", 2)
         keep_responses(folder / "teacher.jsonl", responses)
         found = open_responses(folder / "teacher.jsonl")
-        assert list(found) == responses
+        assert list(found) == responses == [found[row] for row in range(len(found))]
+        assert list(found[::-2]) == responses[::-2]
         assert [r.replaced for r in found] == [r.replaced for r in responses]
         assert lengths_of(found).tolist() == [r.length for r in responses]
         assert list(prompts_of(found)) == [r.prompt_id for r in responses]

@@ -21,7 +21,7 @@ from limbeck.pipeline.plan.memory import least
 from limbeck.pipeline.plan.page import size
 from limbeck.pipeline.plan.workload import Texts, Workload
 from limbeck.pipeline.store_estimate import lengths_of
-from limbeck.prompts.io import read_prompts
+from limbeck.prompts.io import StoredPrompts
 from limbeck.recipe.load import Recipe
 from limbeck.runtime.memory import machine_memory
 from limbeck.teachers.in_process import InProcess
@@ -68,7 +68,7 @@ def _known_work(context: RunContext) -> Workload:
         return Workload(train=Texts.of(lengths["train"]), heldout=Texts.of(lengths["heldout"]), exact=True)
     counts = {"train": 0, "heldout": 0}
     if context.run.done("prompts"):
-        for prompt in read_prompts(context.run.prompts):
+        for prompt in StoredPrompts(context.run.prompts):
             counts[prompt.split] += 1
     sides = {side: Texts(count=n, tokens=0, ids=0, longest=0) for side, n in counts.items()}
     return Workload(train=sides["train"], heldout=sides["heldout"], exact=False)

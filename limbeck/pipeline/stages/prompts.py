@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,10 +17,11 @@ from limbeck.pipeline.several import check_routes
 from limbeck.prompts.capped import at_most_heldout
 from limbeck.prompts.columns import unread_line
 from limbeck.prompts.images import RowImages
-from limbeck.prompts.io import write_prompts
+from limbeck.prompts.io import write_lines
 from limbeck.prompts.preferences import ANSWERS
 from limbeck.prompts.readers import source_digest
 from limbeck.prompts.references import require_answers_for_sft, require_references
+from limbeck.prompts.scratch import ScratchFile, lines_of
 from limbeck.prompts.sources import PromptSet, load_prompts, with_heldout
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.sections import GENERATE, PromptsSection
@@ -55,8 +57,17 @@ def _content_of(context: RunContext, prompts: PromptsSection) -> Json:
     return content
 
 
-def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSet:
-    """Read the prompts of a recipe and write them, with a check for the reference answers that groups need."""
+@contextmanager
+def read_prompt_source(context: RunContext, heldout_fraction: float) -> Iterator[PromptSet]:
+    """Read the prompts of a recipe and write them, with a check for the reference answers that groups need.
+
+    Those that it gives are in a scratch file, which is there inside the block.
+    """
+    with ScratchFile(context.run.root) as scratch:
+        yield _read_into(scratch, context, heldout_fraction)
+
+
+def _read_into(scratch: ScratchFile, context: RunContext, heldout_fraction: float) -> PromptSet:
     section = context.recipe.prompts
     problems = ProblemReader(section.problems_of) if section.problems_of else None
     options: dict[str, Any] = {
@@ -68,6 +79,7 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
         "rewrite": problems.as_prompt if problems else None,
         "images": RowImages(ImageFolder(context.run.images)) if reads_images(context) else None,
         "seen_columns": context.recipe.kept_columns,
+        "scratch": scratch,
     }
     loaded = load_prompts(
         section.source if section.generate is None else GENERATE.name_of(section.generate),
@@ -85,16 +97,17 @@ def read_prompt_source(context: RunContext, heldout_fraction: float) -> PromptSe
     require_single_answers(context, loaded.prompts)
     require_one_answer_each(context, loaded.prompts)
     check_routes(context, loaded.prompts)
-    check_image_methods(context, loaded.prompts)
+    if options["images"] is not None:
+        check_image_methods(context, loaded.prompts)
     if loaded.unread:
         context.console.say(unread_line(loaded.unread, loaded.rows))
     if loaded.duplicates:
         others = f"; {loaded.contradicted} of them have another answer" if loaded.contradicted else ""
         context.console.say(f"prompts: {loaded.duplicates} rows ask what an earlier row asks, and are left out{others}")
-    _require_known_answers(context, loaded.prompts)
+    _require_known_answers(context, loaded.of("heldout"))
     if problems:
         problems.write(context.run.problems, loaded.prompts)
-    write_prompts(context.run.prompts, loaded.prompts)
+    write_lines(context.run.prompts, lines_of(loaded.prompts))
     return loaded
 
 
@@ -106,7 +119,7 @@ def _read_by_preference(context: RunContext) -> tuple[str, ...]:
     return tuple(name for name in ANSWERS if name not in recipe.prompts.ignore_columns) if same else ()
 
 
-def _require_known_answers(context: RunContext, prompts: Sequence[Prompt]) -> None:
+def _require_known_answers(context: RunContext, heldout: Sequence[Prompt]) -> None:
     """Check that the data has the reference answers that groups will need.
 
     Raises:
@@ -114,18 +127,18 @@ def _require_known_answers(context: RunContext, prompts: Sequence[Prompt]) -> No
     """
     for group in context.recipe.evaluate.groups.values():
         if "references" in group.needs():
-            require_references([p for p in prompts if p.split == "heldout"], group.references_remedy)
+            require_references(heldout, group.references_remedy)
 
 
 def _run_prompts(context: RunContext) -> Json:
     if context.recipe.documents:
         # Nothing is asked; the stage respond reads the text.
-        write_prompts(context.run.prompts, ())
+        write_lines(context.run.prompts, ())
         return {"documents": True}
-    loaded = read_prompt_source(context, context.recipe.prompts.eval_fraction)
-    if context.recipe.sft_on_data:
-        require_answers_for_sft(loaded.of("train"))
-    counts = loaded.counts()
+    with read_prompt_source(context, context.recipe.prompts.eval_fraction) as loaded:
+        if context.recipe.sft_on_data:
+            require_answers_for_sft(loaded.of("train"))
+        counts = loaded.counts()
     context.console.say(f"prompts: {counts['train']} to train on, {counts['heldout']} held out")
     return {**counts, "unread_columns": dict(loaded.unread)}
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from limbeck.models.fingerprints import tokenizer_fingerprint
 from limbeck.pipeline.checks import check_responses, check_rounds
 from limbeck.pipeline.context import RunContext, Stage
+from limbeck.pipeline.data_responses import (
+    by_data_alone,
+    data_responses,
+    reader_of_data,
+    say_dropped,
+    too_long_prompts,
+)
 from limbeck.pipeline.documents import document_inputs, help_with_documents, respond_with_documents
 from limbeck.pipeline.drafted_responses import draft_inputs
 from limbeck.pipeline.fitting_prompts import fitting_prompts
@@ -21,16 +28,12 @@ from limbeck.pipeline.seen_prompts import as_seen, fitting_as_seen, view_inputs
 from limbeck.pipeline.served_responses import ask_server
 from limbeck.pipeline.several import combination_inputs
 from limbeck.pipeline.student_endings import same_tokens
-from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template, text_options
+from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template
 from limbeck.pipeline.verified_responses import check_references, later_sampling, verification_inputs, verified
-from limbeck.prompts.io import read_prompts
+from limbeck.pipeline.written_responses import WrittenResponses
+from limbeck.prompts.io import StoredPrompts
 from limbeck.prompts.references import require_answers_for_sft
-from limbeck.prompts.templates import (
-    LossOn,
-    TemplateName,
-    encode_responses,
-    resolve_template,
-)
+from limbeck.prompts.templates import TemplateName, resolve_template
 from limbeck.prompts.turns import has_earlier_answers
 from limbeck.recipe.keys import fingerprinted, fingerprinted_member
 from limbeck.recipe.responses import CACHE_GIB
@@ -38,7 +41,7 @@ from limbeck.recipe.sections import Recipe
 from limbeck.rollouts.io import write_asked
 from limbeck.rollouts.preference.options import DataPairs
 from limbeck.rollouts.table import NumberedResponses, ResponseTable, keep_responses, open_responses
-from limbeck.types import Author, Json, LimbeckError, Prompt, Response, Split, TokenPrompt
+from limbeck.types import Json, Prompt, Response, Split, TokenPrompt
 
 # So many answers show which blocks of a teacher matter; more would cost more time than they would change.
 CALIBRATION_RESPONSES = 24
@@ -117,40 +120,75 @@ class _Reading:
 def _run_responses(context: RunContext) -> Json:
     if context.recipe.documents:
         return respond_with_documents(context)
-    run, section, author = context.run, context.recipe.responses, context.recipe.base_author
-    prompts = read_prompts(run.prompts)
+    author, stored = context.recipe.base_author, StoredPrompts(context.run.prompts)
     # Before the teacher's weights take their memory.
-    check_student_sees(context, prompts)
+    check_student_sees(context, stored)
+    answers = _of_data_alone(context, stored) if by_data_alone(context) else _of_those_asked(context, stored)
+    written = WrittenResponses(author)
+    keep_responses(context.run.responses / f"{author}.jsonl", written.checked(answers.responses))
+    record = {"template": answers.template} | written.record(answers.dropped)
+    return record | answers.record | paid_record(context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answers:
+    """The responses of a run.
+
+    Attributes:
+        responses: made as they are asked for, where the data has them.
+        dropped: number of the prompts that were too long.
+        record: what else the manifest holds of them.
+    """
+
+    template: TemplateName
+    responses: Iterable[Response]
+    dropped: int
+    record: Json
+
+
+def _of_data_alone(context: RunContext, stored: StoredPrompts) -> _Answers:
+    """The data's answers, of which a lot is in memory at a time."""
+    tokenizer, template = reader_of_data(context, stored)
+    dropped = too_long_prompts(context, stored, tokenizer, template)
+    _check_preferences(context, tokenizer, template)
+    loss_on = context.recipe.prompts.loss_on
+    responses = data_responses(
+        context, stored, tokenizer, template, takes=lambda p: p.id not in dropped, loss_on=loss_on
+    )
+    return _Answers(template=template, responses=responses, dropped=len(dropped), record={})
+
+
+def _of_those_asked(context: RunContext, stored: StoredPrompts) -> _Answers:
+    """Answers of the teacher, or of the data where prompts are asked too."""
+    prompts, section = list(stored), context.recipe.responses
     reading = _read(context, prompts)
     asked, tokenizer, template = reading.asked, reading.tokenizer, reading.template
-    preference = context.recipe.preference
-    if preference is not None and isinstance(preference.pairs, DataPairs):
-        # What the student cannot read comes to light before anything is written.
-        pairs_of_data(context, preference.pairs, *reading.reader)
+    _check_preferences(context, *reading.reader)
     if context.recipe.on_policy:
         train = [p for p in reading.read if p.split == "train"]
         check_rounds(context, len(train))
-        write_asked(run.responses / "asked.jsonl", train)
+        write_asked(context.run.responses / "asked.jsonl", train)
     more = _first_stage_answers(context, prompts, reading) if context.recipe.sft_on_data else {}
     if context.recipe.on_policy:
         asked = _answered(context, asked)
-    if author == "data":
+    if context.recipe.base_author == "data":
         # Pairs are two answers to one prompt.
         loss_on = "last" if section.source.paired else context.recipe.prompts.loss_on
-        responses = _from_data(context, prompts, asked, tokenizer, template, loss_on=loss_on)
+        kept = {prompt.id for prompt in asked}
+        responses: Iterable[Response] = data_responses(
+            context, prompts, tokenizer, template, takes=lambda p: p.id in kept, loss_on=loss_on
+        )
     else:
         responses, answered = _from_teacher(context, prompts, asked, reading)
         more |= answered
-    _require_written(responses, author)
-    keep_responses(run.responses / f"{author}.jsonl", responses)
-    return {
-        "template": template,
-        "responses": len(responses),
-        "empty": sum(_is_empty(r) for r in responses),
-        "dropped_too_long": len(reading.dropped),
-        "ended": sum(r.stop != "length" for r in responses),
-        "tokens": sum(r.tokens for r in responses),
-    } | (more | paid_record(context))
+    return _Answers(template=template, responses=responses, dropped=len(reading.dropped), record=more)
+
+
+def _check_preferences(context: RunContext, tokenizer: Any, template: TemplateName) -> None:
+    """See that the student can read the pairs of preference data, before anything is written."""
+    preference = context.recipe.preference
+    if preference is not None and isinstance(preference.pairs, DataPairs):
+        pairs_of_data(context, preference.pairs, tokenizer, template)
 
 
 def _writes(context: RunContext) -> bool:
@@ -192,10 +230,11 @@ def _read(context: RunContext, prompts: Sequence[Prompt]) -> _Reading:
 def _first_stage_answers(context: RunContext, prompts: Sequence[Prompt], reading: _Reading) -> Json:
     """Write the data's answers that a first stage trains on; returns their record."""
     require_answers_for_sft([p for p in prompts if p.split == "train"])
-    train = [p for p in reading.asked if p.split == "train"]
-    answers = _from_data(context, prompts, train, *reading.reader, loss_on=context.recipe.prompts.loss_on)
-    keep_responses(context.run.responses / "sft.jsonl", answers)
-    return {"sft": {"responses": len(answers), "tokens": sum(r.tokens for r in answers)}}
+    train = {p.id for p in reading.asked if p.split == "train"}
+    answers, loss_on = WrittenResponses("data"), context.recipe.prompts.loss_on
+    responses = data_responses(context, prompts, *reading.reader, takes=lambda p: p.id in train, loss_on=loss_on)
+    keep_responses(context.run.responses / "sft.jsonl", answers.counted(responses))
+    return {"sft": {"responses": answers.count, "tokens": answers.tokens}}
 
 
 def _from_teacher(
@@ -223,38 +262,6 @@ def _from_teacher(
         responses, retokenised = in_the_students_tokens(context, prompts, responses, tokenizer, reading.read)
         record |= retokenised
     return responses, record
-
-
-def _require_written(responses: Sequence[Response], author: Author) -> None:
-    for split in ("train", "heldout"):
-        written = [r for r in responses if r.split == split]
-        if written and all(_is_empty(r) for r in written):
-            raise LimbeckError(
-                f"all {split} responses are empty: the {author} ended every answer at once; "
-                "check prompts.template, or the teacher"
-            )
-
-
-def _from_data(
-    context: RunContext,
-    prompts: Sequence[Prompt],
-    asked: Sequence[TokenPrompt],
-    tokenizer: Any,
-    template: TemplateName,
-    *,
-    loss_on: LossOn,
-) -> list[Response]:
-    """Reference answers of the data, as responses."""
-    kept = {prompt.id for prompt in asked}
-    return encode_responses(
-        [p for p in prompts if p.id in kept],
-        tokenizer,
-        template,
-        max_new_tokens=context.recipe.responses.max_new_tokens,
-        control_tokens=context.recipe.prompts.control_tokens,
-        chat_options=text_options(context, tokenizer),
-        loss_on=loss_on,
-    )
 
 
 def _say_what_is_answered(context: RunContext, prompts: Sequence[Prompt]) -> None:
@@ -285,18 +292,12 @@ def _answered(context: RunContext, asked: Sequence[TokenPrompt]) -> tuple[TokenP
     return (*train, *(p for p in asked if p.split == "heldout"))
 
 
-def _is_empty(response: Response) -> bool:
-    """Whether a response has no tokens beside its end."""
-    return response.tokens <= (response.stop == "eos")
-
-
 def _token_prompts(
     context: RunContext, tokenizer: Any, prompts: Sequence[Any], template: TemplateName
 ) -> tuple[tuple[TokenPrompt, ...], tuple[str, ...]]:
     most = context.recipe.responses.max_new_tokens
     fitting = fitting_prompts(context, prompts, tokenizer, template, max_new_tokens=most)
-    if fitting.dropped:
-        context.console.warn(f"{len(fitting.dropped)} prompts are longer than {fitting.limit} tokens and were dropped")
+    say_dropped(context, len(fitting.dropped), fitting.limit)
     return fitting.kept, fitting.dropped
 
 

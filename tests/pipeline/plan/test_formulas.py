@@ -97,6 +97,10 @@ class TestSizes:
         assert size.held == sum(parameter.numel() for parameter in built.model.parameters())
 
 
+DEEP = {"model": None, "init": "depth_prune", "layers": 9}
+NARROW = {"model": None, "init": "width_prune", "width": {"intermediate_size": 256}}
+
+
 class TestMemory:
     @pytest.mark.parametrize("kv_heads", [2, 4])
     @pytest.mark.parametrize("checkpointing", [False, True])
@@ -159,7 +163,8 @@ class TestMemory:
             ({"fidelity": {"whose": ["student"]}}, {}, {"student", "teacher", "loss"}),
             (["fidelity"], {"teacher": {"cache": False}}, {"student", "teacher", "loss"}),
             (["speculation"], {}, {"student", "teacher", "keys and values"}),
-            (["fidelity"], {"student": {"model": None, "init": "depth_prune", "layers": 9}}, {"student", "teacher"}),
+            (["fidelity"], {"student": DEEP}, {"student", "teacher's head", "loss"}),
+            (["fidelity"], {"student": NARROW}, {"student", "teacher"}),
         ],
     )
     def test_the_evaluation_has_one_model_wherever_it_can(
