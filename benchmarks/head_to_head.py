@@ -185,7 +185,8 @@ def judge_section(sides: Sequence[Beside], model: str) -> list[str]:
         "seed, in both orders, and read by the log-probabilities of its letter: a win rate is the mean probability",
         "that the first start's answer is better; equal answers count half and are not asked about. A prompt with an",
         "unread verdict of any seed is left out of its row. Orders agree: share of pairs where the likelier letter is",
-        "for the same answer in both orders.",
+        "for the same answer in both orders. Leaning: share of pairs whose mean over both orders is above one half,",
+        "equal answers half.",
     ]
     if places:
         lines.append(
@@ -194,8 +195,8 @@ def judge_section(sides: Sequence[Beside], model: str) -> list[str]:
         )
     lines += [
         "",
-        "| starts | win rates by seed | mean | interval | pairs | equal | unread | orders agree |",
-        "|---|---|---:|---|---:|---:|---:|---:|",
+        "| starts | win rates by seed | mean | interval | leaning | pairs | equal | unread | orders agree |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     return [*lines, *(_row(side) for side in sides)]
 
@@ -210,7 +211,10 @@ def _row(side: Beside) -> str:
     agree = f"{sum(one == other for one, other in orders) / len(orders):.3f}" if orders else ""
     unread = f"{(len(side.judged) - len(orders)) / pairs:.3f}" if pairs else ""
     equal = f"{(pairs - len(side.judged)) / pairs:.3f}" if pairs else ""
-    return f"| {side.first} over {side.second} | {cells} | {pairs} | {equal} | {unread} | {agree} |"
+    leans = [lean for pair in side.judged if (lean := pair.leans) is not None]
+    halves = 0.5 * (pairs - len(side.judged))
+    leaning = f"{(sum(leans) + halves) / (len(leans) + 2 * halves):.3f}" if leans else ""
+    return f"| {side.first} over {side.second} | {cells} | {leaning} | {pairs} | {equal} | {unread} | {agree} |"
 
 
 def judge_at(base_url: str, model: str | None) -> Judge:

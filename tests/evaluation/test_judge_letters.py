@@ -112,7 +112,7 @@ def test_a_pair_counts_the_mean_over_both_orders() -> None:
     rows = {row.id: row.values for row in score_pairs(pairs, "win_rate", "logprobs")}
     assert rows["sure"]["win_rate"] == pytest.approx((8 / 9 + 6 / 9) / 2)
     assert rows["swayed"]["win_rate"] == pytest.approx((6 / 8 + 4 / 9) / 2)
-    assert rows["same"] == {"win_rate": 0.5, "judge_ties": 1.0, "judge_consistency": 0.0}
+    assert rows["same"] == {"win_rate": 0.5, "judge_ties": 1.0, "judge_consistency": 0.0, "judge_leans": 0.5}
     assert [rows[name]["judge_consistency"] for name in ("sure", "swayed")] == [1.0, 0.0]
     told = summarise_pairs(pairs)
     assert (told["wins"], told["losses"], told["ties_in_both_orders"], told["orders_disagree"]) == (1, 0, 0, 2)

@@ -70,6 +70,13 @@ class JudgedPair:
             return (first + (1.0 - second)) / 2
         return orders[0] if orders[0] == orders[1] else 0.5
 
+    @property
+    def leans(self) -> float | None:
+        """1 or 0 where the mean probability of both orders is above or below one half, else 1/2; None as text."""
+        if self.value is None or self.first.leaning is None:
+            return None
+        return 0.5 if self.value == 0.5 else float(self.value > 0.5)
+
 
 def score_pairs(pairs: Sequence[JudgedPair], metric: str, verdict: VerdictBy = "text") -> list[ScoredRow]:
     """One row for each pair whose orders were both read.
@@ -90,6 +97,8 @@ def score_pairs(pairs: Sequence[JudgedPair], metric: str, verdict: VerdictBy = "
                 "judge_ties": float(value == 0.5),
                 "judge_consistency": float(orders[0] == orders[1]),
             }
+            if pair.leans is not None:
+                values["judge_leans"] = pair.leans
             rows.append(ScoredRow(id=pair.id, weight=1.0, values=values))
     if not rows:
         opinions = [opinion for pair in pairs for opinion in (pair.first, pair.second) if opinion.unread]

@@ -213,6 +213,11 @@ METRICS: dict[str, Metric] = {
         label="Consistency of the judge", unit="", better="higher",
         meaning="share of pairs where the judge says the same when the two answers change places",
     ),
+    "judge_leans": Metric(
+        label="Pairs leaning to the student", unit="", better="higher", teacher_value=0.5,
+        meaning="share of pairs where the judge's mean probability of both orders is above one half for the student; a "
+        "judge that leans to a place more than to an answer may still order the answers",
+    ),
     "draft_acceptance": Metric(
         label="Measured acceptance", unit="", better="higher", teacher_value=1.0,
         meaning="share of the student's drafts that the teacher kept in speculative decoding, of those it looked at",

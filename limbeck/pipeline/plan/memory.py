@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from limbeck.evaluation.groups.rouge import RougeGroup
 from limbeck.pipeline.capturing import SCORING_BATCH_SIZE
 from limbeck.pipeline.plan.case import Case
 from limbeck.pipeline.plan.evaluation_memory import evaluation_terms
@@ -19,8 +20,9 @@ from limbeck.rollouts.engines import InProcess
 
 # Of a device's memory: what CUDA, its libraries and fragments of freed tensors take.
 RESERVED_SHARE, CONTEXT_BYTES = 0.06, 700 << 20
-# Of a process on a CPU: the libraries of a run, of which each stage imports more.
-LIBRARY_BYTES = {"respond": 570 << 20, "teach": 570 << 20, "train": 650 << 20, "evaluate": 690 << 20}
+# Of a process on a CPU: the libraries of a run, of which each stage imports more; what has written answers; ROUGE.
+LIBRARY_BYTES = {"respond": 550 << 20, "teach": 550 << 20, "train": 575 << 20, "evaluate": 580 << 20}
+WRITING_BYTES, ROUGE_BYTES = 41 << 20, 34 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +88,31 @@ def state_bytes(case: Case) -> float:
 
 def _process(case: Case, stage: str) -> Term:
     if case.fleet.device.host:
-        return Term(name="process", bytes=LIBRARY_BYTES[stage])
+        groups = case.recipe.evaluate.groups.values() if stage == "evaluate" else ()
+        writes = _answers_here(case) or any("prompts" in group.needs() for group in groups)
+        rouge = any(isinstance(group, RougeGroup) for group in groups)
+        return Term(name="process", bytes=LIBRARY_BYTES[stage] + WRITING_BYTES * writes + ROUGE_BYTES * rouge)
     return Term(name="context", bytes=CONTEXT_BYTES)
+
+
+def _teacher_answers(case: Case) -> bool:
+    """Whether the teacher writes answers in this process before the training."""
+    recipe = case.recipe
+    return recipe.base_author != "data" and recipe.responses.server is None and case.where == "in_process"
+
+
+def _student_answers(case: Case) -> bool:
+    """Whether the student writes answers in this process while it trains."""
+    return case.steps.written > 0 and isinstance(case.recipe.responses.engine, InProcess)
+
+
+def _answers_here(case: Case) -> bool:
+    return _teacher_answers(case) or _student_answers(case)
 
 
 def _respond(case: Case) -> Iterator[tuple[str, float]]:
     recipe = case.recipe
-    if recipe.base_author == "data" or recipe.responses.server is not None or case.where != "in_process":
+    if not _teacher_answers(case):
         return
     assert case.teacher is not None, "a teacher in this process has a configuration"
     yield "teacher", case.teacher_bytes
@@ -123,7 +143,7 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     yield "activations", activation_bytes(case, batch_positions(case))
     yield "loss", loss_bytes(case)
     yield from _teacher_in_training(case)
-    if case.steps.written and isinstance(case.recipe.responses.engine, InProcess):
+    if _student_answers(case):
         yield from sampling_terms(case, student.model, number, case.steps.rows)
 
 
