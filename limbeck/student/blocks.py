@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _PROBE_TOKENS = 6
+# Of the memory that torch takes for a tensor, in bytes.
+_ALIGNMENT = 64
 _TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
@@ -85,7 +87,8 @@ def depth_prune(
         keep: block numbers, ascending.
         dtype: of the new model; None keeps the old one's.
         take: have the tensors of `model` itself, where precision and place agree, and not copies of them: for a model
-            that is not used any more once the new one is changed.
+            that is not used any more once the new one is changed. Those that lie in memory as no copy would, such as
+            in a mapped file, are copied: products of the same numbers may end in other bits there.
 
     Raises:
         LimbeckError: `keep` is not a list of ascending block numbers, or the architecture does not survive the cut.
@@ -105,7 +108,7 @@ def depth_prune(
             if int(number) not in kept:
                 continue
             key = f"{name}.{kept.index(int(number))}.{rest}"
-        state[key] = value.detach().to("cpu", copy=not take)
+        state[key] = value.detach().to("cpu", copy=not take or value.data_ptr() % _ALIGNMENT != 0)
     pruned = assembled(inner, config, state, dtype or inner.dtype, "depth-pruned")
     if pruned.generation_config is not None and inner.generation_config is not None:
         pruned.generation_config = copy.deepcopy(inner.generation_config)

@@ -215,8 +215,7 @@ METRICS: dict[str, Metric] = {
     ),
     "judge_leans": Metric(
         label="Pairs leaning to the student", unit="", better="higher", teacher_value=0.5,
-        meaning="share of pairs where the judge's mean probability of both orders is above one half for the student; a "
-        "judge that leans to a place more than to an answer may still order the answers",
+        meaning="share of pairs where the judge's mean probability of both orders is above 0.5 for the student",
     ),
     "draft_acceptance": Metric(
         label="Measured acceptance", unit="", better="higher", teacher_value=1.0,
