@@ -46,7 +46,7 @@ SMOLLM2: dict[str, Any] = {
     "prompts": {"source": "builtin", "limit": 48},
     "train": {"max_steps": 16},
 }
-SHAPE = {"layers": 6, "width": 256, "window": 256, "seed": 1}
+SHAPE: dict[str, Any] = {"layers": 6, "width": 256, "window": 256, "seed": 1}
 ELSEWHERE: dict[str, Any] = {
     "student": {"init": "pretrained", "layers": None},
     "responses": {"source": "data"},
@@ -98,7 +98,7 @@ def tree_of(name: str, folder: Path) -> dict[str, Any]:
     for section, changes in CONFIGURATIONS[name].items():
         tree[section] = {**tree[section], **changes} if section in tree else changes
     if CONFIGURATIONS[name] is ELSEWHERE:
-        tree["student"]["model"] = str(write_model(folder / "student", **SHAPE | {"layers": 4}))
+        tree["student"]["model"] = str(write_model(folder / "student", **{**SHAPE, "layers": 4}))
     elif tree["student"]["init"] == "pretrained":
         tree["student"] = {"init": "teacher"}
     return tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_a_path_has_its_ends_whatever_its_shape():
 
 
 def test_what_the_student_will_write_is_expected_by_the_path():
-    options = {"share": 0.0, "share_end": 0.995}
+    options: dict[str, Any] = {"share": 0.0, "share_end": 0.995}
     assert MixedResponses(**options).expected_share == pytest.approx(0.4975)
     # The integral of 1 - 200 ** -f.
     assert MixedResponses(**options, share_shape="exponential").expected_share == pytest.approx(0.812, abs=2e-3)

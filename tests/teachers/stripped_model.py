@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -33,7 +34,7 @@ def rows_of(length: int) -> TokenBatch:
 class StrippedModel:
     """A model as a server has it, in `whole`, and the folder of it that is here: its last norm and its head alone."""
 
-    def __init__(self, folder: Path, *, width: int = 32, **shape: int) -> None:
+    def __init__(self, folder: Path, *, width: int = 32, **shape: Any) -> None:
         self.alone = threading.Lock()
         self.folder = write_model(folder / "teacher", head_rows=320, width=width, **shape)
         weights = self.folder / "model.safetensors"
