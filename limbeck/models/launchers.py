@@ -134,7 +134,8 @@ class Slurm(Launcher):
             lines.append(f"#SBATCH --time={_hours(job.hours)}")
         lines += [
             "set -euo pipefail",
-            'FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            # Not by `head`: that ends first, and under pipefail the job with it where the list is still being written.
+            'FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
             f"srun {_rendezvous(job, '$FIRST_NODE', '$SLURM_JOB_ID')}",
         ]
         return "\n".join(lines) + "\n"
@@ -150,7 +151,7 @@ class Skypilot(Launcher):
         resources: dict[str, object] = {"disk_tier": "high"}
         if not job.fleet.device.host:
             resources["accelerators"] = f"{job.fleet.name}:{job.per_node}"
-        first = '"$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
+        first = '"$(echo "$SKYPILOT_NODE_IPS" | sed -n 1p)"'
         task = {
             "name": job.name,
             "resources": resources,

@@ -75,7 +75,7 @@ def test_slurm(tmp_path: Path) -> None:
 def test_skypilot(tmp_path: Path) -> None:
     task = yaml.safe_load(LAUNCHERS.build("skypilot").text(job("16xA100")))
     assert task["num_nodes"] == 2 and task["resources"]["accelerators"] == "A100:8"
-    assert launched(task["run"].replace('"$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"', "first"))[:2] == ["2", "8"]
+    assert launched(task["run"].replace('"$(echo "$SKYPILOT_NODE_IPS" | sed -n 1p)"', "first"))[:2] == ["2", "8"]
     path = tmp_path / "job.sh"
     path.write_text(task["run"], "utf-8")
     subprocess.run(["bash", "-n", str(path)], check=True)
