@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Part = Literal["before", "distilled", "after"]
 Who = Literal["student", "teacher"]
+BOTH: tuple[Who, Who] = ("student", "teacher")
 Need = Literal["teacher", "teacher_weights", "tokens", "prompts", "references"]
 
 
@@ -119,6 +120,11 @@ class EvaluationSettings(Protocol):
 def greedy(settings: EvaluationSettings) -> Sampling:
     """Greedy decoding, for the answers that the report shows side by side."""
     return Sampling(max_new_tokens=settings.max_new_tokens, temperature=0.0)
+
+
+def sampled(settings: EvaluationSettings, temperature: float, seed: int) -> Sampling:
+    """Answers of the same length, drawn."""
+    return Sampling(max_new_tokens=settings.max_new_tokens, temperature=temperature, seed=seed)
 
 
 class StopRequest(Protocol):

@@ -118,19 +118,22 @@ class MixedResponses(OnPolicyOptions):
         return MixedSource(own, initial, share=self._path(), seed=materials.context.seed)
 
     def check(self, *, max_new_tokens: int, per_device_train_batch_size: int) -> None:
-        end = self.share if self.share_end is None else self.share_end
-        if self.share_shape == "exponential" and 1 in (self.share, end):
+        if self.share_shape == "exponential" and 1 in (self.share, self._end):
             raise LimbeckError(
                 f"{SOURCE_KEY}.share_shape is exponential, and by a factor in every step no share gets to 1 or away "
-                f"from it (share {self.share}, share_end {end}); set share and share_end below 1, such as 0 and 0.995"
+                f"from it (share {self.share}, share_end {self._end}); set share and share_end below 1, such as 0 and "
+                "0.995"
             )
         super().check(max_new_tokens=max_new_tokens, per_device_train_batch_size=per_device_train_batch_size)
+
+    @property
+    def _end(self) -> float:
+        return self.share if self.share_end is None else self.share_end
 
     def _path(self) -> SharePath:
         from limbeck.rollouts.mixed import SharePath
 
-        end = self.share if self.share_end is None else self.share_end
-        return SharePath(start=self.share, end=end, shape=self.share_shape)
+        return SharePath(start=self.share, end=self._end, shape=self.share_shape)
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Who
+from limbeck.evaluation.context import BOTH, EvaluationContext, EvaluationGroup, GroupResult, Need, Who
 from limbeck.fields import STRICT, Count
 from limbeck.types import Json, ScoredRow
 
 if TYPE_CHECKING:
     from limbeck.evaluation.cost import Timing
-
-_BOTH: tuple[Who, Who] = ("student", "teacher")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -51,18 +49,18 @@ class CostGroup(EvaluationGroup):
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         from limbeck.evaluation.cost import timed_in_turns
 
-        sizes: dict[Who, dict[str, float]] = {who: _sizes(evaluation, who) for who in _BOTH}
+        sizes: dict[Who, dict[str, float]] = {who: _sizes(evaluation, who) for who in BOTH}
         timings = timed_in_turns(
-            {who: (evaluation.speaker(who).model, self._prompt(evaluation, who)) for who in _BOTH},
+            {who: (evaluation.speaker(who).model, self._prompt(evaluation, who)) for who in BOTH},
             new_tokens=self.new_tokens,
             repeats=self.repeats,
         )
         counted = ScoredRow(
-            id="model", weight=1.0, values={_name(w, key): v for w in _BOTH for key, v in sizes[w].items()}
+            id="model", weight=1.0, values={_name(w, key): v for w in BOTH for key, v in sizes[w].items()}
         )
         timed = [
             ScoredRow(id=f"repeat {number}", weight=1.0, values=self._speeds(student, teacher))
-            for number, (student, teacher) in enumerate(zip(*(timings[who] for who in _BOTH), strict=True), start=1)
+            for number, (student, teacher) in enumerate(zip(*(timings[who] for who in BOTH), strict=True), start=1)
         ]
         return GroupResult(tables={"": [counted], f"prompt={self.prompt_tokens}": timed}, detail=_detail(sizes, timed))
 
@@ -74,7 +72,7 @@ class CostGroup(EvaluationGroup):
 
     def _speeds(self, student: Timing, teacher: Timing) -> dict[str, float]:
         found = {}
-        for who, timing in zip(_BOTH, (student, teacher), strict=True):
+        for who, timing in zip(BOTH, (student, teacher), strict=True):
             found[_name(who, "prefill_speed")] = self.prompt_tokens / timing.prefill_s
             found[_name(who, "decode_speed")] = 1 / timing.step_s
         return found
@@ -115,7 +113,7 @@ def _detail(sizes: dict[Who, dict[str, float]], timed: list[ScoredRow]) -> Json:
             key: statistics.median(row.values[_name(who, key)] for row in timed)
             for key in ("prefill_speed", "decode_speed")
         }
-        for who in _BOTH
+        for who in BOTH
     }
     ratio = {key: value / both["teacher"][key] for key, value in both["student"].items()}
     return {**both, "student_over_teacher": ratio}

@@ -23,6 +23,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import (
+    BOTH,
     AskedAnswers,
     EvaluationContext,
     EvaluationGroup,
@@ -31,6 +32,7 @@ from limbeck.evaluation.context import (
     Who,
     greedy,
     response_text,
+    sampled,
 )
 from limbeck.evaluation.diversity import distinct, diversity, sample_nll
 from limbeck.evaluation.rouge import best_rouge_l, scorable
@@ -38,7 +40,6 @@ from limbeck.fields import STRICT, Count, NonNegative, Seed
 from limbeck.types import Json, LimbeckError, Prompt, Sampling, ScoredRow
 
 References = Mapping[str, Sequence[str]]
-_BOTH: tuple[Who, Who] = ("student", "teacher")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class DiversityGroup(EvaluationGroup):
         prompts = self._prompts(evaluation)
         for temperature in self.temperatures:
             for sampling in self._samplings(evaluation, temperature):
-                for who in _BOTH:
+                for who in BOTH:
                     yield AskedAnswers(who=who, sampling=sampling, prompts=prompts, keep_logp=True)
         if not all(prompt.known_answers for prompt in prompts):
             yield AskedAnswers(who="teacher", sampling=greedy(evaluation.settings), prompts=prompts)
@@ -98,7 +99,7 @@ class DiversityGroup(EvaluationGroup):
         tables: dict[str, Sequence[ScoredRow]] = {}
         detail: Json = {"samples": self.samples, "prompts": len(prompts), "rouge_beside": beside, "corpus": {}}
         for temperature in self.temperatures:
-            student, teacher = (self._sampled(evaluation, who, temperature, prompts) for who in _BOTH)
+            student, teacher = (self._sampled(evaluation, who, temperature, prompts) for who in BOTH)
             shared = [name for name in student if name in teacher]
             name_of = condition(temperature)
             tables[name_of] = [_row(name, student[name], teacher[name], references.get(name)) for name in shared]
@@ -126,10 +127,9 @@ class DiversityGroup(EvaluationGroup):
         return evaluation.prompts[: evaluation.settings.prompts][: self.prompts]
 
     def _samplings(self, evaluation: EvaluationContext, temperature: float) -> list[Sampling]:
-        most = evaluation.settings.max_new_tokens
         # Greedy answers do not depend on the seed, and are written once.
         seeds = [self.seed + (number if temperature > 0 else 0) for number in range(self.samples)]
-        return [Sampling(max_new_tokens=most, temperature=temperature, seed=seed) for seed in seeds]
+        return [sampled(evaluation.settings, temperature, seed) for seed in seeds]
 
 
 def _row(name: str, student: _Samples, teacher: _Samples, references: Sequence[str] | None) -> ScoredRow:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import AskedAnswers, EvaluationContext, GroupInPieces, GroupResult, Need, Who
+from limbeck.evaluation.context import AskedAnswers, EvaluationContext, GroupInPieces, GroupResult, Need, Who, sampled
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT, NonNegative, Seed
 from limbeck.prompts.references import require_references
@@ -144,8 +144,7 @@ class FidelityGroup(GroupInPieces):
         return _Answers(responses=[response for response in responses if response.response_ids])
 
     def _sampling(self, evaluation: EvaluationContext) -> Sampling:
-        most = evaluation.settings.max_new_tokens
-        return Sampling(max_new_tokens=most, temperature=self.temperature, seed=self.seed)
+        return sampled(evaluation.settings, self.temperature, self.seed)
 
 
 def _by_teacher(

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import AskedAnswers, EvaluationContext, GroupInPieces, GroupResult, Need, Who
+from limbeck.evaluation.context import AskedAnswers, EvaluationContext, GroupInPieces, GroupResult, Need, Who, sampled
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.evaluation.scores.metrics import NATS, Metric
 from limbeck.fields import STRICT, NonNegative, Seed
@@ -128,8 +128,7 @@ class LikelihoodGroup(GroupInPieces):
         return _by_prompt(evaluation.answers(who, self._sampling(evaluation), prompts))
 
     def _sampling(self, evaluation: EvaluationContext) -> Sampling:
-        most = evaluation.settings.max_new_tokens
-        return Sampling(max_new_tokens=most, temperature=self.temperature, seed=self.seed)
+        return sampled(evaluation.settings, self.temperature, self.seed)
 
     def _others(self, evaluation: EvaluationContext, prompts: Sequence[Prompt]) -> dict[str, Response]:
         if self.against == "references":

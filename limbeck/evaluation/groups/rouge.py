@@ -28,6 +28,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import (
+    BOTH,
     AskedAnswers,
     EvaluationContext,
     EvaluationGroup,
@@ -35,6 +36,7 @@ from limbeck.evaluation.context import (
     Need,
     Who,
     greedy,
+    sampled,
 )
 from limbeck.evaluation.rouge import best_rouge_l, rouge_l
 from limbeck.fields import STRICT, NonNegative, Seed
@@ -42,7 +44,6 @@ from limbeck.prompts.references import require_references
 from limbeck.types import Json, LimbeckError, Sampling, ScoredRow
 
 RougeValues = dict[str, dict[str, float]]
-_BOTH: tuple[Who, Who] = ("student", "teacher")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class RougeGroup(EvaluationGroup):
 
     def asks(self, evaluation: EvaluationContext) -> Iterator[AskedAnswers]:
         if "teacher" in self.against:
-            for who in _BOTH:
+            for who in BOTH:
                 yield AskedAnswers(who=who, sampling=greedy(evaluation.settings))
         if "references" in self.against:
             for who in _speaking(evaluation):
@@ -146,17 +147,16 @@ class RougeGroup(EvaluationGroup):
         return _BySeed(scores=scores)
 
     def _samplings(self, evaluation: EvaluationContext) -> list[Sampling]:
-        most = evaluation.settings.max_new_tokens
-        return [Sampling(max_new_tokens=most, temperature=self.temperature, seed=seed) for seed in self.seeds]
+        return [sampled(evaluation.settings, self.temperature, seed) for seed in self.seeds]
 
 
 def _speaking(evaluation: EvaluationContext) -> tuple[Who, ...]:
     """Whose answers are set beside the references."""
-    return _BOTH if evaluation.has_teacher else ("student",)
+    return BOTH if evaluation.has_teacher else ("student",)
 
 
 def _beside_teacher(evaluation: EvaluationContext) -> RougeValues:
-    student, teacher = (evaluation.texts(who, greedy(evaluation.settings)) for who in _BOTH)
+    student, teacher = (evaluation.texts(who, greedy(evaluation.settings)) for who in BOTH)
     shared = [name for name in student if name in teacher]
     rows = rouge_l(shared, candidates=[student[name] for name in shared], references=[teacher[name] for name in shared])
     return {row.id: dict(row.values) for row in rows}

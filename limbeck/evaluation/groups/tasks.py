@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import (
+    BOTH,
     AskedAnswers,
     EvaluationContext,
     EvaluationGroup,
@@ -136,7 +137,7 @@ class TasksGroup(EvaluationGroup):
 
     @property
     def _writers(self) -> tuple[Who, ...]:
-        return ("student", "teacher") if self.teacher else ("student",)
+        return BOTH if self.teacher else ("student",)
 
     def _tasks(self, evaluation: EvaluationContext) -> list[TaskName]:
         return [*self.files, *([evaluation.task] if self.heldout and evaluation.task else [])]
