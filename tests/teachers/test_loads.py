@@ -53,8 +53,14 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+# Once to write or to be learned from, once to write the answers that the student's are compared to. What is not stored
+# is asked again for the student before training and after it, each of which has written its answers alone in memory.
+TWICE, AGAIN_BY_PART = 2, 4
+MOST_LOADS = dict.fromkeys(SHAPES, TWICE) | {"labels of the teacher": AGAIN_BY_PART, "no cache": AGAIN_BY_PART}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_run_reads_the_weights_of_its_teacher_at_most_twice(
+def test_a_run_reads_the_weights_of_its_teacher_only_as_often_as_it_must(
     shape: str, tiny: TinyPair, tmp_path: Path, loads: list[str]
 ) -> None:
     sections = SHAPES[shape]
@@ -65,7 +71,7 @@ def test_a_run_reads_the_weights_of_its_teacher_at_most_twice(
     tree["train"]["max_steps"] = 2
     tree["evaluate"]["groups"] = ["fidelity", "rouge"]
     run_pipeline(load_recipe(tree), stages=STAGES)
-    assert 1 <= loads.count(str(tiny.teacher)) <= 2
+    assert 1 <= loads.count(str(tiny.teacher)) <= MOST_LOADS[shape]
 
 
 def test_a_teacher_is_not_in_memory_while_a_student_learns_from_what_is_on_disk(
