@@ -54,7 +54,6 @@ PROMPTS = {
 }
 # Both models of such a recipe read images.
 SEES = "vision"
-REFUSED = {"recover": "its weights stay on a grid (`straight_through`), which is refused"}
 
 
 def names() -> list[str]:
@@ -197,12 +196,11 @@ def row(out: Path, name: str) -> str:
     for found in shards:
         both = one and found and one["bytes"] and found["bytes"]
         cells.append(f"{both / one['bytes']:.1%}" if one and both else "")
-    cells.append(REFUSED.get(name, ""))
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = """| recipe | gap, DDP | gap, sharded over 2 | over 4 | kept by one of 2 | of 4 | |
-|---|---|---|---|---|---|---|"""
+HEAD = """| recipe | gap, DDP | gap, sharded over 2 | over 4 | kept by one of 2 | of 4 |
+|---|---|---|---|---|---|"""
 START, END = "<!-- rows -->", "<!-- end of rows -->"
 
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from limbeck.models.quantization.on_grid import OnGrid
 from limbeck.runtime.files import naming
 from limbeck.runtime.folders import remove
 
@@ -43,12 +44,16 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def keep_copy(model: nn.Module, device: torch.device) -> None:
-    """Make the copy that `whole` fills, before the model is sharded: everything of it but its weights."""
+    """Make the copy that `whole` fills, before the model is sharded: everything of it but its weights.
+
+    What the model has beside its weights (grids, angles of positions) the two share.
+    """
     empty = {
         id(weight): nn.Parameter(torch.empty(0, dtype=weight.dtype, device=device), requires_grad=False)
         for _, weight in model.named_parameters()
     }
-    _COPIES[model] = copy.deepcopy(model, empty).eval()  # type: ignore[arg-type]
+    beside = {id(buffer): buffer for buffer in model.buffers()}
+    _COPIES[model] = copy.deepcopy(model, empty | beside).eval()  # type: ignore[arg-type]
 
 
 def reader_copy(model: nn.Module) -> nn.Module:
@@ -103,6 +108,9 @@ def _copy_of(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     finally:
         for place in places.values():
             place.data = place.new_empty(0)
+        for module in _COPIES[model].modules() if places else ():
+            if isinstance(module, OnGrid):
+                module.forget()
 
 
 def _mapped(like: Tensor, file: Path) -> Tensor:

@@ -47,7 +47,6 @@ from limbeck.student.build import StudentSpec, fresh_model
 from limbeck.student.quantizing import QuantizeSpec, check_quantizing, formats_of
 from limbeck.student.width import WidthSpec, require_cuttable, width_config
 from limbeck.training.launch import require_trackers
-from limbeck.training.sharding import grid_refusal
 from limbeck.types import LimbeckError
 
 
@@ -132,9 +131,6 @@ def _check_sharding(context: RunContext) -> None:
     recipe = context.recipe
     if not context.launch.sharded:
         return
-    quantize = recipe.student.quantize
-    if quantize is not None and quantize.weights == "straight_through":
-        raise grid_refusal()
     if recipe.teacher.model == "live":
         raise LimbeckError(
             "teacher.model=live asks the whole student in every step, and this launch shards it over the ranks; set "

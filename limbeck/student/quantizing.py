@@ -1,26 +1,25 @@
 """A student in few bits: its weights trained on the grid of the file that ships, or frozen there under adapters.
 
-Straight-through training keeps float weights, computes with the nearest point of the grid, and hands the gradient to
-the float weights as if there were no rounding (Bengio et al. 2013). The grids are those of the weights it begins with
-and stay: so a step costs little more than without, and the k-quants' long search for scales is done once.
+Straight-through training (`limbeck.models.quantization.on_grid`) keeps the grids of the weights that the student begins
+with, so that the k-quants' long search for scales is done once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from limbeck.models.quantization import FORMATS, BlockFormat, Grid, dequantise, grid_of, packed, snap, weighted_grid
+from limbeck.models.heads import causal_model
+from limbeck.models.quantization import FORMATS, dequantise, grid_of, packed, snap, weighted_grid
 from limbeck.models.quantization.files import QuantizedWeights, Trained
 from limbeck.models.quantization.importance import importance_of
 from limbeck.models.quantization.layout import layout
+from limbeck.models.quantization.on_grid import OnGrid, grid_of_weight
 from limbeck.types import LimbeckError, TokenBatch
 
 if TYPE_CHECKING:
@@ -53,76 +52,22 @@ class Quantization:
 
     Attributes:
         formats: names of formats by the weight's name in the plain model.
-        on_grid: what keeps each weight on its grid, where they are trained.
         blocks: the bytes of each weight, where they stay as they are.
     """
 
     weights: Trained
     formats: Mapping[str, str]
-    on_grid: Mapping[str, tuple[nn.Module, OnGrid]] = field(default_factory=dict)
     blocks: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def packed(self) -> QuantizedWeights:
-        """The bytes of all weights as they are now."""
-        blocks = dict(self.blocks)
-        for name, (module, kept) in self.on_grid.items():
-            weight: Any = module.parametrizations["weight"]  # type: ignore[index]
-            blocks[name] = packed(kept.format, weight.original, kept.grid)
+    def packed(self, model: nn.Module) -> QuantizedWeights:
+        """The bytes of all weights of the student, or of a copy with its whole weights, as they are now."""
+        blocks, inner = dict(self.blocks), causal_model(model)
+        for name in (one for one in self.formats if one not in blocks):
+            module: Any = inner.get_submodule(name.removesuffix(".weight"))
+            kept = grid_of_weight(module)
+            assert kept is not None, "trained weights stay on their grid"
+            blocks[name] = packed(kept.format, module.parametrizations["weight"].original, kept.grid)
         return QuantizedWeights(trained=self.weights, formats=dict(self.formats), blocks=blocks)
-
-
-@cache
-def _count_updates() -> None:
-    """Let each step of an optimizer count as a change of its parameters, which that of fused ones does not."""
-
-    def changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
-
-    register_optimizer_step_post_hook(changed)
-
-
-class OnGrid(nn.Module):
-    """The parametrisation of a weight that puts it on its grid and passes the gradient through."""
-
-    def __init__(self, format: BlockFormat, grid: Grid):
-        super().__init__()
-        _count_updates()
-        self.format = format
-        self._parts = len(grid)
-        for i, part in enumerate(grid):
-            # A function of the weights that the student begins with: no checkpoint needs it.
-            self.register_buffer(f"grid_{i}", part, persistent=False)
-        self._seen: tuple[int, int] | None = None
-        self._snapped: Tensor | None = None
-
-    @property
-    def grid(self) -> Grid:
-        return tuple(getattr(self, f"grid_{i}") for i in range(self._parts))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, self._current(weight))  # type: ignore[return-value]
-
-    def _current(self, weight: Tensor) -> Tensor:
-        """The weight on its grid, computed once for each update of it."""
-        now = (weight._version, weight.data_ptr())
-        if self._snapped is None or self._seen != now:
-            # What was made in inference mode could not enter a graph later on.
-            with torch.inference_mode(False), torch.no_grad():
-                self._snapped, self._seen = snap(self.format, weight, self.grid).to(weight.dtype), now
-        return self._snapped
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The second operand as value, the first one's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, snapped: Tensor) -> Tensor:
-        del ctx, weight
-        return snapped.view_as(snapped)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grads[0], None
 
 
 def check_quantizing(spec: QuantizeSpec, *, dtype: str, init: str, lora: bool) -> None:
@@ -177,7 +122,6 @@ def quantized(model: PreTrainedModel, spec: QuantizeSpec, calibration: Sequence[
     if spec.grid == "importance":
         assert calibration, "the recipe's checks ask for responses"
         importance = importance_of(model, calibration, device=model.device)
-    on_grid: dict[str, tuple[nn.Module, OnGrid]] = {}
     blocks: dict[str, Tensor] = {}
     for name, chosen in formats.items():
         modules = users[name]
@@ -201,8 +145,7 @@ def quantized(model: PreTrainedModel, spec: QuantizeSpec, calibration: Sequence[
         kept = OnGrid(format, grid)
         for module in modules:
             parametrize.register_parametrization(module, "weight", kept)
-        on_grid[name] = (modules[0], kept)
-    return Quantization(weights=spec.weights, formats=formats, on_grid=on_grid, blocks=blocks)
+    return Quantization(weights=spec.weights, formats=formats, blocks=blocks)
 
 
 def _users(model: nn.Module) -> dict[str, list[nn.Module]]:

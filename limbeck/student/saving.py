@@ -56,7 +56,7 @@ def save_student(
             _plain(tokenizer).save_pretrained(work)
             _copy_processor(model, work)
             if quantization is not None:
-                save_blocks(work, quantization.packed())
+                save_blocks(work, quantization.packed(model))
                 if quantization.weights == "frozen":
                     _save_adapters(model, work / "quantized")
     except OSError as error:

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from limbeck.models.heads import decoder_blocks
+from limbeck.models.quantization.on_grid import round_before_gathering
 from limbeck.models.slices import read_parts
 from limbeck.models.whole import keep_copy
 from limbeck.recipe.sections import TrainSection
 from limbeck.runtime.launcher import launched
-from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,9 +52,6 @@ def shard(student: nn.Module, accelerator: Accelerator, *, bf16: bool) -> None:
 
     Args:
         bf16: the products run in bfloat16, so that blocks are gathered in it.
-
-    Raises:
-        LimbeckError: a student whose weights cannot be sharded.
     """
     if is_sharded(student):
         return
@@ -62,8 +59,8 @@ def shard(student: nn.Module, accelerator: Accelerator, *, bf16: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     _, blocks = decoder_blocks(student)
-    _require_plain(student)
     keep_copy(student, accelerator.device)
+    round_before_gathering(student)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,), mesh_dim_names=(SHARD,))
     narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters())
     # Activations stay in the precision that autocast gives them: what is sharded computes what a whole one does.
@@ -104,18 +101,3 @@ def _call(function: Callable[..., Any], *inputs: Any) -> Any:
 
 def _mesh_of(student: nn.Module) -> DeviceMesh:
     return next(student.parameters()).device_mesh  # type: ignore[attr-defined, return-value]
-
-
-def _require_plain(student: nn.Module) -> None:
-    from torch.nn.utils import parametrize
-
-    if any(parametrize.is_parametrized(module) for module in student.modules()):
-        raise grid_refusal()
-
-
-def grid_refusal() -> LimbeckError:
-    """The refusal to shard a student whose weights stay on a grid, which are rounded whole."""
-    return LimbeckError(
-        "the student trains weights that stay on a grid (student.quantize.weights=straight_through), which are "
-        "rounded whole; set train.sharding=none, or student.quantize.weights=frozen with student.lora"
-    )

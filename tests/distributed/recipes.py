@@ -12,8 +12,16 @@ from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 
-# Responses of the teacher, of a mixture, of both side by side, of both models together.
-NAMES = ("kd", "gkd", "distillm2", "skd")
+# Responses of the teacher, of a mixture, of both side by side, of both models together; of a student in few bits.
+NAMES = ("kd", "gkd", "distillm2", "skd", "recover")
+OWN = {
+    "recover": (
+        "student.layers=null",
+        "responses.source=student",
+        "train.eval_steps=null",
+        "train.per_device_train_batch_size=4",
+    )
+}
 
 
 def play_recipe(name: str, pair: Path, folder: Path, *changes: str) -> Path:
@@ -34,6 +42,7 @@ def play_recipe(name: str, pair: Path, folder: Path, *changes: str) -> Path:
             "train.compile=off",
             "evaluate.groups=[fidelity]",
             "evaluate.max_new_tokens=8",
+            *OWN.get(name, ()),
             *changes,
         ],
     )

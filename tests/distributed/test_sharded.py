@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from limbeck.models.loading import load_model
+from limbeck.models.quantization.files import BLOCKS_FILE
 from limbeck.training import checkpoints, trained_weights
 from limbeck.training.checkpoint_shards import read_whole, shards_in
 from tests.distributed.authors import SCENARIOS
@@ -23,7 +24,7 @@ from tests.distributed.test_command import LAUNCHER, play
 from tests.distributed.test_command import ended as end_of
 from tests.distributed.test_launches import ACCELERATE
 from tests.distributed.test_two_processes import ended
-from tests.distributed.updates import SHARDED, kept_bytes, play_update, uneven
+from tests.distributed.updates import UPDATES, kept_bytes, play_update, uneven
 from tests.limbeck_command import CommandServer, KillAt, all_end
 from tests.models.tiny import save_gguf
 from tests.tiny_pair import TinyPair
@@ -45,7 +46,7 @@ mixed_precision: 'no'
 """
 
 
-@pytest.mark.parametrize("name", [*SHARDED, "hidden"])
+@pytest.mark.parametrize("name", [*UPDATES, "hidden"])
 def test_a_sharded_student_gets_the_update_of_a_whole_one(played: Path, name: str) -> None:
     sharded = played / "sharded"
     assert largest_gap(ended(sharded, name), ended(played, name)) < 1e-10
@@ -90,10 +91,10 @@ def test_nan_on_one_rank_stops_both_before_the_update(played: Path) -> None:
 def test_each_rank_keeps_its_half_alone(played: Path, tmp_path: Path) -> None:
     """Of weights, gradients and moments, in the first training of both."""
     with kept_bytes() as whole:
-        play_update(SHARDED[0], tmp_path, played / "model")
+        play_update(UPDATES[0], tmp_path, played / "model")
     for rank in range(2):
-        found = json.loads((played / "refused" / f"rank{rank}.json").read_text())
-        assert 0.45 * whole[0] < found["bytes"][0] <= 0.55 * whole[0]
+        kept = json.loads((played / "sharded" / f"bytes-rank{rank}.json").read_text())
+        assert 0.45 * whole[0] < kept[0] <= 0.55 * whole[0]
 
 
 def test_each_rank_writes_its_half_alone_and_one_that_is_damaged_is_seen(played: Path, tmp_path: Path) -> None:
@@ -132,11 +133,6 @@ def test_the_first_rank_alone_gathers_the_whole_weights_in_files(played: Path) -
     assert not (gathered / "files").exists()
 
 
-def test_weights_on_a_grid_cannot_be_sharded(played: Path) -> None:
-    said = json.loads((played / "refused" / "rank1.json").read_text())["said"]
-    assert "set train.sharding=none" in said and "\n" not in said
-
-
 def test_shipped_recipes_end_with_the_student_of_one_process(tiny: TinyPair, tmp_path: Path) -> None:
     pair = tiny.teacher.parent
     halved = ("train.per_device_train_batch_size=2", "train.sharding=full")
@@ -147,6 +143,11 @@ def test_shipped_recipes_end_with_the_student_of_one_process(tiny: TinyPair, tmp
         assert one.keys() == two.keys()
         for key, tensor in one.items():
             torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
+    # Of a few bits the file that ships holds the whole weights, not those of one rank.
+    one, two = (load_file(tmp_path / which / "recover" / "student" / BLOCKS_FILE) for which in ("one", "two"))
+    assert one.keys() == two.keys()
+    differing = sum(int((one[name] != two[name]).sum()) for name in one)
+    assert differing <= 1e-3 * sum(blocks.numel() for blocks in one.values())
 
 
 def write_experts(folder: Path, teacher: Any) -> None:

@@ -26,8 +26,6 @@ from tests.training.play import play, settings, tiny_corpus, tiny_lora, tiny_mod
 
 EXACT = torch.float64
 UPDATES = ("tied", "untied", "short", "lora", "recomputed", "quantised", "text", "text lora", "whitened")
-# Weights on a grid are rounded whole.
-SHARDED = tuple(name for name in UPDATES if name != "quantised")
 
 
 def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1, **changes: Any) -> nn.Module:

@@ -101,7 +101,7 @@ def test_grids_chosen_by_importance(tmp_path: Path) -> None:
     student = build_student(StudentSpec(init="teacher", quantize=spec), teacher=teacher, calibration=[batch])
     importance = importance_of(teacher.model, [batch], device=torch.device("cpu"))
     assert student.quantization is not None
-    packed, known = student.quantization.packed(), FORMATS.build("q4_0")
+    packed, known = student.quantization.packed(student.model), FORMATS.build("q4_0")
     changed = 0
     for name, importance_I in importance.items():
         if packed.formats.get(name) != "q4_0":
@@ -138,7 +138,7 @@ def test_updates_move_the_floats_and_the_rounded_weights_follow(tmp_path: Path) 
     original = layer.parametrizations["weight"].original
     assert not torch.equal(original, float_before) and not torch.equal(layer.weight, before)
     assert student.quantization is not None
-    packed = student.quantization.packed()
+    packed = student.quantization.packed(student.model)
     for name, chosen in packed.formats.items():
         module = model.get_submodule(name.removesuffix(".weight"))
         assert torch.equal(module.weight, dequantise(FORMATS.build(chosen), packed.blocks[name])), name

@@ -20,6 +20,8 @@ from limbeck.rollouts.engines import InProcess
 
 # Of a device's memory: what CUDA, its libraries and fragments of freed tensors take.
 RESERVED_SHARE, CONTEXT_BYTES = 0.06, 700 << 20
+# Of each weight on a grid: two float32 numbers for the 32 of a block.
+GRID_BYTES = 2 * 4 / 32
 # Of a process on a CPU: the libraries of a run, of which each stage imports more; what has written answers; ROUGE.
 LIBRARY_BYTES = {"respond": 550 << 20, "teach": 550 << 20, "train": 575 << 20, "evaluate": 580 << 20}
 WRITING_BYTES, ROUGE_BYTES = 41 << 20, 34 << 20
@@ -140,6 +142,7 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     yield "gradients", student.trained * number / shards
     yield "optimizer", state_bytes(case) / shards
     yield "gathered", _gathered(case)
+    yield "rounded weights", _rounded(case)
     yield "activations", activation_bytes(case, batch_positions(case))
     yield "loss", loss_bytes(case)
     yield from _teacher_in_training(case)
@@ -195,6 +198,15 @@ def _gathered(case: Case) -> float:
     trains = case.student.trained >= model.parameters - model.embeddings
     gradients = (model.block * inside + model.outside * number * case.student.head_trained) if trains else 0
     return root + 2 * model.block * inside + gradients
+
+
+def _rounded(case: Case) -> float:
+    """Weights on their grid beside the floats that are trained, and the grids; of what is sharded the grids alone."""
+    quantize, student = case.recipe.student.quantize, case.student
+    if quantize is None or quantize.weights == "frozen":
+        return 0
+    weights = student.model.parameters - (student.model.embeddings if quantize.embeddings is None else 0)
+    return weights * (GRID_BYTES + (0 if case.sharded else student.number_bytes))
 
 
 def activation_bytes(case: Case, positions: int) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from limbeck.models.quantization.files import read_blocks
 from limbeck.models.slices import is_unread
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.models.whole import whole_on_first_rank
@@ -345,14 +346,13 @@ def _widths(context: RunContext) -> Json:
 
 def _bits(context: RunContext, student: Student) -> Json:
     """How the weights are quantised, and the size of what ships: blocks, and float32 where there are none."""
-    section, found = context.recipe.student.quantize, student.quantization
-    if section is None or found is None:
+    section, packed = context.recipe.student.quantize, read_blocks(context.run.student)
+    if section is None or packed is None:
         return {}
-    packed = found.packed()
     return {
         "quantized": asdict(section)
         | {
-            "formats": dict(Counter(found.formats.values())),
+            "formats": dict(Counter(packed.formats.values())),
             "size_mb": (packed.bytes + 4 * (student.parameters - packed.weights)) / 1e6,
         }
     }
