@@ -4,10 +4,10 @@
     python -m benchmarks.sharded --only kd,gkd --out DIR --page FILE
 
 Each recipe trains as it is shipped, but for a tiny pair of random models, twenty-four prompts of its own kind, four
-steps and a fixed learning rate (`vision` in float32): what is compared is the update. The gap is the largest difference
-between two weights of the students, in float32. What a rank keeps is counted in bytes, of the weights that are trained,
-their gradients and the optimizer's state, after the first update of the last stage, and given as a share of what one
-process keeps.
+steps and a fixed learning rate (`vision` in float32): what is compared is the update. The gap is the largest
+difference between two weights of the students, in float32 and, of one launch, in float64. What a rank keeps is
+counted in bytes, of the weights that are trained, their gradients and the optimizer's state, after the first update
+of the last stage, and given as a share of what one process keeps.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from limbeck.models import loading
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.files import shipped_recipes
@@ -44,7 +45,11 @@ LAUNCHES = {
     "ddp": (2, "none"),
     "sharded": (2, "full"),
     "four": (4, "full"),
+    "one64": (1, "none"),
+    "sharded64": (2, "full"),
 }
+# What each is compared with; those with 64 hold every float32 of both models in float64.
+ALONE = {"ddp": "one", "sharded": "one", "four": "one", "sharded64": "one64"}
 PROMPTS = {
     "sdft": "context",
     "math": "gsm8k",
@@ -106,6 +111,8 @@ def train(name: str, pair: Path, out: Path, launch: str) -> None:
     rank, run = int(os.environ.get("RANK", "0")), out / launch / name
     found: dict[str, Any] = {}
     kept: list[int] = []
+    if launch.endswith("64"):
+        loading.DTYPES["float32"] = torch.float64
     hook = register_optimizer_step_post_hook(lambda optimizer, *_: kept.append(bytes_of(optimizer)))
     began = time.monotonic()
     try:
@@ -175,7 +182,7 @@ def said(out: Path, launch: str, name: str) -> dict[str, Any] | None:
 
 def gap(out: Path, launch: str, name: str) -> float | None:
     """The largest difference between two weights of the students of a launch and of one process."""
-    files = [out / which / name / "student" / "model.safetensors" for which in ("one", launch)]
+    files = [out / which / name / "student" / "model.safetensors" for which in (ALONE[launch], launch)]
     if not all(path.exists() for path in files):
         return None
     one, other = map(load_file, files)
@@ -186,7 +193,7 @@ def gap(out: Path, launch: str, name: str) -> float | None:
 def row(out: Path, name: str) -> str:
     """The row of a recipe in the table."""
     cells = [f"`{name}`"]
-    for launch in ("ddp", "sharded", "four"):
+    for launch in ALONE:
         found, apart = said(out, launch, name), gap(out, launch, name)
         if found is not None and "refused" in found:
             cells.append("refused")
@@ -199,8 +206,8 @@ def row(out: Path, name: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = """| recipe | gap, DDP | gap, sharded over 2 | over 4 | kept by one of 2 | of 4 |
-|---|---|---|---|---|---|"""
+HEAD = """| recipe | gap, DDP | gap, sharded over 2 | over 4 | over 2, in float64 | kept by one of 2 | of 4 |
+|---|---|---|---|---|---|---|"""
 START, END = "<!-- rows -->", "<!-- end of rows -->"
 
 

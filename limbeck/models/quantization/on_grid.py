@@ -99,7 +99,7 @@ class RowsOnGrid(Tensor):
     a plain tensor, and gets one; but the cutting up of a weight gives rows of this kind.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
