@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from limbeck.models.fingerprints import weight_files
 from limbeck.models.headers import safetensors_header
 from limbeck.models.processors import auto_class, reads_images
+from limbeck.models.quantization.on_grid import RowsOnGrid
 from limbeck.models.sources import Source
 
 if TYPE_CHECKING:
@@ -102,6 +103,13 @@ def take_places(model: nn.Module, whole: nn.Module, name_of: Callable[[str], str
     for name, module in model.named_modules():
         if (places := _UNREAD.get(whole.get_submodule(name_of(name)))) is not None:
             _UNREAD[module] = dict(places)
+
+
+def take_over(module: nn.Module, name: str) -> None:
+    """Let a weight that is unread be read into the parametrisation that it has got since."""
+    places = _UNREAD.get(module, {})
+    if (place := places.pop(name, None)) is not None:
+        _UNREAD[module.parametrizations[name]] = {"original": place}  # type: ignore[index]
 
 
 def is_converted(config: PretrainedConfig) -> bool:
@@ -203,6 +211,7 @@ def _part(stored: _Stored, weight: Tensor, device: torch.device) -> Tensor:
     first = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
     last = first + (local.shape[0] if local.numel() else 0)
     part = _read(stored, lambda whole: whole[first:last], local, device) if last > first else _empty(local, device)
+    part = RowsOnGrid.of(part) if isinstance(local, RowsOnGrid) else part
     return DTensor.from_local(
         part, mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from limbeck.models.heads import causal_model
 from limbeck.models.loading import LoadedModel, source_config
 from limbeck.models.slices import is_converted, is_unread
 from limbeck.models.sources import resolve
@@ -21,6 +22,7 @@ from limbeck.runtime.files import read_json, write_json
 from limbeck.runtime.memory import give_back_freed
 from limbeck.runtime.records import fingerprint, read_fields
 from limbeck.student.build import PRUNED, Student, StudentSpec, build_student
+from limbeck.student.quantizing import quantization_in
 from limbeck.student.saving import save_student
 from limbeck.student.width import read_width
 from limbeck.types import Json, LimbeckError
@@ -57,12 +59,14 @@ def student_before_teaching(context: RunContext) -> Student:
 def is_written_first(context: RunContext) -> bool:
     """Whether no files hold a student as it begins, tensor by tensor, so that the first rank writes such for all.
 
-    It is drawn or narrowed, comes from a GGUF file, reads images, or transformers makes other tensors of those in its
-    files.
+    It is drawn, narrowed or rounded, comes from a GGUF file, reads images, or transformers makes other tensors of those
+    in its files.
     """
     section = context.recipe.student
-    if section.quantize is not None or context.student_trusted:
+    if context.student_trusted:
         return False
+    if section.quantize is not None:
+        return True
     card = context.student_card or context.teacher_card
     if section.init in ("scratch", "width_prune") or card.image_token is not None:
         return True
@@ -86,7 +90,7 @@ def _written(context: RunContext, blocks: Path) -> Path:
         context.wait_until(is_there)
     elif not is_there():
         student = _measured(context, blocks, plain=True) or _build(context, blocks, plain=True)
-        save_student(student.model, student.tokenizer, run.start, for_slices=True)
+        save_student(student.model, student.tokenizer, run.start, quantization=student.quantization, for_slices=True)
         write_json(run.start / "made_from.json", made_from)
         del student
         context.teacher.release()
@@ -98,9 +102,12 @@ def _of_files(context: RunContext, folder: Path) -> Student:
     """The student whose weights before training, without adapters, are in a folder and stay there for now."""
     spec = replace(
         student_spec(context), init="pretrained", model=str(folder), revision=None, layers=None, keep=(), width=None,
-        stays=None, config={},
+        stays=None, config={}, quantize=None,
     )  # fmt: skip
-    return build_student(spec, teacher_parameters=context.teacher.size, unread=True)
+    student = build_student(spec, teacher_parameters=context.teacher.size, unread=True)
+    if context.recipe.student.quantize is None:
+        return student
+    return replace(student, quantization=quantization_in(folder, causal_model(student.model)))
 
 
 def _measured(context: RunContext, blocks: Path, *, plain: bool = False, take: bool = False) -> Student | None:
@@ -131,7 +138,9 @@ def _build(
     """
     spec = student_spec(context)
     if plain:
-        spec = replace(spec, lora=None, gradient_checkpointing=False)
+        # Adapters that are new change nothing; weights in few bits are refused without any.
+        lora = spec.lora if spec.quantize is not None else None
+        spec = replace(spec, lora=lora, gradient_checkpointing=False)
     if context.rank and context.recipe.student.measured:
         # One rank measures for all: what two machines measure may differ in the last bit and in a block.
         context.wait_until(blocks.exists)

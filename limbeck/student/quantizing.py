@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from limbeck.models.heads import causal_model
 from limbeck.models.quantization import FORMATS, dequantise, grid_of, packed, snap, weighted_grid
-from limbeck.models.quantization.files import QuantizedWeights, Trained
+from limbeck.models.quantization.files import QuantizedWeights, Trained, read_blocks
 from limbeck.models.quantization.importance import importance_of
 from limbeck.models.quantization.layout import layout
-from limbeck.models.quantization.on_grid import OnGrid, grid_of_weight
+from limbeck.models.quantization.on_grid import grid_of_weight, put_on_grid, read_grids
+from limbeck.models.slices import take_over
 from limbeck.types import LimbeckError, TokenBatch
 
 if TYPE_CHECKING:
@@ -142,10 +143,20 @@ def quantized(model: PreTrainedModel, spec: QuantizeSpec, calibration: Sequence[
             with torch.no_grad():
                 weight.copy_(dequantise(format, blocks[name]))
             continue
-        kept = OnGrid(format, grid)
-        for module in modules:
-            parametrize.register_parametrization(module, "weight", kept)
+        put_on_grid(modules, format, grid)
     return Quantization(weights=spec.weights, formats=formats, blocks=blocks)
+
+
+def quantization_in(folder: Path, model: nn.Module) -> Quantization:
+    """What `save_student` wrote of a student for slices, whose weights, which may be unread, are put on their grids."""
+    if (found := read_blocks(folder)) is not None:
+        return Quantization(weights="frozen", formats=found.formats, blocks=found.blocks)
+    grids, users = read_grids(folder), _users(model)
+    for name, (chosen, grid) in grids.items():
+        put_on_grid(users[name], FORMATS.build(chosen), grid)
+        for module in users[name]:
+            take_over(module, "weight")
+    return Quantization(weights="straight_through", formats={name: chosen for name, (chosen, _) in grids.items()})
 
 
 def _users(model: nn.Module) -> dict[str, list[nn.Module]]:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from limbeck.models.heads import causal_model
 from limbeck.models.processors import PROCESSOR_FILES
 from limbeck.models.quantization.files import save_blocks
+from limbeck.models.quantization.on_grid import save_grids
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.models.slices import write_slices
 from limbeck.models.vision import reader_of
@@ -41,7 +42,8 @@ def save_student(
     whole: what stood there before is replaced at the end.
 
     Args:
-        for_slices: write the weights as they are in memory, so that each rank can read its part of every architecture.
+        for_slices: write the weights as they are in memory, so that each rank can read its part of every architecture:
+            floats that are trained as such, with the grids that they are computed with below.
 
     Raises:
         LimbeckError: the disk is full or not writable, or the adapter cannot be merged.
@@ -50,14 +52,17 @@ def save_student(
     try:
         with whole_folder(directory) as work, quiet_transformers():
             if for_slices:
-                write_slices(causal_model(model), merged_state(model), work)
+                write_slices(causal_model(model), merged_state(model, rounded=False), work)
             else:
                 causal_model(model).save_pretrained(work, state_dict=merged_state(model))
             _plain(tokenizer).save_pretrained(work)
             _copy_processor(model, work)
             if quantization is not None:
-                save_blocks(work, quantization.packed(model))
-                if quantization.weights == "frozen":
+                if for_slices and quantization.weights == "straight_through":
+                    save_grids(work, causal_model(model), quantization.formats)
+                else:
+                    save_blocks(work, quantization.packed(model))
+                if quantization.weights == "frozen" and not for_slices:
                     _save_adapters(model, work / "quantized")
     except OSError as error:
         raise LimbeckError(
@@ -80,9 +85,12 @@ def _copy_processor(model: nn.Module, folder: Path) -> None:
                 shutil.copyfile(reader.files / name, folder / name)
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
+def merged_state(model: nn.Module, *, rounded: bool = True) -> dict[str, Tensor]:
     """The state dict of the plain model that a model with LoRA (``W + scaling * B @ A``), or with weights on a grid, is
     equal to. Nothing is changed in place.
+
+    Args:
+        rounded: of weights on a grid what is computed with, rather than the floats that are trained.
 
     Raises:
         LimbeckError: an adapter other than plain LoRA.
@@ -105,7 +113,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
             base["weight"] = (base["weight"].float() + delta).to(base["weight"].dtype)
             state = _without(state, name) | {f"{name}.{key}": value for key, value in base.items()}
         elif parametrize.is_parametrized(module, "weight"):
-            weight: Any = module.weight
+            weight: Any = module.weight if rounded else module.parametrizations["weight"].original  # type: ignore[index]
             state = _without(state, f"{name}.parametrizations.weight") | {f"{name}.weight": weight.detach()}
     return state
 

@@ -26,6 +26,8 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
     "narrowed": ("student.init=width_prune", "student.width={intermediate_size: 32}"),
     "gguf": ("student.model={pair}/student.gguf", LORA),
     "experts": ("student.model={pair}/experts",),
+    "on-grid": ("student.quantize={format: q4_0, grid: importance}",),
+    "few-bits": ("student.quantize={format: q4_0, weights: frozen}", LORA),
     "images": (
         "teacher.model={pair}/seeing/teacher",
         "student.init=pretrained",

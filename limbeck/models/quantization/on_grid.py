@@ -9,11 +9,18 @@ weight, and the gradient that comes back is added up into the floats. What is ga
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import count, takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
@@ -24,6 +31,10 @@ from limbeck.models.quantization.formats import snap
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+# Below the model's own folder, where loaders of its weights do not look.
+GRIDS_FILE = "quantized/grids.safetensors"
 
 
 class OnGrid(nn.Module):
@@ -157,6 +168,41 @@ def round_before_gathering(model: nn.Module) -> None:
             if id(floats) not in made:
                 made[id(floats)] = nn.Parameter(RowsOnGrid.of(floats.detach()), floats.requires_grad)
             parameters.original = made[id(floats)]
+
+
+def put_on_grid(modules: Sequence[nn.Module], format: BlockFormat, grid: Grid) -> None:
+    """Have a weight that some modules share computed with on a grid."""
+    kept = OnGrid(format, grid)
+    for module in modules:
+        # Torch's own check computes the weight, which may still be in its files.
+        parametrize.register_parametrization(module, "weight", kept, unsafe=True)
+
+
+def save_grids(folder: Path, model: nn.Module, formats: Mapping[str, str]) -> None:
+    """Write the grids of a model's weights into its folder.
+
+    Args:
+        formats: names of formats by the weight's name in the plain model.
+    """
+    path, parts = folder / GRIDS_FILE, dict[str, Tensor]()
+    for name in formats:
+        kept = grid_of_weight(model.get_submodule(name.removesuffix(".weight")))
+        assert kept is not None, "trained weights stay on their grid"
+        parts |= {f"{name}.{i}": part.cpu().contiguous() for i, part in enumerate(kept.grid)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(parts, path, metadata={"formats": json.dumps(dict(formats))})
+
+
+def read_grids(folder: Path) -> dict[str, tuple[str, Grid]]:
+    """The format and the grid of each weight that `save_grids` wrote, by its name."""
+    with safe_open(folder / GRIDS_FILE, "pt") as file:
+        formats: dict[str, str] = json.loads(file.metadata()["formats"])
+        parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    found: dict[str, tuple[str, Grid]] = {}
+    for name, chosen in formats.items():
+        keys = takewhile(parts.__contains__, map(f"{name}.{{}}".format, count()))
+        found[name] = (chosen, tuple(map(parts.__getitem__, keys)))
+    return found
 
 
 def grid_of_weight(module: nn.Module) -> OnGrid | None:
