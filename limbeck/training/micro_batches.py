@@ -3,8 +3,7 @@
 Preparing takes no model: rows become tensors, and a signal that is on disk is read, in a thread, into memory that the
 device copies from without the host waiting for it. What a teacher must compute is computed where it is wanted. The
 thread works while the student computes and at no other time, so that sources and teachers are used by one thread at a
-time; it holds one micro-batch, on the host. On a CPU the thread would take from the student what it saves
-(docs/results/data-plane.md).
+time; it holds one micro-batch, on the host. On a CPU it gained nothing (docs/results/data-plane.md).
 """
 
 from __future__ import annotations
