@@ -467,3 +467,15 @@ class SignalSource(Protocol):
     """
 
     def signal(self, batch: TokenBatch) -> Signal: ...
+
+
+@runtime_checkable
+class StoredSource(SignalSource, Protocol):
+    """A source some of whose signals are on disk, so that they can be read while the student computes."""
+
+    def read_stored(self, batch: TokenBatch) -> Signal | None:
+        """The signal of a batch with its tensors on the host, the same as of `signal`; None where it is not on disk.
+
+        No model is asked and nothing random is drawn. Called in one thread at a time, which may be another one.
+        """
+        ...

@@ -55,11 +55,15 @@ class CachedTeacher:
         A batch with a single new response is scored whole: that depends on what is on disk when its step begins, which
         is the same in a run that was interrupted.
         """
-        rows = self.stored(addresses_of(self.teacher.reads(batch)))
-        if rows is not None:
-            return self.decoded(rows)
+        stored = self.read_stored(batch)
+        if stored is not None:
+            return on_device(stored, self.teacher.head.weight_VD.device)
         signal = self.teacher.signal(batch)
         return at_temperatures(signal, self.frame.temperatures) if isinstance(signal, TopKSignal) else signal
+
+    def read_stored(self, batch: TokenBatch) -> Signal | None:
+        rows = self.stored(addresses_of(self.teacher.reads(batch)))
+        return None if rows is None else self.decoded(rows)
 
     def stored(self, addresses: Sequence[bytes]) -> list[Columns] | None:
         """The stored columns of some addresses; None where one has none."""
@@ -71,10 +75,9 @@ class CachedTeacher:
         return rows
 
     def decoded(self, rows: Sequence[Columns]) -> Signal:
-        """The signal of the columns of some responses."""
+        """The signal of the columns of some responses, on the host."""
         joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        head = self.teacher.head
-        return on_device(self.codec.decode(joined, self.frame, head), head.weight_VD.device)
+        return self.codec.decode(joined, self.frame, self.teacher.head)
 
     def _entry(self, address: bytes) -> Columns | None:
         """The stored columns of an address; None where there are none."""

@@ -30,6 +30,7 @@ from limbeck.teachers.store.addresses import addresses_of, seed_of
 from limbeck.teachers.store.base import bytes_per_token
 from limbeck.teachers.store.estimate import INDEX_BYTES, SHARD_HEADER_BYTES
 from limbeck.teachers.store.shards import OpenShard
+from limbeck.teachers.store.source import on_device
 from limbeck.training.background import Background
 from limbeck.types import Interrupted, LimbeckError, Response, Signal, TokenBatch
 
@@ -126,7 +127,10 @@ class SignalWindows:
                 codec.encode(signal_for(codec, frame, signal, seed=seed_of(address)), frame, {})
                 for address, signal in zip(addresses, signals, strict=True)
             ]
-        return self.cached.decoded(rows)
+        return on_device(self.cached.decoded(rows), self.cached.teacher.head.weight_VD.device)
+
+    def read_stored(self, batch: TokenBatch) -> Signal | None:
+        return self.cached.read_stored(batch)
 
     def _open(self, window: Window, then: Window | None, world: ProcessGroup) -> None:
         begun = self.ahead is not None and self.ahead.finish()

@@ -57,7 +57,13 @@ class MixedSource(StatelessSource):
         return first_steps(self, min(count, MAX_PREVIEW_STEPS), total)
 
     def step(self, clock: StepCounter) -> dict[int, Response]:
-        return (self.own if self._is_own(clock) else self.base).step(clock)
+        return self._chosen(clock).step(clock)
+
+    def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
+        return self._chosen(clock).known_step(clock)
+
+    def _chosen(self, clock: StepCounter) -> StudentSource | OfflineSource:
+        return self.own if self._is_own(clock) else self.base
 
     def _is_own(self, clock: StepCounter) -> bool:
         return die(self.seed, clock.step).random() < self._share(clock)

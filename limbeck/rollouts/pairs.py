@@ -62,6 +62,10 @@ class PairedSource(StatelessSource):
         plan, pairs = self._pairs(clock)
         return dict(enumerate(r for row in plan.at(clock.step) for r in pairs[row]))
 
+    def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
+        known = self._round is not None and self._round[0] == clock.step // self.own.refresh
+        return self.step(clock) if known else None
+
     def _pairs(self, clock: StepCounter) -> tuple[Plan, list[tuple[Response, Response]]]:
         number = clock.step // self.own.refresh
         if self._round is None or self._round[0] != number:

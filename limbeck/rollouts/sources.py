@@ -81,6 +81,13 @@ class ResponseSource(Protocol):
         """
         ...
 
+    def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
+        """What `step` will give for the step after the last one, where that is known already; else None.
+
+        Nothing is written or changed. Called while the student computes, in one thread at a time.
+        """
+        ...
+
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
         """The responses of up to `count` first steps, at least one, by the weights as they are.
 
@@ -130,6 +137,9 @@ class StatelessSource:
 
     wants_validation = False
     validation_steps = 1
+
+    def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
+        return None
 
     def starts_round(self, clock: StepCounter) -> bool:
         return False
@@ -184,6 +194,9 @@ class OfflineSource(StatelessSource):
         return self.plan.steps_per_epoch
 
     def step(self, clock: StepCounter) -> dict[int, Response]:
+        return self.known_step(clock)
+
+    def known_step(self, clock: StepCounter) -> dict[int, Response]:
         rows = [self.rows[place] for place in self.plan.at(clock.step)]
         return {row: self.responses[row] for row in rows}
 

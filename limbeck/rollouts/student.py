@@ -107,6 +107,10 @@ class StudentSource(StatelessSource):
         plan, responses = self._responses(clock)
         return longest_first([responses[row] for row in plan.at(clock.step)])
 
+    def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
+        known = self._round is not None and self._round[0] == clock.step // self.refresh
+        return self.step(clock) if known else None
+
     def _responses(self, clock: StepCounter) -> tuple[Plan, dict[int, Response]]:
         """The plan and the responses, by prompt, of the round that a step belongs to."""
         number = clock.step // self.refresh

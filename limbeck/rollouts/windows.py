@@ -124,6 +124,11 @@ class WindowedSource(StatelessSource):
             self._open = number
         return self.source.step(clock)
 
+    def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
+        """The responses of a step in the window that is open: the signals of no other are sure to be there."""
+        opened = self._open is not None and clock.step < self._firsts[self._open + 1]
+        return self.source.known_step(clock) if opened else None
+
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
         """The same as of the source: no window is opened for it."""
         return self.source.preview(count, total)

@@ -16,7 +16,7 @@ from limbeck.teachers.alignment.groups import Group, Kind
 from limbeck.teachers.alignment.reading import Aligner, Alignment
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.seeing import PromptIds, SeeingTeacher
-from limbeck.types import DenseSignal, Head, LimbeckError, SharedSignal, SignalSource, TokenBatch
+from limbeck.types import DenseSignal, Head, LimbeckError, SharedSignal, Signal, SignalSource, StoredSource, TokenBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +134,10 @@ class AcrossTeacher(SeeingTeacher):
         """Its hidden states at the positions that are aligned; zeros at the others."""
         return self.read(batch, merged=False)[0]
 
+    def read_stored(self, batch: TokenBatch) -> None:
+        # A store has the tokens that it was captured from.
+        return None
+
     def read(self, batch: TokenBatch, *, merged: bool) -> tuple[DenseSignal, Tensor]:
         """Its hidden states as `signal`, and the log-probability of each merged group, in one pass.
 
@@ -227,8 +231,6 @@ class SharedSource:
 
     def signal(self, batch: TokenBatch) -> SharedSignal:
         """The signal at every position of the loss, and which of them are aligned."""
-        import torch
-
         group_N = logp_G = None
         if self.chain:
             assert isinstance(self.inner, AcrossTeacher), "no other source reads merged groups"
@@ -236,11 +238,18 @@ class SharedSource:
             group_N = self.readings.group_N(batch).to(logp_G.device)
         else:
             signal = self.inner.signal(batch)
+        return replace(self._shared(batch, signal), group_N=group_N, group_logp_G=logp_G)
+
+    def read_stored(self, batch: TokenBatch) -> SharedSignal | None:
+        stored = None if self.chain or not isinstance(self.inner, StoredSource) else self.inner.read_stored(batch)
+        return None if stored is None else self._shared(batch, stored)
+
+    def _shared(self, batch: TokenBatch, signal: Signal) -> SharedSignal:
+        import torch
+
         assert isinstance(signal, DenseSignal), "all that a teacher can provide: see limbeck.pipeline.provisions"
         device = signal.hidden_ND.device
         return SharedSignal(
-            group_N=group_N,
-            group_logp_G=logp_G,
             hidden_ND=signal.hidden_ND,
             head=self._head(signal),
             student_ids_S=torch.tensor(self.readings.aligner.shared.student, device=device),

@@ -80,6 +80,10 @@ class Teacher(ABC):
     def signal(self, batch: TokenBatch) -> Signal:
         """The teacher signal at every loss position of the batch."""
 
+    def read_stored(self, batch: TokenBatch) -> Signal | None:
+        """The same from disk, see `limbeck.types.StoredSource`; None where it must compute or ask for it."""
+        return None
+
     @cached_property
     def vocabulary(self) -> VocabularyCard:
         """Its vocabulary, read without weights."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.in_front import InFront
-from limbeck.types import TokenBatch
+from limbeck.types import Signal, TokenBatch
 
 PromptIds = Callable[[Sequence[str]], Sequence[tuple[int, ...]]]
 
@@ -57,6 +57,9 @@ class SeeingTeacher(InFront):
 
     def asks(self, batch: TokenBatch) -> TokenBatch:
         return self.reads(batch)
+
+    def read_stored(self, batch: TokenBatch) -> Signal | None:
+        return self.inner.read_stored(self.asks(batch))
 
     def reads(self, batch: TokenBatch) -> TokenBatch:
         return behind(batch, self.prompt_ids(batch.prompts))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 from limbeck.models.whole import whole_tensor
 from limbeck.ops import onednn
 from limbeck.recipe.sections import TrainSection
-from limbeck.rollouts.collate import collate, cut_by_rows, cut_by_tokens, turns
+from limbeck.rollouts.collate import cut_by_rows, cut_by_tokens, turns
 from limbeck.training.corpus import Corpus
 from limbeck.training.loss import StepSettings, StudentLoss
+from limbeck.training.micro_batches import HostBatch, MicroBatches, Place, Read
 from limbeck.training.percentile import StreamingPercentile
 from limbeck.training.whitening import whitened
-from limbeck.types import Response, Signal, SignalSource, TokenBatch
+from limbeck.types import Response, Signal, TokenBatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+Following = Callable[[], Mapping[int, Response] | None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class GradientPasses:
     model: nn.Module
     module: StudentLoss
     optimizer: torch.optim.Optimizer
-    teacher: SignalSource
+    micro_batches: MicroBatches
     corpus: Corpus | None
     settings: TrainSection
     pad_id: int
@@ -67,17 +71,25 @@ class GradientPasses:
         set_seed((self.settings.seed * 1_000_003 + step * ranks + rank) % 2**32)
 
     def gradients(
-        self, by_row: Mapping[int, Response], weights: Mapping[int, float], step_settings: StepSettings, *, step: int
+        self,
+        by_row: Mapping[int, Response],
+        weights: Mapping[int, float],
+        step_settings: StepSettings,
+        *,
+        step: int,
+        following: Following | None = None,
     ) -> StepSums:
         """Add up the gradients of a step over its micro-batches and all ranks.
 
         Args:
             by_row: the responses of the step.
             weights: weight per token of each of them.
+            following: gives the responses of the next step, where they are known before this one is over.
         """
         sums = torch.zeros(len(self.module.stats), 2, device=self.accelerator.device)
         ranks = self.accelerator.num_processes
         micros = self._micro_batches(by_row)
+        reads = [partial(self.micro_batches.read, by_row, micro) for micro in micros]
         # DDP averages over ranks, the step sums over them: hence the factor.
         weights = {row: ranks * weight for row, weight in weights.items()}
         percentile = None
@@ -85,20 +97,33 @@ class GradientPasses:
             percentile = StreamingPercentile(sum(r.tokens for r in by_row.values()), device=self.accelerator.device)
         seen: dict[int, tuple[TokenBatch, Signal]] = {}
         if self.module.loss_plan.rule is not None and self.module.loss_plan.rule.whiten:
-            seen = {i: self._batch(micro, by_row) for i, micro in enumerate(micros)}
+            seen = {i: self.micro_batches.on_device(read, (step, i)) for i, read in enumerate(reads)}
             batches = [(*seen[i], bool(micro)) for i, micro in enumerate(micros)]
             step_settings = whitened(step_settings, batches, accelerator=self.accelerator, model=self.model)
         text = self._text_gradients(step)
         for i, micro in enumerate(micros):
-            batch, signal = seen.get(i) or self._batch(micro, by_row)
+            batch, signal = seen.get(i) or self.micro_batches.on_device(reads[i], (step, i))
             weight_B = [weights[row] if micro else 0.0 for row in batch.rows]
-            part, value_N = self._backward(batch, signal, weight_B, step_settings, last=i == len(micros) - 1)
+            last = i == len(micros) - 1
+            upcoming = self._first_of(step + 1, following) if last else ((step, i + 1), None if seen else reads[i + 1])
+            with self.micro_batches.preparing(*upcoming):
+                part, value_N = self._backward(batch, signal, weight_B, step_settings, last=last)
             if not micro:
                 continue
             sums += part
             if percentile is not None:
                 percentile.add(value_N)
         return self._over_ranks(sums, text, percentile)
+
+    def _first_of(self, step: int, responses: Following | None) -> tuple[Place, Read | None]:
+        """The place of a step's first micro-batch, and what reads it."""
+
+        def read() -> HostBatch | None:
+            assert responses is not None
+            by_row = responses()
+            return None if by_row is None else self.micro_batches.read(by_row, self._micro_batches(by_row)[0])
+
+        return (step, 0), None if responses is None else read
 
     def _over_ranks(self, sums: Tensor, text: Tensor, percentile: StreamingPercentile | None) -> StepSums:
         # Ranks must agree to stop at the same step, so the request travels with the loss.
@@ -125,7 +150,7 @@ class GradientPasses:
         self.model.eval()
         for by_row in steps:
             for micro in self._micro_batches(by_row):
-                batch, signal = self._batch(micro, by_row)
+                batch, signal = self.micro_batches.on_device(partial(self.micro_batches.read, by_row, micro))
                 with onednn.linears():
                     part = self.model(batch, signal, torch.ones_like(batch.labels_N).float(), step_settings)[1][place]
                 if micro:
@@ -205,12 +230,3 @@ class GradientPasses:
             loss, sums, value_N = self.model(batch, signal, weight_N, step_settings)
             self.accelerator.backward(loss)
         return sums, value_N
-
-    def _batch(self, rows: tuple[int, ...], by_row: Mapping[int, Response]) -> tuple[TokenBatch, Signal]:
-        """Some rows as tensors on the device, and the teacher's signal for them.
-
-        Without rows, one row whose loss does not count: all ranks meet at each pass.
-        """
-        batch = collate(by_row, rows or tuple(by_row)[-1:], pad_id=self.pad_id)
-        signal = self.teacher.signal(batch)
-        return batch.to(self.accelerator.device), signal

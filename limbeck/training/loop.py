@@ -30,6 +30,7 @@ from limbeck.training.corpus import Corpus
 from limbeck.training.gradients import GradientPasses
 from limbeck.training.loss import LossPlan, StudentLoss, make_projection
 from limbeck.training.metrics import EXAMPLES, Journal, LoopContext
+from limbeck.training.micro_batches import MicroBatches
 from limbeck.training.rate_search import search_rate, settings_with_rate
 from limbeck.training.run import FollowingWeights, TrainingRun
 from limbeck.training.weighting import TokenWeighting
@@ -213,7 +214,7 @@ def training_run(
         model=model,
         module=loss_module,
         optimizer=optimizer,
-        teacher=teacher,
+        micro_batches=MicroBatches.of(teacher, accelerator.device, pad_id),
         corpus=corpus,
         settings=settings,
         pad_id=pad_id,

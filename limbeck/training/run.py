@@ -21,7 +21,7 @@ from limbeck.runtime.console import Meter
 from limbeck.training import checkpoints, schedules
 from limbeck.training.background import Background
 from limbeck.training.best_student import EvaluationInTraining, MeasureFidelity
-from limbeck.training.gradients import GradientPasses
+from limbeck.training.gradients import Following, GradientPasses
 from limbeck.training.health_check import HealthCheck
 from limbeck.training.loss import StepSettings, StudentLoss
 from limbeck.training.metrics import Journal, LoopContext
@@ -179,7 +179,7 @@ class TrainingRun:
         by_row, step_settings = self._responses(progress), self.settings_at(progress)
         written = time.perf_counter() - started
         tokens = sum(r.tokens for r in by_row.values())
-        means, stop = self.gradients(by_row, step_settings, progress)
+        means, stop = self.gradients(by_row, step_settings, progress, following=self._following(progress))
         loss = means["loss"]
         grad_norm = self.passes.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -219,14 +219,28 @@ class TrainingRun:
         return stop
 
     def gradients(
-        self, by_row: Mapping[int, Response], step_settings: StepSettings, progress: Progress
+        self,
+        by_row: Mapping[int, Response],
+        step_settings: StepSettings,
+        progress: Progress,
+        *,
+        following: Following | None = None,
     ) -> tuple[Mapping[str, float], bool]:
-        """The gradients of a step; returns its metrics and whether any rank was asked to stop."""
+        """The gradients of a step; returns its metrics and whether any rank was asked to stop.
+
+        Args:
+            following: see `GradientPasses.gradients`.
+        """
         weights = self.weighting.weights(by_row, self._clock(progress), self.response_source.steps_per_epoch)
-        found = self.passes.gradients(by_row, weights, step_settings, step=progress.step)
+        found = self.passes.gradients(by_row, weights, step_settings, step=progress.step, following=following)
         if self._measures_gaps(progress):
             progress.measure_gaps(found.sums)
         return found.means, found.stop
+
+    def _following(self, progress: Progress) -> Following | None:
+        """Gives the responses of the next step, where there is one and the source knows them before."""
+        clock = StepCounter(step=progress.step + 1, total=self.total)
+        return partial(self.response_source.known_step, clock) if clock.step < clock.total else None
 
     def _padding(self, by_row: Mapping[int, Response]) -> float:
         if self.settings.packing:

@@ -82,7 +82,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, columns: Columns, frame: Frame, head: Head | None) -> Signal:
-        """The signal of some columns.
+        """The signal of some columns, on the host.
 
         Args:
             head: made of what `shared` gave.

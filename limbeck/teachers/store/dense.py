@@ -140,8 +140,7 @@ def _as_numpy(hidden_ND: Tensor, dtype: str) -> npt.NDArray[Any]:
 
 
 def _decoded(column: npt.NDArray[Any], dtype: str, head: Head) -> DenseSignal:
-    weight_VD = head.weight_VD
-    return DenseSignal(hidden_ND=_as_tensor(column, dtype).to(weight_VD.device, weight_VD.dtype), head=head)
+    return DenseSignal(hidden_ND=_as_tensor(column, dtype).to(head.weight_VD.dtype), head=head)
 
 
 def _as_tensor(column: npt.NDArray[Any], dtype: str) -> Tensor:

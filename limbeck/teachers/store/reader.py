@@ -67,7 +67,7 @@ class Store:
             missing = [address for address in missing if address not in found]
 
     def signal(self, batch: TokenBatch, heads: Mapping[str, Head]) -> Signal:
-        """The signal at every loss position of a batch.
+        """The signal at every loss position of a batch, on the host.
 
         Args:
             heads: by the name of the codec, see `head`.

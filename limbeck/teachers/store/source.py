@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from limbeck.teachers.store.addresses import addresses_of
 from limbeck.teachers.store.reader import Store, codec_name
@@ -45,7 +45,10 @@ class StoredSignals:
         Raises:
             LimbeckError: the store has none for a row, or a damaged one.
         """
-        return on_device(self.store.signal(self.reads(batch), self.heads), self.device)
+        return on_device(self.read_stored(batch), self.device)
+
+    def read_stored(self, batch: TokenBatch) -> Signal:
+        return self.store.signal(self.reads(batch), self.heads)
 
     def locate(self, batches: Iterable[TokenBatch]) -> None:
         """Look up the rows of some batches, all in one pass.
@@ -62,8 +65,6 @@ class StoredSignals:
 
 def on_device(signal: Signal, device: torch.device) -> Signal:
     """A signal with its tensors on a device; the head stays where it is."""
-    import torch
+    from limbeck.ops.records import with_tensors
 
-    values: dict[str, Any] = {field.name: getattr(signal, field.name) for field in fields(signal)}
-    tensors = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return replace(signal, **tensors)
+    return with_tensors(signal, lambda tensor: tensor.to(device))

@@ -159,6 +159,9 @@ class StoreTeacher(Teacher):
     def signal(self, batch: TokenBatch) -> Signal:
         return self._signals.signal(batch)
 
+    def read_stored(self, batch: TokenBatch) -> Signal:
+        return self._signals.read_stored(batch)
+
     @cached_property
     def _signals(self) -> StoredSignals:
         from limbeck.teachers.store.source import StoredSignals
