@@ -212,8 +212,8 @@ def table(found: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
         return f"{statistics.mean(values):.4g}{spread}"
 
     lines = [f"| | {' | '.join(SIDES)} |", f"|---|{'---:|' * len(SIDES)}"]
-    told = {row: said for row, said in ROWS.items() if row in found[0]}
-    lines += [f"| {said} | {' | '.join(cell(row, side) for side in SIDES)} |" for row, said in told.items()]
+    told = ((row, said) for row, said in ROWS.items() if row in found[0])
+    lines += [f"| {said} | {' | '.join(cell(row, side) for side in SIDES)} |" for row, said in told]
     back = " | ".join(cell("recovered", side) for side in SIDES[1:4])
     return "\n".join([*lines, f"| share of that side's forward KL that training brought back | | {back} | |"]) + "\n"
 

@@ -1,7 +1,8 @@
 """The student and the teacher of an evaluation: loaded when they are first needed, one whole model at a time.
 
-Of the students of a run (before training, distilled, after it, and stand-ins) one is in memory at a time. Beside the
-teacher it is where a group asks for both; a model that writes answers is alone, since what is laid out for it takes as much again.
+Of the students of a run (before training, distilled, after it) and their stand-ins one is in memory at a time. Beside
+the teacher it is where a group asks for both; a model that writes answers is alone, since what is laid out for it takes
+as much again.
 What is asked of a model beside its weights (tokenizer, template, window) is read from its small files.
 """
 

@@ -3,7 +3,7 @@
 The student before training is its teacher with every weight rounded to its grid (plain names). Beside it stand
 what llama.cpp's own quantiser makes of the same weights in the same formats, without and with an importance matrix from
 the training responses (conditions `llama_cpp` and `imatrix`). All are measured against the teacher on the held-out
-responses; the other groups of the recipe measure these stand-ins too, each what it measures of a student before training.
+responses. What the other groups of the recipe measure of a student before training they measure of these stand-ins too.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class RecoveryGroup(EvaluationGroup):
     """How much of the divergence that quantisation caused training brought back, and the size of the file."""
 
     baselines: tuple[StandIn, ...] = ()
-    """Quantised without training by llama.cpp (package xllamacpp): llama_cpp alike in all columns, imatrix weighed by
-    an importance matrix."""
+    """Quantised without training by llama.cpp (package xllamacpp), and measured by the other groups too: llama_cpp
+    alike in all columns, imatrix weighed by an importance matrix."""
     calibration: Count = 64
     """Training responses of the importance matrix."""
 

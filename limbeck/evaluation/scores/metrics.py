@@ -325,6 +325,5 @@ def describe_metric(name: str) -> Metric:
     if by and metric.better == "context":
         # It is the teacher's own, in the table of a stand-in.
         by = f"beside the student {by}"
-    return replace(
-        metric, label=f"{metric.label} ({', '.join(filter(None, (CONDITIONS.get(said, said), by)))})", teacher=teacher
-    )
+    texts = filter(None, (CONDITIONS.get(said, said), by))
+    return replace(metric, label=f"{metric.label} ({', '.join(texts)})", teacher=teacher)
