@@ -13,6 +13,14 @@ import pytest
 
 from limbeck.evaluation.scores.files import read_rows
 from limbeck.evaluation.scores.metrics import describe_metric, split_stand_in
+from limbeck.pipeline import evaluation_context
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.stage_order import STAGES
+from limbeck.pipeline.stages.evaluate import examine
+from limbeck.recipe.load import load_recipe
+from limbeck.runtime.artifact_cache import ArtifactCache
+from limbeck.runtime.console import QuietConsole
 from tests.evaluation import few_problems
 from tests.limbeck_command import CommandServer, KillAt, all_end
 from tests.tiny_pair import TinyPair, questions, write_prompts
@@ -154,3 +162,29 @@ def test_two_ranks_write_the_scores_of_one(played: tuple[Path, Path], limbeck: C
     ranks = limbeck.launch("run", recipe, f"output_dir={two}", "train.per_device_train_batch_size=2")
     all_end(ranks)
     assert content(two) == content(one)
+
+
+def test_runs_of_a_sweep_share_their_answers(tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two seeds that start from the same student the second takes all but its own answers from the first."""
+    written, write = list[str](), evaluation_context.write_in_batches
+
+    def noted(sampler: Any, asked: Any, sampling: Any, folder: Path, **options: Any) -> Any:
+        written.append(folder.name.partition("-")[0])
+        return write(sampler, asked, sampling, folder, **options)
+
+    monkeypatch.setattr(evaluation_context, "write_in_batches", noted)
+    for seed in (0, 1):
+        tree = tiny.tree(
+            tmp_path / f"run-{seed}",
+            student={"init": "teacher", "layers": None, "quantize": {"format": "q4_0"}},
+            train={"max_steps": 4, "seed": seed},
+            evaluate={"groups": {"rouge": {}, "recovery": {"baselines": ["llama_cpp"]}}, "max_new_tokens": 4},
+        )
+        recipe = load_recipe(tree)
+        run_pipeline(recipe, stages=STAGES, until="train", console=QuietConsole())
+        context = RunContext(recipe, QuietConsole())
+        context.artifacts = ArtifactCache(tmp_path / "shared")
+        written.clear()
+        found = examine(context, ("before", "after"))["after"]
+        assert written == (["after"] if seed else ["teacher", "before", "after", "llama_cpp"])
+        assert {"rouge@llama_cpp", "recovery@llama_cpp"} <= set(found)
