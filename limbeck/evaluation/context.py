@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from limbeck.models.quantization.files import QuantizedWeights
     from limbeck.sampling.local import LocalSampler
 
-Part = Literal["before", "distilled", "after"] | StandIn
+Part = Literal["before", "distilled", "after", StandIn]
 Who = Literal["student", "teacher"]
 BOTH: tuple[Who, Who] = ("student", "teacher")
 Need = Literal["teacher", "teacher_weights", "tokens", "prompts", "references"]
