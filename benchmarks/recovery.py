@@ -5,8 +5,8 @@
 The embedded SmolLM2 comes out of a 4-bit file, so its own weights lie near a 4-bit grid and would flatter rounding.
 "Full precision" is therefore a copy that is first taught in float32 on answers of Dolly. Then, for each seed, the
 recipe `recover` quantises that copy and distils it from itself on other prompts of Dolly; llama.cpp's own quantiser,
-without and with an importance matrix, stands beside it. Perplexity on WikiText-2 is of windows that follow each
-other. The same command continues where it was stopped.
+without and with an importance matrix, stands beside it: the run measures it as it measures the student. Perplexity on
+WikiText-2 is of windows that follow each other. The same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import torch
 from torch import nn
 
 from limbeck import run
-from limbeck.evaluation.quantised import rounded_by_llama_cpp
+from limbeck.evaluation.quantised import round_by_llama_cpp
+from limbeck.evaluation.scores.metrics import with_stand_in
 from limbeck.export import export_model
-from limbeck.models.loading import load_model
+from limbeck.models.loading import load_model, load_tokenizer
 from limbeck.models.quantization.files import read_blocks
 from limbeck.models.quantization.importance import importance_of
 from limbeck.ops import onednn
@@ -40,6 +42,7 @@ ROWS = {
     "reverse_kl": "held-out reverse KL",
     "top1_agreement": "top-1 agreement",
     "rouge_l": "ROUGE-L beside full precision's greedy answers",
+    "accuracy@gsm8k": "share of GSM8K's problems that are solved",
     "wikitext": "WikiText-2 perplexity",
     "size": "weights, MB",
 }
@@ -86,6 +89,9 @@ def taught(chosen: argparse.Namespace) -> Path:
 
 def healed(chosen: argparse.Namespace, teacher: Path, seed: int) -> Path:
     """The run directory of a seed."""
+    groups: dict[str, Any] = {"fidelity": {}, "rouge": {}, "recovery": {"baselines": ["llama_cpp", "imatrix"]}}
+    if chosen.gsm8k is not None:
+        groups["tasks"] = {"files": {"gsm8k": str(chosen.gsm8k)}, "limit": chosen.problems, "teacher": True}
     recipe = {
         "name": f"recovery-{seed}",
         "output_dir": str(chosen.out / f"seed-{seed}"),
@@ -106,10 +112,7 @@ def healed(chosen: argparse.Namespace, teacher: Path, seed: int) -> Path:
             "save_total_limit": 1,
             "seed": seed,
         },
-        "evaluate": {
-            "groups": {"fidelity": {}, "rouge": {}, "recovery": {"baselines": ["llama_cpp", "imatrix"]}},
-            "max_new_tokens": chosen.new_tokens,
-        },
+        "evaluate": {"groups": groups, "max_new_tokens": chosen.new_tokens},
     }
     return run(recipe).student.parent
 
@@ -141,20 +144,19 @@ def perplexities(chosen: argparse.Namespace, teacher: Path, directory: Path) -> 
     blocks = read_blocks(directory / "student")
     assert blocks is not None
     responses = read_responses(directory / "responses/teacher.jsonl")[:CALIBRATION]
-    whole = load_model(teacher)
-    ids = wikitext_ids(chosen, whole.tokenizer)
+    ids = wikitext_ids(chosen, load_tokenizer(teacher))
 
-    def by_llama_cpp(importance: Mapping[str, torch.Tensor] | None) -> nn.Module:
-        return rounded_by_llama_cpp(whole.model, blocks.formats, importance)
-
-    def by_importance() -> nn.Module:
+    def by_llama_cpp(*, weighted: bool) -> nn.Module:
+        model: nn.Module = load_model(teacher).model
         batches = (collate({0: response}, (0,), pad_id=0) for response in responses)
-        return by_llama_cpp(importance_of(whole.model, batches, device=torch.device("cpu")))
+        importance = importance_of(model, batches, device=torch.device("cpu")) if weighted else None
+        round_by_llama_cpp(model, blocks.formats, importance)
+        return model
 
-    made: dict[str, Callable[[], nn.Module]] = {
-        SIDES[0]: lambda: whole.model,
-        SIDES[1]: lambda: by_llama_cpp(None),
-        SIDES[2]: by_importance,
+    made = {
+        SIDES[0]: lambda: load_model(teacher).model,
+        SIDES[1]: partial(by_llama_cpp, weighted=False),
+        SIDES[2]: partial(by_llama_cpp, weighted=True),
         SIDES[3]: lambda: load_model(rounded(chosen, teacher)).model,
         SIDES[4]: lambda: load_model(directory / "student").model,
     }
@@ -184,10 +186,13 @@ def measured(chosen: argparse.Namespace, teacher: Path, seed: int) -> dict[str, 
     scores: Any = read_json(directory / "scores.json")
     before, after = ({n: s["mean"] for n, s in scores[part].items()} for part in ("before", "after"))
     rows: dict[str, dict[str, float]] = {}
-    for name in ("forward_kl", "reverse_kl", "top1_agreement", "rouge_l"):
-        full = 1.0 if name in ("top1_agreement", "rouge_l") else 0.0
-        values = (full, after.get(f"{name}@llama_cpp"), after.get(f"{name}@imatrix"), before[name], after[name])
-        rows[name] = {side: value for side, value in zip(SIDES, values, strict=True) if value is not None}
+    full = {"forward_kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0, "rouge_l": 1.0}
+    if chosen.gsm8k is not None:
+        full["accuracy@gsm8k"] = after["teacher_accuracy@gsm8k"]
+    for name, value in full.items():
+        bare, _, condition = name.partition("@")
+        by_llama_cpp = (after[f"{bare}@{with_stand_in(condition, one)}"] for one in ("llama_cpp", "imatrix"))
+        rows[name] = dict(zip(SIDES, (value, *by_llama_cpp, before[name], after[name]), strict=True))
     rows["wikitext"] = perplexities(chosen, teacher, directory)
     sizes = (after["teacher_shipped_size@file"], *[after["shipped_size@file"]] * 4)
     rows["size"] = dict(zip(SIDES, sizes, strict=True))
@@ -207,7 +212,8 @@ def table(found: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
         return f"{statistics.mean(values):.4g}{spread}"
 
     lines = [f"| | {' | '.join(SIDES)} |", f"|---|{'---:|' * len(SIDES)}"]
-    lines += [f"| {said} | {' | '.join(cell(row, side) for side in SIDES)} |" for row, said in ROWS.items()]
+    told = ((row, said) for row, said in ROWS.items() if row in found[0])
+    lines += [f"| {said} | {' | '.join(cell(row, side) for side in SIDES)} |" for row, said in told]
     back = " | ".join(cell("recovered", side) for side in SIDES[1:4])
     return "\n".join([*lines, f"| share of that side's forward KL that training brought back | | {back} | |"]) + "\n"
 
@@ -229,6 +235,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1600)
     parser.add_argument("--longest", type=int, default=400, help="characters of a prompt; rows above are left out")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--gsm8k", type=Path, help="problems of GSM8K, JSONL, to be solved by each side")
+    parser.add_argument("--problems", type=int, help="at most so many of them")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--compile", default="auto")

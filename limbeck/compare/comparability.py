@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from limbeck.compare.labels import plain_value, short_value
 from limbeck.compare.runs import ComparedRun
+from limbeck.evaluation.scores.metrics import split_stand_in
 from limbeck.recipe.keys import same_arm_keys
 from limbeck.recipe.response_source import initial_author_of
 from limbeck.report.read_run import value_at
@@ -36,6 +37,8 @@ def settings_of(member: ComparedRun, table: str) -> dict[str, str]:
     """Settings of a measurement, as text by key."""
     assert member.run is not None
     flat = flatten(member.run.recipe)
+    # A stand-in is measured as a student is.
+    table, _ = split_stand_in(table)
     group, _, _ = table.partition("@")
     same_arm, prefix = same_arm_keys(), f"evaluate.groups.{group}."
     keys = [*_ALWAYS, *(key for key in flat if key.startswith(prefix) and key not in same_arm)]
@@ -68,7 +71,9 @@ def difference(
             for key in other
         ]
         return "; ".join(differing[:3]) + (f"; {len(differing) - 3} more settings differ" if len(differing) > 3 else "")
-    if not table.endswith("@student") and all(_IDENTITY_METRIC in rows[0].values for rows in (ours, theirs)):
+    if not split_stand_in(table)[0].endswith("@student") and all(
+        _IDENTITY_METRIC in rows[0].values for rows in (ours, theirs)
+    ):
         one, two = _witness(ours), _witness(theirs)
         if abs(one - two) > 0.01 * max(abs(one), abs(two)):
             return (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from limbeck.evaluation.pieces import Piece
-from limbeck.evaluation.scores.metrics import Metric
+from limbeck.evaluation.scores.metrics import Metric, StandIn
 from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.prompts.templates import LossOn, TemplateName
 from limbeck.runtime.console import Console, Meter
@@ -22,11 +22,12 @@ from limbeck.types import Json, Prompt, Response, Sampling, ScoredRow, SignalSou
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from limbeck.models.quantization.files import QuantizedWeights
     from limbeck.sampling.local import LocalSampler
 
-Part = Literal["before", "distilled", "after"]
+Part = Literal["before", "distilled", "after", StandIn]
 Who = Literal["student", "teacher"]
 BOTH: tuple[Who, Who] = ("student", "teacher")
 Need = Literal["teacher", "teacher_weights", "tokens", "prompts", "references"]
@@ -37,7 +38,7 @@ class ChatModel:
     """A model with its own tokenizer and template; groups that compare texts work with two different tokenizers."""
 
     who: Who
-    model: torch.nn.Module
+    model: nn.Module
     tokenizer: Any
     template: TemplateName
 
@@ -145,7 +146,7 @@ class EvaluationContext(Protocol):
     @property
     def part(self) -> Part:
         """Which student: the one before training or after all of it, preference tuning included; on its own it is
-        "after". "distilled" is the one before preference tuning."""
+        "after". "distilled" is the one before preference tuning. Else a stand-in, which is measured in its place."""
         ...
 
     @property
@@ -382,6 +383,16 @@ class EvaluationGroup(ABC):
     def takes_both(self) -> bool:
         """Whether it has both models in memory at once, whatever the run has stored."""
         return False
+
+    def stand_ins(self) -> tuple[StandIn, ...]:
+        """Models to be measured in the student's place, by this group and by each that measures it before training.
+
+        Like the student before training they are made of the weights that it began with, but were never trained.
+        """
+        return ()
+
+    def make_stand_in(self, evaluation: EvaluationContext, model: nn.Module) -> None:  # noqa: B027 (most have none)
+        """Turn a copy of the weights that the student began with into the stand-in that the evaluation's part names."""
 
     def check(self, evaluation: EvaluationContext) -> None:  # noqa: B027 (most groups have nothing to refuse)
         """Refuse what can be known to fail before any stage begins.

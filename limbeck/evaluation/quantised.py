@@ -6,7 +6,6 @@ matrix.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import importlib.util
 from collections.abc import Mapping
@@ -74,18 +73,16 @@ def _array(tensor: Tensor) -> numpy.ndarray:
 
 
 @torch.no_grad()
-def rounded_by_llama_cpp(
+def round_by_llama_cpp(
     model: nn.Module, formats: Mapping[str, str], importance: Mapping[str, Tensor] | None = None
-) -> nn.Module:
-    """A copy of a model whose weights are what llama.cpp's quantiser makes of them.
+) -> None:
+    """Put in the place of a model's weights what llama.cpp's quantiser makes of them.
 
     Args:
         formats: of each weight that is quantised, by name.
         importance: of the columns of weights, by name; those that are not there count all alike.
     """
-    rounded = copy.deepcopy(model)
     for name, format in formats.items():
-        weight = rounded.get_parameter(name)
+        weight = model.get_parameter(name)
         bytes_OY = by_llama_cpp(format, weight, (importance or {}).get(name))
         weight.copy_(dequantise(FORMATS.build(format), bytes_OY))
-    return rounded

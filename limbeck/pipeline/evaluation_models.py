@@ -1,7 +1,8 @@
 """The student and the teacher of an evaluation: loaded when they are first needed, one whole model at a time.
 
-Of the students of a run (before training, distilled, after it) one is in memory at a time. Beside the teacher it is
-where a group asks for both; a model that writes answers is alone, since what is laid out for it takes as much again.
+Of the students of a run (before training, distilled, after it) and their stand-ins one is in memory at a time. Beside
+the teacher it is where a group asks for both; a model that writes answers is alone, since what is laid out for it takes
+as much again.
 What is asked of a model beside its weights (tokenizer, template, window) is read from its small files.
 """
 
@@ -136,9 +137,10 @@ class EvaluatedModels:
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def source(self, who: Who) -> ModelSource:
-        """Location of a model and its tokenizer: the trained student's folder, or the recipe's model."""
+        """Location of a model and its tokenizer: the trained student's folder, or the recipe's model, which a stand-in
+        is made of."""
         recipe = self.context.recipe
-        if who == "student" and self.part != "before" and self.trained:
+        if who == "student" and self.part in ("after", "distilled") and self.trained:
             run = self.context.run
             folder = run.student if self.part == "distilled" else run.finished_student
             return ModelSource(folder, None, self.context.student_trusted)
@@ -160,6 +162,9 @@ class EvaluatedModels:
         )
         loaded.model.to(self.context.device)  # type: ignore[arg-type]
         bind_images(loaded.model, self.context.run.images)
+        for group in self.context.recipe.evaluate.groups.values():
+            if self.part in group.stand_ins():
+                group.make_stand_in(self, loaded.model)
         return self._speaker("student", loaded.model, loaded.tokenizer)
 
     def _speaker(self, who: Who, model: nn.Module, tokenizer: Any) -> ChatModel:

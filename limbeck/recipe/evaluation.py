@@ -13,6 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from limbeck.evaluation.context import EvaluationGroup
 from limbeck.evaluation.groups import EVALUATION_GROUPS
+from limbeck.evaluation.scores.metrics import StandIn
 from limbeck.fields import SAME_ARM, STRICT, Count
 from limbeck.recipe.messages import suggestion
 
@@ -94,6 +95,11 @@ class EvaluateSection:
     samples: Annotated[int, Field(ge=0)] = 6
     """Answers shown side by side in the report."""
     batch_size: Annotated[Count, SAME_ARM] = 32
+
+    @property
+    def stand_ins(self) -> tuple[StandIn, ...]:
+        """The models that are measured in the student's place."""
+        return tuple(dict.fromkeys(name for group in self.groups.values() for name in group.stand_ins()))
 
 
 def open_groups(section: dict[str, Any]) -> dict[str, Any]:

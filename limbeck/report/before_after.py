@@ -63,6 +63,7 @@ def evidence(run: Run) -> list[MetricLine]:
         if (
             about.get("better") != "context"
             and not is_breakdown(name)
+            and not is_of_stand_in(run, name)
             and (score(run, "before", name) or score(run, "after", name))
         ):
             lines.append(_line(run, name, about, _top(run, names, described, about)))
@@ -72,6 +73,17 @@ def evidence(run: Run) -> list[MetricLine]:
 def is_breakdown(name: str) -> bool:
     """Whether a metric is of some of the drafts only, those of one position or domain: they have a section."""
     return re.search(r"@draft=\d+,(position|category)=", name) is not None
+
+
+def is_of_stand_in(run: Run, name: str) -> bool:
+    """Whether a metric is of a model that was measured in the student's place: those have a section."""
+    return name.rpartition("@")[2].rpartition(",")[2] in stand_ins(run)
+
+
+def stand_ins(run: Run) -> dict[str, str]:
+    """Models that were measured in the student's place, by name, in words."""
+    found = value_at(run.scores, "stand_ins")
+    return {name: str(text) for name, text in found.items()} if isinstance(found, Mapping) else {}
 
 
 def _top(run: Run, names: Sequence[str], described: Mapping[str, Any], about: Mapping[str, Any]) -> float:

@@ -20,6 +20,7 @@ from limbeck.report.outcome import harm
 from limbeck.report.preference import preference_account
 from limbeck.report.rate_search import search_charts
 from limbeck.report.read_run import Run, number, read_run, response_id, score, teacher_of, value_at
+from limbeck.report.stand_ins import stand_in_table
 from limbeck.runtime.files import write_text
 
 
@@ -63,6 +64,7 @@ def render(run: Run) -> str:
         drawing=(WIDTH, HEIGHT),
         points={chart.name: chart.points for chart in curves},
         evidence=evidence(run),
+        stand_ins=stand_in_table(run),
         drafting=drafting(run),
         examples=_examples(run),
         confidence=number(run.scores, "confidence") or 0.95,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -110,6 +111,25 @@ def test_while_one_model_writes_it_is_alone(tiny: TinyPair, tmp_path: Path, memo
     # The teacher wrote all there is to write before the student was cut out of it; speculation takes both.
     assert memory.loads == {"teacher": 2, "before": 1, "after": 1}
     assert memory.alive == ("teacher",)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp comes with xllamacpp: extra dev")
+def test_stand_ins_are_in_memory_one_after_the_other(tiny: TinyPair, tmp_path: Path, memory: Memory) -> None:
+    groups = {
+        "rouge": {"against": ["teacher"]},
+        "nll": {},
+        "cost": {"prompt_tokens": 8, "new_tokens": 4, "repeats": 1},
+        "recovery": {"baselines": ["llama_cpp", "imatrix"]},
+    }
+    student = {"init": "teacher", "layers": None, "quantize": {"format": "q4_0"}}
+    context = run_of(tiny, tmp_path, groups, student=student)
+    memory.loads.clear()
+    found = examine(context, ("after",))["after"]
+    assert all(alive == (who,) for who, alive in memory.wrote), memory.wrote
+    assert {who for who, _ in memory.wrote} == {"teacher", "after", "llama_cpp", "imatrix"}
+    assert (memory.loads["llama_cpp"], memory.loads["imatrix"]) == (1, 1) and not memory.alive
+    # What is measured after training alone is not measured of them.
+    assert "rouge@imatrix" in found and not any(name.startswith("cost") and "llama_cpp" in name for name in found)
 
 
 def test_a_teacher_that_scores_alone_has_no_student_beside_it(

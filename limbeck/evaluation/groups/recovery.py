@@ -3,39 +3,38 @@
 The student before training is its teacher with every weight rounded to its grid (plain names). Beside it stand
 what llama.cpp's own quantiser makes of the same weights in the same formats, without and with an importance matrix from
 the training responses (conditions `llama_cpp` and `imatrix`). All are measured against the teacher on the held-out
-responses.
+responses. What the other groups of the recipe measure of a student before training they measure of these stand-ins too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
 from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
-from limbeck.evaluation.scores.metrics import Metric
+from limbeck.evaluation.scores.files import read_rows
+from limbeck.evaluation.scores.metrics import Metric, StandIn
 from limbeck.fields import STRICT, Count
-from limbeck.types import ScoredRow
+from limbeck.types import Json, ScoredRow
 
 if TYPE_CHECKING:
     from torch import nn
 
     from limbeck.models.quantization.files import QuantizedWeights
 
-Baseline = Literal["llama_cpp", "imatrix"]
-_MEASURED = ("forward_kl", "reverse_kl", "top1_agreement")
-
 
 @dataclass(config=STRICT, kw_only=True)
 class RecoveryGroup(EvaluationGroup):
     """How much of the divergence that quantisation caused training brought back, and the size of the file."""
 
-    baselines: tuple[Baseline, ...] = ()
-    """Quantised without training by llama.cpp (package xllamacpp): llama_cpp alike in all columns, imatrix weighed by
-    an importance matrix."""
+    baselines: tuple[StandIn, ...] = ()
+    """Quantised without training by llama.cpp (package xllamacpp), and measured by the other groups too: llama_cpp
+    alike in all columns, imatrix weighed by an importance matrix."""
     calibration: Count = 64
     """Training responses of the importance matrix."""
 
@@ -61,7 +60,14 @@ class RecoveryGroup(EvaluationGroup):
     }
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"teacher", "tokens", *(("teacher_weights",) if self.baselines else ())})
+        return frozenset({"teacher", "tokens"})
+
+    def stand_ins(self) -> tuple[StandIn, ...]:
+        return self.baselines
+
+    def inputs(self, evaluation: EvaluationContext) -> Json:
+        # A run that was evaluated when nothing but their divergence was measured is evaluated again.
+        return {"baselines_by": "all groups"} if self.baselines else {}
 
     def check(self, evaluation: EvaluationContext) -> None:
         if self.baselines:
@@ -70,6 +76,9 @@ class RecoveryGroup(EvaluationGroup):
             quantiser()
 
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
+        if evaluation.part in self.baselines:
+            rows = fidelity_rows(evaluation, evaluation.student.model)
+            return GroupResult(tables={"": closed_share(rows, _healed_rows(evaluation.folder), "recovered")})
         quantized = evaluation.quantized_weights()
         assert quantized is not None, "a recipe without student.quantize is refused"
         sizes = _sizes(evaluation.student.model, quantized)
@@ -81,30 +90,22 @@ class RecoveryGroup(EvaluationGroup):
         rounded = fidelity_rows(before, before.student.model)
         before.release_student()
         tables: dict[str, Sequence[ScoredRow]] = {"": closed_share(rounded, healed, "recovered")}
-        for condition, model in self._quantised(evaluation, quantized.formats):
-            rows = fidelity_rows(evaluation, model)
-            tables[condition] = [
-                replace(row, values={name: row.values[name] for name in _MEASURED}, sums=shared.sums)
-                for row, shared in zip(rows, closed_share(rows, healed, "recovered"), strict=True)
-            ]
         tables["file"] = [ScoredRow(id="model", weight=1.0, values=sizes)]
         return GroupResult(tables=tables, detail={"formats": dict(Counter(quantized.formats.values())), **sizes})
 
-    def _quantised(
-        self, evaluation: EvaluationContext, formats: Mapping[str, str]
-    ) -> Iterator[tuple[Baseline, nn.Module]]:
-        """The teacher's weights as llama.cpp quantises them, one after the other."""
-        from limbeck.evaluation.quantised import rounded_by_llama_cpp
+    def make_stand_in(self, evaluation: EvaluationContext, model: nn.Module) -> None:
+        """Quantise the weights with llama.cpp."""
+        from limbeck.evaluation.quantised import round_by_llama_cpp
         from limbeck.models.quantization.importance import importance_of
         from limbeck.rollouts.collate import collate
 
-        for baseline in self.baselines:
-            model, importance = evaluation.teacher.model, None
-            if baseline == "imatrix":
-                responses = evaluation.training_responses()[: self.calibration]
-                batches = (collate({0: response}, (0,), pad_id=0) for response in responses)
-                importance = importance_of(model, batches, device=evaluation.device)
-            yield baseline, rounded_by_llama_cpp(model, formats, importance)
+        quantized, importance = evaluation.quantized_weights(), None
+        assert quantized is not None, "a recipe without student.quantize is refused"
+        if evaluation.part == "imatrix":
+            responses = evaluation.training_responses()[: self.calibration]
+            batches = (collate({0: response}, (0,), pad_id=0) for response in responses)
+            importance = importance_of(model, batches, device=evaluation.device)
+        round_by_llama_cpp(model, quantized.formats, importance)
 
 
 def fidelity_rows(evaluation: EvaluationContext, model: nn.Module) -> list[ScoredRow]:
@@ -123,6 +124,15 @@ def fidelity_rows(evaluation: EvaluationContext, model: nn.Module) -> list[Score
         device=evaluation.device,
     )
     return measure(chunks, top_k=2).rows
+
+
+def _healed_rows(folder: Path) -> list[ScoredRow]:
+    """The forward KL of the trained student, which was measured before any stand-in, a row per prompt."""
+    rows = []
+    for row in read_rows(folder / "after.recovery.jsonl"):
+        closed, gap = row.sums["recovered"]
+        rows.append(replace(row, values={"forward_kl": (gap - closed) / row.weight}, sums={}))
+    return rows
 
 
 def closed_share(before: Sequence[ScoredRow], after: Sequence[ScoredRow], metric: str) -> list[ScoredRow]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.evaluation.scores.bootstrap import CONFIDENCE, RESAMPLES, paired_change, summarise
-from limbeck.evaluation.scores.metrics import describe_metric, known_metrics
+from limbeck.evaluation.scores.metrics import STAND_INS, describe_metric, known_metrics, split_stand_in
 from limbeck.runtime.files import write_text
 from limbeck.runtime.json_lines import json_lines
 from limbeck.types import LimbeckError, Score, ScoredRow, Scores
@@ -105,7 +105,7 @@ def write_scores(run_dir: Path, *, before: Groups, after: Groups, seed: int = 0,
         for group, rows in groups.items():
             files[part][group] = f"scores/{part}.{group}.jsonl"
             write_rows(run_dir / files[part][group], rows)
-    document = {
+    document: dict[str, Any] = {
         "format": 1,
         "confidence": CONFIDENCE,
         "resamples": resamples,
@@ -114,6 +114,9 @@ def write_scores(run_dir: Path, *, before: Groups, after: Groups, seed: int = 0,
         **{part: {name: asdict(s) for name, s in side.items()} for part, side in _parts(scores).items()},
         "rows": files,
     }
+    measured = {split_stand_in(name)[1] for name in scores.after}
+    if stand_ins := {name: text for name, text in STAND_INS.items() if name in measured}:
+        document["stand_ins"] = stand_ins
     write_text(run_dir / "scores.json", json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return scores
 

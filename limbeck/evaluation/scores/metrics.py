@@ -38,6 +38,11 @@ CONDITIONS = {
     "teacher": "on the teacher's answers",
     "student": "on the student's answers",
     "references": "on the references",
+}
+
+StandIn = Literal["llama_cpp", "imatrix"]
+# Models that are measured in the student's place; of a condition their name is the last part: accuracy@gsm8k,llama_cpp.
+STAND_INS: dict[str, str] = {
     "llama_cpp": "quantised by llama.cpp",
     "imatrix": "quantised by llama.cpp with an importance matrix",
 }
@@ -293,6 +298,20 @@ def known_metrics() -> dict[str, Metric]:
     return found
 
 
+def with_stand_in(condition: str, stand_in: str) -> str:
+    """A condition that holds for a stand-in."""
+    return f"{condition},{stand_in}" if condition else stand_in
+
+
+def split_stand_in(name: str) -> tuple[str, str]:
+    """METRIC@CONDITION or GROUP@CONDITION as of the student, and the stand-in that it is of; empty where of none."""
+    bare, _, condition = name.partition("@")
+    condition, _, last = condition.rpartition(",")
+    if last not in STAND_INS:
+        return name, ""
+    return f"{bare}@{condition}" if condition else bare, last
+
+
 def describe_metric(name: str) -> Metric:
     """The metric behind a name, with the condition of METRIC@CONDITION in its label and in the teacher's metric."""
     bare, _, condition = name.partition("@")
@@ -300,4 +319,11 @@ def describe_metric(name: str) -> Metric:
     if not condition:
         return metric
     teacher = None if metric.teacher is None else f"{metric.teacher}@{condition}"
-    return replace(metric, label=f"{metric.label} ({CONDITIONS.get(condition, condition)})", teacher=teacher)
+    of_student, stand_in = split_stand_in(name)
+    said = of_student.partition("@")[2]
+    by = STAND_INS.get(stand_in)
+    if by and metric.better == "context":
+        # It is the teacher's own, in the table of a stand-in.
+        by = f"beside the student {by}"
+    texts = filter(None, (CONDITIONS.get(said, said), by))
+    return replace(metric, label=f"{metric.label} ({', '.join(texts)})", teacher=teacher)

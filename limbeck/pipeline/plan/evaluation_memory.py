@@ -15,7 +15,10 @@ from limbeck.pipeline.plan.sizes import BYTES
 
 
 def evaluation_terms(case: Case) -> Iterator[tuple[str, float]]:
-    """The terms of its largest moment: one of the two models writes alone, or the student is measured."""
+    """The terms of its largest moment: one of the two models writes alone, or the student is measured.
+
+    A stand-in is as large as the student, and in memory when no other student is.
+    """
     yield from max((list(terms) for terms in _moments_of_evaluation(case)), key=lambda terms: sum(n for _, n in terms))
 
 

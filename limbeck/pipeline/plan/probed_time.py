@@ -106,16 +106,16 @@ def _evaluating(case: Case, probe: ProbeResult) -> Terms:
     recipe, work = case.recipe, case.work
     section, held = recipe.evaluate, work.heldout
     once = probe.loading.get("teacher", 0.0) if case.here else 0.0
-    terms: Terms = {"the models load": 2 * probe.loading.get("student", 0.0) + once}
+    # Before and after the training, and stand-ins, each of which is measured as a whole.
+    students = 2 + len(section.stand_ins)
+    terms: Terms = {"the models load": students * probe.loading.get("student", 0.0) + once}
     if "fidelity" in section.groups:
-        # Before and after the training.
-        terms["fidelity"] = 2 * _ids(held, probe, case) * (probe.measures or 0.0) / case.ranks
+        terms["fidelity"] = students * _ids(held, probe, case) * (probe.measures or 0.0) / case.ranks
     limit = held.count if section.prompts is None else min(section.prompts, held.count)
     by_student, by_teacher = _answer_sets(section.groups, limit)
     most = section.max_new_tokens
     for name, cost, sets, count in (
-        # Before and after the training, which are written apart.
-        ("the student answers", probe.student_writes, 2, by_student),
+        ("the student answers", probe.student_writes, students, by_student),
         ("the teacher answers", probe.teacher_writes, 1, by_teacher),
     ):
         if cost is not None:

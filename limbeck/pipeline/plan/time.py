@@ -104,16 +104,20 @@ def _scoring(case: Case, rates: Rates, server: int) -> float:
 
 
 def _evaluation(case: Case, rates: Rates) -> StageTime:
-    """Greedy answers of both models and passes over the held-out responses, before and after the training."""
+    """Greedy answers of both models and passes over the held-out responses, before and after the training.
+
+    Stand-ins are measured like the student.
+    """
     section, held = case.recipe.evaluate, case.work.heldout
     rows = held.count if section.prompts is None else min(section.prompts, held.count)
     answers = rows * min(section.max_new_tokens, case.recipe.responses.max_new_tokens)
     written = "rouge" in section.groups or "diversity" in section.groups
-    seconds = 2 * _over(held.ids, rates.student_scores)
-    tokens = 2 * held.tokens
+    students = 2 + len(section.stand_ins)
+    seconds = students * _over(held.ids, rates.student_scores)
+    tokens = students * held.tokens
     if written:
-        seconds += 2 * _over(answers, rates.student_writes)
-        tokens += 2 * answers
+        seconds += students * _over(answers, rates.student_writes)
+        tokens += students * answers
         if case.where in ("in_process", "server"):
             seconds += _over(answers, rates.teacher_writes)
             tokens += answers

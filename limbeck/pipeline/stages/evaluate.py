@@ -9,6 +9,7 @@ from pathlib import Path
 
 from limbeck.evaluation.context import EvaluationGroup, Part, Who, greedy, table_name
 from limbeck.evaluation.scores.files import read_rows, write_rows, write_scores
+from limbeck.evaluation.scores.metrics import STAND_INS, with_stand_in
 from limbeck.models.assets import ASSETS
 from limbeck.models.sources import resolve
 from limbeck.pipeline.context import RunContext, Stage
@@ -55,26 +56,44 @@ def _run_evaluation(context: RunContext) -> Json:
 
 
 def examine(context: RunContext, parts: Sequence[Part]) -> dict[Part, ScoreTables]:
-    """The rows of all groups for some parts, and `scores.json` of them."""
+    """The rows of all groups for some parts, and `scores.json` of them.
+
+    What stand-ins score is, as a condition, among the scores after training.
+    """
     found: dict[Part, ScoreTables] = {"before": {}, "after": {}}
-    for part in parts:
+    for part in (*parts, *(context.recipe.evaluate.stand_ins if "after" in parts else ())):
         evaluation = RunEvaluation(context=context, part=part)
-        groups = {name: group for name, group in context.recipe.evaluate.groups.items() if part in group.parts}
+        groups = {n: group for n, group in context.recipe.evaluate.groups.items() if _measures(group, part)}
         with _once_a_sweep(evaluation):
             evaluation.write_ahead(group for name, group in groups.items() if not _record(evaluation, name).exists())
             for name, group in groups.items():
-                found[part] |= _rows_of(evaluation, name, group)
+                found[_scored_as(part)] |= _rows_of(evaluation, name, group)
         evaluation.release_student()
     write_scores(context.run.root, before=found["before"], after=found["after"], seed=0)
     return found
 
 
+def _measures(group: EvaluationGroup, part: Part) -> bool:
+    """Whether a group measures a student, or a stand-in, which is measured like the student before training."""
+    return part in group.parts or (part in STAND_INS and (part in group.stand_ins() or "before" in group.parts))
+
+
+def _scored_as(part: Part) -> Part:
+    """The part among whose scores a part's are."""
+    return "after" if part in STAND_INS else part
+
+
 def _once_a_sweep(evaluation: RunEvaluation) -> AbstractContextManager[None]:
-    """Share the scores before training among runs of a sweep that start from the same student."""
-    if evaluation.part == "after":
+    """Share the scores before training among runs of a sweep that start from the same student.
+
+    Of stand-ins the answers alone are shared: the share that training brought back is the run's own.
+    """
+    part = evaluation.part
+    if part == "after":
         return nullcontext()
-    made_from = {"before": initial_student(evaluation.context), "evaluate": evaluation_inputs(evaluation.context)}
-    return once(evaluation.context, made_from, evaluation.folder, ("before.*", "answers/before-*.jsonl"))
+    made_from = {part: initial_student(evaluation.context), "evaluate": evaluation_inputs(evaluation.context)}
+    shared = (f"answers/{part}-*.jsonl",) if part in STAND_INS else ("before.*", "answers/before-*.jsonl")
+    return once(evaluation.context, made_from, evaluation.folder, shared)
 
 
 def _rows_of(evaluation: RunEvaluation, name: str, group: EvaluationGroup) -> ScoreTables:
@@ -86,16 +105,27 @@ def _rows_of(evaluation: RunEvaluation, name: str, group: EvaluationGroup) -> Sc
     if not record.exists():
         # pyright takes no cached_property for what a protocol has as a property.
         measured = group.measure(evaluation)  # type: ignore[arg-type]
-        for table, rows in measured.named(name).items():
-            write_rows(evaluation.folder / f"{evaluation.part}.{table}.jsonl", rows)
+        for condition, rows in measured.tables.items():
+            write_rows(_file(evaluation, _table(evaluation, name, condition), "jsonl"), rows)
         write_json(record, {"conditions": list(measured.tables), "detail": measured.detail})
-    tables = [table_name(name, condition) for condition in read_fields(record, {"conditions": list})["conditions"]]
-    return {table: read_rows(evaluation.folder / f"{evaluation.part}.{table}.jsonl") for table in tables}
+    conditions = read_fields(record, {"conditions": list})["conditions"]
+    tables = [_table(evaluation, name, condition) for condition in conditions]
+    return {table: read_rows(_file(evaluation, table, "jsonl")) for table in tables}
 
 
 def _record(evaluation: RunEvaluation, name: str) -> Path:
     """File of the record of a group."""
-    return evaluation.folder / f"{evaluation.part}.{name}.json"
+    return _file(evaluation, _table(evaluation, name, ""), "json")
+
+
+def _table(evaluation: RunEvaluation, name: str, condition: str) -> str:
+    """Name of a table of a group among the scores."""
+    stand_in = evaluation.part if evaluation.part in STAND_INS else ""
+    return table_name(name, with_stand_in(condition, stand_in) if stand_in else condition)
+
+
+def _file(evaluation: RunEvaluation, table: str, ending: str) -> Path:
+    return evaluation.folder / f"{_scored_as(evaluation.part)}.{table}.{ending}"
 
 
 def _origin(context: RunContext) -> tuple[str | None, str | None]:
