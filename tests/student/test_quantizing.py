@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.models.heads import head_of
 from limbeck.models.loading import LoadedModel, load_model
 from limbeck.models.quantization import FORMATS, dequantise, quantise
-from limbeck.models.quantization.files import BLOCKS_FILE, read_blocks
+from limbeck.models.quantization.files import BLOCKS_FILE, read_blocks, save_blocks
 from limbeck.models.quantization.importance import importance_of
 from limbeck.ops import onednn
 from limbeck.rollouts.collate import collate
@@ -239,6 +239,21 @@ def test_weights_beyond_the_scales_are_refused(tmp_path: Path) -> None:
     teacher.model.save_pretrained(tmp_path / "teacher")
     with pytest.raises(LimbeckError, match="beyond the scales of q4_0"):
         student_of(teacher, format="q4_0")
+
+
+def test_blocks_are_the_same_file_each_time_and_those_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    student = student_of(write(tmp_path / "teacher"), format="q8_0")
+    assert student.quantization is not None
+    blocks, files = student.quantization.packed(student.model), set[bytes]()
+    for number in range(8):
+        save_blocks(tmp_path / str(number), blocks)
+        files.add((tmp_path / str(number) / BLOCKS_FILE).read_bytes())
+    assert len(files) == 1
+    before = {"trained": blocks.trained, "formats": json.dumps(dict(blocks.formats))}
+    save_file(dict(blocks.blocks), tmp_path / "0" / BLOCKS_FILE, metadata=before)
+    one, two = (read_blocks(tmp_path / name) for name in "01")
+    assert one is not None and two is not None
+    assert (one.trained, one.formats) == (two.trained, two.formats) == (blocks.trained, blocks.formats)
 
 
 def test_damaged_blocks_are_noticed(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from limbeck.models.quantization.formats import FORMATS
-from limbeck.types import LimbeckError
+from limbeck.types import Json, LimbeckError
 
 Trained = Literal["straight_through", "frozen"]
 # Below the model's own folder, where loaders of its weights do not look.
 BLOCKS_FILE = "quantized/blocks.safetensors"
+_ABOUT = "quantized"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,16 @@ def save_blocks(folder: Path, quantized: QuantizedWeights) -> None:
     """Write the blocks into the folder of a model."""
     path = folder / BLOCKS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"trained": quantized.trained, "formats": json.dumps(dict(quantized.formats))}
+    # One entry: several come in any order, and the file would not be the same one each time.
+    metadata = {_ABOUT: json.dumps({"trained": quantized.trained, "formats": dict(quantized.formats)})}
     save_file({name: blocks.cpu().contiguous() for name, blocks in quantized.blocks.items()}, path, metadata=metadata)
+
+
+def _about(metadata: Mapping[str, str]) -> Json:
+    if _ABOUT in metadata:
+        return json.loads(metadata[_ABOUT])
+    # As earlier versions wrote it.
+    return {"trained": metadata["trained"], "formats": json.loads(metadata["formats"])}
 
 
 def read_blocks(folder: Path) -> QuantizedWeights | None:
@@ -65,15 +74,14 @@ def read_blocks(folder: Path) -> QuantizedWeights | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            formats = json.loads(metadata["formats"])
+            about = _about(file.metadata() or {})
             blocks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        trained = metadata["trained"]
+        trained, formats = about["trained"], about["formats"]
         if trained not in ("straight_through", "frozen") or formats.keys() != blocks.keys():
             raise ValueError("it names other weights than it holds")
         for name in formats.values():
             FORMATS.require(name)
-    except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise LimbeckError(
             f"{path} is damaged ({' '.join(str(error).split())[:120]}); make the student again with `limbeck run`"
         ) from error
