@@ -201,7 +201,11 @@ def main() -> None:
     parser.add_argument("--judge", metavar="BASE_URL", help="server that judges the starts after DPO by logprobs")
     parser.add_argument("--judge-model", metavar="NAME", help="the judge's name there; without it the only model")
     arguments = parser.parse_args()
-    end = run_sweep(tree(arguments.out, arguments.dpo_steps), *arguments.overrides)
+    try:
+        end = run_sweep(tree(arguments.out, arguments.dpo_steps), *arguments.overrides)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
     if end.failed:
         raise SystemExit(f"{end.failed} of {end.runs} runs failed; see {end.page}, and run the same command again")
     command = " ".join(["python -m benchmarks.preference", *sys.argv[1:]])
