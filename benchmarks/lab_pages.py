@@ -70,6 +70,11 @@ QUESTIONS = {
         would_change="longer answers and more epochs, over which beta grows and the student changes; equal time "
         "in the place of equal steps, as writing costs",
     ),
+    "preference": Question(
+        asks="Preference tuning from a distilled start, and from one of SFT: which student is better?",
+        would_change="pairs that a program judges, in the place of the teacher's likelihood; more pairs and steps, at a "
+        "rate that is tuned for each start",
+    ),
     "objectives": Question(
         asks="CSD's pairs of weights beside the KL family: which are separated?",
         would_change="a task with many right answers, on which diversity counts; a temperature for each objective",
