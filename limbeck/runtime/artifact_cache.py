@@ -92,9 +92,12 @@ class ArtifactCache:
             return None
         record |= {"shared_from": os.path.relpath(donor.root, run.root)}
         run.write_manifest(stage, record | {"done": False})
+        # Not what a later stage has written among them, such as a model's card, of which this run has no record yet.
+        own = record.get("outputs")
         for there, here in zip(outputs(donor), outputs(run), strict=True):
             for file in [there] if there.is_file() else _files_below(there):
-                link(file, here / file.relative_to(there) if file != there else here)
+                if own is None or file.relative_to(donor.root).as_posix() in own:
+                    link(file, here / file.relative_to(there) if file != there else here)
         run.write_manifest(stage, record)
         return donor.root
 

@@ -11,6 +11,7 @@ import pytest
 
 from limbeck.runtime.artifact_cache import ArtifactCache
 from limbeck.runtime.files import link, read_json, write_json, write_text
+from limbeck.runtime.outputs import written_below
 from limbeck.runtime.rundir import RunDirectory
 
 
@@ -41,6 +42,16 @@ class TestStages:
             for file in [here] if here.is_file() else [p for p in here.rglob("*") if p.is_file()]:
                 assert file.samefile(there / file.relative_to(here) if there.is_dir() else there)
         assert read_json(run.manifest_path("respond"))["shared_from"] == "../a"
+
+    def test_what_another_stage_wrote_among_them_is_left(self, artifacts: ArtifactCache, tmp_path: Path) -> None:
+        donor, run = finished_run(tmp_path / "sweep" / "a"), RunDirectory(tmp_path / "sweep" / "b")
+        record = (donor.manifest("respond") or {}) | {"outputs": written_below(donor.root, outputs(donor))}
+        write_json(donor.manifest_path("respond"), record)
+        write_text(donor.responses / "README.md", "a card\n")
+        artifacts.publish("respond", "abc", donor)
+        assert artifacts.link_stage("respond", "abc", run, outputs) == donor.root
+        assert [path.name for path in run.responses.rglob("*") if path.is_file()] == ["00000.jsonl"]
+        assert run.prompts.exists()
 
     def test_a_moved_sweep_still_finds_them(self, artifacts: ArtifactCache, tmp_path: Path) -> None:
         artifacts.publish("respond", "abc", finished_run(tmp_path / "sweep" / "a"))
