@@ -72,8 +72,8 @@ QUESTIONS = {
     ),
     "preference": Question(
         asks="Preference tuning from a distilled start, and from one of SFT: which student is better?",
-        would_change="pairs that a program judges, in the place of the teacher's likelihood; more pairs and steps, at a "
-        "rate that is tuned for each start",
+        would_change="pairs that a program judges, in the place of the teacher's likelihood; more pairs and steps, at "
+        "a rate that is tuned for each start",
     ),
     "objectives": Question(
         asks="CSD's pairs of weights beside the KL family: which are separated?",

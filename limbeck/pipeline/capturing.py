@@ -15,6 +15,7 @@ from torch import Tensor
 from limbeck.objectives import SparseForm
 from limbeck.objectives.sparse import sparse_columns
 from limbeck.rollouts.collate import collate
+from limbeck.rollouts.table import lengths_of
 from limbeck.runtime.files import whole_file
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.store.addresses import addresses_of, seed_of
@@ -84,7 +85,7 @@ def capture_into(
     """
     texts = by_address(responses, reads)
     order = list(texts)
-    capture = Capture(writer, teacher, list(texts.values()), sampling)
+    capture = Capture(writer, teacher, texts, sampling)
     if sealed_shards(writer.store.path):
         # What they share may have been lost; shards of another one go with it.
         _ = capture.shared
@@ -102,13 +103,33 @@ def capture_into(
     return Captured(added=len(left), found=len(order) - len(left), tokens=tokens)
 
 
-def by_address(responses: Sequence[Response], reads: Callable[[TokenBatch], TokenBatch]) -> dict[bytes, Response]:
-    """Responses by the addresses of their signals, each once, the longest first."""
-    texts: dict[bytes, Response] = {}
-    for address, response in zip(addresses_as_read(responses, reads), responses, strict=True):
-        texts.setdefault(address, response)
+def by_address(responses: Sequence[Response], reads: Callable[[TokenBatch], TokenBatch]) -> Mapping[bytes, Response]:
+    """Responses by the addresses of their signals, each once, the longest first; those on disk stay there."""
+    rows: dict[bytes, int] = {}
+    for row, address in enumerate(addresses_as_read(responses, reads)):
+        rows.setdefault(address, row)
+    lengths = lengths_of(responses)
     # Sorting keeps the order of equal lengths: a batch depends on the responses and their order alone.
-    return {address: texts[address] for address in sorted(texts, key=lambda address: -texts[address].length)}
+    return _Addressed(responses, {address: rows[address] for address in sorted(rows, key=lambda a: -lengths[rows[a]])})
+
+
+class _Addressed(Mapping[bytes, Response]):
+    """Some responses, each under an address."""
+
+    def __init__(self, responses: Sequence[Response], rows: Mapping[bytes, int]):
+        self._responses, self._rows = responses, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._rows)
+
+    def __contains__(self, address: object) -> bool:
+        return address in self._rows
+
+    def __getitem__(self, address: bytes) -> Response:
+        return self._responses[self._rows[address]]
 
 
 def _asked_at_once(writer: StoreWriter, teacher: Scorer, most: int) -> int:
@@ -160,11 +181,11 @@ def addresses_as_read(responses: Sequence[Response], reads: Callable[[TokenBatch
 
 @dataclass
 class Capture:
-    """One pass of a teacher over some responses, longest first."""
+    """One pass of a teacher over some responses by their addresses, longest first."""
 
     writer: ShardFiller
     teacher: Scorer
-    responses: Sequence[Response]
+    texts: Mapping[bytes, Response]
     sampling: Json | None
 
     def score_all(
@@ -206,8 +227,8 @@ class Capture:
         head = self.teacher.head
         states = head.weight_VD.new_zeros(0, head.weight_VD.shape[1])
         if isinstance(codec, Svd):
-            some = self.responses[:: -(-len(self.responses) // CALIBRATION_RESPONSES)]
-            signals = (signal for response in some for signal in signals_of(self.teacher, [response]))
+            some = list(self.texts)[:: -(-len(self.texts) // CALIBRATION_RESPONSES)]
+            signals = (signal for address in some for signal in signals_of(self.teacher, [self.texts[address]]))
             states = torch.cat([signal.hidden_ND for signal in signals if isinstance(signal, DenseSignal)])
         return head, codec.shared(head, states)
 

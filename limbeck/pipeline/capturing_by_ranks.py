@@ -43,7 +43,7 @@ def capture_share(
         joined: called after each chunk.
     """
     parts = _Parts(manifest=manifest, shard_responses=SHARD_ROWS, folder=chunks.parts)
-    capture = Capture(parts, teacher, list(chunks.texts.values()), None)
+    capture = Capture(parts, teacher, chunks.texts, None)
     for number in chunks.lacking:
         if chunks.has_part(number) or not share.take(number):
             continue
@@ -75,8 +75,8 @@ def capture_by_ranks(
     """
     writer.describe()
     chunks = Chunks.of(writer.store.path, responses, reads)
-    advance(sum(response.tokens for address, response in chunks.texts.items() if address not in chunks.missing))
-    capture = Capture(writer, teacher, list(chunks.texts.values()), None)
+    advance(sum(chunks.texts[address].tokens for address in chunks.texts if address not in chunks.missing))
+    capture = Capture(writer, teacher, chunks.texts, None)
     waiting = list(chunks.lacking)
 
     def join(chunks: Chunks) -> None:
@@ -117,12 +117,14 @@ class Chunks:
     def lacking(self) -> list[int]:
         """Numbers of the chunks of which the store lacks something."""
         count = -(-len(self.texts) // SHARD_ROWS)
-        return [number for number in range(count) if self.missing & self.content(number).keys()]
+        return [number for number in range(count) if not self.missing.isdisjoint(self._addresses(number))]
 
     def content(self, number: int) -> dict[bytes, Response]:
         """The responses of a chunk by their addresses."""
-        some = self._order[number * SHARD_ROWS : (number + 1) * SHARD_ROWS]
-        return {address: self.texts[address] for address in some}
+        return {address: self.texts[address] for address in self._addresses(number)}
+
+    def _addresses(self, number: int) -> list[bytes]:
+        return self._order[number * SHARD_ROWS : (number + 1) * SHARD_ROWS]
 
     @cached_property
     def _order(self) -> list[bytes]:

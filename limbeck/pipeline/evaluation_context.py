@@ -276,7 +276,7 @@ class RunEvaluation(EvaluatedModels):
         write_responses(path, answers if before else [replace(r, round=AFTER_TRAINING) for r in answers])
         shutil.rmtree(path.with_suffix(""))
 
-    def write_answers(self, share: Share, fields: Json, asked: Sequence[TokenPrompt]) -> list[Response]:
+    def write_answers(self, share: Share, fields: Json, asked: Sequence[TokenPrompt]) -> Sequence[Response]:
         """This rank's share of some answers, batch by batch; those of all on the first rank.
 
         Args:

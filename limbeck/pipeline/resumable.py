@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from limbeck.rollouts.io import read_batch, write_responses
+from limbeck.rollouts.batches import BatchedResponses
+from limbeck.rollouts.io import write_responses
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.shared_work import EVERYTHING, Share
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
@@ -28,8 +29,8 @@ def write_in_batches(
     capture_hidden: bool = False,
     beside: Callable[[LocalSampler | SpeculativeSampler, SampledBatch, Path], None] | None = None,
     share: Share = EVERYTHING,
-) -> tuple[list[Response], tuple[Path, ...]]:
-    """Answer the prompts; the answers in the order given, and the files of the batches.
+) -> tuple[Sequence[Response], tuple[Path, ...]]:
+    """Answer the prompts; the answers in the order given, read when they are asked for, and the files of the batches.
 
     Args:
         folder: gets a file per batch. Another call with the same prompts and settings goes on where this one stopped.
@@ -58,7 +59,5 @@ def write_in_batches(
                 share.finish(number_of[batch.indices])
             stop.raise_if_requested()
         share.wait()
-    answers: dict[int, Response] = {}
-    for rows, path in paths.items() if share.joins else ():
-        answers |= dict(zip(rows, read_batch(path, len(rows)), strict=True))
-    return [answers[i] for i in range(len(asked)) if i in answers], tuple(paths.values())
+    joined = {path: rows for rows, path in paths.items()} if share.joins else {}
+    return BatchedResponses(joined), tuple(paths.values())

@@ -52,8 +52,11 @@ def folder_of(attempt: int) -> str:
 
 def sample_all(
     context: RunContext, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int = 0
-) -> tuple[list[Response], Json]:
+) -> tuple[Sequence[Response], Json]:
     """Responses of the teacher, or of each of several to its own prompts, one in memory at a time; see `_sample`."""
+    if context.recipe.combine is None:
+        (only,) = writers(context, asked)
+        return _written_by(context, only, asked, template, attempt)
     found: dict[int, Response] = {}
     record: Json = {}
     for writer in writers(context, asked):
@@ -70,7 +73,7 @@ def sample_all(
 
 def _written_by(
     context: RunContext, writer: Answering, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int
-) -> tuple[list[Response], Json]:
+) -> tuple[Sequence[Response], Json]:
     """Responses of one teacher: sampled here, written elsewhere for money, or those that it has written before."""
     if "weights" in writer.teacher.provides:
         fields: Json = {"template": template, "attempt": attempt, "folder": writer.folder}
@@ -103,7 +106,7 @@ def _sample(
     *,
     folder: str = "",
     share: Share,
-) -> tuple[list[Response], Json]:
+) -> tuple[Sequence[Response], Json]:
     """Responses of the teacher and their record for the manifest; batches on disk are not sampled again.
 
     While it samples, the teacher computes the very hidden states that are its signal, so they are kept beside.

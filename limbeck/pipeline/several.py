@@ -6,19 +6,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from limbeck.models.vocabulary import compare_vocabularies
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.seen_prompts import section_inputs
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.load import signal_temperatures
 from limbeck.recipe.teacher import COMBINE
+from limbeck.rollouts.table import ResponseTable
 from limbeck.runtime.records import fingerprint
 from limbeck.teachers.base import Teacher, TeacherModel
 from limbeck.teachers.combinations import COMBINE_KEY
 from limbeck.teachers.several import SeveralTeachers
 from limbeck.teachers.store.sparse import Sampled, TopK
 from limbeck.teachers.store.teacher import StoreTeacher
-from limbeck.types import Json, LimbeckError, Prompt, Response, TokenPrompt
+from limbeck.types import Json, LimbeckError, Prompt, TokenPrompt
 
 
 def several_teachers(context: RunContext, members: Mapping[str, Teacher]) -> SeveralTeachers:
@@ -179,11 +182,11 @@ def writers(context: RunContext, asked: Sequence[TokenPrompt]) -> list[Answering
     ]
 
 
-def rows_by_teacher(context: RunContext, responses: Mapping[int, Response]) -> list[dict[int, Response]]:
+def by_teacher(context: RunContext, responses: ResponseTable) -> list[ResponseTable]:
     """Responses in groups that one teacher scores, so that one is in memory at a time."""
     if context.recipe.routing is None:
-        return [dict(responses)]
-    groups: dict[str, dict[int, Response]] = {name: {} for name in context.recipe.teachers}
-    for row, response in responses.items():
-        groups[context.member_of(response.prompt_id)][row] = response
-    return [group for group in groups.values() if group]
+        return [responses]
+    groups: dict[str, list[int]] = {name: [] for name in context.recipe.teachers}
+    for place, prompt_id in zip(responses.places.tolist(), responses.prompt_ids, strict=True):
+        groups[context.member_of(prompt_id)].append(place)
+    return [responses.taken(np.array(places)) for places in groups.values() if places]

@@ -25,7 +25,7 @@ from limbeck.types import Json, LimbeckError, Response, Sampling, TokenPrompt
 
 VERIFY_KEY = "responses.verify"
 JUDGE_KEY = f"{VERIFY_KEY}.judge"
-WriteAgain = Callable[[Sequence[TokenPrompt], int], list[Response]]
+WriteAgain = Callable[[Sequence[TokenPrompt], int], Sequence[Response]]
 
 
 def check_verification(context: RunContext) -> None:

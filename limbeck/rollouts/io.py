@@ -73,6 +73,18 @@ def read_responses(path: Path) -> list[Response]:
         return [_parse(line, path, number, response_from_json) for number, line in enumerate(file, start=1)]
 
 
+def response_of_line(line: bytes, path: Path, number: int) -> Response:
+    """The response of a line of a file.
+
+    Args:
+        path: the file, and `number` the line's from 1, for what is said of a damaged one.
+
+    Raises:
+        LimbeckError: it is damaged.
+    """
+    return _parse(line, path, number, response_from_json)
+
+
 def read_batch(path: Path, count: int) -> list[Response]:
     """The responses of a batch.
 

@@ -138,6 +138,10 @@ class NumberedResponses(Mapping[int, Response]):
     def __init__(self, responses: ResponseTable):
         self.responses = responses
 
+    def followed_by(self, others: NumberedResponses) -> NumberedResponses:
+        """These responses and others of the same file."""
+        return NumberedResponses(self.responses.taken(np.concatenate([self.responses.places, others.responses.places])))
+
     @cached_property
     def _known(self) -> np.ndarray:
         """For each place of the file up to the last, whether its response is one of these."""

@@ -239,14 +239,14 @@ def _first_stage_answers(context: RunContext, prompts: Sequence[Prompt], reading
 
 def _from_teacher(
     context: RunContext, prompts: Sequence[Prompt], asked: Sequence[TokenPrompt], reading: _Reading
-) -> tuple[list[Response], Json]:
+) -> tuple[Sequence[Response], Json]:
     """Answers of the teacher in the student's tokens, those that must be right judged; and their record."""
     check_references(context, asked)
     section, tokenizer, template = context.recipe.responses, reading.tokenizer, reading.template
     if writes := _writes(context):
         _say_what_is_answered(context, prompts)
 
-    def write(some: Sequence[TokenPrompt], attempt: int) -> tuple[list[Response], Json]:
+    def write(some: Sequence[TokenPrompt], attempt: int) -> tuple[Sequence[Response], Json]:
         if writes:
             return sample_all(context, some, template, attempt)
         read_by_teacher = prompts if context.seen is None else context.seen.prompts(prompts)

@@ -12,11 +12,12 @@ from limbeck.pipeline.capturing import SHARD_ROWS, batches_of, capture_into
 from limbeck.pipeline.capturing_by_ranks import Chunks, capture_by_ranks, capture_share
 from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.sampled_responses import captures
-from limbeck.pipeline.several import rows_by_teacher
+from limbeck.pipeline.several import by_teacher
 from limbeck.pipeline.sharing import choice_inputs
 from limbeck.pipeline.stages.respond import load_responses, teacher_inputs
 from limbeck.pipeline.store_identity import exact_codec, manifest_of
 from limbeck.pipeline.students_choice import capture_with_choice
+from limbeck.rollouts.table import NumberedResponses
 from limbeck.runtime.folders import remove
 from limbeck.runtime.shared_work import Job
 from limbeck.teachers.base import Teacher
@@ -25,7 +26,7 @@ from limbeck.teachers.store.dense import Hidden
 from limbeck.teachers.store.reader import Store
 from limbeck.teachers.store.source import StoredSignals
 from limbeck.teachers.store.writer import StoreWriter, writing_alone
-from limbeck.types import DenseSignal, Head, Json, Response, Signal, SignalSource, Split, TokenBatch
+from limbeck.types import DenseSignal, Head, Json, Response, Signal, SignalSource, TokenBatch
 
 
 def _signal_inputs(context: RunContext) -> Json:
@@ -87,28 +88,27 @@ def _score(context: RunContext, writer: StoreWriter) -> int:
     the whole vocabulary.
     """
     responses = _scored(context)
-    tokens = sum(response.tokens for response in responses.values())
+    tokens = sum(response.tokens for response in responses.responses)
     with context.console.meter("teach", tokens, "tokens") as meter:
         if context.recipe.mixing is not None:
-            _score_mean(context, writer, list(responses.values()), meter.advance)
+            _score_mean(context, writer, responses.responses, meter.advance)
         elif context.recipe.teacher.student_k:
-            capture_with_choice(context, writer, list(responses.values()), advance=meter.advance)
+            capture_with_choice(context, writer, responses.responses, advance=meter.advance)
         else:
             _score_each(context, writer, responses, meter.advance)
     return tokens
 
 
 def _score_each(
-    context: RunContext, writer: StoreWriter, responses: Mapping[int, Response], advance: Callable[[int], None]
+    context: RunContext, writer: StoreWriter, responses: NumberedResponses, advance: Callable[[int], None]
 ) -> None:
     """Every response by its teacher; one of several is in memory at a time."""
     teacher = context.teacher
     # One that is elsewhere is asked by one process, which keeps many questions under way.
     shared = context.launch.ranks > 1 and ("weights" in teacher.provides or teacher.in_step)
-    for number, group in enumerate(rows_by_teacher(context, responses)):
+    for number, some in enumerate(by_teacher(context, responses.responses)):
         if number:
             teacher.release()
-        some = list(group.values())
         if shared:
             # Before the others look what it holds.
             writer.describe()
@@ -124,9 +124,9 @@ def _help(context: RunContext, job: Job) -> None:
     teacher, number = context.teacher, job.fields["group"]
     if number:
         teacher.release()
-    responses = rows_by_teacher(context, _scored(context))[number]
+    responses = by_teacher(context, _scored(context).responses)[number]
     manifest = manifest_of(context, exact_codec(context.recipe))
-    chunks = Chunks.of(context.run.signal, list(responses.values()), teacher.reads)
+    chunks = Chunks.of(context.run.signal, responses, teacher.reads)
     capture_share(chunks, manifest, teacher, job)
 
 
@@ -172,16 +172,16 @@ class _Mean:
         return DenseSignal(hidden_ND=self.several.joined(hidden), head=self.head)
 
 
-def _scored(context: RunContext) -> dict[int, Response]:
-    """The responses whose signal the run reads, by row."""
-    splits: tuple[Split, ...] = ("heldout", "train") if _scores_train(context) else ("heldout",)
-    return {row: response for split in splits for row, response in load_responses(context, split).items()}
+def _scored(context: RunContext) -> NumberedResponses:
+    """The responses whose signal the run reads, by row; they stay on disk until one is asked for."""
+    heldout = load_responses(context, "heldout")
+    return heldout.followed_by(load_responses(context, "train")) if _scores_train(context) else heldout
 
 
 def _locate(context: RunContext) -> int:
     """Check that captured signals are there for all responses of the run; their number."""
     responses = _scored(context)
-    context.teacher.locate(batches_of(list(responses.values())))
+    context.teacher.locate(batches_of(responses.responses))
     return len(responses)
 
 

@@ -1,0 +1,60 @@
+"""Responses of many batches, which stay in their files until one is asked for."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import overload
+
+from limbeck.rollouts.io import response_of_line
+from limbeck.types import LimbeckError, Response
+
+
+class BatchedResponses(Sequence[Response]):
+    """The responses of some batches in one row. Of each its place in a file is in memory.
+
+    Args:
+        batches: for the file of each batch, the places of its responses in the row, in the order of its lines.
+
+    Raises:
+        LimbeckError: a file has another number of lines.
+    """
+
+    def __init__(self, batches: Mapping[Path, Sequence[int]]):
+        count = sum(map(len, batches.values()))
+        self._paths = tuple(batches)
+        self._file, self._line, self._start = (array(kind, [0]) * count for kind in "iiq")
+        for number, (path, places) in enumerate(batches.items()):
+            starts = _starts_of_lines(path)
+            if len(starts) != len(places):
+                raise LimbeckError(
+                    f"{path} is damaged (it holds {len(starts)} responses of {len(places)}); delete {path} and run the "
+                    "same command again"
+                )
+            for line, (place, start) in enumerate(zip(places, starts, strict=True), start=1):
+                self._file[place], self._line[place], self._start[place] = number, line, start
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    @overload
+    def __getitem__(self, index: int) -> Response: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Response]: ...
+    def __getitem__(self, index: int | slice) -> Response | list[Response]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        path = self._paths[self._file[index]]
+        with path.open("rb") as file:
+            file.seek(self._start[index])
+            return response_of_line(file.readline(), path, self._line[index])
+
+
+def _starts_of_lines(path: Path) -> array[int]:
+    starts, end = array("q"), 0
+    with path.open("rb") as file:
+        for line in file:
+            starts.append(end)
+            end += len(line)
+    return starts
