@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from limbeck.rollouts.sources import MAX_PREVIEW_STEPS, OfflineSource, StatelessSource, StepCounter, die, first_steps
+from limbeck.rollouts.sources import (
+    MAX_PREVIEW_STEPS,
+    OfflineSource,
+    StatelessSource,
+    StepCounter,
+    die,
+    first_steps,
+    known_step_of,
+)
 from limbeck.rollouts.student import StudentSource
 from limbeck.types import LimbeckError, Response
 
@@ -60,7 +68,7 @@ class MixedSource(StatelessSource):
         return self._chosen(clock).step(clock)
 
     def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
-        return self._chosen(clock).known_step(clock)
+        return known_step_of(self._chosen(clock), clock)
 
     def _chosen(self, clock: StepCounter) -> StudentSource | OfflineSource:
         return self.own if self._is_own(clock) else self.base

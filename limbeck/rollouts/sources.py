@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from limbeck.rollouts.order import Plan
 from limbeck.rollouts.rounds import ProcessGroup, SingleProcess
@@ -81,13 +81,6 @@ class ResponseSource(Protocol):
         """
         ...
 
-    def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
-        """What `step` will give for the step after the last one, where that is known already; else None.
-
-        Nothing is written or changed. Called while the student computes, in one thread at a time.
-        """
-        ...
-
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
         """The responses of up to `count` first steps, at least one, by the weights as they are.
 
@@ -120,6 +113,23 @@ SourceFactory = Callable[[SourceContext], ResponseSource]
 
 # Steps of a preview whose responses must be written for it.
 MAX_PREVIEW_STEPS = 6
+
+
+@runtime_checkable
+class ForeseeingSource(Protocol):
+    """A source that may know the responses of a step before the step before it is over. Sources need not be one."""
+
+    def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
+        """What `step` will give for the step after the last one, where that is known already; else None.
+
+        Nothing is written or changed. Called while the student computes, in one thread at a time.
+        """
+        ...
+
+
+def known_step_of(source: ResponseSource, clock: StepCounter) -> dict[int, Response] | None:
+    """What a source will give for the step after the last one, where it knows."""
+    return source.known_step(clock) if isinstance(source, ForeseeingSource) else None
 
 
 def first_steps(source: ResponseSource, count: int, total: int) -> list[dict[int, Response]]:

@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from limbeck.rollouts.order import Plan
-from limbeck.rollouts.sources import OfflineSource, StatelessSource, StepCounter
+from limbeck.rollouts.sources import OfflineSource, StatelessSource, StepCounter, known_step_of
 from limbeck.types import LimbeckError, Response
 
 
@@ -127,7 +127,7 @@ class WindowedSource(StatelessSource):
     def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
         """The responses of a step in the window that is open: the signals of no other are sure to be there."""
         opened = self._open is not None and clock.step < self._firsts[self._open + 1]
-        return self.source.known_step(clock) if opened else None
+        return known_step_of(self.source, clock) if opened else None
 
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
         """The same as of the source: no window is opened for it."""

@@ -16,7 +16,7 @@ from limbeck.recipe.sections import TrainSection
 from limbeck.rollouts.account import SO_FAR, count_phrase
 from limbeck.rollouts.collate import padding
 from limbeck.rollouts.health import health_of
-from limbeck.rollouts.sources import ResponseSource, StepCounter
+from limbeck.rollouts.sources import ResponseSource, StepCounter, known_step_of
 from limbeck.runtime.console import Meter
 from limbeck.training import checkpoints, schedules
 from limbeck.training.background import Background
@@ -240,7 +240,7 @@ class TrainingRun:
     def _following(self, progress: Progress) -> Following | None:
         """Gives the responses of the next step, where there is one and the source knows them before."""
         clock = StepCounter(step=progress.step + 1, total=self.total)
-        return partial(self.response_source.known_step, clock) if clock.step < clock.total else None
+        return partial(known_step_of, self.response_source, clock) if clock.step < clock.total else None
 
     def _padding(self, by_row: Mapping[int, Response]) -> float:
         if self.settings.packing:
