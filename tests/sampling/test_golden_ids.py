@@ -113,7 +113,7 @@ class Doors:
 @pytest.fixture
 def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
     seen = Doors()
-    write, judge = LocalSampler.respond_in_batches, CachedTeacher.signal
+    write, judge, read = LocalSampler.respond_in_batches, CachedTeacher.signal, CachedTeacher.read_stored
 
     def watched(self: LocalSampler, *arguments: Any, **options: Any) -> Iterator[Any]:
         for answered in write(self, *arguments, **options):
@@ -124,6 +124,13 @@ def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
         seen.shown.append(batch)
         return judge(self, batch)
 
+    def looked_up(self: CachedTeacher, batch: TokenBatch) -> Any:
+        found = read(self, batch)
+        # What is not on disk is shown to the teacher.
+        seen.shown += [] if found is None else [batch]
+        return found
+
+    monkeypatch.setattr(CachedTeacher, "read_stored", looked_up)
     monkeypatch.setattr(LocalSampler, "respond_in_batches", watched)
     monkeypatch.setattr(CachedTeacher, "signal", shown)
     return seen
