@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from limbeck.objectives import Temperature, build_objective
 from limbeck.pipeline.capturing import capture_into
 from limbeck.recipe.sections import TrainSection
-from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter
+from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter, known_step_of
 from limbeck.runtime.folders import remove
 from limbeck.runtime.spin_waits import short_spins_when_busy
 from limbeck.teachers.store.base import Codec, Frame
@@ -182,7 +182,7 @@ def block(run: TrainingRun, pages: list[Path], *, ahead: bool) -> Spent:
     for step in range(STEPS):
         drop(pages)
         clock, following = StepCounter(step=step, total=run.total), StepCounter(step=step + 1, total=run.total)
-        known = partial(run.response_source.known_step, following) if step + 1 < STEPS else None
+        known = partial(known_step_of, run.response_source, following) if step + 1 < STEPS else None
         progress = Progress(step=step)
         run.gradients(run.response_source.step(clock), run.settings_at(progress), progress, following=known)
         run.passes.clip()

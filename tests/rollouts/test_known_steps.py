@@ -12,7 +12,7 @@ import pytest
 from limbeck.rollouts.mixed import MixedSource, SharePath
 from limbeck.rollouts.pairs import PairedSource
 from limbeck.rollouts.replay import ReplaySettings, ReplaySource
-from limbeck.rollouts.sources import OfflineSource, ResponseSource, SourceContext, StepCounter
+from limbeck.rollouts.sources import OfflineSource, ResponseSource, SourceContext, StepCounter, known_step_of
 from limbeck.rollouts.windows import WindowedSource
 from tests.sampling.writing import FakeSampler, base_of, own_of, pen_of, prompts_of
 
@@ -65,7 +65,7 @@ def test_a_known_step_is_what_the_step_will_be(
         source.step(StepCounter(step=step, total=TOTAL))
         following = StepCounter(step=step + 1, total=TOTAL)
         before = (sampler.drawn.copy(), json.dumps(source.state()), sorted(tmp_path.rglob("*")))
-        ahead = source.known_step(following)
+        ahead = known_step_of(source, following)
         assert before == (sampler.drawn, json.dumps(source.state()), sorted(tmp_path.rglob("*")))
         found += "." if ahead is None else str(step + 1)
         if ahead is not None:
