@@ -92,14 +92,14 @@ def capture_into(
     writer.store.locate(order)
     left = {address for address in order if not writer.holds(address)}
     advance(sum(texts[address].tokens for address in order if address not in left))
-    size = _asked_at_once(writer, teacher, len(order))
+    size, tokens = _asked_at_once(writer, teacher, len(order)), 0
     for start in range(0, len(order), size):
         some = {address: texts[address] for address in order[start : start + size]}
         if missing := left & some.keys():
             asked = [response for address, response in some.items() if address in missing]
+            tokens += sum(response.tokens for response in asked)
             with _asking(writer, teacher, asked, advance) as counting:
                 capture.score_all(some, missing, counting)
-    tokens = sum(texts[address].tokens for address in left)
     return Captured(added=len(left), found=len(order) - len(left), tokens=tokens)
 
 

@@ -63,11 +63,8 @@ def sample_all(
         own = [asked[place] for place in writer.places]
         written, more = _written_by(context, writer, own, template, attempt)
         found |= dict(zip(writer.places, written, strict=True))
-        if writer.folder:
-            writer.teacher.release()
-            record.setdefault("by_teacher", {})[writer.folder] = {"responses": len(written)} | more
-        else:
-            record |= more
+        writer.teacher.release()
+        record.setdefault("by_teacher", {})[writer.folder] = {"responses": len(written)} | more
     return [found[place] for place in range(len(asked))], record
 
 

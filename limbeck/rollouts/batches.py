@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
-from limbeck.rollouts.io import response_of_line
-from limbeck.types import LimbeckError, Response
+from limbeck.rollouts.io import require_count, response_of_line
+from limbeck.types import Response
 
 
 class BatchedResponses(Sequence[Response]):
@@ -27,11 +27,7 @@ class BatchedResponses(Sequence[Response]):
         self._file, self._line, self._start = (array(kind, [0]) * count for kind in "iiq")
         for number, (path, places) in enumerate(batches.items()):
             starts = _starts_of_lines(path)
-            if len(starts) != len(places):
-                raise LimbeckError(
-                    f"{path} is damaged (it holds {len(starts)} responses of {len(places)}); delete {path} and run the "
-                    "same command again"
-                )
+            require_count(path, len(starts), len(places))
             for line, (place, start) in enumerate(zip(places, starts, strict=True), start=1):
                 self._file[place], self._line[place], self._start[place] = number, line, start
 

@@ -92,12 +92,21 @@ def read_batch(path: Path, count: int) -> list[Response]:
         LimbeckError: a damaged line, or another number of them.
     """
     responses = read_responses(path)
-    if len(responses) != count:
-        raise LimbeckError(
-            f"{path} is damaged (it holds {len(responses)} responses of {count}); delete {path} and run the same "
-            "command again"
-        )
+    require_count(path, len(responses), count)
     return responses
+
+
+def require_count(path: Path, found: int, expected: int) -> None:
+    """Check the number of responses in the file of a batch.
+
+    Raises:
+        LimbeckError: it is another one.
+    """
+    if found != expected:
+        raise LimbeckError(
+            f"{path} is damaged (it holds {found} responses of {expected}); delete {path} and run the same command "
+            "again"
+        )
 
 
 def _asked_of(fields: dict[str, Any]) -> TokenPrompt:

@@ -92,10 +92,6 @@ class ReplaySource:
             return longest_first(again)
         return self.base.step(clock)
 
-    def known_step(self, clock: StepCounter) -> None:
-        # A held-out loss that is measured before the step may change the share.
-        return None
-
     def starts_round(self, clock: StepCounter) -> bool:
         return False
 

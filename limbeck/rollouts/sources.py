@@ -117,7 +117,10 @@ MAX_PREVIEW_STEPS = 6
 
 @runtime_checkable
 class ForeseeingSource(Protocol):
-    """A source that may know the responses of a step before the step before it is over. Sources need not be one."""
+    """A source that may know the responses of a step before the step before it is over.
+
+    Sources need not be one: those of replayed answers are none, whose share a held-out loss before the step may change.
+    """
 
     def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
         """What `step` will give for the step after the last one, where that is known already; else None.
@@ -147,9 +150,6 @@ class StatelessSource:
 
     wants_validation = False
     validation_steps = 1
-
-    def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
-        return None
 
     def starts_round(self, clock: StepCounter) -> bool:
         return False

@@ -94,6 +94,10 @@ class ResponseTable(Sequence[Response]):
         """The responses at some places of the file."""
         return ResponseTable(self._batches, places.astype(np.int32))
 
+    def followed_by(self, others: ResponseTable) -> ResponseTable:
+        """These responses and others of the same file."""
+        return self.taken(np.concatenate([self.places, others.places]))
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """`Response.length` of each."""
@@ -137,10 +141,6 @@ class NumberedResponses(Mapping[int, Response]):
 
     def __init__(self, responses: ResponseTable):
         self.responses = responses
-
-    def followed_by(self, others: NumberedResponses) -> NumberedResponses:
-        """These responses and others of the same file."""
-        return NumberedResponses(self.responses.taken(np.concatenate([self.responses.places, others.responses.places])))
 
     @cached_property
     def _known(self) -> np.ndarray:

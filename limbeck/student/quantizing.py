@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from limbeck.models.quantization import FORMATS, dequantise, grid_of, packed, sn
 from limbeck.models.quantization.files import QuantizedWeights, Trained, read_blocks
 from limbeck.models.quantization.importance import importance_of
 from limbeck.models.quantization.layout import layout
-from limbeck.models.quantization.on_grid import grid_of_weight, put_on_grid, read_grids
+from limbeck.models.quantization.on_grid import floats_of, put_on_grid, read_grids
 from limbeck.models.slices import take_over
 from limbeck.types import LimbeckError, TokenBatch
 
@@ -64,10 +64,8 @@ class Quantization:
         """The bytes of all weights of the student, or of a copy with its whole weights, as they are now."""
         blocks, inner = dict(self.blocks), causal_model(model)
         for name in (one for one in self.formats if one not in blocks):
-            module: Any = inner.get_submodule(name.removesuffix(".weight"))
-            kept = grid_of_weight(module)
-            assert kept is not None, "trained weights stay on their grid"
-            blocks[name] = packed(kept.format, module.parametrizations["weight"].original, kept.grid)
+            floats, kept = floats_of(inner, name)
+            blocks[name] = packed(kept.format, floats, kept.grid)
         return QuantizedWeights(trained=self.weights, formats=dict(self.formats), blocks=blocks)
 
 

@@ -186,8 +186,7 @@ def save_grids(folder: Path, model: nn.Module, formats: Mapping[str, str]) -> No
     """
     path, parts = folder / GRIDS_FILE, dict[str, Tensor]()
     for name in formats:
-        kept = grid_of_weight(model.get_submodule(name.removesuffix(".weight")))
-        assert kept is not None, "trained weights stay on their grid"
+        _, kept = floats_of(model, name)
         parts |= {f"{name}.{i}": part.cpu().contiguous() for i, part in enumerate(kept.grid)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(parts, path, metadata={"formats": json.dumps(dict(formats))})
@@ -209,6 +208,14 @@ def grid_of_weight(module: nn.Module) -> OnGrid | None:
     """What keeps a module's weight on a grid; None where nothing does."""
     parameters: Any = getattr(module, "parametrizations", {})
     return _grid_in(parameters["weight"]) if "weight" in parameters else None
+
+
+def floats_of(model: nn.Module, name: str) -> tuple[Tensor, OnGrid]:
+    """The floats of a weight that is trained, by its name in the plain model, and what keeps it on its grid."""
+    module: Any = model.get_submodule(name.removesuffix(".weight"))
+    kept = grid_of_weight(module)
+    assert kept is not None, "trained weights stay on their grid"
+    return module.parametrizations["weight"].original, kept
 
 
 def _grid_in(parametrizations: Any) -> OnGrid:

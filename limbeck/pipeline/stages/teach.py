@@ -17,7 +17,7 @@ from limbeck.pipeline.sharing import choice_inputs
 from limbeck.pipeline.stages.respond import load_responses, teacher_inputs
 from limbeck.pipeline.store_identity import exact_codec, manifest_of
 from limbeck.pipeline.students_choice import capture_with_choice
-from limbeck.rollouts.table import NumberedResponses
+from limbeck.rollouts.table import ResponseTable
 from limbeck.runtime.folders import remove
 from limbeck.runtime.shared_work import Job
 from limbeck.teachers.base import Teacher
@@ -88,25 +88,25 @@ def _score(context: RunContext, writer: StoreWriter) -> int:
     the whole vocabulary.
     """
     responses = _scored(context)
-    tokens = sum(response.tokens for response in responses.responses)
+    tokens = sum(response.tokens for response in responses)
     with context.console.meter("teach", tokens, "tokens") as meter:
         if context.recipe.mixing is not None:
-            _score_mean(context, writer, responses.responses, meter.advance)
+            _score_mean(context, writer, responses, meter.advance)
         elif context.recipe.teacher.student_k:
-            capture_with_choice(context, writer, responses.responses, advance=meter.advance)
+            capture_with_choice(context, writer, responses, advance=meter.advance)
         else:
             _score_each(context, writer, responses, meter.advance)
     return tokens
 
 
 def _score_each(
-    context: RunContext, writer: StoreWriter, responses: NumberedResponses, advance: Callable[[int], None]
+    context: RunContext, writer: StoreWriter, responses: ResponseTable, advance: Callable[[int], None]
 ) -> None:
     """Every response by its teacher; one of several is in memory at a time."""
     teacher = context.teacher
     # One that is elsewhere is asked by one process, which keeps many questions under way.
     shared = context.launch.ranks > 1 and ("weights" in teacher.provides or teacher.in_step)
-    for number, some in enumerate(by_teacher(context, responses.responses)):
+    for number, some in enumerate(by_teacher(context, responses)):
         if number:
             teacher.release()
         if shared:
@@ -124,7 +124,7 @@ def _help(context: RunContext, job: Job) -> None:
     teacher, number = context.teacher, job.fields["group"]
     if number:
         teacher.release()
-    responses = by_teacher(context, _scored(context).responses)[number]
+    responses = by_teacher(context, _scored(context))[number]
     manifest = manifest_of(context, exact_codec(context.recipe))
     chunks = Chunks.of(context.run.signal, responses, teacher.reads)
     capture_share(chunks, manifest, teacher, job)
@@ -172,16 +172,16 @@ class _Mean:
         return DenseSignal(hidden_ND=self.several.joined(hidden), head=self.head)
 
 
-def _scored(context: RunContext) -> NumberedResponses:
-    """The responses whose signal the run reads, by row; they stay on disk until one is asked for."""
-    heldout = load_responses(context, "heldout")
-    return heldout.followed_by(load_responses(context, "train")) if _scores_train(context) else heldout
+def _scored(context: RunContext) -> ResponseTable:
+    """The responses whose signal the run reads; they stay on disk until one is asked for."""
+    heldout = load_responses(context, "heldout").responses
+    return heldout.followed_by(load_responses(context, "train").responses) if _scores_train(context) else heldout
 
 
 def _locate(context: RunContext) -> int:
     """Check that captured signals are there for all responses of the run; their number."""
     responses = _scored(context)
-    context.teacher.locate(batches_of(responses.responses))
+    context.teacher.locate(batches_of(responses))
     return len(responses)
 
 
