@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Part = Literal["before", "distilled", "after", StandIn]
 Who = Literal["student", "teacher"]
 BOTH: tuple[Who, Who] = ("student", "teacher")
-Need = Literal["teacher", "teacher_weights", "tokens", "prompts", "references"]
+Need = Literal["teacher", "teacher_answers", "teacher_weights", "tokens", "prompts", "references"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,8 +369,9 @@ class EvaluationGroup(ABC):
     def needs(self) -> frozenset[Need]:
         """What the group needs: a teacher, the same tokens, prompts, reference answers.
 
-        "teacher": what it says of tokens; "teacher_weights": the model itself, which answers or is timed; "tokens": the
-        same ones in both models; "prompts": held-out ones to be answered; "references": in the data.
+        "teacher": what it says of tokens; "teacher_answers": what it answers; "teacher_weights": the whole model, which
+        is timed; "tokens": the same ones in both models; "prompts": held-out ones to be answered; "references": in the
+        data.
         """
         return frozenset()
 

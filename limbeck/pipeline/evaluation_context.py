@@ -24,7 +24,7 @@ from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.measuring_by_ranks import joined_pieces, write_pieces
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.pipeline.resumable import write_in_batches
-from limbeck.pipeline.sampled_responses import sampler_for, sampling_meter
+from limbeck.pipeline.sampled_responses import posted_prompts, sampler_for, sampling_meter
 from limbeck.pipeline.seen_prompts import as_seen
 from limbeck.pipeline.several import writers
 from limbeck.pipeline.sharing import once
@@ -35,7 +35,7 @@ from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.templates import LossOn, encode_prompts, encode_responses
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.responses import CACHE_GIB
-from limbeck.rollouts.io import read_asked, read_responses, write_asked, write_responses
+from limbeck.rollouts.io import read_asked, read_responses, write_responses
 from limbeck.runtime.console import Console
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.records import fingerprint
@@ -87,7 +87,7 @@ class RunEvaluation(EvaluatedModels):
 
     @property
     def has_teacher(self) -> bool:
-        return "weights" in self.context.teacher.provides
+        return "writing" in self.context.teacher.provides
 
     @property
     def window(self) -> int | None:
@@ -265,9 +265,8 @@ class RunEvaluation(EvaluatedModels):
             own = [asked[place] for place in places]
             fields: Json = {"part": self.part, "who": who, "folder": folder, "sampling": asdict(sampling)}
             fields |= {"keep_logp": keep_logp, "path": path.stem}
-            with self.context.work.posted(
-                "answer", fields, lambda at, own=own: write_asked(at / "asked.jsonl", own)
-            ) as share:
+            teacher = None if who == "student" else self.context.run_teachers.get(folder, self.context.teacher)
+            with posted_prompts(self.context, teacher, "answer", fields, own) as share:
                 written = self.write_answers(share, fields, own)
             found |= dict(zip(places, written, strict=True))
         # The student before training has round 0, like all that was written before training.

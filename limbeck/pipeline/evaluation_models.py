@@ -66,7 +66,7 @@ class EvaluatedModels:
     @property
     def teacher(self) -> ChatModel:
         """The teacher, loaded; the weights are its own, so that it can let go of them."""
-        loaded = self.context.teacher.weights()
+        loaded = self.context.teacher.writing()
         return self._speaker("teacher", loaded.model, loaded.tokenizer)
 
     def speaker(self, who: Who) -> ChatModel:
@@ -94,7 +94,7 @@ class EvaluatedModels:
             return self.alone(who)
         self.release_student()
         self.release_teacher()
-        loaded = self.context.run_teachers[folder].weights()
+        loaded = self.context.run_teachers[folder].writing()
         return self._speaker(who, loaded.model, loaded.tokenizer)
 
     def release_student(self) -> None:

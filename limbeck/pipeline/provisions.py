@@ -13,6 +13,7 @@ from limbeck.types import LimbeckError
 
 GROUP_NEEDS: tuple[tuple[str, Provision], ...] = (
     ("teacher", "captured"),
+    ("teacher_answers", "writing"),
     ("teacher_weights", "weights"),
 )
 
@@ -70,15 +71,16 @@ def _check(context: RunContext, asked: tuple[tuple[str, Provision, str], ...]) -
 _MORE: dict[Provision, tuple[Provision, ...]] = {
     "captured": ("hidden",),
     "topk": ("hidden",),
-    "answers": ("weights", "replies"),
-    "replies": ("weights",),
+    "answers": ("writing", "replies"),
+    "replies": ("writing",),
 }
 _ASKED: dict[Provision, str] = {
     "hidden": "distributions",
     "weights": "weights",
+    "writing": "answers",
     "captured": "distributions",
     "topk": "likeliest tokens",
-    "answers": "weights",
+    "answers": "answers",
     "replies": "answers",
 }
 _GIVEN: dict[Provision, str] = {**_ASKED, "captured": "those of captured texts alone", "answers": "captured answers"}
@@ -90,11 +92,11 @@ def _by_training(context: RunContext) -> Iterator[tuple[str, Provision, str]]:
     if recipe.base_author == "teacher" and recipe.responses.server is None:
         # What it has written with a draft or been marked for is not what it writes without.
         written: Provision = "answers" if recipe.responses.verify is None else "replies"
-        written = written if recipe.responses.draft is None else "weights"
+        written = written if recipe.responses.draft is None else "writing"
         yield "responses.source=teacher", written, "give data with answers and set responses.source=data"
     source = recipe.responses.source
     if source.samples_teacher and not (source.paired and recipe.responses.server is not None):
-        yield "responses.source", "weights", "choose a source in which the teacher does not write"
+        yield "responses.source", "writing", "choose a source in which the teacher does not write"
     if recipe.student.model is None and recipe.student.pruned:
         yield f"student.init={recipe.student.init}", "weights", "name a student.model"
     likeliest = gives_likeliest_alone(context)

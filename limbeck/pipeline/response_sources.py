@@ -102,7 +102,7 @@ class _Samplers:
     @property
     def _teacher_model(self) -> Any:
         assert isinstance(self._teacher, CachedTeacher), "asked for where the student writes too"
-        return self._teacher.teacher.weights().model
+        return self._teacher.teacher.writing().model
 
     @property
     def _template(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from limbeck.pipeline.verified_responses import later_sampling
 from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.recipe.sections import Recipe
 from limbeck.rollouts.io import read_asked, write_asked
-from limbeck.runtime.shared_work import Job, Share
+from limbeck.runtime.shared_work import Job, OneProcess, Share
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
+from limbeck.teachers.base import Teacher
 from limbeck.teachers.hosted import HostedTeacher
 from limbeck.types import Author, DenseSignal, Json, Response, TokenPrompt
 
 
 def captures(context: RunContext) -> bool:
     """Whether the teacher signal is stored while the teacher samples, which computes it anyway."""
-    return may_capture(context.recipe) and "weights" in context.teacher.provides
+    return may_capture(context.recipe) and "writing" in context.teacher.provides
 
 
 def may_capture(recipe: Recipe) -> bool:
@@ -72,10 +73,10 @@ def _written_by(
     context: RunContext, writer: Answering, asked: Sequence[TokenPrompt], template: TemplateName, attempt: int
 ) -> tuple[Sequence[Response], Json]:
     """Responses of one teacher: sampled here, written elsewhere for money, or those that it has written before."""
-    if "weights" in writer.teacher.provides:
+    if "writing" in writer.teacher.provides:
         fields: Json = {"template": template, "attempt": attempt, "folder": writer.folder}
-        with context.work.posted("respond", fields, lambda folder: write_asked(folder / "asked.jsonl", asked)) as share:
-            teacher = writer.teacher.weights()
+        with posted_prompts(context, writer.teacher, "respond", fields, asked) as share:
+            teacher = writer.teacher.writing()
             return _sample(context, teacher, asked, template, attempt, folder=writer.folder, share=share)
     sampling = later_sampling(sampling_of(context.recipe.responses), attempt)
     if isinstance(hosted := writer.teacher.scorer, HostedTeacher):
@@ -83,12 +84,27 @@ def _written_by(
     return writer.teacher.answers(asked, sampling), {}
 
 
+def posted_prompts(
+    context: RunContext, teacher: Teacher | None, kind: str, fields: Json, asked: Sequence[TokenPrompt]
+) -> AbstractContextManager[Share]:
+    """This rank's share of answering some prompts.
+
+    Args:
+        teacher: who answers; None is the student.
+    """
+    # A placed teacher takes the devices and the memory of all ranks of its host.
+    alone = teacher is not None and "weights" not in teacher.provides
+    return (OneProcess() if alone else context.work).posted(
+        kind, fields, lambda folder: write_asked(folder / "asked.jsonl", asked)
+    )
+
+
 def help_to_sample(context: RunContext, job: Job) -> None:
     """Another rank's share of the teacher's responses."""
     fields, asked = job.fields, read_asked(job.folder / "asked.jsonl")
     folder: str = fields["folder"]
     teacher = context.run_teachers[folder] if folder else context.teacher
-    _sample(context, teacher.weights(), asked, fields["template"], fields["attempt"], folder=folder, share=job)
+    _sample(context, teacher.writing(), asked, fields["template"], fields["attempt"], folder=folder, share=job)
     if folder:
         # One of several is in memory at a time.
         teacher.release()

@@ -63,8 +63,10 @@ class RaggedLayer(BufferLayer):
         place = self.cache.place
         rows = slice(place.first, place.first + len(key_states))
         row_R1 = torch.arange(rows.start, rows.stop, device=key_states.device)[:, None]
-        self.keys[row_R1, :, place.positions_RQ] = key_states.transpose(1, 2)
-        self.values[row_R1, :, place.positions_RQ] = value_states.transpose(1, 2)
+        # The layers of a placed model are on several devices.
+        positions_RQ = place.positions_RQ.to(key_states.device)
+        self.keys[row_R1, :, positions_RQ] = key_states.transpose(1, 2)
+        self.values[row_R1, :, positions_RQ] = value_states.transpose(1, 2)
         return self.keys[rows, :, : place.reach], self.values[rows, :, : place.reach]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from limbeck.models.sources import Source
     from limbeck.models.vocabulary import VocabularyCard
 
-Provision = Literal["hidden", "topk", "weights", "captured", "answers", "replies"]
+Provision = Literal["hidden", "topk", "weights", "writing", "captured", "answers", "replies"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,9 @@ class Teacher(ABC):
     @abstractmethod
     def provides(self) -> frozenset[Provision]:
         """What it can provide: "hidden" (states, by `signal`), "topk" (no more than its likeliest tokens, by
-        `signal`), "weights" (the model in memory, which can also sample), "captured" (the signal of texts that were
-        captured, and of no others), "answers" (what it has written before, by `answers`), "replies" (texts that it
-        writes when it is asked, elsewhere)."""
+        `signal`), "weights" (the whole model in memory, by `weights`), "writing" (a model that answers in
+        this process, by `writing`), "captured" (the signal of texts that were captured, and of no others), "answers"
+        (what it has written before, by `answers`), "replies" (texts that it writes when it is asked, elsewhere)."""
 
     @abstractmethod
     def signal(self, batch: TokenBatch) -> Signal:
@@ -166,12 +166,20 @@ class Teacher(ABC):
         raise self.lacks("hidden")
 
     def weights(self) -> LoadedModel:
-        """The model in memory, loaded on first use; for samplers, and for students that are made of it.
+        """The whole model in memory, loaded on first use; for students that are made of it, and to be timed.
 
         Raises:
             LimbeckError: it does not provide them.
         """
         raise self.lacks("weights")
+
+    def writing(self) -> LoadedModel:
+        """The model that answers prompts in this process, loaded on first use; parts of it may be elsewhere.
+
+        Raises:
+            LimbeckError: it does not provide one.
+        """
+        return self.weights()
 
     def answers(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
         """The answers that it has written to some prompts, where it cannot write any now.

@@ -111,5 +111,8 @@ class InFront(Teacher):
     def weights(self) -> LoadedModel:
         return self.inner.weights()
 
+    def writing(self) -> LoadedModel:
+        return self.inner.writing()
+
     def release(self) -> None:
         self.inner.release()

@@ -44,7 +44,7 @@ class InProcessTeacher(Teacher):
 
     @property
     def provides(self) -> frozenset[Provision]:
-        return frozenset({"hidden", "weights"})
+        return frozenset({"hidden", "weights", "writing"})
 
     @property
     def loaded(self) -> bool:

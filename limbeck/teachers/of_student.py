@@ -38,7 +38,7 @@ class OfStudent(Teacher):
 
     @property
     def provides(self) -> frozenset[Provision]:
-        return frozenset({"hidden", "weights"})
+        return frozenset({"hidden", "weights", "writing"})
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Placed:
     """The model runs in this process, block by block over its devices; blocks without room wait in memory or on disk.
 
-    It says what the whole model says, and writes nothing.
+    It says what the whole model says, and writes what that writes; no student is cut out of it.
     """
 
     memory: Annotated[dict[str, str], NEUTRAL] = dataclasses.field(default_factory=dict)
@@ -47,16 +47,19 @@ class Placed:
 
 @dataclasses.dataclass(kw_only=True)
 class PlacedTeacher(InProcessTeacher):
-    """A teacher whose blocks are spread over devices: what it says is known, and no whole model is in memory."""
+    """A teacher whose blocks are spread over devices: it says and writes all, and no whole model is in memory."""
 
     where: Placed
 
     @property
     def provides(self) -> frozenset[Provision]:
-        return frozenset({"hidden"})
+        return frozenset({"hidden", "writing"})
 
     def weights(self) -> LoadedModel:
         raise self.lacks("weights")
+
+    def writing(self) -> LoadedModel:
+        return self._model()
 
     def reach(self) -> None:
         """Check that each part of it has a place, without its weights.

@@ -53,18 +53,19 @@ class SeveralTeachers(Teacher):
 
     @property
     def provides(self) -> frozenset[Provision]:
-        """What all members provide; with a mean no weights, since none of them writes what the mean would.
+        """What all members provide; with a mean no answers, since none of them writes what the mean would.
 
         That sparse members can be put together exactly is checked by `limbeck.pipeline.several`.
         """
         given = [member.provides for member in self.members.values()]
         found: set[Provision] = set()
-        if self.member_of is not None and all("weights" in one for one in given):
-            found.add("weights")
-        elif self.member_of is not None and all(one & {"weights", "replies"} for one in given):
-            found.add("replies")
-        elif self.member_of is not None and all(one & {"weights", "replies", "answers"} for one in given):
-            found.add("answers")
+        each: tuple[Provision, ...] = () if self.member_of is None else ("weights", "writing")
+        found |= {what for what in each if all(what in one for one in given)}
+        if self.member_of is not None and "writing" not in found:
+            if all(one & {"writing", "replies"} for one in given):
+                found.add("replies")
+            elif all(one & {"writing", "replies", "answers"} for one in given):
+                found.add("answers")
         if self.sparse:
             found |= {"topk"} if all(one & {"hidden", "topk", "captured"} for one in given) else set()
         elif all("hidden" in one for one in given):

@@ -115,7 +115,7 @@ def test_a_signal_that_came_with_the_answers_is_a_store_without_answers(tiny, tm
     assert not verify(here / "signal")
     assert sum(seal["responses"] for seal in Store(here / "signal").seals.values()) == len(texts)
     said = refusal(tiny, tmp_path / "there", here / "signal", responses=responses)
-    assert "asks the teacher for its weights, but teacher.where=store" in said
+    assert "asks the teacher for its answers, but teacher.where=store" in said
 
 
 def test_a_teacher_that_sees_more_is_captured_as_it_reads(tiny, whole, tmp_path):

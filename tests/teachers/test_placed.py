@@ -1,4 +1,4 @@
-"""A teacher whose blocks are spread over memory and disk says what the whole one says."""
+"""A teacher whose blocks are spread over memory and disk says and writes what the whole one does."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.rollouts.collate import collate
+from limbeck.runtime.files import read_json
 from limbeck.teachers.base import TeacherModel
 from limbeck.teachers.in_process import InProcess, InProcessTeacher
 from limbeck.teachers.placed import Placed, PlacedTeacher
@@ -50,23 +51,57 @@ def test_blocks_on_disk_change_no_bit_of_the_signal(folder: Path, dtype: str) ->
     assert not teacher.loaded and teacher.fingerprint == whole.fingerprint
 
 
-def test_a_run_beside_a_placed_teacher_is_the_run_beside_a_whole_one(tmp_path: Path, folder: Path) -> None:
+PAIRS = {"objective": {"name": "skl"}, "contrast": {"student": {"name": "srkl"}, "beta": "linear"}}
+
+
+def play(tmp_path: Path, folder: Path, *, some: int, **sections: Any) -> list[Path]:
+    """Runs beside the whole teacher and beside one with so many of its bytes in memory, which end alike."""
     rows = [{"prompt": f"What is {i}?", "completion": f"It is {i} and {i}."} for i in range(16)]
     pair = TinyPair(teacher=folder, prompts=write_prompts(tmp_path / "prompts.jsonl", rows))
     student = write_model(tmp_path / "student", layers=2, seed=1)
-    runs = {}
-    for where in ("in_process", {"name": "placed", "memory": {"cpu": "1KiB"}}):
-        sections = {
+    runs = []
+    for where in ("in_process", {"name": "placed", "memory": {"cpu": f"{some}KiB"}}):
+        keys = {
             "teacher": {"where": where},
             "student": {"model": str(student), "init": "pretrained", "layers": None},
-            "responses": {"source": "data"},
             "train": {"max_steps": 2},
-            "evaluate": {"groups": ["fidelity", "nll"]},
         }
-        tree = pair.tree(tmp_path / str(len(runs)), **sections)
-        runs[len(runs)] = run_pipeline(load_recipe(tree), stages=STAGES).root
-    for name in ("student/model.safetensors", "scores.json", "signal/000000.safetensors"):
+        tree = pair.tree(tmp_path / str(len(runs)), **keys | sections)
+        runs.append(run_pipeline(load_recipe(tree), stages=STAGES).root)
+    names = [path.relative_to(runs[0]) for path in runs[0].glob("responses/*.arrow")]
+    for name in (Path("student/model.safetensors"), Path("scores.json"), *names):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
+    assert names
+    return runs
+
+
+def test_a_run_beside_a_placed_teacher_is_the_run_beside_a_whole_one(tmp_path: Path, folder: Path) -> None:
+    groups = {"groups": ["fidelity", "nll"]}
+    runs = play(tmp_path, folder, some=1, responses={"source": "data"}, evaluate=groups)
+    name = "signal/000000.safetensors"
+    assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"evaluate": {"groups": ["fidelity", "rouge"]}},
+        {"responses": {"source": "pairs"}, **PAIRS, "train": {"num_train_epochs": 2, "max_steps": 8}},
+        {"responses": {"source": "speculative"}},
+        {"responses": {"source": {"name": "student", "teacher_share": 0.5}}},
+    ],
+    ids=["teacher", "pairs", "speculative", "teacher_share"],
+)
+def test_a_placed_teacher_writes_what_the_whole_one_does(
+    tmp_path: Path, folder: Path, sections: dict[str, Any]
+) -> None:
+    play(tmp_path, folder, some=60, **sections)
+
+
+def test_a_small_model_drafts_for_a_placed_teacher(tmp_path: Path, folder: Path) -> None:
+    draft = write_model(tmp_path / "draft", layers=1, seed=3)
+    runs = play(tmp_path, folder, some=60, responses={"draft": {"model": str(draft)}})
+    assert "draft" in read_json(runs[1] / "stages" / "respond.json")
 
 
 def test_blocks_go_in_order_to_the_first_device_with_room(folder: Path) -> None:
@@ -90,9 +125,17 @@ def test_room_that_cannot_be_is_refused_in_one_line() -> None:
     assert room({"cpu": "1GiB"}, CPU) == {"cpu": 2**30}
 
 
-def test_what_asks_for_its_weights_is_refused_before_any_are_read(tmp_path: Path, folder: Path) -> None:
+@pytest.mark.parametrize(
+    "sections",
+    [{"student": {"init": "depth_prune", "layers": 2}}, {"evaluate": {"groups": ["cost"]}}],
+    ids=["student", "cost"],
+)
+def test_what_asks_for_its_weights_is_refused_before_any_are_read(
+    tmp_path: Path, folder: Path, sections: dict[str, Any]
+) -> None:
     pair = TinyPair(teacher=folder, prompts=write_prompts(tmp_path / "prompts.jsonl"))
-    tree = pair.tree(tmp_path / "run", teacher={"where": "placed"})
-    with pytest.raises(LimbeckError, match=r"asks the teacher for its .*teacher\.where=placed gives distributions"):
+    own = {"student": {"model": str(folder), "init": "pretrained", "layers": None}}
+    tree = pair.tree(tmp_path / "run", **own | sections | {"teacher": {"where": "placed"}})
+    with pytest.raises(LimbeckError, match=r"its weights, but teacher\.where=placed gives distributions and answers"):
         run_pipeline(load_recipe(tree), stages=STAGES)
     assert not (tmp_path / "run" / "responses").exists()

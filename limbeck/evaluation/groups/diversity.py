@@ -74,7 +74,7 @@ class DiversityGroup(EvaluationGroup):
     seed: Seed = 0
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"teacher", "teacher_weights", "prompts"})
+        return frozenset({"teacher", "teacher_answers", "prompts"})
 
     def check(self, evaluation: EvaluationContext) -> None:
         conditions = {condition(temperature) for temperature in self.temperatures}

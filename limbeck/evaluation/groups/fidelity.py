@@ -60,7 +60,7 @@ class FidelityGroup(GroupInPieces):
     takes_likeliest = True
 
     def needs(self) -> frozenset[Need]:
-        more: dict[str, Need] = {"references": "references", "teacher": "teacher_weights"}
+        more: dict[str, Need] = {"references": "references", "teacher": "teacher_answers"}
         answers: tuple[Need, ...] = ("prompts",) if self.scores_fresh else ()
         return frozenset({"teacher", "tokens", *answers, *(more[whose] for whose in self.whose if whose in more)})
 

@@ -59,7 +59,7 @@ class JudgeGroup(EvaluationGroup):
 
     def needs(self) -> frozenset[Need]:
         # Not "references": some of a data set may lack theirs, and are left out.
-        return frozenset({"prompts", *(("teacher", "teacher_weights") if self.against == "teacher" else ())})
+        return frozenset({"prompts", *(("teacher", "teacher_answers") if self.against == "teacher" else ())})
 
     def check(self, evaluation: EvaluationContext) -> None:
         if self.against == "distilled":

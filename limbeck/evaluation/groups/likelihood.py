@@ -63,7 +63,7 @@ class LikelihoodGroup(GroupInPieces):
     }
 
     def needs(self) -> frozenset[Need]:
-        answers: tuple[Need, ...] = ("teacher_weights",) if self.against == "teacher" else ()
+        answers: tuple[Need, ...] = ("teacher_answers",) if self.against == "teacher" else ()
         return frozenset({"teacher", "tokens", "prompts", *answers})
 
     @property

@@ -76,7 +76,7 @@ class RougeGroup(EvaluationGroup):
     teacher_remedy = "set evaluate.groups.rouge.against=[references]"
 
     def needs(self) -> frozenset[Need]:
-        needs: dict[str, tuple[Need, ...]] = {"teacher": ("teacher", "teacher_weights"), "references": ("references",)}
+        needs: dict[str, tuple[Need, ...]] = {"teacher": ("teacher", "teacher_answers"), "references": ("references",)}
         return frozenset({"prompts", *(need for whose in self.against for need in needs[whose])})
 
     def check(self, evaluation: EvaluationContext) -> None:

@@ -66,7 +66,7 @@ class TasksGroup(EvaluationGroup):
     teacher_remedy = "set evaluate.groups.tasks.teacher=false"
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"teacher", "teacher_weights"} if self.teacher else ())
+        return frozenset({"teacher", "teacher_answers"} if self.teacher else ())
 
     def check(self, evaluation: EvaluationContext) -> None:
         if not self.files and not self.lm_eval and not self.heldout:

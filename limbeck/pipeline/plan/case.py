@@ -99,6 +99,16 @@ class Case:
         return self.where in ("in_process", "placed", "sharded")
 
     @property
+    def writes_here(self) -> bool:
+        """Whether the teacher can write in the processes of the run."""
+        return self.where in ("in_process", "placed")
+
+    @property
+    def teacher_ranks(self) -> int:
+        """Ranks that write and score with the teacher before training; a placed one is that of one rank."""
+        return 1 if self.where == "placed" else self.ranks
+
+    @property
     def teacher_held(self) -> int:
         """Bytes of the teacher's weights on a rank, two blocks that are gathered or read for a while included."""
         if self.teacher is None or self.where not in ("placed", "sharded"):
@@ -137,7 +147,7 @@ class Case:
     @property
     def captures(self) -> bool:
         """Whether the signal is kept while the teacher writes."""
-        return self.where == "in_process" and may_capture(self.recipe)
+        return self.writes_here and may_capture(self.recipe)
 
     @property
     def answered(self) -> int:

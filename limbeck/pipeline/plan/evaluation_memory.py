@@ -25,8 +25,9 @@ def evaluation_terms(case: Case) -> Iterator[tuple[str, float]]:
 def _moments_of_evaluation(case: Case) -> Iterator[Iterator[tuple[str, float]]]:
     groups = case.recipe.evaluate.groups.values()
     # Beside references the teacher writes too, where there is one.
-    writes = any("teacher_weights" in group.needs() or isinstance(group, RougeGroup) for group in groups)
-    if case.where == "in_process" and writes:
+    asked = {"teacher_answers", "teacher_weights"}
+    writes = any(asked & group.needs() or isinstance(group, RougeGroup) for group in groups)
+    if case.writes_here and writes:
         yield _teacher_writes(case)
     yield _student_writes(case)
     if case.where == "in_process" and case.recipe.student.init == "width_prune" and case.recipe.student.model is None:
@@ -36,7 +37,7 @@ def _moments_of_evaluation(case: Case) -> Iterator[Iterator[tuple[str, float]]]:
 
 def _teacher_writes(case: Case) -> Iterator[tuple[str, float]]:
     assert case.teacher is not None, "a teacher in this process has a configuration"
-    yield "teacher", case.teacher_bytes
+    yield "teacher", case.teacher_held
     yield from sampling_terms(case, case.teacher, BYTES[case.recipe.teacher.dtype], case.recipe.evaluate.batch_size)
     if any(isinstance(group, SpeculationGroup) for group in case.recipe.evaluate.groups.values()):
         yield "student", _student_bytes(case)

@@ -100,7 +100,7 @@ def _process(case: Case, stage: str) -> Term:
 def _teacher_answers(case: Case) -> bool:
     """Whether the teacher writes answers in this process before the training."""
     recipe = case.recipe
-    return recipe.base_author != "data" and recipe.responses.server is None and case.where == "in_process"
+    return recipe.base_author != "data" and recipe.responses.server is None and case.writes_here
 
 
 def _student_answers(case: Case) -> bool:
@@ -117,9 +117,9 @@ def _respond(case: Case) -> Iterator[tuple[str, float]]:
     if not _teacher_answers(case):
         return
     assert case.teacher is not None, "a teacher in this process has a configuration"
-    yield "teacher", case.teacher_bytes
+    yield "teacher", case.teacher_held
     yield from sampling_terms(case, case.teacher, BYTES[recipe.teacher.dtype], recipe.responses.batch_size)
-    if case.fleet.device.host:
+    if case.fleet.device.host and case.where == "in_process":
         yield "file of weights", case.teacher.parameters * 2
 
 

@@ -43,17 +43,17 @@ def times_of(case: Case, rates: Rates, *, server_devices: int = 0) -> list[Stage
 
 def _times(case: Case, rates: Rates, server: int) -> Iterator[StageTime]:
     recipe, work = case.recipe, case.work
-    if recipe.base_author == "teacher" and case.where in ("in_process", "server"):
+    if recipe.base_author == "teacher" and (case.writes_here or case.where == "server"):
         tokens = round(case.answered * work.train.answer) + work.heldout.tokens
         served = recipe.responses.server is not None or case.where == "server"
-        alone = rates.teacher_writes * case.ranks
+        alone = rates.teacher_writes * case.teacher_ranks
         rate = served_writes(case, max(server, 1)) if served else alone
         bound = "the server writes" if served else "the ranks write with the teacher"
         yield StageTime(stage="respond", tokens=tokens, seconds=_over(tokens, rate), bound=bound)
     if case.stores_signal and not case.captures and (case.here or case.where == "server"):
         ids = (0 if recipe.on_policy and not recipe.sft_on_responses else work.train.ids) + work.heldout.ids
         served = case.where == "server"
-        rate = served_scores(case, max(server, 1)) if served else rates.teacher_scores * case.ranks
+        rate = served_scores(case, max(server, 1)) if served else rates.teacher_scores * case.teacher_ranks
         bound = "the server scores" if served else "the ranks score with the teacher"
         yield StageTime(stage="teach", tokens=ids, seconds=_over(ids, rate), bound=bound)
     yield _training(case, rates, server)

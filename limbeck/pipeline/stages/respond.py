@@ -198,8 +198,8 @@ def _writes(context: RunContext) -> bool:
 
 def _read(context: RunContext, prompts: Sequence[Prompt]) -> _Reading:
     """The prompts as the run reads them; what either model cannot read, neither gets."""
-    here = _writes(context) and context.recipe.combine is None and "weights" in context.teacher.provides
-    teacher = context.teacher.weights() if here else None
+    here = _writes(context) and context.recipe.combine is None and "writing" in context.teacher.provides
+    teacher = context.teacher.writing() if here else None
     if teacher is not None:
         check_sees_first(teacher.model, prompts)
     # Where the two have different tokens, the student reads text in its own.
