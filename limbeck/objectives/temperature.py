@@ -29,20 +29,24 @@ class AdaptiveTemperature:
 
     Attributes:
         strength: c, not negative; 0 changes nothing.
+        median: of s over the tokens of a step; None takes that of the tokens that are given at once.
     """
 
     strength: float = 0.5
+    median: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.strength) and self.strength >= 0):
             raise LimbeckError(f"adaptive temperature strength={self.strength}: expected zero or more, such as 0.5")
 
     def tau(self, base: float, difficulty_N: Tensor) -> Tensor:
-        """One temperature per token (N,) from its difficulty; the median is over the tokens given."""
+        """One temperature per token (N,) from its difficulty."""
         if not difficulty_N.numel():
             return difficulty_N
-        difficulty_N = difficulty_N.clamp_min(torch.finfo(difficulty_N.dtype).tiny)
-        return base * (-self.strength * (difficulty_N / difficulty_N.median()).log().tanh()).exp()
+        smallest = torch.finfo(difficulty_N.dtype).tiny
+        difficulty_N = difficulty_N.clamp_min(smallest)
+        median = difficulty_N.median() if self.median is None else max(self.median, smallest)
+        return base * (-self.strength * (difficulty_N / median).log().tanh()).exp()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

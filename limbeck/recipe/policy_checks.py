@@ -87,7 +87,9 @@ def _check_policy(recipe: Recipe) -> None:
     if not source.fresh and rule not in ("minillm", "importance"):
         raise _stale(source, what)
     if rule == "minillm":
-        _check_untempered(recipe)
+        _check_untempered(recipe, what, "the current token's part would be tempered and the later ones' not")
+    elif _names([objective.name, objective.options], "opd") or _names(contrast.student, "opd"):
+        _check_untempered(recipe, "opd", "the student samples at 1, and the tokens would be those of another one")
 
 
 def _may_push(source: SourceOptions | type[SourceOptions], what: str) -> bool:
@@ -110,8 +112,12 @@ def _stale(source: OnPolicyOptions, what: str) -> LimbeckError:
     )
 
 
-def _check_untempered(recipe: Recipe) -> None:
-    """Check that MiniLLM's objective has temperature 1, at which its two parts are one gradient."""
+def _check_untempered(recipe: Recipe, what: str, otherwise: str) -> None:
+    """Check that the objective has temperature 1, at which what is said of sampled tokens is the gradient of a KL.
+
+    Args:
+        otherwise: what would be wrong.
+    """
     for key, plain in (
         ("temperature", (1.0,)),
         ("teacher_temperature", (None, 1.0)),
@@ -123,8 +129,8 @@ def _check_untempered(recipe: Recipe) -> None:
         if value not in plain:
             remedy = f"set objective.{key}=1" if key == "temperature" else f"remove objective.{key}"
             raise LimbeckError(
-                f"contrast.rule=minillm is the gradient of a divergence at loss temperature 1 alone, but objective."
-                f"{key} is {value}: the current token's part would be tempered and the later ones' not; {remedy}"
+                f"{what} is the gradient of a divergence at loss temperature 1 alone, but objective.{key} is {value}: "
+                f"{otherwise}; {remedy}"
             )
 
 

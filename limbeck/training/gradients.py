@@ -21,7 +21,7 @@ from limbeck.training.corpus import Corpus
 from limbeck.training.loss import StepSettings, StudentLoss
 from limbeck.training.micro_batches import HostBatch, MicroBatches, Place, Read
 from limbeck.training.percentile import StreamingPercentile
-from limbeck.training.whitening import whitened
+from limbeck.training.step_measures import Seen, whitened, with_median
 from limbeck.types import Response, Signal, TokenBatch
 
 if TYPE_CHECKING:
@@ -96,10 +96,9 @@ class GradientPasses:
         if self.module.loss_plan.authored:
             percentile = StreamingPercentile(sum(r.tokens for r in by_row.values()), device=self.accelerator.device)
         seen: dict[int, tuple[TokenBatch, Signal]] = {}
-        if self.module.loss_plan.rule is not None and self.module.loss_plan.rule.whiten:
+        if self._looks_first(step_settings, micros):
             seen = {i: self.micro_batches.on_device(read, (step, i)) for i, read in enumerate(reads)}
-            batches = [(*seen[i], bool(micro)) for i, micro in enumerate(micros)]
-            step_settings = whitened(step_settings, batches, accelerator=self.accelerator, model=self.model)
+            step_settings = self._looked(step_settings, [(*seen[i], bool(micro)) for i, micro in enumerate(micros)])
         text = self._text_gradients(step)
         for i, micro in enumerate(micros):
             batch, signal = seen.get(i) or self.micro_batches.on_device(reads[i], (step, i))
@@ -114,6 +113,20 @@ class GradientPasses:
             if percentile is not None:
                 percentile.add(value_N)
         return self._over_ranks(sums, text, percentile)
+
+    def _looks_first(self, step_settings: StepSettings, micros: Sequence[Sequence[int]]) -> bool:
+        """Whether something has to be known of all tokens of a step before the gradients of any."""
+        rule, parts = self.module.loss_plan.rule, len(micros) * self.accelerator.num_processes
+        return (rule is not None and rule.whiten) or (step_settings.temperature.adapt is not None and parts > 1)
+
+    def _looked(self, step_settings: StepSettings, seen: Seen) -> StepSettings:
+        """The settings with what is known of all tokens of a step."""
+        rule = self.module.loss_plan.rule
+        if rule is not None and rule.whiten:
+            step_settings = whitened(step_settings, seen, accelerator=self.accelerator, model=self.model)
+        if step_settings.temperature.adapt is not None:
+            step_settings = with_median(step_settings, seen, model=self.model)
+        return step_settings
 
     def _first_of(self, step: int, responses: Following | None) -> tuple[Place, Read | None]:
         """The place of a step's first micro-batch, and what reads it."""
@@ -149,11 +162,18 @@ class GradientPasses:
         place = self.module.stats.index(self.module.loss_plan.gauge)
         self.model.eval()
         for by_row in steps:
-            for micro in self._micro_batches(by_row):
-                batch, signal = self.micro_batches.on_device(partial(self.micro_batches.read, by_row, micro))
+            seen = (
+                (*self.micro_batches.on_device(partial(self.micro_batches.read, by_row, micro)), bool(micro))
+                for micro in self._micro_batches(by_row)
+            )
+            own = step_settings
+            if step_settings.temperature.adapt is not None:
+                seen = list(seen)
+                own = with_median(step_settings, seen, model=self.model)
+            for batch, signal, counts in seen:
                 with onednn.linears():
-                    part = self.model(batch, signal, torch.ones_like(batch.labels_N).float(), step_settings)[1][place]
-                if micro:
+                    part = self.model(batch, signal, torch.ones_like(batch.labels_N).float(), own)[1][place]
+                if counts:
                     sums += part
         self.model.train()
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]

@@ -19,6 +19,7 @@ from limbeck.objectives import FusedLoss, HiddenPair, Temperature, fused_distill
 from limbeck.objectives.fused.aligned import aligned_distillation_loss, labels_alone
 from limbeck.objectives.fused.body import measured_on
 from limbeck.objectives.fused.projection import gather_parameter
+from limbeck.objectives.sequence.difficulty import token_difficulty
 from limbeck.objectives.sequence.distillm2 import label_logp
 from limbeck.objectives.sequence.rules import SequenceRule, SequenceStats, TokenOptions
 from limbeck.objectives.sums import AnyObjective, CrossEntropy, leaves, part_names, row_leaves
@@ -28,6 +29,7 @@ from limbeck.types import DenseSignal, Head, SharedSignal, Signal, SignalSource,
 WRITERS = ("teacher", "student")
 # Supports of a teacher with other tokens.
 SHARED = ("shared_tail", "shared_renorm")
+Look = Literal["whitened", "difficulty"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +39,15 @@ class StepSettings:
     Attributes:
         reference: the mean gaps of an adaptive rule.
         whitening: mean and standard deviation, over the step, of the values that a rule whitens.
-        rule_only: compute the values that a rule whitens, and no loss.
+        look: compute no loss, but what is measured over the whole step first: the values that a rule whitens, or how
+            far apart the two models are at each token.
     """
 
     temperature: Temperature = field(default_factory=Temperature)
     options: Mapping[str, float] = field(default_factory=dict)
     reference: tuple[float, float] | None = None
     whitening: tuple[float, float] | None = None
-    rule_only: bool = False
+    look: Look | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +199,7 @@ class StudentLoss(nn.Module):
         """The weighted sum of the per-token values; sums and counts of `stats` (S, 2) and a divergence (N,), detached.
 
         The divergence is the forward KL at temperature 1 where it is measured, else the value itself. With
-        `step_settings.rule_only` there is no loss, and the values that the rule whitens take the place of the
-        divergence.
+        `step_settings.look` there is no loss, and what is looked at takes the place of the divergence.
 
         Args:
             signal: None leaves objective and teacher out: the cross-entropy of the labels, to check that the student's
@@ -217,10 +219,12 @@ class StudentLoss(nn.Module):
             )
             sums.add("loss", alone.value_N)
             return alone.loss, sums.of_S2, alone.value_N
-        sequence_N = batch.sequence_N
-        by_student_N = batch.by_student_B[sequence_N]
+        if step_settings.look == "difficulty":
+            assert isinstance(signal, DenseSignal), "the recipe is checked for it"
+            return hidden_ND.new_zeros(()), sums.of_S2, token_difficulty(hidden_ND, head, signal)
+        by_student_N = batch.by_student_B[batch.sequence_N]
         token_options = self._options_of_rule(hidden_ND, head, batch, signal, step_settings, sums)
-        if step_settings.rule_only:
+        if step_settings.look == "whitened":
             assert token_options.plain_N is not None, "asked of a rule that whitens"
             return hidden_ND.new_zeros(()), sums.of_S2, token_options.plain_N
         if token_options.weight_N is not None:

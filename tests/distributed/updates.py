@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
-from limbeck.objectives import build_objective
+from limbeck.objectives import AdaptiveTemperature, Temperature, build_objective
 from limbeck.objectives.sequence.rules import MiniLLM
 from limbeck.student.build import StudentSpec, build_student
 from limbeck.student.quantizing import QuantizeSpec, quantized
@@ -25,7 +25,7 @@ from limbeck.training.loss import LossPlan
 from tests.training.play import play, settings, tiny_corpus, tiny_lora, tiny_model, tiny_responses, tiny_teacher
 
 EXACT = torch.float64
-UPDATES = ("tied", "untied", "short", "lora", "recomputed", "quantised", "text", "text lora", "whitened")
+UPDATES = ("tied", "untied", "short", "lora", "recomputed", "quantised", "text", "text lora", "whitened", "adapted")
 
 
 def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1, **changes: Any) -> nn.Module:
@@ -38,6 +38,7 @@ def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1, **chang
         "text": lambda: tiny_model(1, dtype=EXACT),
         "text lora": lambda: tiny_lora(1, dtype=EXACT),
         "whitened": lambda: tiny_model(1, dtype=EXACT),
+        "adapted": lambda: tiny_model(1, dtype=EXACT),
         "quantised": lambda: _quantised(tiny_model(1)),
         "recomputed": lambda: build_student(
             StudentSpec(model=str(model), gradient_checkpointing=ranks > 1)
@@ -56,6 +57,9 @@ def play_update(name: str, folder: Path, model: Path, *, ranks: int = 1, **chang
         more["loss_plan"] = LossPlan(objective=both, rule=MiniLLM(whiten=True))
         # The last step of an epoch has nothing for the second rank.
         short, more["temperature"] = {"max_steps": None, "num_train_epochs": 2.0}, 1.0
+    if name == "adapted":
+        more["temperature"] = Temperature(adapt=AdaptiveTemperature())
+        short = {"max_steps": None, "num_train_epochs": 2.0}
     return play(
         students[name](),
         folder,

@@ -205,10 +205,17 @@ def compiled_equals_plain(pair, objective, **options):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["rkl", "js", "csd", "tad", "opd", "policy_gradient", "sum"])
+@pytest.mark.parametrize("name", ["rkl", "skl", "srkl", "js", "csd", "tad", "opd", "policy_gradient", "sum"])
 def test_compiled_and_plain_agree(name):
     pair = Pair(dtype=torch.float32, n=75, v=3001, bias=True, softcap=30.0)
     compiled_equals_plain(pair, DEFAULTS[name])
+
+
+@needs_compiler
+def test_compiled_and_plain_agree_on_distillm2s_own_half_with_an_alpha_for_each_token():
+    pair = Pair(dtype=torch.float32, n=75, v=3001, bias=True)
+    detached = build_objective("srkl", detach_mixture=True)
+    compiled_equals_plain(pair, detached, token_options={"alpha": torch.linspace(0.01, 0.1, 75)}, measure=True)
 
 
 @needs_compiler

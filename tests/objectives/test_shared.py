@@ -65,6 +65,15 @@ def test_tail_equals_the_naive_lines(name: str, tau: float) -> None:
     pair.check(pair.fused(TAIL[name], tau, signal=pair.shared()), expected_N, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("tau", [1.0, 2.0, 4.0])
+def test_the_measured_kl_is_that_at_temperature_1_whatever_the_losses_is(tau: float, tail: bool) -> None:
+    pair, support = Foreign(bias=True), "shared_tail" if tail else "shared_renorm"
+    measures = pair.fused(build_objective("rkl"), tau, signal=pair.shared(), support=support, measure=True).measures
+    expected_N = token_values(build_objective("fkl"), *pair.kept(1.0, tail=tail)).detach()
+    torch.testing.assert_close(measures["forward_kl"], expected_N)
+
+
 @pytest.mark.parametrize("name", TEACHER)
 def test_renormalised_is_a_vocabulary_of_its_own(name: str) -> None:
     pair = Foreign()

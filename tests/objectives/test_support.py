@@ -74,6 +74,18 @@ def test_what_the_kept_tokens_hold_is_measured():
         torch.testing.assert_close(measures[f"{side}_kept"], kept_N.detach())
 
 
+@pytest.mark.parametrize("support", ["topk_tail", "topk_renorm"])
+@pytest.mark.parametrize("tau", [1.0, 2.0, 4.0])
+@pytest.mark.filterwarnings("ignore:topk_renorm at temperature")
+def test_the_measured_kl_is_that_at_temperature_1_whatever_the_losses_is(support, tau):
+    pair = Pair()
+    signal = topk_signal(pair.teacher_logits(), 6, (2.0, 4.0))
+    rows = [pair.student_logits().detach(), pair.teacher_logits()]
+    rows = [bucket(t, signal.ids_NK, 1.0) if support == "topk_tail" else t.gather(-1, signal.ids_NK) for t in rows]
+    measures = pair.fused(DEFAULTS["rkl"], tau, signal=signal, support=support, measure=True).measures
+    torch.testing.assert_close(measures["forward_kl"], token_values(DEFAULTS["fkl"], *rows))
+
+
 @pytest.mark.parametrize("name", RENORM)
 @pytest.mark.parametrize("tau", [1.0, 3.3])
 def test_renormalised_equals_the_naive_rows(name, tau):

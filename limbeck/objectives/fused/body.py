@@ -94,7 +94,7 @@ class Body:
                 whole_grad = weight * grad if whole_grad is None else whole_grad + weight * grad
             values.append(value_N)
         if self.measure:
-            values += _measure(seen, labels=self.labels)
+            values += _measure(seen, self._untempered(whole, seen, block), labels=self.labels)
             if self.support != "full":
                 values += _kept(whole, seen, block, self.support)
         if self.with_grad:
@@ -105,6 +105,14 @@ class Body:
             # Left out whatever it is: zero times a NaN would not be zero.
             block["student"].copy_(torch.where(block["weight"] == 0, 0.0, grad_NV))
         return torch.stack(values)
+
+    def _untempered(self, whole: Rows, seen: Rows, block: Block) -> Rows:
+        """The rows that are compared at temperature 1; a class for all other tokens has another share there."""
+        if self.support not in ("topk_tail", "shared_tail"):
+            return seen
+        one_N1 = torch.ones_like(whole.student_tau_N1)
+        plain = replace(whole, student_tau_N1=one_N1, teacher_tau_N1=one_N1)
+        return restrict(self.support, plain, block | {"log_z": torch.zeros_like(one_N1)})[0]
 
     def _rows(self, logits_NV: Tensor, block: Block) -> Rows:
         dense = block.get("teacher")
@@ -162,19 +170,22 @@ def _kept(whole: Rows, seen: Rows, block: Block, support: Support) -> list[Tenso
     return [kept_N, (block["logp"] / block["teacher_tau"] - block["log_z"]).exp().sum(-1)]
 
 
-def _measure(rows: Rows, *, labels: bool) -> list[Tensor]:
+def _measure(rows: Rows, plain: Rows, *, labels: bool) -> list[Tensor]:
     """Entropies of student and teacher at their temperatures; KL(teacher || student) at 1, comparable across runs.
 
     With `labels` also the log-probabilities of the labels at 1, of the student and of the teacher.
+
+    Args:
+        plain: the rows as they are at temperature 1.
     """
     log_q_NK, log_p_NK = (
-        t.log_softmax(-1).clamp_min(LOG_ZERO) for t in (rows.student_logits_NK, rows.teacher_logits_NK)
+        t.log_softmax(-1).clamp_min(LOG_ZERO) for t in (plain.student_logits_NK, plain.teacher_logits_NK)
     )
     forward_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1)
     measured = [-(rows.q_NK * rows.log_q_NK).sum(-1), -(rows.p_NK * rows.log_p_NK).sum(-1), forward_N]
     if labels:
-        assert rows.label_N is not None, "the door asks for them"
-        label_N1 = rows.label_N.clamp_min(0).unsqueeze(-1)
+        assert plain.label_N is not None, "the door asks for them"
+        label_N1 = plain.label_N.clamp_min(0).unsqueeze(-1)
         measured += [log_NK.gather(-1, label_N1).squeeze(-1) for log_NK in (log_q_NK, log_p_NK)]
     return measured
 
