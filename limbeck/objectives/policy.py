@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from limbeck.objectives.divergences import ANY_SUPPORT, RowObjective, through_so
 from limbeck.objectives.sums import CrossEntropy, labels_of
 from limbeck.types import LimbeckError
 
+# Of log(p/q) in an exponential, as verl bounds it: a token that the student drew and hardly could.
+LARGEST_K3 = 20.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampledReverseKL(RowObjective):
@@ -20,22 +24,29 @@ class SampledReverseKL(RowObjective):
 
     On-policy distillation as reinforcement learning: loss -A log q(y), the advantage A = log p(y) - log q(y) held
     constant and of this token alone, a discount of 0 (Lu and Thinking Machines Lab, "On-Policy Distillation", 2025).
-    The value is the k1 estimator of reverse KL. Labels of -100 count as zero.
+    Labels of -100 count as zero.
     Limits: unbiased for reverse KL's gradient only on responses sampled from the student itself at the same
     temperature, nothing cut off (top_p 1): then value and gradient are those of `rkl` at each token on average. On any
     other response they estimate nothing. `rkl` has no variance, at the same cost where the teacher's whole row is read.
 
     Attributes:
-        clip: the advantage stays within plus and minus this, the value does not; 0 is off.
+        estimator: with d = log(q(y)/p(y)) (Schulman, "Approximating KL Divergence", 2020) "k1" has the value d and
+            pushes by d; "k2" has d^2 / 2, never negative, and the same gradient; "k3" has exp(-d) - 1 + d, never
+            negative and on average reverse KL too, but the gradient of that is 1 - exp(-d) in the place of d: on
+            average forward KL's. Its -d is at most 20.
+        clip: the push stays within plus and minus this, the value does not; 0 is off.
     """
 
     name = "opd"
     reads = frozenset({"teacher", "labels"})
     supports = frozenset({"full"})
 
+    estimator: Literal["k1", "k2", "k3"] = "k1"
     clip: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.estimator not in ("k1", "k2", "k3"):
+            raise LimbeckError(f"opd estimator={self.estimator!r}: expected k1, k2 or k3")
         if not 0 <= self.clip < math.inf:
             raise LimbeckError(f"opd clip={self.clip}: expected zero (off) or more, in nats, such as 5")
 
@@ -47,10 +58,20 @@ class SampledReverseKL(RowObjective):
         counts_N1, label_N1, at_label_NV = labels_of(rows)
         log_q_N1 = rows.log_q_NK.gather(-1, label_N1)
         gap_N1 = torch.where(counts_N1, log_q_N1 - rows.log_p_NK.gather(-1, label_N1), 0.0).detach()
-        push_N1 = gap_N1.clamp(-self.clip, self.clip) if self.clip else gap_N1
+        estimate_N1, push_N1 = self._estimate(gap_N1)
+        push_N1 = push_N1.clamp(-self.clip, self.clip) if self.clip else push_N1
         # The second term is zero and carries the gradient.
-        value_N1 = gap_N1 + push_N1 * (log_q_N1 - log_q_N1.detach())
+        value_N1 = estimate_N1 + push_N1 * (log_q_N1 - log_q_N1.detach())
         return value_N1.squeeze(-1), through_softmax(rows, push_N1 * at_label_NV)
+
+    def _estimate(self, gap_N1: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and push of log(q/p) of each token."""
+        if self.estimator == "k1":
+            return gap_N1, gap_N1
+        if self.estimator == "k2":
+            return gap_N1**2 / 2, gap_N1
+        ratio_less_1_N1 = (-gap_N1).clamp_max(LARGEST_K3).expm1()
+        return ratio_less_1_N1 + gap_N1, -ratio_less_1_N1
 
 
 @dataclass(frozen=True, kw_only=True)

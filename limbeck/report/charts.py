@@ -59,6 +59,8 @@ CURVES = (
     ("eval_loss", "Loss", "on set-aside prompts", False, False),
     ("eval_forward_kl", "Forward KL", "on set-aside prompts", False, False),
     ("loss/lm", "Loss", "on the text of train.lm", False, True),
+    ("acceptance", "Acceptance", "probability that both share", True, True),
+    ("top1_agreement", "Agreement", "same likeliest token", True, True),
     ("student_entropy", "Student's entropy", "at the loss temperature", True, True),
     ("temperature", "Temperature", "of the loss", True, False),
     ("learning_rate", "Learning rate", "", True, False),

@@ -63,7 +63,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         for n in ("none", "mean", "min", "max", "std", "range")
     ],
     "lskd": [{"inner": "rkl"}, {"inner": "js"}],
-    "opd": [{"clip": 0.5}],
+    "opd": [{"clip": 0.5}, {"estimator": "k2"}, {"estimator": "k3"}],
     "policy_gradient": [{"advantage": -0.7}],
     "sum": [
         {

@@ -121,6 +121,9 @@ def test_measures():
     torch.testing.assert_close(measures["teacher_entropy"], -(p * p.log()).sum(-1))
     torch.testing.assert_close(measures["student_entropy"], -(q * q.log()).sum(-1))
     torch.testing.assert_close(measures["forward_kl"], pair.naive(DEFAULTS["fkl"]).detach())
+    torch.testing.assert_close(measures["acceptance"], 1 - pair.naive(DEFAULTS["tv"]).detach())
+    same = pair.teacher_logits().argmax(-1) == pair.student_logits().argmax(-1)
+    assert measures["top1_agreement"].tolist() == same.tolist() and same.any() and not same.all()
 
 
 @pytest.mark.parametrize("frozen", [["weight"], ["hidden"], ["weight", "hidden"], ["weight", "bias", "hidden"]])

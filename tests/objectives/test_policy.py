@@ -41,6 +41,33 @@ def test_opd_on_the_students_own_tokens_is_reverse_kl(tau):
     torch.testing.assert_close(grad_NV, expected_NV, rtol=1e-11, atol=1e-13)
 
 
+def test_the_estimators_of_opd_on_the_students_own_tokens():
+    student, teacher, label = make_logits(v=31, size=1.0)
+    own_NV = student.softmax(-1)
+    reverse_N, reverse_NV = evaluate("rkl", student, teacher, label)
+    _, forward_NV = evaluate("fkl", student, teacher, label)
+    log_ratio_NV = student.log_softmax(-1) - teacher.log_softmax(-1)
+    found = {k: expected("opd", own_NV, student, teacher, 1.0, estimator=k) for k in ("k1", "k2", "k3")}
+    torch.testing.assert_close(found["k3"][0], reverse_N, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found["k2"][0], (own_NV * log_ratio_NV**2 / 2).sum(-1), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found["k2"][1], reverse_NV, rtol=1e-11, atol=1e-13)
+    # What is differentiated as a loss is another divergence than what it estimates.
+    torch.testing.assert_close(found["k3"][1], forward_NV, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_an_estimator_is_the_published_line(estimator):
+    student, teacher, label = make_logits(size=1.0)
+    student.requires_grad_()
+    log_q_N, log_p_N = (t.log_softmax(-1).gather(-1, label[:, None])[:, 0] for t in (student, teacher))
+    log_ratio_N = log_p_N - log_q_N
+    published_N = {"k2": log_ratio_N**2 / 2, "k3": log_ratio_N.exp() - 1 - log_ratio_N}[estimator]
+    (expected_NV,) = torch.autograd.grad(published_N.sum(), student)
+    value_N, grad_NV = evaluate("opd", student, teacher, label, estimator=estimator)
+    torch.testing.assert_close(value_N, published_N)
+    torch.testing.assert_close(grad_NV, expected_NV)
+
+
 @pytest.mark.parametrize("drawn", ["teacher", "another temperature"])
 def test_opd_on_other_tokens_is_not(drawn):
     student, teacher, label = make_logits(v=31)

@@ -48,7 +48,8 @@ class Body:
     `teacher_tau`, `weight`, `label` and `option.NAME`. Everything is computed in the dtype of `weight`.
 
     Attributes:
-        measure: also give entropies at temperature, the forward KL at temperature 1, and what the kept tokens hold.
+        measure: also give entropies at temperature, forward KL, acceptance and agreement at temperature 1, and what the
+            kept tokens hold.
         labels: then also the log-probabilities of `label` at temperature 1 (full support).
     """
 
@@ -150,7 +151,8 @@ def measured_on(support: Support, *, labels: bool = False) -> tuple[str, ...]:
     both = ("student_kept", "teacher_kept")
     kept = {"topk_renorm": ("student_kept",), "topk_tail": both, "shared_tail": both, "shared_renorm": both}
     at_label = ("log_q", "log_p") if labels else ()
-    return ("student_entropy", "teacher_entropy", "forward_kl", *at_label, *kept.get(support, ()))
+    same = ("forward_kl", "acceptance", "top1_agreement")
+    return ("student_entropy", "teacher_entropy", *same, *at_label, *kept.get(support, ()))
 
 
 def _kept(whole: Rows, seen: Rows, block: Block, support: Support) -> list[Tensor]:
@@ -171,7 +173,8 @@ def _kept(whole: Rows, seen: Rows, block: Block, support: Support) -> list[Tenso
 
 
 def _measure(rows: Rows, plain: Rows, *, labels: bool) -> list[Tensor]:
-    """Entropies of student and teacher at their temperatures; KL(teacher || student) at 1, comparable across runs.
+    """Entropies of student and teacher at their temperatures; and at 1, comparable across runs, KL(teacher || student),
+    the probability that both share (sum of the smaller ones) and whether their likeliest token is the same.
 
     With `labels` also the log-probabilities of the labels at 1, of the student and of the teacher.
 
@@ -182,7 +185,10 @@ def _measure(rows: Rows, plain: Rows, *, labels: bool) -> list[Tensor]:
         t.log_softmax(-1).clamp_min(LOG_ZERO) for t in (plain.student_logits_NK, plain.teacher_logits_NK)
     )
     forward_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1)
-    measured = [-(rows.q_NK * rows.log_q_NK).sum(-1), -(rows.p_NK * rows.log_p_NK).sum(-1), forward_N]
+    shared_N = torch.minimum(log_p_NK, log_q_NK).exp().sum(-1)
+    same_N = (log_p_NK.argmax(-1) == log_q_NK.argmax(-1)).to(shared_N.dtype)
+    measured = [-(rows.q_NK * rows.log_q_NK).sum(-1), -(rows.p_NK * rows.log_p_NK).sum(-1)]
+    measured += [forward_N, shared_N, same_N]
     if labels:
         assert plain.label_N is not None, "the door asks for them"
         label_N1 = plain.label_N.clamp_min(0).unsqueeze(-1)

@@ -32,9 +32,11 @@ class FusedLoss:
         loss: sum over tokens of weight times value, a scalar with gradient.
         value_N: the value of each token, the temperature's factor included, the weight not; detached.
         parts: the values (N,) of each part of a weighted sum by name, before its coefficient; detached.
-        measures: with `measure`, by token: the entropies of student and teacher at their temperatures and the forward
-            KL at temperature 1, on the signal's support; with a top-k one also the share of the student's mass at its
-            temperature that the kept tokens hold, and with a tail of the teacher's; detached.
+        measures: with `measure`, by token and on the signal's support: the entropies of student and teacher at their
+            temperatures; at temperature 1 the forward KL, `acceptance` (the probability that both share: 1 less the
+            total variation) and `top1_agreement` (1 where both find the same token likeliest); with a top-k support
+            also the share of the student's mass at its temperature that the kept tokens hold, and with a tail of the
+            teacher's; detached.
     """
 
     loss: Tensor
@@ -88,7 +90,7 @@ def fused_distillation_loss(
         sequence_N: the sequence each token belongs to, int64 from 0, for objectives that measure whole sequences.
         hidden_pairs: states of chosen layers, for objectives that read hidden states; by default the last ones.
         token_options: options of the objective given a token, such as {"alpha": alpha_N} or {"skl.alpha": alpha_N}.
-        measure: also measure entropies and the forward KL at temperature 1.
+        measure: also measure entropies, and the forward KL, acceptance and agreement at temperature 1.
         measure_labels: then also `log_q` and `log_p`, the log-probabilities of the labels at temperature 1; for a
             dense signal.
         tile_bytes: budget of the logit buffers; None is 384 MiB on a CPU, 1280 MiB on a GPU.
