@@ -44,7 +44,7 @@ def too_long_prompts(
     """
     check = length_check(context, context.recipe.responses.max_new_tokens)
     options = text_options(context, tokenizer)
-    for lot in _lots_of(prompts):
+    for lot in lots_of(prompts):
         fit_of_lot(context, lot, tokenizer, template, options, check)
     check.finish()
     say_dropped(context, len(check.dropped), check.limit)
@@ -74,7 +74,7 @@ def data_responses(
         LimbeckError: a prompt without an answer, or one that cannot be encoded.
     """
     section, options = context.recipe.prompts, text_options(context, tokenizer)
-    for lot in _lots_of(filter(takes, prompts)):
+    for lot in lots_of(filter(takes, prompts)):
         yield from encode_responses(
             lot,
             tokenizer,
@@ -86,7 +86,8 @@ def data_responses(
         )
 
 
-def _lots_of(prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
+def lots_of(prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
+    """Prompts in lots that fit into memory, in their order."""
     lot: list[Prompt] = []
     characters = 0
     for prompt in prompts:

@@ -24,7 +24,7 @@ from limbeck.pipeline.image_prompts import expanded_lengths
 from limbeck.pipeline.measuring_by_ranks import joined_pieces, write_pieces
 from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.pipeline.resumable import write_in_batches
-from limbeck.pipeline.sampled_responses import posted_prompts, sampler_for, sampling_meter
+from limbeck.pipeline.sampled_responses import ASKED, posted_prompts, sampler_for, sampling_meter
 from limbeck.pipeline.seen_prompts import as_seen
 from limbeck.pipeline.several import writers
 from limbeck.pipeline.sharing import once
@@ -35,7 +35,8 @@ from limbeck.prompts.lengths import check_lengths
 from limbeck.prompts.templates import LossOn, encode_prompts, encode_responses
 from limbeck.recipe.evaluation import EvaluateSection
 from limbeck.recipe.responses import CACHE_GIB
-from limbeck.rollouts.io import read_asked, read_responses, write_responses
+from limbeck.rollouts.asked import open_asked
+from limbeck.rollouts.io import read_responses, write_responses
 from limbeck.runtime.console import Console
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.records import fingerprint
@@ -346,7 +347,7 @@ class RunEvaluation(EvaluatedModels):
 
 def help_answer(context: RunContext, job: Job) -> None:
     """Another rank's share of answers of the student or the teacher."""
-    asked = read_asked(job.folder / "asked.jsonl")
+    asked = open_asked(job.folder / ASKED)
     evaluation_of(context, job.fields["part"]).write_answers(job, job.fields, asked)
 
 

@@ -16,7 +16,7 @@ from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.seen_prompts import SeeingSampler
 from limbeck.pipeline.served_responses import round_sampler
 from limbeck.pipeline.student_engine import student_engine
-from limbeck.rollouts.io import read_asked
+from limbeck.rollouts.asked import open_asked, with_ids
 from limbeck.rollouts.options import Samplers
 from limbeck.rollouts.rounds import BatchSampler, Rounds
 from limbeck.rollouts.sources import ResponseSource, SourceContext, SourceFactory
@@ -46,10 +46,10 @@ def response_source_of(
         aside: ids of prompts that are not trained on.
     """
     source = context.recipe.responses.source
-    prompts = []
+    prompts: Sequence[TokenPrompt] = ()
     if source.on_policy:
         assert isinstance(teacher, CachedTeacher), "no other teacher can score responses that are not written yet"
-        prompts = [p for p in read_asked(context.run.responses / "asked.jsonl") if p.id not in aside]
+        prompts = with_ids(open_asked(context.run.responses / "asked.jsonl"), lambda name: name not in aside)
     samplers = _Samplers(context, student, teacher)
 
     def begin(source_context: SourceContext) -> ResponseSource:

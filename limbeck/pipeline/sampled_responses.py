@@ -22,13 +22,16 @@ from limbeck.pipeline.store_identity import exact_codec, frame_of
 from limbeck.pipeline.verified_responses import later_sampling
 from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.recipe.sections import Recipe
-from limbeck.rollouts.io import read_asked, write_asked
+from limbeck.rollouts.asked import open_asked, write_table
 from limbeck.runtime.shared_work import Job, OneProcess, Share
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.hosted import HostedTeacher
 from limbeck.types import Author, DenseSignal, Json, Response, TokenPrompt
+
+# The prompts of a job, for the ranks that share it.
+ASKED = "asked.arrow"
 
 
 def captures(context: RunContext) -> bool:
@@ -95,13 +98,13 @@ def posted_prompts(
     # A placed teacher takes the devices and the memory of all ranks of its host.
     alone = teacher is not None and "weights" not in teacher.provides
     return (OneProcess() if alone else context.work).posted(
-        kind, fields, lambda folder: write_asked(folder / "asked.jsonl", asked)
+        kind, fields, lambda folder: write_table(folder / ASKED, asked)
     )
 
 
 def help_to_sample(context: RunContext, job: Job) -> None:
     """Another rank's share of the teacher's responses."""
-    fields, asked = job.fields, read_asked(job.folder / "asked.jsonl")
+    fields, asked = job.fields, open_asked(job.folder / ASKED)
     folder: str = fields["folder"]
     teacher = context.run_teachers[folder] if folder else context.teacher
     _sample(context, teacher.writing(), asked, fields["template"], fields["attempt"], folder=folder, share=job)

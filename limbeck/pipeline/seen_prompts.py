@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from limbeck.prompts.templates import TemplateName, encode_prompts, resolve_temp
 from limbeck.prompts.turns import has_earlier_answers
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.teacher import SEES_SETTING, WHERE, TeacherSection
+from limbeck.rollouts.asked import with_ids
 from limbeck.rollouts.rounds import BatchSampler
 from limbeck.runtime.records import fingerprint
 from limbeck.teachers.base import Teacher
@@ -36,7 +37,7 @@ class SeenPrompts:
         """A teacher that reads its prompts so."""
         return SeeingTeacher.of(inner, self.ids, fingerprint(view_inputs(self.context)))
 
-    def prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def prompts(self, prompts: Iterable[Prompt]) -> list[Prompt]:
         """Prompts as the teacher sees them; of several teachers, as that of the prompt does."""
         return [self._view_of(prompt).of(prompt) for prompt in prompts]
 
@@ -114,9 +115,7 @@ def as_seen(context: RunContext, asked: Sequence[TokenPrompt]) -> Sequence[Token
     return asked if context.seen is None else context.seen.of(asked)
 
 
-def fitting_as_seen(
-    context: RunContext, asked: tuple[TokenPrompt, ...]
-) -> tuple[tuple[TokenPrompt, ...], tuple[str, ...]]:
+def fitting_as_seen(context: RunContext, asked: Sequence[TokenPrompt]) -> tuple[Sequence[TokenPrompt], Sequence[str]]:
     """The prompts that leave room for an answer in the window as the teacher sees them, and the ids of the others.
 
     Raises:
@@ -145,7 +144,7 @@ def fitting_as_seen(
         f"average where the student reads {own / len(asked):.0f}"
     )
     kept = {prompt.id for prompt in fitting.kept}
-    return tuple(prompt for prompt in asked if prompt.id in kept), fitting.dropped
+    return with_ids(asked, kept.__contains__), fitting.dropped
 
 
 def check_sees(context: RunContext) -> None:

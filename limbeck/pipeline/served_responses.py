@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from limbeck.client.openai import Server
@@ -50,7 +50,7 @@ def check_server(context: RunContext) -> None:
 def ask_server(
     context: RunContext,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     asked: Sequence[TokenPrompt],
     template: TemplateName,
     sampling: Sampling,
@@ -110,7 +110,7 @@ def _sampler(
     context: RunContext,
     section: ServerSection,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     template: TemplateName,
 ) -> ServedSampler:
     server, options = _server(section), context.recipe.prompts.chat_options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from limbeck.prompts.labels import prompt_label
 from limbeck.types import LimbeckError, Prompt
@@ -27,16 +27,20 @@ def require_references(prompts: Sequence[Prompt], remedy: str) -> dict[str, tupl
     return found
 
 
-def require_answers_for_sft(prompts: Sequence[Prompt]) -> None:
+def require_answers_for_sft(prompts: Iterable[Prompt]) -> None:
     """Check that every prompt of a first stage on the data's answers has one, before the teacher samples anything.
 
     Raises:
         LimbeckError: a training prompt has none; names it and its place in the data.
     """
-    without = [prompt for prompt in prompts if prompt.completion is None]
-    if without:
+    first, without, count = None, 0, 0
+    for prompt in prompts:
+        count += 1
+        if prompt.completion is None:
+            first, without = first or prompt, without + 1
+    if first is not None:
         raise LimbeckError(
-            f"prompt {prompt_label(without[0])} has no answer, one of {len(without)} among {len(prompts)} "
+            f"prompt {prompt_label(first)} has no answer, one of {without} among {count} "
             "training prompts, but sft.source=data teaches from the data's answers; give data with answers, "
             "or set sft.source=responses"
         )

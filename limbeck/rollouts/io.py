@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from limbeck.runtime.files import whole_file, write_text
+from limbeck.runtime.files import whole_file
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt, shared_ids
 
 _T = TypeVar("_T")
@@ -42,19 +42,16 @@ def sampling_fields(sampling: Sampling) -> dict[str, Any]:
     return asdict(sampling)
 
 
-def write_asked(path: Path, prompts: Iterable[TokenPrompt]) -> None:
-    """Write prompts as ids, such as those that the student is asked during training; all or nothing."""
-    rows = (
-        {"id": p.id, "ids": p.ids}
-        | ({"split": p.split} if p.split != "train" else {})
-        | ({"images": p.images} if p.images else {})
-        for p in prompts
-    )
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def asked_line(prompt: TokenPrompt) -> str:
+    """A line of a file of prompts in tokens."""
+    row: dict[str, Any] = {"id": prompt.id, "ids": prompt.ids}
+    row |= {"split": prompt.split} if prompt.split != "train" else {}
+    row |= {"images": prompt.images} if prompt.images else {}
+    return json.dumps(row) + "\n"
 
 
 def read_asked(path: Path) -> list[TokenPrompt]:
-    """The prompts of `write_asked`.
+    """The prompts of such a file.
 
     Raises:
         LimbeckError: a damaged line, with its number.

@@ -52,7 +52,10 @@ class MixedSource(StatelessSource):
 
     def __init__(self, own: StudentSource, base: OfflineSource, *, share: SharePath, seed: int):
         self.own, self.base, self.share, self.seed = own, base, share, seed
-        self.prompts = own.prompts | base.prompts
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        return self.own.prompts | self.base.prompts
 
     @property
     def steps_per_epoch(self) -> int:

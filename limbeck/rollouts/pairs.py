@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from limbeck.rollouts.asked import with_ids
 from limbeck.rollouts.order import Plan
 from limbeck.rollouts.rounds import BatchSampler
 from limbeck.rollouts.sources import SourceContext, StatelessSource, StepCounter, first_steps
@@ -36,11 +37,14 @@ class PairedSource(StatelessSource):
             )
         self.base = {r.prompt_id: r for r in base}
         half = replace(source_context, step_rows=source_context.step_rows // 2)
-        self.own = own = StudentSource([p for p in prompts if p.id in self.base], rollout, half)
+        self.own = own = StudentSource(with_ids(prompts, self.base.__contains__), rollout, half)
         require_whole_epochs(own.refresh, own.steps_per_epoch)
         self.teacher, self.sampling = teacher, teacher_sampling
-        self.prompts = own.prompts
         self._round: tuple[int, Plan, list[tuple[Response, Response]]] | None = None
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        return self.own.prompts
 
     @property
     def steps_per_epoch(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from limbeck.rollouts.asked import lengths_of
 from limbeck.rollouts.io import fields_of, response_from_json
 from limbeck.rollouts.sources import MAX_PREVIEW_STEPS, OfflineSource, StepCounter, die, first_steps, longest_first
 from limbeck.rollouts.student import StudentSource
@@ -61,12 +62,15 @@ class ReplaySource:
 
     def __init__(self, own: StudentSource, base: OfflineSource, settings: ReplaySettings, *, step_rows: int, seed: int):
         self.own, self.base, self.settings, self.step_rows, self.seed = own, base, settings, step_rows, seed
-        self.prompts = own.prompts | base.prompts
         self.phi, self.loss, self.latest = settings.share, None, None
         self.done = {"replayed": 0, "validations": 0, "rises": 0, "growths": 0}
         self.buffer: deque[Response] = deque(maxlen=settings.capacity)
-        longest = max(len(p.ids) for p in own.asked) + own.rollout.sampling.max_new_tokens
+        longest = int(lengths_of(own.asked).max()) + own.rollout.sampling.max_new_tokens
         require_room(settings.capacity, longest)
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        return self.own.prompts | self.base.prompts
 
     @property
     def steps_per_epoch(self) -> int:

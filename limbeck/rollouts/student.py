@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+from limbeck.rollouts.asked import ids_of, lengths_of
 from limbeck.rollouts.order import Plan
 from limbeck.rollouts.rounds import BatchSampler, ProcessGroup, Rounds, for_round, in_round
 from limbeck.rollouts.sources import (
@@ -71,10 +72,7 @@ class StudentSource(StatelessSource):
         if not prompts:
             raise LimbeckError("got no prompts for the student to answer; expected at least one, check their lengths")
         self.asked, self.rollout, self.source_context = prompts, rollout, source_context
-        self.plan = Plan(
-            lengths=tuple(len(p.ids) for p in prompts), step_rows=source_context.step_rows, seed=source_context.seed
-        )
-        self.prompts = frozenset(p.id for p in prompts)
+        self.plan = Plan(lengths=lengths_of(prompts), step_rows=source_context.step_rows, seed=source_context.seed)
         self.refresh = rollout.refresh or self.plan.steps_per_epoch
         self.whole_epochs = self.refresh % self.plan.steps_per_epoch == 0
         self._elsewhere = rollout.sampler if isinstance(rollout.sampler, TakesWeights) else None
@@ -85,6 +83,10 @@ class StudentSource(StatelessSource):
                 "responses.engine, or set responses.source.refresh to a number of steps"
             )
         self._round: tuple[int, Plan, dict[int, Response]] | None = None
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        return frozenset(ids_of(self.asked))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from itertools import chain, islice, pairwise
+from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import compute
 
 from limbeck.rollouts.io import fields_of, read_responses, sampling_fields, sampling_from_json
+from limbeck.runtime.columns import AT_A_TIME, INT32S, ROWS, Rows, lengths, list_column, lists_of, mapped, written
 from limbeck.runtime.files import whole_file
-from limbeck.types import LimbeckError, Response, Sampling, Split
+from limbeck.types import Response, Sampling, Split
 
-# Rows of a record batch; all but the last have as many, so that a row is found by division.
-ROWS = 4096
-# Rows that become text, or Python's own objects, at a time.
-_AT_A_TIME = 256
 IDS = ("prompt_ids", "response_ids")
 NUMBERS = ("logp", "sampled_logp")
 _JSON = json.JSONEncoder(ensure_ascii=False)
@@ -36,98 +32,50 @@ SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("author", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("response_ids", pa.list_(pa.int32())),
+        ("prompt_ids", INT32S),
+        ("response_ids", INT32S),
         ("stop", pa.string()),
         ("sampling", pa.string()),
         ("split", pa.string()),
         ("logp", pa.list_(pa.float64())),
         ("sampled_logp", pa.list_(pa.float64())),
         ("replaced", pa.int64()),
-        ("spans", pa.list_(pa.int32())),
+        ("spans", INT32S),
         ("round", pa.int64()),
         ("images", pa.list_(pa.string())),
     ]
 )
 
 
-class ResponseTable(Sequence[Response]):
-    """Responses that are made when they are asked for.
+class ResponseTable(Rows[Response]):
+    """Responses that are made when they are asked for."""
 
-    Args:
-        batches: all rows of a file.
-        places: those that belong to the sequence, in its order.
-    """
-
-    def __init__(self, batches: Sequence[pa.RecordBatch], places: np.ndarray | None = None):
-        self._batches = batches
-        self._rows = batches[0].num_rows if batches else 1
-        count = sum(batch.num_rows for batch in batches)
-        self.places = np.arange(count, dtype=np.int32) if places is None else places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @overload
-    def __getitem__(self, index: int) -> Response: ...
-    @overload
-    def __getitem__(self, index: slice) -> ResponseTable: ...
-    def __getitem__(self, index: int | slice) -> Response | ResponseTable:
-        if isinstance(index, slice):
-            return ResponseTable(self._batches, self.places[index])
-        return self.at(int(self.places[index]))
-
-    def __iter__(self) -> Iterator[Response]:
-        for start in range(0, len(self), _AT_A_TIME):
-            numbers, rows = np.divmod(self.places[start : start + _AT_A_TIME], self._rows)
-            # Places of a split lie in few batches, one behind the other.
-            ends = (np.flatnonzero(np.diff(numbers)) + 1).tolist()
-            for begin, end in pairwise([0, *ends, len(rows)]):
-                yield from _responses(self._batches[int(numbers[begin])], rows[begin:end])
-
-    def at(self, place: int) -> Response:
-        """The response at a place of the file."""
-        number, row = divmod(place, self._rows)
-        return _response(self._batches[number], row)
-
-    def taken(self, places: np.ndarray) -> ResponseTable:
-        """The responses at some places of the file."""
-        return ResponseTable(self._batches, places.astype(np.int32))
-
-    def followed_by(self, others: ResponseTable) -> ResponseTable:
-        """These responses and others of the same file."""
-        return self.taken(np.concatenate([self.places, others.places]))
+    def made_of(self, some: pa.RecordBatch) -> Iterator[Response]:
+        columns = [lists_of(column) if name in IDS else column.to_pylist() for name, column in _named(some)]
+        for values in zip(*columns, strict=True):
+            yield Response(**{name: _as_field(name, value) for name, value in zip(SCHEMA.names, values, strict=True)})
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """`Response.length` of each."""
-        return self.answer_lengths + self._of_all("prompt_ids")
+        return self.answer_lengths + self.lengths_in("prompt_ids")
 
     @property
     def answer_lengths(self) -> np.ndarray:
         """Ids of each response."""
-        return self._of_all("response_ids")
-
-    def _of_all(self, name: str) -> np.ndarray:
-        found = [_lengths(batch, name) for batch in self._batches]
-        return np.concatenate([*found, np.empty(0, np.int32)])[self.places]
+        return self.lengths_in("response_ids")
 
     @property
     def prompt_ids(self) -> Iterator[str]:
         """`Response.prompt_id` of each."""
-        return self._column("prompt_id")
-
-    def _column(self, name: str) -> Iterator[Any]:
-        for place in self.places.tolist():
-            number, row = divmod(place, self._rows)
-            yield self._batches[number].column(name)[row].as_py()
+        return self.column("prompt_id")
 
     def answered(self, split: Split) -> NumberedResponses:
         """The responses of a split that have ids, by their place in the file."""
         kept = []
-        for batch in self._batches:
+        for batch in self.batches:
             of_split = compute.call_function("equal", [batch.column("split"), split]).to_numpy(zero_copy_only=False)
-            kept.append(of_split & (_lengths(batch, "response_ids") > 0))
+            kept.append(of_split & (lengths(batch, "response_ids") > 0))
         places = np.flatnonzero(np.concatenate([*kept, np.empty(0, bool)]))
         return NumberedResponses(self.taken(places))
 
@@ -200,7 +148,7 @@ def prompts_of(responses: Sequence[Response]) -> Iterator[str]:
 
 def keep_columns(path: Path, responses: Sequence[Response]) -> None:
     """Write responses for training alone (`path`, .arrow), whole or not at all."""
-    with _columns(path) as writer:
+    with written(path, SCHEMA) as writer:
         for start in range(0, len(responses), ROWS):
             writer.write_batch(_batch_of(responses[start : start + ROWS]))
 
@@ -211,21 +159,14 @@ def keep_responses(path: Path, responses: Iterable[Response]) -> None:
     with (
         whole_file(path) as lines,
         lines.open("w", encoding="utf-8", newline="\n") as file,
-        _columns(path.with_suffix(".arrow")) as writer,
+        written(path.with_suffix(".arrow"), SCHEMA) as writer,
     ):
         while some := list(islice(source, ROWS)):
             batch = _batch_of(some)
             writer.write_batch(batch)
             # As text a batch takes ten times its room.
-            for start in range(0, len(some), _AT_A_TIME):
-                file.writelines(_lines_of(some[start : start + _AT_A_TIME], batch.slice(start, _AT_A_TIME)))
-
-
-@contextmanager
-def _columns(path: Path) -> Iterator[pa.ipc.RecordBatchFileWriter]:
-    """A file of columns that is written batch by batch, whole or not at all."""
-    with whole_file(path) as columns, pa.OSFile(str(columns), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        yield writer
+            for start in range(0, len(some), AT_A_TIME):
+                file.writelines(_lines_of(some[start : start + AT_A_TIME], batch.slice(start, AT_A_TIME)))
 
 
 def open_responses(path: Path) -> ResponseTable:
@@ -238,37 +179,18 @@ def open_responses(path: Path) -> ResponseTable:
     if not columns.exists():
         every = read_responses(path)
         return ResponseTable([_batch_of(every[i : i + ROWS]) for i in range(0, len(every), ROWS)])
-    try:
-        with pa.memory_map(str(columns)) as source:
-            file = pa.ipc.open_file(source)
-            batches = [file.get_batch(number) for number in range(file.num_record_batches)]
-            for batch in batches:
-                batch.validate()
-            if not file.schema.equals(SCHEMA) or len({batch.num_rows for batch in batches[:-1]}) > 1:
-                raise pa.ArrowInvalid("its columns are not those of responses")
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise LimbeckError(
-            f"{columns} is damaged ({reason}); delete {columns} and run the same command again"
-        ) from None
-    return ResponseTable(batches)
+    return ResponseTable(mapped(columns, SCHEMA))
 
 
 def _batch_of(responses: Sequence[Response]) -> pa.RecordBatch:
     columns: dict[str, Any] = {name: [getattr(r, name) for r in responses] for name in SCHEMA.names}
     for name in IDS:
-        columns[name] = _ids(columns[name])
+        columns[name] = list_column(columns[name])
     for name in NUMBERS:
         columns[name] = pa.array(columns[name], SCHEMA.field(name).type)
     columns["sampling"] = [None if r.sampling is None else _written(r.sampling) for r in responses]
     columns["spans"] = [[end for span in r.spans for end in span] for r in responses]
     return pa.record_batch([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
-
-
-def _ids(rows: Sequence[Sequence[int]]) -> pa.ListArray:
-    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    ids = np.fromiter(chain.from_iterable(rows), np.int32, int(ends[-1]))
-    return pa.ListArray.from_arrays(ends, ids)
 
 
 def _lines_of(responses: Sequence[Response], batch: pa.RecordBatch) -> Iterator[str]:
@@ -299,30 +221,8 @@ def _read(written: str) -> Sampling:
     return sampling_from_json(json.loads(written))
 
 
-def _lengths(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    return np.diff(batch.column(name).offsets.to_numpy())
-
-
-def _responses(batch: pa.RecordBatch, rows: np.ndarray) -> Iterator[Response]:
-    """Some rows of a batch, all columns of each at once."""
-    some = batch.take(pa.array(rows))
-    columns = [_ids_in(some.column(name)) if name in IDS else some.column(name).to_pylist() for name in SCHEMA.names]
-    for values in zip(*columns, strict=True):
-        yield Response(**{name: _as_field(name, value) for name, value in zip(SCHEMA.names, values, strict=True)})
-
-
-def _ids_in(column: pa.ListArray) -> Iterator[tuple[int, ...]]:
-    ids = column.values.to_numpy()
-    return (tuple(ids[start:end].tolist()) for start, end in pairwise(column.offsets.to_pylist()))
-
-
-def _response(batch: pa.RecordBatch, row: int) -> Response:
-    plain: dict[str, Any] = {}
-    for name, column in zip(SCHEMA.names, batch.columns, strict=True):
-        value = column[row]
-        found = tuple(value.values.to_numpy().tolist()) if name in IDS else value.as_py()
-        plain[name] = _as_field(name, found)
-    return Response(**plain)
+def _named(batch: pa.RecordBatch) -> Iterator[tuple[str, Any]]:
+    return zip(SCHEMA.names, batch.columns, strict=True)
 
 
 def _as_field(name: str, value: Any) -> Any:

@@ -124,11 +124,12 @@ def plan_batches(
         batch_size: rows at most.
         slots_at_most: tokens of context for which there is memory; longer prompts make smaller batches.
     """
-    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].ids), index))
-    batches = []
-    while order:
-        slots = len(prompts[order[0]].ids) + sampling.max_new_tokens
+    lengths = [len(prompt.ids) for prompt in prompts]
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches, first = [], 0
+    while first < len(order):
+        slots = lengths[order[first]] + sampling.max_new_tokens
         rows = max(1, min(batch_size, slots_at_most // slots))
-        batches.append(tuple(order[:rows]))
-        order = order[rows:]
+        batches.append(tuple(order[first : first + rows]))
+        first += rows
     return batches

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.rollouts.io import read_asked, read_batch, read_responses, write_asked, write_responses
+from limbeck.rollouts.io import asked_line, read_asked, read_batch, read_responses, write_responses
 from limbeck.types import LimbeckError, Response, TokenPrompt
 
 JUNK = (b"[]", b"null", b"3", b'"text"', b"{}", b"{", b"\xff\xfe", b"[" * 9999, b'{"id": 3, "ids": [1]}')
@@ -47,7 +47,7 @@ def test_ids_take_eight_bytes_each_in_memory(tmp_path: Path, read: object) -> No
     """One object for each distinct id: an object for each token takes 36 bytes, and a run holds millions of tokens."""
     path, ids = tmp_path / "a.jsonl", tuple(range(1000, 1500))
     if read is read_asked:
-        write_asked(path, [TokenPrompt(id=str(i), ids=ids) for i in range(100)])
+        path.write_text("".join(asked_line(TokenPrompt(id=str(i), ids=ids)) for i in range(100)))
     else:
         write_responses(
             path,

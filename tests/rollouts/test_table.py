@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from limbeck.rollouts import table
 from limbeck.rollouts.io import read_responses, write_responses
 from limbeck.rollouts.order import Plan
-from limbeck.rollouts.table import in_a_row, keep_responses, lengths_of, open_responses, prompts_of, without
+from limbeck.rollouts.table import (
+    ResponseTable,
+    in_a_row,
+    keep_responses,
+    lengths_of,
+    open_responses,
+    prompts_of,
+    without,
+)
+from limbeck.runtime import columns
 from limbeck.types import LimbeckError, Response, Sampling
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
@@ -66,7 +75,8 @@ def some(count: int) -> list[Response]:
 def test_what_is_written_is_read_and_the_lines_are_those_of_json(folder, responses, rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "ROWS", rows)
-        patch.setattr(table, "_AT_A_TIME", 2)
+        patch.setattr(table, "AT_A_TIME", 2)
+        patch.setattr(columns, "AT_A_TIME", 2)
         keep_responses(folder / "teacher.jsonl", responses)
         found = open_responses(folder / "teacher.jsonl")
         assert list(found) == responses == [found[row] for row in range(len(found))]
@@ -149,10 +159,10 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path):
 def test_nothing_is_made_before_it_is_asked_for(tmp_path, monkeypatch):
     keep_responses(tmp_path / "teacher.jsonl", some(3000))
     made: list[int] = []
-    naive = table._response
-    monkeypatch.setattr(table, "_response", lambda batch, row: made.append(row) or naive(batch, row))
+    naive = ResponseTable.made_of
+    monkeypatch.setattr(ResponseTable, "made_of", lambda self, some: made.append(some.num_rows) or naive(self, some))
     train = in_a_row(open_responses(tmp_path / "teacher.jsonl").answered("train"))
     plan = Plan.of(train, step_rows=8, seed=0)
     assert len(train) > 2000 and made == []
     assert [train[row].length for row in plan.at(0)] == [int(lengths_of(train)[row]) for row in plan.at(0)]
-    assert len(made) == 8
+    assert made == [1] * 8

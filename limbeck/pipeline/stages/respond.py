@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from limbeck.models.fingerprints import tokenizer_fingerprint
@@ -12,13 +13,14 @@ from limbeck.pipeline.context import RunContext, Stage
 from limbeck.pipeline.data_responses import (
     by_data_alone,
     data_responses,
+    lots_of,
     reader_of_data,
     say_dropped,
     too_long_prompts,
 )
 from limbeck.pipeline.documents import document_inputs, help_with_documents, respond_with_documents
 from limbeck.pipeline.drafted_responses import draft_inputs
-from limbeck.pipeline.fitting_prompts import fitting_prompts
+from limbeck.pipeline.fitting_prompts import fit_of_lot, length_check
 from limbeck.pipeline.hosted_responses import paid_record
 from limbeck.pipeline.image_prompts import check_sees_first, check_student_sees
 from limbeck.pipeline.preference_pairs import pairs_of_data
@@ -28,7 +30,12 @@ from limbeck.pipeline.seen_prompts import as_seen, fitting_as_seen, view_inputs
 from limbeck.pipeline.served_responses import ask_server
 from limbeck.pipeline.several import combination_inputs
 from limbeck.pipeline.student_endings import same_tokens
-from limbeck.pipeline.text_only import in_the_students_tokens, load_student_tokenizer, student_template
+from limbeck.pipeline.text_only import (
+    in_the_students_tokens,
+    load_student_tokenizer,
+    student_template,
+    text_options,
+)
 from limbeck.pipeline.verified_responses import check_references, later_sampling, verification_inputs, verified
 from limbeck.pipeline.written_responses import WrittenResponses
 from limbeck.prompts.io import StoredPrompts
@@ -38,10 +45,10 @@ from limbeck.prompts.turns import has_earlier_answers
 from limbeck.recipe.keys import fingerprinted, fingerprinted_member
 from limbeck.recipe.responses import CACHE_GIB
 from limbeck.recipe.sections import Recipe
-from limbeck.rollouts.io import write_asked
+from limbeck.rollouts.asked import ids_of, joined, keep_asked, of_split, scratch_table, with_ids
 from limbeck.rollouts.preference.options import DataPairs
 from limbeck.rollouts.table import NumberedResponses, ResponseTable, keep_responses, open_responses
-from limbeck.types import Json, Prompt, Response, Split, TokenPrompt
+from limbeck.types import Json, Response, Split, TokenPrompt
 
 # So many answers show which blocks of a teacher matter; more would cost more time than they would change.
 CALIBRATION_RESPONSES = 24
@@ -111,9 +118,9 @@ class _Reading:
     own: Any
     tokenizer: Any
     template: TemplateName
-    asked: tuple[TokenPrompt, ...]
+    asked: Sequence[TokenPrompt]
     reader: tuple[Any, TemplateName]
-    read: tuple[TokenPrompt, ...]
+    read: Sequence[TokenPrompt]
     dropped: frozenset[str]
 
 
@@ -160,26 +167,25 @@ def _of_data_alone(context: RunContext, stored: StoredPrompts) -> _Answers:
 
 def _of_those_asked(context: RunContext, stored: StoredPrompts) -> _Answers:
     """Answers of the teacher, or of the data where prompts are asked too."""
-    prompts, section = list(stored), context.recipe.responses
-    reading = _read(context, prompts)
+    section, reading = context.recipe.responses, _read(context, stored)
     asked, tokenizer, template = reading.asked, reading.tokenizer, reading.template
     _check_preferences(context, *reading.reader)
     if context.recipe.on_policy:
-        train = [p for p in reading.read if p.split == "train"]
+        train = of_split(reading.read, "train")
         check_rounds(context, len(train))
-        write_asked(context.run.responses / "asked.jsonl", train)
-    more = _first_stage_answers(context, prompts, reading) if context.recipe.sft_on_data else {}
+        keep_asked(context.run.responses / "asked.jsonl", train)
+    more = _first_stage_answers(context, stored, reading) if context.recipe.sft_on_data else {}
     if context.recipe.on_policy:
         asked = _answered(context, asked)
     if context.recipe.base_author == "data":
         # Pairs are two answers to one prompt.
         loss_on = "last" if section.source.paired else context.recipe.prompts.loss_on
-        kept = {prompt.id for prompt in asked}
+        kept = set(ids_of(asked))
         responses: Iterable[Response] = data_responses(
-            context, prompts, tokenizer, template, takes=lambda p: p.id in kept, loss_on=loss_on
+            context, stored, tokenizer, template, takes=lambda p: p.id in kept, loss_on=loss_on
         )
     else:
-        responses, answered = _from_teacher(context, prompts, asked, reading)
+        responses, answered = _from_teacher(context, stored, asked, reading)
         more |= answered
     return _Answers(template=template, responses=responses, dropped=len(reading.dropped), record=more)
 
@@ -196,7 +202,7 @@ def _writes(context: RunContext) -> bool:
     return context.recipe.responses.server is None and context.recipe.base_author == "teacher"
 
 
-def _read(context: RunContext, prompts: Sequence[Prompt]) -> _Reading:
+def _read(context: RunContext, prompts: StoredPrompts) -> _Reading:
     """The prompts as the run reads them; what either model cannot read, neither gets."""
     here = _writes(context) and context.recipe.combine is None and "writing" in context.teacher.provides
     teacher = context.teacher.writing() if here else None
@@ -214,8 +220,8 @@ def _read(context: RunContext, prompts: Sequence[Prompt]) -> _Reading:
     if own is not None:
         reader = (own, student_template(context, own, prompts))
         read, unread = _token_prompts(context, own, prompts, reader[1])
-        both = {p.id for p in asked} & {p.id for p in read}
-        asked, read = (tuple(p for p in side if p.id in both) for side in (asked, read))
+        both = set(ids_of(asked)) & set(ids_of(read))
+        asked, read = (with_ids(side, both.__contains__) for side in (asked, read))
     return _Reading(
         own=own,
         tokenizer=tokenizer,
@@ -227,10 +233,10 @@ def _read(context: RunContext, prompts: Sequence[Prompt]) -> _Reading:
     )
 
 
-def _first_stage_answers(context: RunContext, prompts: Sequence[Prompt], reading: _Reading) -> Json:
+def _first_stage_answers(context: RunContext, prompts: StoredPrompts, reading: _Reading) -> Json:
     """Write the data's answers that a first stage trains on; returns their record."""
-    require_answers_for_sft([p for p in prompts if p.split == "train"])
-    train = {p.id for p in reading.asked if p.split == "train"}
+    require_answers_for_sft(p for p in prompts if p.split == "train")
+    train = set(ids_of(of_split(reading.asked, "train")))
     answers, loss_on = WrittenResponses("data"), context.recipe.prompts.loss_on
     responses = data_responses(context, prompts, *reading.reader, takes=lambda p: p.id in train, loss_on=loss_on)
     keep_responses(context.run.responses / "sft.jsonl", answers.counted(responses))
@@ -238,7 +244,7 @@ def _first_stage_answers(context: RunContext, prompts: Sequence[Prompt], reading
 
 
 def _from_teacher(
-    context: RunContext, prompts: Sequence[Prompt], asked: Sequence[TokenPrompt], reading: _Reading
+    context: RunContext, prompts: StoredPrompts, asked: Sequence[TokenPrompt], reading: _Reading
 ) -> tuple[Sequence[Response], Json]:
     """Answers of the teacher in the student's tokens, those that must be right judged; and their record."""
     check_references(context, asked)
@@ -259,12 +265,12 @@ def _from_teacher(
         responses, marked = verified(context, responses, asked, tokenizer, lambda *some: write(*some)[0])
         record |= marked
     if reading.own is not None:
-        responses, retokenised = in_the_students_tokens(context, prompts, responses, tokenizer, reading.read)
+        responses, retokenised = in_the_students_tokens(context, list(prompts), responses, tokenizer, reading.read)
         record |= retokenised
     return responses, record
 
 
-def _say_what_is_answered(context: RunContext, prompts: Sequence[Prompt]) -> None:
+def _say_what_is_answered(context: RunContext, prompts: StoredPrompts) -> None:
     if earlier := sum(has_earlier_answers(prompt) for prompt in prompts):
         context.console.say(
             f"respond: {earlier} prompts are conversations; the teacher answers the last turn of each, the data's "
@@ -285,20 +291,22 @@ def answered_before_training(recipe: Recipe, prompts: int) -> int:
     return min({"all": prompts, "some": CALIBRATION_RESPONSES, "none": 0}[_answers_train(recipe)], prompts)
 
 
-def _answered(context: RunContext, asked: Sequence[TokenPrompt]) -> tuple[TokenPrompt, ...]:
+def _answered(context: RunContext, asked: Sequence[TokenPrompt]) -> Sequence[TokenPrompt]:
     """The prompts that are answered before training: held-out ones, and training prompts whose responses are used."""
-    train = [p for p in asked if p.split == "train"]
-    train = train[: answered_before_training(context.recipe, len(train))]
-    return (*train, *(p for p in asked if p.split == "heldout"))
+    train = of_split(asked, "train")
+    return joined(train[: answered_before_training(context.recipe, len(train))], of_split(asked, "heldout"))
 
 
 def _token_prompts(
-    context: RunContext, tokenizer: Any, prompts: Sequence[Any], template: TemplateName
-) -> tuple[tuple[TokenPrompt, ...], tuple[str, ...]]:
-    most = context.recipe.responses.max_new_tokens
-    fitting = fitting_prompts(context, prompts, tokenizer, template, max_new_tokens=most)
-    say_dropped(context, len(fitting.dropped), fitting.limit)
-    return fitting.kept, fitting.dropped
+    context: RunContext, tokenizer: Any, prompts: StoredPrompts, template: TemplateName
+) -> tuple[Sequence[TokenPrompt], Sequence[str]]:
+    """The prompts in tokens, on disk, and the ids of those that are too long."""
+    check, options = length_check(context, context.recipe.responses.max_new_tokens), text_options(context, tokenizer)
+    lots = (fit_of_lot(context, lot, tokenizer, template, options, check) for lot in lots_of(prompts))
+    kept = scratch_table(context.run.responses, chain.from_iterable(lots))
+    check.finish()
+    say_dropped(context, len(check.dropped), check.limit)
+    return kept, check.dropped
 
 
 def load_responses(context: RunContext, split: Split) -> NumberedResponses:
