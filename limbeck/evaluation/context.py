@@ -1,4 +1,4 @@
-"""The protocol of evaluation groups, and of the evaluation that gives them models and answers.
+"""The protocol of the evaluation that gives groups of metrics models and answers.
 
 A group uses neither recipe nor run directory: models, answers and settings come through `EvaluationContext`, which
 the pipeline implements. Models load when first used.
@@ -6,31 +6,30 @@ the pipeline implements. Models load when first used.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from limbeck.evaluation.pieces import Piece
-from limbeck.evaluation.scores.metrics import Metric, StandIn
+from limbeck.evaluation.scores.metrics import StandIn
 from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.prompts.templates import LossOn, TemplateName
 from limbeck.runtime.console import Console, Meter
-from limbeck.types import Json, Prompt, Response, Sampling, ScoredRow, SignalSource, TokenPrompt
+from limbeck.types import Prompt, Response, Sampling, SignalSource, TokenPrompt
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from limbeck.evaluation.group import GroupInPieces
     from limbeck.models.quantization.files import QuantizedWeights
     from limbeck.sampling.local import LocalSampler
 
 Part = Literal["before", "distilled", "after", StandIn]
 Who = Literal["student", "teacher"]
 BOTH: tuple[Who, Who] = ("student", "teacher")
-Need = Literal["teacher", "teacher_answers", "teacher_weights", "tokens", "prompts", "references"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +58,6 @@ class ModelSource(NamedTuple):
     model: str | Path
     revision: str | None
     trust_remote_code: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupResult:
-    """The result of a group.
-
-    Attributes:
-        tables: condition to rows, one per example, all of a table with the same metrics. The condition "" is the plain
-            one; with another, such as "student" or "T=0.7", the metric `distinct_2` is called `distinct_2@T=0.7`.
-        detail: results that are not one number per example (a reliability curve, the judge's record), kept as JSON.
-    """
-
-    tables: Mapping[str, Sequence[ScoredRow]]
-    detail: Json = field(default_factory=dict)
-
-    def named(self, group: str) -> dict[str, Sequence[ScoredRow]]:
-        """The tables by GROUP or GROUP@CONDITION."""
-        return {table_name(group, condition): rows for condition, rows in self.tables.items()}
-
-
-def table_name(group: str, condition: str) -> str:
-    """GROUP@CONDITION, or GROUP alone for the plain condition."""
-    return f"{group}@{condition}" if condition else group
 
 
 def response_text(response: Response, tokenizer: Any) -> str:
@@ -347,90 +323,3 @@ class EvaluationContext(Protocol):
     def meter(self, label: str, total: int, unit: str) -> AbstractContextManager[Meter]:
         """Progress bar on the console."""
         ...
-
-
-class EvaluationGroup(ABC):
-    """A group of metrics: a frozen dataclass whose fields are the group's options.
-
-    Attributes:
-        parts: students it looks at: before training, after, or both. Evaluating a student on its own is "after".
-        metrics: what its metrics mean, where `limbeck.evaluation.scores.metrics` does not have them.
-        references_remedy: what to change where data has no reference answers.
-        teacher_remedy: what to change where the teacher cannot give what the group asks of it.
-        takes_likeliest: whether a teacher will do that says no more of a token than the likeliest ones.
-    """
-
-    parts: ClassVar[tuple[Part, ...]] = ("before", "after")
-    metrics: ClassVar[Mapping[str, Metric]] = {}
-    references_remedy: ClassVar[str] = "leave the group out of evaluate.groups"
-    teacher_remedy: ClassVar[str] = "leave it out"
-    takes_likeliest: ClassVar[bool] = False
-
-    def needs(self) -> frozenset[Need]:
-        """What the group needs: a teacher, the same tokens, prompts, reference answers.
-
-        "teacher": what it says of tokens; "teacher_answers": what it answers; "teacher_weights": the whole model, which
-        is timed; "tokens": the same ones in both models; "prompts": held-out ones to be answered; "references": in the
-        data.
-        """
-        return frozenset()
-
-    @property
-    def scores_fresh(self) -> bool:
-        """Whether the teacher has to score texts that the run has not stored."""
-        return False
-
-    @property
-    def takes_both(self) -> bool:
-        """Whether it has both models in memory at once, whatever the run has stored."""
-        return False
-
-    def stand_ins(self) -> tuple[StandIn, ...]:
-        """Models to be measured in the student's place, by this group and by each that measures it before training.
-
-        Like the student before training they are made of the weights that it began with, but were never trained.
-        """
-        return ()
-
-    def make_stand_in(self, evaluation: EvaluationContext, model: nn.Module) -> None:  # noqa: B027 (most have none)
-        """Turn a copy of the weights that the student began with into the stand-in that the evaluation's part names."""
-
-    def check(self, evaluation: EvaluationContext) -> None:  # noqa: B027 (most groups have nothing to refuse)
-        """Refuse what can be known to fail before any stage begins.
-
-        Raises:
-            LimbeckError: it would fail.
-        """
-
-    def inputs(self, evaluation: EvaluationContext) -> Json:
-        """Inputs of its scores beside its options and the models, for the fingerprint."""
-        del evaluation
-        return {}
-
-    def asks(self, evaluation: EvaluationContext) -> Iterable[AskedAnswers]:
-        """The answers of the evaluation's two models that it will ask for.
-
-        They are written before anything is measured, so that no model is loaded twice; what is not named here is
-        written when it is asked for.
-        """
-        del evaluation
-        return ()
-
-    @abstractmethod
-    def measure(self, evaluation: EvaluationContext) -> GroupResult:
-        """Rows of metrics, one row per example."""
-
-
-class GroupInPieces(EvaluationGroup):
-    """A group whose work falls into pieces, which the ranks of a launch share; its `measure` asks for them by
-    `EvaluationContext.pieces`."""
-
-    @abstractmethod
-    def pieces(self, evaluation: EvaluationContext, of: str, numbers: Iterable[int]) -> Iterator[Piece]:
-        """The pieces of some numbers, one as each number is taken.
-
-        Answers that it asks for are on disk. It may run on any rank, so it writes nothing.
-
-        Args:
-            of: which of several series of pieces, as the group names it.
-        """

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from limbeck.evaluation.context import EvaluationGroup, GroupInPieces, Part, Who, response_text
+from limbeck.evaluation.context import Part, Who, response_text
+from limbeck.evaluation.group import EvaluationGroup, GroupInPieces
 from limbeck.evaluation.pieces import Piece
 from limbeck.evaluation.tasks.problems import Problem, TaskName
 from limbeck.models.quantization.files import QuantizedWeights, read_blocks

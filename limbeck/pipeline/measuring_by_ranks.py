@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from limbeck.evaluation.context import EvaluationContext, GroupInPieces
+from limbeck.evaluation.context import EvaluationContext
+from limbeck.evaluation.group import GroupInPieces
 from limbeck.evaluation.pieces import Piece, read_piece, write_piece
 from limbeck.runtime.folders import remove
 from limbeck.runtime.shared_work import Share

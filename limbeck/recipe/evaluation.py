@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from limbeck.evaluation.context import EvaluationGroup
+from limbeck.evaluation.group import EvaluationGroup
 from limbeck.evaluation.groups import EVALUATION_GROUPS
 from limbeck.evaluation.scores.metrics import StandIn
 from limbeck.fields import SAME_ARM, STRICT, Count

@@ -13,7 +13,8 @@ import pytest
 
 import limbeck
 from limbeck import cli
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need, Part, greedy
+from limbeck.evaluation.context import EvaluationContext, Part, greedy
+from limbeck.evaluation.group import EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.groups import EVALUATION_GROUPS
 from limbeck.evaluation.scores.metrics import Metric
 from limbeck.pipeline.evaluation_context import RunEvaluation

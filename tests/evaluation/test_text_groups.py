@@ -15,8 +15,9 @@ from rouge_score import rouge_scorer
 from transformers import AutoModelForCausalLM
 
 import limbeck
-from limbeck.evaluation.context import GroupResult, Who, response_text
+from limbeck.evaluation.context import Who, response_text
 from limbeck.evaluation.diversity import diversity
+from limbeck.evaluation.group import GroupResult
 from limbeck.pipeline.evaluation_context import RunEvaluation
 from limbeck.prompts.io import read_prompts, write_prompts
 from limbeck.runtime.records import sealed

@@ -5,7 +5,7 @@ Nothing heavy is imported at the top of these files: a recipe is read without to
 
 from __future__ import annotations
 
-from limbeck.evaluation.context import EvaluationGroup
+from limbeck.evaluation.group import EvaluationGroup
 from limbeck.evaluation.groups.cost import CostGroup
 from limbeck.evaluation.groups.diversity import DiversityGroup
 from limbeck.evaluation.groups.fidelity import FidelityGroup

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import BOTH, EvaluationContext, EvaluationGroup, GroupResult, Need, Who
+from limbeck.evaluation.context import BOTH, EvaluationContext, Who
+from limbeck.evaluation.group import EvaluationGroup, GroupResult, Need
 from limbeck.fields import STRICT, Count
 from limbeck.types import Json, ScoredRow
 

@@ -22,19 +22,9 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import (
-    BOTH,
-    AskedAnswers,
-    EvaluationContext,
-    EvaluationGroup,
-    GroupResult,
-    Need,
-    Who,
-    greedy,
-    response_text,
-    sampled,
-)
+from limbeck.evaluation.context import BOTH, AskedAnswers, EvaluationContext, Who, greedy, response_text, sampled
 from limbeck.evaluation.diversity import distinct, diversity, sample_nll
+from limbeck.evaluation.group import EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.rouge import best_rouge_l, scorable
 from limbeck.fields import STRICT, Count, NonNegative, Seed
 from limbeck.types import Json, LimbeckError, Prompt, Sampling, ScoredRow

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import AskedAnswers, EvaluationContext, GroupInPieces, GroupResult, Need, Who, sampled
+from limbeck.evaluation.context import AskedAnswers, EvaluationContext, Who, sampled
+from limbeck.evaluation.group import GroupInPieces, GroupResult, Need
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT, NonNegative, Seed
 from limbeck.prompts.references import require_references

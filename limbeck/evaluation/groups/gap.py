@@ -13,7 +13,8 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
+from limbeck.evaluation.context import EvaluationContext
+from limbeck.evaluation.group import EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.groups.nll import surprise
 from limbeck.evaluation.groups.recovery import closed_share, fidelity_rows
 from limbeck.evaluation.scores.metrics import Metric

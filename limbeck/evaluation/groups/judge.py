@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from limbeck.client.keys import without_key
 from limbeck.client.openai import Server
-from limbeck.evaluation.context import AskedAnswers, EvaluationContext, EvaluationGroup, GroupResult, Need, greedy
+from limbeck.evaluation.context import AskedAnswers, EvaluationContext, greedy
+from limbeck.evaluation.group import EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.judge.asking import Judge, NoLogprobsError
 from limbeck.evaluation.judge.log import Judgement, JudgementLog, used
 from limbeck.evaluation.judge.opinions import printable_judgement

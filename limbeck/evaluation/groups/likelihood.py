@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import AskedAnswers, EvaluationContext, GroupInPieces, GroupResult, Need, Who, sampled
+from limbeck.evaluation.context import AskedAnswers, EvaluationContext, Who, sampled
+from limbeck.evaluation.group import GroupInPieces, GroupResult, Need
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.evaluation.scores.metrics import NATS, Metric
 from limbeck.fields import STRICT, NonNegative, Seed

@@ -13,7 +13,8 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, GroupInPieces, GroupResult, Need
+from limbeck.evaluation.context import EvaluationContext
+from limbeck.evaluation.group import GroupInPieces, GroupResult, Need
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT
 from limbeck.prompts.references import require_references

@@ -17,7 +17,8 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, GroupInPieces, GroupResult, Need, Who
+from limbeck.evaluation.context import EvaluationContext, Who
+from limbeck.evaluation.group import GroupInPieces, GroupResult, Need
 from limbeck.evaluation.groups.nll import likelihood_of
 from limbeck.evaluation.pieces import Piece, longest_first
 from limbeck.fields import STRICT, Count

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
+from limbeck.evaluation.context import EvaluationContext
+from limbeck.evaluation.group import EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.scores.files import read_rows
 from limbeck.evaluation.scores.metrics import Metric, StandIn
 from limbeck.fields import STRICT, Count

@@ -27,17 +27,8 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import (
-    BOTH,
-    AskedAnswers,
-    EvaluationContext,
-    EvaluationGroup,
-    GroupResult,
-    Need,
-    Who,
-    greedy,
-    sampled,
-)
+from limbeck.evaluation.context import BOTH, AskedAnswers, EvaluationContext, Who, greedy, sampled
+from limbeck.evaluation.group import EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.rouge import best_rouge_l, rouge_l
 from limbeck.fields import STRICT, NonNegative, Seed
 from limbeck.prompts.references import require_references

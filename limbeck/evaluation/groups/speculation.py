@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import EvaluationContext, EvaluationGroup, GroupResult, Need
+from limbeck.evaluation.context import EvaluationContext
+from limbeck.evaluation.group import EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.groups.diversity import condition as temperature_condition
 from limbeck.evaluation.scores.bootstrap import summarise
 from limbeck.evaluation.scores.files import read_rows

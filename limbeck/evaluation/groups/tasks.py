@@ -14,16 +14,8 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from limbeck.evaluation.context import (
-    BOTH,
-    AskedAnswers,
-    EvaluationContext,
-    EvaluationGroup,
-    GroupResult,
-    Need,
-    Who,
-    text_behind,
-)
+from limbeck.evaluation.context import BOTH, AskedAnswers, EvaluationContext, Who, text_behind
+from limbeck.evaluation.group import EvaluationGroup, GroupResult, Need
 from limbeck.evaluation.sandbox.host import NO_FILES, Limits, files_possible, require_sandbox
 from limbeck.evaluation.tasks.grades import Graded, tables_of
 from limbeck.evaluation.tasks.lm_eval import HarnessResult, require_lm_eval, run_lm_eval

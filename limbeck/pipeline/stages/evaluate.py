@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from limbeck.evaluation.context import EvaluationGroup, Part, Who, greedy, table_name
+from limbeck.evaluation.context import Part, Who, greedy
+from limbeck.evaluation.group import EvaluationGroup, table_name
 from limbeck.evaluation.scores.files import read_rows, write_rows, write_scores
 from limbeck.evaluation.scores.metrics import STAND_INS, with_stand_in
 from limbeck.models.assets import ASSETS
