@@ -37,7 +37,7 @@ class ProbedModels:
         section = self.context.recipe.teacher_source
         with self.budget.load(self.seconds, "teacher"):
             try:
-                loaded = self.context.teacher.weights()
+                loaded = self.context.teacher.writing()
                 return loaded.model, loaded.tokenizer
             except LimbeckError as error:
                 self.notes.append(f"the teacher has random weights in the probe: {error}")
