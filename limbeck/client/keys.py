@@ -10,8 +10,13 @@ from urllib.parse import urlsplit
 from limbeck.client.http import is_this_machine
 from limbeck.types import LimbeckError
 
-# Hosts that a key may be sent to. In the environment, because a recipe may come from anybody.
+# Hosts that keys may be sent to, HOST or NAME@HOST. In the environment, because a recipe may come from anybody.
 ALLOWED_HOSTS_VARIABLE = "LIMBECK_ALLOW_KEY_TO"
+# Words in the names of keys that no model service gives out, such as AWS_SECRET_ACCESS_KEY.
+_OTHER_KEYS = {
+    *("ACCESS", "SECRET", "PRIVATE", "ACCOUNT", "STORAGE", "MASTER"),
+    *("SSH", "GPG", "DEPLOY", "SIGNING", "ENCRYPTION"),
+}
 # Shorter keys are placeholders such as EMPTY or ollama, which an answer may hold by chance.
 _SHORTEST_SECRET = 12
 
@@ -50,8 +55,8 @@ def read_key(name: str | None, *, root: str, section: str) -> Key:
     """The key in the environment variable `name`, if it may be sent to the server at `root`.
 
     Raises:
-        LimbeckError: the variable is not set, its value cannot be a key, or no user of this machine has allowed that a
-            key leaves it for that host.
+        LimbeckError: the variable is not set, its value cannot be a key, or no user of this machine has allowed that
+            this key goes to that host.
     """
     if name is None:
         return Key(None)
@@ -60,22 +65,34 @@ def read_key(name: str | None, *, root: str, section: str) -> Key:
     if not key or not key.isascii() or not key.isprintable():
         state = "holds characters that no HTTP header may hold" if key else "is not set"
         raise LimbeckError(f"the environment variable that {section}.api_key_env names {state}; export it with the key")
-    _require_allowed(root, section)
+    _require_allowed(name, root, section)
     return Key(key)
 
 
-def _require_allowed(root: str, section: str) -> None:
+def _require_allowed(name: str, root: str, section: str) -> None:
     parts = urlsplit(root)
     host = (parts.hostname or "").lower()
-    if is_this_machine(host):
-        return
+    here = is_this_machine(host)
     # http:// before a host says that the key may travel in clear.
-    wanted = host if parts.scheme == "https" else f"http://{host}"
-    allowed = [entry.strip().lower().rstrip("/") for entry in os.environ.get(ALLOWED_HOSTS_VARIABLE, "").split(",")]
-    if wanted in allowed:
+    wanted = host if here or parts.scheme == "https" else f"http://{host}"
+    said = os.environ.get(ALLOWED_HOSTS_VARIABLE, "").split(",")
+    entries = [entry.strip().rstrip("/").rpartition("@") for entry in said]
+    # A variable that is named with a host goes nowhere else.
+    bound = [to.lower() for of, _, to in entries if of == name]
+    unbound = not bound and _looks_like_an_api_key(name)
+    if wanted in bound or (unbound and (here or wanted in [to.lower() for of, _, to in entries if not of])):
         return
-    clear = "" if parts.scheme == "https" else ", in clear, which others on the way can read"
+    clear = "" if here or parts.scheme == "https" else ", in clear, which others on the way can read"
+    why = "" if unbound or bound else ", whose name is none of an API key (..._KEY),"
+    # The name is not repeated here either.
+    entry = wanted if unbound else f"NAME@{wanted} with the variable's own name for NAME"
     raise LimbeckError(
-        f"{section} would send the key that {section}.api_key_env names to {host}{clear}; where you trust the recipe "
-        f"and that host with it, export {ALLOWED_HOSTS_VARIABLE}={wanted} (several hosts: commas between them)"
+        f"{section} would send the key that {section}.api_key_env names{why} to {host}{clear}; where you trust the "
+        f"recipe and that host with it, export {ALLOWED_HOSTS_VARIABLE}={entry} (several: commas between them)"
     )
+
+
+def _looks_like_an_api_key(name: str) -> bool:
+    """Whether a variable is named like the key of a model service rather than a password or an account's token."""
+    words = name.upper().split("_")
+    return words[-1] in ("KEY", "APIKEY") and not _OTHER_KEYS & set(words)

@@ -51,7 +51,7 @@ def exported_card(card: str, *, name: str, file: str | None, said: str) -> str:
     body = _FRONT.sub("", card).strip("\n") or f"# {' '.join(name.split())}"
     if file is not None:
         front["library_name"] = "gguf"
-        body = _section(body, "Use", f"```sh\nllama-server -m {file}\n```")
+        body = _section(body, "Use", f"```sh\nllama-server -m {file}\nollama create my-model -f Modelfile\n```")
     body = _section(body, "This export", said)
     return f"---\n{dump(front)}---\n\n{body}\n"
 

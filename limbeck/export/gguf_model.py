@@ -16,6 +16,7 @@ import torch
 from limbeck.export.encoding import Encoding
 from limbeck.export.gguf_tokens import Vocabulary
 from limbeck.models.gguf_architectures import ARCHITECTURES, require_known
+from limbeck.models.llama3_rope import is_scaled, write_scaling
 from limbeck.models.quantization import FORMATS
 from limbeck.student.endings import stop_ids
 from limbeck.types import LimbeckError
@@ -62,6 +63,8 @@ def write_gguf(
     vocabulary.write(writer)
     for tensor_name, weight, kind in _tensors(model, encoding):
         writer.add_tensor(tensor_name, weight, raw_dtype=kind)
+    if is_scaled(config):
+        write_scaling(writer, config)
     writer.write_header_to_file()
     try:
         writer.write_kv_data_to_file()

@@ -71,7 +71,7 @@ class Vocabulary:
             tokens=tokens,
             types=types,
             merges=tuple(_merge(pair) for pair in rules["model"]["merges"]),
-            special=_special(tokenizer, stops),
+            special=special_ids(tokenizer, stops),
             adds_bos=around[0] != inner,
             adds_eos=around[-1] != inner,
             chat_template=text if isinstance(text, str) else None,
@@ -156,7 +156,15 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[tuple[str, .
     )
 
 
-def _special(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]) -> dict[str, int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]) -> dict[str, int]:
+    """The tokens of a GGUF file that have a role, by gguf's names of these.
+
+    Args:
+        stops: further tokens at which the model's own generation stops.
+
+    Raises:
+        LimbeckError: none ends a text.
+    """
     roles = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     roles |= {"padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}
     found = {role: index for role, index in roles.items() if isinstance(index, int)}

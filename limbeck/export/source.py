@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from limbeck.models.folders import holds_whole_weights, read_json_object, require_regular_files
+from limbeck.models.folders import holds_whole_weights, is_own, read_json_object, require_regular_files
 from limbeck.models.headers import safetensors_header
 from limbeck.models.loading import DTYPES, load_model, source_config, source_tokenizer
 from limbeck.models.quantization.files import QuantizedWeights, read_blocks
@@ -211,7 +211,7 @@ def _stored(name: str | Path, trust_remote_code: bool) -> torch.dtype:
 
 def _card(folder: Path) -> str:
     path = folder / "README.md"
-    if not path.is_file() or not _is_own(path, folder):
+    if not path.is_file() or not is_own(path, folder):
         return ""
     try:
         text = path.read_text("utf-8")
@@ -224,17 +224,6 @@ def _licences(folders: tuple[Path, ...]) -> tuple[Path, ...]:
     """Of the first folder that has any: the student's own, else those of what it was made from."""
     for folder in folders:
         named = {path for pattern in _LICENCES for path in folder.glob(pattern)}
-        if found := sorted(path for path in named if path.is_file() and _is_own(path, folder)):
+        if found := sorted(path for path in named if path.is_file() and is_own(path, folder)):
             return tuple(found)
     return ()
-
-
-def _is_own(path: Path, folder: Path) -> bool:
-    """Whether a file lies where it seems to: a link out of the folder may lead to anything, and exports are published.
-
-    The hub's cache links from a snapshot to blobs beside it, which are the model's own files.
-    """
-    real, home = path.resolve(), folder.resolve()
-    if real.is_relative_to(home):
-        return True
-    return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"

@@ -18,10 +18,12 @@ from limbeck.export.checks import BOUNDS, LogitProbe, compare_logits, digests, p
 from limbeck.export.encoding import GGUF_FORMATS, Encoding, differing, most_of, put_back
 from limbeck.export.gguf_adapter import Adapters, read_adapters, require_merged, write_gguf_adapter
 from limbeck.export.gguf_model import write_gguf
+from limbeck.export.modelfile import MODELFILE, end_texts, modelfile
 from limbeck.export.source import Exportable, find
 from limbeck.models.gguf_architectures import require_known
 from limbeck.models.loading import DTYPES, load_model
 from limbeck.runtime.files import whole_folder, write_text
+from limbeck.student.endings import stop_ids
 from limbeck.student.saving import save_student
 from limbeck.types import LimbeckError
 
@@ -194,6 +196,9 @@ def _write_gguf(work: Path, found: Exportable, dtype: str, say: Callable[[str], 
     if adapters is not None:
         beside = path.with_name(f"{path.stem}-lora.gguf")
         write_gguf_adapter(beside, found.model.config, adapters, name=found.name)
+    ends = end_texts(found.tokenizer, stop_ids(found.model))
+    adapter = None if beside is None else beside.name
+    write_text(work / MODELFILE, modelfile(path.name, adapter=adapter, ends=ends))
     # The blocks that were trained are compared with what they stand for, without adapters.
     return _Written(path=path, seen=seen or probe(found.model, found.tokenizer), weights=weights, adapter=beside)
 

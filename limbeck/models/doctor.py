@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from limbeck.models.vocabulary import VocabularyCard, VocabularyReport, compare_vocabularies, describe_vocabulary
+from limbeck.runtime.console import on_one_line
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -89,13 +90,14 @@ def doctor_table(report: DoctorReport, changes: Sequence[str] = ()) -> Group:
         table.add_column(title, overflow="fold")
     for label, left, right in doctor_rows(report):
         style = None if left == right or label in ("model", "architecture") else "yellow"
-        table.add_row(label, escape(left), escape(right), style=style)
+        # What a model's files say may hold commands to a terminal.
+        table.add_row(label, *(escape(on_one_line(cell)) for cell in (left, right)), style=style)
     found = report.vocabulary
     verdict = Text(
         f"Can be distilled? {_VERDICTS[found.verdict]}", style="bold green" if report.distillable else "bold red"
     )
-    lines = [Text(f"- {line}", style="red") for line in found.differences]
-    lines += [Text(f"- {line}") for line in (*found.notes, *changes)]
+    lines = [Text(f"- {on_one_line(line)}", style="red") for line in found.differences]
+    lines += [Text(f"- {on_one_line(line)}") for line in (*found.notes, *changes)]
     if not report.distillable:
         lines.append(Text(_TEXT_ONLY))
     if report.distillable:

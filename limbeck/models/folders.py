@@ -16,7 +16,11 @@ from typing import Any
 from limbeck.models.headers import EMBEDDINGS, safetensors_header
 from limbeck.types import LimbeckError
 
-_READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+# Files that end up in students and exports, as they are or as what was read of them.
+_CARRIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".codes", ".tokenizer", ".py")
+_READ = (".safetensors", *_CARRIED)
+# Where transformers looks for chat templates beside the main one.
+_TEMPLATES = "additional_chat_templates"
 _LARGEST_JSON = 64 * 2**20
 # Names of the number of experts in a layer, which may be zero.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -67,14 +71,51 @@ def holds_whole_weights(folder: Path) -> bool:
 
 
 def require_regular_files(folder: Path) -> None:
-    """See that what libraries read of a folder are files: a pipe would let them wait for ever.
+    """See that what libraries read of a folder are files of its own: a pipe would let them wait for ever, and what a
+    link leads to would be handed on with the student.
 
     Raises:
-        LimbeckError: one is something else, or a link to nothing.
+        LimbeckError: one is something else, a link to nothing, or a text elsewhere.
     """
-    for path in sorted(folder.iterdir()):
+    for path in (*sorted(folder.iterdir()), *_more_templates(folder)):
         if path.suffix in _READ:
             _require_regular(path)
+        if path.suffix in _CARRIED:
+            _require_own(path, folder)
+
+
+def require_own_tokenizer(folder: Path) -> None:
+    """See that what transformers reads for the tokenizer of a GGUF file, from the folder it lies in, is of that folder.
+
+    Raises:
+        LimbeckError: it is elsewhere, or no file.
+    """
+    for path in (*sorted(folder.glob("tokenizer*.json")), *sorted(folder.glob("*.jinja")), *_more_templates(folder)):
+        _require_regular(path)
+        _require_own(path, folder)
+
+
+def _more_templates(folder: Path) -> list[Path]:
+    return sorted((folder / _TEMPLATES).glob("*.jinja"))
+
+
+def is_own(path: Path, folder: Path) -> bool:
+    """Whether a file lies where it seems to: a link out of the folder may lead to anything, and exports are published.
+
+    The hub's cache links from a snapshot to blobs beside it, which are the model's own files.
+    """
+    real, home = path.resolve(), folder.resolve()
+    if real.is_relative_to(home):
+        return True
+    return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+
+
+def _require_own(path: Path, folder: Path) -> None:
+    if not is_own(path, folder):
+        raise LimbeckError(
+            f"{path} is a link to {path.resolve()}, outside of the model's folder, and students and exports would "
+            "hold what is there; put a copy in its place if you know that file, or download the model again"
+        )
 
 
 def _require_regular(path: Path) -> None:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limbeck.models.llama3_rope import restore_scaling
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.types import LimbeckError
 
@@ -51,7 +52,14 @@ def _config(state: _State) -> PretrainedConfig:
     from transformers import AutoConfig
 
     path = state[0]
-    return _unmarked(_converted(path, lambda: AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)))
+
+    def load() -> PretrainedConfig:
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        if config.model_type == "llama":
+            restore_scaling(path, config)
+        return _unmarked(config)
+
+    return _converted(path, load)
 
 
 def _state(path: Path) -> _State:
@@ -136,6 +144,8 @@ def _converted(path: Path, load: Any) -> Any:
     try:
         with quiet_transformers():
             return load()
+    except LimbeckError:
+        raise
     except Exception as error:  # the Rust tokenizers raise nothing narrower
         raise LimbeckError(
             f"GGUF file {path} cannot be converted: {one_line(error)}; "

@@ -9,6 +9,9 @@ from limbeck.types import LimbeckError
 # transformers' model types and llama.cpp's architectures.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
+# The kinds of rope that llama.cpp knows of each.
+_ROPES = {"llama": ("default", "llama3"), "qwen2": ("default",), "qwen3": ("default",)}
+
 
 def require_known(config: Any) -> None:
     """Check that a GGUF file can express all of the configuration.
@@ -26,7 +29,7 @@ def require_known(config: Any) -> None:
     head_size = fields.get("head_dim") or config.hidden_size // config.num_attention_heads
     usual = {"llama": head_size, "qwen2": config.hidden_size // config.num_attention_heads, "qwen3": 128}
     strange = {
-        f"rope type {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
+        f"rope type {rope.get('rope_type')}": rope.get("rope_type", "default") not in _ROPES[config.model_type],
         "partial rotary embeddings": (rope.get("partial_rotary_factor") or 1) != 1,
         "sliding windows": any(kind != "full_attention" for kind in fields.get("layer_types") or ()),
         f"{fields.get('hidden_act')} activations": fields.get("hidden_act") != "silu",

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
 from limbeck.models.assets import ASSETS, DownloadProgress, fetch
-from limbeck.models.folders import require_sound_folder
+from limbeck.models.folders import require_own_tokenizer, require_sound_folder
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.types import LimbeckError
 
@@ -105,6 +105,7 @@ def _local(name: str, path: Path, weights: bool) -> Source:
 
         if not is_gguf(path):
             raise LimbeckError(f"{name} is a file but no GGUF file; give a model directory or a .gguf file")
+        require_own_tokenizer(path.resolve().parent)
         return Source(name=name, kind="gguf", directory=path.resolve().parent, gguf=path.resolve())
     if not (path / "config.json").is_file():
         raise LimbeckError(f"{name} is no model: {_what_instead(path)}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from limbeck.rollouts.batches import BatchedResponses
-from limbeck.rollouts.io import write_responses
+from limbeck.rollouts.io import write_batch
 from limbeck.runtime.interrupts import GracefulStop
 from limbeck.runtime.shared_work import EVERYTHING, Share
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
@@ -55,7 +55,7 @@ def write_in_batches(
             with stop.deferred():
                 if beside is not None:
                     beside(own, batch, path)
-                write_responses(path, batch.responses)
+                write_batch(path, batch.responses)
                 share.finish(number_of[batch.indices])
             stop.raise_if_requested()
         share.wait()

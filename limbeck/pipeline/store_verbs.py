@@ -87,12 +87,13 @@ def estimate(
 def verify(path: PathArgument, debug: Debug = False) -> None:
     """Read a whole store and name every file that is not what was written; exit code 1 where there is one."""
     del debug
+    from limbeck.runtime.console import on_one_line
     from limbeck.teachers.store.reader import sealed_shards
     from limbeck.teachers.store.verifying import verify as verify_store
 
     found = verify_store(path)
     for fault in found:
-        print(fault)
+        print(on_one_line(str(fault)))
     if found:
         print(f"{len(found)} files are damaged; run `limbeck store capture` of the recipe again, which makes them anew")
         raise typer.Exit(1)
@@ -103,10 +104,11 @@ def verify(path: PathArgument, debug: Debug = False) -> None:
 def inspect(path: PathArgument, debug: Debug = False) -> None:
     """Print what a store holds: teacher, template, codec, temperatures, responses, bytes per token."""
     del debug
+    from limbeck.runtime.console import on_one_line
     from limbeck.teachers.store.inspecting import describe
 
     for key, value in describe(path).items():
-        print(f"{key:<22} {value}")
+        print(f"{on_one_line(key):<22} {on_one_line(value)}")
 
 
 @store.command()

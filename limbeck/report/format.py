@@ -90,8 +90,8 @@ def markdown(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """Text between the backticks of Markdown, in which nothing has an escape but the bar of a table's cell."""
-    return " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    """Text between the backticks of Markdown, in which nothing has an escape."""
+    return " ".join(str(value).split()).replace("`", "'")
 
 
 def share_of_teacher(student: Mapping[str, Any]) -> float | None:

@@ -27,6 +27,7 @@ from limbeck.report.format import (
 )
 from limbeck.report.preference import preference_account
 from limbeck.report.read_run import ITSELF, Run, number, read_run, score, value_at
+from limbeck.runtime.console import on_one_line
 from limbeck.runtime.files import write_text
 from limbeck.runtime.rundir import RunDirectory
 
@@ -264,15 +265,18 @@ def _answers(run: Run) -> str:
     if template not in _TEMPLATES or not isinstance(ends, list):
         return ""
     options = run.student.get("chat_options")
-    with_options = f" with {' '.join(f'{key}={value!r}' for key, value in options.items())}" if options else ""
+    given = [f"`{code(f'{key}={value!r}')}`" for key, value in options.items()] if isinstance(options, Mapping) else []
+    with_options = f" with {' '.join(given)}" if given else ""
     said = f"The student was trained with {_TEMPLATES[template]}{with_options}"
-    stops = " or ".join(f"`{end}`" for end in ends)
+    stops = " or ".join(f"`{code(on_one_line(str(end)))}`" for end in ends)
     return f"{said}, and {f'ends an answer with {stops}, where `generate` stops' if stops else 'knows no end'}."
 
 
 def _training(run: Run) -> list[tuple[str, str]]:
     train = value_at(run.recipe, "train")
-    rows = [(f"`{code(k)}`", markdown(_plain(v))) for k, v in train.items()] if isinstance(train, Mapping) else []
+    settings = train if isinstance(train, Mapping) else {}
+    # A bar ends a cell even within code.
+    rows = [(f"`{code(k)}`".replace("|", "\\|"), markdown(_plain(v))) for k, v in settings.items()]
     if run.steps:
         last = run.steps[-1]
         rows.append(("steps taken", f"{last['step']:,.0f}"))

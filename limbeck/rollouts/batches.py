@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
-from limbeck.rollouts.io import require_count, response_of_line
+from limbeck.rollouts.io import require_batch, response_of_line
 from limbeck.types import Response
 
 
@@ -18,7 +18,7 @@ class BatchedResponses(Sequence[Response]):
         batches: for the file of each batch, the places of its responses in the row, in the order of its lines.
 
     Raises:
-        LimbeckError: a file has another number of lines.
+        LimbeckError: a file has another number of lines, or is not what was written.
     """
 
     def __init__(self, batches: Mapping[Path, Sequence[int]]):
@@ -27,7 +27,7 @@ class BatchedResponses(Sequence[Response]):
         self._file, self._line, self._start = (array(kind, [0]) * count for kind in "iiq")
         for number, (path, places) in enumerate(batches.items()):
             starts = _starts_of_lines(path)
-            require_count(path, len(starts), len(places))
+            require_batch(path, len(starts), len(places))
             for line, (place, start) in enumerate(zip(places, starts, strict=True), start=1):
                 self._file[place], self._line[place], self._start[place] = number, line, start
 

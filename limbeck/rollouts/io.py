@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from limbeck.runtime.files import whole_file
+from limbeck.runtime.files import whole_file, write_text
+from limbeck.runtime.hashing import sha256_of
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt, shared_ids
 
 _T = TypeVar("_T")
@@ -18,8 +19,25 @@ _FIELDS = tuple(f.name for f in fields(Response))
 
 def write_responses(path: Path, responses: Iterable[Response]) -> None:
     """Write the responses; the file appears only when it is whole."""
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+    with whole_file(path) as partial:
+        _write_lines(partial, responses)
+
+
+def write_batch(path: Path, responses: Iterable[Response]) -> None:
+    """Write the responses of a batch, which no record of a stage names yet; its checksum is beside it before it is."""
+    with whole_file(path) as partial:
+        _write_lines(partial, responses)
+        write_text(_checksum_of(path), f"{sha256_of(partial)}  {path.name}\n")
+
+
+def _write_lines(path: Path, responses: Iterable[Response]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(fields_of(r), ensure_ascii=False) + "\n" for r in responses)
+
+
+def _checksum_of(path: Path) -> Path:
+    """The file that holds the checksum of a batch, as sha256sum reads it."""
+    return path.with_name(f"{path.name}.sha256")
 
 
 def fields_of(response: Response) -> dict[str, Any]:
@@ -86,22 +104,28 @@ def read_batch(path: Path, count: int) -> list[Response]:
     """The responses of a batch.
 
     Raises:
-        LimbeckError: a damaged line, or another number of them.
+        LimbeckError: a damaged line, another number of them, or a file that is not what was written.
     """
     responses = read_responses(path)
-    require_count(path, len(responses), count)
+    require_batch(path, len(responses), count)
     return responses
 
 
-def require_count(path: Path, found: int, expected: int) -> None:
-    """Check the number of responses in the file of a batch.
+def require_batch(path: Path, found: int, expected: int) -> None:
+    """Check the number of responses in the file of a batch, and its checksum where it has one: older runs have none.
 
     Raises:
-        LimbeckError: it is another one.
+        LimbeckError: it holds another number of responses, or is not what was written.
     """
     if found != expected:
         raise LimbeckError(
             f"{path} is damaged (it holds {found} responses of {expected}); delete {path} and run the same command "
+            "again"
+        )
+    checksum = _checksum_of(path)
+    if checksum.exists() and checksum.read_bytes().split()[:1] != [sha256_of(path).encode()]:
+        raise LimbeckError(
+            f"{path} is damaged (its sha256 is not that in {checksum.name}); delete {path} and run the same command "
             "again"
         )
 

@@ -1,6 +1,7 @@
 """Rollout rounds: responses to the prompts, sampled anew during training and kept on disk.
 
     rounds/003/student/00000.jsonl ...         one file per batch of the sampler; whole or not there
+    rounds/003/student/00000.jsonl.sha256 ...  its checksum
     rounds/003/student/00000.safetensors ...   what the teacher says of it, until the next round begins
     rounds/003/student/round.json              the hashes of all, once the round is whole
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from limbeck.rollouts.io import read_batch, read_responses, write_responses
+from limbeck.rollouts.io import read_batch, read_responses, write_batch
 from limbeck.runtime.files import write_json
 from limbeck.runtime.hashing import sha256_of
 from limbeck.runtime.records import read_sealed, sealed
@@ -145,7 +146,7 @@ class Rounds:
             responses = in_round(batch.responses, number)
             if self.signal_cache is not None:
                 self.signal_cache.store(paths[batch.indices], responses, batch.hidden)
-            write_responses(paths[batch.indices], responses)
+            write_batch(paths[batch.indices], responses)
             written += len(responses)
             self.report(author, written, len(prompts))
             if self.world.ranks == 1 and self.should_stop():

@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     return "".join(ascii(c)[1:-1] if _commands(c) else c for c in text)
 
 
+def on_one_line(text: str) -> str:
+    """A printable text whose ends of lines are spelled out too, so that it cannot pass for a line of its own."""
+    return printable(text).replace("\n", "\\n")
+
+
 def _commands(c: str) -> bool:
     # Control characters, halves of a surrogate pair, ends of lines and paragraphs.
     if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"):

@@ -96,6 +96,35 @@ def test_a_recipe_sends_no_variable_to_a_host_that_nobody_here_has_named(
         assert not asked
 
 
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "PGPASSWORD", "SSH_PRIVATE_KEY", "HOME"])
+def test_what_is_no_api_key_by_its_name_goes_only_where_it_is_named_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to a host that another key may go to, and to no port of this machine: others may listen there."""
+    monkeypatch.setenv(name, SECRET)
+    for url, entry in (("http://127.0.0.1:9/v1", "127.0.0.1"), ("https://api.example/v1", "api.example")):
+        server = Server(base_url=url, api_key_env=name)
+        for allowed in ("", entry, f"OTHER_KEY@{entry}", f"{name}@evil.example", f"{name.lower()}@{entry}"):
+            monkeypatch.setenv(ALLOWED_HOSTS_VARIABLE, allowed)
+            with pytest.raises(LimbeckError, match=f"export {ALLOWED_HOSTS_VARIABLE}=NAME@{entry} with") as caught:
+                server.check_key()
+            assert name not in str(caught.value) and "\n" not in str(caught.value)
+        monkeypatch.setenv(ALLOWED_HOSTS_VARIABLE, f"other.example, {name}@{entry.upper()}/")
+        server.check_key()
+        with pytest.raises(LimbeckError, match=f"{ALLOWED_HOSTS_VARIABLE}=NAME@http://api.example"):
+            Server(base_url="http://api.example/v1", api_key_env=name).check_key()
+
+
+def test_a_variable_that_is_named_with_a_host_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_API_KEY", SECRET)
+    monkeypatch.setenv(ALLOWED_HOSTS_VARIABLE, "THE_API_KEY@api.example,other.example,THE_API_KEY@http://node7")
+    for url in ("https://api.example/v1", "http://node7:8000/v1"):
+        Server(base_url=url, api_key_env="THE_API_KEY").check_key()
+    for url in ("https://other.example/v1", "http://localhost:9/v1", "https://node7/v1"):
+        with pytest.raises(LimbeckError, match=f"{ALLOWED_HOSTS_VARIABLE}=NAME@"):
+            Server(base_url=url, api_key_env="THE_API_KEY").check_key()
+
+
 def test_a_key_goes_to_the_hosts_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_API_KEY", SECRET)
     for url in LOCAL:

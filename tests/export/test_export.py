@@ -17,16 +17,19 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader, GGUFWriter
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from limbeck import cli
 from limbeck import run as play
 from limbeck.export import checks, export_model, gguf_model
 from limbeck.export.cards import exported_card, front_matter
 from limbeck.export.gguf_tokens import Vocabulary
+from limbeck.export.modelfile import modelfile
 from limbeck.models.gguf_architectures import require_known
 from limbeck.models.loading import load_model
 from limbeck.types import LimbeckError
@@ -34,6 +37,11 @@ from tests.models.tiny import save_tiny
 from tests.tiny_pair import TinyPair, questions, write_model
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+# Of four frequencies one is as it was, two lie between, one is divided by the factor.
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 70,
+}
 
 
 def calm(folder: Path, scale: float = 0.15) -> Path:
@@ -160,7 +168,13 @@ def test_a_run_is_its_student_with_card_and_licence(
     card = ModelCard.load(tmp_path / "file/README.md")
     assert card.data["library_name"] == "gguf" and card.data["eval_results"]
     assert "llama-server -m run-F32.gguf" in card.text and "AutoModelForCausalLM" not in card.text
-    assert {path.name for path in (tmp_path / "file").iterdir()} == {"README.md", "LICENSE", "run-F32.gguf"}
+    assert {path.name for path in (tmp_path / "file").iterdir()} == {
+        "README.md",
+        "LICENSE",
+        "Modelfile",
+        "run-F32.gguf",
+    }
+    assert (tmp_path / "file/Modelfile").read_text("utf-8") == 'FROM ./run-F32.gguf\nPARAMETER stop "<|im_end|>"\n'
 
 
 class TestRefusals:
@@ -189,13 +203,14 @@ class TestRefusals:
         config = json.loads((models["llama"] / "config.json").read_text("utf-8"))
         for change, what in (
             ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope type linear"),
+            ({"model_type": "qwen3", "rope_parameters": LLAMA3, "head_dim": 128}, "qwen3 model has rope type llama3"),
             ({"attention_bias": True}, "biases"),
             ({"hidden_act": "gelu"}, "gelu activations"),
         ):
-            from transformers import LlamaConfig
+            from transformers import AutoConfig
 
             with pytest.raises(LimbeckError, match=what):
-                require_known(LlamaConfig(**(config | change)))
+                require_known(AutoConfig.for_model(**(config | change)))
 
     def test_tokenizers_that_gguf_cannot_say(self, models: dict[str, Path], tmp_path: Path) -> None:
         said = self.refused(save_tiny(tmp_path / "words"), tmp_path / "out", format="gguf")
@@ -260,6 +275,26 @@ def test_cards() -> None:
     assert "Said." not in again and again.count("## This export") == again.count("## Use") == 1
     bare = exported_card("", name="x\n# y", file=None, said="Said.")
     assert front_matter(bare)["library_name"] == "transformers" and "\n# x # y\n" in bare
+
+
+def test_a_modelfile_holds_no_instruction_of_a_stranger() -> None:
+    ends = ["<|end|>", "x\nADAPTER /etc/passwd", 'y" z', "\n", "", " ", "\x1b[2J"]
+    assert modelfile("m.gguf", adapter="m-lora.gguf", ends=ends) == (
+        'FROM ./m.gguf\nADAPTER ./m-lora.gguf\nPARAMETER stop "<|end|>"\n'
+    )
+
+
+def test_a_modelfile_stops_where_the_template_and_generation_do(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    for name, fields in (
+        ("tokenizer_config", {"eos_token": "<|endoftext|>"}),
+        ("generation_config", {"eos_token_id": [1]}),
+    ):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | fields), "utf-8")
+    export_model(str(folder), tmp_path / "out", format="gguf")
+    stops = (tmp_path / "out/Modelfile").read_text("utf-8").splitlines()[1:]
+    assert stops == [f'PARAMETER stop "{end}"' for end in ("<|endoftext|>", "<|im_end|>", "<|im_start|>")]
 
 
 BOMB = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join(9 * [f'*a{i - 1}'])}]}}\n" for i in range(1, 12))
@@ -332,3 +367,73 @@ def test_llama_cpp_reads_the_same_model(models: dict[str, Path], family: str, tm
             stop = expected.index(2) if 2 in expected else 12
             same += got[:stop] == expected[:stop]
     assert same == len(prompts)
+
+
+def with_rope(folder: Path, rope: dict[str, Any], window: int = 128) -> Path:
+    path = folder / "config.json"
+    told = json.loads(path.read_text("utf-8")) | {"rope_parameters": rope, "max_position_embeddings": window}
+    path.write_text(json.dumps(told), "utf-8")
+    return folder
+
+
+def scaled_and_not(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' own frequencies, with llama3's scaling and without."""
+    size = config.hidden_size // config.num_attention_heads
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    return scaled, 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2) / size)
+
+
+def test_the_rope_of_llama_3_comes_back_as_it_was(tmp_path: Path) -> None:
+    folder = with_rope(write_model(tmp_path / "model"), LLAMA3)
+    done = export_model(str(folder), tmp_path / "out", format="gguf")
+    assert done.difference == 0
+    (found,) = [tensor.data for tensor in GGUFReader(str(done.file)).tensors if tensor.name == "rope_freqs.weight"]
+    source, back = load_model(folder), load_model(done.file)
+    scaled, plain = scaled_and_not(source.model.config)
+    divided = torch.tensor(found)
+    assert divided.dtype == torch.float32 and divided[0] == 1 and divided[-1] == 8 and (divided[1:3] % 1 != 0).all()
+    torch.testing.assert_close(divided, plain / scaled, rtol=1e-6, atol=0)
+    assert back.model.config.rope_parameters == source.model.config.rope_parameters
+    ids = list(range(3, 103))
+    assert torch.equal(logits(back.model, ids), logits(source.model, ids))
+    again = export_model(str(done.file), tmp_path / "again")
+    assert load_model(again.file).model.config.rope_parameters == source.model.config.rope_parameters
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_rope_of_files_by_others(factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's own converter writes the divisors alone: Meta's settings are known, and others are refused."""
+    metas = LLAMA3 | {"rope_theta": 500_000.0, "factor": factor, "original_max_position_embeddings": 8192}
+    monkeypatch.setattr(GGUFWriter, "add_float64", lambda self, key, value: None)
+    folder = with_rope(write_model(tmp_path / "model", width=128), metas, window=16_384)
+    done = export_model(str(folder), tmp_path / "out", format="gguf")
+    assert done.difference == 0 and load_model(done.file).model.config.rope_parameters == metas
+    with pytest.raises(LimbeckError, match=r"in another way than Llama 3\.1 and later; use the safetensors"):
+        export_model(str(with_rope(folder, metas | {"high_freq_factor": 5.0})), tmp_path / "odd", format="gguf")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp comes with xllamacpp: extra dev")
+def test_llama_cpp_has_the_rope_of_llama_3(tmp_path: Path) -> None:
+    folder = with_rope(write_model(tmp_path / "model"), LLAMA3)
+    source: Any = load_model(folder)
+    done = export_model(str(folder), tmp_path / "out", format="gguf")
+    every = source.tokenizer(" ".join(questions()))["input_ids"]
+    prompts = [every[start : start + 100] for start in (0, 30, 60)]
+    assert min(map(len, prompts)) > LLAMA3["original_max_position_embeddings"]
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+
+    def answers(model: Any) -> list[list[int]]:
+        return [model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist() for ids in prompts]
+
+    expected = answers(source.model)
+    unscaled = with_rope(folder, {"rope_type": "default", "rope_theta": 100.0})
+    assert answers(load_model(unscaled).model) != expected, "the scaling would not be seen"
+    compared = 0
+    with llama_cpp(done.file) as ask:
+        for ids, wanted in zip(prompts, expected, strict=True):
+            body = {"n_predict": 12, "temperature": 0.0, "return_tokens": True, "ignore_eos": False}
+            got = ask("completion", prompt=ids, **body)["tokens"]
+            stop = wanted.index(2) if 2 in wanted else 12
+            assert got[:stop] == wanted[:stop]
+            compared += stop
+    assert compared > 12

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from limbeck.export import export_model
+from limbeck.models.loading import load_model, load_tokenizer
+from limbeck.models.sources import resolve
+from limbeck.models.vocabulary import describe_vocabulary
 from limbeck.types import LimbeckError
 from tests.tiny_pair import write_model
 
@@ -58,6 +61,57 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     assert not [path for path in done.folder.rglob("*") if b"PRIVATE KEY" in path.read_bytes()]
     assert (done.folder / "COPYING").read_text("utf-8") == "Do what is right.", "a link within the folder is its own"
     assert not (done.folder / "LICENSE").exists()
+
+
+CARRIED = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "vocab.txt", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_text_that_a_student_would_carry_on_is_no_link_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    """Not of a model, nor of a run's student, of an adapter or of a GGUF file that lies beside it."""
+    folder, key = write_model(tmp_path / "run/student"), tmp_path / "id_rsa"
+    gguf = export_model(str(folder), tmp_path / "file", format="gguf").file
+    key.write_text("-----BEGIN PRIVATE KEY-----", "utf-8")
+    (tmp_path / "run/recipe.resolved.yaml").write_text("name: run\n", "utf-8")
+    own = adapter(tmp_path / "adapter", write_model(tmp_path / "base"))
+    places = {folder: (folder, tmp_path / "run"), own: (own,)}
+    if name != "vocab.txt":
+        places[gguf.parent] = (gguf,)
+    for place, sources in places.items():
+        path = place / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(key)
+        for source in sources:
+            said = refused(source, tmp_path / "out")
+            assert f"{name} is a link to {key}, outside of the model's folder" in said and "\n" not in said
+
+
+def test_no_run_begins_from_a_model_that_links_out_of_its_folder(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    (tmp_path / "id_rsa").write_text("-----BEGIN PRIVATE KEY-----", "utf-8")
+    (folder / "additional_chat_templates").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "tool_use.jinja").write_text("theirs", "utf-8")
+    for door in (resolve, load_model, load_tokenizer, describe_vocabulary):
+        with pytest.raises(LimbeckError, match="outside of the model's folder"):
+            door(folder)
+
+
+def test_links_that_belong_to_a_model(tmp_path: Path) -> None:
+    """Within the folder, from a snapshot of the hub's cache to its blobs, and of weights that lie elsewhere."""
+    blobs = tmp_path / "models--owner--name/blobs"
+    folder = write_model(tmp_path / "models--owner--name/snapshots/0123abcd")
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+    assert export_model(str(folder), tmp_path / "out").difference == 0
+    plain = write_model(tmp_path / "plain")
+    (plain / "chat_template.jinja").rename(plain / "chatml.jinja")
+    (plain / "chat_template.jinja").symlink_to("chatml.jinja")
+    (plain / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (plain / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    assert load_model(plain).tokenizer.chat_template
 
 
 def test_an_adapter_with_a_tokenizer_of_its_own(base: Path, tmp_path: Path) -> None:

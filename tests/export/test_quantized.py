@@ -133,6 +133,8 @@ def test_llama_cpp_computes_what_was_trained(pair: TinyPair, straight: Path, tmp
 def test_adapters_ship_beside_their_blocks(pair: TinyPair, adapted: Path, tmp_path: Path) -> None:
     done = export_model(str(adapted), tmp_path / "out", format="gguf")
     assert done.adapter is not None and done.adapter.name == "adapted-Q4_0-lora.gguf"
+    said = (done.folder / "Modelfile").read_text("utf-8").splitlines()
+    assert said[:2] == ["FROM ./adapted-Q4_0.gguf", "ADAPTER ./adapted-Q4_0-lora.gguf"]
     assert f"with its adapters in {done.adapter.name}" in done.said
     # The base is the teacher, quantised; what was learned is in the adapters alone.
     base, teacher = load_model(done.file).model.state_dict(), load_model(pair.teacher).model.state_dict()

@@ -1,6 +1,7 @@
 """Pairs: same tokens, same tokens with padded heads, and different ones; by name without weights, or loaded."""
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 
@@ -131,3 +132,20 @@ def test_the_rendered_report(teacher: Path, tmp_path: Path, terminal: bool) -> N
     assert "Can be distilled? not as it is: different tokens. With teacher.across" in plain
     assert "7 is 'w4' / 'w6'" in plain
     assert "48 (8 padding)" in plain
+
+
+def test_what_a_strangers_model_says_reaches_no_terminal_as_a_command(teacher: Path) -> None:
+    report = doctor(str(teacher), str(teacher))
+    odd = dataclasses.replace(
+        report.student,
+        architecture="A\x1b[2J",
+        dtype="F\x9b1m",
+        roles=report.student.roles | {"eos_token": ("e\n\x07", 1)},
+    )
+    told = dataclasses.replace(report, student=odd, vocabulary=compare_vocabularies(report.teacher, odd))
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(doctor_table(told, ["their template\x1b]0;owned\x07"]))
+    said = shown.getvalue()
+    assert not set("\x1b\x9b\x07") & set(said)
+    for part in (r"A\x1b[2J", r"F\x9b1m", r"e\n\x07 (1)", r"template\x1b]0;owned\x07"):
+        assert part in said

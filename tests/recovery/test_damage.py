@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.limbeck_command import CommandServer
+from tests.limbeck_command import CommandServer, KillAt
 from tests.recovery.conftest import Reference
 from tests.tiny_pair import TinyPair, write_model
 
@@ -79,6 +80,22 @@ def test_damaged_before_the_training(
     shutil.rmtree(run / "superseded", ignore_errors=True)
     reference.check(run)
     assert "since it was written" not in limbeck.run("run", run).stderr
+
+
+def test_a_batch_that_was_changed_before_its_stage_ended(
+    limbeck: CommandServer, reference: Reference, tiny: TinyPair, tmp_path: Path
+) -> None:
+    """No record of the stage says yet what it was: its checksum does."""
+    run, name = tmp_path / "run", "responses/teacher.jsonl"
+    recipe = tiny.recipe(run)
+    assert limbeck.run("run", recipe, killed=KillAt(run, name, 0)).code == -signal.SIGKILL
+    path = run / "responses/batches/00001.jsonl"
+    one_digit(path)
+    refused = limbeck.run("run", recipe)
+    assert refused.code == 2 and f"{path} is damaged" in refused.error_line and f"delete {path}" in refused.error_line
+    path.unlink()
+    assert limbeck.run("run", recipe).code == 0
+    reference.check(run)
 
 
 AFTER = (

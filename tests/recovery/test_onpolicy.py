@@ -89,7 +89,7 @@ def test_killed_over_and_over_while_rounds_are_written(
     recipe, sampled = tiny.recipe(run, **PAIRS), Sampled(run)
     codes = [-signal.SIGKILL]
     while codes[-1] != 0:
-        finished = limbeck.run("run", recipe, killed=KillAt(run, "rounds/*", writes=19))
+        finished = limbeck.run("run", recipe, killed=KillAt(run, "rounds/*", writes=31))
         sampled.look()
         assert finished.code in (-signal.SIGKILL, 0), finished.stderr
         codes.append(finished.code)

@@ -142,6 +142,18 @@ def test_a_student_of_its_own_kind(tmp_path):
     assert "base_model" not in card.data.to_dict() and "fresh weights" in card.text
 
 
+def test_ends_and_options_of_a_strangers_model_stay_code(tmp_path):
+    run = write_run(tmp_path / "run", steps=30)
+    path = run / "student" / "student.json"
+    said = {"template": "chat", "ends": ["<|im_end|>", "`<img src=x>`\n# Mine"], "chat_options": {"a`b": "`[x](y)\n`|"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    text = read(write_card(run)).text
+    assert r"ends an answer with `<|im_end|>` or `'<img src=x>'\n# Mine`, where `generate` stops" in text
+    assert r"with `a'b=''[x](y)\n'|'`, and" in text
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_options": "odd"}))
+    assert "`tokenizer.apply_chat_template`), and ends" in read(write_card(run)).text
+
+
 def test_weights_in_few_bits_are_named(tmp_path):
     run = write_run(tmp_path / "run", steps=30)
     path = run / "student" / "student.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.rollouts.batches import BatchedResponses
-from limbeck.rollouts.io import write_responses
+from limbeck.rollouts.io import read_batch, write_batch
 from limbeck.types import LimbeckError, Response
 
 
@@ -29,7 +29,7 @@ def written(folder: Path, count: int, ids: int = 3) -> dict[Path, list[int]]:
     random.Random(0).shuffle(places)
     batches = {folder / f"{start:05d}.jsonl": places[start : start + 7] for start in range(0, count, 7)}
     for path, some in batches.items():
-        write_responses(path, [response(place, ids) for place in some])
+        write_batch(path, [response(place, ids) for place in some])
     return batches
 
 
@@ -54,9 +54,35 @@ def test_a_file_with_another_number_of_them_is_refused_at_once(tmp_path: Path) -
         BatchedResponses(batches)
 
 
+def test_a_digit_that_was_changed_is_noticed(tmp_path: Path) -> None:
+    batches = written(tmp_path, 14)
+    path, places = list(batches.items())[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"[5, ", b"[6, ", 1))
+    for read in (lambda: BatchedResponses(batches), lambda: read_batch(path, len(places))):
+        with pytest.raises(LimbeckError) as caught:
+            read()
+        assert str(caught.value) == (
+            f"{path} is damaged (its sha256 is not that in 00007.jsonl.sha256); delete {path} and run the same command "
+            "again"
+        )
+    path.unlink()
+    write_batch(path, [response(place) for place in places])
+    assert path.read_bytes() == whole and read_batch(path, len(places)) and len(BatchedResponses(batches)) == 14
+
+
+def test_batches_of_older_runs_have_no_checksums(tmp_path: Path) -> None:
+    batches = written(tmp_path, 14)
+    for path in batches:
+        assert path.with_name(f"{path.name}.sha256").read_text().split()[1] == path.name
+        path.with_name(f"{path.name}.sha256").unlink()
+    assert list(BatchedResponses(batches)) == [response(number) for number in range(14)]
+
+
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     batches = written(tmp_path, 14)
     path, places = next(iter(batches.items()))
+    path.with_name(f"{path.name}.sha256").unlink()
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], b'{"prompt_id": 1}\n', *lines[4:]]))
     responses = BatchedResponses(batches)

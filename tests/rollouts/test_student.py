@@ -158,6 +158,24 @@ def test_a_round_that_was_stopped_continues_with_the_next_batch(tmp_path):
     assert steps == played(own_of(FakeSampler(), tmp_path / "other", refresh=None), range(3), TOTAL)
 
 
+def test_a_batch_that_was_changed_before_the_round_was_whole_is_not_trained_on(tmp_path):
+    told = []
+    stopping = own_of(
+        FakeSampler(), tmp_path, refresh=None, should_stop=lambda: told, report=lambda *what: told.append(what)
+    )
+    with pytest.raises(Interrupted):
+        played(stopping, range(1), TOTAL)
+    path = next(tmp_path.rglob("00000.jsonl"))
+    whole = path.read_text()
+    at = whole.index("response_ids") + len('response_ids": [')
+    path.write_text(f"{whole[:at]}{(int(whole[at]) + 1) % 10}{whole[at + 1 :]}")
+    with pytest.raises(LimbeckError, match=rf"{path} is damaged \(its sha256 .*; delete {path} and run the same"):
+        played(own_of(FakeSampler(), tmp_path, refresh=None), range(3), TOTAL)
+    path.unlink()
+    played(own_of(FakeSampler(), tmp_path, refresh=None), range(3), TOTAL)
+    assert path.read_text() == whole
+
+
 @pytest.mark.parametrize("refresh", [1, 2, None])
 def test_ranks_share_the_writing_and_end_with_the_same_responses(tmp_path, refresh):
     ranks, samplers = 3, [FakeSampler(batch_size=2) for _ in range(3)]

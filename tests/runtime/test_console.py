@@ -14,7 +14,15 @@ from contextlib import contextmanager
 import pytest
 
 from limbeck.runtime import console
-from limbeck.runtime.console import PlainConsole, QuietConsole, RichConsole, default_console, format_seconds, printable
+from limbeck.runtime.console import (
+    PlainConsole,
+    QuietConsole,
+    RichConsole,
+    default_console,
+    format_seconds,
+    on_one_line,
+    printable,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,10 @@ def test_what_a_terminal_would_obey_is_spelled_out(capsys: pytest.CaptureFixture
     said = capsys.readouterr().err
     assert said.count(r"a\x1b[2J\x07\x9b1m\r\u2028\u202eb\ud800") == 4
     assert not set("\x1b\x07\x9b\r\u2028\u202e") & set(said)
+
+
+def test_what_must_stay_on_its_line_has_no_end_of_line() -> None:
+    assert on_one_line("a\nwarning: b\x1b[2J") == r"a\nwarning: b\x1b[2J"
 
 
 def test_a_long_line_loses_its_middle() -> None:

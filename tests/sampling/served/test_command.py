@@ -142,7 +142,10 @@ def test_prompts_are_read_without_asking_the_server(
         env = {"AWS_SECRET_ACCESS_KEY": "aws-very-secret"}
         assert limbeck.run("prompts", path, env=env).code == 0 and not asked
         away = limbeck.run("respond", path, "responses.server.base_url=http://evil.example/v1", env=env)
-        assert "trust the recipe and that host with it, export LIMBECK_ALLOW_KEY_TO=http://evil" in away.error_line
+        assert "trust the recipe and that host with it, export LIMBECK_ALLOW_KEY_TO=NAME@http://evil" in away.error_line
+        here = limbeck.run("respond", path, env=env)
+        assert "whose name is none of an API key (..._KEY), to 127.0.0.1; where" in here.error_line and not asked
+        env["LIMBECK_ALLOW_KEY_TO"] = "AWS_SECRET_ACCESS_KEY@127.0.0.1"
         assert "LIMBECK_ALLOW_KEY_TO" not in limbeck.run("respond", path, env=env).error_line
         assert asked and "Bearer aws-very-secret" in asked[0]
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from limbeck.pipeline.store_verbs import store as verbs
 from limbeck.rollouts.collate import collate
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.store.addresses import address_of, addresses_of
@@ -257,3 +259,12 @@ def text_place(shard: Path) -> tuple[int, int]:
     length = int.from_bytes(data[:8], "little")
     first, end = json.loads(data[8 : 8 + length])["text.ids"]["data_offsets"]
     return 8 + length + first, 8 + length + end
+
+
+def test_what_a_strangers_store_says_reaches_no_terminal_as_a_command(tmp_path: Path) -> None:
+    known = manifest()
+    odd = replace(known.teacher, name="tiny\x1b[2J\nbytes 7", dtype="float32\x9b1m")
+    make(tmp_path / "store", texts(6), identity=replace(known, teacher=odd, template={"na\x07me": "ch\u202eat"}))
+    end = CliRunner().invoke(verbs, ["inspect", str(tmp_path / "store")])
+    assert end.exit_code == 0 and not set("\x1b\x9b\x07\u202e") & set(end.output)
+    assert r"tiny\x1b[2J\nbytes 7" in end.output and r"na\x07me=ch\u202eat" in end.output
