@@ -170,12 +170,7 @@ def training_run(
     if sharding.is_asked(settings):
         sharding.shard(student, accelerator, bf16=settings.bf16)
     if settings.packing:
-        short, long = (
-            Response(prompt_id="", author="data", prompt_ids=(1, 2), response_ids=(3,) * length, stop="length")
-            for length in (3, 6)
-        )
-        rows = collate([long, short], (0, 1), pad_id=pad_id)
-        sharding.in_root(student, require_rows_apart, student, rows.to(next(student.parameters()).device))
+        _check_rows_apart(student, pad_id)
     step_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     response_source = author(
         SourceContext(
@@ -187,11 +182,7 @@ def training_run(
     )
     if response_source.wants_validation and not heldout:
         raise LimbeckError("the author asks for the held-out loss and got no held-out responses; expected at least one")
-    if loss_plan.rule is not None and loss_plan.rule.pairs and settings.per_device_train_batch_size % 2:
-        raise LimbeckError(
-            f"train.per_device_train_batch_size is {settings.per_device_train_batch_size} and the rule "
-            f"{loss_plan.rule.name} compares pairs side by side; expected an even number"
-        )
+    _check_pairs_together(loss_plan, settings)
     total = schedules.total_steps(settings, response_source.steps_per_epoch)
     student.train()
     projection_ED = None
@@ -245,3 +236,22 @@ def training_run(
             watched=frozenset(nsmallest(EXAMPLES, response_source.prompts)) if loss_plan.authored else frozenset(),
         ),
     )
+
+
+def _check_rows_apart(student: nn.Module, pad_id: int) -> None:
+    """Check, on two rows, that a student that reads rows one after another keeps them apart."""
+    short, long = (
+        Response(prompt_id="", author="data", prompt_ids=(1, 2), response_ids=(3,) * length, stop="length")
+        for length in (3, 6)
+    )
+    rows = collate([long, short], (0, 1), pad_id=pad_id)
+    sharding.in_root(student, require_rows_apart, student, rows.to(next(student.parameters()).device))
+
+
+def _check_pairs_together(loss_plan: LossPlan, settings: TrainSection) -> None:
+    """Check that no micro-batch cuts two responses apart that a rule compares."""
+    if loss_plan.rule is not None and loss_plan.rule.pairs and settings.per_device_train_batch_size % 2:
+        raise LimbeckError(
+            f"train.per_device_train_batch_size is {settings.per_device_train_batch_size} and the rule "
+            f"{loss_plan.rule.name} compares pairs side by side; expected an even number"
+        )
