@@ -38,7 +38,7 @@ ANEW = {
 }
 COSINE = {"train.lr_scheduler_type": "cosine", "train.warmup_ratio": 0.1}
 FROM_TABLE_2 = {**SKEWS, **ALPHA, **SAWTOOTH, **SAMPLED, **ANEW, **COSINE, **LORA, **NO_DROPOUT}
-SAID: dict[str, dict[str, dict[str, object]]] = {
+SAID: dict[str, dict[str, dict[str, Any]]] = {
     "papers/csd-table1": {
         "CSD with student weights on both sides": {"objective.name": "csd", "objective.temperature": 1.0},
         "on the data's answers, no first stage": {"responses.source.name": "data", "sft": None},
