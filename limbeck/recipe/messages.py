@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from limbeck.recipe.foreign import said_here
 from limbeck.types import short_repr
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ def _lower(message: str) -> str:
 
 
 def suggestion(key: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' where a known key is close, else nothing."""
+    """'; did you mean X?' where a known key is close, what is set here for a key of another tool, else nothing."""
+    if here := said_here(key):
+        return f"; what other tools call {key.rpartition('.')[2]} is {here} here"
     # A bare name belongs to the training proper rather than to a stage before it.
     known = [name for name in known if not name.startswith("sft.") or key.startswith("sft")]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

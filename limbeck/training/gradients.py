@@ -21,7 +21,7 @@ from limbeck.training.corpus import Corpus
 from limbeck.training.loss import StepSettings, StudentLoss
 from limbeck.training.micro_batches import HostBatch, MicroBatches, Place, Read
 from limbeck.training.percentile import StreamingPercentile
-from limbeck.training.step_measures import StepParts, whitened, with_median
+from limbeck.training.step_measures import ScoredBatches, whitened, with_median
 from limbeck.types import Response, Signal, TokenBatch
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class GradientPasses:
         rule, parts = self.module.loss_plan.rule, len(micros) * self.accelerator.num_processes
         return (rule is not None and rule.whiten) or (step_settings.temperature.adapt is not None and parts > 1)
 
-    def _looked(self, step_settings: StepSettings, seen: StepParts) -> StepSettings:
+    def _looked(self, step_settings: StepSettings, seen: ScoredBatches) -> StepSettings:
         """The settings with what is known of all tokens of a step."""
         rule = self.module.loss_plan.rule
         if rule is not None and rule.whiten:

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 # Of a step whose advantages are all the same.
 SMALLEST_VARIANCE = 1e-8
 # The micro-batches of a rank with the teacher's signals, and whether their tokens count.
-StepParts = Iterable[tuple["TokenBatch", "Signal", bool]]
+ScoredBatches = Iterable[tuple["TokenBatch", "Signal", bool]]
 
 
 def whitened(
-    step_settings: StepSettings, seen: StepParts, *, accelerator: Accelerator, model: nn.Module
+    step_settings: StepSettings, seen: ScoredBatches, *, accelerator: Accelerator, model: nn.Module
 ) -> StepSettings:
     """The settings with the mean and the standard deviation of a rule's values.
 
@@ -47,7 +47,7 @@ def whitened(
     return replace(step_settings, whitening=(mean, (variance + SMALLEST_VARIANCE) ** 0.5))
 
 
-def with_median(step_settings: StepSettings, seen: StepParts, *, model: nn.Module) -> StepSettings:
+def with_median(step_settings: StepSettings, seen: ScoredBatches, *, model: nn.Module) -> StepSettings:
     """The settings with the median difficulty of a token, for a temperature that adapts to it.
 
     Args:
@@ -62,7 +62,7 @@ def with_median(step_settings: StepSettings, seen: StepParts, *, model: nn.Modul
 
 
 @torch.no_grad()
-def _looked(look: Look, step_settings: StepSettings, seen: StepParts, model: nn.Module) -> list[Tensor]:
+def _looked(look: Look, step_settings: StepSettings, seen: ScoredBatches, model: nn.Module) -> list[Tensor]:
     """The values (N,) of the micro-batches whose tokens count; every rank passes through all of its own."""
     training, looking = model.training, replace(step_settings, look=look)
     model.eval()
