@@ -46,8 +46,8 @@ def tree_of(tiny: TinyPair, output: Path, where: str, sections: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("where", "sections", "parts"),
     [
-        ("uniform", {"responses": {"source": "teacher"}}, ("responses.source=teacher", "weights", "source=data")),
-        ("uniform", {"responses": {"source": "speculative"}}, ("weights", "responses.source")),
+        ("uniform", {"responses": {"source": "teacher"}}, ("responses.source=teacher", "answers", "source=data")),
+        ("uniform", {"responses": {"source": "speculative"}}, ("answers", "responses.source")),
         ("uniform", {"student": {"init": "depth_prune", "layers": 2}}, ("student.init=depth_prune", "student.model")),
         ("uniform", {"evaluate": {"groups": ["rouge"]}}, ("evaluate.groups.rouge", "against=[references]")),
         ("uniform", {"evaluate": {"groups": ["cost"]}}, ("evaluate.groups.cost", "leave it out")),
