@@ -98,6 +98,11 @@ PUSHED = "contrast.student={name: srkl}"
             (*STUDENT, "objective.name=policy_gradient", "contrast.rule={name: minillm}", "responses.temperature=0.8"),
             ("contrast.rule=minillm", "temperature is 0.8"),
         ),
+        ((*STUDENT, "objective.name=opd", "objective.temperature=2"), ("opd is", "set objective.temperature=1")),
+        (
+            (*STUDENT, "objective={name: sum, parts: [rkl, opd]}", "objective.temperature_adapt=0.5"),
+            ("opd is", "remove objective.temperature_adapt"),
+        ),
         # ... and of the current student, unless its tokens are weighed.
         (
             (*STUDENT, "objective.name=opd", "responses.source.refresh=epoch"),
