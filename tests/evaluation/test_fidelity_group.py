@@ -143,4 +143,4 @@ def test_references_are_a_need_where_they_are_asked_for(pair: TinyPair, tmp_path
     evaluate = limbeck.load(pair.tree(tmp_path / "run")).evaluate
     assert evaluate.groups["fidelity"].needs() == {"teacher", "tokens"}
     asked = limbeck.load(pair.tree(tmp_path / "run"), "evaluate.groups.fidelity.whose=[teacher,references]").evaluate
-    assert asked.groups["fidelity"].needs() == {"teacher", "teacher_weights", "tokens", "prompts", "references"}
+    assert asked.groups["fidelity"].needs() == {"teacher", "teacher_answers", "tokens", "prompts", "references"}
