@@ -168,7 +168,7 @@ def test_a_pass_that_was_cut_off_asks_for_the_rest(served: Served, tmp_path: Pat
         ({"teacher": {"support": "full"}}, ("teacher.support=full", "likeliest tokens", "teacher.support=topk_tail")),
         ({"objective": {"temperature": 2.0}}, ("fkl is impossible", "temperature 1 alone", "objective.temperature=1")),
         ({"objective": {"name": "dld", "temperature": 1.0}}, ("dld is impossible", "whole distribution")),
-        ({"responses": {"source": "teacher"}}, ("responses.source=teacher", "weights", "source=data")),
+        ({"responses": {"source": "teacher"}}, ("responses.source=teacher", "answers", "source=data")),
         ({"evaluate": {"groups": {"fidelity": {"whose": ["teacher"]}}}}, ("evaluate.groups.fidelity", "leave it out")),
     ],
 )
