@@ -303,7 +303,7 @@ def _token_prompts(
     """The prompts in tokens, on disk, and the ids of those that are too long."""
     check, options = length_check(context, context.recipe.responses.max_new_tokens), text_options(context, tokenizer)
     lots = (fit_of_lot(context, lot, tokenizer, template, options, check) for lot in lots_of(prompts))
-    kept = scratch_table(context.run.responses, chain.from_iterable(lots))
+    kept = scratch_table(context.run.root, chain.from_iterable(lots))
     check.finish()
     say_dropped(context, len(check.dropped), check.limit)
     return kept, check.dropped
