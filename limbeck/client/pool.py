@@ -7,12 +7,32 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from limbeck.client.openai import Refusal, Server
+from limbeck.client.openai import Refusal, Server, ServerOptions
 from limbeck.types import Json, LimbeckError
 
 R = TypeVar("R")
 # Path and bodies of requests to one server.
 Requests = tuple[str, Sequence[Json]]
+
+
+def servers_at(
+    addresses: str | tuple[str, ...], options: ServerOptions, section: str, served: str
+) -> tuple[Server, ...]:
+    """The servers of a section of a recipe, not asked anything yet.
+
+    Args:
+        addresses: one, or several of servers with the same model.
+        served: what they serve, for messages ("the teacher").
+
+    Raises:
+        LimbeckError: no address, one twice, or one that is none.
+    """
+    each = (addresses,) if isinstance(addresses, str) else addresses
+    if not each:
+        raise LimbeckError(f"{section}.base_url is empty; give the address of a server that serves {served}")
+    if len(set(each)) < len(each):
+        raise LimbeckError(f"{section}.base_url names a server twice; name each once")
+    return tuple(Server.at(address, options, section) for address in each)
 
 
 @dataclass(kw_only=True)

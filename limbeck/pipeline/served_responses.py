@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from limbeck.client.openai import Server
+from limbeck.client.pool import ServerPool, servers_at
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.served_log import ServedLog
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def check_server(context: RunContext) -> None:
-    """Check that the server is up and has the model.
+    """Check that a server is up, and that those which are have the model.
 
     Raises:
-        LimbeckError: it is not, or has it not.
+        LimbeckError: none is, or one has it not.
     """
     section = context.recipe.responses.server
     if section is None:
@@ -44,7 +45,9 @@ def check_server(context: RunContext) -> None:
             f"responses.server.api=chat has the server write its chat template, but prompts.template is "
             f"{context.recipe.prompts.template}; use api=completions or template chat"
         )
-    _server(section).hurried.model(section.model)
+    _name_of_model(
+        section, ServerPool(servers=[server.hurried for server in _servers(section)], warn=context.console.warn)
+    )
 
 
 def ask_server(
@@ -102,8 +105,31 @@ def round_sampler(context: RunContext, template: TemplateName) -> InBatches:
     )
 
 
-def _server(section: ServerSection) -> Server:
-    return Server.at(section.base_url, section, "responses.server")
+def _servers(section: ServerSection) -> tuple[Server, ...]:
+    return servers_at(section.base_url, section, "responses.server", "the teacher")
+
+
+def _name_of_model(section: ServerSection, pool: ServerPool) -> str:
+    """The servers' name of the teacher; those that are down are left out of the pool.
+
+    Raises:
+        LimbeckError: none is up, one has it not, or each has one of another name.
+    """
+    names: dict[str, str] = {}
+    for server in pool.servers:
+        try:
+            server.get("/models")
+        except LimbeckError as error:
+            pool.leave_out(server, error)
+        else:
+            names.setdefault(server.model(section.model), server.root)
+    if len(names) > 1:
+        offered = ", ".join(f"{root} has {name!r}" for name, root in names.items())
+        raise LimbeckError(
+            f"the servers of responses.server.base_url have unlike models ({offered}); serve the teacher by one name, "
+            "or give that which all have with responses.server.model"
+        )
+    return next(iter(names))
 
 
 def _sampler(
@@ -113,7 +139,8 @@ def _sampler(
     prompts: Iterable[Prompt],
     template: TemplateName,
 ) -> ServedSampler:
-    server, options = _server(section), context.recipe.prompts.chat_options
+    options = context.recipe.prompts.chat_options
+    pool = ServerPool(servers=_servers(section), warn=context.console.warn)
     ends = end_token_ids(tokenizer, template, options)
     if not ends:
         raise LimbeckError(
@@ -128,8 +155,8 @@ def _sampler(
     plain = template == "chat" and tooled is None
     turns: dict[str, Any] = {prompt.id: turns_of(prompt) for prompt in prompts} if plain else {}
     return ServedSampler(
-        server=server,
-        model=server.model(section.model),
+        pool=pool,
+        model=_name_of_model(section, pool),
         tokenizer=tokenizer,
         eos_token_ids=ends,
         # Where the chat template ends its turns with a token of its own, that one ends an answer.

@@ -32,18 +32,20 @@ CACHE_GIB = 2.0
 
 @dataclass(config=STRICT, kw_only=True)
 class ServerSection:
-    base_url: Annotated[str, NEUTRAL]
-    """Of an OpenAI-compatible server, such as http://localhost:8000/v1."""
+    base_url: Annotated[str | tuple[str, ...], NEUTRAL]
+    """Of an OpenAI-compatible server, such as http://localhost:8000/v1; several with the same model share the
+    prompts."""
     model: str | None = None
     """The server's name of the teacher; null takes the only model it offers."""
     api: Literal["auto", "completions", "chat"] = "auto"
     """Which of its two endpoints to use; auto takes the one that keeps tokens exact, where the server has it."""
     concurrency: Annotated[Count, NEUTRAL] = 8
-    """Prompts asked at a time."""
+    """Prompts asked at a time, of each server."""
     timeout_s: Annotated[Positive, NEUTRAL] = 120.0
     """Seconds for one whole answer."""
     retries: Annotated[int, Field(ge=0), NEUTRAL] = 5
-    """Further tries when the server is out of reach, full or too slow."""
+    """Further tries when the server is out of reach, full or too slow; of several it is then left out, and the others
+    do its work."""
     api_key_env: Annotated[str | None, NEUTRAL] = None
     """Name of the environment variable that holds the key; never the key itself."""
 

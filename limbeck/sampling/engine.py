@@ -7,7 +7,6 @@ server. A server that failed so is asked nothing until it has taken weights agai
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ class EngineSampler:
 
     Attributes:
         pool: the servers, which share the prompts.
-        sampler: how one of them is asked; its own server and model stand for each.
+        sampler: how one of them is asked and its answer read; the model it names is not.
         model: the servers' name of the student; None is the only one that each offers.
         version: of the weights that answers must be by.
     """
@@ -42,7 +41,6 @@ class EngineSampler:
     model: str | None = None
     version: str = ""
     _models: dict[str, str] = field(default_factory=dict)
-    _reading: threading.Lock = field(default_factory=threading.Lock)
 
     def model_of(self, server: Server) -> str:
         """The name of the student at a server, which is asked once."""
@@ -115,9 +113,7 @@ class EngineSampler:
                 f"{prompt_name(prompt)}: {server.root} declines ({reply}); start the server with a longer "
                 "--max-model-len, or shorten or drop the prompt"
             )
-        # A tokenizer serves one thread at a time.
-        with self._reading:
-            return self.sampler.read(index, prompt, reply, _DIALECT, sampling)
+        return self.sampler.read(index, prompt, reply, _DIALECT, sampling, server)
 
     def _with_these_weights(self, server: Server, body: Json) -> Json | Refusal:
         """A server's answer, by the version of its weights that is wanted.

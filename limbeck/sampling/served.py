@@ -1,4 +1,4 @@
-"""The sampler that asks an OpenAI-compatible server, with exact token ids where the server gives them."""
+"""The sampler that asks OpenAI-compatible servers, with exact token ids where they give them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.client.concurrency import concurrently
 from limbeck.client.openai import Refusal, Server
+from limbeck.client.pool import ServerPool
 from limbeck.sampling.batching import check_prompts
 from limbeck.sampling.decoding import row_seed
 from limbeck.sampling.local import SamplingProgress
 from limbeck.sampling.server_choices import prompt_name
 from limbeck.sampling.server_dialects import Api, CompletionRequest, Dialect, dialects
 from limbeck.sampling.server_replies import Reading, ReplyReader
-from limbeck.types import Author, LimbeckError, Response, Sampling, TokenPrompt, as_asked
+from limbeck.types import Author, Json, LimbeckError, Response, Sampling, TokenPrompt, as_asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,27 +45,55 @@ class Served:
     prompt_differs: bool
 
 
+@dataclass
+class _Way:
+    """How a server is asked, or why it cannot be; found by the first prompt that it gets, while others wait."""
+
+    known: Dialect | LimbeckError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def found(self, agree: Callable[[], tuple[Dialect, Json]]) -> tuple[Dialect, Json | None]:
+        """The dialect, and the answer by which it was found, if that was now.
+
+        Raises:
+            LimbeckError: what `agree` raised when it was tried.
+        """
+        with self.lock:
+            if isinstance(self.known, LimbeckError):
+                raise self.known
+            if self.known is not None:
+                return self.known, None
+            try:
+                self.known, reply = agree()
+            except LimbeckError as error:
+                self.known = error
+                raise
+            return self.known, reply
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServedSampler:
-    """Samples from a server (`limbeck.types.Sampler`).
+    """Samples from servers of one model (`limbeck.types.Sampler`).
 
     A response depends on the server's model and settings, the prompt and the `Sampling`; its seed is a function of
-    `Sampling.seed`, author and prompt id, so that it does not depend on what is asked beside it, as far as the server
-    keeps to seeds.
+    `Sampling.seed`, author and prompt id, so that it does not depend on what is asked beside it, nor on which server is
+    asked, as far as servers keep to seeds.
 
     Attributes:
-        model: the server's name of the model.
+        pool: the servers, which share the prompts.
+        model: the servers' name of the model.
         eos_token_ids: any of them ends a response and stays in its ids.
         end_id: the one that is put at the end where the server left it out.
         vocab_size: number of real token ids.
         api: "auto" takes the most exact way the server knows.
         turns: the conversation of each prompt by its id, for chat completions; without them only completions are used.
         chat_options: variables of the chat template.
+        concurrency: prompts asked at a time, of each server.
         keep_logp: keep the log-probability at temperature 1 of each id in `Response.logp`, as the server says it.
         on_progress: called after every response.
     """
 
-    server: Server
+    pool: ServerPool
     model: str
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
@@ -77,6 +106,8 @@ class ServedSampler:
     chat_options: Mapping[str, Any] = field(default_factory=dict)
     keep_logp: bool = False
     on_progress: Callable[[SamplingProgress], None] | None = None
+    # A tokenizer serves one thread at a time.
+    _reading: threading.Lock = field(default_factory=threading.Lock)
 
     def respond(self, prompts: Sequence[TokenPrompt], sampling: Sampling) -> list[Response]:
         """Answer every prompt, in the order given.
@@ -90,26 +121,33 @@ class ServedSampler:
     def respond_as_they_come(
         self, prompts: Sequence[TokenPrompt], sampling: Sampling, *, done: Collection[int] = ()
     ) -> Iterator[Served]:
-        """Answer the prompts, `concurrency` at a time, each handed over once it is there.
+        """Answer the prompts, each handed over once it is there.
 
-        The first prompt goes alone: with it the dialect is found that the server understands.
+        The first prompt goes alone: a server that cannot answer it is asked no others. The first prompt that a server
+        gets finds the dialect that it understands.
 
         Args:
             done: indices of prompts answered before; they are not asked again.
 
         Raises:
             LimbeckError: an empty prompt, ids outside the vocabulary, impossible sampling settings, whatever `Server`
-                raises, a server that declines, an answer that cannot be read, or log-probabilities that were wanted and
-                are not there. Answers that were under way are handed over first.
+                raises of the last server that is left, one that declines, an answer that cannot be read, or
+                log-probabilities that were wanted and are not there. Answers that were under way are handed over
+                first.
         """
         check_prompts(prompts, sampling, models=(), vocab_size=self.vocab_size, tokenizer=self.tokenizer)
         skipped = set(done)
         left = [index for index in range(len(prompts)) if index not in skipped]
         if not left:
             return
-        dialect, reply = self._agree(prompts[left[0]], sampling)
-        first = self.read(left[0], prompts[left[0]], reply, dialect, sampling)
-        rest = self._ask_all(dialect, [(index, prompts[index]) for index in left[1:]], sampling)
+        self.pool.take_back()
+        ways = {server.base_url: _Way() for server in self.pool.servers}
+
+        def answer(index: int) -> Served:
+            return self._answer(index, prompts[index], sampling, ways)
+
+        first = answer(left[0])
+        rest = concurrently(answer, left[1:], min(self.concurrency * len(self.pool.left), len(left) - 1))
         tokens = 0
         for number, served in enumerate(chain((first,), rest), start=1):
             tokens += len(served.response.response_ids)
@@ -117,8 +155,28 @@ class ServedSampler:
                 self.on_progress(SamplingProgress(responses_done=number, responses_total=len(left), tokens=tokens))
             yield served
 
-    def _agree(self, prompt: TokenPrompt, sampling: Sampling) -> tuple[Dialect, dict[str, Any]]:
-        """The first dialect in which the server answers, with its answer."""
+    def _answer(self, index: int, prompt: TokenPrompt, sampling: Sampling, ways: Mapping[str, _Way]) -> Served:
+        def ask(server: Server) -> tuple[Server, Dialect, Json | Refusal | None]:
+            dialect, reply = ways[server.base_url].found(lambda: self._agree(server, prompt, sampling))
+            if reply is None and (content := self._content(dialect, prompt)) is not None:
+                reply = server.post(dialect.path, self.request(dialect, content, prompt, sampling))
+            return server, dialect, reply
+
+        server, dialect, reply = self.pool.of_any(ask)
+        if reply is None:
+            raise LimbeckError(
+                f"{prompt_name(prompt)} cannot be written as a text that the tokenizer reads as the same ids, and "
+                "the server takes text alone; set responses.server.api=chat, or use a server that takes ids (vLLM)"
+            )
+        if isinstance(reply, Refusal):
+            raise LimbeckError(
+                f"{prompt_name(prompt)}: {server.root} declines ({reply}); shorten or drop it, or look at the "
+                "server's log"
+            )
+        return self.read(index, prompt, reply, dialect, sampling, server)
+
+    def _agree(self, server: Server, prompt: TokenPrompt, sampling: Sampling) -> tuple[Dialect, Json]:
+        """The first dialect in which a server answers, with its answer."""
         refusals: dict[str, None] = {}
         for dialect in dialects(self.api, chat=bool(self.turns)):
             if not dialect.speaks(sampling, self.chat_options):
@@ -126,43 +184,18 @@ class ServedSampler:
             content = self._content(dialect, prompt)
             if content is None:
                 continue
-            reply = self.server.post(dialect.path, self.request(dialect, content, prompt, sampling))
+            reply = server.post(dialect.path, self.request(dialect, content, prompt, sampling))
             if not isinstance(reply, Refusal):
-                source = self._reader.read(reply, prompt, sampling).source
+                with self._reading:
+                    source = self._reader.read(reply, prompt, sampling).source
                 # What gives nothing is not asked for again: log-probabilities cost the server time.
                 return replace(dialect, logprobs=self.keep_logp or source == "logprobs"), reply
             refusals[str(reply)] = None
         said = "; ".join(list(refusals)[:3]) or "no dialect of it has words for this prompt and these settings"
         raise LimbeckError(
-            f"{self.server.root} declines to answer {prompt_name(prompt)} ({said}); "
+            f"{server.root} declines to answer {prompt_name(prompt)} ({said}); "
             "correct responses.server.model, the prompt or the sampling, or set responses.server.api"
         )
-
-    def _ask_all(
-        self, dialect: Dialect, rows: Sequence[tuple[int, TokenPrompt]], sampling: Sampling
-    ) -> Iterator[Served]:
-        # A tokenizer serves one thread at a time.
-        reading = threading.Lock()
-
-        def ask(row: tuple[int, TokenPrompt]) -> Served:
-            index, prompt = row
-            with reading:
-                content = self._content(dialect, prompt)
-            if content is None:
-                raise LimbeckError(
-                    f"{prompt_name(prompt)} cannot be written as a text that the tokenizer reads as the same ids, and "
-                    "the server takes text alone; set responses.server.api=chat, or use a server that takes ids (vLLM)"
-                )
-            reply = self.server.post(dialect.path, self.request(dialect, content, prompt, sampling))
-            if isinstance(reply, Refusal):
-                raise LimbeckError(
-                    f"{prompt_name(prompt)}: {self.server.root} declines ({reply}); shorten or drop it, or look at the "
-                    "server's log"
-                )
-            with reading:
-                return self.read(index, prompt, reply, dialect, sampling)
-
-        return concurrently(ask, rows, min(self.concurrency, len(rows)))
 
     def _content(self, dialect: Dialect, prompt: TokenPrompt) -> Any:
         """The prompt as the dialect sends it; None where it cannot be sent so."""
@@ -170,14 +203,15 @@ class ServedSampler:
             return prompt.ids
         if dialect.wire == "messages":
             return self.turns.get(prompt.id)
-        for ids in (prompt.ids, prompt.ids[1:]):
-            # The server's tokenizer puts its own beginning-of-sequence token before a text.
-            text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if tuple(self.tokenizer(text, verbose=False)["input_ids"]) == prompt.ids:  # type: ignore[arg-type]
-                return text
+        with self._reading:
+            for ids in (prompt.ids, prompt.ids[1:]):
+                # The server's tokenizer puts its own beginning-of-sequence token before a text.
+                text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                if tuple(self.tokenizer(text, verbose=False)["input_ids"]) == prompt.ids:  # type: ignore[arg-type]
+                    return text
         return None
 
-    def request(self, dialect: Dialect, content: Any, prompt: TokenPrompt, sampling: Sampling) -> dict[str, Any]:
+    def request(self, dialect: Dialect, content: Any, prompt: TokenPrompt, sampling: Sampling) -> Json:
         """The body of the request for an answer to a prompt, which `content` stands for."""
         return dialect.request(
             CompletionRequest(
@@ -191,17 +225,18 @@ class ServedSampler:
         )
 
     def read(
-        self, index: int, prompt: TokenPrompt, reply: dict[str, Any], dialect: Dialect, sampling: Sampling
+        self, index: int, prompt: TokenPrompt, reply: Json, dialect: Dialect, sampling: Sampling, server: Server
     ) -> Served:
-        """The response in a server's answer to the prompt at a place of the list.
+        """The response in a server's answer to the prompt at a place of the list; several threads may ask.
 
         Raises:
             LimbeckError: it cannot be read, is one to another prompt, or lacks log-probabilities that were wanted.
         """
-        reading = self._reader.read(reply, prompt, sampling)
+        with self._reading:
+            reading = self._reader.read(reply, prompt, sampling)
         if self.keep_logp and reading.logp is None:
             raise LimbeckError(
-                f"{prompt_name(prompt)}: {self.server.root} gives no log-probabilities of the ids it drew, "
+                f"{prompt_name(prompt)}: {server.root} gives no log-probabilities of the ids it drew, "
                 "which keep_logp asks for; use a server that returns both, such as vLLM, or do without them"
             )
         return Served(
@@ -218,10 +253,10 @@ class ServedSampler:
             ),
             api=dialect.api,
             reencoded=reading.source == "text",
-            prompt_differs=self._prompt_differs(reading, prompt, dialect),
+            prompt_differs=self._prompt_differs(reading, prompt, dialect, server),
         )
 
-    def _prompt_differs(self, reading: Reading, prompt: TokenPrompt, dialect: Dialect) -> bool:
+    def _prompt_differs(self, reading: Reading, prompt: TokenPrompt, dialect: Dialect, server: Server) -> bool:
         differs = False
         if reading.prompt_ids is not None:
             differs = reading.prompt_ids != prompt.ids
@@ -230,7 +265,7 @@ class ServedSampler:
         if differs and dialect.api == "completions":
             count = reading.prompt_tokens if reading.prompt_ids is None else len(reading.prompt_ids)
             raise LimbeckError(
-                f"{prompt_name(prompt)}: {self.server.root} read its {len(prompt.ids)} tokens as {count} "
+                f"{prompt_name(prompt)}: {server.root} read its {len(prompt.ids)} tokens as {count} "
                 f"others, so that it answers another prompt; serve the {self.author} with the {self.author}'s own "
                 "tokenizer"
             )

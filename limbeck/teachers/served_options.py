@@ -8,9 +8,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from limbeck.client.openai import Server
+from limbeck.client.pool import servers_at
 from limbeck.fields import NEUTRAL, STRICT, Count, Positive
 from limbeck.teachers.base import TeacherModel
-from limbeck.types import LimbeckError, Support
+from limbeck.types import Support
 
 if TYPE_CHECKING:
     import torch
@@ -62,9 +63,6 @@ class OnServer:
         """The servers, not asked anything yet.
 
         Raises:
-            LimbeckError: no address, or one that is none.
+            LimbeckError: as `servers_at`.
         """
-        addresses = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
-        if not addresses:
-            raise LimbeckError(f"{SECTION}.base_url is empty; give the address of a server that serves the teacher")
-        return tuple(Server.at(address, self, SECTION) for address in addresses)
+        return servers_at(self.base_url, self, SECTION, "the teacher")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from limbeck.client.pool import ServerPool
 from limbeck.sampling.decoding import row_seed
 from limbeck.sampling.served import Served, ServedSampler
 from limbeck.types import Sampling, TokenPrompt
@@ -20,8 +21,23 @@ def prompts_of(sampler: ServedSampler, count: int = 12) -> list[TokenPrompt]:
     return [TokenPrompt(id=f"p{number}", ids=tuple(ids)) for number, ids in enumerate(rows)]
 
 
+def with_options(sampler: ServedSampler, **options: Any) -> ServedSampler:
+    """The sampler with other options of its first server."""
+    return replace(sampler, pool=ServerPool(servers=(replace(sampler.pool.servers[0], **options),)))
+
+
 def at_url(sampler: ServedSampler, url: str) -> ServedSampler:
-    return replace(sampler, server=replace(sampler.server, base_url=url))
+    return with_options(sampler, base_url=url)
+
+
+def at_both(sampler: ServedSampler, *servers: FakeServer, said: list[str] | None = None) -> ServedSampler:
+    """The sampler with several servers, and the list of its warnings."""
+    one = sampler.pool.servers[0]
+    pool = ServerPool(
+        servers=tuple(replace(one, base_url=server.url) for server in servers),
+        warn=(lambda line: None) if said is None else said.append,
+    )
+    return replace(sampler, pool=pool)
 
 
 def at(sampler: ServedSampler, server: FakeServer) -> ServedSampler:

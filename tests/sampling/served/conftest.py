@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from limbeck.client.openai import Server
+from limbeck.client.pool import ServerPool
 from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.sampling.served import ServedSampler
@@ -41,7 +42,7 @@ def sampler(server: FakeServer, tiny: TinyPair) -> ServedSampler:
     tokenizer = load_tokenizer(str(tiny.teacher))
     return ServedSampler(
         # On a busy machine a server that answers takes seconds; one that is asked again answers twice.
-        server=Server(base_url=server.url, timeout_s=60, retries=2, backoff_s=0.02),
+        pool=ServerPool(servers=(Server(base_url=server.url, timeout_s=60, retries=2, backoff_s=0.02),)),
         model=MODEL,
         tokenizer=tokenizer,
         eos_token_ids=(END,),

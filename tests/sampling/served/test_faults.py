@@ -10,7 +10,7 @@ import pytest
 
 from limbeck.sampling.served import ServedSampler
 from limbeck.types import LimbeckError
-from tests.sampling.served.asking import SAMPLING, at, drawn, prompts_of
+from tests.sampling.served.asking import SAMPLING, at, drawn, prompts_of, with_options
 from tests.sampling.served.fake_server import FakeServer
 
 PASSING = [
@@ -83,7 +83,7 @@ def test_what_lasts_is_said_in_one_line(sampler: ServedSampler, server: FakeServ
 @pytest.mark.parametrize("settings", [{"delay_s": 3.0}, {"faults": ["drip", "drip", "drip"]}], ids=str)
 def test_slow_is_an_error(sampler: ServedSampler, server: FakeServer, settings: Any) -> None:
     server.order(**settings)
-    hasty = replace(sampler, server=replace(sampler.server, timeout_s=0.3, retries=1))
+    hasty = with_options(sampler, timeout_s=0.3, retries=1)
     started = time.monotonic()
     with pytest.raises(LimbeckError, match=r"did not answer within 0\.3 s \(2 tries\); raise .*timeout_s"):
         hasty.respond(prompts_of(sampler, 1), SAMPLING)
