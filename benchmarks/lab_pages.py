@@ -10,12 +10,11 @@ A sweep that is not there leaves its part of the page as it was.
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from limbeck.compare.page import write_comparison
@@ -24,6 +23,7 @@ from limbeck.compare.runs import ARMS, ComparedArm, Comparison, gather
 from limbeck.compare.student_t import quantile
 from limbeck.compare.tables import Column, MetricTables
 from limbeck.compare.uncertainty import Resampled, ResampledMetric
+from limbeck.evaluation.scores.bootstrap import CONFIDENCE
 from limbeck.report.read_run import score, value_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,12 +126,11 @@ BENCHES = {
         measured="An arm's ROUGE-L is that of two sampled answers to each of 822 test prompts, beside the references",
     ),
 }
-# Seeds of each half of an arm that is compared with itself: one has no spread.
-FEWEST = 2
+# As many as most papers have.
+FEW = 3
 RESOLVED = (
     "with an interval over seeds and prompts together; arms that share a letter are not separated, corrected for the "
-    "number of pairs. What the bench can resolve is measured from repeated runs of one arm: its seeds are split into "
-    "two halves, compared as two arms are."
+    "number of pairs. What the bench can resolve is the interval of the difference of two arms."
 )
 
 
@@ -194,39 +193,36 @@ def section(bench: str, question: str, folder: Path, page: Path) -> str:
 
 
 def resolved(whole: ResampledMetric) -> str:
-    """The smallest difference that seeds separate, from arms compared with themselves."""
-    split = [arm for arm in range(whole.arms) if len(whole.runs[arm]) >= 2 * FEWEST]
-    if not split:
-        return "Too few seeds to say what can be resolved."
-    # As many of every arm that is split, for one number of seeds in the sentence.
-    half = min(len(whole.runs[arm]) for arm in split) // 2
-    widths = [halves(whole, arm, half) for arm in split]
-    # Both halves' error falls with the root of the number of seeds, and Student's t with it.
-    scale = {n: quantile(0.05, 2 * n - 2) / math.sqrt(n) for n in (3, half, 10)}
-    middle = statistics.median(widths)
-    of_arms = f" (median of {len(widths)} arms, {min(widths):.3f} to {max(widths):.3f})" if len(widths) > 1 else ""
-    said = " and ".join(f"{middle * scale[n] / scale[half]:.3f} with {n}" for n in (3, 10))
+    """The smallest difference of two arms that few seeds and all of them separate, from the intervals of all pairs."""
+    # Of a sweep that is not finished arms may have just begun.
+    arms = [arm for arm, runs in enumerate(whole.runs) if len(runs) > 1]
+    shared = sorted(set.intersection(*(set(whole.runs[arm]) for arm in arms))) if arms else []
+    counts = sorted({count for count in (FEW, len(shared)) if 2 <= count <= len(shared)})
+    if len(arms) < 2 or not counts:
+        return "Too few arms or seeds to say what can be resolved."
+    widths = {count: half_widths(whole, arms, shared[:count]) for count in counts}
+    said = " and ".join(
+        f"{statistics.median(found):.3f} to each side with {count} seeds ({min(found):.3f} to {max(found):.3f})"
+        for count, found in widths.items()
+    )
     return (
-        f"Compared with itself, {half} seeds against {half} others, the difference of an arm has an interval of "
-        f"{middle:.3f} to each side{of_arms}: the smallest difference of two arms that is separated is "
-        f"{said} seeds each."
+        f"The difference of two arms has an interval of {said}: the median of all pairs and their range, before they "
+        "are widened for the number of pairs. Smaller differences are not told apart."
     )
 
 
-def halves(whole: ResampledMetric, arm: int, half: int) -> float:
-    """Half the width of the interval of the difference between two groups of an arm's seeds, of `half` seeds each."""
-    seeds = sorted(whole.runs[arm])
-    sides = [seeds[:half], seeds[half : 2 * half]]
-    rows = [(side, seed, whole.runs[arm][seed]) for side, group in enumerate(sides) for seed in group]
-    sheet = ResampledMetric(
-        arm_R=tuple(side for side, _, _ in rows),
+def half_widths(whole: ResampledMetric, arms: Sequence[int], seeds: Sequence[int]) -> list[float]:
+    """Half the width of the interval of the difference of each two arms by some of their seeds, each on its own."""
+    rows = [(number, seed, whole.runs[arm][seed]) for number, arm in enumerate(arms) for seed in seeds]
+    chosen = [run for _, _, run in rows]
+    sheet = replace(
+        whole,
+        arm_R=tuple(arm for arm, _, _ in rows),
         seed_R=tuple(seed for _, seed, _ in rows),
-        value_R=whole.value_R[[run for _, _, run in rows]],
-        drawn_BR=whole.drawn_BR[:, [run for _, _, run in rows]],
-        examples=whole.examples,
-        share=whole.share,
+        value_R=whole.value_R[chosen],
+        drawn_BR=whole.drawn_BR[:, chosen],
     )
-    return Resampled(sheet=sheet).pairs[0, 1].half_width
+    return [quantile(1 - CONFIDENCE, pair.dof) * pair.error for pair in Resampled(sheet=sheet).pairs.values()]
 
 
 def began(comparison: Comparison, lead: str) -> str:
@@ -242,7 +238,7 @@ def chosen_rates(comparison: Comparison) -> dict[str, str]:
     for arm in comparison.arms:
         for member in arm.done:
             rate = value_at(member.run.recipe, "train.learning_rate") if member.run else None
-            found[arm.name] = f"{rate:.0e}" if isinstance(rate, float) else str(rate)
+            found[arm.name] = f"{rate:g}" if isinstance(rate, float) else str(rate)
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from limbeck.compare.labels import plain_value, short_value
 from limbeck.compare.runs import ComparedRun
+from limbeck.evaluation.groups import EVALUATION_GROUPS
 from limbeck.evaluation.scores.metrics import split_stand_in
 from limbeck.recipe.keys import same_arm_keys
 from limbeck.recipe.response_source import initial_author_of
@@ -39,17 +40,24 @@ def settings_of(member: ComparedRun, table: str) -> dict[str, str]:
     flat = flatten(member.run.recipe)
     # A stand-in is measured as a student is.
     table, _ = split_stand_in(table)
-    group, _, _ = table.partition("@")
+    group, _, condition = table.partition("@")
     same_arm, prefix = same_arm_keys(), f"evaluate.groups.{group}."
     keys = [*_ALWAYS, *(key for key in flat if key.startswith(prefix) and key not in same_arm)]
     found = {}
-    if table == "fidelity":
+    options = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+    if (kind := EVALUATION_GROUPS.get(group)) is not None and kind.on_responses(condition, options):
         keys += _RESPONSES
         source, otherwise = flat.get("responses.source.name"), flat.get("responses.initial_author")
         found["responses.initial_author"] = plain_value(initial_author_of(source, otherwise))
     found |= {key: plain_value(flat[key]) if key in flat else "not set" for key in keys}
     teacher = value_at(member.run.provenance, "fingerprints.teacher") or flat.get("teacher.model")
     return found | {"the teacher": plain_value(teacher)}
+
+
+def rows_may_lack(table: str) -> bool:
+    """Whether an example may have no row in a table for a reason of its own."""
+    kind = EVALUATION_GROUPS.get(split_stand_in(table)[0].partition("@")[0])
+    return kind is not None and kind.rows_may_lack
 
 
 def difference(
@@ -60,9 +68,9 @@ def difference(
     table: str,
 ) -> str:
     """The reason why two runs cannot be ranked together, or nothing."""
-    shared = len({row.id for row in ours} & {row.id for row in theirs})
-    if shared < max(len(ours), len(theirs)):
-        return f"it was measured on other examples: {shared} of {len(theirs)} are the same"
+    shared, most = len({row.id for row in ours} & {row.id for row in theirs}), max(len(ours), len(theirs))
+    if shared < (most / 2 if rows_may_lack(table) else most):
+        return f"it was measured on other examples: {shared} of {most} are the same"
     other = [key for key in dict.fromkeys([*usual, *settings]) if settings.get(key) != usual.get(key)]
     if other:
         differing = [

@@ -244,17 +244,19 @@ def _by_recipe(members: Sequence[ComparedRun]) -> list[ComparedRun]:
 
 def _compared(found: Sequence[ComparedRun], notes: Sequence[str], *, swept: bool) -> Comparison:
     arms: dict[str, list[ComparedRun]] = {}
-    notes, seen = [*notes], dict[tuple[str, int], str]()
-    for member in found:
-        if member.tuning:
-            continue
-        # Counting the same run twice would make it look surer than it is.
-        if (member.arm, member.seed) in seen:
-            first = seen[member.arm, member.seed]
-            notes.append(f"{member.place} has the recipe and the seed of {first} and is left out")
-            continue
-        seen[member.arm, member.seed] = member.place
-        arms.setdefault(member.arm, []).append(member)
+    notes, chosen = [*notes], dict[tuple[str, int], ComparedRun]()
+    ranked = [member for member in found if not member.tuning]
+    for member in ranked:
+        known = chosen.setdefault((member.arm, member.seed), member)
+        if member.state == "done" and known.state != "done":
+            chosen[member.arm, member.seed] = member
+    for member in ranked:
+        members, one = arms.setdefault(member.arm, []), chosen[member.arm, member.seed]
+        if member is one:
+            members.append(member)
+        else:
+            # Counting the same run twice would make it look surer than it is.
+            notes.append(f"{member.place} has the recipe and the seed of {one.place} and is left out")
     made = [
         ComparedArm(name=name, number=n, keys=members[0].keys, members=tuple(sorted(members, key=lambda m: m.seed)))
         for n, (name, members) in enumerate(arms.items(), start=1)

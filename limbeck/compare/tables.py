@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from limbeck.compare.comparability import ExcludedRun, difference, settings_of
+from limbeck.compare.comparability import ExcludedRun, difference, rows_may_lack, settings_of
 from limbeck.compare.runs import ComparedArm, ComparedRun, Comparison
 from limbeck.compare.uncertainty import Resampled, ResampledMetric, draws
 from limbeck.evaluation.scores.bootstrap import RESAMPLES, Table
 from limbeck.evaluation.scores.files import read_rows
 from limbeck.evaluation.scores.metrics import Metric, describe_metric, known_metrics
-from limbeck.evaluation.scores.pooled import POOLED
+from limbeck.evaluation.scores.pooled import LIFTED, POOLED
 from limbeck.report.read_run import value_at
 from limbeck.types import LimbeckError, ScoredRow
 
@@ -99,9 +99,10 @@ class MetricTables:
         """The runs that most others are comparable with; the rest is set apart."""
         rows = self._rows[table]
         settings = {place: settings_of(self._members[place], table) for place in rows}
-        kinds = {place: (frozenset(r.id for r in rows[place]), tuple(settings[place].items())) for place in rows}
+        kinds = {place: (self._examples(table, place), tuple(settings[place].items())) for place in rows}
         ((usual, _),) = Counter(kinds.values()).most_common(1)
-        model = next(place for place in rows if kinds[place] == usual)
+        # Of those that are alike the one with the most rows.
+        model = max((place for place in rows if kinds[place] == usual), key=lambda place: len(rows[place]))
         kept = []
         for place in rows:
             why = difference(rows[place], rows[model], settings[place], settings[model], table)
@@ -111,11 +112,25 @@ class MetricTables:
                 kept.append(place)
         return kept
 
+    def _examples(self, table: str, place: str) -> frozenset[str]:
+        """What tells the examples of a run from those of others; nothing where each may lack some."""
+        return frozenset() if rows_may_lack(table) else frozenset(row.id for row in self._rows[table][place])
+
+    def _shared(self, table: str) -> list[str]:
+        """The examples that all runs of a table have, in the order of the first."""
+        first, *others = (self._rows[table][place] for place in self._kept[table])
+        every = [{row.id for row in rows} for rows in others]
+        ids = [row.id for row in first if all(row.id in known for known in every)]
+        if (most := max(len(first), *map(len, every), 0)) > len(ids):
+            self.notes.append(f"{table} is compared on {len(ids)} of {most} examples: those that all runs have")
+        return ids
+
     def _columns(self, table: str) -> list[Column]:
         import numpy as np
 
         places, rows = self._kept[table], self._rows[table]
-        ids = [row.id for row in rows[places[0]]]
+        if not (ids := self._shared(table)):
+            return []
         counts_BE = draws(len(ids), RESAMPLES, f"{len(ids)} examples")
         measured: dict[str, dict[str, tuple[float, ndarray]]] = {}
         for place in places:
@@ -125,7 +140,11 @@ class MetricTables:
                 arrays = Table.of([by_id[one] for one in ids])
             value_M, drawn_BM = arrays.over(np.ones((1, len(ids))))[0], arrays.over(counts_BE)
             for m, name in enumerate(arrays.names):
-                measured.setdefault(name, {})[place] = (float(value_M[m]), drawn_BM[:, m])
+                value, drawn_B = float(value_M[m]), drawn_BM[:, m]
+                # A ratio has no value where what it is divided by is 0.
+                if np.isfinite(value):
+                    drawn_B = np.where(np.isfinite(drawn_B), drawn_B, value)
+                    measured.setdefault(name, {})[place] = (value, drawn_B)
         _, at, condition = table.partition("@")
         made = []
         for bare, by_place in measured.items():
@@ -162,8 +181,9 @@ class MetricTables:
             value_R=value_R,
             drawn_BR=drawn_BR,
             examples=examples,
-            pivotal=name.partition("@")[0] in POOLED,
-            share=about.unit in ("", "F1") and bool(value_R.min() >= 0 and value_R.max() <= 1),
+            pivotal=name.partition("@")[0] in LIFTED,
+            # What came back of a gap is a pure number too, and may be negative.
+            share=about.unit in ("", "F1") and bool(drawn_BR.min() >= 0 and drawn_BR.max() <= 1),
         )
         ranked, teacher = sheet, None if isinstance(target, Mapping) else target
         if isinstance(target, Mapping):

@@ -36,8 +36,8 @@ class ResampledMetric:
         value_R: the metric of each run.
         drawn_BR: the same on resampled examples, the same draw for all runs.
         examples: how many there are.
-        pivotal: whether resampling lifts the metric (one of the whole corpus, see `evaluation.bootstrap`): its interval
-            is then mirrored at the value.
+        pivotal: whether resampling lifts the metric (a calibration error, see `evaluation.scores.bootstrap`): its
+            interval is then mirrored at the value.
         share: whether it lies between 0 and 1, where its intervals end too.
     """
 
@@ -150,6 +150,8 @@ class Resampled:
         low, high = (float(edge) for edge in np.percentile(drawn_B, [tail, 100 - tail]))
         if self.sheet.pivotal:
             low, high = min(2 * middle - high, middle), max(2 * middle - low, middle)
+        if self.sheet.share:
+            low, high = max(0.0, low), min(1.0, high)
         return Estimate(mean=middle, low=low, high=high, seeds=seeds)
 
     @cached_property

@@ -50,6 +50,8 @@ class EvaluationGroup(ABC):
         references_remedy: what to change where data has no reference answers.
         teacher_remedy: what to change where the teacher cannot give what the group asks of it.
         takes_likeliest: whether a teacher will do that says no more of a token than the likeliest ones.
+        rows_may_lack: whether an example may have no row for a reason of its own, such as a verdict that cannot be
+            read: runs are then compared on the examples that all of them have.
     """
 
     parts: ClassVar[tuple[Part, ...]] = ("before", "after")
@@ -57,6 +59,18 @@ class EvaluationGroup(ABC):
     references_remedy: ClassVar[str] = "leave the group out of evaluate.groups"
     teacher_remedy: ClassVar[str] = "leave it out"
     takes_likeliest: ClassVar[bool] = False
+    rows_may_lack: ClassVar[bool] = False
+
+    @classmethod
+    def on_responses(cls, condition: str, options: Mapping[str, object]) -> bool:
+        """Whether a table is measured on the held-out responses of the run, which other runs may have others of.
+
+        Args:
+            condition: of the table.
+            options: of the group in the recipe; those that are not there have their defaults.
+        """
+        del condition, options
+        return False
 
     def needs(self) -> frozenset[Need]:
         """What the group needs: a teacher, the same tokens, prompts, reference answers.

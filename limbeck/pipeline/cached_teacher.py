@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from limbeck.pipeline.stages.teach import stored_signals
 from limbeck.pipeline.store_identity import exact_codec, frame_of
 from limbeck.rollouts.collate import collate
 from limbeck.rollouts.io import read_responses
+from limbeck.runtime.columns import ROWS
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.chosen import StudentsChoice
 from limbeck.teachers.store.addresses import addresses_of
@@ -127,8 +129,8 @@ class CachedTeacher:
             # The student moves on, and is not asked what it chose again.
             choosing.settled(batches_of(responses))
 
-    def register(self, path: Path, responses: Sequence[Response]) -> None:
-        """Note that the signals of these responses are beside them, unless a run that went further has deleted them."""
+    def register(self, path: Path) -> None:
+        """Note that the signals of a file of responses are beside it, unless a run that went further deleted them."""
         shard = path.with_suffix(".safetensors")
         if not shard.exists():
             return
@@ -150,7 +152,9 @@ def round_teacher(context: RunContext, base: Iterable[Response], asked: Teacher)
     """
     before = None
     if context.recipe.teacher.cache:
-        signals, responses = stored_signals(context), list(base)
+        signals, left = stored_signals(context), iter(base)
         before = signals.store
-        before.locate(addresses_as_read(responses, signals.reads))
+        # Few of them are in memory at a time.
+        while some := list(islice(left, ROWS)):
+            before.locate(addresses_as_read(some, signals.reads))
     return CachedTeacher(teacher=asked, codec=exact_codec(context.recipe), frame=frame_of(context), before=before)

@@ -83,11 +83,11 @@ def measure_paused(context: RunContext, metric: str) -> RungMeans:
 
 
 def paused_path(context: RunContext) -> Path:
-    """File of the metrics of a pause, by fingerprint of the training, so that a superseded student's are not read."""
+    """File of the metrics of a pause, by fingerprint of student and evaluation: superseded ones are not read."""
     from limbeck.pipeline.stage_order import STAGES
 
-    fingerprint_ = context.fingerprints(STAGES)["train"]
-    return context.run.root / "halving" / f"{context.pause_at:g}-{fingerprint_[:12]}.json"
+    evaluated = context.fingerprints(STAGES)["evaluate"]
+    return context.run.root / "halving" / f"{context.pause_at:g}-{evaluated[:12]}.json"
 
 
 def _require_no_steps_left(context: RunContext) -> None:

@@ -17,8 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from limbeck.client.openai import Refusal, Server
-from limbeck.client.pool import ServerPool
+from limbeck.client.pool import ServerPool, servers_at
 from limbeck.evaluation.likelihood import token_logp
 from limbeck.models.forward import evaluating
 from limbeck.models.heads import head_of
@@ -29,6 +31,7 @@ from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.rollouts.alarms import ENGINE_GAP, ENGINE_GAP_LIMIT, ENGINE_GAP_MOST
 from limbeck.rollouts.engines import ENGINE_KEY, Vllm
 from limbeck.rollouts.rounds import ProcessGroup
+from limbeck.rollouts.table import answer_lengths_of
 from limbeck.runtime.files import write_json
 from limbeck.runtime.folders import remove
 from limbeck.runtime.hashing import sha256_of
@@ -89,7 +92,7 @@ def check_engine(context: RunContext) -> None:
 
 def servers_of(engine: Vllm) -> tuple[Server, ...]:
     """The servers, not asked anything yet."""
-    return tuple(Server.at(address, engine, ENGINE_KEY) for address in engine.addresses)
+    return servers_at(engine.base_url, engine, ENGINE_KEY, "the student")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +144,8 @@ class StudentEngine(InBatches):
             # Not of a round whose record was deleted: the weights may be later ones.
             return {}
         if "gap" not in known:
-            said = [response for response in responses if response.response_ids]
-            chosen = said[:: max(1, -(-len(said) // COMPARED))]
+            said = np.flatnonzero(answer_lengths_of(responses))
+            chosen = [responses[place] for place in said[:: max(1, -(-len(said) // COMPARED))].tolist()]
             parts = world.gather([self._distances(chosen[world.rank :: world.ranks])])
             total, tokens, most = sum(p[0] for p in parts), sum(p[1] for p in parts), max(p[2] for p in parts)
             known = {**known, "gap": total / max(tokens, 1), "most": most}
@@ -252,10 +255,10 @@ def student_engine(
     """The sampler of a student that servers write for; they are not asked anything yet."""
     recipe, engine = context.recipe, context.recipe.responses.engine
     assert isinstance(engine, Vllm)
-    servers = servers_of(engine)
+    pool = ServerPool(servers=servers_of(engine), warn=context.console.warn)
     ends = end_token_ids(tokenizer, template, recipe.prompts.chat_options)
     sampler = ServedSampler(
-        server=servers[0],
+        pool=pool,
         model="",
         tokenizer=tokenizer,
         eos_token_ids=ends,
@@ -267,9 +270,7 @@ def student_engine(
     )
     folder = engine_folder(context)
     return StudentEngine(
-        answers=EngineSampler(
-            pool=ServerPool(servers=servers, warn=context.console.warn), sampler=sampler, model=engine.model
-        ),
+        answers=EngineSampler(pool=pool, sampler=sampler, model=engine.model),
         batch_size=recipe.responses.batch_size,
         context=context,
         engine=engine,

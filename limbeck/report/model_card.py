@@ -131,9 +131,12 @@ def _dataset(run: Run, metric: str) -> tuple[str, str]:
     """Identifier and name of what a metric was measured on: the problems of a task, or the held-out prompts."""
     condition = metric.partition("@")[2]
     if condition and f"tasks@{condition}" in (value_at(run.scores, "rows.after") or {}):
-        task = condition.partition(",")[0]
-        file = value_at(run.recipe, f"evaluate.groups.tasks.files.{task}")
-        return task, f"{task} ({Path(file).name})" if isinstance(file, str) else f"{task} (lm-evaluation-harness)"
+        task, _, of_harness = condition.partition(",")
+        if task == "lm_eval":
+            return of_harness, f"{of_harness} (lm-evaluation-harness)"
+        if task != "heldout":
+            file = value_at(run.recipe, f"evaluate.groups.tasks.files.{task}")
+            return task, f"{task} ({Path(file).name})" if isinstance(file, str) else task
     source = _source(run)
     return source, f"held-out prompts of {source}"
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import compute
 
 from limbeck.rollouts.io import asked_line, read_asked
-from limbeck.runtime.columns import AT_A_TIME, INT32S, ROWS, Rows, list_column, lists_of, mapped, written
+from limbeck.runtime.columns import AT_A_TIME, INT32S, ROWS, Rows, combined, list_column, lists_of, mapped, written
 from limbeck.runtime.files import whole_file
 from limbeck.types import Split, TokenPrompt
 
@@ -102,8 +102,7 @@ def write_table(path: Path, prompts: Iterable[TokenPrompt]) -> None:
     left = iter(prompts)
     with written(path, SCHEMA) as writer:
         while pieces := [_piece(some) for _ in range(ROWS // AT_A_TIME) if (some := list(islice(left, AT_A_TIME)))]:
-            (batch,) = pa.Table.from_batches(pieces).combine_chunks().to_batches()
-            writer.write_batch(batch)
+            writer.write_batch(combined(pieces))
 
 
 def _piece(prompts: Sequence[TokenPrompt]) -> pa.RecordBatch:

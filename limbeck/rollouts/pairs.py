@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from limbeck.rollouts.asked import with_ids
+import numpy as np
+
+from limbeck.rollouts.asked import ids_of, with_ids
 from limbeck.rollouts.order import Plan
 from limbeck.rollouts.rounds import BatchSampler
 from limbeck.rollouts.sources import SourceContext, StatelessSource, StepCounter, first_steps
-from limbeck.rollouts.student import RolloutConfig, StudentSource
+from limbeck.rollouts.student import RolloutConfig, StudentSource, response_lengths
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt
 
 
@@ -35,12 +37,17 @@ class PairedSource(StatelessSource):
                 f"a step of {source_context.step_rows} responses cannot be made of pairs: "
                 "give train.per_device_train_batch_size an even number"
             )
-        self.base = {r.prompt_id: r for r in base}
+        # Arrow takes a while to import, and recipes are read without it.
+        from limbeck.rollouts.table import prompts_of
+
+        places = {name: place for place, name in enumerate(prompts_of(base))}
         half = replace(source_context, step_rows=source_context.step_rows // 2)
-        self.own = own = StudentSource(with_ids(prompts, self.base.__contains__), rollout, half)
+        self.own = own = StudentSource(with_ids(prompts, places.__contains__), rollout, half)
         require_whole_epochs(own.refresh, own.steps_per_epoch)
+        asked = ids_of(own.asked)
+        self.base, self._base_places = base, np.fromiter((places[name] for name in asked), np.int64, len(own.asked))
         self.teacher, self.sampling = teacher, teacher_sampling
-        self._round: tuple[int, Plan, list[tuple[Response, Response]]] | None = None
+        self._pairs: _Pairs | None = None
 
     @property
     def prompts(self) -> frozenset[str]:
@@ -63,31 +70,51 @@ class PairedSource(StatelessSource):
         return first_steps(self, count, total)
 
     def step(self, clock: StepCounter) -> dict[int, Response]:
-        plan, pairs = self._pairs(clock)
-        return dict(enumerate(r for row in plan.at(clock.step) for r in pairs[row]))
+        pairs = self._pairs_of(clock)
+        return dict(enumerate(r for row in pairs.plan.at(clock.step) for r in pairs.of(row)))
 
     def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
-        known = self._round is not None and self._round[0] == clock.step // self.own.refresh
+        known = self._pairs is not None and self._pairs.number == clock.step // self.own.refresh
         return self.step(clock) if known else None
 
-    def _pairs(self, clock: StepCounter) -> tuple[Plan, list[tuple[Response, Response]]]:
+    def _pairs_of(self, clock: StepCounter) -> _Pairs:
+        """The pairs of the round that a step belongs to."""
         number = clock.step // self.own.refresh
-        if self._round is None or self._round[0] != number:
-            theirs = self._teachers(number)
-            _, written = self.own._responses(clock)
-            pairs = [(theirs[r.prompt_id], r) for r in written.values()]
-            lengths = tuple(max(t.length, s.length) for t, s in pairs)
+        if self._pairs is None or self._pairs.number != number:
+            theirs, places = self._teachers(number)
+            own = self.own.round_of(clock).responses
+            lengths = np.maximum(response_lengths(theirs)[places], response_lengths(own))
             plan = replace(self.own.plan, lengths=lengths)
-            self._round = (number, plan, pairs)
-        return self._round[1:]
+            self._pairs = _Pairs(number=number, plan=plan, theirs=theirs, places=places, own=own)
+        return self._pairs
 
-    def _teachers(self, number: int) -> dict[str, Response]:
+    def _teachers(self, number: int) -> tuple[Sequence[Response], np.ndarray]:
+        """Responses of the teacher, and for each prompt that is asked the place of its own."""
         if self.teacher is None or number == 0:
-            return self.base
+            return self.base, self._base_places
         assert self.sampling is not None
         asked, rounds = self.own.asked, self.own.rollout.rounds
         written = rounds.write(number, "teacher", self.teacher, asked, self.sampling, by_teacher=True)
-        return {r.prompt_id: r for r in written}
+        return written, np.arange(len(asked))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Pairs:
+    """The pairs of a round, one for each prompt that is asked.
+
+    Attributes:
+        places: where the teacher's response to each prompt stands in `theirs`.
+    """
+
+    number: int
+    plan: Plan
+    theirs: Sequence[Response]
+    places: np.ndarray
+    own: Sequence[Response]
+
+    def of(self, row: int) -> tuple[Response, Response]:
+        """The teacher's response to a prompt, and the student's."""
+        return self.theirs[int(self.places[row])], self.own[row]
 
 
 def require_whole_epochs(refresh: int, steps_per_epoch: int) -> None:

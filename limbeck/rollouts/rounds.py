@@ -3,6 +3,7 @@
     rounds/003/student/00000.jsonl ...         one file per batch of the sampler; whole or not there
     rounds/003/student/00000.jsonl.sha256 ...  its checksum
     rounds/003/student/00000.safetensors ...   what the teacher says of it, until the next round begins
+    rounds/003/student/round.arrow             all of it for training, which reads the rows it is at
     rounds/003/student/round.json              the hashes of all, once the round is whole
 
 A round depends on the weights at the step that first asks for it, its number and the recipe. The loop keeps a
@@ -11,10 +12,13 @@ checkpoint where a round begins, so that a run that was killed while it wrote co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from limbeck.rollouts.io import read_batch, read_responses, write_batch
 from limbeck.runtime.files import write_json
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_WHOLE = "round.json"
+_WHOLE, _TABLE = "round.json", "round.arrow"
 
 
 class ProcessGroup(Protocol):
@@ -89,7 +93,7 @@ class SignalCache(Protocol):
         """
         ...
 
-    def register(self, path: Path, responses: Sequence[Response]) -> None:
+    def register(self, path: Path) -> None:
         """Called before the responses of a file are used."""
         ...
 
@@ -99,7 +103,7 @@ class Rounds:
     """The folder of rounds.
 
     Attributes:
-        keeper: keeps what the teacher says; None where the teacher is asked at every use.
+        signal_cache: keeps what the teacher says; None where the teacher is asked at every use.
         should_stop: asked after each batch.
         report: called with (author, answers written, answers in all) after each batch.
     """
@@ -119,16 +123,17 @@ class Rounds:
         sampling: Sampling,
         *,
         by_teacher: bool = False,
-    ) -> list[Response]:
+    ) -> Sequence[Response]:
         """The responses of a round in the order of the prompts; only what is not on disk yet is sampled.
 
-        Ranks take turns with the batches.
+        Ranks take turns with the batches. All stay on disk.
 
         Args:
             by_teacher: the teacher writes (alone or too), so that the sampler's hidden states are the teacher's.
 
         Raises:
             Interrupted: `should_stop` said so; the batches that ended are on disk.
+            LimbeckError: on all ranks: a batch is not what was written.
         """
         folder = self.folder / f"{number:03d}" / author
         self._require_unchanged(folder)
@@ -153,16 +158,32 @@ class Rounds:
                 raise Interrupted(f"stopped while {author} responses of round {number} were written")
         self._score_again((paths[rows] for rows in mine), number)
         self.world.wait()
-        answers: dict[int, Response] = {}
-        for rows, path in paths.items():
-            responses = in_round(read_batch(path, len(rows)), number)
-            if self.signal_cache is not None:
-                self.signal_cache.register(path, responses)
-            answers |= dict(zip(rows, responses, strict=True))
-        if self.world.rank == 0 and not (folder / _WHOLE).exists():
-            files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-            write_json(folder / _WHOLE, sealed({"files": files}))
-        return [answers[i] for i in range(len(prompts))]
+        if self.signal_cache is not None:
+            for path in paths.values():
+                self.signal_cache.register(path)
+        self._require_table(folder, number, paths)
+        # Arrow takes a while to import, and recipes are read without it.
+        from limbeck.rollouts.table import open_responses
+
+        places = np.empty(len(prompts), np.int32)
+        places[np.fromiter(chain.from_iterable(plan), np.int32, len(prompts))] = np.arange(len(prompts))
+        return open_responses(folder / _TABLE).taken(places)
+
+    def _require_table(self, folder: Path, number: int, batches: Mapping[tuple[int, ...], Path]) -> None:
+        """See that a round stands in its table, batch behind batch, and is recorded as whole; the first rank does it.
+
+        Raises:
+            LimbeckError: on all ranks: a batch is not what was written.
+        """
+        failure = ""
+        if self.world.rank == 0 and not _is_recorded(folder / _TABLE):
+            try:
+                _write_table(folder, number, batches)
+            except LimbeckError as error:
+                # All ranks end with it, or the others would wait for this one.
+                failure = str(error)
+        if failure := self.world.gather([failure])[0]:
+            raise LimbeckError(failure)
 
     def is_whole(self, number: int, author: Author) -> bool:
         """Whether all responses of a round are on disk."""
@@ -186,7 +207,8 @@ class Rounds:
             return
         for name, digest in read_sealed(record)["files"].items():
             path = folder / name
-            if path.exists() or path.suffix == ".jsonl":
+            # The table is made of the others once more where it is not what was written.
+            if name != _TABLE and (path.exists() or path.suffix == ".jsonl"):
                 if path.exists() and sha256_of(path) == digest:
                     continue
                 raise LimbeckError(
@@ -194,6 +216,33 @@ class Rounds:
                     f"{self.folder} and {self.folder.with_name('checkpoints')} and run the same command again to "
                     "train from the start"
                 )
+
+
+def _write_table(folder: Path, number: int, batches: Mapping[tuple[int, ...], Path]) -> None:
+    """Write the table of a round and the record of its files.
+
+    Raises:
+        LimbeckError: a batch is not what was written.
+    """
+    from limbeck.rollouts.table import keep_columns
+
+    responses = (in_round(read_batch(path, len(rows)), number) for rows, path in batches.items())
+    keep_columns(folder / _TABLE, chain.from_iterable(responses))
+    record = folder / _WHOLE
+    if record.exists():
+        # Of a version without tables, or one that was deleted since; all else is as it was.
+        files = read_sealed(record)["files"] | {_TABLE: sha256_of(folder / _TABLE)}
+    else:
+        files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    write_json(record, sealed({"files": files}))
+
+
+def _is_recorded(table: Path) -> bool:
+    """Whether the table of a round is there, and what was written."""
+    record = table.with_name(_WHOLE)
+    if not (table.exists() and record.exists()):
+        return False
+    return read_sealed(record)["files"].get(table.name) == sha256_of(table)
 
 
 def in_round(responses: Iterable[Response], number: int) -> list[Response]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from limbeck.rollouts.asked import ids_of, lengths_of
 from limbeck.rollouts.order import Plan
@@ -61,6 +64,25 @@ class RolloutConfig:
         return replace(self.sampling, max_new_tokens=round(now))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Round:
+    """The responses that some steps are trained on.
+
+    Attributes:
+        plan: of its steps.
+        rows: numbers of the prompts that were asked, ascending; `responses` has their answers in the same order.
+    """
+
+    number: int
+    plan: Plan
+    rows: np.ndarray
+    responses: Sequence[Response]
+
+    def answers_to(self, rows: Sequence[int]) -> list[Response]:
+        """The answers to prompts by their numbers."""
+        return [self.responses[place] for place in np.searchsorted(self.rows, rows).tolist()]
+
+
 class StudentSource(StatelessSource):
     """The student's own responses.
 
@@ -82,7 +104,7 @@ class StudentSource(StatelessSource):
                 "an epoch is one step here, so that an engine would be given a whole model in every step; remove "
                 "responses.engine, or set responses.source.refresh to a number of steps"
             )
-        self._round: tuple[int, Plan, dict[int, Response]] | None = None
+        self._round: Round | None = None
 
     @property
     def prompts(self) -> frozenset[str]:
@@ -106,50 +128,57 @@ class StudentSource(StatelessSource):
         return first_steps(self, min(count, self.refresh if self.refresh > 1 else MAX_PREVIEW_STEPS), total)
 
     def step(self, clock: StepCounter) -> dict[int, Response]:
-        plan, responses = self._responses(clock)
-        return longest_first([responses[row] for row in plan.at(clock.step)])
+        now = self.round_of(clock)
+        return longest_first(now.answers_to(now.plan.at(clock.step)))
 
     def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
-        known = self._round is not None and self._round[0] == clock.step // self.refresh
+        known = self._round is not None and self._round.number == clock.step // self.refresh
         return self.step(clock) if known else None
 
-    def _responses(self, clock: StepCounter) -> tuple[Plan, dict[int, Response]]:
-        """The plan and the responses, by prompt, of the round that a step belongs to."""
+    def round_of(self, clock: StepCounter) -> Round:
+        """The round that a step belongs to, written if it is not there yet."""
         number = clock.step // self.refresh
-        if self._round is None or self._round[0] != number:
-            start = StepCounter(step=number * self.refresh, total=clock.total)
-            responses = self._write(number, start)
-            plan = self.plan
-            if self.whole_epochs:
-                plan = replace(plan, lengths=tuple(r.length for r in responses.values()))
-            self._round = (number, plan, responses)
-        return self._round[1:]
+        if self._round is None or self._round.number != number:
+            # Rows of a table stay on disk; the round before is let go of first where they are in memory.
+            self._round = None
+            self._round = self._write(number, StepCounter(step=number * self.refresh, total=clock.total))
+        return self._round
 
-    def _write(self, number: int, start: StepCounter) -> dict[int, Response]:
+    def _write(self, number: int, start: StepCounter) -> Round:
         if self.whole_epochs:
-            rows = list(range(len(self.asked)))
+            rows, asked = np.arange(len(self.asked)), self.asked
         else:
             steps = range(start.step, min(start.step + self.refresh, start.total))
-            rows = sorted({row for step in steps for row in self.plan.at(step)})
+            rows = np.unique(np.fromiter((row for step in steps for row in self.plan.at(step)), np.int64))
+            asked = [self.asked[row] for row in rows.tolist()]
         sampling, context = self.rollout.at(start), self.source_context
         # Whole while others write too: the teacher's signal may hold tokens that the student chooses.
         with context.whole_student():
             if self._elsewhere is not None and not self.rollout.rounds.is_whole(number, "student"):
                 self._elsewhere.take(number, context.world)
-            written = self._write_rows(number, rows, sampling)
+            written = self._write_answers(number, asked, sampling)
             if self._elsewhere is not None:
-                self._compared = self._elsewhere.compare(number, list(written.values()), context.world)
-        return written
+                self._compared = self._elsewhere.compare(number, written, context.world)
+        plan = replace(self.plan, lengths=response_lengths(written)) if self.whole_epochs else self.plan
+        return Round(number=number, plan=plan, rows=rows, responses=written)
 
-    def _write_rows(self, number: int, rows: Sequence[int], sampling: Sampling) -> dict[int, Response]:
-        asked, rollout = [self.asked[row] for row in rows], self.rollout
+    def _write_answers(self, number: int, asked: Sequence[TokenPrompt], sampling: Sampling) -> Sequence[Response]:
+        """The answers to some prompts, in their order."""
+        rollout, world = self.rollout, self.source_context.world
         if self.refresh > 1:
-            written = rollout.rounds.write(
+            return rollout.rounds.write(
                 number, "student", rollout.sampler, asked, sampling, by_teacher=rollout.by_teacher
             )
-            return dict(zip(rows, written, strict=True))
-        world = self.source_context.world
-        mine = slice(world.rank, None, world.ranks)
-        answers = rollout.sampler.respond(asked[mine], for_round(sampling, number)) if asked[mine] else []
-        written = world.gather(list(zip(rows[mine], in_round(answers, number), strict=True)))
-        return dict(sorted(written))
+        places = range(len(asked))[world.rank :: world.ranks]
+        mine = [asked[place] for place in places]
+        answers = rollout.sampler.respond(mine, for_round(sampling, number)) if mine else []
+        written = world.gather(list(zip(places, in_round(answers, number), strict=True)))
+        return [response for _, response in sorted(written, key=itemgetter(0))]
+
+
+def response_lengths(responses: Sequence[Response]) -> np.ndarray:
+    """`Response.length` of each."""
+    # Arrow takes a while to import, and recipes are read without it.
+    from limbeck.rollouts.table import lengths_of
+
+    return lengths_of(responses)

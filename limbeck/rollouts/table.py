@@ -20,7 +20,18 @@ import pyarrow as pa
 from pyarrow import compute
 
 from limbeck.rollouts.io import fields_of, read_responses, sampling_fields, sampling_from_json
-from limbeck.runtime.columns import AT_A_TIME, INT32S, ROWS, Rows, lengths, list_column, lists_of, mapped, written
+from limbeck.runtime.columns import (
+    AT_A_TIME,
+    INT32S,
+    ROWS,
+    Rows,
+    combined,
+    lengths,
+    list_column,
+    lists_of,
+    mapped,
+    written,
+)
 from limbeck.runtime.files import whole_file
 from limbeck.types import Response, Sampling, Split
 
@@ -146,11 +157,12 @@ def prompts_of(responses: Sequence[Response]) -> Iterator[str]:
     return responses.prompt_ids if isinstance(responses, ResponseTable) else (r.prompt_id for r in responses)
 
 
-def keep_columns(path: Path, responses: Sequence[Response]) -> None:
-    """Write responses for training alone (`path`, .arrow), whole or not at all."""
+def keep_columns(path: Path, responses: Iterable[Response]) -> None:
+    """Write responses for training alone (`path`, .arrow), whole or not at all; few of them are in memory at a time."""
+    left = iter(responses)
     with written(path, SCHEMA) as writer:
-        for start in range(0, len(responses), ROWS):
-            writer.write_batch(_batch_of(responses[start : start + ROWS]))
+        while pieces := [_batch_of(some) for _ in range(ROWS // AT_A_TIME) if (some := list(islice(left, AT_A_TIME)))]:
+            writer.write_batch(combined(pieces))
 
 
 def keep_responses(path: Path, responses: Iterable[Response]) -> None:

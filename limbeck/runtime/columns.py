@@ -96,6 +96,12 @@ def written(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWri
         yield writer
 
 
+def combined(pieces: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """Pieces as one batch."""
+    (batch,) = pa.Table.from_batches(pieces).combine_chunks().to_batches()
+    return batch
+
+
 def mapped(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
     """The batches of a file that `written` wrote.
 

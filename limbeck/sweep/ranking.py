@@ -41,13 +41,16 @@ def best(badnesses: Sequence[float]) -> int:
 
 def beyond(tried: Sequence[Any], chosen: Any) -> float | None:
     """The next value past the end of the values tried, by the ratio of the last two; None where the choice is no end,
-    or the values are no positive numbers."""
+    or the values are no positive numbers. Of whole numbers it is one."""
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in tried):
         return None
     ordered = sorted(set(tried))
     if len(ordered) < 2 or chosen not in (ordered[0], ordered[-1]):
         return None
     end, inner = (ordered[0], ordered[1]) if chosen == ordered[0] else (ordered[-1], ordered[-2])
+    if all(isinstance(v, int) for v in tried):
+        whole = round(end * end / inner)
+        return None if whole in (0, end) else whole
     # Three digits, so that a rate reads 0.0009 and not 0.0009000000000000001.
     return float(f"{end * end / inner:.3g}")
 

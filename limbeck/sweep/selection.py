@@ -25,7 +25,6 @@ def tune(executor: Executor, models: Models) -> Finals:
         further = {arm.name: _further(executor, arm, tuning[arm.name], models) for arm in arms_of(sweep)}
         if not (new := [run for runs in further.values() for run in runs]):
             break
-        executor.checker.inspect(new)
         executor.table.add(new)
         executor.run(new)
         tuning = {name: runs + further[name] for name, runs in tuning.items()}
@@ -44,18 +43,26 @@ def tune(executor: Executor, models: Models) -> Finals:
 def _further(executor: Executor, arm: Arm, tried: list[ArmRun], models: Models) -> list[ArmRun]:
     """A run for each tuned key whose best value is an end of those tried, one step beyond it.
 
-    A value beyond the best that was tried and failed is no end: there the arm diverges.
+    A value beyond the best that was tried and failed is no end: there the arm diverges. Where what lies beyond cannot
+    be (a share above 1), the end is the best.
     """
     try:
         chosen = _winner(executor, tried)
     except LimbeckError:
         return []  # The arm's own failure, which is reported when its values are chosen.
-    steps = {key: beyond([run.keys[key] for run in tried], chosen[key]) for key in executor.sweep.tune}
-    return [
-        tuning_run(executor.sweep, arm, chosen | {key: value}, models)
-        for key, value in steps.items()
-        if value is not None
-    ]
+    runs = []
+    for key in executor.sweep.tune:
+        value = beyond([run.keys[key] for run in tried], chosen[key])
+        if value is None:
+            continue
+        try:
+            run = tuning_run(executor.sweep, arm, chosen | {key: value}, models)
+            executor.checker.inspect([run])
+        except LimbeckError as error:
+            executor.console.say(f"{arm.name}: {key} stays at {chosen[key]}, since {value} cannot be ({error})")
+            continue
+        runs.append(run)
+    return runs
 
 
 def _winner(executor: Executor, tried: list[ArmRun]) -> Tree:

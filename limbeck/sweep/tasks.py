@@ -110,8 +110,8 @@ def _play(context: RunContext, task: Task) -> Outcome:
     if task.pause_at is None or task.metric is None:
         run_pipeline(recipe, stages=STAGES, console=console, update=task.update, artifacts=context.artifacts)
         return Outcome(state="done")
-    if (path := paused_path(context)).exists():
-        return Outcome(state="paused", means=read_json(path)["after"])
+    if (path := paused_path(context)).exists() and task.metric in (means := read_json(path)["after"]):
+        return Outcome(state="paused", means=means)
     try:
         run_pipeline(
             recipe,

@@ -1,6 +1,7 @@
 """The numbers of a comparison against slow and independent ways to the same."""
 
 import math
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.lab_pages import halves, resolved
+from benchmarks.lab_pages import half_widths, resolved
 from limbeck.compare.pairwise import ComparedPair, Difference, holm, letters
 from limbeck.compare.student_t import quantile, tail
 from limbeck.compare.uncertainty import Resampled, ResampledMetric, arm_means, draws
@@ -172,19 +173,22 @@ def test_arms_share_a_letter_exactly_when_they_are_not_separated(arms, data):
 
 
 @pytest.mark.parametrize(
-    ("seeds", "said"),
-    [
-        ([5, 1], "2 seeds against 2 others"),
-        ([5, 3], "2 seeds against 2 others"),
-        ([7, 1, 6], "3 seeds against 3 others"),
-        ([3, 1], "Too few seeds"),
-    ],
+    ("seeds", "counts"),
+    [([5, 5], [3, 5]), ([10, 4, 7], [3, 4]), ([3, 3, 1], [3]), ([2, 2, 2], [2]), ([5, 1], []), ([4], [])],
 )
-def test_what_a_bench_resolves_is_said_of_the_arms_with_seeds_to_split(seeds, said):
-    """An arm that is finished stands beside one whose runs have just begun."""
+def test_what_a_bench_resolves_is_said_of_the_seeds_that_all_arms_have(seeds, counts):
     sheet = sheet_of(noise(arms=len(seeds), seeds=max(seeds)), [list(range(count)) for count in seeds])
     text = resolved(sheet)
-    assert said in text
-    if half := [count // 2 for count in seeds if count >= 4]:
-        assert (f"median of {len(half)} arms" in text) == (len(half) > 1), "the median of one arm is that arm"
-        assert f"{halves(sheet, 0, min(half)):.3f}" in text
+    assert ("Too few" in text) == (not counts)
+    for count in counts:
+        arms = [arm for arm, own in enumerate(seeds) if own > 1]
+        found = half_widths(sheet, arms, range(count))
+        assert len(found) == len(arms) * (len(arms) - 1) // 2
+        assert f"{statistics.median(found):.3f} to each side with {count} seeds" in text
+
+
+def test_what_is_resolved_is_what_the_interval_of_a_pair_is():
+    """With two arms there is nothing to widen for: a difference as large as what is said is just separated."""
+    sheet = sheet_of(noise(arms=2, seeds=6), [list(range(6))] * 2)
+    (found,), ((_, pair),) = half_widths(sheet, range(2), range(6)), Resampled(sheet=sheet).pairs.items()
+    assert found == pytest.approx(pair.half_width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from typing import Any
 
@@ -12,7 +11,7 @@ from limbeck.rollouts.order import Plan
 from limbeck.rollouts.sources import SourceContext, StepCounter
 from limbeck.rollouts.student import StudentSource
 from limbeck.types import Interrupted, LimbeckError, Response
-from tests.sampling.writing import FakeSampler, asked_in, own_of, pen_of, played, prompts_of
+from tests.sampling.writing import FakeSampler, Together, asked_in, on_ranks, own_of, pen_of, played, prompts_of
 
 SHIFT = SourceContext(step_rows=4, seed=11)
 # Ten prompts in steps of four rows: an epoch is three steps, the last of two rows in whatever place it has.
@@ -179,35 +178,15 @@ def test_a_batch_that_was_changed_before_the_round_was_whole_is_not_trained_on(t
 @pytest.mark.parametrize("refresh", [1, 2, None])
 def test_ranks_share_the_writing_and_end_with_the_same_responses(tmp_path, refresh):
     ranks, samplers = 3, [FakeSampler(batch_size=2) for _ in range(3)]
-    barrier, boxes, found = threading.Barrier(ranks), [[] for _ in range(ranks)], {}
 
-    class Together:
-        def __init__(self, rank: int):
-            self.rank, self.ranks = rank, ranks
-
-        def wait(self) -> None:
-            barrier.wait(20)
-
-        def gather(self, items: list[Any]) -> list[Any]:
-            boxes[self.rank] = items
-            self.wait()
-            every = [item for box in boxes for item in box]
-            self.wait()
-            return every
-
-    def work(rank: int) -> None:
-        world = Together(rank)
-        rollout = pen_of(samplers[rank], tmp_path / "many", refresh=refresh, world=world)
+    def work(world: Together) -> list[dict[int, Response]]:
+        rollout = pen_of(samplers[world.rank], tmp_path / "many", refresh=refresh, world=world)
         own = StudentSource(prompts_of(10), rollout, SourceContext(step_rows=4, seed=11, world=world))
-        found[rank] = played(own, range(6), 6)
+        return played(own, range(6), 6)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    found = on_ranks(ranks, work)
     alone = played(own_of(FakeSampler(), tmp_path / "one", refresh=refresh), range(6), 6)
-    assert found == dict.fromkeys(range(ranks), alone)
+    assert found == [alone] * ranks
     together = sum((sampler.drawn for sampler in samplers), Counter())
     assert set(together.values()) == {1} and all(sampler.drawn for sampler in samplers)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from limbeck.rollouts.rounds import Rounds
 from limbeck.rollouts.sources import ResponseSource, SourceContext, StepCounter
@@ -66,6 +67,48 @@ class FakeSampler:
         )
 
 
+R = TypeVar("R")
+
+
+@dataclass(kw_only=True)
+class Together:
+    """A rank of several threads."""
+
+    rank: int
+    ranks: int
+    barrier: threading.Barrier
+    boxes: list[list[Any]]
+
+    def wait(self) -> None:
+        self.barrier.wait(20)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        self.boxes[self.rank] = items
+        self.wait()
+        every = [item for box in self.boxes for item in box]
+        self.wait()
+        return every
+
+
+def on_ranks(ranks: int, work: Callable[[Together], R]) -> list[R]:
+    """What some work ends with on each of several ranks, which are threads; an error in its place."""
+    barrier, boxes = threading.Barrier(ranks), [[] for _ in range(ranks)]
+    found: dict[int, Any] = {}
+
+    def play(rank: int) -> None:
+        try:
+            found[rank] = work(Together(rank=rank, ranks=ranks, barrier=barrier, boxes=boxes))
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=play, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [found[rank] for rank in range(ranks)]
+
+
 def prompts_of(count: int, *, seed: int = 5) -> list[TokenPrompt]:
     """Prompts of different lengths."""
     draw = random.Random(seed)
@@ -93,11 +136,14 @@ def own_of(
     prompts: int = 10,
     step_rows: int = 4,
     refresh: int | None = 1,
+    asked: Sequence[TokenPrompt] | None = None,
     **changes: Any,
 ) -> StudentSource:
     """The student's own responses."""
     rollout = pen_of(sampler, folder, refresh=refresh, **changes)
-    return StudentSource(prompts_of(prompts), rollout, SourceContext(step_rows=step_rows, seed=11))
+    return StudentSource(
+        prompts_of(prompts) if asked is None else asked, rollout, SourceContext(step_rows=step_rows, seed=11)
+    )
 
 
 def played(

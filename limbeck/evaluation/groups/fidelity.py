@@ -12,7 +12,7 @@ answers of the teacher; `answers` in the detail says which.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -59,6 +59,11 @@ class FidelityGroup(GroupInPieces):
 
     references_remedy = "take references out of evaluate.groups.fidelity.whose"
     takes_likeliest = True
+
+    @classmethod
+    def on_responses(cls, condition: str, options: Mapping[str, object]) -> bool:
+        del options
+        return not condition or condition.startswith("teacher=")
 
     def needs(self) -> frozenset[Need]:
         more: dict[str, Need] = {"references": "references", "teacher": "teacher_answers"}

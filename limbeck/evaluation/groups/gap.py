@@ -51,6 +51,11 @@ class GapGroup(EvaluationGroup):
         ),
     }
 
+    @classmethod
+    def on_responses(cls, condition: str, options: Mapping[str, object]) -> bool:
+        del options
+        return not condition
+
     def needs(self) -> frozenset[Need]:
         return frozenset({"teacher", "tokens"})
 
@@ -68,7 +73,7 @@ class GapGroup(EvaluationGroup):
             (fidelity_rows(one, one.student.model), None if others is None else _nll(one, others))
             for one in (evaluation.before(), evaluation)
         )
-        tables: dict[str, Sequence[ScoredRow]] = {"": closed_share(gap, left, "gap_recovered")}
+        tables: dict[str, Sequence[ScoredRow]] = {"": closed_share(evaluation, gap, left, "gap_recovered")}
         if then is not None and now is not None:
             assert then.keys() == now.keys(), "both read the same answers in the same tokens"
             tables["others"] = [

@@ -57,6 +57,8 @@ class JudgeGroup(EvaluationGroup):
     """Of input and output tokens, in any currency, for the estimate."""
 
     parts = ("after",)
+    # A verdict that could not be read is none.
+    rows_may_lack = True
 
     def needs(self) -> frozenset[Need]:
         # Not "references": some of a data set may lack theirs, and are left out.

@@ -8,7 +8,7 @@ the student's own tokens: models with different tokenizers are compared by the b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
@@ -29,6 +29,11 @@ class NllGroup(GroupInPieces):
     """Whose answers the student's likelihood is measured on: the held-out responses of the run, or the data's."""
 
     references_remedy = "set evaluate.groups.nll.whose=responses"
+
+    @classmethod
+    def on_responses(cls, condition: str, options: Mapping[str, object]) -> bool:
+        del condition
+        return options.get("whose", "responses") == "responses"
 
     def needs(self) -> frozenset[Need]:
         return frozenset({"prompts", "references"} if self.whose == "references" else ())

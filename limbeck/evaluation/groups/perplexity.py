@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -49,6 +49,11 @@ class PerplexityGroup(GroupInPieces):
     """Measure the teacher too."""
 
     teacher_remedy = "set evaluate.groups.perplexity.teacher=false"
+
+    @classmethod
+    def on_responses(cls, condition: str, options: Mapping[str, object]) -> bool:
+        del condition
+        return options.get("source") is None
 
     def needs(self) -> frozenset[Need]:
         return frozenset({"teacher", "tokens"} if self.teacher else ())

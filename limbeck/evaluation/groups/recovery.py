@@ -60,6 +60,11 @@ class RecoveryGroup(EvaluationGroup):
         ),
     }
 
+    @classmethod
+    def on_responses(cls, condition: str, options: Mapping[str, object]) -> bool:
+        del options
+        return not condition
+
     def needs(self) -> frozenset[Need]:
         return frozenset({"teacher", "tokens"})
 
@@ -79,7 +84,9 @@ class RecoveryGroup(EvaluationGroup):
     def measure(self, evaluation: EvaluationContext) -> GroupResult:
         if evaluation.part in self.baselines:
             rows = fidelity_rows(evaluation, evaluation.student.model)
-            return GroupResult(tables={"": closed_share(rows, _healed_rows(evaluation.folder), "recovered")})
+            return GroupResult(
+                tables={"": closed_share(evaluation, rows, _healed_rows(evaluation.folder), "recovered")}
+            )
         quantized = evaluation.quantized_weights()
         assert quantized is not None, "a recipe without student.quantize is refused"
         sizes = _sizes(evaluation.student.model, quantized)
@@ -90,7 +97,7 @@ class RecoveryGroup(EvaluationGroup):
         before = evaluation.before()
         rounded = fidelity_rows(before, before.student.model)
         before.release_student()
-        tables: dict[str, Sequence[ScoredRow]] = {"": closed_share(rounded, healed, "recovered")}
+        tables: dict[str, Sequence[ScoredRow]] = {"": closed_share(evaluation, rounded, healed, "recovered")}
         tables["file"] = [ScoredRow(id="model", weight=1.0, values=sizes)]
         return GroupResult(tables=tables, detail={"formats": dict(Counter(quantized.formats.values())), **sizes})
 
@@ -136,8 +143,12 @@ def _healed_rows(folder: Path) -> list[ScoredRow]:
     return rows
 
 
-def closed_share(before: Sequence[ScoredRow], after: Sequence[ScoredRow], metric: str) -> list[ScoredRow]:
+def closed_share(
+    evaluation: EvaluationContext, before: Sequence[ScoredRow], after: Sequence[ScoredRow], metric: str
+) -> list[ScoredRow]:
     """What was closed of each prompt's forward KL, and that KL, over its tokens: their ratio is the share.
+
+    Where there was none to close there is no share, which is said.
 
     Args:
         metric: name of the share.
@@ -147,6 +158,11 @@ def closed_share(before: Sequence[ScoredRow], after: Sequence[ScoredRow], metric
         assert there.id == left.id, "both read the same responses"
         gap, rest = (row.weight * row.values["forward_kl"] for row in (there, left))
         rows.append(ScoredRow(id=there.id, weight=there.weight, values={}, sums={metric: (gap - rest, gap)}))
+    if not any(row.sums[metric][1] for row in rows):
+        evaluation.console.warn(
+            f"the student was no way from the teacher before training, so that {metric} is left out: of nothing no "
+            "share can come back"
+        )
     return rows
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from limbeck.evaluation.scores.metrics import known_metrics
-from limbeck.evaluation.scores.pooled import POOLED
+from limbeck.evaluation.scores.pooled import LIFTED, POOLED
 from limbeck.types import LimbeckError, Score, ScoredRow
 
 if TYPE_CHECKING:
@@ -16,21 +17,25 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+# Numbers of draws in memory: 64 MB.
+AT_A_TIME = 8 << 20
 
 
 def summarise(rows: Sequence[ScoredRow], *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Score]:
     """Every metric over all rows with its 95 % bootstrap interval over rows.
 
-    A mean is ``sum_i weight_i value_i / sum_i weight_i``, in float64, with the percentile interval; a metric of the
-    corpus is made of the rows' sums, with the pivotal interval. A resample draws whole examples, since the tokens of
-    one answer are far from independent (Efron and Tibshirani 1993, chapter 13).
+    A mean is ``sum_i weight_i value_i / sum_i weight_i``, in float64; a metric of the corpus is made of the rows' sums,
+    and left out where what they are divided by is 0. A resample draws whole examples, since the tokens of one answer
+    are far from independent (Efron and Tibshirani 1993, chapter 13).
 
     Raises:
         LimbeckError: no rows, rows that measure different things, repeated ids, or values that are not finite.
     """
+    import numpy as np
+
     table = Table.of(rows)
-    counts_SR = _resample(len(rows), seed, resamples)
-    return _scores(table, table.over(_once(rows))[0], table.over(counts_SR), len(rows), least=0.0)
+    drawn_SM = np.concatenate([table.over(counts_SR) for counts_SR in _resample(len(rows), seed, resamples)])
+    return _scores(table, table.over(_once(rows))[0], drawn_SM, len(rows), least=0.0)
 
 
 def paired_change(
@@ -41,6 +46,8 @@ def paired_change(
     Raises:
         LimbeckError: the two did not measure the same examples and metrics, or `summarise` would refuse one of them.
     """
+    import numpy as np
+
     by_id = {row.id: row for row in after}
     if [row.id for row in before] != [row.id for row in after]:
         if {row.id for row in before} != set(by_id) or len(by_id) != len(after):
@@ -55,9 +62,11 @@ def paired_change(
             f"before measured {', '.join(first.names)} and after {', '.join(second.names)}; expected the same metrics: "
             "evaluate both again"
         )
-    counts_SR, once_1R = _resample(len(before), seed, resamples), _once(before)
+    once_1R = _once(before)
     point_M = (second.over(once_1R) - first.over(once_1R))[0]
-    return _scores(first, point_M, second.over(counts_SR) - first.over(counts_SR), len(before), least=-math.inf)
+    draws = _resample(len(before), seed, resamples)
+    drawn_SM = np.concatenate([second.over(counts_SR) - first.over(counts_SR) for counts_SR in draws])
+    return _scores(first, point_M, drawn_SM, len(before), least=-math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +136,23 @@ def _check(row: ScoredRow, first: ScoredRow) -> None:
         raise LimbeckError(f"example {row.id!r} has weight {row.weight}; expected more than 0: drop empty examples")
 
 
-def _resample(examples: int, seed: int, resamples: int) -> ndarray:
-    """Number of draws of each example, (resamples, examples) float64; the same for every metric and both sides."""
+def _resample(examples: int, seed: int, resamples: int) -> Iterator[ndarray]:
+    """Number of draws of each example, (some of the resamples, examples) float64; the same for every metric and both
+    sides."""
+    import numpy as np
+
+    if examples * resamples <= AT_A_TIME:
+        yield _few(examples, seed, resamples)
+        return
+    rng, share_R = np.random.Generator(np.random.PCG64(seed)), np.full(examples, 1.0 / examples)
+    step = max(1, AT_A_TIME // examples)
+    for start in range(0, resamples, step):
+        yield rng.multinomial(examples, share_R, size=min(step, resamples - start)).astype(np.float64)
+
+
+@lru_cache(maxsize=1)
+def _few(examples: int, seed: int, resamples: int) -> ndarray:
+    """All of them at once, which the tables of an evaluation share."""
     import numpy as np
 
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -145,25 +169,21 @@ def _once(rows: Sequence[ScoredRow]) -> ndarray:
 def _scores(table: Table, point_M: ndarray, drawn_SM: ndarray, examples: int, *, least: float) -> dict[str, Score]:
     """Points with their intervals.
 
-    The pivotal interval of a metric of the corpus mirrors the resamples at the point. A calibration error adds up
-    absolute values, so that chance lifts it, and resamples lift it once more: the percentile interval lies too high,
-    and of a well calibrated model it misses the truth always. Mirrored, the lift comes off. It is widened to hold the
-    point and ends at `least`.
+    Intervals are between percentiles of the resamples, without those that have no value. A calibration error adds up
+    absolute values, so that chance lifts it, and resamples lift it once more: the percentiles lie too high, and of a
+    well calibrated model they miss the truth always. Its interval is pivotal: the resamples are mirrored at the point,
+    so that the lift comes off. It is widened to hold the point and ends at `least`.
     """
     import numpy as np
 
     tail = 50 * (1 - CONFIDENCE)
-    low_M, high_M = np.percentile(drawn_SM, [tail, 100 - tail], axis=0)
-    means = len(table.names) - len(table.sums)
-    pivot_M = np.stack([np.clip(2 * point_M - high_M, least, point_M), np.maximum(2 * point_M - low_M, point_M)])
-    low_M, high_M = (np.concatenate([e[:means], p[means:]]) for e, p in zip((low_M, high_M), pivot_M, strict=True))
-    alone = examples < 2
-    return {
-        name: Score(
-            mean=float(point_M[m]),
-            low=None if alone else float(low_M[m]),
-            high=None if alone else float(high_M[m]),
-            n=examples,
-        )
-        for m, name in enumerate(table.names)
-    }
+    found: dict[str, Score] = {}
+    for name, point, drawn_S in zip(table.names, point_M.tolist(), drawn_SM.T, strict=True):
+        if not math.isfinite(point):
+            continue
+        low, high = np.percentile(drawn_S[np.isfinite(drawn_S)], [tail, 100 - tail]).tolist()
+        if name in LIFTED:
+            low, high = max(min(2 * point - high, point), least), max(2 * point - low, point)
+        alone = examples < 2
+        found[name] = Score(mean=point, low=None if alone else low, high=None if alone else high, n=examples)
+    return found

@@ -23,8 +23,11 @@ def calibration_error(sums_SK: ndarray) -> ndarray:
 
 
 def ratio(sums_S2: ndarray) -> ndarray:
-    """One sum over another, (S,)."""
-    return sums_S2[..., 0] / sums_S2[..., 1]
+    """One sum over another, (S,); NaN or infinite where that other is 0."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sums_S2[..., 0] / sums_S2[..., 1]
 
 
 def perplexity(sums_S2: ndarray) -> ndarray:
@@ -56,6 +59,9 @@ def _expected_speedup(sums_S5: ndarray) -> ndarray:
     drafted, cost = (sums_S5[..., place].sum() / sums_S5[..., 2].sum() for place in (3, 4))
     return (acceptance_S[..., None] ** np.arange(round(drafted) + 1)).sum(-1) / cost
 
+
+# Those that chance lifts, since they add up absolute values: resamples lift them once more.
+LIFTED = frozenset({"student_ece", "teacher_ece", "ece_to_teacher"})
 
 POOLED: dict[str, Callable[[ndarray], ndarray]] = {
     "student_ece": calibration_error,
