@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
 from limbeck.rollouts.asked import ids_of, with_ids
 from limbeck.rollouts.order import Plan
 from limbeck.rollouts.rounds import BatchSampler
-from limbeck.rollouts.sources import SourceContext, StatelessSource, StepCounter, first_steps
+from limbeck.rollouts.sources import SourceContext, StatelessSource, StepCounter, first_steps, numbered
 from limbeck.rollouts.student import RolloutConfig, StudentSource, response_lengths
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt
 
@@ -71,7 +72,7 @@ class PairedSource(StatelessSource):
 
     def step(self, clock: StepCounter) -> dict[int, Response]:
         pairs = self._pairs_of(clock)
-        return dict(enumerate(r for row in pairs.plan.at(clock.step) for r in pairs.of(row)))
+        return dict(enumerate(chain.from_iterable(pairs.of(pairs.plan.at(clock.step)))))
 
     def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
         known = self._pairs is not None and self._pairs.number == clock.step // self.own.refresh
@@ -112,9 +113,10 @@ class _Pairs:
     places: np.ndarray
     own: Sequence[Response]
 
-    def of(self, row: int) -> tuple[Response, Response]:
-        """The teacher's response to a prompt, and the student's."""
-        return self.theirs[int(self.places[row])], self.own[row]
+    def of(self, rows: Sequence[int]) -> Iterator[tuple[Response, Response]]:
+        """The teacher's response to each of some prompts, and the student's."""
+        theirs = numbered(self.theirs, self.places[list(rows)].tolist())
+        return zip(theirs, numbered(self.own, rows), strict=True)
 
 
 def require_whole_epochs(refresh: int, steps_per_epoch: int) -> None:

@@ -208,7 +208,7 @@ class OfflineSource(StatelessSource):
 
     def known_step(self, clock: StepCounter) -> dict[int, Response]:
         rows = [self.rows[place] for place in self.plan.at(clock.step)]
-        return {row: self.responses[row] for row in rows}
+        return dict(zip(rows, numbered(self.responses, rows), strict=True))
 
     def preview(self, count: int, total: int) -> list[dict[int, Response]]:
         return first_steps(self, count, total)
@@ -217,6 +217,14 @@ class OfflineSource(StatelessSource):
 def offline(responses: Sequence[Response]) -> SourceFactory:
     """Make a factory of `OfflineSource`s for responses written before training."""
     return lambda source_context: OfflineSource(responses, source_context)
+
+
+def numbered(responses: Sequence[Response], numbers: Sequence[int]) -> list[Response]:
+    """The responses of some numbers in a row, in that order; those on disk are read together."""
+    # Arrow takes a while to import, and recipes are read without it.
+    from limbeck.runtime.columns import Rows
+
+    return responses.several(numbers) if isinstance(responses, Rows) else [responses[number] for number in numbers]
 
 
 def longest_first(responses: Sequence[Response]) -> dict[int, Response]:

@@ -19,6 +19,7 @@ from limbeck.rollouts.sources import (
     StepCounter,
     first_steps,
     longest_first,
+    numbered,
 )
 from limbeck.types import LimbeckError, Response, Sampling, TokenPrompt
 
@@ -80,7 +81,7 @@ class Round:
 
     def answers_to(self, rows: Sequence[int]) -> list[Response]:
         """The answers to prompts by their numbers."""
-        return [self.responses[place] for place in np.searchsorted(self.rows, rows).tolist()]
+        return numbered(self.responses, np.searchsorted(self.rows, rows).tolist())
 
 
 class StudentSource(StatelessSource):

@@ -69,6 +69,14 @@ class Rows(Sequence[Row]):
         number, row = divmod(place, self._rows)
         return next(self.made_of(self.batches[number].slice(row, 1)))
 
+    def several(self, numbers: Sequence[int]) -> list[Row]:
+        """The rows of some numbers in the sequence, in that order; read together, they cost less than one by one."""
+        places = self.places[np.asarray(numbers, np.intp)]
+        # In the order of the file, so that those of one batch are read at once.
+        order = np.argsort(places, kind="stable")
+        found = dict(zip(order.tolist(), self.taken(places[order]), strict=True))
+        return [found[number] for number in range(len(found))]
+
     def taken(self, places: np.ndarray) -> Self:
         """The rows at some places of the file."""
         return type(self)(self.batches, places.astype(np.int32))

@@ -14,6 +14,7 @@ from limbeck.rollouts.order import Plan
 from limbeck.rollouts.table import (
     ResponseTable,
     in_a_row,
+    keep_columns,
     keep_responses,
     lengths_of,
     open_responses,
@@ -81,6 +82,8 @@ def test_what_is_written_is_read_and_the_lines_are_those_of_json(folder, respons
         found = open_responses(folder / "teacher.jsonl")
         assert list(found) == responses == [found[row] for row in range(len(found))]
         assert list(found[::-2]) == responses[::-2]
+        numbers = [row * 7 % len(found) for row in range(len(found))]
+        assert found[::-1].several(numbers) == [responses[::-1][row] for row in numbers]
         assert [r.replaced for r in found] == [r.replaced for r in responses]
         assert lengths_of(found).tolist() == [r.length for r in responses]
         assert list(prompts_of(found)) == [r.prompt_id for r in responses]
@@ -101,6 +104,13 @@ def test_the_same_responses_give_the_same_bytes(tmp_path):
     opened = open_responses(tmp_path / "one.jsonl")
     keep_responses(tmp_path / "one.jsonl", some(5))
     assert opened[2999] == some(3000)[2999] and len(open_responses(tmp_path / "one.jsonl")) == 5
+
+
+def test_columns_alone_are_those_beside_the_lines(tmp_path):
+    keep_responses(tmp_path / "both.jsonl", some(5000))
+    keep_columns(tmp_path / "alone.arrow", iter(some(5000)))
+    assert list(open_responses(tmp_path / "alone.jsonl")) == list(open_responses(tmp_path / "both.jsonl"))
+    assert [batch.num_rows for batch in open_responses(tmp_path / "alone.jsonl").batches] == [4096, 904]
 
 
 def test_parts_of_a_file_keep_their_places(tmp_path):
