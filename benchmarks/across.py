@@ -6,9 +6,10 @@
 A sweep around the recipe `seqkd`: the teacher answers the prompts once, and every arm trains on these answers in the
 student's tokens, in the same order, the same steps. `ce` reads the labels alone; the others compare student and
 teacher where the tokens of both coincide (`teacher.across`), alone or beside cross-entropy. Each arm has
-the better of two learning rates by held-out loss with the first seed. Intervals resample prompts, with the mean over
-seeds for each; an arm counts as separated where the interval of its change from `ce` leaves out zero and every seed
-agrees in the sign. More groups, such as a task, are overrides; their metrics are named with --metrics.
+the better of two learning rates by held-out loss with the first seed. Intervals are over prompts and seeds, 95 %, as
+`limbeck compare` makes them; that of a change from `ce` is at the level that Holm's procedure leaves it among all pairs
+of arms, and the change is separated where it leaves out 0. More groups, such as a task, are overrides; their metrics
+are named with --metrics.
 """
 
 from __future__ import annotations
@@ -16,16 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drafts import finished, interval, tokens
-from limbeck.evaluation.scores.bootstrap import paired_change, summarise
-from limbeck.evaluation.scores.files import read_rows
+from benchmarks.drafts import cells, columns_of, finished, tokens
+from limbeck.compare.tables import Column
 from limbeck.recipe.load import recipe_tree
 from limbeck.sweep.runner import run_sweep
-from limbeck.types import Score, ScoredRow
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "ce"
@@ -62,7 +61,7 @@ def main() -> None:
     runs = {arm: runs_of(ended.directory, arm) for arm in ARMS}
     if not runs[BASE]:
         raise SystemExit(f"no run of {BASE} has finished; {ended.directory / 'arms.jsonl'} says why")
-    text = page({arm: found for arm, found in runs.items() if found}, arguments)
+    text = page({arm: found for arm, found in runs.items() if found}, columns_of(ended.directory), arguments)
     arguments.page.write_text(text, "utf-8")
     print(text)
 
@@ -93,73 +92,27 @@ def runs_of(folder: Path, arm: str) -> dict[int, Path]:
     return {line["seed"]: folder / line["directory"] for line in finished(folder, arm) if not line["tuning"]}
 
 
-def rows_of(run: Path, metric: str) -> list[ScoredRow]:
-    """The rows of a metric after training."""
-    for path in sorted((run / "scores").glob("after.*.jsonl")):
-        rows = [row for row in read_rows(path) if metric in row.values]
-        if rows:
-            return rows
-    return []
-
-
-def together(tables: Sequence[Sequence[ScoredRow]], metric: str) -> list[ScoredRow]:
-    """A row per prompt with the mean over seeds; prompts that not all have are left out."""
-    by_id = [{row.id: row for row in table} for table in tables]
-    return [
-        ScoredRow(
-            id=row.id,
-            weight=row.weight,
-            values={metric: statistics.mean(rows[row.id].values[metric] for rows in by_id)},
-        )
-        for row in tables[0]
-        if all(row.id in rows for rows in by_id)
-    ]
-
-
-def page(runs: Mapping[str, Mapping[int, Path]], arguments: argparse.Namespace) -> str:
+def page(runs: Mapping[str, Mapping[int, Path]], columns: Mapping[str, Column], arguments: argparse.Namespace) -> str:
     lines = [
         "| arm | metric | tokens | compared | after | each seed | change from ce | separated |",
         "|---|---|---:|---:|---:|---|---:|---|",
     ]
     for metric in arguments.metrics:
-        tables = {arm: {seed: rows_of(run, metric) for seed, run in found.items()} for arm, found in runs.items()}
-        for arm, by_seed in tables.items():
-            if all(by_seed.values()):
-                lines.append(_line(arm, metric, by_seed, tables[BASE], runs[arm]))
+        if (column := columns.get(metric)) is not None:
+            lines += [
+                f"| `{arm}` | {metric} | {_cost(runs[arm])} | {said} |" for arm, said in cells(column, BASE).items()
+            ]
     said = (__doc__ or "").split("\n\n")[-1].strip()
     command = " ".join(["python -m benchmarks.across", *arguments.overrides])
     seeds = ", ".join(map(str, arguments.seeds))
     return f"# Across tokenizers\n\n`{command}`, seeds {seeds}.\n\n{said}\n\n" + "\n".join(lines) + "\n"
 
 
-def _line(
-    arm: str,
-    metric: str,
-    by_seed: Mapping[int, Sequence[ScoredRow]],
-    base: Mapping[int, Sequence[ScoredRow]],
-    runs: Mapping[int, Path],
-) -> str:
-    own = together(list(by_seed.values()), metric)
-    means = {seed: summarise(rows)[metric].mean for seed, rows in by_seed.items()}
-    compared = [_record(run).get("aligned") for run in runs.values()]
-    share = f"{statistics.mean(one for one in compared if one is not None):.1%}" if all(compared) else ""
-    moved, verdict = "", ""
-    if arm != BASE and all(base.values()):
-        change = _change(together(list(base.values()), metric), own, metric)
-        gaps = [means[seed] - summarise(base[seed])[metric].mean for seed in means.keys() & base.keys()]
-        apart = change.low is not None and change.high is not None and not change.low <= 0 <= change.high
-        moved = interval(change, sign="+")
-        verdict = "yes" if apart and len({gap > 0 for gap in gaps}) == 1 else "no"
-    count = statistics.mean(map(tokens, runs.values()))
-    seeds = ", ".join(f"{mean:.3f}" for mean in means.values())
-    after = interval(summarise(own)[metric])
-    return f"| `{arm}` | {metric} | {count:,.0f} | {share} | {after} | {seeds} | {moved} | {verdict} |"
-
-
-def _change(before: Sequence[ScoredRow], after: Sequence[ScoredRow], metric: str) -> Score:
-    names = {row.id for row in before} & {row.id for row in after}
-    sides = [[row for row in rows if row.id in names] for rows in (before, after)]
-    return paired_change(*sides)[metric]
+def _cost(runs: Mapping[int, Path]) -> str:
+    """The tokens of an arm and the share of them that were compared, as two cells."""
+    shares = [_record(run).get("aligned") for run in runs.values()]
+    share = f"{statistics.mean(one for one in shares if one is not None):.1%}" if all(shares) else ""
+    return f"{statistics.mean(map(tokens, runs.values())):,.0f} | {share}"
 
 
 def _record(run: Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@
 A sweep around the recipe `draft`: seven of the teacher's blocks, the teacher's samples at temperature 1, the same steps
 of the same number of responses, each arm at the best of some learning rates by total variation with the first seed.
 Measured is the share of drafts that the teacher keeps at temperature 1 with four drafts per pass; and, on more text,
-that of a first draft, which is 1 less the total variation to the teacher on its held-out answers. Intervals, those of
-a change from forward KL too, resample prompts, with all seeds of a prompt together; an arm counts as separated where
-that interval leaves out zero and every seed agrees in the sign.
+that of a first draft, which is 1 less the total variation to the teacher on its held-out answers. Intervals are over
+prompts and seeds, 95 %, as `limbeck compare` makes them; that of a change from forward KL is at the level that Holm's
+procedure leaves it among all pairs of arms, and the change is separated where it leaves out 0.
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from limbeck.evaluation.scores.bootstrap import paired_change, summarise
-from limbeck.evaluation.scores.files import read_rows
+from limbeck.compare.pairwise import ComparedPair
+from limbeck.compare.runs import gather
+from limbeck.compare.tables import Column, MetricTables
 from limbeck.recipe.load import recipe_tree
 from limbeck.sweep.runner import run_sweep
-from limbeck.types import LimbeckError, Score, ScoredRow
+from limbeck.types import LimbeckError
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "fkl"
-CONDITION, ACCEPTANCE, FIRST = "draft=4", "draft_acceptance", "acceptance"
-TITLES = {"Drafts that the teacher keeps": ACCEPTANCE, "A first draft, on the teacher's own text": FIRST}
+PER_PASS = "tokens_per_pass@draft=4"
+BESIDE = ("forward_kl", PER_PASS)
+TITLES = {
+    "Drafts that the teacher keeps": "draft_acceptance@draft=4",
+    "A first draft, on the teacher's own text": "acceptance",
+}
 DISTILLM2 = {
     # A batch counts responses: half of them are the teacher's, half the student's, so a step has as many tokens.
     "responses.source": {"name": "pairs", "refresh": "epoch"},
@@ -58,48 +63,14 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measure:
-    """A metric of an arm.
+class ArmCost:
+    """What the finished runs of an arm were and took.
 
     Attributes:
-        name: of the metric.
-        rows: one per prompt, all seeds together.
-        by_seed: the metric of each seed.
-    """
-
-    name: str
-    rows: Sequence[ScoredRow]
-    by_seed: Mapping[int, float]
-
-    @property
-    def score(self) -> Score:
-        return summarise(self.rows)[self.name]
-
-    def change(self, base: Measure) -> Score:
-        """This less the base, on the prompts that both have."""
-        names = {row.id for row in base.rows} & {row.id for row in self.rows}
-        before, after = ([row for row in one.rows if row.id in names] for one in (base, self))
-        return paired_change(before, after)[self.name]
-
-    def separated(self, base: Measure) -> bool:
-        moved = self.change(base)
-        if moved.low is None or moved.high is None or moved.low <= 0 <= moved.high:
-            return False
-        gaps = [self.by_seed[seed] - base.by_seed[seed] for seed in self.by_seed.keys() & base.by_seed.keys()]
-        return all((gap > 0) == (moved.mean > 0) for gap in gaps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArmScores:
-    """The finished runs of an arm.
-
-    Attributes:
-        measures: of each metric, by its name.
         seconds: of the stages of a run, the mean.
         tokens: of the responses that entered the loss, the mean.
     """
 
-    measures: Mapping[str, Measure]
     rate: str
     seconds: float
     tokens: float
@@ -120,10 +91,10 @@ def main() -> None:
         print(estimate(arguments))
         return
     ended = run_sweep(sweep(arguments), *arguments.overrides)
-    found = {arm: scores for arm in arguments.arms if (scores := scores_of(ended.directory, arm)) is not None}
+    found = {arm: cost for arm in arguments.arms if (cost := cost_of(ended.directory, arm)) is not None}
     if BASE not in found:
         raise SystemExit(f"no run of {BASE} has finished; {ended.directory / 'arms.jsonl'} says why")
-    text = page(found, arguments)
+    text = page(found, columns_of(ended.directory), arguments)
     arguments.page.write_text(text, "utf-8")
     print(text)
     print(estimate(arguments), file=sys.stderr)
@@ -162,68 +133,24 @@ def finished(folder: Path, arm: str | None = None) -> list[dict[str, Any]]:
     return [line for line in lines if line["state"] == "done" and arm in (None, line["arm"])]
 
 
-def scores_of(folder: Path, arm: str) -> ArmScores | None:
-    """The scores of an arm's final runs; None where none is done."""
+def cost_of(folder: Path, arm: str) -> ArmCost | None:
+    """What an arm's final runs were and took; None where none is done."""
     lines = [line for line in finished(folder, arm) if not line["tuning"]]
     if not lines:
         return None
-    runs = {line["seed"]: folder / line["directory"] for line in lines}
-    after = {seed: json.loads((run / "scores.json").read_text("utf-8"))["after"] for seed, run in runs.items()}
-    drafted = [read_rows(run / f"scores/after.speculation@{CONDITION}.jsonl") for run in runs.values()]
-    compared = [read_rows(run / "scores/after.fidelity.jsonl") for run in runs.values()]
-    key = f"{ACCEPTANCE}@{CONDITION}"
-    names = ("forward_kl", f"tokens_per_pass@{CONDITION}")
-    return ArmScores(
-        measures={
-            ACCEPTANCE: Measure(
-                name=ACCEPTANCE,
-                rows=summed(drafted),
-                by_seed={seed: scores[key]["mean"] for seed, scores in after.items()},
-            ),
-            FIRST: Measure(
-                name=FIRST,
-                rows=averaged(compared),
-                by_seed={seed: scores[FIRST]["mean"] for seed, scores in after.items()},
-            ),
-        },
+    runs = [folder / line["directory"] for line in lines]
+    after = [json.loads((run / "scores.json").read_text("utf-8"))["after"] for run in runs]
+    return ArmCost(
         rate=f"{lines[0]['keys']['train.learning_rate']:g}",
-        seconds=statistics.mean(map(seconds, runs.values())),
-        tokens=statistics.mean(map(tokens, runs.values())),
-        means={name: statistics.mean(scores[name]["mean"] for scores in after.values()) for name in names},
+        seconds=statistics.mean(map(seconds, runs)),
+        tokens=statistics.mean(map(tokens, runs)),
+        means={name: statistics.mean(scores[name]["mean"] for scores in after) for name in BESIDE},
     )
 
 
-def summed(tables: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
-    """A row per prompt with the drafts of all seeds; prompts that not all have are left out."""
-    return [
-        ScoredRow(
-            id=name,
-            weight=1.0,
-            values={},
-            sums={ACCEPTANCE: tuple(map(sum, zip(*(row.sums[ACCEPTANCE] for row in rows), strict=True)))},
-        )
-        for name, rows in by_prompt(tables)
-    ]
-
-
-def averaged(tables: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
-    """A row per prompt with the mean of all seeds, of the same tokens; prompts that not all have are left out."""
-    return [
-        ScoredRow(
-            id=name,
-            weight=rows[0].weight,
-            values={FIRST: statistics.mean(row.values[FIRST] for row in rows)},
-        )
-        for name, rows in by_prompt(tables)
-    ]
-
-
-def by_prompt(tables: Sequence[Sequence[ScoredRow]]) -> Iterator[tuple[str, list[ScoredRow]]]:
-    """The rows of each prompt that all tables have."""
-    by_id = [{row.id: row for row in table} for table in tables]
-    for row in tables[0]:
-        if all(row.id in rows for rows in by_id):
-            yield row.id, [rows[row.id] for rows in by_id]
+def columns_of(folder: Path) -> Mapping[str, Column]:
+    """The metrics of a sweep's finished runs, as a comparison has them."""
+    return MetricTables(gather([folder], None, folder)).columns
 
 
 def tokens(run: Path) -> float:
@@ -237,7 +164,7 @@ def seconds(run: Path) -> float:
     return sum(m.get("seconds") or 0.0 for m in manifests if not m.get("shared_from"))
 
 
-def page(found: Mapping[str, ArmScores], arguments: argparse.Namespace) -> str:
+def page(found: Mapping[str, ArmCost], columns: Mapping[str, Column], arguments: argparse.Namespace) -> str:
     command = " ".join(["python -m benchmarks.drafts", *arguments.overrides])
     said = (__doc__ or "").split("\n\n")[-1].strip()
     seeds, rates = (", ".join(map(str, some)) for some in (arguments.seeds, arguments.rates))
@@ -251,44 +178,65 @@ def page(found: Mapping[str, ArmScores], arguments: argparse.Namespace) -> str:
         "| arm | rate | tokens | tokens per pass | forward KL |",
         "|---|---:|---:|---:|---:|",
         *(
-            f"| `{arm}` | {scores.rate} | {scores.tokens:,.0f} | {scores.means[f'tokens_per_pass@{CONDITION}']:.2f} "
-            f"| {scores.means['forward_kl']:.3f} |"
-            for arm, scores in found.items()
+            f"| `{arm}` | {cost.rate} | {cost.tokens:,.0f} | {cost.means[PER_PASS]:.2f} "
+            f"| {cost.means['forward_kl']:.3f} |"
+            for arm, cost in found.items()
         ),
         "",
     ]
-    for title, measured in TITLES.items():
-        lines += [f"## {title}", "", *table(found, measured), "", verdict(found, measured), ""]
+    for title, metric in TITLES.items():
+        if (column := columns.get(metric)) is not None:
+            lines += [f"## {title}", "", *table(column), "", verdict(column), ""]
     return "\n".join(lines)
 
 
-def table(found: Mapping[str, ArmScores], measured: str) -> list[str]:
-    base = found[BASE].measures[measured]
+def table(column: Column) -> list[str]:
     lines = ["| arm | share | each seed | change from fkl | separated |", "|---|---:|---|---:|---|"]
-    for arm, scores in found.items():
-        one = scores.measures[measured]
-        seeds = ", ".join(f"{value:.3f}" for value in one.by_seed.values())
-        moved = (
-            " | " if arm == BASE else f"{interval(one.change(base), '+')} | {'yes' if one.separated(base) else 'no'}"
-        )
-        lines.append(f"| `{arm}` | {interval(one.score)} | {seeds} | {moved} |")
-    return lines
+    return [*lines, *(f"| `{arm}` | {said} |" for arm, said in cells(column, BASE).items())]
 
 
-def interval(score: Score, sign: str = "") -> str:
-    ends = "" if score.low is None else f" ({score.low:{sign}.3f} to {score.high:{sign}.3f})"
-    return f"{score.mean:{sign}.3f}{ends}"
+def cells(column: Column, base: str) -> dict[str, str]:
+    """Of each arm its value, that of each seed, its change from a base and whether it is separated, as table cells."""
+    moved, said = changes(column, base), dict[str, str]()
+    for number, arm in enumerate(column.arms):
+        found, sheet = column.resampled.estimate(number), column.resampled.sheet
+        ends = "" if found.low is None else f" ({found.low:.3f} to {found.high:.3f})"
+        seeds = ", ".join(f"{sheet.value_R[run]:.3f}" for _, run in sorted(sheet.runs[number].items()))
+        said[arm.name] = f"{found.mean:.3f}{ends} | {seeds} | {changed(moved.get(arm.name))}"
+    return said
 
 
-def verdict(found: Mapping[str, ArmScores], measured: str) -> str:
+def changes(column: Column, base: str) -> dict[str, ComparedPair]:
+    """The difference of each arm from the base, tested among all pairs."""
+    names = [arm.name for arm in column.arms]
+    found = {}
+    for (first, second), pair in column.ranked.pairs.items():
+        if base == names[second]:
+            found[names[first]] = pair
+        elif base == names[first]:
+            found[names[second]] = replace(pair, difference=-pair.difference)
+    return found
+
+
+def changed(pair: ComparedPair | None) -> str:
+    """A difference with its interval and whether it is separated, as two cells of a table."""
+    if pair is None:
+        return " | "
+    ends = (pair.difference - pair.half_width, pair.difference + pair.half_width)
+    return f"{pair.difference:+.3f} ({ends[0]:+.3f} to {ends[1]:+.3f}) | {'yes' if pair.separated else 'no'}"
+
+
+def verdict(column: Column) -> str:
     """The sentence under a table."""
-    base = found[BASE].measures[measured]
-    best = max(found, key=lambda arm: found[arm].measures[measured].score.mean)
+    means = {arm.name: column.resampled.mean(number) for number, arm in enumerate(column.arms)}
+    best = max(means, key=means.__getitem__)
     if best == BASE:
         return "No arm is accepted more than forward KL."
-    one = found[best].measures[measured]
-    how = "by a separated interval" if one.separated(base) else "not separated from it"
-    return f"`{best}` is accepted most: {interval(one.change(base), '+')} over forward KL, {how}."
+    pair = changes(column, BASE).get(best)
+    if pair is None:
+        return f"`{best}` is accepted most."
+    how = "by a separated interval" if pair.separated else "not separated from it"
+    return f"`{best}` is accepted most: {changed(pair).partition(' | ')[0]} over forward KL, {how}."
 
 
 def estimate(arguments: argparse.Namespace) -> str:

@@ -15,18 +15,18 @@ over all seeds, reaches the expert's.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.across import together
 from limbeck.evaluation.scores.bootstrap import summarise
 from limbeck.evaluation.scores.files import read_rows
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.console import default_console
-from limbeck.types import Score
+from limbeck.types import Score, ScoredRow
 
 ROOT = Path(__file__).resolve().parents[1]
 # Numbers of a chain: one more than its steps.
@@ -107,6 +107,20 @@ def accuracy(runs: Sequence[Path], half: str) -> Score:
     """Accuracy on the problems of a half, of all runs together: the mean over runs for each problem."""
     name = f"after.tasks@heldout,{HALVES[half] - 1} steps.jsonl"
     return summarise(together([read_rows(run / "scores" / name) for run in runs], "accuracy"))["accuracy"]
+
+
+def together(tables: Sequence[Sequence[ScoredRow]], metric: str) -> list[ScoredRow]:
+    """A row per prompt with the mean over runs; prompts that not all have are left out."""
+    by_id = [{row.id: row for row in table} for table in tables]
+    return [
+        ScoredRow(
+            id=row.id,
+            weight=row.weight,
+            values={metric: statistics.mean(rows[row.id].values[metric] for rows in by_id)},
+        )
+        for row in tables[0]
+        if all(row.id in rows for rows in by_id)
+    ]
 
 
 def page(teachers: Mapping[str, Path], runs: Mapping[str, Sequence[Path]], arguments: argparse.Namespace) -> str:

@@ -65,6 +65,7 @@ class MetricTables:
             for table, rows in self._read(member).items():
                 self._rows.setdefault(table, {})[place] = rows
         self._kept = {table: self._comparable(table) for table in self._rows}
+        self._ids = {table: self._shared(table) for table in self._kept}
 
     @property
     def apart(self) -> list[ExcludedRun]:
@@ -129,7 +130,7 @@ class MetricTables:
         import numpy as np
 
         places, rows = self._kept[table], self._rows[table]
-        if not (ids := self._shared(table)):
+        if not (ids := self._ids[table]):
             return []
         counts_BE = draws(len(ids), RESAMPLES, f"{len(ids)} examples")
         measured: dict[str, dict[str, tuple[float, ndarray]]] = {}

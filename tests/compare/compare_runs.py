@@ -26,8 +26,10 @@ def write_arm_run(
     name=None,
     shared=False,
     steps=60,
+    tables=None,
 ) -> Path:
-    """A finished run. `kl` is its true forward KL; `recipe` are dotted changes of the resolved recipe called `name`."""
+    """A finished run. `kl` is its true forward KL; `recipe` are dotted changes of the resolved recipe called `name`;
+    `tables` are more rows by table."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = yaml.safe_load(RECIPE)
     tree["name"] = name or folder.name
@@ -41,6 +43,7 @@ def write_arm_run(
     rng = np.random.default_rng([seed, round(1000 * kl), len(objective)])
     shift = 0.02 * rng.normal()
     tables = {
+        **(tables or {}),
         "fidelity": _fidelity(rng, kl + shift, examples),
         "rouge": _rouge(rng, 0.7 - 0.3 * kl - shift, examples),
     }

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import yaml
 
 from limbeck.compare import write_comparison
 from limbeck.compare.charts import spread
@@ -23,7 +24,7 @@ from limbeck.compare.svg import svg_figure
 from limbeck.compare.tables import MetricTables
 from limbeck.evaluation.scores.bootstrap import summarise
 from limbeck.evaluation.scores.files import read_rows
-from limbeck.types import LimbeckError
+from limbeck.types import LimbeckError, ScoredRow
 from tests.compare.compare_runs import write_arm_run, write_sweep
 from tests.report.test_report import parse, words
 
@@ -234,6 +235,50 @@ def test_what_was_measured_otherwise_is_listed_and_not_ranked(tmp_path, pair, ch
     assert "other" in (tmp_path / "compare.csv").read_text()
 
 
+@pytest.mark.parametrize("table", ["nll", "gap", "recovery", "perplexity", "fidelity@teacher=a"])
+def test_whatever_is_measured_on_the_held_out_responses_needs_the_same_ones(tmp_path, table):
+    """The arm whose own text is sharper would win its own likelihood."""
+    metric = {"gap": "gap_recovered", "recovery": "recovered", "perplexity": "perplexity"}.get(table)
+    rows = [
+        ScoredRow(id=str(n), weight=1.0, values={}, sums={metric: (1.0 + n, 2.0)})
+        if metric
+        else ScoredRow(id=str(n), weight=1.0, values={"nll": 1.0} if table == "nll" else {"forward_kl": 1.0})
+        for n in range(6)
+    ]
+    runs = [
+        write_arm_run(tmp_path / f"{n}", objective=f"o{n}", recipe={"responses.temperature": t}, tables={table: rows})
+        for n, t in enumerate((0.8, 0.8, 0.1))
+    ]
+    apart = view_of(runs).apart
+    assert [one.place.endswith("2") for one in apart] == [True]
+    assert table in apart[0].tables and "responses.temperature is 0.1 there" in apart[0].why
+    if table in ("nll", "perplexity"):
+        # On other text the responses of the run do not count.
+        groups = {"nll": {"nll": {"whose": "references"}}, "perplexity": {"perplexity": {"source": "text.jsonl"}}}
+        for run in runs:
+            tree = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
+            tree["evaluate"]["groups"] |= groups[table]
+            (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(tree))
+        assert not any(table in one.tables for one in view_of(runs).apart)
+
+
+def test_unread_verdicts_leave_out_prompts_and_not_runs(tmp_path):
+    def judged(*unread: int) -> list[ScoredRow]:
+        return [ScoredRow(id=str(n), weight=1.0, values={"win_rate": n % 3 / 2}) for n in range(20) if n not in unread]
+
+    runs = [
+        write_arm_run(tmp_path / f"{n}", objective=f"o{n}", tables={"judge": judged(*unread)})
+        for n, unread in enumerate([(), (3,), (4, 5), tuple(range(4, 20))])
+    ]
+    view = view_of(runs, "win_rate")
+    assert [(one.place.endswith("3"), one.why) for one in view.apart] == [
+        (True, "it was measured on other examples: 4 of 20 are the same")
+    ]
+    assert "judge is compared on 17 of 20 examples: those that all runs have" in view.notes
+    (ranking,) = [one for one in view.rankings if one.name == "win_rate"]
+    assert len(ranking.lines) == 3
+
+
 def test_another_teacher_is_seen_in_what_it_thinks_of_the_responses(tmp_path, pair):
     path = pair[0] / "scores" / "after.fidelity.jsonl"
     path.write_text(
@@ -279,6 +324,16 @@ def test_the_same_recipe_and_seed_counts_once(tmp_path, pair):
     again = write_arm_run(tmp_path / "again", objective="fkl", seed=0, kl=0.5)
     view = view_of([*pair, again])
     assert any("again" in note and "is left out" in note for note in view.notes)
+    assert view.rankings[0].lines[0].estimate.seeds == 3
+
+
+def test_of_a_killed_run_and_the_one_in_its_place_the_finished_one_counts(tmp_path, pair):
+    killed = tmp_path / "a-killed"
+    (killed / "stages").mkdir(parents=True)
+    (killed / "recipe.resolved.yaml").write_text((pair[0] / "recipe.resolved.yaml").read_text())
+    (killed / "stages" / "train.json").write_text('{"stage": "train", "done": false, "seconds": 3}')
+    view = view_of([killed, *pair])
+    assert any("a-killed" in note and "is left out" in note for note in view.notes)
     assert view.rankings[0].lines[0].estimate.seeds == 3
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limbeck.evaluation.scores import bootstrap
 from limbeck.evaluation.scores import files as scores
 from limbeck.evaluation.scores.metrics import METRICS
 from limbeck.types import LimbeckError, Score, ScoredRow
@@ -55,6 +56,31 @@ def test_the_interval_is_the_percentile_bootstrap_of_whole_examples():
     assert found.low == pytest.approx(low, abs=0.08 * (high - low))
     assert found.high == pytest.approx(high, abs=0.08 * (high - low))
     assert low < found.mean < high
+
+
+def test_the_draws_are_the_same_in_pieces(monkeypatch):
+    whole = scores.summarise(sample(), seed=3, resamples=501)
+    monkeypatch.setattr(bootstrap, "AT_A_TIME", 40 * 7)
+    assert scores.summarise(sample(), seed=3, resamples=501) == whole
+    assert scores.paired_change(sample(), sample(1), seed=3, resamples=501)["forward_kl"].n == 40
+
+
+def shares(*parts):
+    return [
+        ScoredRow(id=str(n), weight=1.0, values={}, sums={"draft_acceptance": part}) for n, part in enumerate(parts)
+    ]
+
+
+def test_a_share_of_sums_stays_a_share():
+    found = scores.summarise(shares((4, 5), (0, 1), (3, 3), (1, 1)))["draft_acceptance"]
+    assert found.mean == 0.8 and 0.0 <= found.low < 0.8 < found.high <= 1.0
+
+
+def test_a_ratio_whose_sums_are_nothing_is_left_out():
+    assert scores.summarise(shares((0, 0), (0, 0))) == {}
+    # Of resamples without any draft that was looked at nothing is known.
+    found = scores.summarise(shares((0, 0), (0, 0), (0, 0), (1, 2), (2, 2)))["draft_acceptance"]
+    assert found.mean == 0.75 and 0.5 <= found.low <= found.high <= 1.0
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():

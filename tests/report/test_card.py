@@ -63,12 +63,14 @@ def test_every_group_and_condition_is_carried(tmp_path):
         fidelity=[{"forward_kl": 0.5}, {"forward_kl": 0.7}],
         fidelity__student=[{"forward_kl": 1.5}, {"forward_kl": 1.9}],
         tasks__gsm8k=[{"accuracy": 1.0}, {"accuracy": 0.0}, {"accuracy": 1.0}],
+        **{"tasks__heldout,4 steps": [{"accuracy": 1.0}], "tasks__lm_eval,arc_easy": [{"accuracy": 1.0}]},
         cost=[{"parameters": 92.0, "teacher_parameters": 135.0}],
         cost__prompt_is_256=[{"decode_speed": 30.0, "teacher_decode_speed": 20.0}],
     )
     card = read(write_card(run_dir))
     results = {result.metric_type: result for result in card.data["eval_results"]}
     expected = ("forward_kl", "forward_kl@student", "accuracy@gsm8k", "parameters", "decode_speed@prompt=256")
+    expected += ("accuracy@heldout,4 steps", "accuracy@lm_eval,arc_easy")
     assert set(results) == set(expected)
     assert results["forward_kl@student"].metric_name == "Forward KL (on the student's answers) (nats/token)"
     assert results["forward_kl@student"].metric_value == pytest.approx(1.7)
@@ -79,6 +81,8 @@ def test_every_group_and_condition_is_carried(tmp_path):
     assert results["forward_kl"].dataset_name == "held-out prompts of asked.jsonl"
     problems = results["accuracy@gsm8k"]
     assert (problems.dataset_type, problems.dataset_name) == ("gsm8k", "gsm8k (test.jsonl)")
+    assert results["accuracy@heldout,4 steps"].dataset_name == "held-out prompts of asked.jsonl"
+    assert results["accuracy@lm_eval,arc_easy"].dataset_name == "arc_easy (lm-evaluation-harness)"
     assert "/data/mine" not in card.text and "/data/mine" not in str(card.data)
     assert card.text.count("KL(teacher ‖ student)") == 1, "a meaning is said once for all conditions"
     row = next(line for line in card.text.splitlines() if line.startswith("| Parameters |"))

@@ -58,3 +58,7 @@ def test_one_step_beyond_the_end() -> None:
     assert beyond([0.0, 0.1], 0.1) is None
     assert beyond(["fkl", "rkl"], "rkl") is None
     assert beyond([True, 2], 2) is None
+    # Of whole numbers a whole one, or none.
+    assert beyond([2, 4], 4) == 8 and isinstance(beyond([2, 4], 4), int)
+    assert beyond([4, 8], 4) == 2 and beyond([1, 4], 1) is None
+    assert beyond([2, 4.0], 4.0) == 8.0

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
+from limbeck.pipeline.halving_evaluation import paused_path
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.files import read_json
@@ -61,6 +63,20 @@ class TestHalving:
         after = read_json(short / "scores.json")["after"]
         assert read_json(record)["after"] == {name: after[name]["mean"] for name in read_json(record)["after"]}
         assert "rouge_l" in read_json(record)["after"]
+
+    def test_another_evaluation_measures_anew(self, tiny: TinyPair, played: Play, tmp_path: Path) -> None:
+        """What was measured at a pause is that of the evaluation then: another one, or another metric, is measured."""
+        grid = {"train.learning_rate": [1e-3, 1e-9]}
+        recipe = recipe_tree(tiny, evaluate={"groups": ["fidelity", "rouge"]})
+        played(tmp_path / "s", recipe=recipe, grid=grid, halving={"at": [0.5]})
+        folder = tmp_path / "s" / "arms" / "learning_rate=0.001" / "seed=0" / "halving"
+        (first,) = folder.glob("0.5-*.json")
+        assert "rouge_l" not in read_json(first)["after"]
+        done = played(tmp_path / "s", recipe=recipe, grid=grid, halving={"at": [0.5], "metric": "rouge_l"})
+        assert "rouge_l" in read_json(first)["after"] and {line["state"] for line in done.lines} == {"done", "dropped"}
+        shorter = recipe_tree(tiny, evaluate={"groups": ["fidelity"], "max_new_tokens": 3})
+        context = RunContext(load_recipe(shorter | {"output_dir": str(folder.parent)}), pause_at=0.5)
+        assert paused_path(context) != first
 
     def test_after_tuning(self, played: Play, tmp_path: Path) -> None:
         """The run that won the tuning is at its end already; compared is how it stood on the way."""

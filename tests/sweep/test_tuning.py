@@ -52,6 +52,15 @@ class TestTuning:
         again = played(tmp_path / "s", tune={"train.learning_rate": [1e-9, 1e-4]}, tune_extend=4)
         assert [line["keys"] for line in again.lines] == [line["keys"] for line in done.lines]
 
+    def test_what_lies_beyond_and_cannot_be_ends_the_list(self, played: Play, tmp_path: Path) -> None:
+        """A share of the steps is at most 1: the arms go on with the best of those that can be."""
+        done = played(tmp_path / "s", tune={"train.warmup_ratio": [0.9, 0.3]}, tune_extend=3)
+        ratios = [line["keys"]["train.warmup_ratio"] for line in done.lines if line["tuning"]]
+        best = done.state("base")["keys"]["train.warmup_ratio"]
+        assert done.state("base")["state"] == "done" and best in ratios and max(ratios) <= 1
+        if best == 0.9:
+            assert any("train.warmup_ratio stays at 0.9, since 2.7 cannot be" in line for line in done.said)
+
     def test_on_other_prompts_than_the_arms_are_compared_on(self, played: Play, tmp_path: Path) -> None:
         development = tmp_path / "dev.jsonl"
         asked = [f"Name the animal number {n}." for n in range(6)]
