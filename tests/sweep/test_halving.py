@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
-from limbeck.pipeline.halving_evaluation import paused_path
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.files import read_json
 from limbeck.sweep.ranking import survivors
+from limbeck.sweep.tasks import Outcome, Task, perform
 from limbeck.types import Interrupted
 from tests.sweep.conftest import SMALL, Play, alone, recipe_tree, require_same_bits
 from tests.tiny_pair import TinyPair
@@ -64,20 +63,6 @@ class TestHalving:
         assert read_json(record)["after"] == {name: after[name]["mean"] for name in read_json(record)["after"]}
         assert "rouge_l" in read_json(record)["after"]
 
-    def test_another_evaluation_measures_anew(self, tiny: TinyPair, played: Play, tmp_path: Path) -> None:
-        """What was measured at a pause is that of the evaluation then: another one, or another metric, is measured."""
-        grid = {"train.learning_rate": [1e-3, 1e-9]}
-        recipe = recipe_tree(tiny, evaluate={"groups": ["fidelity", "rouge"]})
-        played(tmp_path / "s", recipe=recipe, grid=grid, halving={"at": [0.5]})
-        folder = tmp_path / "s" / "arms" / "learning_rate=0.001" / "seed=0" / "halving"
-        (first,) = folder.glob("0.5-*.json")
-        assert "rouge_l" not in read_json(first)["after"]
-        done = played(tmp_path / "s", recipe=recipe, grid=grid, halving={"at": [0.5], "metric": "rouge_l"})
-        assert "rouge_l" in read_json(first)["after"] and {line["state"] for line in done.lines} == {"done", "dropped"}
-        shorter = recipe_tree(tiny, evaluate={"groups": ["fidelity"], "max_new_tokens": 3})
-        context = RunContext(load_recipe(shorter | {"output_dir": str(folder.parent)}), pause_at=0.5)
-        assert paused_path(context) != first
-
     def test_after_tuning(self, played: Play, tmp_path: Path) -> None:
         """The run that won the tuning is at its end already; compared is how it stood on the way."""
         done = played(
@@ -106,6 +91,27 @@ class TestPausing:
         grid = {"train.learning_rate": [1e-3, 1e-9]}
         done = played(tmp_path / "s", recipe=recipe_tree(tiny, student=student), grid=grid, halving={"at": [0.5]})
         assert sorted(line["state"] for line in done.lines) == ["done", "dropped"]
+
+    def test_another_evaluation_measures_anew(self, tiny: TinyPair, tmp_path: Path) -> None:
+        """What was measured at a pause is that of the evaluation then: another metric, or another one, is measured."""
+        tree = recipe_tree(tiny, evaluate={"groups": ["fidelity", "rouge"]}) | {"output_dir": str(tmp_path / "r")}
+
+        def paused(metric: str, **changes: object) -> Outcome:
+            recipe = tree | {"evaluate": {"groups": ["fidelity", "rouge"], **changes}}
+            return perform(
+                Task(recipe=recipe, artifacts=str(tmp_path / "a"), update=False, pause_at=0.5, metric=metric)
+            )
+
+        first = paused("forward_kl")
+        assert first.state == "paused" and first.means is not None and "rouge_l" not in first.means
+        assert paused("forward_kl") == first
+        other = paused("rouge_l")
+        assert other.means is not None and other.means["forward_kl"] == first.means["forward_kl"]
+        (record,) = (tmp_path / "r" / "halving").glob("*.json")
+        assert "rouge_l" in read_json(record)["after"]
+        shorter = paused("rouge_l", max_new_tokens=2)
+        assert len(list((tmp_path / "r" / "halving").glob("*.json"))) == 2
+        assert shorter.means is not None and shorter.means["rouge_l"] != other.means["rouge_l"]
 
     def test_where_it_was_asked(self, tiny: TinyPair, tmp_path: Path) -> None:
         recipe = load_recipe(recipe_tree(tiny, train=SMALL | {"save_steps": 50}) | {"output_dir": str(tmp_path / "r")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +107,12 @@ def student_bytes(case: Case) -> int:
 
 
 def round_bytes(case: Case) -> int:
-    """Signals of the responses of a round, which are kept until the next one is written."""
+    """The responses of all rounds, and the signals of those of one, which are kept until the next one is written."""
     steps = round_steps(case)
-    if steps is None or not case.stores_signal:
+    if steps is None:
         return 0
-    tokens = min(steps, case.steps.main) * case.steps.rows * case.work.train.answer
-    return round(tokens * case.signal_bytes[0])
+    tokens = min(steps, case.steps.main) * case.steps.rows * case.work.train.answer * case.stores_signal
+    return round(tokens * case.signal_bytes[0]) + _of_rounds(case, steps)
 
 
 def round_steps(case: Case) -> int | None:
@@ -139,6 +140,12 @@ def small_bytes(case: Case) -> int:
     answered = round(case.answered * work.train.mean) + work.heldout.ids
     texts = work.count * _OF_TEXT + work.heldout.count * _OF_HELDOUT + answered * _OF_ID
     return _SMALL + _OF_STEP * (steps.main + steps.first) + texts
+
+
+def _of_rounds(case: Case, steps: int) -> int:
+    """Lines and tables of the responses of all rounds, which stay."""
+    written = math.ceil(case.steps.main / steps) * min(steps, case.steps.per_epoch, case.steps.main) * case.steps.rows
+    return round(written * (_OF_TEXT + case.work.train.mean * _OF_ID))
 
 
 def _keeps_best(case: Case) -> bool:
