@@ -99,7 +99,7 @@ def load_student_tokenizer(context: RunContext) -> Any:
 def in_the_students_tokens(
     context: RunContext,
     prompts: Sequence[Prompt],
-    answers: Sequence[Response],
+    answers: Iterable[Response],
     written_with: Any,
     asked: Sequence[TokenPrompt],
 ) -> tuple[list[Response], Json]:

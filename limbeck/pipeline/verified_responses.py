@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from limbeck.evaluation.context import response_text, text_behind
 from limbeck.evaluation.judge.questions import request_text
 from limbeck.evaluation.sandbox.host import Limits, require_sandbox
-from limbeck.evaluation.tasks.marking import AnswerMark, mark_answers
+from limbeck.evaluation.tasks.marking import mark_answers
 from limbeck.evaluation.tasks.math_answers import extract
 from limbeck.evaluation.tasks.problems import CODE, Problem
 from limbeck.pipeline.context import RunContext
@@ -21,10 +22,13 @@ from limbeck.pipeline.problems import read_prompt_problems
 from limbeck.prompts.labels import prompt_label
 from limbeck.recipe.keys import fingerprinted
 from limbeck.recipe.responses import VerifySection
+from limbeck.rollouts.asked import ids_of, with_ids
 from limbeck.types import Json, LimbeckError, Response, Sampling, TokenPrompt
 
 VERIFY_KEY = "responses.verify"
 JUDGE_KEY = f"{VERIFY_KEY}.judge"
+# Answers whose texts are in memory at once.
+MARKED_AT_A_TIME = 4096
 WriteAgain = Callable[[Sequence[TokenPrompt], int], Sequence[Response]]
 
 
@@ -93,13 +97,13 @@ def verified(
     asked: Sequence[TokenPrompt],
     tokenizer: Any,
     write_again: WriteAgain,
-) -> tuple[list[Response], Json]:
+) -> tuple[Iterable[Response], Json]:
     """The responses with a right one, or the best, for each training prompt that got one, and what the manifest says.
 
     Held-out responses stay as they are: how far the student is from the teacher is measured on what the teacher writes.
 
     Args:
-        responses: the first answers.
+        responses: the first answers. Those on disk stay there until one is asked for, those of later attempts too.
         write_again: answers some prompts once more, given the number of the attempt from 1.
 
     Raises:
@@ -107,10 +111,10 @@ def verified(
     """
     section = context.recipe.responses.verify
     assert section is not None
-    answers = {r.prompt_id: r for r in responses if r.split == "train"}
-    waiting = [prompt for prompt in asked if prompt.id in answers]
+    places = {r.prompt_id: place for place, r in enumerate(responses) if r.split == "train"}
+    first, waiting = _Attempt(answers=responses, places=places), with_ids(asked, places.__contains__)
     choose = _best if section.by == "judge" else _right
-    found = choose(context, section, waiting, answers, tokenizer, write_again)
+    found = choose(context, section, waiting, first, tokenizer, write_again)
     chosen, prompts = found.chosen, len(waiting)
     if prompts and not chosen and section.unverified == "drop":
         raise LimbeckError(
@@ -125,12 +129,19 @@ def verified(
         + (f", {left_out} are left out" if left_out else "")
         + (f", {without} keep their first one" if without and not left_out else "")
     )
-    kept = [
-        chosen.get(r.prompt_id, r) for r in responses if r.split != "train" or r.prompt_id in chosen or not left_out
-    ]
     record: Json = {"prompts": prompts, "right": len(chosen), "left_out": left_out, "by_attempt": found.by_attempt}
     record |= {} if section.by == "task" else {"by": section.by}
+    kept = _kept(responses, found, drops=bool(left_out))
     return kept, {"verified": record | {"failures": dict(found.failures)}}
+
+
+def _kept(responses: Sequence[Response], found: _Chosen, *, drops: bool) -> Iterator[Response]:
+    """The first answers, each with the chosen one in its place; of training prompts without one by whether it drops."""
+    for response in responses:
+        if response.split == "train" and response.prompt_id in found.chosen:
+            yield found.attempts[found.chosen[response.prompt_id]].of(response.prompt_id)
+        elif response.split != "train" or not drops:
+            yield response
 
 
 def _more_for(context: RunContext, failures: Counter[str]) -> str:
@@ -148,46 +159,77 @@ WORDS = {"task": "a right answer", "math": "a right answer", "judge": "an answer
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chosen:
-    """Chosen answers by prompt, how many of each attempt, and why others were not."""
+class _Attempt:
+    """The answers of an attempt.
 
-    chosen: dict[str, Response]
+    Attributes:
+        places: of the answer to each prompt among them.
+    """
+
+    answers: Sequence[Response]
+    places: Mapping[str, int]
+
+    def of(self, prompt: str) -> Response:
+        """The answer to a prompt."""
+        return self.answers[self.places[prompt]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Chosen answers.
+
+    Attributes:
+        chosen: the number of the attempt for each prompt that got one.
+        by_attempt: how many of each attempt.
+        failures: why others were not.
+    """
+
+    attempts: Sequence[_Attempt]
+    chosen: Mapping[str, int]
     by_attempt: list[int]
     failures: Counter[str]
+
+
+def _again(asked: Sequence[TokenPrompt], attempt: int, write_again: WriteAgain) -> _Attempt:
+    """A later attempt at some prompts."""
+    answers = write_again(asked, attempt)
+    return _Attempt(answers=answers, places={response.prompt_id: place for place, response in enumerate(answers)})
 
 
 def _right(
     context: RunContext,
     section: VerifySection,
     asked: Sequence[TokenPrompt],
-    answers: dict[str, Response],
+    first: _Attempt,
     tokenizer: Any,
     write_again: WriteAgain,
 ) -> _Chosen:
     """The first right answer to each prompt; the next one is only written where none before was."""
     by_task = section.by == "task"
     problems = read_prompt_problems(context.run.problems) if by_task else _math_problems(context, section, asked)
-    waiting, chosen, by_attempt, failures = list(asked), dict[str, Response](), list[int](), Counter[str]()
-    for attempt in range(section.samples):
-        if attempt:
-            answers = {r.prompt_id: r for r in write_again(waiting, attempt)}
-        texts = [(problems[prompt.id], text_behind(answers[prompt.id], tokenizer)) for prompt in waiting]
-        marks = _marks(context, section, texts)
-        right = [prompt for prompt, mark in zip(waiting, marks, strict=True) if mark.right]
-        failures.update(mark.failure for mark in marks if mark.failure is not None)
-        chosen |= {prompt.id: answers[prompt.id] for prompt in right}
+    waiting, attempts, by_attempt, failures = asked, [first], list[int](), Counter[str]()
+    chosen: dict[str, int] = {}
+    for number in range(section.samples):
+        if number:
+            attempts.append(_again(waiting, number, write_again))
+        names = list(ids_of(waiting))
+        texts = ((problems[name], text_behind(attempts[number].of(name), tokenizer)) for name in names)
+        marks = _marks(context, section, texts, len(names))
+        right = [name for name, failure in zip(names, marks, strict=True) if failure is None]
+        failures.update(failure for failure in marks if failure is not None)
+        chosen |= dict.fromkeys(right, number)
         by_attempt.append(len(right))
-        waiting = [prompt for prompt in waiting if prompt.id not in chosen]
-        if not waiting:
+        waiting = with_ids(waiting, frozenset(names).difference(right).__contains__)
+        if not len(waiting):
             break
-    return _Chosen(chosen=chosen, by_attempt=by_attempt, failures=failures)
+    return _Chosen(attempts=attempts, chosen=chosen, by_attempt=by_attempt, failures=failures)
 
 
 def _best(
     context: RunContext,
     section: VerifySection,
     asked: Sequence[TokenPrompt],
-    answers: dict[str, Response],
+    first: _Attempt,
     tokenizer: Any,
     write_again: WriteAgain,
 ) -> _Chosen:
@@ -197,12 +239,11 @@ def _best(
     """
     judge = section.judge
     assert judge is not None, "the recipe's checks ask for it"
-    attempts = [answers]
-    attempts += [{r.prompt_id: r for r in write_again(asked, attempt)} for attempt in range(1, section.samples)]
+    attempts = [first, *(_again(asked, number, write_again) for number in range(1, section.samples))]
     candidates: dict[str, dict[str, int]] = {}
-    for prompt in asked:
-        texts = [response_text(one[prompt.id], tokenizer).strip() for one in attempts]
-        candidates[prompt.id] = {text: number for number, text in reversed(list(enumerate(texts))) if text}
+    for prompt in ids_of(asked):
+        texts = [response_text(one.of(prompt), tokenizer).strip() for one in attempts]
+        candidates[prompt] = {text: number for number, text in reversed(list(enumerate(texts))) if text}
     named = {
         prompt: [(f"{prompt}-{number}", text) for text, number in sorted(texts.items(), key=lambda one: one[1])]
         for prompt, texts in candidates.items()
@@ -210,30 +251,36 @@ def _best(
     server = judge_server(judge, JUDGE_KEY)
     requests = {prompt: request_text(context.known_prompts[prompt]) for prompt in named}
     won = shares_won(context, judge, server, named, requests, stage="respond")
-    chosen, numbers, failures = dict[str, Response](), list[int](), Counter[str]()
+    chosen, failures = dict[str, int](), Counter[str]()
     for prompt, texts in candidates.items():
         shares = {number: won[f"{prompt}-{number}"] for number in sorted(texts.values())}
         known = {number: share for number, share in shares.items() if share is not None}
         if not known and len(texts) != 1:
             failures["no answer" if not texts else "no verdict"] += 1
             continue
-        best = max(known, key=lambda number: known[number]) if known else next(iter(texts.values()))
-        chosen[prompt] = attempts[best][prompt]
-        numbers.append(best)
-    return _Chosen(chosen=chosen, by_attempt=[numbers.count(n) for n in range(section.samples)], failures=failures)
+        chosen[prompt] = max(known, key=lambda number: known[number]) if known else next(iter(texts.values()))
+    taken = Counter(chosen.values())
+    by_attempt = [taken[number] for number in range(section.samples)]
+    return _Chosen(attempts=attempts, chosen=chosen, by_attempt=by_attempt, failures=failures)
 
 
-def _marks(context: RunContext, section: VerifySection, answers: Sequence[tuple[Problem, str]]) -> list[AnswerMark]:
-    root = context.run.responses
-    with context.console.meter("verify", len(answers), "answers") as meter:
-        return mark_answers(
-            answers,
-            _limits(section),
-            log=root / "program_verdicts.jsonl",
-            scratch=root / ".sandbox.partial",
-            continues=False,
-            advance=meter.advance,
-        )
+def _marks(
+    context: RunContext, section: VerifySection, answers: Iterable[tuple[Problem, str]], count: int
+) -> list[str | None]:
+    """Why each of so many answers is not right; None where it is. Few of them are in memory at a time."""
+    root, left, found = context.run.responses, iter(answers), list[str | None]()
+    with context.console.meter("verify", count, "answers") as meter:
+        while some := list(islice(left, MARKED_AT_A_TIME)):
+            marks = mark_answers(
+                some,
+                _limits(section),
+                log=root / "program_verdicts.jsonl",
+                scratch=root / ".sandbox.partial",
+                continues=False,
+                advance=meter.advance,
+            )
+            found += [mark.failure for mark in marks]
+    return found
 
 
 def _limits(section: VerifySection) -> Limits:

@@ -245,7 +245,7 @@ def _first_stage_answers(context: RunContext, prompts: StoredPrompts, reading: _
 
 def _from_teacher(
     context: RunContext, prompts: StoredPrompts, asked: Sequence[TokenPrompt], reading: _Reading
-) -> tuple[Sequence[Response], Json]:
+) -> tuple[Iterable[Response], Json]:
     """Answers of the teacher in the student's tokens, those that must be right judged; and their record."""
     check_references(context, asked)
     section, tokenizer, template = context.recipe.responses, reading.tokenizer, reading.template
@@ -260,9 +260,10 @@ def _from_teacher(
         place = folder_of(attempt)
         return ask_server(context, tokenizer, read_by_teacher, as_seen(context, some), template, how, place)
 
-    responses, record = write(asked, 0)
+    written, record = write(asked, 0)
+    responses: Iterable[Response] = written
     if section.verify is not None:
-        responses, marked = verified(context, responses, asked, tokenizer, lambda *some: write(*some)[0])
+        responses, marked = verified(context, written, asked, tokenizer, lambda *some: write(*some)[0])
         record |= marked
     if reading.own is not None:
         responses, retokenised = in_the_students_tokens(context, list(prompts), responses, tokenizer, reading.read)
