@@ -22,7 +22,8 @@ from limbeck.pipeline.store_identity import exact_codec, frame_of
 from limbeck.pipeline.verified_responses import later_sampling
 from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.recipe.sections import Recipe
-from limbeck.rollouts.asked import open_asked, write_table
+from limbeck.rollouts.asked import at_places, open_asked, write_table
+from limbeck.rollouts.batches import InterleavedResponses
 from limbeck.runtime.shared_work import Job, OneProcess, Share
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
@@ -61,15 +62,14 @@ def sample_all(
     if context.recipe.combine is None:
         (only,) = writers(context, asked)
         return _written_by(context, only, asked, template, attempt)
-    found: dict[int, Response] = {}
+    found: list[tuple[Sequence[Response], Sequence[int]]] = []
     record: Json = {}
     for writer in writers(context, asked):
-        own = [asked[place] for place in writer.places]
-        written, more = _written_by(context, writer, own, template, attempt)
-        found |= dict(zip(writer.places, written, strict=True))
+        written, more = _written_by(context, writer, at_places(asked, writer.places), template, attempt)
+        found.append((written, writer.places))
         writer.teacher.release()
         record.setdefault("by_teacher", {})[writer.folder] = {"responses": len(written)} | more
-    return [found[place] for place in range(len(asked))], record
+    return InterleavedResponses(found), record
 
 
 def _written_by(

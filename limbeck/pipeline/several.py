@@ -14,6 +14,7 @@ from limbeck.pipeline.seen_prompts import section_inputs
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.load import signal_temperatures
 from limbeck.recipe.teacher import COMBINE
+from limbeck.rollouts.asked import ids_of
 from limbeck.rollouts.table import ResponseTable
 from limbeck.runtime.records import fingerprint
 from limbeck.teachers.base import Teacher, TeacherModel
@@ -167,14 +168,14 @@ class Answering:
 
     teacher: Teacher
     folder: str
-    places: tuple[int, ...]
+    places: Sequence[int]
 
 
 def writers(context: RunContext, asked: Sequence[TokenPrompt]) -> list[Answering]:
     """The teachers that answer some prompts, each with its own."""
     if context.recipe.combine is None:
-        return [Answering(teacher=context.teacher, folder="", places=tuple(range(len(asked))))]
-    names = [context.member_of(prompt.id) for prompt in asked]
+        return [Answering(teacher=context.teacher, folder="", places=range(len(asked)))]
+    names = [context.member_of(name) for name in ids_of(asked)]
     return [
         Answering(teacher=teacher, folder=name, places=tuple(i for i, own in enumerate(names) if own == name))
         for name, teacher in context.run_teachers.items()

@@ -61,6 +61,13 @@ def with_ids(prompts: Sequence[TokenPrompt], takes: Callable[[str], bool]) -> Se
     return prompts.taken(prompts.places[np.fromiter(map(takes, prompts.column("id")), bool, len(prompts))])
 
 
+def at_places(prompts: Sequence[TokenPrompt], places: Sequence[int]) -> Sequence[TokenPrompt]:
+    """The prompts at some places of a row; those on disk stay there."""
+    if not isinstance(prompts, PromptTable):
+        return [prompts[place] for place in places]
+    return prompts.taken(prompts.places[np.asarray(places, np.intp)])
+
+
 def joined(first: Sequence[TokenPrompt], second: Sequence[TokenPrompt]) -> Sequence[TokenPrompt]:
     """Some prompts and then others; those of one file stay there."""
     if isinstance(first, PromptTable) and isinstance(second, PromptTable) and first.batches is second.batches:

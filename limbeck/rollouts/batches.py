@@ -47,6 +47,35 @@ class BatchedResponses(Sequence[Response]):
             return response_of_line(file.readline(), path, self._line[index])
 
 
+class InterleavedResponses(Sequence[Response]):
+    """The responses of several rows in one row; they stay where they are until one is asked for.
+
+    Args:
+        parts: for each row of responses, the places of its responses in the one row, in its order.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[Response], Sequence[int]]]):
+        count = sum(len(places) for _, places in parts)
+        self._parts = tuple(responses for responses, _ in parts)
+        self._part, self._place = (array("i", [0]) * count for _ in range(2))
+        for number, (responses, places) in enumerate(parts):
+            assert len(responses) == len(places), "one place for each response"
+            for own, place in enumerate(places):
+                self._part[place], self._place[place] = number, own
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    @overload
+    def __getitem__(self, index: int) -> Response: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Response]: ...
+    def __getitem__(self, index: int | slice) -> Response | list[Response]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._parts[self._part[index]][self._place[index]]
+
+
 def _starts_of_lines(path: Path) -> array[int]:
     starts, end = array("q"), 0
     with path.open("rb") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.rollouts.batches import BatchedResponses
+from limbeck.rollouts.batches import BatchedResponses, InterleavedResponses
 from limbeck.rollouts.io import read_batch, write_batch
 from limbeck.types import LimbeckError, Response
 
@@ -40,6 +40,13 @@ def test_they_come_in_the_order_of_their_places(tmp_path: Path) -> None:
     assert responses[5:9] == [response(number) for number in range(5, 9)]
     with pytest.raises(IndexError):
         responses[40]
+
+
+def test_rows_of_several_come_in_one(tmp_path: Path) -> None:
+    places = [[3, 0, 7], [1, 2], [], [6, 5, 4]]
+    rows = InterleavedResponses([([response(place) for place in some], some) for some in places])
+    assert list(rows) == [response(number) for number in range(8)]
+    assert rows[-1] == response(7) and rows[2:5] == [response(number) for number in (2, 3, 4)]
 
 
 def test_none() -> None:
