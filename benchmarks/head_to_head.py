@@ -118,7 +118,7 @@ def judged_arms(
             member.seed: answers_of(member.run.directory)
             for arm in comparison.arms
             if arm.name == name
-            for member in arm.members
+            for member in arm.done
             if member.run is not None
         }
         for name in names
