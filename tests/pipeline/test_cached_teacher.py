@@ -52,7 +52,7 @@ def kept(tmp_path: Path) -> tuple[CachedTeacher, Counting, list[Response]]:
     counting, responses = Counting(), tiny_responses(12)
     teacher = CachedTeacher(teacher=counting, codec=Hidden(), frame=FRAME)  # type: ignore[arg-type]
     teacher.store(tmp_path / "00000.jsonl", responses[:8], None)
-    teacher.register(tmp_path / "00000.jsonl", responses[:8])
+    teacher.register(tmp_path / "00000.jsonl")
     return teacher, counting, responses
 
 
@@ -89,7 +89,7 @@ def test_states_that_came_with_the_sampling_are_kept_as_they_are(tmp_path: Path)
     teacher = CachedTeacher(teacher=counting, codec=Hidden(), frame=FRAME)  # type: ignore[arg-type]
     states = torch.randn(len(response.response_ids), 48)
     teacher.store(tmp_path / "00000.jsonl", [response], [states])
-    teacher.register(tmp_path / "00000.jsonl", [response])
+    teacher.register(tmp_path / "00000.jsonl")
     assert torch.equal(states_of(teacher, [response]), states)
     assert counting.asked == 0
 
@@ -103,7 +103,7 @@ def test_what_was_said_of_a_round_goes_when_the_next_begins(tmp_path: Path) -> N
         if path != base:
             teacher.start_round(path.parent.parent)
         teacher.store(path, some, None)
-        teacher.register(path, some)
+        teacher.register(path)
         teacher.signal(collate(some, range(len(some)), pad_id=0))
     assert [path.with_suffix(".safetensors").exists() for path in files] == [False, False, True]
     judged = counting.asked
@@ -111,7 +111,7 @@ def test_what_was_said_of_a_round_goes_when_the_next_begins(tmp_path: Path) -> N
         teacher.signal(collate([response], (0,), pad_id=0))
     assert counting.asked == judged
     # A checkpoint from before was taken up, and its round is used once more.
-    teacher.register(files[0], responses[1:2])
+    teacher.register(files[0])
     batch = collate(responses[1:2], (0,), pad_id=0)
     assert torch.equal(states_of(teacher, responses[1:2]), tiny_teacher().signal(batch).hidden_ND)
     assert counting.asked == judged + 1
