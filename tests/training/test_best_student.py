@@ -95,6 +95,13 @@ def test_the_best_student_that_a_checkpoint_names_stays_until_that_goes(tmp_path
     assert save(150, 110) == ["best-000110", "step-000150"]
 
 
+def test_no_best_student_is_written_where_the_last_is_handed_on(tmp_path: Path):
+    for best in (True, False):
+        folder = tmp_path / str(best)
+        _evaluated(folder, {"learning_rate": 1e-3, "load_best_model_at_end": best})
+        assert any(folder.glob("checkpoints/best-*")) is best and "eval_loss" in metrics(folder)[-1]
+
+
 @given(prompts=st.integers(0, 200), size=st.integers(1, 64), answers=st.integers(1, 3))
 def test_prompts_are_set_aside_whole_and_in_part(prompts: int, size: int, answers: int):
     responses = {
