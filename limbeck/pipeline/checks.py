@@ -41,6 +41,7 @@ from limbeck.pipeline.verified_responses import check_verification
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe.optimizers import require_optimizer
 from limbeck.recipe.sections import StudentSection, TeacherSection
+from limbeck.rollouts.options import SOURCE_KEY, OnPolicyOptions
 from limbeck.student.adapters import LoraSpec, check_adapters
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, fresh_model
@@ -136,6 +137,23 @@ def _check_sharding(context: RunContext) -> None:
             "teacher.model=live asks the whole student in every step, and this launch shards it over the ranks; set "
             "teacher.model=ema, which keeps a whole average, or train.sharding=none"
         )
+    source, count = recipe.responses.source, recipe.teacher.student_k
+    if not count or not isinstance(source, OnPolicyOptions):
+        return
+    # It is whole only while it writes a round.
+    for met, what, remedy in (
+        (source.round_steps == 1, "whenever a step has new responses", "teacher.student_k=0"),
+        (
+            source.paired and source.samples_teacher,
+            "when the teacher has written",
+            f"{SOURCE_KEY}.resample_teacher=false",
+        ),
+    ):
+        if met:
+            raise LimbeckError(
+                f"teacher.student_k is {count}, which asks the whole student for its likeliest tokens {what}, and this "
+                f"launch shards it over the ranks; set {remedy}, or train.sharding=none"
+            )
 
 
 def check_rounds(context: RunContext, prompts: int) -> None:
