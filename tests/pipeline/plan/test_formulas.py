@@ -21,7 +21,7 @@ from limbeck.pipeline.plan.fits import change_of, fits, server_devices, ways_of
 from limbeck.pipeline.plan.memory import activation_bytes, memory_of, peak
 from limbeck.pipeline.plan.outcome import hosted_usd, plan, plan_of
 from limbeck.pipeline.plan.page import text_of
-from limbeck.pipeline.plan.rates import estimated
+from limbeck.pipeline.plan.rates import estimated, exchange_seconds
 from limbeck.pipeline.plan.sizes import size_of
 from limbeck.pipeline.plan.time import times_of
 from limbeck.pipeline.plan.workload import Texts, Workload, workload_of
@@ -250,6 +250,19 @@ class TestTime:
         # 6 x 8e9 x 50,000 x 0.98 x 712 operations, and a third more for what is computed again.
         products = 8 * 7.5e9 * 49_000 * 712 / (8 * 989e12 * 0.38)
         assert found[0].seconds == pytest.approx(products, rel=0.05)
+
+    def test_gradients_are_exchanged_once_a_step(self, large: dict[str, Any]) -> None:
+        """A whole student's, however many micro-batches a step has."""
+        cases = [
+            case_of_sizes(large["8B"], large["8B"], "8xH100", train={"gradient_accumulation_steps": micros})
+            for micros in (1, 8)
+        ]
+        first, last = (exchange_seconds(case.at(sharded=False)) for case in cases)
+        assert (
+            first
+            == last
+            == pytest.approx(2 * cases[0].student.trained * 4 * 7 / 8 / (DEVICES.build("H100").link_gb_s * 1e9))
+        )
 
     def test_no_speed_of_this_processor(self, large: dict[str, Any]) -> None:
         made = plan_of(case_of_sizes(large["8B"], large["8B"], "cpu"))
