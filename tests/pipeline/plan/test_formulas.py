@@ -24,7 +24,7 @@ from limbeck.pipeline.plan.page import text_of
 from limbeck.pipeline.plan.rates import estimated, exchange_seconds
 from limbeck.pipeline.plan.sizes import size_of
 from limbeck.pipeline.plan.time import times_of
-from limbeck.pipeline.plan.workload import Texts, Workload, workload_of
+from limbeck.pipeline.plan.workload import Texts, Workload, assumed_workload, workload_of
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.console import QuietConsole
@@ -263,6 +263,12 @@ class TestTime:
             == last
             == pytest.approx(2 * cases[0].student.trained * 4 * 7 / 8 / (DEVICES.build("H100").link_gb_s * 1e9))
         )
+
+    def test_as_many_prompts_are_set_aside_as_a_training_takes(self, large: dict[str, Any]) -> None:
+        for prompts, size, expected in ((1000, 4, 4), (1000, 64, 64), (200, 64, 20), (70, 4, 0)):
+            case = case_of_sizes(large["8B"], large["8B"], "1xH100", train={"eval_steps": 50, "eval_size": size})
+            case = case.at(work=assumed_workload(prompts=prompts, prompt_tokens=10, answer=10, heldout=0.0))
+            assert case.steps.aside == expected
 
     def test_no_speed_of_this_processor(self, large: dict[str, Any]) -> None:
         made = plan_of(case_of_sizes(large["8B"], large["8B"], "cpu"))
