@@ -147,7 +147,7 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     yield "loss", loss_bytes(case)
     yield from _teacher_in_training(case)
     if _student_answers(case):
-        yield from sampling_terms(case, student.model, number, case.steps.rows)
+        yield from sampling_terms(case, student.model, number, case.written_at_once)
 
 
 def _teacher_in_training(case: Case) -> Iterator[tuple[str, float]]:

@@ -176,6 +176,16 @@ class TestMemory:
         assert terms.get("teacher", case.teacher_bytes) == 2 * large["32B"].parameters
         assert terms.get("student", 4 * large["8B"].parameters) == 4 * large["8B"].parameters
 
+    def test_a_rank_writes_its_own_share_of_a_step(self, large: dict[str, Any]) -> None:
+        found = []
+        for devices in ("1xH100", "64xH100"):
+            case = case_of_sizes(large["8B"], large["8B"], devices, responses={"source": "student"})
+            terms = {
+                term.name: term.bytes for stage in memory_of(case) if stage.stage == "train" for term in stage.terms
+            }
+            found.append(terms["keys and values"])
+        assert found[0] == found[1]
+
 
 class TestFitting:
     def test_ways_of_a_70b_teacher(self, large: dict[str, Any]) -> None:
