@@ -17,7 +17,7 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.plan.case import case_of, student_size
 from limbeck.pipeline.plan.disk import disk_of, measured_bytes, tokenizer_bytes
-from limbeck.pipeline.plan.fits import change_of, fits, server_devices, ways_of
+from limbeck.pipeline.plan.fits import _changes, change_of, fits, server_devices, ways_of
 from limbeck.pipeline.plan.memory import activation_bytes, memory_of, peak
 from limbeck.pipeline.plan.outcome import hosted_usd, plan, plan_of
 from limbeck.pipeline.plan.page import text_of
@@ -223,6 +223,48 @@ class TestFitting:
         case = case_of_sizes(large["8B"], large["8B"], "8xH100", responses={"source": "student"})
         stored = next(way for way in ways_of(case) if way.name == "stored")
         assert not stored.fits and stored.refused == "the student writes texts that no store has"
+
+    @pytest.mark.parametrize(
+        ("sections", "refused"),
+        [
+            ({}, {}),
+            ({"student": {"model": None, "init": "depth_prune", "layers": 8}},
+             dict.fromkeys(("served", "stored"), "the student is cut out of the teacher's weights")),
+            ({"responses": {"source": "speculative"}},
+             {"served": "the teacher writes together with another model",
+              "stored": "the student writes texts that no store has"}),
+            ({"teacher": {"bits": 4}}, {"served": "teacher.bits is of weights in this process"}),
+            ({"train": {"optim": "adafactor"}}, {"sharded": "the optimizer updates no student that is sharded"}),
+        ],
+        ids=["plain", "cut", "together", "bits", "adafactor"],
+    )  # fmt: skip
+    def test_ways_that_a_run_refuses(self, large: dict[str, Any], sections: dict[str, Any], refused: Any) -> None:
+        ways = ways_of(case_of_sizes(large["8B"], large["8B"], "8xH100", **sections))
+        assert {way.name: way.refused for way in ways if way.refused} == refused
+        whole = "sharded" in refused
+        assert [way.case.sharded for way in ways] == [False, True, not whole, not whole]
+        assert all(("train.sharding=full" in way.keys) is way.case.sharded for way in ways)
+
+    def test_a_server_writes_what_the_teacher_writes(self, large: dict[str, Any]) -> None:
+        for source, written in (("teacher", True), ("data", False), ("pairs", True)):
+            case = case_of_sizes(large["8B"], large["8B"], "8xH100", responses={"source": source})
+            served = next(way for way in ways_of(case) if way.name == "served")
+            assert not served.refused and ("responses.server={base_url: ...}" in served.keys) is written
+
+    def test_no_change_that_a_run_refuses(self, large: dict[str, Any]) -> None:
+        def texts(**sections: Any) -> str:
+            return " | ".join(
+                one.text for one in _changes(case_of_sizes(large["8B"], large["8B"], "8xH100", **sections))
+            )
+
+        plain, pairs = texts(), texts(responses={"source": "pairs"})
+        assert "batch_size=1 " in plain and "batch_size=2 " in pairs and "batch_size=1 " not in pairs
+        live = {"model": "live", "cache": False, "sees": {"name": "system", "text": "You know all."}}
+        for sections in ({"train": {"optim": "adafactor"}}, {"teacher": live, "student": {"init": "pretrained"}}):
+            assert "sharding=full" in plain and "sharding=full" not in texts(**sections)
+        cut = texts(student={"model": None, "init": "depth_prune", "layers": 8})
+        assert "name: server" in plain and "teacher.where" not in cut and "teacher.where=sharded" in plain
+        assert "teacher.where=sharded" not in texts(teacher={"cache_limit_gib": 1.0})
 
     def test_a_smaller_batch_is_the_same_step(self, large: dict[str, Any]) -> None:
         sections = {"per_device_train_batch_size": 256, "gradient_checkpointing": True}
