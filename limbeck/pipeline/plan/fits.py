@@ -8,7 +8,7 @@ from math import ceil, log2
 
 from limbeck.pipeline.checks import why_whole
 from limbeck.pipeline.plan.case import Case
-from limbeck.pipeline.plan.memory import StageMemory, peak, usable
+from limbeck.pipeline.plan.memory import StageMemory, peak
 from limbeck.pipeline.plan.sizes import BYTES
 from limbeck.recipe.load import Recipe
 from limbeck.recipe.teacher import ITSELF, MOVING
@@ -36,7 +36,7 @@ class Way:
 
     @property
     def fits(self) -> bool:
-        return self.worst is not None and self.worst.bytes <= usable(self.case)
+        return self.worst is not None and self.worst.bytes <= self.case.usable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def _why_not_stored(recipe: Recipe) -> str | None:
 
 def fits(case: Case) -> bool:
     """Whether every stage fits a rank's memory."""
-    return peak(case).bytes <= usable(case)
+    return peak(case).bytes <= case.usable
 
 
 def change_of(case: Case) -> Change | None:

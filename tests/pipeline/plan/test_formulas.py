@@ -218,6 +218,11 @@ class TestFitting:
         assert case.at(where="sharded").teacher_held == outside + blocks // 8 + 4 * model.block
         placed = case.at(where="placed", recipe__teacher__where=Placed(memory={"cuda:0": "40GB", "cpu": "200GB"}))
         assert placed.teacher_held == pytest.approx(40e9 + 2 * model.block, rel=1e-3)
+        # Without a limit what is free, and where that is too little, less two blocks and a tenth.
+        free = case.at(where="placed", recipe__teacher__where=Placed())
+        assert free.teacher_held == pytest.approx(0.9 * free.usable - 2 * model.block, rel=1e-3)
+        fitting = case_of_sizes(large["8B"], large["8B"], "8xH100").at(where="placed")
+        assert fitting.at(recipe__teacher__where=Placed()).teacher_held == fitting.teacher_bytes
 
     def test_the_students_texts_are_in_no_store(self, large: dict[str, Any]) -> None:
         case = case_of_sizes(large["8B"], large["8B"], "8xH100", responses={"source": "student"})
