@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Job:
     fleet: Fleet
     hours: float | None = None
     sharded: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name in characters that schedulers take."""
+        return re.sub(r"[^A-Za-z0-9._-]", "-", self.name)
 
     @property
     def line(self) -> str:
@@ -124,7 +130,7 @@ class Slurm(Launcher):
     def text(self, job: Job) -> str:
         lines = [
             "#!/bin/bash",
-            f"#SBATCH --job-name={job.name}",
+            f"#SBATCH --job-name={job.label}",
             f"#SBATCH --nodes={job.nodes}",
             "#SBATCH --ntasks-per-node=1",
         ]
@@ -153,7 +159,7 @@ class Skypilot(Launcher):
             resources["accelerators"] = f"{job.fleet.name}:{job.per_node}"
         first = '"$(echo "$SKYPILOT_NODE_IPS" | sed -n 1p)"'
         task = {
-            "name": job.name,
+            "name": job.label,
             "resources": resources,
             "num_nodes": job.nodes,
             "workdir": ".",

@@ -5,7 +5,7 @@ Embeddings, last norm and head are always on the main device, so that ids come i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Place = int | str
 DISK = "disk"
+# Of what is free on the main device, where some blocks wait elsewhere: those that come there to compute, two at a time,
+# and a share for what they compute.
+_PASSING_BLOCKS, _PASSING_SHARE = 2, 0.1
 
 
 def room(memory: Mapping[str, str], main: torch.device) -> dict[Place, int]:
@@ -57,21 +60,46 @@ def bytes_of(device: str, amount: str) -> int:
         raise LimbeckError(f"teacher.where.memory.{device} is {amount!r}, expected an amount such as 70GiB") from None
 
 
-def device_map(skeleton: PreTrainedModel, room: Mapping[Place, int], itemsize: int) -> dict[str, Place]:
+def passing_bytes(free: int, block: int) -> int:
+    """Bytes of the main device's free memory that are left to blocks which wait elsewhere.
+
+    Args:
+        block: bytes of the largest one.
+    """
+    return _PASSING_BLOCKS * block + int(_PASSING_SHARE * free)
+
+
+def device_map(
+    skeleton: PreTrainedModel, room: Mapping[Place, int], itemsize: int, *, all_free: bool = False
+) -> dict[str, Place]:
     """The device of each part of a model: blocks one after another, each on the first device that has room for it.
 
     Args:
         skeleton: the model without its weights.
         room: bytes by device, the main one first; what fits on none is read from disk when it computes.
         itemsize: bytes of a weight.
+        all_free: the room is all that is free, so that blocks which wait elsewhere come to the main device within it.
 
     Raises:
         LimbeckError: the main device has no room for what lies outside of the blocks.
     """
-    name, blocks = decoder_blocks(skeleton)
+    _, blocks = decoder_blocks(skeleton)
+    sizes = [_bytes(block, itemsize) for block in blocks]
+    outside, main = _bytes(skeleton, itemsize) - sum(sizes), next(iter(room))
+    found = _in_order(skeleton, room, sizes, outside)
+    waiting = {DISK, "cpu"} - {main}
+    if all_free and waiting & {*found.values()}:
+        less = max(room[main] - passing_bytes(room[main], max(sizes)), outside)
+        return _in_order(skeleton, {**room, main: less}, sizes, outside)
+    return found
+
+
+def _in_order(
+    skeleton: PreTrainedModel, room: Mapping[Place, int], sizes: Sequence[int], outside: int
+) -> dict[str, Place]:
+    """The devices of parts whose blocks take so many bytes each, and all else so many."""
+    name, _ = decoder_blocks(skeleton)
     main, left = next(iter(room)), dict(room)
-    inside = sum(_bytes(block, itemsize) for block in blocks)
-    outside = _bytes(skeleton, itemsize) - inside
     # On the host everything has room: what is on disk is read into it in any case.
     if outside > left[main] and main != "cpu":
         raise LimbeckError(
@@ -81,8 +109,7 @@ def device_map(skeleton: PreTrainedModel, room: Mapping[Place, int], itemsize: i
     left[main] -= outside
     found = dict.fromkeys(_outside(skeleton, name), main)
     places = [*left, DISK]
-    for number, block in enumerate(blocks):
-        size = _bytes(block, itemsize)
+    for number, size in enumerate(sizes):
         while places[0] != DISK and left[places[0]] < size:
             places.pop(0)
         found[f"{name}.{number}"] = places[0]

@@ -121,12 +121,14 @@ class CachedTeacher:
                 alone = (collate([response], [0], pad_id=0) for response in responses)
                 signals = [choosing.kept(one, choosing.asks(batch)) for one, batch in zip(signals, alone, strict=True)]
         else:
+            if choosing is not None:
+                choosing.fetch_ahead(batches_of(responses), lambda tokens: None)
             for start in range(0, len(responses), SCORING_BATCH_SIZE):
                 signals += signals_of(self.teacher, responses[start : start + SCORING_BATCH_SIZE])
         addresses = addresses_as_read(responses, self.teacher.reads)
         write_signals(path.with_suffix(".safetensors"), addresses, responses, signals, self.codec, self.frame)
         if choosing is not None:
-            # The student moves on, and is not asked what it chose again.
+            # The student moves on: what it chose cannot be found again.
             choosing.settled(batches_of(responses))
 
     def register(self, path: Path) -> None:

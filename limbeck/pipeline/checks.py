@@ -40,7 +40,8 @@ from limbeck.pipeline.text_only import check_text_only
 from limbeck.pipeline.verified_responses import check_verification
 from limbeck.prompts.templates import resolve_template
 from limbeck.recipe.optimizers import require_optimizer
-from limbeck.recipe.sections import StudentSection, TeacherSection
+from limbeck.recipe.sections import Recipe, StudentSection, TeacherSection
+from limbeck.rollouts.options import SOURCE_KEY, OnPolicyOptions
 from limbeck.student.adapters import LoraSpec, check_adapters
 from limbeck.student.blocks import pruned_config
 from limbeck.student.build import StudentSpec, fresh_model
@@ -128,14 +129,28 @@ def check_student(context: RunContext) -> None:
 
 def _check_sharding(context: RunContext) -> None:
     """Check that the student of a sharded launch can be sharded."""
-    recipe = context.recipe
-    if not context.launch.sharded:
-        return
+    why = why_whole(context.recipe)
+    if context.launch.sharded and why is not None:
+        what, remedy = why
+        raise LimbeckError(f"{what}, and this launch shards it over the ranks; set {remedy}, or train.sharding=none")
+
+
+def why_whole(recipe: Recipe) -> tuple[str, str] | None:
+    """What asks the whole student of a training, and the remedy; None where it may be sharded over ranks."""
     if recipe.teacher.model == "live":
-        raise LimbeckError(
-            "teacher.model=live asks the whole student in every step, and this launch shards it over the ranks; set "
-            "teacher.model=ema, which keeps a whole average, or train.sharding=none"
+        return (
+            "teacher.model=live asks the whole student in every step",
+            "teacher.model=ema, which keeps a whole average",
         )
+    source, count = recipe.responses.source, recipe.teacher.student_k
+    if count and isinstance(source, OnPolicyOptions):
+        # It is whole only while it writes a round.
+        asks = f"teacher.student_k is {count}, which asks the whole student for its likeliest tokens"
+        if source.round_steps == 1:
+            return f"{asks} whenever a step has new responses", "teacher.student_k=0"
+        if source.paired and source.samples_teacher:
+            return f"{asks} when the teacher has written", f"{SOURCE_KEY}.resample_teacher=false"
+    return None
 
 
 def check_rounds(context: RunContext, prompts: int) -> None:

@@ -130,7 +130,8 @@ def write_lots(corpus: Corpus, share: Share) -> int:
     else:
         number += 1
     share.wait()
-    return number
+    # Others may have finished more than are needed.
+    return reached.lots(number)
 
 
 def _write_lot(corpus: Corpus, number: int, lot: Sequence[Document | None], share: Share) -> None:
@@ -182,6 +183,10 @@ class _Reached:
             self._tokens += read_lot(self.corpus, self._next).tokens
             self._next += 1
         return self._tokens >= self.most
+
+    def lots(self, number: int) -> int:
+        """How many lots of so many hold these tokens, and no more than needed; all where they do not."""
+        return self._next if self.before(number) else number
 
 
 def read_lot(corpus: Corpus, number: int) -> Lot:

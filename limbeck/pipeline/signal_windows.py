@@ -192,8 +192,8 @@ class SignalWindows:
                 raise Interrupted("stopped while the teacher scored the responses of the next steps")
         self.cached.teacher.release()
         world.wait()
-        for path, some in files.items():
-            self.cached.register(path, some)
+        for path in files:
+            self.cached.register(path)
         return [path.with_suffix(".safetensors") for path in files]
 
     def _lacking(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from limbeck.rollouts.sources import (
     MAX_PREVIEW_STEPS,
@@ -81,6 +82,9 @@ class MixedSource(StatelessSource):
 
     def _share(self, clock: StepCounter) -> float:
         return self.share.at(clock.schedule_fraction)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.own.restore({})
 
     def starts_round(self, clock: StepCounter) -> bool:
         return self.own.starts_round(clock)

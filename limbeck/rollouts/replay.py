@@ -133,6 +133,7 @@ class ReplaySource:
         self.done = dict(state["done"])
         self.buffer.clear()
         self.buffer.extend(response_from_json(fields) for fields in state["buffer"])
+        self.own.restore({})
 
 
 def require_room(capacity: int, longest: int) -> None:

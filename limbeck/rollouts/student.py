@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -135,6 +135,11 @@ class StudentSource(StatelessSource):
     def known_step(self, clock: StepCounter) -> dict[int, Response] | None:
         known = self._round is not None and self._round.number == clock.step // self.refresh
         return self.step(clock) if known else None
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Let go of a round of one step, which is on no disk: its step may come to other weights."""
+        if self.refresh == 1:
+            self._round = None
 
     def round_of(self, clock: StepCounter) -> Round:
         """The round that a step belongs to, written if it is not there yet."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.in_front import InFront
 from limbeck.teachers.parts import rows_of_batch
+from limbeck.teachers.store.addresses import addresses_of
 from limbeck.types import DenseSignal, Signal, TokenBatch
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def likeliest_of(student: nn.Module, batch: TokenBatch, *, count: int, vocab_siz
 class StudentsChoice(InFront):
     """A teacher of which the likeliest tokens are kept, and those that the student finds likeliest.
 
-    The student reads each response alone, so that its choice does not depend on the others of a batch.
+    The student reads each response alone, so that its choice does not depend on the others of a batch. It chooses anew
+    whenever a response is scored, but for those that were fetched ahead and are not settled yet.
 
     Attributes:
         choose: gives the student's tokens (N, S) for a batch with the student's prompts.
@@ -55,8 +57,9 @@ class StudentsChoice(InFront):
 
     choose: Choose
     keep: Keep
-    # Of responses that are being scored, by their ids: the weights that chose may have moved on before all is on disk.
-    _chosen: dict[str, Tensor] = field(default_factory=dict)
+    # Of responses that were fetched ahead, by hashes of their tokens: the answers to them are found by what was chosen,
+    # and the weights may have moved on before all is on disk.
+    _held: dict[bytes, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, inner: Teacher, choose: Choose, keep: Keep) -> StudentsChoice:
@@ -65,11 +68,24 @@ class StudentsChoice(InFront):
     def asks(self, batch: TokenBatch) -> TokenBatch:
         import torch
 
-        for row, name in enumerate(batch.ids):
-            if name not in self._chosen:
-                self._chosen[name] = self.choose(rows_of_batch(batch, [row])).to("cpu", torch.int32)
-        chosen_NS = torch.cat([self._chosen[name] for name in batch.ids]).long()
-        return replace(batch, chosen_NS=chosen_NS.to(batch.labels_N.device))
+        chosen = [self._choice(batch, row, address) for row, address in enumerate(addresses_of(batch))]
+        return replace(batch, chosen_NS=torch.cat(chosen).long().to(batch.labels_N.device))
+
+    def _choice(self, batch: TokenBatch, row: int, address: bytes) -> Tensor:
+        """The student's tokens for a row."""
+        import torch
+
+        held = self._held.get(address)
+        return self.choose(rows_of_batch(batch, [row])).to("cpu", torch.int32) if held is None else held
+
+    def fetch_ahead(self, batches: Iterable[TokenBatch], done: Callable[[int], None]) -> None:
+        """Have the other one prepare its signals, and hold what was chosen for them until they are settled."""
+        self.inner.fetch_ahead((self._asks_and_holds(batch) for batch in batches), done)
+
+    def _asks_and_holds(self, batch: TokenBatch) -> TokenBatch:
+        for row, address in enumerate(addresses_of(batch)):
+            self._held[address] = self._choice(batch, row, address)
+        return self.asks(batch)
 
     def signal(self, batch: TokenBatch) -> Signal:
         asked = self.asks(batch)
@@ -86,10 +102,12 @@ class StudentsChoice(InFront):
         """Let go of what was chosen for some batches too; of others nothing is kept anywhere."""
         if batches is None:
             self.inner.settled()
-            self._chosen.clear()
+            self._held.clear()
             return
-        for batch in batches:
-            if all(name in self._chosen for name in batch.ids):
+        # A text may be in two of them.
+        every = [(batch, addresses_of(batch)) for batch in batches]
+        for batch, addresses in every:
+            if all(address in self._held for address in addresses):
                 self.inner.settled([self.asks(batch)])
-            for name in batch.ids:
-                self._chosen.pop(name, None)
+        for address in (address for _, addresses in every for address in addresses):
+            self._held.pop(address, None)

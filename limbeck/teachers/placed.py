@@ -28,7 +28,7 @@ class Placed:
 
     memory: Annotated[dict[str, str], NEUTRAL] = dataclasses.field(default_factory=dict)
     """The most that it takes on each device, such as {"cuda:0": 70GiB, cpu: 200GiB}, and nothing on the others; empty
-    takes what is free. What has no room is read from its files in every pass."""
+    takes what is free, but for what a pass needs. What has no room is read from its files in every pass."""
 
     def most(self, device: str) -> int | None:
         """Bytes that it takes at most on a device; None where that is what is free.
@@ -80,7 +80,8 @@ class PlacedTeacher(InProcessTeacher):
                 "unpacked whole; name a folder with safetensors files, or set teacher.where=in_process"
             )
         itemsize = as_dtype(self.model.dtype).itemsize
-        return device_map(self.skeleton, room(self.where.memory, self.device), itemsize)
+        places = room(self.where.memory, self.device)
+        return device_map(self.skeleton, places, itemsize, all_free=not self.where.memory)
 
     def _load(self) -> LoadedModel:
         return self._read(device_map=self._device_map)

@@ -22,7 +22,7 @@ MeasureFidelity = Callable[[nn.Module], Mapping[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationInTraining:
-    """Loss and fidelity of the student on set-aside responses; keeps the weights of the lowest loss.
+    """Loss and fidelity of the student on set-aside responses; keeps the weights of the lowest loss, if asked to.
 
     Attributes:
         responses: by the teacher's number; without any, nothing is measured.
@@ -61,7 +61,7 @@ class EvaluationInTraining:
         return found | (fidelity or self._fidelity()) if math.isfinite(loss) else found
 
     def _loss(self, progress: Progress, fidelity: Mapping[str, float]) -> float:
-        """The loss on the set-aside responses; the weights are kept where it is the lowest so far."""
+        """The loss on the set-aside responses; where it is the lowest so far, the weights are kept."""
         measured = fidelity.get(f"eval_{self.measure}")
         loss = self.loss_on(self.responses) if measured is None else measured
         least = math.inf if progress.best is None else progress.best.loss - self.settings.early_stopping_threshold
@@ -69,7 +69,8 @@ class EvaluationInTraining:
         progress.since_gain = 0 if loss < least else progress.since_gain + 1
         if math.isfinite(loss) and (progress.best is None or loss < progress.best.loss):
             progress.best = Best(step=progress.step, loss=loss)
-            trained_weights.save_best(self.context.checkpoints, progress.step, self.module, self.background)
+            if self.settings.load_best_model_at_end:
+                trained_weights.save_best(self.context.checkpoints, progress.step, self.module, self.background)
         return loss
 
     def _in_place_of_loss(self) -> dict[str, float]:

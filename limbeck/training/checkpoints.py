@@ -2,6 +2,7 @@
 
     checkpoints/step-000050/  model.safetensors  optimizer.safetensors  state.json  [average.safetensors]
     checkpoints/step-000050/  of a student that is sharded over ranks: see checkpoint_shards.py
+    checkpoints/best-000050/  the best student so far, as long as a checkpoint names it: see trained_weights.py
 
 Only trainable weights are kept: the rest of the student is rebuilt from the recipe. The learning rate, the order of the
 data and all random numbers are functions of the seed and the step number, so that number is their whole state.
@@ -51,6 +52,7 @@ from limbeck.training.checkpoint_tensors import (
     parts,
     put_back,
 )
+from limbeck.types import LimbeckError
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
 # Of trainings whose teacher is the moving average of the student.
@@ -138,6 +140,32 @@ def _remove_others(newest: Path, keep: int) -> None:
     past = [path for path in every if step_of(path) <= step_of(newest)]
     for old in [*past[:-keep], *every[len(past) :]]:
         remove(old)
+    remove_unnamed(newest.parent)
+
+
+def best_path_of(folder: Path, step: int) -> Path:
+    """The folder of the best student so far, by the step that it was measured after."""
+    return folder / f"best-{step:06d}"
+
+
+def remove_unnamed(folder: Path, best: Path | None = None) -> None:
+    """Remove the best students that no checkpoint names, but for the one that the next may name.
+
+    A training that goes on from a checkpoint hands on the one that this names, unless it comes to a better one again.
+    """
+    named = {best, *(_best_in(path) for path in all_in(folder))}
+    for other in folder.glob("best-*"):
+        if other not in named:
+            remove(other)
+
+
+def _best_in(path: Path) -> Path | None:
+    """The best student that a checkpoint names; one that is damaged is passed over."""
+    try:
+        best = state_in(path).get("best")
+    except (LimbeckError, OSError):
+        return None
+    return None if best is None else best_path_of(path.parent, best["step"])
 
 
 def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

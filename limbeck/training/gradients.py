@@ -117,7 +117,10 @@ class GradientPasses:
     def _looks_first(self, step_settings: StepSettings, micros: Sequence[Sequence[int]]) -> bool:
         """Whether something has to be known of all tokens of a step before the gradients of any."""
         rule, parts = self.module.loss_plan.rule, len(micros) * self.accelerator.num_processes
-        return (rule is not None and rule.whiten) or (step_settings.temperature.adapt is not None and parts > 1)
+        if rule is not None and rule.whiten:
+            return True
+        # Of one part the loss finds the median itself, which is the same where nothing is dropped.
+        return step_settings.temperature.adapt is not None and (parts > 1 or _drops(self.module.student))
 
     def _looked(self, step_settings: StepSettings, seen: ScoredBatches) -> StepSettings:
         """The settings with what is known of all tokens of a step."""
@@ -250,3 +253,8 @@ class GradientPasses:
             loss, sums, value_N = self.model(batch, signal, weight_N, step_settings)
             self.accelerator.backward(loss)
         return sums, value_N
+
+
+def _drops(student: nn.Module) -> bool:
+    """Whether a pass in training leaves out what one in an evaluation does not, as with dropout inside adapters."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in student.modules())

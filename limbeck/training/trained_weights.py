@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from limbeck.runtime.folders import remove
+from limbeck.training import checkpoints
 from limbeck.training.background import Background, begin_or_do, on_host
 from limbeck.training.checkpoint_files import (
     fault_of,
@@ -85,19 +85,13 @@ def restore(folder: Path, model: nn.Module) -> None:
 
 
 def save_best(folder: Path, step: int, model: nn.Module, background: Background) -> None:
-    """Keep the trained weights as the best so far, in place of those that were before; all ranks call.
+    """Keep the trained weights as the best so far, in place of those that no checkpoint names; all ranks call.
 
     Args:
         background: writes them beside what comes next.
     """
-    best = _best(folder, step)
-    _save(best, model, background, partial(_remove_others, best))
-
-
-def _remove_others(best: Path) -> None:
-    for other in best.parent.glob("best-*"):
-        if other != best:
-            remove(other)
+    best = checkpoints.best_path_of(folder, step)
+    _save(best, model, background, partial(checkpoints.remove_unnamed, folder, best))
 
 
 def restore_best(folder: Path, step: int, model: nn.Module) -> None:
@@ -108,14 +102,10 @@ def restore_best(folder: Path, step: int, model: nn.Module) -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    best = _best(folder, step)
+    best = checkpoints.best_path_of(folder, step)
     if not has(best):
         raise LimbeckError(
             f"{best}, the best student of the training, is missing or damaged; delete {folder} and run the same "
             "command again to train from the start"
         )
     restore(best, model)
-
-
-def _best(folder: Path, step: int) -> Path:
-    return folder / f"best-{step:06d}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from limbeck.pipeline.cached_teacher import CachedTeacher
 from limbeck.rollouts.collate import collate
+from limbeck.teachers.chosen import StudentsChoice
 from limbeck.teachers.store.base import Frame
 from limbeck.teachers.store.dense import Hidden
 from limbeck.types import DenseSignal, Response, TokenBatch
@@ -52,7 +53,7 @@ def kept(tmp_path: Path) -> tuple[CachedTeacher, Counting, list[Response]]:
     counting, responses = Counting(), tiny_responses(12)
     teacher = CachedTeacher(teacher=counting, codec=Hidden(), frame=FRAME)  # type: ignore[arg-type]
     teacher.store(tmp_path / "00000.jsonl", responses[:8], None)
-    teacher.register(tmp_path / "00000.jsonl", responses[:8])
+    teacher.register(tmp_path / "00000.jsonl")
     return teacher, counting, responses
 
 
@@ -89,7 +90,7 @@ def test_states_that_came_with_the_sampling_are_kept_as_they_are(tmp_path: Path)
     teacher = CachedTeacher(teacher=counting, codec=Hidden(), frame=FRAME)  # type: ignore[arg-type]
     states = torch.randn(len(response.response_ids), 48)
     teacher.store(tmp_path / "00000.jsonl", [response], [states])
-    teacher.register(tmp_path / "00000.jsonl", [response])
+    teacher.register(tmp_path / "00000.jsonl")
     assert torch.equal(states_of(teacher, [response]), states)
     assert counting.asked == 0
 
@@ -103,7 +104,7 @@ def test_what_was_said_of_a_round_goes_when_the_next_begins(tmp_path: Path) -> N
         if path != base:
             teacher.start_round(path.parent.parent)
         teacher.store(path, some, None)
-        teacher.register(path, some)
+        teacher.register(path)
         teacher.signal(collate(some, range(len(some)), pad_id=0))
     assert [path.with_suffix(".safetensors").exists() for path in files] == [False, False, True]
     judged = counting.asked
@@ -111,7 +112,50 @@ def test_what_was_said_of_a_round_goes_when_the_next_begins(tmp_path: Path) -> N
         teacher.signal(collate([response], (0,), pad_id=0))
     assert counting.asked == judged
     # A checkpoint from before was taken up, and its round is used once more.
-    teacher.register(files[0], responses[1:2])
+    teacher.register(files[0])
     batch = collate(responses[1:2], (0,), pad_id=0)
     assert torch.equal(states_of(teacher, responses[1:2]), tiny_teacher().signal(batch).hidden_ND)
     assert counting.asked == judged + 1
+
+
+class Asking(Counting):
+    """One that keeps its answers by what it was asked, as a server's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device, self.answers = torch.device("cpu"), set[str]()
+
+    def fetch_ahead(self, batches: Iterable[TokenBatch], done: Callable[[int], None]) -> None:
+        self.answers |= {str(batch.chosen_NS) for batch in batches}
+
+    def settled(self, batches: Iterable[TokenBatch]) -> None:
+        self.answers -= {str(batch.chosen_NS) for batch in batches}
+
+
+def test_answers_about_a_students_choice_go_when_all_is_on_disk(tmp_path: Path) -> None:
+    """They are found by what it chose when they were asked for."""
+    asking, draw = Asking(), torch.Generator().manual_seed(0)
+    choosing = StudentsChoice.of(
+        asking,  # type: ignore[arg-type]
+        lambda batch: torch.randint(9, (len(batch.labels_N), 2), generator=draw),
+        lambda signal, chosen_NS: signal,
+    )
+    teacher = CachedTeacher(teacher=choosing, codec=Hidden(), frame=FRAME)
+    teacher.store(tmp_path / "00000.jsonl", tiny_responses(5), None)
+    assert asking.asked and not asking.answers and not choosing._held
+
+
+def test_a_student_chooses_anew_whenever_a_text_is_scored() -> None:
+    """A text is known by its tokens: responses of a preview and of a step have one id. Nothing of a step is kept."""
+    weights = 0
+
+    def choose(batch: TokenBatch) -> Tensor:
+        return torch.full((len(batch.labels_N), 2), weights)
+
+    choosing = StudentsChoice.of(Asking(), choose, lambda signal, chosen_NS: chosen_NS)  # type: ignore[arg-type, return-value]
+    long = max(tiny_responses(5), key=lambda r: len(r.response_ids))
+    short = replace(long, response_ids=long.response_ids[:-1])
+    for weights, response in enumerate((short, long, short)):
+        chosen_NS = choosing.signal(collate([response], [0], pad_id=0))
+        assert chosen_NS.tolist() == [[weights] * 2] * len(response.response_ids)  # type: ignore[union-attr]
+    assert not choosing._held

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from limbeck.models.loading import load_model
+from limbeck.pipeline.checks import _check_sharding as check_sharding
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.initial_student import build_initial_student
@@ -184,3 +185,30 @@ def test_what_cannot_be_chosen_is_refused_in_one_line(
     with pytest.raises(LimbeckError) as error:
         run_pipeline(load_recipe(tree_of(pair, tmp_path / "run", teacher=teacher)), stages=STAGES)
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "remedy"),
+    [
+        ("student", "set teacher.student_k=0, or train.sharding=none"),
+        ("replay", "set teacher.student_k=0, or train.sharding=none"),
+        ("pairs", "set responses.source.resample_teacher=false, or train.sharding=none"),
+        ({"name": "pairs", "resample_teacher": False}, ""),
+        ({"name": "mixed", "refresh": "epoch"}, ""),
+        ("teacher", ""),
+    ],
+)
+def test_a_sharded_student_chooses_where_it_is_whole(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, remedy: str
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    sections: dict[str, Any] = {"responses": {"source": source}, "train": {"sharding": "full"}}
+    choice = {"support": "topk_tail", "support_k": 4, "student_k": 3}
+    context = RunContext(load_recipe(tree_of(pair, tmp_path / "run", teacher=choice, **sections)))
+    if not remedy:
+        check_sharding(context)
+        return
+    with pytest.raises(LimbeckError) as error:
+        check_sharding(context)
+    assert "\n" not in str(error.value) and "student_k is 3" in str(error.value) and remedy in str(error.value)

@@ -11,12 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.document_lots import Corpus, _write_lot, write_lots
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.prompts import documents
 from limbeck.recipe.load import load_recipe
 from limbeck.rollouts.table import open_responses
 from limbeck.runtime.rundir import RunDirectory
+from limbeck.runtime.shared_work import EVERYTHING, Everything
 from tests.limbeck_command import CommandServer, KillAt
 from tests.pipeline.test_bad_input import refused
 from tests.tiny_pair import TinyPair
@@ -143,6 +146,31 @@ def test_no_more_is_read_than_asked_for_and_what_is_blank_is_counted(
     assert every[len(table)].prompt_id != table[-1].prompt_id
     last = sum(r.tokens for r in table if r.prompt_id == table[-1].prompt_id)
     assert sum(tokens) - last < 900 <= sum(tokens) == record["tokens"]
+
+
+def test_lots_that_another_rank_finishes_late_change_nothing(
+    tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of tokens ends the text where it would with one process, though more lots were written meanwhile."""
+    monkeypatch.setattr(documents, "LOT", 3)
+    source = corpus(tmp_path)
+    found = []
+    for late in (False, True):
+        sections = {"responses": {"source": {"name": "text", "max_tokens": 400}, "max_new_tokens": 20}}
+        corpus_of = Corpus(RunContext(load_recipe(tree_of(tiny, tmp_path / f"run{late}", source, **sections))))
+        lots = list(documents.lots_of(documents.documents_of(corpus_of.training)))
+
+        class Late(Everything):
+            def take(self, unit: int) -> bool:
+                return unit != 1
+
+            def finish(self, unit: int) -> None:
+                if unit == 4:
+                    _write_lot(corpus_of, 1, lots[1], EVERYTHING)  # noqa: B023
+
+        found.append(write_lots(corpus_of, Late() if late else EVERYTHING))
+        assert corpus_of.record(4).exists() is late
+    assert found == [2, 2]
 
 
 def test_killed_it_goes_on_with_the_lots_that_it_lacks(limbeck: CommandServer, tiny: TinyPair, tmp_path: Path) -> None:

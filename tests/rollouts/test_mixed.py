@@ -16,10 +16,17 @@ from tests.sampling.writing import FakeSampler, base_of, own_of, played, prompts
 SHIFT = SourceContext(step_rows=4, seed=11)
 
 
-def mixed_of(folder: Path, share: tuple[float, float], *, seed: int = 3, refresh: int | None = 1) -> MixedSource:
+def mixed_of(
+    folder: Path,
+    share: tuple[float, float],
+    *,
+    seed: int = 3,
+    refresh: int | None = 1,
+    sampler: FakeSampler | None = None,
+) -> MixedSource:
     base = base_of(prompts_of(10))
     return MixedSource(
-        own_of(FakeSampler(), folder, refresh=refresh),
+        own_of(sampler or FakeSampler(), folder, refresh=refresh),
         OfflineSource(base, SHIFT),
         share=SharePath(start=share[0], end=share[1]),
         seed=seed,
@@ -53,6 +60,18 @@ def test_the_share_moves_in_a_line(tmp_path):
     assert not own[0] and own[-1]
     # Expected are 12.5 and 87.5 of a hundred.
     assert sum(own[:50]) < 25 < 75 < 2 * sum(own[150:])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_preview_leaves_no_response_of_its_weights_behind(tmp_path, seed):
+    """The last step it saw may be the first of the student's, which is written with the weights of its own time."""
+    found = []
+    for count in (0, 3):
+        sampler = FakeSampler()
+        response_source = mixed_of(tmp_path, (0.5, 0.5), seed=seed, sampler=sampler)
+        assert len(response_source.preview(count, 9)) == count
+        found.append(played(response_source, range(9), 9, train=sampler))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("base", [200, 10])

@@ -13,7 +13,7 @@ import pytest
 from limbeck.rollouts.replay import ReplaySettings, ReplaySource
 from limbeck.rollouts.sources import OfflineSource, SourceContext, StepCounter, die
 from limbeck.types import LimbeckError, Response
-from tests.sampling.writing import FakeSampler, base_of, own_of, prompts_of
+from tests.sampling.writing import FakeSampler, base_of, own_of, played, prompts_of
 
 ROWS, TOTAL = 4, 60
 # Ten prompts in steps of four rows: three steps an epoch, so 20 epochs and a held-out loss before each of them.
@@ -176,3 +176,17 @@ def test_a_share_that_is_no_probability_is_refused():
 def test_a_buffer_larger_than_the_memory_is_refused(tmp_path):
     with pytest.raises(LimbeckError, match=r"a buffer of 100000000000 responses of up to 20 tokens .*source.capacity"):
         replay_of(tmp_path, capacity=10**11)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_preview_leaves_no_response_of_its_weights_behind(tmp_path, seed):
+    """The last step it saw may be the first that the student writes, which is written with the weights of its time."""
+    found = []
+    for count in (0, 3):
+        sampler = FakeSampler()
+        base = OfflineSource(base_of(prompts_of(10)), SourceContext(step_rows=ROWS, seed=11))
+        settings = ReplaySettings(share=0.4, capacity=10)
+        source = ReplaySource(own_of(sampler, tmp_path), base, settings, step_rows=ROWS, seed=seed)
+        assert len(source.preview(count, 9)) == count
+        found.append(played(source, range(9), 9, train=sampler))
+    assert found[0] == found[1]

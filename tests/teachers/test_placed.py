@@ -117,6 +117,25 @@ def test_blocks_go_in_order_to_the_first_device_with_room(folder: Path) -> None:
         device_map(skeleton, {0: outside - 1, "cpu": 100 * block}, 4)
 
 
+def test_blocks_that_come_and_go_have_room_where_all_that_is_free_is_taken(folder: Path) -> None:
+    """None is kept for them where all fit, or where a limit was given: the rest of the device is theirs then."""
+    skeleton = opened(InProcess(), folder).skeleton
+    block = sum(p.numel() for p in skeleton.model.layers[0].parameters()) * 4
+    outside = sum(p.numel() for p in skeleton.parameters()) * 4 - 4 * block
+
+    def places(free: int, other: str | int = "cpu", **options: bool) -> list[int | str]:
+        found = device_map(skeleton, {0: free, other: 100 * block}, 4, **options)
+        return [found[f"model.layers.{i}"] for i in range(4)]
+
+    three = outside + 3 * block
+    assert places(three) == [0, 0, 0, "cpu"]
+    free = three * 10 // 9
+    assert places(free, all_free=True) == [0, "cpu", "cpu", "cpu"]
+    assert places(three, 1, all_free=True) == [0, 0, 0, 1], "blocks on another accelerator stay there"
+    assert places(outside + 4 * block, all_free=True) == [0] * 4
+    assert places(outside + block, all_free=True) == ["cpu"] * 4
+
+
 def test_room_that_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(LimbeckError, match=r"memory names cuda:9, expected one of .*cpu"):
         room({"cuda:9": "1GiB"}, CPU)

@@ -193,7 +193,7 @@ def test_a_students_choice_is_kept_until_what_was_said_is_on_disk(
     assert teacher.asked is not None and len(list(teacher.asked.iterdir())) == 3
     choosing.choose = lambda some: torch.zeros(len(some.labels_N), S, dtype=torch.int64)
     choosing.settled([plain])
-    assert not list(teacher.asked.iterdir())
+    assert not list(teacher.asked.iterdir()) and not choosing._held
 
 
 @pytest.mark.parametrize("wrong", ["missing", "shape", "no array"])

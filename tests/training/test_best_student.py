@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from limbeck.rollouts.development import FEWEST, LARGEST_SHARE, set_aside
+from limbeck.training import checkpoints, trained_weights
+from limbeck.training.background import Background
 from limbeck.training.loss_alarm import QUIET, LossAlarm
 from limbeck.types import Interrupted, Response
 from tests.training.play import (
@@ -65,6 +68,38 @@ def test_the_best_student_survives_an_interruption(tmp_path: Path, stop: int):
     with pytest.raises(Interrupted):
         _evaluated(tmp_path / "cut", chosen, should_stop=stop_after(stop))
     assert identical(weights(whole), weights(_evaluated(tmp_path / "cut", chosen)))
+
+
+def test_the_best_student_that_a_checkpoint_names_stays_until_that_goes(tmp_path: Path):
+    """A training that goes on from it may measure another last digit, and come to no better one."""
+    model = tiny_model(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def save(step: int, best: int, keep: int = 1) -> list[str]:
+        state = {"best": {"step": best, "loss": 1.0}}
+        checkpoints.save(tmp_path, step, model=model, optimizer=optimizer, state=state, keep=keep)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    def better(step: int) -> list[str]:
+        with Background() as background:
+            trained_weights.save_best(tmp_path, step, model, background)
+        return sorted(path.name for path in tmp_path.glob("best-*"))
+
+    assert better(40) == ["best-000040"] and better(50) == ["best-000050"]
+    assert save(50, 50) == ["best-000050", "step-000050"]
+    assert better(60) == ["best-000050", "best-000060"] and better(70) == ["best-000050", "best-000070"]
+    assert save(100, 70, keep=2) == ["best-000050", "best-000070", "step-000050", "step-000100"]
+    # Of one that is damaged nothing is known: it is passed over.
+    (tmp_path / "step-000050" / "state.json").write_text("{", "utf-8")
+    assert better(110) == ["best-000070", "best-000110"]
+    assert save(150, 110) == ["best-000110", "step-000150"]
+
+
+def test_no_best_student_is_written_where_the_last_is_handed_on(tmp_path: Path):
+    for best in (True, False):
+        folder = tmp_path / str(best)
+        _evaluated(folder, {"learning_rate": 1e-3, "load_best_model_at_end": best})
+        assert any(folder.glob("checkpoints/best-*")) is best and "eval_loss" in metrics(folder)[-1]
 
 
 @given(prompts=st.integers(0, 200), size=st.integers(1, 64), answers=st.integers(1, 3))

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from limbeck.models.heads import project
-from limbeck.objectives import build_objective
+from limbeck.objectives import AdaptiveTemperature, Temperature, build_objective
 from limbeck.rollouts.collate import collate
 from limbeck.rollouts.order import Plan
 from limbeck.student.adapters import LoraSpec
 from limbeck.student.build import StudentSpec, build_student
-from limbeck.training import checkpoints
+from limbeck.training import checkpoints, gradients
 from limbeck.training.run import NonFiniteError
+from limbeck.training.step_measures import with_median
 from limbeck.types import Interrupted, LimbeckError
 from tests.tiny_pair import write_model
 from tests.training.play import (
@@ -228,6 +229,23 @@ def test_lora_trains_the_adapters_alone(tmp_path):
     assert changed and all("lora_" in name for name in changed)
     kept = load_file(tmp_path / "checkpoints" / "step-000004" / "model.safetensors")
     assert kept and all("lora_" in name for name in kept)
+
+
+def test_a_median_is_of_a_pass_without_dropout_whatever_the_micro_batches(tmp_path, monkeypatch):
+    """Where nothing is dropped, the pass in training has the same one, and none comes before it."""
+    found = []
+
+    def recorded(*given, **named):
+        looked = with_median(*given, **named)
+        found.append(looked.temperature.adapt.median)
+        return looked
+
+    monkeypatch.setattr(gradients, "with_median", recorded)
+    adapting = Temperature(loss=2.0, adapt=AdaptiveTemperature())
+    for dropout, rows in ((0.5, 8), (0.5, 4), (0.0, 8)):
+        chosen = settings(max_steps=1, per_device_train_batch_size=rows, gradient_accumulation_steps=8 // rows)
+        play(tiny_lora(1, dropout=dropout), tmp_path / f"{dropout} {rows}", chosen, temperature=adapting)
+    assert len(found) == 2 and found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [None, LoraSpec(r=4)])

@@ -12,6 +12,7 @@ from limbeck.models.devices import Fleet
 from limbeck.models.few_bits import FORMATS
 from limbeck.models.image_features import vision_tower
 from limbeck.models.loading import source_config
+from limbeck.models.placing import passing_bytes
 from limbeck.models.processors import reads_images
 from limbeck.models.sources import resolve
 from limbeck.pipeline.build import loss_plan_of, sft_loss_plan
@@ -31,6 +32,9 @@ from limbeck.student.width import width_config
 from limbeck.teachers.placed import Placed
 from limbeck.teachers.store.base import Codec, Frame, bytes_per_token
 from limbeck.teachers.store.dense import Hidden
+
+# Of a device's memory: what CUDA's libraries and fragments of freed tensors take.
+RESERVED_SHARE = 0.06
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,12 @@ class Case:
     @property
     def ranks(self) -> int:
         return self.fleet.count
+
+    @property
+    def usable(self) -> int:
+        """Bytes that weights and all else of a rank may take together."""
+        share = 1.0 if self.fleet.device.host else 1 - RESERVED_SHARE
+        return int(self.fleet.memory * share)
 
     @cached_property
     def steps(self) -> Steps:
@@ -120,7 +130,10 @@ class Case:
             return outside + inside // self.ranks + 2 * block * (self.ranks > 1)
         where = self.recipe.teacher.where
         given = where.most("cpu" if self.fleet.device.host else "cuda:0") if isinstance(where, Placed) else None
-        return self.teacher_bytes if given is None else outside + min(inside, max(given - outside, 0) + block)
+        if given is None:
+            given = self.usable
+            given -= passing_bytes(given, block) if self.teacher_bytes > given else 0
+        return outside + min(inside, max(given - outside, 0) + block)
 
     @property
     def head_bytes(self) -> int:

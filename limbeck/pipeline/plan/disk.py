@@ -46,6 +46,7 @@ def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
     # The last step has a checkpoint only where the student is sharded; else the student itself is there.
     written = len(_steps_saved(case)) + case.sharded
     saved, meanwhile = (min(written, train.save_total_limit + more) for more in (0, 1))
+    best, most_best = _best_students(case)
     # The start of a trial is there before any checkpoint is.
     tried = weights * (train.learning_rate == "auto")
     # One that is sharded is gathered in files before it is saved.
@@ -55,7 +56,7 @@ def disk_of(case: Case, *, tokenizer_bytes: int = 0) -> list[Part]:
         Part(name="signal", end=signal_bytes(case), most=signal_bytes(case), known=case.work.exact),
         Part(name="signal windows", end=0, most=window_bytes(case), known=False),
         Part(name="checkpoints", end=saved * checkpoint, most=max(meanwhile * checkpoint, tried)),
-        Part(name="best student", end=weights if _keeps_best(case) else 0, most=2 * weights * _keeps_best(case)),
+        Part(name="best student", end=weights * best, most=weights * most_best),
         Part(name="first stage", end=weights * (case.steps.first > 0), most=weights * (case.steps.first > 0)),
         Part(name="start of the student", end=0, most=start),
         Part(name="rounds", end=round_bytes(case), most=round_bytes(case), known=False),
@@ -148,9 +149,16 @@ def _of_rounds(case: Case, steps: int) -> int:
     return round(written * (_OF_TEXT + case.work.train.mean * _OF_ID))
 
 
-def _keeps_best(case: Case) -> bool:
-    train = case.recipe.train
-    return bool(train.eval_steps and case.steps.aside and train.load_best_model_at_end)
+def _best_students(case: Case) -> tuple[int, int]:
+    """Best students at the end and at most, where each that is measured is better than the one before: those that kept
+    checkpoints name, and the last one."""
+    train, main = case.recipe.train, case.steps.main
+    if not (train.eval_steps and case.steps.aside and train.load_best_model_at_end):
+        return 0, 0
+    measured = [step // train.eval_steps * train.eval_steps for step in sorted(_steps_saved(case))]
+    end, meanwhile = (len({*measured[-train.save_total_limit - more :], main}) for more in (0, 1))
+    # A new one is written before an old one goes.
+    return end, meanwhile + 1
 
 
 def tokenizer_bytes(folder: Path) -> int:

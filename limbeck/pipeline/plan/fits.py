@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil, log2
 
+from limbeck.pipeline.checks import why_whole
 from limbeck.pipeline.plan.case import Case
-from limbeck.pipeline.plan.memory import StageMemory, peak, usable
+from limbeck.pipeline.plan.memory import StageMemory, peak
 from limbeck.pipeline.plan.sizes import BYTES
 from limbeck.recipe.load import Recipe
+from limbeck.recipe.teacher import ITSELF, MOVING
 from limbeck.student.build import PRUNED
 
 # Of a server's memory, what weights may take; the rest is for keys and values.
@@ -34,7 +36,7 @@ class Way:
 
     @property
     def fits(self) -> bool:
-        return self.worst is not None and self.worst.bytes <= usable(self.case)
+        return self.worst is not None and self.worst.bytes <= self.case.usable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +52,16 @@ def ways_of(case: Case) -> list[Way]:
     hosted = case.where in ("api", "none")
     in_process = "the teacher has no weights here" if hosted else None
     one = "there is one device" if case.ranks == 1 else None
-    apart, teacher = ("sharded", " teacher.where=sharded") if _may_shard_teacher(case.recipe) else ("in_process", "")
-    written = "the student writes texts that no store has" if case.recipe.on_policy else None
-    server = f"teacher.where={{name: server, base_url: ...}} train.sharding={'full' if case.ranks > 1 else 'none'}"
+    recipe, whole = case.recipe, _why_not_sharded(case.recipe)
+    apart, teacher = ("sharded", " teacher.where=sharded") if _may_shard_teacher(recipe) else ("in_process", "")
+    sharded = case.ranks > 1 and whole is None
+    spread = f" train.sharding={'full' if sharded else 'none'}"
+    server, store = _server_keys(recipe) + spread, "teacher.where={name: store, path: ...}" + spread
     ways = [
         ("local", "train.sharding=none", {"where": "in_process", "sharded": False}, in_process),
-        ("sharded", f"train.sharding=full{teacher}", {"where": apart, "sharded": True}, in_process or one),
-        ("served", server, {"where": "server", "sharded": case.ranks > 1}, in_process),
-        (
-            "stored",
-            f"teacher.where={{name: store, path: ...}} train.sharding={'full' if case.ranks > 1 else 'none'}",
-            {"where": "store", "sharded": case.ranks > 1},
-            in_process or written,
-        ),
+        ("sharded", f"train.sharding=full{teacher}", {"where": apart, "sharded": True}, in_process or one or whole),
+        ("served", server, {"where": "server", "sharded": sharded}, in_process or _why_not_served(recipe)),
+        ("stored", store, {"where": "store", "sharded": sharded}, in_process or _why_not_stored(recipe)),
     ]
     found = []
     for name, keys, changes, refused in ways:
@@ -73,15 +72,71 @@ def ways_of(case: Case) -> list[Way]:
 
 
 def _may_shard_teacher(recipe: Recipe) -> bool:
-    """Whether a teacher that writes nothing and gives no weights will do."""
+    """Whether a teacher that writes nothing and gives no weights will do, and all ranks ask it as often."""
+    teacher, preference = recipe.teacher, recipe.preference
     writes = recipe.base_author == "teacher" and recipe.responses.server is None
+    asked_alone = (
+        recipe.on_policy
+        or recipe.combine is not None
+        or teacher.model in ITSELF
+        or teacher.cache_limit_gib is not None
+        or teacher.student_k > 0
+        or (preference is not None and preference.pairs.needs_teacher)
+    )
+    return not (writes or asked_alone or _why_in_process(recipe))
+
+
+def _why_in_process(recipe: Recipe) -> str | None:
+    """What takes the teacher's weights in the processes of the run; None where nothing does."""
+    return "teacher.bits is of weights in this process" if recipe.teacher.bits is not None else _why_weights(recipe)
+
+
+def _why_weights(recipe: Recipe) -> str | None:
+    """The same, but for the way that its weights are kept."""
+    if recipe.teacher.model in MOVING:
+        return "the teacher is the student that trains"
     cut = recipe.student.model is None and recipe.student.init in PRUNED
-    return not (recipe.on_policy or writes or cut)
+    return "the student is cut out of the teacher's weights" if cut else None
+
+
+def _why_not_sharded(recipe: Recipe) -> str | None:
+    """Why the student stays whole on each rank; None where it can be sharded."""
+    if not recipe.train.optim.shards:
+        return "the optimizer updates no student that is sharded"
+    why = why_whole(recipe)
+    return None if why is None else why[0]
+
+
+def _why_not_served(recipe: Recipe) -> str | None:
+    """Why no server can be the teacher; None where one can."""
+    source = recipe.responses.source
+    if recipe.responses.draft is not None or (source.samples_teacher and not source.paired):
+        return "the teacher writes together with another model"
+    return _why_in_process(recipe)
+
+
+def _server_keys(recipe: Recipe) -> str:
+    """The keys that leave to a server what the teacher says, and what it writes."""
+    source = recipe.responses.source
+    writes = recipe.base_author == "teacher" or (source.paired and source.samples_teacher)
+    answers = " responses.server={base_url: ...}" if writes and recipe.responses.server is None else ""
+    return "teacher.where={name: server, base_url: ...}" + answers
+
+
+def _why_not_stored(recipe: Recipe) -> str | None:
+    """Why no store can be the teacher; None where one can."""
+    if recipe.on_policy:
+        return "the student writes texts that no store has"
+    if recipe.base_author == "teacher" and (recipe.responses.draft or recipe.responses.verify):
+        return "the teacher writes texts that no store has"
+    if recipe.teacher.student_k or recipe.teacher.cache_limit_gib is not None:
+        return "the teacher is asked anew for what is kept of it"
+    return _why_weights(recipe)
 
 
 def fits(case: Case) -> bool:
     """Whether every stage fits a rank's memory."""
-    return peak(case).bytes <= usable(case)
+    return peak(case).bytes <= case.usable
 
 
 def change_of(case: Case) -> Change | None:
@@ -94,34 +149,46 @@ def change_of(case: Case) -> Change | None:
 
 def _changes(case: Case) -> Iterator[Change]:
     recipe, train = case.recipe, case.recipe.train
-    if case.ranks > 1 and not case.sharded:
+    shards = _why_not_sharded(recipe) is None
+    if case.ranks > 1 and not case.sharded and shards:
         yield Change(text="train.sharding=full", case=case.at(sharded=True))
     if not train.gradient_checkpointing:
         changed = case.at(recipe__train__gradient_checkpointing=True)
         yield Change(text="train.gradient_checkpointing=true", case=changed)
-    for rows, accumulated in _smaller_batches(train.per_device_train_batch_size, train.gradient_accumulation_steps):
+    for rows, accumulated in _smaller_batches(recipe):
         changed = case.at(recipe__train__per_device_train_batch_size=rows)
         changed = changed.at(recipe__train__gradient_accumulation_steps=accumulated)
         text = f"train.per_device_train_batch_size={rows} train.gradient_accumulation_steps={accumulated}"
         yield Change(text=text, case=changed)
     if case.where == "in_process":
-        yield Change(text="teacher.where={name: server, base_url: ...}", case=case.at(where="server"))
-        if case.ranks > 1 and _may_shard_teacher(recipe):
-            yield Change(text="teacher.where=sharded", case=case.at(where="sharded"))
-    if recipe.teacher.dtype == "float32" and case.where == "in_process":
-        yield Change(text="teacher.dtype=bfloat16", case=case.at(recipe__teacher__dtype="bfloat16"))
-    if recipe.teacher.bits is None and case.where == "in_process":
-        for bits in (8, 4):
-            yield Change(text=f"teacher.bits={bits}", case=case.at(recipe__teacher__bits=bits))
-    if not case.fleet.device.host:
+        yield from _of_teacher(case)
+    if not case.fleet.device.host and shards:
         for doubled in (2**i * case.ranks for i in range(1, 8)):
             more = case.at(fleet=replace(case.fleet, count=doubled), sharded=True)
             yield Change(text=f"--devices {more.fleet} with train.sharding=full", case=more)
 
 
-def _smaller_batches(rows: int, accumulated: int) -> Iterator[tuple[int, int]]:
-    """Fewer rows at a time, as many in a step."""
-    while rows % 2 == 0:
+def _of_teacher(case: Case) -> Iterator[Change]:
+    """Changes of a teacher that each rank has whole."""
+    recipe = case.recipe
+    if _why_not_served(recipe) is None:
+        yield Change(text=_server_keys(recipe), case=case.at(where="server"))
+    if case.ranks > 1 and _may_shard_teacher(recipe):
+        yield Change(text="teacher.where=sharded", case=case.at(where="sharded"))
+    if recipe.teacher.model in ITSELF:
+        return
+    if recipe.teacher.dtype == "float32":
+        yield Change(text="teacher.dtype=bfloat16", case=case.at(recipe__teacher__dtype="bfloat16"))
+    if recipe.teacher.bits is None:
+        for bits in (8, 4):
+            yield Change(text=f"teacher.bits={bits}", case=case.at(recipe__teacher__bits=bits))
+
+
+def _smaller_batches(recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """Fewer rows at a time, as many in a step; the two of a pair stay together."""
+    rows, accumulated = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps
+    least = 2 if recipe.responses.source.paired else 1
+    while rows % (2 * least) == 0:
         rows, accumulated = rows // 2, accumulated * 2
         yield rows, accumulated
 

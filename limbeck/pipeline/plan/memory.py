@@ -18,8 +18,8 @@ from limbeck.pipeline.plan.sizes import BYTES, ModelSize
 from limbeck.pipeline.self_teaching import under_adapters
 from limbeck.rollouts.engines import InProcess
 
-# Of a device's memory: what CUDA, its libraries and fragments of freed tensors take.
-RESERVED_SHARE, CONTEXT_BYTES = 0.06, 700 << 20
+# Of a device's memory: what CUDA takes.
+CONTEXT_BYTES = 700 << 20
 # Of each weight on a grid: two float32 numbers for the 32 of a block.
 GRID_BYTES = 2 * 4 / 32
 # Of a process on a CPU: the libraries of a run, of which each stage imports more; what has written answers; ROUGE.
@@ -61,12 +61,6 @@ def memory_of(case: Case) -> list[StageMemory]:
         if kept:
             found.append(StageMemory(stage=stage, terms=(_process(case, stage), *kept)))
     return found
-
-
-def usable(case: Case) -> int:
-    """Bytes that the terms of a rank may take together."""
-    share = 1.0 if case.fleet.device.host else 1 - RESERVED_SHARE
-    return int(case.fleet.memory * share)
 
 
 def peak(case: Case) -> StageMemory:
@@ -147,7 +141,7 @@ def _train(case: Case) -> Iterator[tuple[str, float]]:
     yield "loss", loss_bytes(case)
     yield from _teacher_in_training(case)
     if _student_answers(case):
-        yield from sampling_terms(case, student.model, number, case.steps.rows)
+        yield from sampling_terms(case, student.model, number, case.written_at_once)
 
 
 def _teacher_in_training(case: Case) -> Iterator[tuple[str, float]]:

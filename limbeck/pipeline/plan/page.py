@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from limbeck.models.launchers import LAUNCHERS, Job, vllm_command
 from limbeck.pipeline.plan.fits import Way
-from limbeck.pipeline.plan.memory import StageMemory, usable
+from limbeck.pipeline.plan.memory import StageMemory
 from limbeck.pipeline.plan.outcome import Plan
 from limbeck.runtime.console import format_seconds
 from limbeck.teachers.hosted_account import dollars
@@ -125,7 +125,7 @@ def _verdict(way: Way) -> str:
     if way.worst is None:
         return f"no: {way.refused}"
     verdict = "fits" if way.fits else "does not fit"
-    return f"{verdict}: {size(way.worst.bytes)} of {size(usable(way.case))} in {way.worst.stage} ({way.keys})"
+    return f"{verdict}: {size(way.worst.bytes)} of {size(way.case.usable)} in {way.worst.stage} ({way.keys})"
 
 
 def commands(plan: Plan, arguments: Sequence[str], launch: str) -> str:

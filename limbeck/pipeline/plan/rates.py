@@ -31,7 +31,7 @@ class Rates:
         teacher_writes, student_writes: tokens of answers; 0 where it writes none here.
         teacher_scores, student_scores: ids of texts in a forward pass.
         trains: ids of texts in a forward and a backward pass, with the update.
-        exchange_s: seconds that ranks need for each micro-batch to exchange weights and gradients.
+        exchange_s: seconds that ranks need to exchange weights and gradients, see `exchange_seconds`.
         least_s: seconds of a micro-batch however small it is.
     """
 
@@ -121,5 +121,5 @@ def exchange_seconds(case: Case) -> float:
         # Weights are gathered for both passes, gradients scattered in float32.
         moved = 2 * student.held * inside + student.trained * 4
     else:
-        moved = 2 * student.trained * student.number_bytes / case.recipe.train.gradient_accumulation_steps
+        moved = 2 * student.trained * student.number_bytes
     return moved * share / (link * 1e9)

@@ -208,8 +208,9 @@ def steps_of(recipe: Recipe, work: Workload, ranks: int) -> Steps:
     train, source = recipe.train, recipe.responses.source
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
     count = work.train.count
-    spared = min(train.eval_size, int(LARGEST_SHARE * count))
-    aside = spared if train.eval_steps and spared >= FEWEST else 0
+    # As `limbeck.rollouts.development.set_aside` takes them.
+    spared = int(LARGEST_SHARE * count)
+    aside = min(train.eval_size, spared) if train.eval_steps and spared >= FEWEST else 0
     # A step of pairs has half as many prompts.
     prompts_of_step = max(rows // 2, 1) if source.paired else rows
     per_epoch = max(ceil((count - aside) / prompts_of_step), 1)

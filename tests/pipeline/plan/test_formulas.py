@@ -17,14 +17,14 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
 from limbeck.pipeline.plan.case import case_of, student_size
 from limbeck.pipeline.plan.disk import disk_of, measured_bytes, tokenizer_bytes
-from limbeck.pipeline.plan.fits import change_of, fits, server_devices, ways_of
+from limbeck.pipeline.plan.fits import _changes, change_of, fits, server_devices, ways_of
 from limbeck.pipeline.plan.memory import activation_bytes, memory_of, peak
 from limbeck.pipeline.plan.outcome import hosted_usd, plan, plan_of
 from limbeck.pipeline.plan.page import text_of
-from limbeck.pipeline.plan.rates import estimated
+from limbeck.pipeline.plan.rates import estimated, exchange_seconds
 from limbeck.pipeline.plan.sizes import size_of
 from limbeck.pipeline.plan.time import times_of
-from limbeck.pipeline.plan.workload import Texts, Workload, workload_of
+from limbeck.pipeline.plan.workload import Texts, Workload, assumed_workload, workload_of
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.recipe.load import load_recipe
 from limbeck.runtime.console import QuietConsole
@@ -176,6 +176,16 @@ class TestMemory:
         assert terms.get("teacher", case.teacher_bytes) == 2 * large["32B"].parameters
         assert terms.get("student", 4 * large["8B"].parameters) == 4 * large["8B"].parameters
 
+    def test_a_rank_writes_its_own_share_of_a_step(self, large: dict[str, Any]) -> None:
+        found = []
+        for devices in ("1xH100", "64xH100"):
+            case = case_of_sizes(large["8B"], large["8B"], devices, responses={"source": "student"})
+            terms = {
+                term.name: term.bytes for stage in memory_of(case) if stage.stage == "train" for term in stage.terms
+            }
+            found.append(terms["keys and values"])
+        assert found[0] == found[1]
+
 
 class TestFitting:
     def test_ways_of_a_70b_teacher(self, large: dict[str, Any]) -> None:
@@ -208,11 +218,58 @@ class TestFitting:
         assert case.at(where="sharded").teacher_held == outside + blocks // 8 + 4 * model.block
         placed = case.at(where="placed", recipe__teacher__where=Placed(memory={"cuda:0": "40GB", "cpu": "200GB"}))
         assert placed.teacher_held == pytest.approx(40e9 + 2 * model.block, rel=1e-3)
+        # Without a limit what is free, and where that is too little, less two blocks and a tenth.
+        free = case.at(where="placed", recipe__teacher__where=Placed())
+        assert free.teacher_held == pytest.approx(0.9 * free.usable - 2 * model.block, rel=1e-3)
+        fitting = case_of_sizes(large["8B"], large["8B"], "8xH100").at(where="placed")
+        assert fitting.at(recipe__teacher__where=Placed()).teacher_held == fitting.teacher_bytes
 
     def test_the_students_texts_are_in_no_store(self, large: dict[str, Any]) -> None:
         case = case_of_sizes(large["8B"], large["8B"], "8xH100", responses={"source": "student"})
         stored = next(way for way in ways_of(case) if way.name == "stored")
         assert not stored.fits and stored.refused == "the student writes texts that no store has"
+
+    @pytest.mark.parametrize(
+        ("sections", "refused"),
+        [
+            ({}, {}),
+            ({"student": {"model": None, "init": "depth_prune", "layers": 8}},
+             dict.fromkeys(("served", "stored"), "the student is cut out of the teacher's weights")),
+            ({"responses": {"source": "speculative"}},
+             {"served": "the teacher writes together with another model",
+              "stored": "the student writes texts that no store has"}),
+            ({"teacher": {"bits": 4}}, {"served": "teacher.bits is of weights in this process"}),
+            ({"train": {"optim": "adafactor"}}, {"sharded": "the optimizer updates no student that is sharded"}),
+        ],
+        ids=["plain", "cut", "together", "bits", "adafactor"],
+    )  # fmt: skip
+    def test_ways_that_a_run_refuses(self, large: dict[str, Any], sections: dict[str, Any], refused: Any) -> None:
+        ways = ways_of(case_of_sizes(large["8B"], large["8B"], "8xH100", **sections))
+        assert {way.name: way.refused for way in ways if way.refused} == refused
+        whole = "sharded" in refused
+        assert [way.case.sharded for way in ways] == [False, True, not whole, not whole]
+        assert all(("train.sharding=full" in way.keys) is way.case.sharded for way in ways)
+
+    def test_a_server_writes_what_the_teacher_writes(self, large: dict[str, Any]) -> None:
+        for source, written in (("teacher", True), ("data", False), ("pairs", True)):
+            case = case_of_sizes(large["8B"], large["8B"], "8xH100", responses={"source": source})
+            served = next(way for way in ways_of(case) if way.name == "served")
+            assert not served.refused and ("responses.server={base_url: ...}" in served.keys) is written
+
+    def test_no_change_that_a_run_refuses(self, large: dict[str, Any]) -> None:
+        def texts(**sections: Any) -> str:
+            return " | ".join(
+                one.text for one in _changes(case_of_sizes(large["8B"], large["8B"], "8xH100", **sections))
+            )
+
+        plain, pairs = texts(), texts(responses={"source": "pairs"})
+        assert "batch_size=1 " in plain and "batch_size=2 " in pairs and "batch_size=1 " not in pairs
+        live = {"model": "live", "cache": False, "sees": {"name": "system", "text": "You know all."}}
+        for sections in ({"train": {"optim": "adafactor"}}, {"teacher": live, "student": {"init": "pretrained"}}):
+            assert "sharding=full" in plain and "sharding=full" not in texts(**sections)
+        cut = texts(student={"model": None, "init": "depth_prune", "layers": 8})
+        assert "name: server" in plain and "teacher.where" not in cut and "teacher.where=sharded" in plain
+        assert "teacher.where=sharded" not in texts(teacher={"cache_limit_gib": 1.0})
 
     def test_a_smaller_batch_is_the_same_step(self, large: dict[str, Any]) -> None:
         sections = {"per_device_train_batch_size": 256, "gradient_checkpointing": True}
@@ -250,6 +307,25 @@ class TestTime:
         # 6 x 8e9 x 50,000 x 0.98 x 712 operations, and a third more for what is computed again.
         products = 8 * 7.5e9 * 49_000 * 712 / (8 * 989e12 * 0.38)
         assert found[0].seconds == pytest.approx(products, rel=0.05)
+
+    def test_gradients_are_exchanged_once_a_step(self, large: dict[str, Any]) -> None:
+        """A whole student's, however many micro-batches a step has."""
+        cases = [
+            case_of_sizes(large["8B"], large["8B"], "8xH100", train={"gradient_accumulation_steps": micros})
+            for micros in (1, 8)
+        ]
+        first, last = (exchange_seconds(case.at(sharded=False)) for case in cases)
+        assert (
+            first
+            == last
+            == pytest.approx(2 * cases[0].student.trained * 4 * 7 / 8 / (DEVICES.build("H100").link_gb_s * 1e9))
+        )
+
+    def test_as_many_prompts_are_set_aside_as_a_training_takes(self, large: dict[str, Any]) -> None:
+        for prompts, size, expected in ((1000, 4, 4), (1000, 64, 64), (200, 64, 20), (70, 4, 0)):
+            case = case_of_sizes(large["8B"], large["8B"], "1xH100", train={"eval_steps": 50, "eval_size": size})
+            case = case.at(work=assumed_workload(prompts=prompts, prompt_tokens=10, answer=10, heldout=0.0))
+            assert case.steps.aside == expected
 
     def test_no_speed_of_this_processor(self, large: dict[str, Any]) -> None:
         made = plan_of(case_of_sizes(large["8B"], large["8B"], "cpu"))

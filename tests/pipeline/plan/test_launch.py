@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_skypilot(tmp_path: Path) -> None:
     path = tmp_path / "job.sh"
     path.write_text(task["run"], "utf-8")
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_a_name_of_any_characters_is_a_name_of_a_job() -> None:
+    named = replace(job("8xH100"), name="große Lehrer, v1.5_b")
+    assert "\n#SBATCH --job-name=gro-e-Lehrer--v1.5_b\n" in LAUNCHERS.build("slurm").text(named)
+    assert yaml.safe_load(LAUNCHERS.build("skypilot").text(named))["name"] == "gro-e-Lehrer--v1.5_b"
 
 
 def test_server_of_hidden_states() -> None:
