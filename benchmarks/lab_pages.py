@@ -207,7 +207,7 @@ def resolved(whole: ResampledMetric) -> str:
     )
     return (
         f"The difference of two arms has an interval of {said}: the median of all pairs and their range, before they "
-        "are widened for the number of pairs. Smaller differences are not told apart."
+        "are widened for the number of pairs. Smaller differences are not separated."
     )
 
 

@@ -49,7 +49,6 @@ PREFERENCE: dict[str, Any] = {
     "pairs": {"name": "teacher", "samples": 4, "temperature": 0.8, "top_p": 0.95},
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 4,
-    "learning_rate": 5.0e-6,
     "beta": 0.1,
     "save_steps": 8,
 }
@@ -58,12 +57,12 @@ METRICS = ("answer_logp", "likelihood_win_rate", "win_rate", "forward_kl", "roug
 ROWS = "after.likelihood.jsonl"
 
 
-def tree(out: Path, steps: int) -> dict[str, Any]:
+def tree(out: Path, steps: int, rate: float) -> dict[str, Any]:
     """The sweep: each start as it is, and after DPO."""
     arms: dict[str, dict[str, Any]] = {}
     for name, changes in STARTS.items():
         arms[name] = dict(changes) or {"objective.name": "fkl"}
-        arms[f"{name}-dpo"] = arms[name] | {"preference": PREFERENCE | {"max_steps": steps}}
+        arms[f"{name}-dpo"] = arms[name] | {"preference": PREFERENCE | {"max_steps": steps, "learning_rate": rate}}
     groups = {"fidelity": {}, "rouge": {}, "likelihood": {"against": "teacher"}}
     return {
         "name": "preference",
@@ -196,13 +195,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="changes to the recipe of all arms, or sweep.KEY=VALUE")
     # Of 288 training prompts some give no pair; all arms take as many steps.
     parser.add_argument("--dpo-steps", type=int, default=32)
+    parser.add_argument("--dpo-rate", type=float, default=5.0e-6, help="learning rate of DPO")
     parser.add_argument("--out", type=Path, default=Path("runs/sweeps/preference"), help="directory of the sweep")
     parser.add_argument("--page", default="docs/results/preference.md", help="page to write; empty only prints it")
     parser.add_argument("--judge", metavar="BASE_URL", help="server that judges the starts after DPO by logprobs")
     parser.add_argument("--judge-model", metavar="NAME", help="the judge's name there; without it the only model")
     arguments = parser.parse_args()
     try:
-        end = run_sweep(tree(arguments.out, arguments.dpo_steps), *arguments.overrides)
+        end = run_sweep(tree(arguments.out, arguments.dpo_steps, arguments.dpo_rate), *arguments.overrides)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
