@@ -13,9 +13,10 @@ from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.served_log import ServedLog
 from limbeck.prompts.chat import turns_of
 from limbeck.prompts.labels import prompt_label
-from limbeck.prompts.templates import TemplateName, end_token_ids
+from limbeck.prompts.templates import TemplateName
 from limbeck.sampling.in_batches import InBatches
 from limbeck.sampling.served import ServedSampler
+from limbeck.student.endings import answer_ends
 from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt, as_asked
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _sampler(
 ) -> ServedSampler:
     options = context.recipe.prompts.chat_options
     pool = ServerPool(servers=_servers(section), warn=context.console.warn)
-    ends = end_token_ids(tokenizer, template, options)
+    ends = answer_ends(context.teacher.skeleton, tokenizer, template, options)
     if not ends:
         raise LimbeckError(
             f"{tokenizer.name_or_path} has no end-of-sequence token to end an answer with; set eos_token"

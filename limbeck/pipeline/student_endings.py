@@ -12,10 +12,10 @@ from limbeck.models.untrained_tokens import untrained_tokens
 from limbeck.models.vocabulary import VocabularyCard, compare_vocabularies
 from limbeck.pipeline.context import RunContext
 from limbeck.prompts.documents import RAW_TEXT
-from limbeck.prompts.templates import resolve_template
+from limbeck.prompts.templates import TemplateName, end_token_ids, resolve_template
 from limbeck.recipe.load import load_recipe
 from limbeck.student.build import Student
-from limbeck.student.endings import AnswerFormat, answer_format, end_answers_with, stop_ids
+from limbeck.student.endings import AnswerFormat, answer_ends, answer_format, end_answers_with, stop_ids
 from limbeck.types import Json, LimbeckError
 
 
@@ -116,6 +116,15 @@ def with_endings(context: RunContext, student: Student) -> Student:
     found = answer_format(context.teacher.tokenizer, template, options, own=student.tokenizer, window=_window(context))
     end_answers_with(student.model, found, also=stop_ids(context.teacher.skeleton))
     return replace(student, tokenizer=found.tokenizer, answers=found)
+
+
+def further_ends(context: RunContext) -> tuple[int, ...]:
+    """The tokens that end the teacher's answers beside those that tokenizer and chat template say."""
+    prompts, tokenizer = context.recipe.prompts, context.teacher.tokenizer
+    chats = prompts.template == "chat" or (prompts.template == "auto" and isinstance(tokenizer.chat_template, str))
+    template: TemplateName = "chat" if chats else "plain"
+    usual = end_token_ids(tokenizer, template, prompts.chat_options)
+    return answer_ends(context.teacher.skeleton, tokenizer, template, prompts.chat_options)[len(usual) :]
 
 
 def _window(context: RunContext) -> int | None:
