@@ -52,7 +52,7 @@ class PromptSet:
         """Prompts that carry a reference answer."""
         if isinstance(self.prompts, FiledPrompts):
             return self.prompts.answered
-        return sum(prompt.completion is not None for prompt in self.prompts)
+        return sum(prompt.answered for prompt in self.prompts)
 
     def counts(self) -> dict[str, int]:
         """Counts for the run's record and the console."""

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from limbeck.prompts import hub
 from limbeck.prompts.formats import Example, instruction_example
 from limbeck.prompts.readers import source_digest
+from limbeck.prompts.references import require_answers_for_sft
+from limbeck.prompts.scratch import ScratchFile
 from limbeck.prompts.sources import (
     PromptSet,
     canonical_content,
@@ -260,6 +262,19 @@ def test_duplicates_are_kept_once_and_counted(tmp_path: Path) -> None:
     loaded = load(write_rows(tmp_path / "rows.jsonl", TWENTY + TWENTY[:5] + more))
     assert (loaded.rows, loaded.duplicates, loaded.contradicted, len(loaded.prompts)) == (27, 6, 1, 21)
     assert loaded.with_completion == 0
+
+
+def test_an_answer_that_calls_a_tool_is_one(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "Will it rain?"}, answer]}])
+    loaded = load(path, heldout_fraction=None)
+    (prompt,) = loaded.prompts
+    assert prompt.completion is None and prompt.answered and loaded.with_completion == 1
+    require_answers_for_sft(loaded.prompts)
+    with ScratchFile(tmp_path) as scratch:
+        scratch.append(prompt)
+        assert scratch.since(0).answered == loaded.with_completion
 
 
 def test_a_prompt_is_the_same_in_every_format() -> None:
