@@ -214,15 +214,21 @@ def text_after_answer(name: str, rendering: Rendering, prompt: str, conversation
                 f"{where} changes the answer (got {answer[:40]!r}, expected {completion[:40]!r}); {_NO_THINKING}"
             )
         return answer[len(completion) :]
-    for what, part in (("thought", thought), ("text", completion), *(("call of", called) for called in names)):
-        if part not in answer:
+    before, behind = rendering.usual_edges
+    ending = behind if answer.endswith(behind) else last_run(answer, rendering.control)
+    place = end = len(answer) - len(ending)
+    # From behind, each before the one that follows it: a short text may stand in the thought or in the end token too.
+    for what, part in reversed(
+        [("thought", thought), ("text", completion), *(("call of", called) for called in names)]
+    ):
+        place = answer.rfind(part, 0, place)
+        if place < 0:
             raise LimbeckError(
                 f"{where} drops or changes the {what} {part[:40]!r} of an answer; use a tokenizer whose template "
                 "writes it, or leave the row or the field out (prompts.ignore_columns=[messages.FIELD])"
             )
     if not names:
-        return answer.rpartition(completion)[2]
-    before, behind = rendering.usual_edges
+        return answer[answer.rfind(completion, 0, end) + len(completion) :]
     if not thought and before.strip() and answer.startswith(before.lstrip()):
         raise LimbeckError(f"{where} changes the answer (it begins with {before!r}, not in the data); {_NO_THINKING}")
-    return behind if answer.endswith(behind) else last_run(answer, rendering.control)
+    return ending

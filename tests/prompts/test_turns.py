@@ -218,6 +218,29 @@ def test_a_thought_that_the_template_drops_is_refused(make_tokenizer: MakeTokeni
         encode_responses([prompt], make_tokenizer(CHATML, eos="<|im_end|>"))
 
 
+@pytest.mark.parametrize("said", ["n", "i", "42", "end", "think", "Let me think."])
+def test_a_text_that_stands_in_its_thought_or_in_the_end_token_too(said: str, make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = published("qwen3", make_tokenizer)
+    prompt = Prompt(
+        id="p", messages=(ASKED,), answer=assistant(said, reasoning_content="Let me think."), completion=said
+    )
+    (response,) = encode_responses([prompt], tokenizer)
+    wanted = f"<think>\nLet me think.\n</think>\n\n{said}<|im_end|>"
+    assert text_of(tokenizer, response.response_ids) == wanted
+
+
+def test_a_thought_that_the_text_holds_too_is_missed_where_the_template_drops_it(make_tokenizer: MakeTokenizer) -> None:
+    answer = assistant("the answer: yes", reasoning_content="yes")
+    with pytest.raises(LimbeckError, match="drops or changes the thought 'yes'"):
+        encode_responses([Prompt(id="p", messages=(ASKED,), answer=answer)], make_tokenizer(CHATML, eos="<|im_end|>"))
+    called = {**CALL, "function": {"name": "rain", "arguments": {}}}
+    answer = Message(role="assistant", content="rain", fields={"tool_calls": [called]})
+    written = "(message.tool_calls[0].function | tojson if message.tool_calls else message['content'])"
+    dropping = CHATML.replace("message['content']", written)
+    with pytest.raises(LimbeckError, match="drops or changes the text 'rain'"):
+        encode_responses([Prompt(id="p", messages=(ASKED,), answer=answer)], make_tokenizer(dropping, eos="<|im_end|>"))
+
+
 def test_a_template_without_tools_is_refused(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
     with pytest.raises(LimbeckError, match=r"leaves out the tool 'weather'.*ignore_columns=\[tools\]"):
