@@ -262,6 +262,15 @@ def test_a_blank_turn_of_the_assistant_is_refused(make_tokenizer: MakeTokenizer)
     assert encode_responses([prompt], tokenizer)
 
 
+@pytest.mark.parametrize("family", ["chatml", "generation", "qwen2_5", "qwen3_instruct_2507"])
+def test_what_the_assistant_begins_a_conversation_with_is_context(family: str, make_tokenizer: MakeTokenizer) -> None:
+    turns = (assistant("Welcome."), user("one"), assistant("A1"), user("two"))
+    prompt, tokenizer = Prompt(id="p", messages=turns, completion="B2"), tokenizer_of(family, make_tokenizer)
+    (response,) = encode_responses([prompt], tokenizer, loss_on="all")
+    learnt, context = parts(tokenizer, response)
+    assert learnt == ["A1<|im_end|>", "B2<|im_end|>"] and "Welcome." in context
+
+
 def test_marks_without_an_end_are_refused(make_tokenizer: MakeTokenizer) -> None:
     endless = GENERATION.replace("{% endgeneration %}{{ '<|im_end|>\n' }}", "").replace(
         "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}",
