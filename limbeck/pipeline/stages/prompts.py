@@ -79,6 +79,7 @@ def _read_into(scratch: ScratchFile, context: RunContext, heldout_fraction: floa
         "rewrite": problems.as_prompt if problems else None,
         "images": RowImages(ImageFolder(context.run.images)) if reads_images(context) else None,
         "seen_columns": context.recipe.kept_columns,
+        "distinct_columns": context.recipe.teacher_columns,
         "scratch": scratch,
     }
     loaded = load_prompts(
