@@ -68,6 +68,12 @@ def _check_student(recipe: Recipe) -> None:
             f"student.init=teacher begins as a copy of the teacher, but student.{named} names another; remove it, or "
             "set student.init=pretrained"
         )
+    for key, plain in (("revision", None), ("trust_remote_code", False)):
+        if student.model is None and getattr(student, key) != plain:
+            raise LimbeckError(
+                f"student.{key} is {getattr(student, key)!r}, but without student.model the student is made of the "
+                f"teacher; set teacher.{key}, or name student.model"
+            )
     if student.init == "depth_prune" and (student.layers is None) == (not student.keep):
         raise LimbeckError("student.init=depth_prune needs student.layers (how many) or student.keep (which), not both")
     if not student.pruned and (student.layers is not None or student.keep):

@@ -165,6 +165,8 @@ def test_the_last_override_wins():
         ("objective.options={temperature: 3}", "write it as objective.temperature"),
         ("student.init=pretrained", "student.model is missing; name a model, or set student.init"),
         ("student={init: pretrained, model: m, layers: 2}", "student.keep belong to init depth_prune, not to init"),
+        ("student.revision=abc", "student.revision is 'abc', but without student.model the student is made of the"),
+        ("student.trust_remote_code=true", "made of the teacher; set teacher.trust_remote_code, or name student.model"),
         ("student.layers=null", "needs student.layers (how many) or student.keep"),
         ("student.keep=[0, 1]", "not both"),
         ("student.config={hidden_size: 8}", "student.config belongs to init scratch"),
