@@ -119,12 +119,16 @@ def with_endings(context: RunContext, student: Student) -> Student:
 
 
 def further_ends(context: RunContext) -> tuple[int, ...]:
-    """The tokens that end the teacher's answers beside those that tokenizer and chat template say."""
-    prompts, tokenizer = context.recipe.prompts, context.teacher.tokenizer
-    chats = prompts.template == "chat" or (prompts.template == "auto" and isinstance(tokenizer.chat_template, str))
+    """The tokens that end the teacher's answers beside those that tokenizer and chat template say.
+
+    Variables of the template are checked later; they do not change its end of turn.
+    """
+    choice, tokenizer, skeleton = context.recipe.prompts.template, context.teacher.tokenizer, context.teacher.skeleton
+    if set(answer_ends(skeleton, tokenizer, "plain")) <= {tokenizer.eos_token_id}:
+        return ()
+    chats = choice == "chat" or (choice == "auto" and isinstance(tokenizer.chat_template, str))
     template: TemplateName = "chat" if chats else "plain"
-    usual = end_token_ids(tokenizer, template, prompts.chat_options)
-    return answer_ends(context.teacher.skeleton, tokenizer, template, prompts.chat_options)[len(usual) :]
+    return answer_ends(skeleton, tokenizer, template)[len(end_token_ids(tokenizer, template)) :]
 
 
 def _window(context: RunContext) -> int | None:
