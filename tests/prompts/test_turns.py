@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from limbeck.prompts.chat import beyond_text, told_turns
 from limbeck.prompts.templates import encode_prompts, encode_responses
 from limbeck.types import LimbeckError, Message, Prompt, Response
 from tests.prompts.chat_templates import CHATML, CHATML_SYSTEM, GEMMA, GENERATION, LLAMA2, MISTRAL
@@ -252,6 +253,22 @@ def test_a_template_without_tools_is_refused(make_tokenizer: MakeTokenizer) -> N
 def test_tools_without_a_chat_template_are_refused(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(LimbeckError, match="which template 'plain' has no words for"):
         encode_prompts([Prompt(id="p", text="Hi", tools=(SCHEMA,))], make_tokenizer())
+
+
+def test_what_services_are_told_of_a_conversation() -> None:
+    thoughtful = Message(role="assistant", content="A", fields={"reasoning_content": "hm", "name": "Ann"})
+    prompt = Prompt(
+        id="p", messages=(Message(role="user", content="one", fields={"name": "Bo"}), thoughtful, user("x"))
+    )
+    assert beyond_text(prompt) is None
+    assert told_turns(prompt) == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "x"},
+    ]
+    assert beyond_text(Prompt(id="p", messages=(ASKED,), tools=(SCHEMA,))) == "tools"
+    assert beyond_text(Prompt(id="p", messages=(ASKED, CALLS, RESULT))) == "tool_calls in a turn of the assistant"
+    assert beyond_text(Prompt(id="p", messages=(ASKED, RESULT))) == "tool_call_id in a turn of the tool"
 
 
 def test_a_blank_turn_of_the_assistant_is_refused(make_tokenizer: MakeTokenizer) -> None:
