@@ -91,25 +91,28 @@ def complete(config: Any, header: Header) -> None:
 def _scale_rope(config: Any, header: Header) -> None:
     """Put a rope that is scaled by one factor into a configuration, in place: linear, or yarn."""
     place = "rope.scaling."
-    told = {name.removeprefix(place): value for name, value in header.fields.items() if name.startswith(place)}
-    factor = told.get("factor") or header.fields.get("rope.scale_linear") or 1.0
-    kind = told.get("type", "linear")
+    scaling = {name.removeprefix(place): value for name, value in header.fields.items() if name.startswith(place)}
+    factor = scaling.get("factor") or header.fields.get("rope.scale_linear") or 1.0
+    kind = scaling.get("type", "linear")
+    plain = kind == "none" or (kind == "linear" and factor == 1)
     # transformers reads the fields of this architecture itself.
-    if header.architecture == "gpt-oss" or (kind in ("none", "linear") and factor == 1 and not _divisors(header)):
+    if header.architecture == "gpt-oss" or (plain and not _divisors(header)):
         return
     ropes = config.rope_parameters or {}
     rope = ropes.get("full_attention", ropes)
-    known = kind in ("linear", "yarn") and set(told) <= set(_SCALING) and not _divisors(header)
+    known = kind in ("linear", "yarn") and set(scaling) <= set(_SCALING) and not _divisors(header)
     if not known or "rope_theta" not in rope:
-        odd = next((name for name in (*told, *_divisors(header)) if name not in _SCALING), kind)
+        odd = next((name for name in (*scaling, *_divisors(header)) if name not in _SCALING), kind)
         raise LimbeckError(
             f"{header.path} scales its rope in a way that is not converted from GGUF files of {header.architecture} "
             f"({odd}), expected one factor of kind linear or yarn; {_INSTEAD}"
         )
     rope |= {"rope_type": kind, "factor": float(factor)}
     if kind == "yarn":
-        window = told.get("original_context_length") or config.max_position_embeddings
-        betas = {name: float(told[f"yarn_{name}"]) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in told}
+        window = scaling.get("original_context_length") or config.max_position_embeddings
+        betas = {
+            name: float(scaling[f"yarn_{name}"]) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in scaling
+        }
         rope |= {"original_max_position_embeddings": int(window)} | betas
 
 

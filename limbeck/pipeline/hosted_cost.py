@@ -10,7 +10,7 @@ from typing import Any
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.verified_responses import later_sampling
-from limbeck.prompts.chat import beyond_text, told_turns
+from limbeck.prompts.chat import beyond_text, sent_turns
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName
 from limbeck.prompts.wording import alpaca_text, plain_text
@@ -128,5 +128,5 @@ def questions_of(
 
 def _content(teacher: HostedTeacher, prompt: Prompt, template: TemplateName) -> list[dict[str, Any]] | str:
     if teacher.where.api == "chat":
-        return told_turns(prompt)
+        return sent_turns(prompt)
     return alpaca_text(prompt) if template == "alpaca" else plain_text(prompt)

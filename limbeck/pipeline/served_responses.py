@@ -11,7 +11,7 @@ from limbeck.client.pool import ServerPool, servers_at
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.served_log import ServedLog
-from limbeck.prompts.chat import beyond_text, told_turns
+from limbeck.prompts.chat import beyond_text, sent_turns
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName
 from limbeck.sampling.in_batches import InBatches
@@ -154,7 +154,7 @@ def _sampler(
             "set responses.server.api=completions"
         )
     plain = template == "chat" and beyond is None
-    turns: dict[str, Any] = {prompt.id: told_turns(prompt) for prompt in prompts} if plain else {}
+    turns: dict[str, Any] = {prompt.id: sent_turns(prompt) for prompt in prompts} if plain else {}
     return ServedSampler(
         pool=pool,
         model=_name_of_model(section, pool),

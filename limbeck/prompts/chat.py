@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Options = Mapping[str, Any]
 
 # Fields of a turn that no service needs: its text is the same without them.
-_UNTOLD = ("name", "reasoning_content")
+_UNSENT = ("name", "reasoning_content")
 _PROBE_ANSWER = "A probe of the template."
 _NO_THINKING = (
     "where the template has a switch for thinking, turn it off (prompts.chat_options={enable_thinking: false}), "
@@ -58,18 +58,18 @@ def turns_of(prompt: Prompt) -> Turns:
 
 
 def beyond_text(prompt: Prompt) -> str | None:
-    """What a prompt has that services are not told: tools, or a field of a turn; None where `told_turns` is all."""
+    """What a prompt has that services are not sent: tools, or a field of a turn; None where `sent_turns` is all."""
     if prompt.tools:
         return "tools"
     fields = ((turn.role, name) for turn in prompt.messages or () for name in turn.fields)
     return next(
-        (f"{name} in a turn of the {role}" for role, name in fields if name not in _UNTOLD or role == "tool"), None
+        (f"{name} in a turn of the {role}" for role, name in fields if name not in _UNSENT or role == "tool"), None
     )
 
 
-def told_turns(prompt: Prompt) -> Turns:
-    """The conversation of a prompt as services are told it: without names of speakers and earlier thoughts."""
-    return [{name: held for name, held in turn.items() if name not in _UNTOLD} for turn in turns_of(prompt)]
+def sent_turns(prompt: Prompt) -> Turns:
+    """The conversation of a prompt as it is sent to services: without names of speakers and earlier thoughts."""
+    return [{name: held for name, held in turn.items() if name not in _UNSENT} for turn in turns_of(prompt)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -298,7 +298,7 @@ def test_the_scaled_rope_of_a_gguf_file(tmp_path: Path) -> None:
     assert gguf_config(told).rope_parameters == yarn | {"original_max_position_embeddings": 8}
     linear = save_gguf(path, tiny_model(), fields={"llama.rope.scale_linear": 4.0})
     assert gguf_config(linear).rope_parameters == rope | {"rope_type": "linear"}
-    none = save_gguf(path, tiny_model(), fields={"llama.rope.scaling.type": "none"})
+    none = save_gguf(path, tiny_model(), fields=scaling | {"llama.rope.scaling.type": "none"})
     assert gguf_config(none).rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
 
 

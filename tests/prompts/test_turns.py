@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.prompts.chat import beyond_text, told_turns
+from limbeck.prompts.chat import beyond_text, sent_turns
 from limbeck.prompts.templates import encode_prompts, encode_responses
 from limbeck.types import LimbeckError, Message, Prompt, Response
 from tests.prompts.chat_templates import CHATML, CHATML_SYSTEM, GEMMA, GENERATION, LLAMA2, MISTRAL
@@ -255,13 +255,13 @@ def test_tools_without_a_chat_template_are_refused(make_tokenizer: MakeTokenizer
         encode_prompts([Prompt(id="p", text="Hi", tools=(SCHEMA,))], make_tokenizer())
 
 
-def test_what_services_are_told_of_a_conversation() -> None:
+def test_what_is_sent_to_services_of_a_conversation() -> None:
     thoughtful = Message(role="assistant", content="A", fields={"reasoning_content": "hm", "name": "Ann"})
     prompt = Prompt(
         id="p", messages=(Message(role="user", content="one", fields={"name": "Bo"}), thoughtful, user("x"))
     )
     assert beyond_text(prompt) is None
-    assert told_turns(prompt) == [
+    assert sent_turns(prompt) == [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "A"},
         {"role": "user", "content": "x"},
