@@ -477,18 +477,16 @@ def export(
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
-    template: Annotated[str, typer.Option("--from", help="Shipped recipe to start from.")] = "quickstart",
+    template: Annotated[str, typer.Option("--from", help="Shipped recipe, or file, to start from.")] = "quickstart",
 ) -> None:
     """Write a recipe of your own to start from."""
-    from importlib import resources
-
+    from limbeck.recipe.files import recipe_text
     from limbeck.recipe.load import load_recipe
 
     if path.exists():
         raise LimbeckError(f"{path} exists; name another file, or delete it first")
     load_recipe(template)
-    text = (resources.files("limbeck.recipe") / "shipped" / f"{template}.yaml").read_text("utf-8")
-    path.write_text(text, "utf-8")
+    path.write_text(recipe_text(template), "utf-8")
     print(f"wrote {path}; run it with: limbeck run {path}")
 
 

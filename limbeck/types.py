@@ -134,6 +134,11 @@ class Prompt:
         return self.references or (() if self.completion is None else (self.completion,))
 
     @property
+    def answered(self) -> bool:
+        """Whether the data has an answer, as text or as a turn."""
+        return self.completion is not None or self.answer is not None
+
+    @property
     def images(self) -> tuple[str, ...]:
         """The ids of its images in order."""
         return tuple(p.id for turn in self.messages or () for p in turn.parts if isinstance(p, ImageRef))

@@ -85,6 +85,8 @@ class TestRecipes:
         again = limbeck.run("init", "mine.yaml", cwd=tmp_path)
         assert again.code == 2 and "mine.yaml exists" in again.error_line
         assert (tmp_path / "mine.yaml").read_bytes() == before
+        copied = limbeck.run("init", "copy.yaml", "--from", "mine.yaml", cwd=tmp_path)
+        assert copied.code == 0 and (tmp_path / "copy.yaml").read_bytes() == before
         unknown = limbeck.run("init", "other.yaml", "--from", "quickstrat", cwd=tmp_path)
         assert unknown.code == 2 and "'quickstart'" in unknown.error_line
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.models.llama3_rope import restore_scaling
+from limbeck.models.gguf_header import Header, complete, read_header
 from limbeck.models.quiet import one_line, quiet_transformers
 from limbeck.types import LimbeckError
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 _State = tuple[Path, int, int]
+# Read into the configuration, not into the model.
+_OF_THE_ROPE = {"rope_freqs.weight"}
+# Architectures whose tensors newer transformers convert in another way, which has no list of them.
+_BY_OTHER_NAMES = {"qwen35", "qwen35moe", "lfm2"}
 
 
 def is_gguf(path: Path) -> bool:
@@ -51,15 +55,20 @@ def _config(state: _State) -> PretrainedConfig:
     """The configuration of a file, read once: transformers reads the tokenizer's lists for it too."""
     from transformers import AutoConfig
 
-    path = state[0]
+    path, header = state[0], _header(state)
 
     def load() -> PretrainedConfig:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        if config.model_type == "llama":
-            restore_scaling(path, config)
+        complete(config, header)
         return _unmarked(config)
 
     return _converted(path, load)
+
+
+@lru_cache(maxsize=4)
+def _header(state: _State) -> Header:
+    """The header of a file, read once."""
+    return _converted(state[0], lambda: read_header(state[0]))
 
 
 def _state(path: Path) -> _State:
@@ -75,26 +84,58 @@ def gguf_model(path: Path, *, dtype: torch.dtype, attn_implementation: str) -> P
     """The model of a GGUF file with plain `dtype` weights, ready to be trained and saved.
 
     Raises:
-        LimbeckError: broken file, or an architecture transformers cannot convert.
+        LimbeckError: broken file, one that lacks weights or has others, or an architecture transformers cannot convert.
     """
     from transformers import AutoModelForCausalLM
 
     # Handing the configuration in spares transformers a second parse of the file's long token lists.
-    config = gguf_config(path)
+    config, header = gguf_config(path), _header(_state(path))
 
     def load() -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path.parent),
             config=config,
             gguf_file=path.name,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
             **_whole_dequantisation(),
         )
+        model, info = loaded
+        _require_whole(model, header, info["missing_keys"])
         _unmarked(model.config)
         return model.eval()
 
     return _converted(path, load)
+
+
+def _require_whole(model: PreTrainedModel, header: Header, missing: Collection[str]) -> None:
+    """Refuse a model that is not the file's: transformers gives what the file lacks random weights, and goes on.
+
+    It passes over tensors that the model has no place for, too.
+    """
+    if missing:
+        raise LimbeckError(
+            f"{header.path} lacks {len(missing)} of the model's weights ({min(missing)}, ...), or has them in a form "
+            "that is not converted; download it again, or use the safetensors directory or the hub id of the same model"
+        )
+    if unplaced := sorted(header.tensors - _places(model, header) - _OF_THE_ROPE):
+        raise LimbeckError(
+            f"{header.path} has {len(unplaced)} weights for which {type(model).__name__} has no place "
+            f"({unplaced[0]}, ...); use the safetensors directory or the hub id of the same model"
+        )
+
+
+def _places(model: PreTrainedModel, header: Header) -> frozenset[str]:
+    """The tensors of a file that transformers takes."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    if header.architecture in _BY_OTHER_NAMES:
+        return header.tensors
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config={})
+    found = get_gguf_hf_weights_map(model, processor)
+    # All experts of a layer are one tensor, whose name there has no suffix.
+    return frozenset(name for name in header.tensors if name in found or name.endswith("_exps.weight"))
 
 
 def gguf_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:

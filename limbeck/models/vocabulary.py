@@ -81,6 +81,11 @@ def real_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of the control tokens, which no text is meant to spell."""
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
 def describe_vocabulary(
     name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> VocabularyCard:
@@ -116,7 +121,7 @@ def _card(
         architecture=(config.architectures or [config.model_type])[0],
         ids=ids,
         added={index: str(token) for index, token in tokenizer.added_tokens_decoder.items()},
-        control=frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special),
+        control=control_ids(tokenizer),
         roles=roles,
         splits=_splitting_rules(tokenizer),
         chat_template=_template(tokenizer),

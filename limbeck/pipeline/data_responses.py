@@ -65,7 +65,7 @@ def data_responses(
     takes: Callable[[Prompt], bool],
     loss_on: LossOn,
 ) -> Iterator[Response]:
-    """Reference answers of the data, encoded as they are asked for.
+    """Reference answers of the data, encoded as they are asked for; how many are cut is said after the last one.
 
     Args:
         takes: whether the answer to a prompt is wanted.
@@ -74,15 +74,23 @@ def data_responses(
         LimbeckError: a prompt without an answer, or one that cannot be encoded.
     """
     section, options = context.recipe.prompts, text_options(context, tokenizer)
+    most, count, cut = context.recipe.responses.max_new_tokens, 0, 0
     for lot in lots_of(filter(takes, prompts)):
-        yield from encode_responses(
+        for response in encode_responses(
             lot,
             tokenizer,
             template,
-            max_new_tokens=context.recipe.responses.max_new_tokens,
+            max_new_tokens=most,
             control_tokens=section.control_tokens,
             chat_options=options,
             loss_on=loss_on,
+        ):
+            count, cut = count + 1, cut + (response.stop == "length")
+            yield response
+    if cut:
+        context.console.warn(
+            f"{cut} of the data's {count} answers have more than {most} tokens and are cut there, without an end "
+            "(responses.max_new_tokens)"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.verified_responses import later_sampling
-from limbeck.prompts.chat import turns_of
+from limbeck.prompts.chat import beyond_text, sent_turns
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.templates import TemplateName
 from limbeck.prompts.wording import alpaca_text, plain_text
@@ -109,8 +109,7 @@ def questions_of(
         LimbeckError: a prompt that it cannot be asked about.
     """
     for prompt in prompts if context.seen is None else context.seen.prompts(prompts):
-        if prompt.images or prompt.tools or any(turn.fields for turn in prompt.messages or ()):
-            what = "images" if prompt.images else "tools"
+        if what := "images" if prompt.images else beyond_text(prompt):
             raise LimbeckError(
                 f"prompt {prompt_label(prompt)} has {what}, which a hosted teacher is not asked about; leave it out, "
                 "or let another teacher answer"
@@ -129,5 +128,5 @@ def questions_of(
 
 def _content(teacher: HostedTeacher, prompt: Prompt, template: TemplateName) -> list[dict[str, Any]] | str:
     if teacher.where.api == "chat":
-        return [dict(turn) for turn in turns_of(prompt)]
+        return sent_turns(prompt)
     return alpaca_text(prompt) if template == "alpaca" else plain_text(prompt)

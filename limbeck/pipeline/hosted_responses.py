@@ -9,9 +9,10 @@ from decimal import Decimal
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.hosted_cost import cost_of, hosted_teachers, questions_of
 from limbeck.pipeline.text_only import WrittenText, texts_as_responses
-from limbeck.prompts.templates import TemplateName, end_token_ids
+from limbeck.prompts.templates import TemplateName
 from limbeck.runtime.files import write_json
 from limbeck.runtime.records import read_object
+from limbeck.student.endings import answer_ends
 from limbeck.teachers.hosted import HostedTeacher
 from limbeck.teachers.hosted_account import NOTHING, PaidReply, dollars
 from limbeck.teachers.hosted_asking import HostedQuestion
@@ -174,7 +175,7 @@ def _scored_responses(
 ) -> tuple[list[Response], Json]:
     """The responses of all prompts by the tokens that the service drew, whose ends it says nothing of."""
     tokenizer = context.teacher.tokenizer
-    ends = end_token_ids(tokenizer, template, context.recipe.prompts.chat_options)
+    ends = answer_ends(context.teacher.skeleton, tokenizer, template, context.recipe.prompts.chat_options)
     # Where the chat template ends its turns with a token of its own, that one ends an answer.
     end = next((token for token in ends if token != tokenizer.eos_token_id), ends[0])
     responses = []

@@ -26,6 +26,7 @@ from limbeck.pipeline.text_only import text_options
 from limbeck.prompts.io import StoredPrompts
 from limbeck.prompts.labels import prompt_label
 from limbeck.prompts.preferences import ANSWERS, Preferences, read_preferences, while_reading
+from limbeck.prompts.sources import asked_id
 from limbeck.prompts.templates import encode_responses
 from limbeck.rollouts.preference.options import PAIRS_KEY, Answers, DataPairs, JudgePairs, SampledPairs
 from limbeck.rollouts.preference.pairs import PairSet, PreferencePair
@@ -59,7 +60,7 @@ def preferences_of(context: RunContext, data: DataPairs) -> Preferences:
     return read_preferences(
         data.source or prompts.source,
         heldout_fraction=0.0 if prompts.heldout else prompts.eval_fraction,
-        heldout_ids={prompt.id for prompt in asked if prompt.split == "heldout"},
+        heldout_ids={asked_id(prompt) for prompt in asked if prompt.split == "heldout"},
         split_seed=prompts.split_seed,
         dataset_split=data.dataset_split if data.source else prompts.dataset_split,
         dataset_config=data.dataset_config if data.source else prompts.dataset_config,

@@ -20,13 +20,14 @@ from limbeck.pipeline.seen_prompts import as_seen
 from limbeck.pipeline.several import Answering, writers
 from limbeck.pipeline.store_identity import exact_codec, frame_of
 from limbeck.pipeline.verified_responses import later_sampling
-from limbeck.prompts.templates import TemplateName, end_token_ids
+from limbeck.prompts.templates import TemplateName
 from limbeck.recipe.sections import Recipe
 from limbeck.rollouts.asked import at_places, open_asked, write_table
 from limbeck.rollouts.batches import InterleavedResponses
 from limbeck.runtime.shared_work import Job, OneProcess, Share
 from limbeck.sampling.local import LocalSampler, SampledBatch, SamplingProgress
 from limbeck.sampling.speculative import SpeculativeSampler
+from limbeck.student.endings import answer_ends
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.hosted import HostedTeacher
 from limbeck.types import Author, DenseSignal, Json, Response, TokenPrompt
@@ -165,10 +166,10 @@ def _sample(
 def sampler_for(
     context: RunContext, model: Any, tokenizer: Any, template: TemplateName, author: Author, batch_size: int
 ) -> LocalSampler:
-    """A sampler for any model of the run; answers end where the template ends them."""
+    """A sampler for any model of the run; answers end where the template or the model itself ends them."""
     return LocalSampler(
         model=model,
-        eos_token_ids=end_token_ids(tokenizer, template, context.recipe.prompts.chat_options),
+        eos_token_ids=answer_ends(model, tokenizer, template, context.recipe.prompts.chat_options),
         pad_token_id=pad_token_id(tokenizer),
         vocab_size=real_vocab_size(tokenizer),
         tokenizer=tokenizer,

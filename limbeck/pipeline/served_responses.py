@@ -11,11 +11,12 @@ from limbeck.client.pool import ServerPool, servers_at
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.served_log import ServedLog
-from limbeck.prompts.chat import turns_of
+from limbeck.prompts.chat import beyond_text, sent_turns
 from limbeck.prompts.labels import prompt_label
-from limbeck.prompts.templates import TemplateName, end_token_ids
+from limbeck.prompts.templates import TemplateName
 from limbeck.sampling.in_batches import InBatches
 from limbeck.sampling.served import ServedSampler
+from limbeck.student.endings import answer_ends
 from limbeck.types import Json, LimbeckError, Prompt, Response, Sampling, TokenPrompt, as_asked
 
 if TYPE_CHECKING:
@@ -141,19 +142,19 @@ def _sampler(
 ) -> ServedSampler:
     options = context.recipe.prompts.chat_options
     pool = ServerPool(servers=_servers(section), warn=context.console.warn)
-    ends = end_token_ids(tokenizer, template, options)
+    ends = answer_ends(context.teacher.skeleton, tokenizer, template, options)
     if not ends:
         raise LimbeckError(
             f"{tokenizer.name_or_path} has no end-of-sequence token to end an answer with; set eos_token"
         )
-    tooled = next((p for p in prompts if p.tools or any(turn.fields for turn in p.messages or ())), None)
-    if tooled is not None and section.api == "chat":
+    beyond = next(((prompt, what) for prompt in prompts if (what := beyond_text(prompt))), None)
+    if beyond is not None and section.api == "chat":
         raise LimbeckError(
-            f"prompt {prompt_label(tooled)} has tools, which only completions take as the template writes them; "
+            f"prompt {prompt_label(beyond[0])} has {beyond[1]}, which only completions take as the template writes it; "
             "set responses.server.api=completions"
         )
-    plain = template == "chat" and tooled is None
-    turns: dict[str, Any] = {prompt.id: turns_of(prompt) for prompt in prompts} if plain else {}
+    plain = template == "chat" and beyond is None
+    turns: dict[str, Any] = {prompt.id: sent_turns(prompt) for prompt in prompts} if plain else {}
     return ServedSampler(
         pool=pool,
         model=_name_of_model(section, pool),

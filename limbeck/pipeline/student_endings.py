@@ -12,10 +12,10 @@ from limbeck.models.untrained_tokens import untrained_tokens
 from limbeck.models.vocabulary import VocabularyCard, compare_vocabularies
 from limbeck.pipeline.context import RunContext
 from limbeck.prompts.documents import RAW_TEXT
-from limbeck.prompts.templates import resolve_template
+from limbeck.prompts.templates import TemplateName, end_token_ids, resolve_template
 from limbeck.recipe.load import load_recipe
 from limbeck.student.build import Student
-from limbeck.student.endings import AnswerFormat, answer_format, end_answers_with, stop_ids
+from limbeck.student.endings import AnswerFormat, answer_ends, answer_format, end_answers_with, stop_ids
 from limbeck.types import Json, LimbeckError
 
 
@@ -116,6 +116,19 @@ def with_endings(context: RunContext, student: Student) -> Student:
     found = answer_format(context.teacher.tokenizer, template, options, own=student.tokenizer, window=_window(context))
     end_answers_with(student.model, found, also=stop_ids(context.teacher.skeleton))
     return replace(student, tokenizer=found.tokenizer, answers=found)
+
+
+def further_ends(context: RunContext) -> tuple[int, ...]:
+    """The tokens that end the teacher's answers beside those that tokenizer and chat template say.
+
+    Variables of the template are checked later; they do not change its end of turn.
+    """
+    choice, tokenizer, skeleton = context.recipe.prompts.template, context.teacher.tokenizer, context.teacher.skeleton
+    if set(answer_ends(skeleton, tokenizer, "plain")) <= {tokenizer.eos_token_id}:
+        return ()
+    chats = choice == "chat" or (choice == "auto" and isinstance(tokenizer.chat_template, str))
+    template: TemplateName = "chat" if chats else "plain"
+    return answer_ends(skeleton, tokenizer, template)[len(end_token_ids(tokenizer, template)) :]
 
 
 def _window(context: RunContext) -> int | None:

@@ -27,7 +27,7 @@ from limbeck.models.heads import head_of
 from limbeck.models.vocabulary import real_vocab_size
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.text_only import load_student_tokenizer
-from limbeck.prompts.templates import TemplateName, end_token_ids
+from limbeck.prompts.templates import TemplateName
 from limbeck.rollouts.alarms import ENGINE_GAP, ENGINE_GAP_LIMIT, ENGINE_GAP_MOST
 from limbeck.rollouts.engines import ENGINE_KEY, Vllm
 from limbeck.rollouts.rounds import ProcessGroup
@@ -40,6 +40,7 @@ from limbeck.sampling.engine import EngineSampler
 from limbeck.sampling.in_batches import InBatches
 from limbeck.sampling.served import ServedSampler
 from limbeck.sampling.weights import dtype_of, require_endpoints
+from limbeck.student.endings import answer_ends
 from limbeck.student.saving import save_student
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.served_dialects import ScoredText, VllmScoring
@@ -256,7 +257,7 @@ def student_engine(
     recipe, engine = context.recipe, context.recipe.responses.engine
     assert isinstance(engine, Vllm)
     pool = ServerPool(servers=servers_of(engine), warn=context.console.warn)
-    ends = end_token_ids(tokenizer, template, recipe.prompts.chat_options)
+    ends = answer_ends(model, tokenizer, template, recipe.prompts.chat_options)
     sampler = ServedSampler(
         pool=pool,
         model="",

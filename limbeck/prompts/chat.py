@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Options = Mapping[str, Any]
 
+# Fields of a turn that no service needs: its text is the same without them.
+_UNSENT = ("name", "reasoning_content")
 _PROBE_ANSWER = "A probe of the template."
 _NO_THINKING = (
     "where the template has a switch for thinking, turn it off (prompts.chat_options={enable_thinking: false}), "
@@ -53,6 +55,21 @@ def turns_of(prompt: Prompt) -> Turns:
     assert prompt.messages or prompt.text is not None, f"prompt {prompt.id} has neither text nor messages"
     turns = prompt.messages or (Message(role="user", content=prompt.text or ""),)
     return [turn.as_turn() for turn in turns]
+
+
+def beyond_text(prompt: Prompt) -> str | None:
+    """What a prompt has that services are not sent: tools, or a field of a turn; None where `sent_turns` is all."""
+    if prompt.tools:
+        return "tools"
+    fields = ((turn.role, name) for turn in prompt.messages or () for name in turn.fields)
+    return next(
+        (f"{name} in a turn of the {role}" for role, name in fields if name not in _UNSENT or role == "tool"), None
+    )
+
+
+def sent_turns(prompt: Prompt) -> Turns:
+    """The conversation of a prompt as it is sent to services: without names of speakers and earlier thoughts."""
+    return [{name: held for name, held in turn.items() if name not in _UNSENT} for turn in turns_of(prompt)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,15 +231,21 @@ def text_after_answer(name: str, rendering: Rendering, prompt: str, conversation
                 f"{where} changes the answer (got {answer[:40]!r}, expected {completion[:40]!r}); {_NO_THINKING}"
             )
         return answer[len(completion) :]
-    for what, part in (("thought", thought), ("text", completion), *(("call of", called) for called in names)):
-        if part not in answer:
+    before, behind = rendering.usual_edges
+    ending = behind if answer.endswith(behind) else last_run(answer, rendering.control)
+    place = end = len(answer) - len(ending)
+    # From behind, each before the one that follows it: a short text may stand in the thought or in the end token too.
+    for what, part in reversed(
+        [("thought", thought), ("text", completion), *(("call of", called) for called in names)]
+    ):
+        place = answer.rfind(part, 0, place)
+        if place < 0:
             raise LimbeckError(
                 f"{where} drops or changes the {what} {part[:40]!r} of an answer; use a tokenizer whose template "
                 "writes it, or leave the row or the field out (prompts.ignore_columns=[messages.FIELD])"
             )
     if not names:
-        return answer.rpartition(completion)[2]
-    before, behind = rendering.usual_edges
+        return answer[answer.rfind(completion, 0, end) + len(completion) :]
     if not thought and before.strip() and answer.startswith(before.lstrip()):
         raise LimbeckError(f"{where} changes the answer (it begins with {before!r}, not in the data); {_NO_THINKING}")
-    return behind if answer.endswith(behind) else last_run(answer, rendering.control)
+    return ending

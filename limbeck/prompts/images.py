@@ -8,6 +8,7 @@ user's turn, as TRL has it.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,10 +148,39 @@ def _bytes_of(source: Any, placed: PlacedRow, what: str) -> tuple[bytes, str]:
             f"{placed.where}: {what} is the address {shown_value(path)}, expected a file; nothing is fetched here: "
             "download it and name the file"
         )
-    file = Path(path.removeprefix("file://")).expanduser()
-    file = file if placed.folder is None else placed.folder / file
     said = f"{placed.where}: {what} ({shown_value(path)})"
-    return read_image_file(file, said), said
+    return read_image_file(_file_of(path, placed.folder, said), said), said
+
+
+def _file_of(path: str, folder: Path | None, said: str) -> Path:
+    """The file that a row names, which lies below the folder of its prompts or among what `datasets` has fetched.
+
+    Links are not followed for that: who has the folder has made them, and the hub's own folders are full of them.
+
+    Raises:
+        LimbeckError: it lies elsewhere. Data of others must not read what else is on this machine.
+    """
+    named = Path(path.removeprefix("file://"))
+    file = Path(os.path.abspath(named if folder is None else folder / named))
+    if any(file.is_relative_to(os.path.abspath(one)) for one in (_fetched_folders() if folder is None else [folder])):
+        return file
+    if folder is None:
+        raise LimbeckError(
+            f"{said} is a path, expected an image's bytes: a data set of the hub names no files of this machine; "
+            "drop the row, or download the data set and give its folder"
+        )
+    raise LimbeckError(
+        f"{said} lies outside of the folder of the prompts, expected a file below {folder}; put the image there, or a "
+        "link to it"
+    )
+
+
+def _fetched_folders() -> list[str]:
+    """Where the libraries keep the files of the hub's data sets."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    return [str(config.HF_DATASETS_CACHE), constants.HF_HUB_CACHE]
 
 
 def images_digest(rows: Iterable[tuple[Mapping[str, Any], PlacedRow]]) -> str | None:

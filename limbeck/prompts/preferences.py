@@ -53,7 +53,7 @@ def read_preferences(
 
     Args:
         heldout_fraction: 0 where the held-out prompts come from a source of their own.
-        heldout_ids: of prompts that are held out whatever their hash.
+        heldout_ids: `asked_id` of prompts that are held out whatever their hash.
 
     Raises:
         LimbeckError: a row without two answers to one prompt, or with one answer twice, naming its place; no row left.

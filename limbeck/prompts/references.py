@@ -36,7 +36,7 @@ def require_answers_for_sft(prompts: Iterable[Prompt]) -> None:
     first, without, count = None, 0, 0
     for prompt in prompts:
         count += 1
-        if prompt.completion is None:
+        if not prompt.answered:
             first, without = first or prompt, without + 1
     if first is not None:
         raise LimbeckError(

@@ -47,7 +47,7 @@ class ScratchFile:
         self._starts.append(self._starts[-1] + written)
         self.ids.append(int(prompt.id, 16))
         self.heldout.append(prompt.split == "heldout")
-        self.answered.append(prompt.completion is not None)
+        self.answered.append(prompt.answered)
 
     def __getitem__(self, place: int) -> Prompt:
         return prompt_of_line(self.line(place))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from limbeck.prompts.columns import ColumnTally
@@ -52,7 +53,7 @@ class PromptSet:
         """Prompts that carry a reference answer."""
         if isinstance(self.prompts, FiledPrompts):
             return self.prompts.answered
-        return sum(prompt.completion is not None for prompt in self.prompts)
+        return sum(prompt.answered for prompt in self.prompts)
 
     def counts(self) -> dict[str, int]:
         """Counts for the run's record and the console."""
@@ -81,13 +82,15 @@ def load_prompts(
     rewrite: Callable[[PlacedRow], Mapping[str, Any]] | None = None,
     images: RowImages | None = None,
     seen_columns: Sequence[str] = (),
+    distinct_columns: Collection[str] = (),
     scratch: ScratchFile | None = None,
 ) -> PromptSet:
     """Read a source and split it into training and held-out prompts.
 
-    Two rows whose prompts differ in nothing but white space are one prompt: the first is kept. The split of a prompt is
-    a function of its content, `split_seed` and `heldout_fraction` alone, so no prompt is ever in both splits, and rows
-    that are added, removed or reordered move no other row; a larger fraction only moves prompts to held-out.
+    Two rows whose prompts differ in nothing but white space are one prompt, unless the teacher sees something else with
+    each: the first is kept. The split of a prompt is a function of what is asked, `split_seed` and `heldout_fraction`
+    alone, so no prompt is ever in both splits, and rows that are added, removed or reordered move no other row; a
+    larger fraction only moves prompts to held-out.
 
     Args:
         source: "builtin"; a .jsonl, .json or .parquet file, a glob of them or a folder of them; a folder written by
@@ -102,7 +105,8 @@ def load_prompts(
         rows: read these instead of those of the source, which then is their name.
         rewrite: makes a row of one of the known formats of each row of the source.
         images: reads the images of rows; None refuses rows with any.
-        seen_columns: columns that the teacher sees beside the prompt; every row must have them.
+        seen_columns: columns that are kept with the prompt; every row must have them.
+        distinct_columns: those of them by which one prompt is several.
         scratch: where the prompts are put, so that they are not in memory; None keeps them there.
 
     Raises:
@@ -126,7 +130,9 @@ def load_prompts(
             (replace(instruction_example(one.text or "", category=one.category), columns=one.columns), where)
             for one, where in examples
         )
-    unique, repeated, contradicted = _unique(examples, heldout_fraction or 0.0, split_seed, scratch)
+    unique, repeated, contradicted = _unique(
+        examples, heldout_fraction or 0.0, split_seed, scratch, frozenset(distinct_columns)
+    )
     prompts = unique[:limit]
     loaded = PromptSet(
         source=source,
@@ -151,12 +157,12 @@ def with_heldout(training: PromptSet, heldout: PromptSet) -> PromptSet:
     for loaded in (training, heldout):
         if not loaded.prompts:
             raise LimbeckError(f"{loaded.source}: no prompts; give a source with some")
-    asked = set(ids_of(heldout.prompts))
-    both = {name: place for place, name in enumerate(ids_of(training.prompts)) if name in asked}
+    asked = set(_asked_ids(heldout.prompts))
+    both = {name: place for place, name in enumerate(_asked_ids(training.prompts)) if name in asked}
     if both:
-        first = next(prompt for prompt in heldout.prompts if prompt.id in both)
+        first = next(prompt for prompt in heldout.prompts if asked_id(prompt) in both)
         raise LimbeckError(
-            f"{first.where} asks what {training.prompts[both[first.id]].where} asks, so {len(both)} of "
+            f"{first.where} asks what {training.prompts[both[asked_id(first)]].where} asks, so {len(both)} of "
             f"{len(heldout.prompts)} held-out prompts would be trained on; remove them from prompts.source or from "
             "prompts.heldout"
         )
@@ -173,6 +179,16 @@ def with_heldout(training: PromptSet, heldout: PromptSet) -> PromptSet:
     )
 
 
+def asked_id(prompt: Example | Prompt) -> str:
+    """The id of what is asked, whatever the teacher sees with it."""
+    return content_id(canonical_content(prompt))
+
+
+def _asked_ids(prompts: Prompts) -> Iterator[str]:
+    """`asked_id` of prompts, which are not made for it where they have no columns."""
+    return map(asked_id, prompts) if any(prompt.columns for prompt in islice(prompts, 1)) else ids_of(prompts)
+
+
 def _merged(training: Prompts, heldout: Prompts) -> Prompts:
     if isinstance(training, FiledPrompts) and isinstance(heldout, FiledPrompts):
         return training.merged(heldout)
@@ -180,7 +196,11 @@ def _merged(training: Prompts, heldout: Prompts) -> Prompts:
 
 
 def _unique(
-    examples: Iterable[PlacedExample], heldout_fraction: float, split_seed: int, scratch: ScratchFile | None
+    examples: Iterable[PlacedExample],
+    heldout_fraction: float,
+    split_seed: int,
+    scratch: ScratchFile | None,
+    distinct: frozenset[str],
 ) -> tuple[Prompts, int, int]:
     """One prompt of each content in the order of their ids, the number of further ones, and that of those among them
     that another answer was given to."""
@@ -191,9 +211,12 @@ def _unique(
     repeated = contradicted = 0
     for example, where in examples:
         content = canonical_content(example)
-        place = places.setdefault(hashlib.sha256(content.encode()).digest()[:16], len(kept))
+        seen = {name: text for name, text in example.columns.items() if name in distinct}
+        own = content + (json.dumps(seen, ensure_ascii=False, sort_keys=True) if seen else "")
+        place = places.setdefault(hashlib.sha256(own.encode()).digest()[:16], len(kept))
         if place == len(kept):
-            kept.append(prompt_of(example, content, where, split=split_of(content, heldout_fraction, split_seed)))
+            # By what is asked alone: a student must not be trained on what it is measured on.
+            kept.append(prompt_of(example, own, where, split=split_of(content, heldout_fraction, split_seed)))
             continue
         repeated += 1
         contradicted += _answers(example) != _answers(kept[place])
@@ -204,7 +227,7 @@ def _unique(
 
 
 def prompt_of(example: Example, content: str, where: str, *, split: Split = "train") -> Prompt:
-    """The prompt of an example whose canonical content is known."""
+    """The prompt of an example by the content that tells it from others."""
     return Prompt(
         id=content_id(content),
         messages=example.messages,

@@ -131,7 +131,7 @@ def encode_responses(
     """
     name = resolve_template(template, tokenizer, prompts)
     for prompt in prompts:
-        if prompt.completion is None and prompt.answer is None:
+        if not prompt.answered:
             raise LimbeckError(
                 f"prompt {prompt_label(prompt)} has no completion; let the teacher answer (responses.source=teacher), "
                 "or give data with answers"

@@ -49,6 +49,11 @@ def conversation_of(prompt: Prompt) -> Turns:
     return [{**t, "content": t["content"].strip()} if t["role"] == "assistant" else t for t in turns]
 
 
+def _answered_places(turns: Turns) -> list[int]:
+    """The places of the turns that the assistant is asked for; one that begins a conversation answers nothing."""
+    return [place for place, turn in enumerate(turns) if turn["role"] == "assistant" and place]
+
+
 def has_earlier_answers(prompt: Prompt) -> bool:
     """Whether the assistant has spoken before the turn that is asked for."""
     return any(turn.role == "assistant" for turn in prompt.messages or ())
@@ -81,11 +86,13 @@ def _last_turn(prompt: Prompt, rendering: Rendering, asked: str) -> MarkedText:
 def _every_turn(prompt: Prompt, rendering: Rendering) -> list[MarkedText]:
     """The conversation with each of the assistant's turns marked once: whole where that can be, else turn by turn.
 
+    One that begins the conversation is context: there is nothing that it could be asked by.
+
     Raises:
         LimbeckError: a blank turn of the assistant, or a template that changes or does not end what it says.
     """
     turns, name = conversation_of(prompt), prompt_label(prompt)
-    places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    places = _answered_places(turns)
     for place in places:
         if not turns[place]["content"] and not turns[place].get("tool_calls"):
             raise LimbeckError(
@@ -144,7 +151,8 @@ def marked(prompt: Prompt, rendering: Rendering) -> MarkedText:
             "turns; repair the template, or use one without marks"
         )
     spans = []
-    for place, (start, stop) in zip(places, marks, strict=True):
+    answered = _answered_places(turns)
+    for place, (start, stop) in zip(answered, marks[-len(answered) :], strict=True):
         asked = rendering.text(name, turns[:place], prompt.tools, ask=True)
         if text.startswith(asked):
             start = min(max(start, len(asked)), stop)

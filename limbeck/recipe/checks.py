@@ -10,7 +10,7 @@ from limbeck.recipe.policy_checks import check_policy
 from limbeck.recipe.preference import SMOOTHED
 from limbeck.recipe.response_checks import check_responses
 from limbeck.recipe.response_source import source_name
-from limbeck.recipe.sections import AXES, Recipe, StudentSection, TrainSection
+from limbeck.recipe.sections import AXES, ObjectiveSection, PromptsSection, Recipe, StudentSection, TrainSection
 from limbeck.recipe.teacher_checks import check_teachers
 from limbeck.rollouts.preference.options import JudgePairs
 from limbeck.types import LimbeckError
@@ -38,6 +38,7 @@ def check(recipe: Recipe) -> None:
             "train.lm.weight is 0, so that its text changes nothing; give a weight above 0, or set train.lm=null"
         )
     _check_optimizer(recipe)
+    _check_unread(recipe)
     _check_student(recipe)
 
 
@@ -50,6 +51,31 @@ def _check_optimizer(recipe: Recipe) -> None:
         raise LimbeckError(
             f"train.{changed[0]} is {getattr(train, changed[0])}, which train.optim={OPTIM.name_of(train.optim)} does "
             "not read; remove it, or set train.optim=adamw_torch_fused"
+        )
+
+
+def _check_unread(recipe: Recipe) -> None:
+    """Check for keys that are not read beside others, and would change nothing."""
+    train, objective, prompts = recipe.train, recipe.objective, recipe.prompts
+    if train.warmup_ratio and train.warmup_steps:
+        raise LimbeckError(
+            f"train.warmup_ratio is {train.warmup_ratio}, but train.warmup_steps={train.warmup_steps} takes its place; "
+            "set one of the two to 0"
+        )
+    if train.hub_model_id is not None and not train.push_to_hub:
+        raise LimbeckError(
+            f"train.hub_model_id is {train.hub_model_id!r}, which only train.push_to_hub reads; set that, or remove it"
+        )
+    if objective.temperature_shape != ObjectiveSection().temperature_shape and objective.temperature_end is None:
+        raise LimbeckError(
+            f"objective.temperature_shape is {objective.temperature_shape}, which only objective.temperature_end "
+            "reads; set that, or remove it"
+        )
+    default = PromptsSection().eval_fraction
+    if prompts.heldout is not None and prompts.eval_fraction != default:
+        raise LimbeckError(
+            f"prompts.eval_fraction is {prompts.eval_fraction}, but the held-out prompts are those of prompts.heldout; "
+            f"remove one of the two (prompts.eval_fraction={default} is the default)"
         )
 
 
@@ -68,6 +94,12 @@ def _check_student(recipe: Recipe) -> None:
             f"student.init=teacher begins as a copy of the teacher, but student.{named} names another; remove it, or "
             "set student.init=pretrained"
         )
+    for key, plain in (("revision", None), ("trust_remote_code", False)):
+        if student.model is None and getattr(student, key) != plain:
+            raise LimbeckError(
+                f"student.{key} is {getattr(student, key)!r}, but without student.model the student is made of the "
+                f"teacher; set teacher.{key}, or name student.model"
+            )
     if student.init == "depth_prune" and (student.layers is None) == (not student.keep):
         raise LimbeckError("student.init=depth_prune needs student.layers (how many) or student.keep (which), not both")
     if not student.pruned and (student.layers is not None or student.keep):

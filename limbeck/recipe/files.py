@@ -43,6 +43,11 @@ def _shipped() -> dict[str, str]:
     return dict(walk(resources.files("limbeck.recipe") / "shipped", ""))
 
 
+def recipe_text(source: str) -> str:
+    """The text of a recipe that can be read, of the package or of a user's file."""
+    return _shipped()[source] if source in shipped_recipes() else Path(source).read_text("utf-8")
+
+
 def read_yaml(source: str | Path, kind: DocumentKind) -> dict[str, Any]:
     """The mapping in a shipped or a user's file; its `name` is the file's where it has none.
 

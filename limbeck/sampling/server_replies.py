@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from limbeck.models.vocabulary import control_ids
 from limbeck.sampling.server_choices import (
     IdSource,
     choice_of,
@@ -86,7 +87,8 @@ class ReplyReader:
             prompt_ids=whole_numbers(choice.get("prompt_token_ids", reply.get("prompt_token_ids"))),
             prompt_tokens=count_of(reply, "prompt_tokens"),
         )
-        return self._ended(reading, matched, sampling)
+        no_end = count_of(reply, "completion_tokens") == len(ids) + 1
+        return self._ended(reading, matched, sampling, no_end=no_end)
 
     def _all_there(self, ids: Sequence[int], choice: Json, reply: Json) -> bool:
         """Whether as many ids are there as were drawn, the end perhaps left out; merged entries hide some."""
@@ -94,8 +96,12 @@ class ReplyReader:
         no_end = choice["finish_reason"] != "length" and not (ids and ids[-1] in self.eos_token_ids)
         return count is None or len(ids) == count or (no_end and len(ids) == count - 1)
 
-    def _ended(self, reading: Reading, matched: object, sampling: Sampling) -> Reading:
-        """Cut behind the first end token, closed by one where the server left it out, never longer than asked."""
+    def _ended(self, reading: Reading, matched: object, sampling: Sampling, *, no_end: bool) -> Reading:
+        """Cut behind the first end token, closed by one where the server left it out, never longer than asked.
+
+        Args:
+            no_end: the server counts one token more than it gives.
+        """
         ids, limit = reading.ids, sampling.max_new_tokens
         first = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None)
         if first is not None and first < limit:
@@ -105,11 +111,15 @@ class ReplyReader:
             logp = None if reading.logp is None else reading.logp[:limit]
             stop: StopReason = "stop" if len(ids) == limit and reading.stop == "stop" else "length"
             return replace(reading, ids=ids[:limit], logp=logp, stop=stop)
-        if reading.stop != "eos":
+        if reading.stop != "eos" or (ids and self._is_control(ids[-1]) and not no_end):
             return reading
-        end = matched if isinstance(matched, int) and matched in self.eos_token_ids else self.end_id
+        end = matched if isinstance(matched, int) and self._is_control(matched) else self.end_id
         # The log-probability of the end token is not known.
         return replace(reading, ids=(*ids, end), logp=None)
+
+    def _is_control(self, token: int) -> bool:
+        """Whether a token is no text: a server may end an answer at one that is not known to end any."""
+        return token in self.eos_token_ids or token in control_ids(self.tokenizer)
 
     def _why(
         self, finish: str, ids: Sequence[int], matched: object, prompt: TokenPrompt, sampling: Sampling
@@ -120,6 +130,8 @@ class ReplyReader:
             return "eos"
         if isinstance(matched, str) or StopStrings(self.tokenizer, sampling.stop).complete(ids):
             return "stop"
+        if ids and self._is_control(ids[-1]):
+            return "eos"
         return self._end_or_stop_string(matched, prompt, sampling)
 
     def _end_or_stop_string(self, matched: object, prompt: TokenPrompt, sampling: Sampling) -> StopReason:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from limbeck.models.heads import causal_model
+from limbeck.models.vocabulary import control_ids
 from limbeck.prompts.saved_template import saved_chat_template
 from limbeck.prompts.templates import TemplateName, end_token_ids
 from limbeck.types import LimbeckError
@@ -102,6 +103,24 @@ def end_answers_with(model: nn.Module, format: AnswerFormat, also: Iterable[int]
 def _set(config: Any, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         setattr(config, key, copy.copy(value))
+
+
+def answer_ends(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateName,
+    chat_options: Mapping[str, Any] | None = None,
+) -> tuple[int, ...]:
+    """The tokens that end a model's answers: those of `end_token_ids`, then others that its own generation stops at.
+
+    Qwen2.5 ends a turn with <|im_end|> and stops at <|endoftext|> too, Llama 3 at <|end_of_text|> and <|eom_id|>. Of
+    what its generation configuration names, control tokens alone are taken.
+
+    Raises:
+        LimbeckError: a chat template that refuses or drops an assistant's text.
+    """
+    ends, control = end_token_ids(tokenizer, template, chat_options), control_ids(tokenizer)
+    return tuple(dict.fromkeys([*ends, *(index for index in stop_ids(model) if index in control)]))
 
 
 def stop_ids(model: nn.Module) -> tuple[int, ...]:

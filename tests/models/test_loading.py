@@ -4,13 +4,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+)
 from transformers.utils import logging
 
 from limbeck.models.gguf import gguf_config, gguf_tensors, gguf_tokenizer
+from limbeck.models.gguf_header import Header, complete
 from limbeck.models.heads import head_of
 from limbeck.models.loading import load_model, load_tokenizer
 from limbeck.models.skeleton import skeleton_of, stored_ending
@@ -250,6 +261,78 @@ def test_a_dtype_that_is_none(llama: Path) -> None:
 def test_a_revision_of_a_local_model(llama: Path) -> None:
     with pytest.raises(LimbeckError, match="only hub models have revisions"):
         load_model(llama, revision="main")
+
+
+def test_a_gguf_file_that_lacks_weights(tmp_path: Path) -> None:
+    """They would be random ones."""
+    lacking = save_gguf(tmp_path / "less.gguf", tiny_model(), without=("blk.0.ffn_up.weight", "blk.1.attn_norm.weight"))
+    refused(lacking, r"lacks 2 of the model's weights \(model\.layers\.0\.mlp\.up_proj\.weight, \.\.\.\)")
+
+
+def test_a_gguf_file_with_weights_that_have_no_place(tmp_path: Path) -> None:
+    """The converted model would be without them: biases, in an architecture whose configuration knows none there."""
+    biases = {"blk.0.attn_q.bias": np.ones(32, dtype=np.float32)}
+    more = save_gguf(tmp_path / "more.gguf", tiny_model(), beside=biases)
+    refused(more, r"has 1 weights for which LlamaForCausalLM has no place \(blk\.0\.attn_q\.bias, \.\.\.\)")
+
+
+def test_a_part_of_a_split_gguf_file_and_one_with_experts(tmp_path: Path) -> None:
+    part = save_gguf(tmp_path / "m-00001-of-00002.gguf", tiny_model(), fields={"split.count": 2})
+    refused(part, "one of the 2 files of a split model, expected a whole one; join them: llama-gguf-split --merge")
+    experts = save_gguf(tmp_path / "experts.gguf", tiny_model(), fields={"llama.expert_count": 4})
+    refused(experts, "has 4 experts a layer, which transformers cannot convert from GGUF files of llama; use")
+
+
+def test_the_scaled_rope_of_a_gguf_file(tmp_path: Path) -> None:
+    scaling = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    path = save_gguf(tmp_path / "yarn.gguf", tiny_model(), fields=scaling)
+    rope, window = {"rope_theta": 10000.0, "factor": 4.0}, tiny_model().config.max_position_embeddings
+    yarn = rope | {"rope_type": "yarn", "original_max_position_embeddings": window}
+    assert gguf_config(path).rope_parameters == yarn
+    found = load_model(path).model
+    original = LlamaForCausalLM(LlamaConfig(**tiny_model().config.to_dict() | {"rope_parameters": yarn}))
+    original.load_state_dict(found.state_dict())
+    with torch.no_grad():
+        assert torch.equal(found(IDS_BT).logits, original.eval()(IDS_BT).logits)
+    told = save_gguf(path, tiny_model(), fields=scaling | {"llama.rope.scaling.original_context_length": 8})
+    assert gguf_config(told).rope_parameters == yarn | {"original_max_position_embeddings": 8}
+    linear = save_gguf(path, tiny_model(), fields={"llama.rope.scale_linear": 4.0})
+    assert gguf_config(linear).rope_parameters == rope | {"rope_type": "linear"}
+    none = save_gguf(path, tiny_model(), fields=scaling | {"llama.rope.scaling.type": "none"})
+    assert gguf_config(none).rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "what"),
+    [
+        ({"type": "longrope"}, (), "longrope"),
+        ({"type": "yarn", "factor": 4.0, "yarn_log_multiplier": 0.1}, (), "yarn_log_multiplier"),
+        ({}, ("rope_factors_long.weight", "rope_factors_short.weight"), "rope_factors_long.weight"),
+    ],
+)
+def test_a_rope_that_is_not_converted(fields: dict[str, Any], tensors: tuple[str, ...], what: str) -> None:
+    told = {f"rope.scaling.{name}": value for name, value in fields.items()}
+    with pytest.raises(
+        LimbeckError, match=rf"scales its rope in a way that .* of phi3 \({what}\), expected one factor"
+    ):
+        complete(Phi3Config(), Header(Path("phi.gguf"), "phi3", told, frozenset(tensors)))
+
+
+def test_the_rope_and_the_attention_scale_of_gemma() -> None:
+    """As llama.cpp has them: of the largest models the scale is of the width, and long windows are of some layers."""
+
+    def completed(config: Any, **fields: Any) -> Any:
+        told = {f"rope.scaling.{name}": value for name, value in fields.items()}
+        complete(config, Header(Path("gemma.gguf"), config.model_type, told, frozenset()))
+        return config
+
+    shape: dict[str, Any] = {"hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128}
+    assert completed(Gemma2Config(num_hidden_layers=46, **shape)).query_pre_attn_scalar == 144
+    assert completed(Gemma2Config(num_hidden_layers=42, **shape)).query_pre_attn_scalar == 128
+    config = completed(Gemma3TextConfig(num_hidden_layers=62, **shape), type="linear", factor=8.0)
+    assert config.query_pre_attn_scalar == 144
+    assert config.rope_parameters["full_attention"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+    assert config.rope_parameters["sliding_attention"]["rope_type"] == "default"
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,7 +1,7 @@
 """Tiny models and tokenizers with random weights, made on the spot: no file, no network."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,18 @@ def save_gguf(
     tokenizer: PreTrainedTokenizerFast | None = None,
     *,
     tied: bool = False,
+    fields: Mapping[str, int | float | str] | None = None,
+    without: Collection[str] = (),
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """A llama model as an unquantised GGUF file, as llama.cpp's converter lays it out.
 
     Args:
         tokenizer: a byte-level BPE; without one the file knows little more than the letters.
         tied: leave the head out, so that the embeddings are it.
+        fields: more of them.
+        without: the names of tensors that are left out.
+        beside: more tensors.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -133,8 +139,11 @@ def save_gguf(
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
-    for name, weight in _gguf_tensors(model):
-        if tied and name == "output.weight":
+    kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (fields or {}).items():
+        kinds[type(value)](key, value)  # type: ignore[operator]
+    for name, weight in [*_gguf_tensors(model), *(beside or {}).items()]:
+        if name in without or (tied and name == "output.weight"):
             continue
         writer.add_tensor(name, np.ascontiguousarray(weight))
     writer.write_header_to_file()

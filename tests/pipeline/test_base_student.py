@@ -18,10 +18,13 @@ from limbeck.export import export_model
 from limbeck.export.gguf_tokens import Vocabulary
 from limbeck.models.loading import load_model
 from limbeck.models.vocabulary import describe_vocabulary
-from limbeck.pipeline.student_endings import doctor_says
+from limbeck.pipeline.context import RunContext
+from limbeck.pipeline.stages.respond import teacher_inputs
+from limbeck.pipeline.student_endings import doctor_says, further_ends
 from limbeck.prompts.saved_template import saved_chat_template
 from limbeck.prompts.templates import encode_prompts, resolve_template
 from limbeck.prompts.wording import alpaca_text
+from limbeck.recipe.load import load_recipe
 from limbeck.rollouts.io import read_responses
 from limbeck.student.endings import stop_ids
 from limbeck.types import LimbeckError, Prompt
@@ -84,6 +87,29 @@ def test_a_student_of_the_teacher_keeps_what_it_has(tiny: TinyPair, tmp_path: Pa
         ours, theirs = ((folder / name).read_text("utf-8") for folder in (student, tiny.teacher))
         assert ours == theirs
     assert json.loads((student / "student.json").read_text("utf-8"))["changed"] == []
+
+
+def test_answers_end_where_the_models_own_generation_stops(tiny: TinyPair, tmp_path: Path) -> None:
+    """As those of Qwen2.5: the end of the text ends an answer too, although neither tokenizer nor template says so."""
+    plain, ends = RunContext(load_recipe(tiny.tree(tmp_path / "plain"))), [END, TEXT_END]
+    assert further_ends(plain) == () and "ends" not in teacher_inputs(plain)
+    teacher = shutil.copytree(tiny.teacher, tmp_path / "teacher")
+    weights = load_file(teacher / "model.safetensors")
+    # The one is written where the other was.
+    weights["model.embed_tokens.weight"][[END, TEXT_END]] = weights["model.embed_tokens.weight"][[TEXT_END, END]]
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((teacher / "generation_config.json").read_text("utf-8")) | {"eos_token_id": ends}
+    (teacher / "generation_config.json").write_text(json.dumps(settings), "utf-8")
+    tree = tiny.tree(tmp_path / "run", train=SHORT) | {"teacher": {"model": str(teacher)}}
+    context = RunContext(load_recipe(tree))
+    assert further_ends(context) == (TEXT_END,) and teacher_inputs(context)["ends"] == [TEXT_END]
+    run = play(tree)
+    written = read_responses(run.directory / "responses/teacher.jsonl")
+    assert all((r.stop == "eos") == (r.response_ids[-1] in ends) for r in written)
+    assert any(r.response_ids[-1] == TEXT_END for r in written)
+    assert all(TEXT_END not in r.response_ids[:-1] for r in written)
+    model: Any = AutoModelForCausalLM.from_pretrained(run.student)
+    assert model.generation_config.eos_token_id == ends
 
 
 def test_what_it_writes_itself_ends_with_the_teachers_end(tiny: TinyPair, base: Path, tmp_path: Path) -> None:

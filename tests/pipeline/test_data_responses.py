@@ -77,7 +77,12 @@ def at_once(context: RunContext, loss_on: Any) -> tuple[list[Response], Json]:
 @pytest.mark.parametrize("loss_on", ["all", "last"])
 @pytest.mark.parametrize("lot", [1, 7, 1000])
 def test_what_is_written_in_lots_is_what_is_written_at_once(
-    tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lot: int, loss_on: str
+    tiny: TinyPair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lot: int,
+    loss_on: str,
 ) -> None:
     monkeypatch.setattr(data_responses, "LOT", lot)
     context = context_of(tiny, tmp_path / "run", rows(), loss_on=loss_on)
@@ -85,6 +90,8 @@ def test_what_is_written_in_lots_is_what_is_written_at_once(
     record = respond_stage.STAGE.run(context)
     responses, naive = at_once(context, loss_on)
     assert record == naive and naive["dropped_too_long"] == 4 and 0 < naive["ended"] < len(responses)
+    said = f"{len(responses) - naive['ended']} of the data's {len(responses)} answers have more than {ANSWER} tokens"
+    assert f"warning: {said} and are cut there, without an end (responses.max_new_tokens)" in capsys.readouterr().err
     folder = context.run.responses
     write_responses(tmp_path / "naive.jsonl", responses)
     keep_responses(tmp_path / "kept.jsonl", responses)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from limbeck.models.devices import fleet_of
 from limbeck.pipeline.context import RunContext
 from limbeck.pipeline.engine import run_pipeline
-from limbeck.pipeline.hosted_cost import hosted_costs
+from limbeck.pipeline.hosted_cost import hosted_costs, hosted_teachers, questions_of
 from limbeck.pipeline.plan.outcome import plan
 from limbeck.pipeline.stage_order import STAGES
 from limbeck.pipeline.stages.respond import load_responses
@@ -27,7 +27,8 @@ from limbeck.rollouts.collate import collate
 from limbeck.rollouts.io import read_responses
 from limbeck.runtime.files import read_json
 from limbeck.teachers.alignment.token_bytes import TokenBytes
-from limbeck.types import LimbeckError, TopKSignal
+from limbeck.teachers.hosted import HostedTeacher
+from limbeck.types import LimbeckError, Message, Prompt, Sampling, TopKSignal
 from tests.limbeck_command import CommandServer, KillAt
 from tests.teachers.hosted_service import MODEL, PRICE, Bill, hosted_service
 from tests.tiny_pair import TinyPair, questions, write_model, write_prompts, write_recipe
@@ -322,6 +323,25 @@ def test_what_cannot_be_had_of_it_is_said_before_anything_is_paid(
         run_pipeline(load_recipe(tree, [override]), stages=STAGES)
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not hosted[2].requests and not (tmp_path / "run/paid.jsonl").exists()
+
+
+def test_what_a_prompt_has_beside_text_is_named(hosted: Hosted, tmp_path: Path) -> None:
+    context = RunContext(load_recipe(tree_of(hosted, tmp_path / "run")))
+    (teacher,) = hosted_teachers(context).values()
+    assert isinstance(teacher, HostedTeacher)
+
+    def asked(**fields: Any) -> Any:
+        answer = Message(role="assistant", content="Hm.", fields=fields)
+        turns = (
+            Message(role="user", content="Hi", fields={"name": "Ann"}),
+            answer,
+            Message(role="user", content="So?"),
+        )
+        return next(questions_of(context, teacher, [Prompt(id="p", messages=turns)], "chat", Sampling())).content
+
+    assert asked(reasoning_content="so") == asked() and "Ann" not in str(asked())
+    with pytest.raises(LimbeckError, match="has tool_calls in a turn of the assistant, which a hosted teacher is not"):
+        asked(tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
 
 
 def test_the_most_that_a_run_can_cost_is_known_before_it_asks(hosted: Hosted, tmp_path: Path) -> None:

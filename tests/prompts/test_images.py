@@ -17,9 +17,10 @@ from PIL import Image
 
 from limbeck.models.images import ImageFolder, decode_image, image_id
 from limbeck.models.loading import load_tokenizer
+from limbeck.prompts.formats import Example
 from limbeck.prompts.images import RowImages, images_digest
 from limbeck.prompts.io import read_prompts, write_prompts
-from limbeck.prompts.readers import rows_of
+from limbeck.prompts.readers import PlacedRow, rows_of
 from limbeck.prompts.sources import PromptSet, load_prompts
 from limbeck.prompts.templates import encode_prompts, encode_responses
 from limbeck.types import LimbeckError, Prompt
@@ -226,6 +227,33 @@ def test_a_bad_image_is_one_line_with_its_row(folder: Path, name: str) -> None:
     with pytest.raises(LimbeckError, match=f"rows.jsonl, line 2: .*(?:{message})") as caught:
         read(folder, {"prompt": "first", "image": "a.png"} if "prompt" in row else FORMS["blocks"][0], row)
     assert "\n" not in str(caught.value) and str(caught.value).count("line 2") == 1
+
+
+def test_a_row_names_no_file_outside_of_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, fetched = folder / "data", folder / "fetched"
+    for one in (data / "inner", fetched / "snapshot"):
+        one.mkdir(parents=True)
+        (one / "c.png").write_bytes(png("green"))
+    (data / "link.png").symlink_to(folder / "a.png")
+    for path in ("inner/c.png", str(data / "inner/c.png"), f"file://{data}/inner/../link.png"):
+        assert len(read(data, {"prompt": "x", "image": path}).prompts) == 1
+    for path in ("../a.png", str(folder / "a.png"), f"file://{folder}/a.png", "inner/../../a.png"):
+        with pytest.raises(
+            LimbeckError, match=r"line 1: image 1 \(.*\) lies outside of the folder of the prompts, .*link"
+        ):
+            read(data, {"prompt": "x", "image": path})
+
+    def of_the_hub(**source: Any) -> list[Any]:
+        placed = PlacedRow({"prompt": "x", "image": source}, "owner/name, row 7")
+        (example,) = RowImages().placed([Example(text="x")], placed.row, placed)
+        return [part for turn in example.messages or () for part in turn.parts]
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(fetched))
+    assert of_the_hub(bytes=png(), path="a.png") and of_the_hub(bytes=None, path=str(fetched / "snapshot/c.png"))
+    monkeypatch.chdir(folder)
+    for path in ("a.png", str(folder / "a.png"), str(fetched / "../a.png"), "~/a.png"):
+        with pytest.raises(LimbeckError, match=r"name, row 7: image 1 \(.*\) is a path, expected an image's bytes"):
+            of_the_hub(bytes=None, path=path)
 
 
 def test_images_are_refused_where_only_text_is_read(folder: Path) -> None:

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from limbeck.prompts import hub
 from limbeck.prompts.formats import Example, instruction_example
 from limbeck.prompts.readers import source_digest
+from limbeck.prompts.references import require_answers_for_sft
+from limbeck.prompts.scratch import ScratchFile
 from limbeck.prompts.sources import (
     PromptSet,
+    asked_id,
     canonical_content,
     content_id,
     load_prompts,
@@ -260,6 +263,38 @@ def test_duplicates_are_kept_once_and_counted(tmp_path: Path) -> None:
     loaded = load(write_rows(tmp_path / "rows.jsonl", TWENTY + TWENTY[:5] + more))
     assert (loaded.rows, loaded.duplicates, loaded.contradicted, len(loaded.prompts)) == (27, 6, 1, 21)
     assert loaded.with_completion == 0
+
+
+def test_an_answer_that_calls_a_tool_is_one(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "Will it rain?"}, answer]}])
+    loaded = load(path, heldout_fraction=None)
+    (prompt,) = loaded.prompts
+    assert prompt.completion is None and prompt.answered and loaded.with_completion == 1
+    require_answers_for_sft(loaded.prompts)
+    with ScratchFile(tmp_path) as scratch:
+        scratch.append(prompt)
+        assert scratch.since(0).answered == loaded.with_completion
+
+
+def test_one_question_with_several_contexts_is_several_prompts_of_one_split(tmp_path: Path) -> None:
+    """What the teacher sees with it is part of a prompt; what the student reads decides the split."""
+    rows = [{"prompt": "What is shown?", "context": text, "answer": text} for text in ("a cat", "a dog", "a cat")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    options: dict[str, Any] = {"seen_columns": ("context", "answer"), "heldout_fraction": None}
+    loaded = load(path, distinct_columns=("context",), **options)
+    assert {prompt.columns["context"] for prompt in loaded.prompts} == {"a cat", "a dog"} and loaded.duplicates == 1
+    assert len({prompt.id for prompt in loaded.prompts}) == 2
+    (plain,) = load(path, **options).prompts
+    assert plain.id == content_id(canonical_content(plain)) == asked_id(loaded.prompts[0])
+    many = write_rows(tmp_path / "many.jsonl", [{**row, "prompt": f"{n}?"} for n in range(20) for row in rows[:2]])
+    halves = load(many, distinct_columns=("context",), seen_columns=("context", "answer"), heldout_fraction=0.5)
+    asked_of = {split: {p.text for p in halves.of(split)} for split in ("train", "heldout")}
+    assert len(halves.prompts) == 40 and not asked_of["train"] & asked_of["heldout"]
+    other = load(write_rows(tmp_path / "test.jsonl", [{**rows[0], "context": "a bird"}]), **options)
+    with pytest.raises(LimbeckError, match=r"test\.jsonl, line 1 asks what .*rows\.jsonl, line \d asks, so 1 of 1"):
+        with_heldout(loaded, other)
 
 
 def test_a_prompt_is_the_same_in_every_format() -> None:

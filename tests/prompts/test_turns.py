@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from limbeck.prompts.chat import beyond_text, sent_turns
 from limbeck.prompts.templates import encode_prompts, encode_responses
 from limbeck.types import LimbeckError, Message, Prompt, Response
 from tests.prompts.chat_templates import CHATML, CHATML_SYSTEM, GEMMA, GENERATION, LLAMA2, MISTRAL
@@ -218,6 +219,29 @@ def test_a_thought_that_the_template_drops_is_refused(make_tokenizer: MakeTokeni
         encode_responses([prompt], make_tokenizer(CHATML, eos="<|im_end|>"))
 
 
+@pytest.mark.parametrize("said", ["n", "i", "42", "end", "think", "Let me think."])
+def test_a_text_that_stands_in_its_thought_or_in_the_end_token_too(said: str, make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = published("qwen3", make_tokenizer)
+    prompt = Prompt(
+        id="p", messages=(ASKED,), answer=assistant(said, reasoning_content="Let me think."), completion=said
+    )
+    (response,) = encode_responses([prompt], tokenizer)
+    wanted = f"<think>\nLet me think.\n</think>\n\n{said}<|im_end|>"
+    assert text_of(tokenizer, response.response_ids) == wanted
+
+
+def test_a_thought_that_the_text_holds_too_is_missed_where_the_template_drops_it(make_tokenizer: MakeTokenizer) -> None:
+    answer = assistant("the answer: yes", reasoning_content="yes")
+    with pytest.raises(LimbeckError, match="drops or changes the thought 'yes'"):
+        encode_responses([Prompt(id="p", messages=(ASKED,), answer=answer)], make_tokenizer(CHATML, eos="<|im_end|>"))
+    called = {**CALL, "function": {"name": "rain", "arguments": {}}}
+    answer = Message(role="assistant", content="rain", fields={"tool_calls": [called]})
+    written = "(message.tool_calls[0].function | tojson if message.tool_calls else message['content'])"
+    dropping = CHATML.replace("message['content']", written)
+    with pytest.raises(LimbeckError, match="drops or changes the text 'rain'"):
+        encode_responses([Prompt(id="p", messages=(ASKED,), answer=answer)], make_tokenizer(dropping, eos="<|im_end|>"))
+
+
 def test_a_template_without_tools_is_refused(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
     with pytest.raises(LimbeckError, match=r"leaves out the tool 'weather'.*ignore_columns=\[tools\]"):
@@ -231,12 +255,37 @@ def test_tools_without_a_chat_template_are_refused(make_tokenizer: MakeTokenizer
         encode_prompts([Prompt(id="p", text="Hi", tools=(SCHEMA,))], make_tokenizer())
 
 
+def test_what_is_sent_to_services_of_a_conversation() -> None:
+    thoughtful = Message(role="assistant", content="A", fields={"reasoning_content": "hm", "name": "Ann"})
+    prompt = Prompt(
+        id="p", messages=(Message(role="user", content="one", fields={"name": "Bo"}), thoughtful, user("x"))
+    )
+    assert beyond_text(prompt) is None
+    assert sent_turns(prompt) == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "x"},
+    ]
+    assert beyond_text(Prompt(id="p", messages=(ASKED,), tools=(SCHEMA,))) == "tools"
+    assert beyond_text(Prompt(id="p", messages=(ASKED, CALLS, RESULT))) == "tool_calls in a turn of the assistant"
+    assert beyond_text(Prompt(id="p", messages=(ASKED, RESULT))) == "tool_call_id in a turn of the tool"
+
+
 def test_a_blank_turn_of_the_assistant_is_refused(make_tokenizer: MakeTokenizer) -> None:
     prompt = Prompt(id="p", messages=(user("one"), assistant(" "), user("two")), completion="B")
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
     with pytest.raises(LimbeckError, match=r"turn 2 is a blank turn of the assistant.*loss_on=last"):
         encode_responses([prompt], tokenizer, loss_on="all")
     assert encode_responses([prompt], tokenizer)
+
+
+@pytest.mark.parametrize("family", ["chatml", "generation", "qwen2_5", "qwen3_instruct_2507"])
+def test_what_the_assistant_begins_a_conversation_with_is_context(family: str, make_tokenizer: MakeTokenizer) -> None:
+    turns = (assistant("Welcome."), user("one"), assistant("A1"), user("two"))
+    prompt, tokenizer = Prompt(id="p", messages=turns, completion="B2"), tokenizer_of(family, make_tokenizer)
+    (response,) = encode_responses([prompt], tokenizer, loss_on="all")
+    learnt, context = parts(tokenizer, response)
+    assert learnt == ["A1<|im_end|>", "B2<|im_end|>"] and "Welcome." in context
 
 
 def test_marks_without_an_end_are_refused(make_tokenizer: MakeTokenizer) -> None:

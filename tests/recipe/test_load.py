@@ -165,6 +165,18 @@ def test_the_last_override_wins():
         ("objective.options={temperature: 3}", "write it as objective.temperature"),
         ("student.init=pretrained", "student.model is missing; name a model, or set student.init"),
         ("student={init: pretrained, model: m, layers: 2}", "student.keep belong to init depth_prune, not to init"),
+        ("student.revision=abc", "student.revision is 'abc', but without student.model the student is made of the"),
+        ("student.trust_remote_code=true", "made of the teacher; set teacher.trust_remote_code, or name student.model"),
+        (
+            "train={warmup_ratio: 0.1, warmup_steps: 5}",
+            "warmup_ratio is 0.1, but train.warmup_steps=5 takes its place",
+        ),
+        ("train.hub_model_id=me/mine", "train.hub_model_id is 'me/mine', which only train.push_to_hub reads"),
+        (
+            "objective.temperature_shape=linear",
+            "temperature_shape is linear, which only objective.temperature_end reads",
+        ),
+        ("prompts={heldout: a.jsonl, eval_fraction: 0.3}", "but the held-out prompts are those of prompts.heldout"),
         ("student.layers=null", "needs student.layers (how many) or student.keep"),
         ("student.keep=[0, 1]", "not both"),
         ("student.config={hidden_size: 8}", "student.config belongs to init scratch"),

@@ -168,7 +168,7 @@ def _source(evaluation: EvaluationContext, whose: Whose) -> Whose:
     """Source of the answers: an evaluation without a run has no responses."""
     if whose != "responses" or not evaluation.standalone:
         return whose
-    answered = all(prompt.completion is not None for prompt in evaluation.prompts[: evaluation.settings.prompts])
+    answered = all(prompt.answered for prompt in evaluation.prompts[: evaluation.settings.prompts])
     return "references" if answered else "teacher"
 
 

@@ -29,7 +29,7 @@ from limbeck.pipeline.sampling import sampling_of
 from limbeck.pipeline.seen_prompts import as_seen, fitting_as_seen, view_inputs
 from limbeck.pipeline.served_responses import ask_server
 from limbeck.pipeline.several import combination_inputs
-from limbeck.pipeline.student_endings import same_tokens
+from limbeck.pipeline.student_endings import further_ends, same_tokens
 from limbeck.pipeline.text_only import (
     in_the_students_tokens,
     load_student_tokenizer,
@@ -97,6 +97,7 @@ def teacher_inputs(context: RunContext) -> Json:
         "where": fingerprinted_member("teacher.where", section.where),
         "dtype": section.dtype,
         "attention": section.attn_implementation,
+        **({"ends": list(ends)} if (ends := further_ends(context)) else {}),
         **view_inputs(context),
         **combination_inputs(context),
     }

@@ -12,6 +12,8 @@ from limbeck.types import LimbeckError
 from tests.sampling.served.asking import SAMPLING, drawn, prompts_of, served_of, with_turns
 from tests.sampling.served.fake_server import END, FakeServer
 
+OTHER_END = 0
+
 
 def test_stop_strings_stay_where_the_ids_hold_them(sampler: ServedSampler, server: FakeServer) -> None:
     (prompt,) = prompts_of(sampler, 1)
@@ -62,6 +64,33 @@ def test_what_lies_behind_an_end_is_cut(sampler: ServedSampler, server: FakeServ
     server.order(faults=[{"status": 200, "body": {"choices": [choice]}}])
     (response,) = sampler.respond(prompts_of(sampler, 1), SAMPLING)
     assert response.response_ids == (50, END) and response.stop == "eos"
+
+
+@pytest.mark.parametrize(
+    ("said", "ids"),
+    [
+        ({"token_ids": [50, OTHER_END], "stop_reason": OTHER_END}, (50, OTHER_END)),
+        ({"token_ids": [50], "stop_reason": OTHER_END}, (50, OTHER_END)),
+        ({"token_ids": [50, OTHER_END]}, (50, OTHER_END)),
+        ({"token_ids": [50], "stop_reason": 60}, (50, END)),
+        ({"text": "", "stop_reason": OTHER_END}, (OTHER_END,)),
+    ],
+)
+def test_an_end_that_the_server_alone_knows(
+    sampler: ServedSampler, server: FakeServer, said: Any, ids: tuple[int, ...]
+) -> None:
+    """As vLLM ends answers of Qwen2.5 with <|endoftext|>, which its generation configuration names."""
+    reply = {"choices": [{"finish_reason": "stop"} | said]}
+    server.order(faults=[{"status": 200, "body": reply}])
+    (response,) = sampler.respond(prompts_of(sampler, 1), SAMPLING)
+    assert response.response_ids == ids and response.stop == "eos"
+
+
+def test_a_control_token_before_an_end_that_was_left_out(sampler: ServedSampler, server: FakeServer) -> None:
+    choice = {"finish_reason": "stop", "token_ids": [50, OTHER_END]}
+    server.order(faults=[{"status": 200, "body": {"choices": [choice], "usage": {"completion_tokens": 3}}}])
+    (response,) = sampler.respond(prompts_of(sampler, 1), SAMPLING)
+    assert response.response_ids == (50, OTHER_END, END)
 
 
 def test_an_empty_answer_is_one(sampler: ServedSampler, server: FakeServer) -> None:
