@@ -153,25 +153,22 @@ def _bytes_of(source: Any, placed: PlacedRow, what: str) -> tuple[bytes, str]:
 
 
 def _file_of(path: str, folder: Path | None, said: str) -> Path:
-    """The file that a row names, which lies below the folder of its prompts or among what `datasets` has fetched.
+    """The file that a row names: any, where the prompts are a file of this machine; else one that `datasets` fetched.
 
-    Links are not followed for that: who has the folder has made them, and the hub's own folders are full of them.
+    Links are not followed for that: the hub's own folders are full of them.
 
     Raises:
-        LimbeckError: it lies elsewhere. Data of others must not read what else is on this machine.
+        LimbeckError: it was not fetched. Data of others must not read what else is on this machine.
     """
     named = Path(path.removeprefix("file://"))
-    file = Path(os.path.abspath(named if folder is None else folder / named))
-    if any(file.is_relative_to(os.path.abspath(one)) for one in (_fetched_folders() if folder is None else [folder])):
+    if folder is not None:
+        return folder / named.expanduser()
+    file = Path(os.path.abspath(named))
+    if any(file.is_relative_to(os.path.abspath(one)) for one in _fetched_folders()):
         return file
-    if folder is None:
-        raise LimbeckError(
-            f"{said} is a path, expected an image's bytes: a data set of the hub names no files of this machine; "
-            "drop the row, or download the data set and give its folder"
-        )
     raise LimbeckError(
-        f"{said} lies outside of the folder of the prompts, expected a file below {folder}; put the image there, or a "
-        "link to it"
+        f"{said} is a path, expected an image's bytes: a data set of the hub names no files of this machine; "
+        "drop the row, or download the data set and give its folder"
     )
 
 
