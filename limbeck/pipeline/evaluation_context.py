@@ -300,10 +300,10 @@ class RunEvaluation(EvaluatedModels):
             self.context.run_teachers[folder].release()
         return written
 
-    def _writers(self, who: Who, asked: Sequence[TokenPrompt]) -> dict[str, tuple[int, ...]]:
+    def _writers(self, who: Who, asked: Sequence[TokenPrompt]) -> dict[str, Sequence[int]]:
         """The places of prompts by the folder of the model that answers them; empty where one answers all."""
         if who == "student" or self.context.recipe.combine is None:
-            return {"": tuple(range(len(asked)))}
+            return {"": range(len(asked))}
         return {writer.folder: writer.places for writer in writers(self.context, asked)}
 
     def domain_of(self, prompt_id: str) -> str | None:

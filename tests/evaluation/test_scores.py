@@ -73,6 +73,7 @@ def shares(*parts):
 
 def test_a_share_of_sums_stays_a_share():
     found = scores.summarise(shares((4, 5), (0, 1), (3, 3), (1, 1)))["draft_acceptance"]
+    assert found.low is not None and found.high is not None
     assert found.mean == 0.8 and 0.0 <= found.low < 0.8 < found.high <= 1.0
 
 
@@ -80,6 +81,7 @@ def test_a_ratio_whose_sums_are_nothing_is_left_out():
     assert scores.summarise(shares((0, 0), (0, 0))) == {}
     # Of resamples without any draft that was looked at nothing is known.
     found = scores.summarise(shares((0, 0), (0, 0), (0, 0), (1, 2), (2, 2)))["draft_acceptance"]
+    assert found.low is not None and found.high is not None
     assert found.mean == 0.75 and 0.5 <= found.low <= found.high <= 1.0
 
 

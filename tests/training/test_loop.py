@@ -237,6 +237,7 @@ def test_a_median_is_of_a_pass_without_dropout_whatever_the_micro_batches(tmp_pa
 
     def recorded(*given, **named):
         looked = with_median(*given, **named)
+        assert looked.temperature.adapt is not None
         found.append(looked.temperature.adapt.median)
         return looked
 
