@@ -62,9 +62,8 @@ def beyond_text(prompt: Prompt) -> str | None:
     if prompt.tools:
         return "tools"
     fields = ((turn.role, name) for turn in prompt.messages or () for name in turn.fields)
-    return next(
-        (f"{name} in a turn of the {role}" for role, name in fields if name not in _UNSENT or role == "tool"), None
-    )
+    sent = (f"{name} in a turn of the {role}" for role, name in fields if name not in _UNSENT or role == "tool")
+    return next(sent, None)
 
 
 def sent_turns(prompt: Prompt) -> Turns:

@@ -10,7 +10,7 @@ from limbeck.recipe.policy_checks import check_policy
 from limbeck.recipe.preference import SMOOTHED
 from limbeck.recipe.response_checks import check_responses
 from limbeck.recipe.response_source import source_name
-from limbeck.recipe.sections import AXES, ObjectiveSection, PromptsSection, Recipe, StudentSection, TrainSection
+from limbeck.recipe.sections import AXES, ObjectiveSection, Recipe, StudentSection, TrainSection
 from limbeck.recipe.teacher_checks import check_teachers
 from limbeck.rollouts.preference.options import JudgePairs
 from limbeck.types import LimbeckError
@@ -56,7 +56,7 @@ def _check_optimizer(recipe: Recipe) -> None:
 
 def _check_unread(recipe: Recipe) -> None:
     """Check for keys that are not read beside others, and would change nothing."""
-    train, objective, prompts = recipe.train, recipe.objective, recipe.prompts
+    train, objective = recipe.train, recipe.objective
     if train.warmup_ratio and train.warmup_steps:
         raise LimbeckError(
             f"train.warmup_ratio is {train.warmup_ratio}, but train.warmup_steps={train.warmup_steps} takes its place; "
@@ -70,12 +70,6 @@ def _check_unread(recipe: Recipe) -> None:
         raise LimbeckError(
             f"objective.temperature_shape is {objective.temperature_shape}, which only objective.temperature_end "
             "reads; set that, or remove it"
-        )
-    default = PromptsSection().eval_fraction
-    if prompts.heldout is not None and prompts.eval_fraction != default:
-        raise LimbeckError(
-            f"prompts.eval_fraction is {prompts.eval_fraction}, but the held-out prompts are those of prompts.heldout; "
-            f"remove one of the two (prompts.eval_fraction={default} is the default)"
         )
 
 

@@ -20,17 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from limbeck.rollouts.io import read_batch, read_responses, write_batch
-from limbeck.runtime.files import write_json
+from limbeck.rollouts.io import read_responses, write_batch
+from limbeck.rollouts.round_table import TABLE, WHOLE, in_round, is_recorded, write_table
 from limbeck.runtime.hashing import sha256_of
-from limbeck.runtime.records import read_sealed, sealed
+from limbeck.runtime.records import read_sealed
 from limbeck.types import Author, Interrupted, LimbeckError, Response, Sampling, TokenPrompt
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-_WHOLE, _TABLE = "round.json", "round.arrow"
 
 
 class ProcessGroup(Protocol):
@@ -167,7 +164,7 @@ class Rounds:
 
         places = np.empty(len(prompts), np.int32)
         places[np.fromiter(chain.from_iterable(plan), np.int32, len(prompts))] = np.arange(len(prompts))
-        return open_responses(folder / _TABLE).taken(places)
+        return open_responses(folder / TABLE).taken(places)
 
     def _require_table(self, folder: Path, number: int, batches: Mapping[tuple[int, ...], Path]) -> None:
         """See that a round stands in its table, batch behind batch, and is recorded as whole; the first rank does it.
@@ -176,9 +173,9 @@ class Rounds:
             LimbeckError: on all ranks: a batch is not what was written.
         """
         failure = ""
-        if self.world.rank == 0 and not _is_recorded(folder / _TABLE):
+        if self.world.rank == 0 and not is_recorded(folder / TABLE):
             try:
-                _write_table(folder, number, batches)
+                write_table(folder, number, batches)
             except LimbeckError as error:
                 # All ranks end with it, or the others would wait for this one.
                 failure = str(error)
@@ -187,7 +184,7 @@ class Rounds:
 
     def is_whole(self, number: int, author: Author) -> bool:
         """Whether all responses of a round are on disk."""
-        return (self.folder / f"{number:03d}" / author / _WHOLE).exists()
+        return (self.folder / f"{number:03d}" / author / WHOLE).exists()
 
     def _score_again(self, paths: Iterable[Path], number: int) -> None:
         """Store the teacher signals of responses that are used once more: it goes when the next round begins, and a
@@ -202,13 +199,13 @@ class Rounds:
         Raises:
             LimbeckError: it is not.
         """
-        record = folder / _WHOLE
+        record = folder / WHOLE
         if not record.exists():
             return
         for name, digest in read_sealed(record)["files"].items():
             path = folder / name
             # The table is made of the others once more where it is not what was written.
-            if name != _TABLE and (path.exists() or path.suffix == ".jsonl"):
+            if name != TABLE and (path.exists() or path.suffix == ".jsonl"):
                 if path.exists() and sha256_of(path) == digest:
                     continue
                 raise LimbeckError(
@@ -216,38 +213,6 @@ class Rounds:
                     f"{self.folder} and {self.folder.with_name('checkpoints')} and run the same command again to "
                     "train from the start"
                 )
-
-
-def _write_table(folder: Path, number: int, batches: Mapping[tuple[int, ...], Path]) -> None:
-    """Write the table of a round and the record of its files.
-
-    Raises:
-        LimbeckError: a batch is not what was written.
-    """
-    from limbeck.rollouts.table import keep_columns
-
-    responses = (in_round(read_batch(path, len(rows)), number) for rows, path in batches.items())
-    keep_columns(folder / _TABLE, chain.from_iterable(responses))
-    record = folder / _WHOLE
-    if record.exists():
-        # Of a version without tables, or one that was deleted since; all else is as it was.
-        files = read_sealed(record)["files"] | {_TABLE: sha256_of(folder / _TABLE)}
-    else:
-        files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-    write_json(record, sealed({"files": files}))
-
-
-def _is_recorded(table: Path) -> bool:
-    """Whether the table of a round is there, and what was written."""
-    record = table.with_name(_WHOLE)
-    if not (table.exists() and record.exists()):
-        return False
-    return read_sealed(record)["files"].get(table.name) == sha256_of(table)
-
-
-def in_round(responses: Iterable[Response], number: int) -> list[Response]:
-    """The responses with the round they belong to, which is a part of their ids; rounds are numbered from 0."""
-    return [replace(response, round=number + 1) for response in responses]
 
 
 def for_round(sampling: Sampling, number: int) -> Sampling:

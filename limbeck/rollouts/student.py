@@ -11,7 +11,8 @@ import numpy as np
 
 from limbeck.rollouts.asked import ids_of, lengths_of
 from limbeck.rollouts.order import Plan
-from limbeck.rollouts.rounds import BatchSampler, ProcessGroup, Rounds, for_round, in_round
+from limbeck.rollouts.round_table import in_round
+from limbeck.rollouts.rounds import BatchSampler, ProcessGroup, Rounds, for_round
 from limbeck.rollouts.sources import (
     MAX_PREVIEW_STEPS,
     SourceContext,

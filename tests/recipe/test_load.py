@@ -176,7 +176,6 @@ def test_the_last_override_wins():
             "objective.temperature_shape=linear",
             "temperature_shape is linear, which only objective.temperature_end reads",
         ),
-        ("prompts={heldout: a.jsonl, eval_fraction: 0.3}", "but the held-out prompts are those of prompts.heldout"),
         ("student.layers=null", "needs student.layers (how many) or student.keep"),
         ("student.keep=[0, 1]", "not both"),
         ("student.config={hidden_size: 8}", "student.config belongs to init scratch"),
