@@ -23,7 +23,7 @@ from limbeck.pipeline.seen_prompts import check_sees
 from limbeck.pipeline.several import check_several
 from limbeck.pipeline.stages import evaluate, report
 from limbeck.pipeline.stages.evaluate import check_groups, evaluation_inputs, examine, write_answers
-from limbeck.pipeline.stages.prompts import check_source, prompt_inputs, read_prompt_source
+from limbeck.pipeline.stages.prompts import prompt_inputs, read_prompt_source
 from limbeck.pipeline.stages.respond import teacher_inputs
 from limbeck.pipeline.text_only import load_student_tokenizer
 from limbeck.recipe.load import Recipe, load_recipe
@@ -137,7 +137,6 @@ def _run_evaluation(context: RunContext) -> Json:
 STANDALONE_STAGES: tuple[Stage, ...] = (
     Stage(
         name="prompts",
-        check=check_source,
         inputs=lambda context: prompt_inputs(context) | {"heldout": "all"},
         run=_run_prompts,
         outputs=lambda run: (run.prompts, run.problems),

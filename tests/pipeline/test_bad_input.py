@@ -49,7 +49,6 @@ class TestRecipes:
             ("student.lora={target_modules: [kproj]}", ("'kproj'", "did you mean k_proj?")),
             ("student.lora={target_modules: [lm_head]}", ("'lm_head'", "layers are down_proj, gate_proj, k_proj, o_")),
             ("student={init: scratch, config: {hidden_act: nothing}}", ("no model can be built", "nothing")),
-            ("prompts.dataset_config=main", ("'main'", "only data sets of the hub", "prompts.dataset_config=null")),
             ("student={init: teacher, model: x}", ("a copy of the teacher", "student.model", "init=pretrained")),
             ("student.quantize={format: q4}", ("'q4' is unknown", "q4_0, q5_0, q8_0, q4_k, q6_k, int4_g32, nf4")),
             ("student.quantize={format: q4_k}", ("32 weights", "the 256 of a block", "student.quantize.fallback=q5_0")),

@@ -19,14 +19,14 @@ from limbeck.prompts.columns import unread_line
 from limbeck.prompts.images import RowImages
 from limbeck.prompts.io import write_lines
 from limbeck.prompts.preferences import ANSWERS
-from limbeck.prompts.readers import is_path, source_digest
+from limbeck.prompts.readers import source_digest
 from limbeck.prompts.references import require_answers_for_sft, require_references
 from limbeck.prompts.scratch import ScratchFile, lines_of
-from limbeck.prompts.sources import BUILTIN, PromptSet, load_prompts, with_heldout
+from limbeck.prompts.sources import PromptSet, load_prompts, with_heldout
 from limbeck.recipe.keys import fingerprinted_member
 from limbeck.recipe.sections import GENERATE, PromptsSection
 from limbeck.rollouts.preference.options import DataPairs
-from limbeck.types import Json, LimbeckError, Prompt
+from limbeck.types import Json, Prompt
 
 
 def prompt_inputs(context: RunContext) -> Json:
@@ -44,21 +44,6 @@ def prompt_inputs(context: RunContext) -> Json:
     if (generate := context.recipe.prompts.generate) is not None:
         return section | {"generate": fingerprinted_member(GENERATE.key, generate)}
     return section | _content_of(context, context.recipe.prompts)
-
-
-def check_source(context: RunContext) -> None:
-    """Check that a data set of the hub is read where a configuration of one is named.
-
-    Raises:
-        LimbeckError: none is.
-    """
-    prompts = context.recipe.prompts
-    named = [name for name in (prompts.source if prompts.generate is None else None, prompts.heldout) if name]
-    if prompts.dataset_config is not None and all(name == BUILTIN or is_path(name) for name in named):
-        raise LimbeckError(
-            f"prompts.dataset_config is {prompts.dataset_config!r}, which only data sets of the hub have, and "
-            f"{' and '.join(named) or 'prompts.generate'} is none; set prompts.dataset_config=null"
-        )
 
 
 def _content_of(context: RunContext, prompts: PromptsSection) -> Json:
@@ -161,7 +146,6 @@ def _run_prompts(context: RunContext) -> Json:
 
 STAGE = Stage(
     name="prompts",
-    check=check_source,
     inputs=prompt_inputs,
     run=_run_prompts,
     outputs=lambda run: (run.prompts, run.images, run.problems),
