@@ -5,6 +5,7 @@ Rope and attention scale are as llama.cpp itself reads them: https://github.com/
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from limbeck.models.llama3_rope import TENSOR, restore_scaling
 from limbeck.types import LimbeckError
 
 if TYPE_CHECKING:
-    from gguf import ReaderField
+    from gguf import GGUFReader, ReaderField
 
 _INSTEAD = "use the safetensors directory or the hub id of the same model"
 # The names that configurations have for the number of a layer's experts.
@@ -46,9 +47,7 @@ def read_header(path: Path) -> Header:
     Raises:
         LimbeckError: the file is a part of a model.
     """
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
+    reader = _without_lists(path)
     every = {name: _value(field) for name, field in reader.fields.items() if len(field.types) == 1}
     if (parts := every.get("split.count", 1)) > 1:
         raise LimbeckError(
@@ -58,6 +57,31 @@ def read_header(path: Path) -> Header:
     architecture = str(every.get("general.architecture", ""))
     fields = {name.removeprefix(f"{architecture}."): value for name, value in every.items()}
     return Header(path, architecture, fields, frozenset(tensor.name for tensor in reader.tensors))
+
+
+def _without_lists(path: Path) -> GGUFReader:
+    """A reader of a file that passes over its lists: those of a tokenizer take seconds, and are not asked for."""
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            order: Any = sys.byteorder if self.byte_order == "I" else {"little": "big", "big": "little"}[sys.byteorder]
+            data: Any = self.data
+            view, offset = memoryview(data), orig_offs + 12
+            kind = GGUFValueType(int.from_bytes(view[orig_offs : orig_offs + 4], order))
+            count = int.from_bytes(view[orig_offs + 4 : offset], order)
+            if kind == GGUFValueType.STRING:
+                for _ in range(count):
+                    offset += 8 + int.from_bytes(view[offset : offset + 8], order)
+            elif (scalar := self.gguf_scalar_to_np.get(kind)) is not None:
+                offset += count * scalar().itemsize
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)
+            return offset - orig_offs, [], [], [GGUFValueType.ARRAY, kind]
+
+    return Reader(path)
 
 
 def _value(field: ReaderField) -> Any:

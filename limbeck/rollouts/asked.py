@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import pyarrow as pa
 from pyarrow import compute
 
 from limbeck.rollouts.io import asked_line, read_asked
-from limbeck.runtime.columns import AT_A_TIME, INT32S, ROWS, Rows, combined, list_column, lists_of, mapped, written
+from limbeck.runtime.columns import INT32S, Rows, list_column, lists_of, mapped, write_rows
 from limbeck.runtime.files import whole_file
 from limbeck.types import Split, TokenPrompt
 
@@ -106,10 +105,7 @@ def open_asked(path: Path) -> Sequence[TokenPrompt]:
 
 def write_table(path: Path, prompts: Iterable[TokenPrompt]) -> None:
     """Write prompts as columns, whole or not at all; few of them are in memory at a time."""
-    left = iter(prompts)
-    with written(path, SCHEMA) as writer:
-        while pieces := [_piece(some) for _ in range(ROWS // AT_A_TIME) if (some := list(islice(left, AT_A_TIME)))]:
-            writer.write_batch(combined(pieces))
+    write_rows(path, SCHEMA, prompts, _piece)
 
 
 def _piece(prompts: Sequence[TokenPrompt]) -> pa.RecordBatch:

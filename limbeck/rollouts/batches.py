@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,24 @@ from limbeck.rollouts.io import require_batch, response_of_line
 from limbeck.types import Response
 
 
-class BatchedResponses(Sequence[Response]):
+class _InOneRow(Sequence[Response]):
+    """Responses that are read when they are asked for."""
+
+    @abstractmethod
+    def at(self, index: int) -> Response:
+        """The response of a number."""
+
+    @overload
+    def __getitem__(self, index: int) -> Response: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Response]: ...
+    def __getitem__(self, index: int | slice) -> Response | list[Response]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self.at(index)
+
+
+class BatchedResponses(_InOneRow):
     """The responses of some batches in one row. Of each its place in a file is in memory.
 
     Args:
@@ -34,20 +52,14 @@ class BatchedResponses(Sequence[Response]):
     def __len__(self) -> int:
         return len(self._file)
 
-    @overload
-    def __getitem__(self, index: int) -> Response: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Response]: ...
-    def __getitem__(self, index: int | slice) -> Response | list[Response]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def at(self, index: int) -> Response:
         path = self._paths[self._file[index]]
         with path.open("rb") as file:
             file.seek(self._start[index])
             return response_of_line(file.readline(), path, self._line[index])
 
 
-class InterleavedResponses(Sequence[Response]):
+class InterleavedResponses(_InOneRow):
     """The responses of several rows in one row; they stay where they are until one is asked for.
 
     Args:
@@ -66,13 +78,7 @@ class InterleavedResponses(Sequence[Response]):
     def __len__(self) -> int:
         return len(self._part)
 
-    @overload
-    def __getitem__(self, index: int) -> Response: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Response]: ...
-    def __getitem__(self, index: int | slice) -> Response | list[Response]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def at(self, index: int) -> Response:
         return self._parts[self._part[index]][self._place[index]]
 
 

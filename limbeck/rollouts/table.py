@@ -25,11 +25,11 @@ from limbeck.runtime.columns import (
     INT32S,
     ROWS,
     Rows,
-    combined,
     lengths,
     list_column,
     lists_of,
     mapped,
+    write_rows,
     written,
 )
 from limbeck.runtime.files import whole_file
@@ -159,10 +159,7 @@ def prompts_of(responses: Sequence[Response]) -> Iterator[str]:
 
 def keep_columns(path: Path, responses: Iterable[Response]) -> None:
     """Write responses for training alone (`path`, .arrow), whole or not at all; few of them are in memory at a time."""
-    left = iter(responses)
-    with written(path, SCHEMA) as writer:
-        while pieces := [_batch_of(some) for _ in range(ROWS // AT_A_TIME) if (some := list(islice(left, AT_A_TIME)))]:
-            writer.write_batch(combined(pieces))
+    write_rows(path, SCHEMA, responses, _batch_of)
 
 
 def keep_responses(path: Path, responses: Iterable[Response]) -> None:

@@ -6,9 +6,9 @@ The same file is opened in no time, whatever the number of its rows.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
@@ -104,10 +104,15 @@ def written(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWri
         yield writer
 
 
-def combined(pieces: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    """Pieces as one batch."""
-    (batch,) = pa.Table.from_batches(pieces).combine_chunks().to_batches()
-    return batch
+def write_rows(
+    path: Path, schema: pa.Schema, rows: Iterable[Row], piece_of: Callable[[Sequence[Row]], pa.RecordBatch]
+) -> None:
+    """Write rows as columns, whole or not at all; few of them are in memory at a time."""
+    left = iter(rows)
+    with written(path, schema) as writer:
+        while pieces := [piece_of(some) for _ in range(ROWS // AT_A_TIME) if (some := list(islice(left, AT_A_TIME)))]:
+            (batch,) = pa.Table.from_batches(pieces).combine_chunks().to_batches()
+            writer.write_batch(batch)
 
 
 def mapped(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:

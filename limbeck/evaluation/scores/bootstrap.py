@@ -139,11 +139,15 @@ def _check(row: ScoredRow, first: ScoredRow) -> None:
 def _resample(examples: int, seed: int, resamples: int) -> Iterator[ndarray]:
     """Number of draws of each example, (some of the resamples, examples) float64; the same for every metric and both
     sides."""
-    import numpy as np
-
     if examples * resamples <= AT_A_TIME:
         yield _few(examples, seed, resamples)
-        return
+    else:
+        yield from _in_pieces(examples, seed, resamples)
+
+
+def _in_pieces(examples: int, seed: int, resamples: int) -> Iterator[ndarray]:
+    import numpy as np
+
     rng, share_R = np.random.Generator(np.random.PCG64(seed)), np.full(examples, 1.0 / examples)
     step = max(1, AT_A_TIME // examples)
     for start in range(0, resamples, step):
@@ -153,10 +157,8 @@ def _resample(examples: int, seed: int, resamples: int) -> Iterator[ndarray]:
 @lru_cache(maxsize=1)
 def _few(examples: int, seed: int, resamples: int) -> ndarray:
     """All of them at once, which the tables of an evaluation share."""
-    import numpy as np
-
-    rng = np.random.Generator(np.random.PCG64(seed))
-    return rng.multinomial(examples, np.full(examples, 1.0 / examples), size=resamples).astype(np.float64)
+    (whole,) = _in_pieces(examples, seed, resamples)
+    return whole
 
 
 def _once(rows: Sequence[ScoredRow]) -> ndarray:
